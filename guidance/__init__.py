@@ -1,0 +1,1 @@
+"""Adaptive projected guidance, Adaptive Guidance and LinearAG for unmodified diffusers pipelines."""

@@ -1,0 +1,164 @@
+"""Rules: how the conditional and the unconditional prediction of a step become one.
+
+A rule is a frozen dataclass with one method, `coefficients`: scalar algebra on the inner products of
+
+    X (denoised conditional prediction), c (conditional prediction), d = c - u, m (momentum)
+
+that returns the factors of X, c, d and m in the guided prediction. To add a rule, subclass `Rule` here or in
+your own module and write that method; everything else (spaces, momentum, policies, pipelines) follows.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from diffusers_guidance.kernels import Coefficients, Gram
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of all rules.
+
+    Args:
+        guidance_scale: w, where 1 is the conditional prediction alone. None takes the pipeline call's.
+    """
+
+    guidance_scale: float | None = None
+
+    momentum: ClassVar[float] = 0.0
+    """beta: what is carried of the previous step's direction. A rule with momentum makes it a field."""
+    norm_dim: ClassVar[tuple[int, ...] | None] = None
+    """The dimensions inner products run over; None: all but the batch. A rule that lets one choose makes it a field."""
+    needs_denoised: ClassVar[bool] = False
+    """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised."""
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
+
+    def at(self, guidance_scale: float) -> "Self":
+        """This rule with its guidance scale settled: its own where set, else the given one."""
+        return self if self.guidance_scale is not None else replace(self, guidance_scale=guidance_scale)
+
+    @property
+    def w(self) -> float:
+        """The settled guidance scale."""
+        if self.guidance_scale is None:
+            raise ValueError("guidance_scale is not set: use rule.at(guidance_scale) first")
+        return self.guidance_scale
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the pipeline's own `u + w (c - u)` is this rule, so that it is left untouched."""
+        return False
+
+    def coefficients(self, gram: Gram, b: float) -> Coefficients:
+        """Factors of (X, c, d, m) in the guided prediction; `b` is the prediction's factor in denoised space.
+
+        Write the algebra without guarding divisions: where a coefficient comes out non-finite, that sample
+        is left unguided.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CFG(Rule):
+    """Classifier-free guidance, `u + w (c - u)` (arXiv 2207.12598), the pipeline's own.
+
+    Args:
+        guidance_scale: w. None takes the pipeline call's.
+        rescale: phi of arXiv 2305.08891 (eq. 15-16), in [0, 1]: how far the guided prediction's standard
+            deviation is pulled back to the conditional one's. 0 leaves the pipeline's arithmetic bit for bit.
+    """
+
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale={self.rescale!r}: a number from 0 (off) to 1")
+
+    @property
+    def is_plain(self) -> bool:
+        return self.rescale == 0
+
+    def coefficients(self, gram: Gram, b: float) -> Coefficients:
+        w = self.w
+        if self.rescale == 0:
+            return Coefficients(0.0, 1.0, w - 1, 0.0)
+        # Variances times (n - 1), of c and of g = c + (w - 1) d.
+        square = gram.cc + 2 * (w - 1) * gram.cd + (w - 1) ** 2 * gram.dd
+        total = gram.sum_c + (w - 1) * gram.sum_d
+        ratio = ((gram.cc - gram.sum_c**2 / gram.numel) / (square - total**2 / gram.numel)).sqrt()
+        factor = self.rescale * ratio + (1 - self.rescale)
+        return Coefficients(0.0, factor, factor * (w - 1), 0.0)
+
+
+@dataclass(frozen=True)
+class APG(Rule):
+    """Adaptive projected guidance (arXiv 2410.02416, Algorithm 1), on denoised predictions.
+
+    Keeps high guidance scales from oversaturating: the update's part parallel to the denoised prediction,
+    which drives saturation, is damped, its norm capped, and the previous steps' direction subtracted.
+
+    Args, the important ones first:
+        guidance_scale: w. None takes the pipeline call's.
+        norm_threshold: r, the cap on the update's Euclidean norm per group (None: no cap). 15 is the paper's
+            for SDXL at 1024 pixels; it grows with the square root of the latent's size, see `reference_numel`.
+        momentum: beta in (-1, 1); negative pushes away from the previous directions. 0 turns it off. The
+            paper's -0.5 for SDXL; -0.75 to -0.25 is its range.
+        eta: weight of the parallel part. 0 drops it (the paper's advice), 1 keeps all of it.
+        norm_dim: dimensions the norm and the projection run over. None: the whole sample. (-3, -2, -1) on
+            (B, frames, C, H, W), or (1, 3, 4) on (B, C, frames, H, W): each frame of a video on its own.
+        reference_numel: where set, r is meant for a group of that many numbers and scales with
+            sqrt(numel / reference_numel); 65536 reads r "as on SDXL at 1024 pixels".
+
+    With eta=1, norm_threshold=None and momentum=0 this is CFG.
+    """
+
+    momentum: float = -0.5
+    norm_threshold: float | None = 15.0
+    eta: float = 0.0
+    norm_dim: tuple[int, ...] | None = None
+    reference_numel: int | None = None
+
+    needs_denoised = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm_threshold is not None and not self.norm_threshold > 0:
+            raise ValueError(f"norm_threshold={self.norm_threshold!r}: a number above 0, or None for no cap")
+        if not -1 < self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum!r}: a number between -1 and 1, both excluded")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)")
+        if self.reference_numel is not None and not self.reference_numel > 0:
+            raise ValueError(f"reference_numel={self.reference_numel!r}: a whole number above 0, or None")
+
+    def coefficients(self, gram: Gram, b: float) -> Coefficients:
+        if b == 0:  # no noise left: the prediction has no part in the denoised sample
+            return Coefficients(0.0, 1.0, 0.0, 0.0)
+        # D = b d + beta m is the update before its cap, in denoised space.
+        beta = self.momentum
+        DD = b * b * gram.dd + 2 * b * beta * gram.dm + beta * beta * gram.mm
+        DX = b * gram.Xd + beta * gram.Xm
+        # D_apg = X + (w - 1) s (D - (1 - eta) k X); the prediction that denoises to it is c + (D_apg - X) / b.
+        s = self._cap(DD, gram.numel)
+        k = DX / gram.XX
+        strength = (self.w - 1) * s / b
+        return Coefficients(-strength * (1 - self.eta) * k, 1.0, strength * b, strength * beta)
+
+    def _cap(self, DD: torch.Tensor, numel: int) -> torch.Tensor:
+        if self.norm_threshold is None:
+            return torch.ones_like(DD)
+        scale = 1.0 if self.reference_numel is None else (numel / self.reference_numel) ** 0.5
+        return (self.norm_threshold * scale / DD.sqrt()).clamp(max=1.0)
+
+    @classmethod
+    def preset(cls, family: Any, **changes: Any) -> "APG":
+        """The settings published for a family of pipelines, named or recognised from a pipeline object."""
+        raise NotImplementedError

@@ -1,0 +1,115 @@
+"""The guidance arithmetic in plain torch: the specification every other backend is tested against.
+
+Every rule is a linear combination, per group, of four vectors
+
+    X = a * sample + b * cond      the conditional prediction, denoised
+    c = cond                       the conditional prediction, raw
+    d = cond - uncond              the guidance direction
+    m                              the momentum, in denoised space
+
+with coefficients that depend on those vectors' inner products alone. A group is a sample, or with
+`rule.norm_dim` whatever those dimensions span (a frame of a video, say). X and d are formed before anything
+is summed: their entries carry the cancellation in `a * sample + b * cond` and in `cond - uncond` once,
+elementwise, where inner products of (sample, cond, uncond) would square it.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Gram(NamedTuple):
+    """Inner products and sums over each group; every tensor is (B, 1, ..., 1) unless `norm_dim` keeps dimensions."""
+
+    XX: Tensor
+    Xc: Tensor
+    Xd: Tensor
+    Xm: Tensor
+    cc: Tensor
+    cd: Tensor
+    cm: Tensor
+    dd: Tensor
+    dm: Tensor
+    mm: Tensor
+    sum_X: Tensor
+    sum_c: Tensor
+    sum_d: Tensor
+    sum_m: Tensor
+    numel: int
+
+
+class Coefficients(NamedTuple):
+    """prediction = X * X_t + c * c_t + d * d_t + m * m_t; floats, or tensors shaped like the Gram's entries."""
+
+    X: Tensor | float
+    c: Tensor | float
+    d: Tensor | float
+    m: Tensor | float
+
+
+class Rule(Protocol):
+    """What `guide` needs of a rule; `diffusers_guidance.rules` has the real ones."""
+
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def norm_dim(self) -> tuple[int, ...] | None: ...
+    def coefficients(self, gram: Gram, b: float) -> Coefficients: ...
+
+
+def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] | None = None) -> Gram:
+    """Inner products of the four vectors, each (B, ...), over `norm_dim` (default: all but the batch)."""
+    dim = tuple(range(1, X.ndim)) if norm_dim is None else tuple(i % X.ndim for i in norm_dim)
+    if 0 in dim:
+        raise ValueError(f"norm_dim={norm_dim} includes the batch dimension of a {X.ndim}-D prediction")
+    vectors = (X, c, d, m)
+    products = [(p * q).sum(dim, keepdim=True) for i, p in enumerate(vectors) for q in vectors[i:]]
+    sums = [p.sum(dim, keepdim=True) for p in vectors]
+    return Gram(*products, *sums, numel=X[0].numel() if norm_dim is None else _extent(X, dim))
+
+
+def _extent(x: Tensor, dim: tuple[int, ...]) -> int:
+    numel = 1
+    for i in dim:
+        numel *= x.shape[i]
+    return numel
+
+
+def guide(
+    sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """One guided prediction per sample, in the space of `cond`, and the new momentum `b * d + rule.momentum * m`.
+
+    Tensors are (B, ...); `denoised = a * sample + b * prediction`. Arithmetic is float32 (float64 for float64
+    input), the prediction has the dtype of `cond`, the momentum is float32. Where a coefficient or the
+    guidance direction is not finite (zero or non-finite predictions), that group gets `cond` unguided and its
+    momentum starts again from zero.
+    """
+    working = torch.promote_types(cond.dtype, torch.float32)
+    c = cond.to(working)
+    d = c - uncond.to(working)
+    X = a * sample.to(working) + b * c
+    m = torch.zeros_like(c) if momentum is None else momentum.to(working)
+
+    g = gram(X, c, d, m, rule.norm_dim)
+    k = Coefficients(*(torch.as_tensor(k_i, dtype=working, device=c.device) for k_i in rule.coefficients(g, b)))
+    finite = torch.isfinite(k.X + k.c + k.d + k.m + g.dd + g.mm)
+    prediction = torch.where(finite, k.X * X + k.c * c + k.d * d + k.m * m, c)
+    new_momentum = torch.where(finite, b * d + rule.momentum * m, 0.0)
+    return prediction.to(cond.dtype), new_momentum
+
+
+def similarity(sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float) -> Tensor:
+    """(B,) cosine between `a * sample + b * cond` and `a * sample + b * uncond`.
+
+    With the denoised coefficients this is the similarity of the denoised predictions, with those of the noise
+    that of the noise predictions (Adaptive Guidance's gamma_t, arXiv 2312.12487). NaN where one of them is 0.
+    """
+    working = torch.promote_types(cond.dtype, torch.float32)
+    c = cond.to(working)
+    d = b * (c - uncond.to(working))
+    X = a * sample.to(working) + b * c
+    dim = tuple(range(1, X.ndim))
+    XX, Xd, dd = (X * X).sum(dim), (X * d).sum(dim), (d * d).sum(dim)
+    return (XX - Xd) / (XX * (XX - 2 * Xd + dd)).sqrt()

@@ -1,0 +1,1 @@
+"""All knowledge of diffusers pipelines: attaching, hooks, discovery."""
