@@ -9,7 +9,7 @@ your own module and write that method; everything else (spaces, momentum, polici
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,16 +29,19 @@ class Rule:
 
     guidance_scale: float | None = None
 
-    momentum: ClassVar[float] = 0.0
-    """beta: what is carried of the previous step's direction. A rule with momentum makes it a field."""
-    norm_dim: ClassVar[tuple[int, ...] | None] = None
-    """The dimensions inner products run over; None: all but the batch. A rule that lets one choose makes it a field."""
-    needs_denoised: ClassVar[bool] = False
+    # Not annotated, so that they are no fields here: a rule that lets one choose declares the field itself.
+    momentum = 0.0
+    """beta: what is carried of the previous step's direction. 0: no momentum."""
+    norm_dim = None  # type: tuple[int, ...] | None
+    """The dimensions inner products run over; None: all but the batch."""
+    needs_denoised = False
     """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised."""
 
     def __post_init__(self) -> None:
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own"
+            )
 
     def at(self, guidance_scale: float) -> "Self":
         """This rule with its guidance scale settled: its own where set, else the given one."""
@@ -135,7 +138,9 @@ class APG(Rule):
         if not -1 < self.momentum < 1:
             raise ValueError(f"momentum={self.momentum!r}: a number between -1 and 1, both excluded")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)")
+            raise ValueError(
+                f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)"
+            )
         if self.reference_numel is not None and not self.reference_numel > 0:
             raise ValueError(f"reference_numel={self.reference_numel!r}: a whole number above 0, or None")
 

@@ -93,7 +93,9 @@ def guide(
     m = torch.zeros_like(c) if momentum is None else momentum.to(working)
 
     g = gram(X, c, d, m, rule.norm_dim)
-    k = Coefficients(*(torch.as_tensor(k_i, dtype=working, device=c.device) for k_i in rule.coefficients(g, b)))
+    k = Coefficients(
+        *(torch.as_tensor(k_i, dtype=working, device=c.device) for k_i in rule.coefficients(g, b))
+    )
     finite = torch.isfinite(k.X + k.c + k.d + k.m + g.dd + g.mm)
     prediction = torch.where(finite, k.X * X + k.c * c + k.d * d + k.m * m, c)
     new_momentum = torch.where(finite, b * d + rule.momentum * m, 0.0)
