@@ -1,1 +1,60 @@
-"""Adaptive projected guidance, Adaptive Guidance and LinearAG for unmodified diffusers pipelines."""
+"""Adaptive projected guidance, Adaptive Guidance and LinearAG for unmodified diffusers pipelines.
+
+    from diffusers_guidance import APG, AdaptiveGuidance, attach
+
+    handle = attach(pipe, rule=APG(), policy=AdaptiveGuidance())
+    image = pipe("a raccoon in a space suit", guidance_scale=12).images[0]
+    print(handle.report)
+    handle.detach()
+"""
+
+from diffusers_guidance.errors import (
+    CalibrationMismatch,
+    GuidanceError,
+    UnsupportedPipeline,
+    UnsupportedScheduler,
+)
+from diffusers_guidance.pipelines.attach import Handle, attach, detach
+from diffusers_guidance.policies import (
+    AdaptiveGuidance,
+    Decision,
+    EveryStep,
+    History,
+    Hold,
+    Interval,
+    LinearAG,
+    Policy,
+    Schedule,
+    Step,
+    StepAG,
+)
+from diffusers_guidance.report import Report, StepReport
+from diffusers_guidance.rules import APG, CFG, Coefficients, Gram, Rule
+
+__all__ = [
+    "APG",
+    "CFG",
+    "AdaptiveGuidance",
+    "CalibrationMismatch",
+    "Coefficients",
+    "Decision",
+    "EveryStep",
+    "Gram",
+    "GuidanceError",
+    "Handle",
+    "History",
+    "Hold",
+    "Interval",
+    "LinearAG",
+    "Policy",
+    "Report",
+    "Rule",
+    "Schedule",
+    "Step",
+    "StepAG",
+    "StepReport",
+    "UnsupportedPipeline",
+    "UnsupportedScheduler",
+    "attach",
+    "detach",
+]

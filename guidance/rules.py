@@ -9,7 +9,7 @@ your own module and write that method; everything else (spaces, momentum, polici
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -165,5 +165,45 @@ class APG(Rule):
 
     @classmethod
     def preset(cls, family: Any, **changes: Any) -> "APG":
-        """The settings published for a family of pipelines, named or recognised from a pipeline object."""
-        raise NotImplementedError
+        """The settings published for a family of pipelines.
+
+        Args:
+            family: a name from `PRESETS`, or a pipeline, whose class name is looked for there. A pipeline of
+                no listed family gets "normalised".
+            changes: fields to set otherwise, such as `guidance_scale=10`.
+        """
+        if isinstance(family, str):
+            if family not in PRESETS:
+                raise ValueError(f"family={family!r}: one of {', '.join(PRESETS)}, or a pipeline")
+            preset = PRESETS[family]
+        else:
+            name = type(family).__name__
+            preset = next((p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"])
+        return replace(preset.rule, **changes)  # type: ignore[return-value]
+
+
+class Preset(NamedTuple):
+    """Settings of a rule, the prefix of the pipeline classes they are for, and where they come from."""
+
+    rule: APG
+    pipelines: str
+    source: str
+
+
+PRESETS = {
+    "sdxl": Preset(APG(), "StableDiffusionXL", "arXiv 2410.02416, SDXL"),
+    "normalised": Preset(
+        APG(reference_numel=4 * 128 * 128), "", "the same cap per latent number (stable-diffusion.cpp, PR 1620)"
+    ),
+    "video": Preset(
+        APG(norm_dim=(-4, -2, -1), reference_numel=4 * 128 * 128),
+        "Wan",
+        "per frame of (B, C, frames, H, W), as Waver's README and diffusers PR 13551 advise",
+    ),
+    "hunyuanimage-2.1": Preset(APG(norm_threshold=10.0), "HunyuanImage", "shipped with HunyuanImage 2.1, w = 10"),
+    "ace-step": Preset(APG(momentum=-0.75, norm_threshold=2.5), "AceStep", "shipped with ACE-Step"),
+    "waver": Preset(APG(norm_threshold=27.0), "", "shipped with Waver, w = 8"),
+    "infinitetalk": Preset(APG(momentum=-0.75, norm_threshold=55.0), "", "shipped with InfiniteTalk"),
+    "stable-diffusion.cpp": Preset(APG(norm_threshold=5.0), "", "advice of stable-diffusion.cpp"),
+}
+"""Published settings of APG by family; those with a prefix are recognised from a pipeline's class."""

@@ -1,0 +1,132 @@
+"""What a run evaluated, step by step and sample by sample, and what that saved."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class StepReport:
+    """One evaluation: what ran, how it was used, and why. Lists have one entry per sample."""
+
+    index: int
+    timestep: float | None
+    sigma: float | None
+    evaluated: list[str]
+    """"both" or "conditional": which predictions the denoiser was run for."""
+    action: list[str]
+    """"both", "conditional" or "extrapolate": how the sample was guided."""
+    similarity: list[float | None]
+    """Cosine of the denoised predictions, None where they were not both evaluated."""
+    similarity_noise: list[float | None]
+    """Cosine of the noise predictions."""
+    nfe: int
+    """Network evaluations of one sample that were made."""
+    nfe_full: int
+    """Those the pipeline would have made without us."""
+    guidance_scale: float | None = None
+    denoiser: str = ""
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """One run of a pipeline under a rule and a policy. Prints as a table."""
+
+    pipeline: str = ""
+    rule: str = ""
+    policy: str = ""
+    formula: str = ""
+    """The pipeline's own guidance as it was identified; empty while it was not."""
+    steps: list[StepReport] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations, counted per sample: a guided step of a batch of 4 is 8."""
+        return sum(step.nfe for step in self.steps)
+
+    @property
+    def nfe_full(self) -> int:
+        """Network evaluations that plain classifier-free guidance would have made."""
+        return sum(step.nfe_full for step in self.steps)
+
+    @property
+    def saved(self) -> float:
+        """Share of the network evaluations saved, 0 to 1 (negative where a check cost one and nothing was saved)."""
+        return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON types; what is not finite becomes None."""
+        totals = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
+        head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note")}
+        return head | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
+
+    def to_json(self, **options: Any) -> str:
+        """`to_dict` as JSON text; options go to `json.dumps`."""
+        return json.dumps(self.to_dict(), allow_nan=False, **options)
+
+    def summary(self) -> str:
+        """One line: "75 of 100 NFEs, 25 % saved"."""
+        return f"{self.nfe} of {self.nfe_full} NFEs, {self.saved:.0%} saved"
+
+    def __str__(self) -> str:
+        lines = [f"{self.pipeline}: {self.rule} with {self.policy}", self.summary()]
+        lines += [self.note] if self.note else []
+        lines.append("step  timestep     sigma  NFEs  evaluated      similarity         why")
+        for step in self.steps:
+            known = [value for value in step.similarity if value is not None]
+            spread = f"{min(known):.4f}..{max(known):.4f}" if len(known) > 1 else "".join(f"{v:.4f}" for v in known)
+            ran = "/".join(f"{step.evaluated.count(kind)} {kind}" for kind in dict.fromkeys(step.evaluated))
+            lines.append(
+                f"{step.index:4d}  {_short(step.timestep):>8}  {_short(step.sigma):>8}  {step.nfe:4d}"
+                f"  {ran:<13}  {spread:<17}  {step.note}".rstrip()
+            )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Similarity over steps, skipped steps marked; returns the matplotlib figure, and saves it to `path`."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Report.plot needs matplotlib: pip install 'diffusers-guidance[cli]'") from error
+
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="similarity of both predictions", title=self.summary())
+        samples = max((len(step.similarity) for step in self.steps), default=0)
+        for i in range(samples):
+            label = "similarity" if samples == 1 else f"sample {i}"
+            rows = [step for step in self.steps if i < len(step.similarity)]
+            points = [(step.index, step.similarity[i]) for step in rows if step.similarity[i] is not None]
+            (line,) = axes.plot(*zip(*points, strict=True), ".-", label=label) if points else axes.plot([], [])
+            skipped = [step.index for step in rows if step.evaluated[i] != "both"]
+            # One row of marks per sample along the foot of the plot, in the sample's colour.
+            axes.plot(
+                skipped, [0.03 + 0.04 * i] * len(skipped), "x", color=line.get_color(), ms=5,
+                transform=axes.get_xaxis_transform(), label="skipped" if i == samples - 1 else None,
+            )  # fmt: skip
+        if samples:
+            axes.legend(loc="best", fontsize="small")
+        axes.grid(alpha=0.3)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def to_list(values: Tensor) -> list[float | None]:
+    """A vector as floats, None where it is not a number."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
+    }
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

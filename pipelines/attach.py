@@ -1,0 +1,132 @@
+"""`attach` and `detach`: a rule and a policy on a pipeline that stays the user's own."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.intercept import catch_call, handler_of, release_call
+from diffusers_guidance.pipelines.run import Run
+from diffusers_guidance.policies import Hold, Policy
+from diffusers_guidance.report import Report
+from diffusers_guidance.rules import APG, Rule
+
+_SCALES = ("true_cfg_scale", "guidance_scale")
+"""Arguments that set the scale of classifier-free guidance; the first a pipeline has is meant.
+Where it has both, `guidance_scale` is the one embedded in a distilled model."""
+
+
+class Handle:
+    """What `attach` returns. Also a context manager, which detaches at the end."""
+
+    def __init__(self, pipe: DiffusionPipeline, rule: Rule, policy: Policy):
+        self.pipe = pipe
+        self.rule = rule
+        self.policy = policy
+        self._report: Report | None = None
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the next run; may be set at any time."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule={rule!r}: an instance of a rule, such as APG() or CFG()")
+        self._rule = rule
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the next run; may be set at any time."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy={policy!r}: an instance of a policy, such as AdaptiveGuidance() or EveryStep()")
+        self._policy = policy
+
+    @property
+    def report(self) -> Report:
+        """What the last run evaluated and saved; that of an interrupted run ends where it was interrupted."""
+        if self._report is None:
+            raise GuidanceError("no report yet: call the pipeline first")
+        return self._report
+
+    def detach(self) -> None:
+        """Leaves the pipeline as it was before `attach`; once is enough, twice is no harm."""
+        if _handle_of(self.pipe) is self:
+            release_call(self.pipe)
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"Handle({type(self.pipe).__name__}, rule={self.rule}, policy={self.policy})"
+
+    def _run(self, pipe: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for `pipe(...)`."""
+        signature = inspect.signature(type(pipe).__call__)
+        try:
+            bound = signature.bind(pipe, *args, **kwargs)
+        except TypeError:
+            return call(*args, **kwargs)  # Python's own words for a wrong argument
+        if self.rule.guidance_scale is not None:
+            scale = next((name for name in _SCALES if name in signature.parameters), None)
+            if scale is None:
+                raise ValueError(
+                    f"{self.rule} sets guidance_scale, but {type(pipe).__name__} takes neither of {_SCALES}: "
+                    "leave it None and set the scale the pipeline's own way"
+                )
+            bound.arguments[scale] = self.rule.guidance_scale
+        positional, named = bound.args[1:], bound.kwargs
+        bound.apply_defaults()
+        run = Run(pipe, self.rule, self.policy, dict(bound.arguments))
+        self._report = run.report
+        with run.hooks():
+            return call(*positional, **named)
+
+
+def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | None = None) -> Handle:
+    """Has every later call of `pipe` guided by `rule` under `policy`, until `detach`.
+
+    The pipeline is called as before: same arguments, callbacks and guidance scale, any scheduler. On the first
+    step of each call its own guidance is identified and verified, and again at every step.
+
+    Args:
+        pipe: any diffusers pipeline that does classifier-free guidance.
+        rule: how both predictions become one. Default: APG with the settings for this family of pipelines.
+        policy: which predictions are evaluated. Default: `Hold()`.
+
+    Returns:
+        A handle with the report of the last run; attaching again replaces it.
+
+    Raises:
+        TypeError: not a diffusers pipeline, or not a rule or policy.
+        UnsupportedPipeline: from the call, where its guidance cannot be verified; it says what was seen.
+        UnsupportedScheduler: from the call, where the rule or policy needs denoised predictions and the
+            scheduler's cannot be turned into them.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"pipe is a {type(pipe).__name__}: attach takes a diffusers pipeline (DiffusionPipeline)")
+    handle = Handle(pipe, rule if rule is not None else APG.preset(pipe), policy if policy is not None else Hold())
+    detach(pipe)
+    catch_call(pipe, handle._run)
+    return handle
+
+
+def detach(pipe: DiffusionPipeline) -> None:
+    """Leaves `pipe` as it was before `attach`; nothing happens where nothing is attached."""
+    handle = _handle_of(pipe)
+    if handle is not None:
+        handle.detach()
+
+
+def _handle_of(pipe: Any) -> Handle | None:
+    return getattr(handler_of(pipe), "__self__", None)

@@ -1,0 +1,63 @@
+"""Where in its scheduler's table of steps a run is, and with it the space of the coming prediction."""
+
+from typing import Any
+
+from diffusers_guidance.errors import UnsupportedScheduler
+from diffusers_guidance.spaces import Space, spaces
+
+
+class Clock:
+    """Follows one run through `scheduler.timesteps`; reads the table once and searches it only where it must."""
+
+    def __init__(self) -> None:
+        self.error: UnsupportedScheduler | None = None
+        self.space: Space | None = None
+        self.timestep: float | None = None
+        self.count = 0
+        """Evaluations this run makes, as far as the scheduler's table tells."""
+        self._timesteps: Any = None
+        self._values: list[float] = []
+        self._table: tuple[Space, ...] | None = None
+        self._index = -1
+        self._steps = 0
+
+    def tick(self, scheduler: Any, timestep: Any) -> None:
+        """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
+        if scheduler.timesteps is not self._timesteps:
+            self._read(scheduler)
+        index = getattr(scheduler, "step_index", None)
+        self._index = self._search(timestep) if index is None else int(index)
+        known = 0 <= self._index < len(self._values)
+        self.timestep = self._values[self._index] if known else None
+        self.space = self._table[self._index] if known and self._table is not None else None
+        if self._steps == 0:
+            self.count = len(self._values) - max(self._index, 0)
+        self._steps += 1
+
+    @property
+    def next(self) -> Space | None:
+        """The space of the evaluation after the last one."""
+        if self._table is None or not 0 <= self._index + 1 < len(self._table):
+            return None
+        return self._table[self._index + 1]
+
+    def _read(self, scheduler: Any) -> None:
+        self._timesteps = scheduler.timesteps
+        self._values = [float(t) for t in scheduler.timesteps.tolist()]
+        self._index = -1
+        try:
+            self._table = spaces(scheduler)
+        except UnsupportedScheduler as error:
+            self._table, self.error = None, error
+
+    def _search(self, timestep: Any) -> int:
+        """The table's next entry if it is this timestep, else the first later one, else the first at all."""
+        try:
+            value = float(timestep)
+        except (TypeError, ValueError, RuntimeError):
+            return -1
+        following = self._index + 1
+        for candidates in (self._values[following:], self._values):
+            if value in candidates:
+                return candidates.index(value) + (following if candidates is not self._values else 0)
+        return -1

@@ -1,0 +1,193 @@
+"""One denoiser within one run: what it was asked, what was left out, and what stands in for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.pipelines import rows as batch
+from diffusers_guidance.pipelines.formula import Formula
+from diffusers_guidance.policies import Decision, History, Policy, Step
+
+
+@dataclass
+class Denoiser:
+    """State of one denoiser (a pipeline may have several, each with a history of its own).
+
+    Within a step, `outputs` collects the predictions of its calls in the shape the pipeline gets them, left-out
+    rows filled in; `nfe` counts the rows really evaluated and `nfe_full` those the pipeline asked for.
+    """
+
+    name: str
+    formula: Formula | None = None
+    history: History | None = None
+    momentum: Tensor | None = None
+    spare: Callable[[str, Any], bool] | None = None
+    """Which arguments are left whole when a part of the batch is taken."""
+    whole: str = ""
+    """Why no part of the batch can be taken, if so."""
+
+    decisions: list[Decision] | None = None
+    inputs: list[tuple[Callable, tuple, dict, Any]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    nfe: int = 0
+    nfe_full: int = 0
+
+    def begin_step(self, policy: Policy, step: Step) -> None:
+        """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
+        self.end_step()
+        if self.formula is not None and self.history is not None:
+            self.decisions = policy.plan(step, self.history)
+
+    def end_step(self) -> None:
+        self.decisions = None
+        self.inputs, self.outputs = [], []
+        self.nfe = self.nfe_full = 0
+
+    @property
+    def evaluates(self) -> list[bool]:
+        """Per sample: whether its unconditional prediction is evaluated at this step."""
+        assert self.decisions is not None
+        return [decision.action == "both" or bool(self.whole) for decision in self.decisions]
+
+    def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
+        asked = _rows(args, kwargs)
+        plan, formula = self.decisions, self.formula
+        expected = 0 if formula is None else formula.rows * (2 if formula.batched else 1)
+        if plan is None or formula is None or all(self.evaluates) or asked != expected:
+            output = call(*args, **kwargs)
+            if formula is None:
+                self.inputs.append((call, args, kwargs, output))
+            self._note(batch.prediction(output), asked, asked)
+            return output
+        if formula.batched:
+            return self._run_batched(formula, policy, step, call, args, kwargs)
+        return self._run_sequential(formula, policy, step, call, args, kwargs)
+
+    def _run_batched(self, formula, policy, step, call, args, kwargs) -> Any:
+        n = formula.rows
+        cond_start, uncond_start = formula.cond_index * n, formula.uncond_index * n
+        kept = sorted(
+            [cond_start + i for i in range(n)] + [uncond_start + i for i, both in enumerate(self.evaluates) if both]
+        )
+        place = {row: i for i, row in enumerate(kept)}
+        # A left-out row stands in as its conditional partner, so that u + s (c - u) gives c exactly.
+        source = [place.get(row, place[cond_start + row % n]) for row in range(2 * n)]
+        part_args, part_kwargs = batch.take((args, dict(kwargs)), 2 * n, kept, self.spare)
+        part = call(*part_args, **part_kwargs)
+        output = batch.take(part, len(kept), source)
+        y = batch.prediction(output)
+        assert y is not None
+        cond, uncond = y[cond_start : cond_start + n], y[uncond_start : uncond_start + n]
+        filled = self._fill(policy, step, cond, uncond)
+        if filled is not uncond:
+            y = torch.cat([cond, filled] if cond_start == 0 else [filled, cond])
+            output = batch.with_prediction(output, y)
+        self._note(y, len(kept), 2 * n)
+        return output
+
+    def _run_sequential(self, formula, policy, step, call, args, kwargs) -> Any:
+        n = formula.rows
+        position = len(self.outputs)
+        if position == formula.cond_index:
+            output = call(*args, **kwargs)
+            cond = batch.prediction(output)
+            self._note(cond, n, n)
+            if position == 1 and not all(self.evaluates):  # the unconditional call came first and waits for this
+                self.outputs[0].copy_(self._fill(policy, step, cond, self._merge(cond, self.outputs[0])))
+            return output
+
+        wanted = [i for i, both in enumerate(self.evaluates) if both]
+        if wanted:
+            part_args, part_kwargs = batch.take((args, dict(kwargs)), n, wanted, self.spare)
+            part = call(*part_args, **part_kwargs)
+            place = {row: i for i, row in enumerate(wanted)}
+            output = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)])
+            uncond = batch.prediction(output)
+        else:
+            output, uncond = self.template, None
+        if self.outputs:
+            cond = self.outputs[formula.cond_index]
+            filled = self._fill(policy, step, cond, self._merge(cond, uncond))
+        else:
+            blank = batch.prediction(output)
+            assert blank is not None
+            filled = blank.clone()  # its left-out rows are filled in place once the conditional call is made
+        self._note(filled, len(wanted), n)
+        return batch.with_prediction(output, filled)
+
+    template: Any = None
+    """An output of this denoiser, for its structure."""
+
+    def _merge(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        """`uncond` with the left-out rows from `cond`; always new memory."""
+        if uncond is None:
+            return cond.clone()
+        both = torch.tensor(self.evaluates, device=cond.device).view(-1, *[1] * (cond.ndim - 1))
+        return torch.where(both, uncond, cond)
+
+    def _fill(self, policy: Policy, step: Step, cond: Tensor, uncond: Tensor) -> Tensor:
+        """`uncond` with the policy's estimate in the rows to be extrapolated."""
+        assert self.decisions is not None and self.history is not None
+        guess = [decision.action == "extrapolate" for decision in self.decisions]
+        if not any(guess):
+            return uncond
+        estimate = policy.estimate(step, self.history, cond).to(cond.dtype)
+        if all(guess):
+            return estimate
+        mask = torch.tensor(guess, device=cond.device).view(-1, *[1] * (cond.ndim - 1))
+        return torch.where(mask, estimate, uncond)
+
+    def _note(self, prediction: Tensor | None, evaluated: int, asked: int) -> None:
+        if prediction is not None:
+            self.outputs.append(prediction)
+        self.nfe += evaluated
+        self.nfe_full += asked
+
+    def try_parts(self) -> str:
+        """On the identifying step: makes sure that a part of the batch gives what the whole gave.
+
+        Costs an evaluation only where an argument looks as if it might be a position table that has as many
+        entries as the batch has rows. Returns a note for the report.
+        """
+        formula = self.formula
+        assert formula is not None
+        self.template = self.inputs[-1][3]
+        call, args, kwargs, output = self.inputs[0 if formula.batched else formula.uncond_index]
+        n, groups = formula.rows, 2 if formula.batched else 1
+        if groups == 1 and n == 1:
+            return ""
+        names = batch.doubtful((args, dict(kwargs)), n * groups, groups)
+        if not names:
+            return ""
+        index = list(range(n)) if groups == 1 else [formula.cond_index * n + i for i in range(n)]
+        index = index[: n - 1] if groups == 1 else index
+        whole = batch.prediction(output)
+        assert whole is not None
+        for spare in (batch.positional, None):
+            part_args, part_kwargs = batch.take((args, dict(kwargs)), n * groups, index, spare)
+            self.nfe += len(index)
+            try:
+                part = batch.prediction(call(*part_args, **part_kwargs))
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                continue  # cut in the wrong place, the arguments no longer fit together
+            expected = whole[index]
+            close = max(1e-4, 2 * torch.finfo(whole.dtype).eps) * float(expected.double().norm())
+            if part is not None and part.shape == expected.shape and float((part - expected).double().norm()) <= close:
+                self.spare = spare
+                return f"a part of the batch was tried on its own, because of {', '.join(names)}"
+        self.whole = f"no part of the batch can be evaluated on its own, because of {', '.join(names)}"
+        return self.whole
+
+
+def _rows(args: tuple, kwargs: dict) -> int:
+    """Rows of a denoiser call: those of its first argument that has any."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+        if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            return len(value)
+    return 0

@@ -1,0 +1,306 @@
+"""One call of a pipeline under a rule and a policy: discover how it guides, verify it, then act.
+
+    latents -> denoiser (on_call: the policy says which rows are evaluated)
+            -> the pipeline's own formula
+            -> scheduler.step (on_step: the formula is verified, the rule recombines) -> latents
+
+Everything a run learns dies with it. Its hooks are in place for the length of the call alone, so nothing a
+pipeline does between calls (offloading, swapping schedulers, copying, saving) can lose or keep them.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance import kernels
+from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.clock import Clock
+from diffusers_guidance.pipelines.denoiser import Denoiser
+from diffusers_guidance.pipelines.formula import Formula, Residual, Scales, identify, residual, views
+from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
+from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
+from diffusers_guidance.report import Report, StepReport, to_list
+from diffusers_guidance.rules import Rule
+from diffusers_guidance.spaces import Space
+
+
+class Run:
+    """One call of `pipe` with `arguments` (by name, defaults filled in)."""
+
+    def __init__(self, pipe: Any, rule: Rule, policy: Policy, arguments: dict[str, Any]):
+        self.pipe, self.rule, self.policy, self.arguments = pipe, rule, policy, arguments
+        self.report = Report(type(pipe).__name__, repr(rule), repr(policy))
+        self._denoisers: dict[int, Denoiser] = {}
+        self._active: Denoiser | None = None
+        self._called = False
+        self._clock = Clock()
+        self._similarities: list[tuple[Tensor, Tensor] | None] = []
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Puts the run between the pipeline, its denoisers and its schedulers; always takes itself out again."""
+        try:
+            with ExitStack() as stack:
+                for name, component in _components(self.pipe):
+                    if isinstance(component, torch.nn.Module):
+                        self._denoisers[id(component)] = Denoiser(name)
+                        stack.enter_context(intercept_call(component, self.on_call))
+                    else:
+                        stack.enter_context(intercept_step(component, self.on_step))
+                yield
+        finally:
+            self._finish_report()
+        if self._called and not self.report.steps:
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} ran its denoiser, but never called scheduler.step afterwards, "
+                "so its guidance could not be found; use it without attach"
+            )
+
+    # The two hooks
+
+    def on_call(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for a call of the denoiser."""
+        denoiser = self._denoisers[id(module)]
+        step = self._coming_step()
+        if not denoiser.nfe_full:  # its first call since the last step
+            denoiser.begin_step(self.policy, step)
+        self._active, self._called = denoiser, True
+        return denoiser.run(self.policy, step, call, args, kwargs)
+
+    def on_step(self, scheduler: Any, step: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for `scheduler.step`."""
+        denoiser, self._active = self._active, None
+        if denoiser is None:  # a further step on the same evaluation
+            return step(*args, **kwargs)
+        bound = inspect.signature(step).bind(*args, **kwargs)
+        output, sample = bound.arguments["model_output"], bound.arguments["sample"]
+        self._clock.tick(scheduler, bound.arguments.get("timestep"))
+        try:
+            guided = self._guide(denoiser, output, sample)
+        finally:
+            for each in self._denoisers.values():
+                each.end_step()
+        if guided is output:
+            return step(*args, **kwargs)
+        bound.arguments["model_output"] = guided
+        return step(*bound.args, **bound.kwargs)
+
+    # Discover and verify
+
+    def _guide(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Tensor:
+        """The prediction for the scheduler in place of `output`, which is the pipeline's own."""
+        note = ""
+        if not self._is_guided(denoiser, output):
+            self._record(denoiser, [Decision("conditional")] * output.shape[0], None, None, "no guidance at this step")
+            return output
+        step = self._coming_step()
+        if denoiser.formula is None:
+            if not self._identify(denoiser, output):
+                same = [Decision("both")] * output.shape[0]
+                self._record(denoiser, same, None, None, "both predictions agree: nothing to identify yet")
+                return output
+            note = denoiser.try_parts() if not isinstance(self.policy, EveryStep) else ""
+            denoiser.decisions = self.policy.plan(step, denoiser.history)
+            evaluated = [True] * denoiser.formula.rows
+        else:
+            evaluated = denoiser.evaluates
+        formula, history, plan = denoiser.formula, denoiser.history, denoiser.decisions
+
+        raw_cond, raw_uncond = formula.halves(denoiser.outputs)
+        c, u = formula.seen(raw_cond), formula.seen(raw_uncond)
+        s = self._verify(denoiser, c, u, output, any(evaluated))
+        formula = denoiser.formula
+        # An estimate is not needed where the real thing was evaluated after all.
+        plan = [
+            Decision("both") if decision.action == "extrapolate" and was else decision
+            for decision, was in zip(plan, evaluated, strict=True)
+        ]
+        space = self._space(c, sample)
+        similarity = self._remember(denoiser, space, sample, c, u, raw_cond - raw_uncond, evaluated)
+        w = formula.w(s) if s is not None else None
+        self._record(denoiser, plan, evaluated, similarity, note, w)
+
+        unguided = [decision.action == "conditional" for decision in plan]
+        if self.rule.is_plain or all(unguided):
+            stray = [alone and was for alone, was in zip(unguided, evaluated, strict=True)]
+            return _pick(stray, formula.finished(c, c, self._phi), output) if any(stray) else output
+        assert w is not None
+        return self._apply(denoiser, formula, space, w, unguided, c, u, sample)
+
+    def _apply(self, denoiser, formula: Formula, space, w, unguided, c, u, sample) -> Tensor:
+        """The rule in place of the pipeline's combination, in the rows that are guided."""
+        a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
+        x = sample if sample.shape == c.shape else c
+        momentum = denoiser.momentum
+        g, carried = kernels.guide(x, c, u, momentum, a, b, replace(self.rule, guidance_scale=w))
+        if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
+            before = torch.zeros_like(carried) if momentum is None else momentum
+            denoiser.momentum = _pick(unguided, before, carried)
+        return formula.finished(_pick(unguided, c, g), c, self._phi)
+
+    def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
+        """Whether this step evaluated two halves; False where it plainly evaluated one and used it as it is."""
+        y = denoiser.outputs[0] if denoiser.outputs else None
+        if len(denoiser.outputs) != 1 or y is None or y.shape[0] != output.shape[0]:
+            return True
+        if getattr(self.pipe, "do_classifier_free_guidance", None) is False:
+            return False
+        plain = (residual(view(y).to(output.dtype), output, y, 0.0) for view in views(y.shape, output.shape))
+        if any(found.fits for found in plain):
+            return False
+        raise self._unsupported(denoiser, output, "its one call was not used as it is")
+
+    def _identify(self, denoiser: Denoiser, output: Tensor) -> bool:
+        found = identify(denoiser.outputs, output, self._scales(), self._phi)
+        if found.formula is None:
+            if found.undetermined:
+                return False
+            raise self._unsupported(denoiser, output, found.tried)
+        denoiser.formula = found.formula
+        denoiser.history = History(found.formula.rows)
+        self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
+        return True
+
+    def _verify(self, denoiser: Denoiser, c: Tensor, u: Tensor, output: Tensor, guided: bool) -> float | None:
+        """The pipeline's live scale, after its formula has reproduced `output`; None where it has no part in it."""
+        formula = denoiser.formula
+        assert formula is not None
+        s = None if formula.scale is None else self._scales()[formula.scale]()
+        if s is None:
+            s = formula.solve(c, u, output) if guided else 1.0
+        found = residual(formula.combine(c, u, s, self._phi), output, c - u, s)
+        if not found.fits:
+            again = identify(denoiser.outputs, output, self._scales(), self._phi)
+            if again.formula is None:
+                raise self._unsupported(denoiser, output, f"{formula} held until now, but not here: {_off(found)}")
+            denoiser.formula = replace(again.formula)
+            return self._verify(denoiser, c, u, output, guided)
+        return float(s)
+
+    def _unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
+        shapes = ", ".join(str(tuple(y.shape)) for y in denoiser.outputs) or "none that is a tensor"
+        return UnsupportedPipeline(
+            f"the guidance of {self.report.pipeline} could not be verified, so it is left alone. Step "
+            f"{len(self.report.steps)}: {denoiser.name} put out {shapes}; scheduler.step was given "
+            f"{tuple(output.shape)}; {seen}. Use the pipeline without attach."
+        )
+
+    # What the run knows
+
+    def _coming_step(self) -> Step:
+        index = len(self.report.steps)
+        counted = getattr(self.pipe, "_num_timesteps", None)
+        count = counted if isinstance(counted, int) and counted > index else max(self._clock.count, index + 1)
+        space = self._clock.next if index else self._clock.space
+        return Step(index, count, space.sigma if space is not None else None)
+
+    def _scales(self) -> Scales:
+        """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
+
+        def named(name: str) -> bool:
+            return "guidance_scale" in name or "cfg_scale" in name
+
+        here = {name: lambda name=name: getattr(self.pipe, name) for name in vars(self.pipe) if named(name)}
+        return here | {n: lambda n=n: self.arguments[n] for n in self.arguments if named(n)}
+
+    @property
+    def _phi(self) -> float:
+        value = getattr(self.pipe, "_guidance_rescale", self.arguments.get("guidance_rescale"))
+        return float(value) if isinstance(value, int | float) else 0.0
+
+    def _space(self, c: Tensor, sample: Tensor) -> Space | None:
+        """The step's space, if the rule and the policy can do without; else an error says why there is none."""
+        space = self._clock.space if sample.shape == c.shape else None
+        if space is None and (self.rule.needs_denoised or self.policy.needs_denoised):
+            if self._clock.error is not None:
+                raise self._clock.error
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} steps a sample of shape {tuple(sample.shape)} at timestep "
+                f"{self._clock.timestep} with a prediction of shape {tuple(c.shape)}: no denoised prediction can be "
+                f"formed for {self.rule} and {self.policy}; choose ones that need none, such as CFG and Hold"
+            )
+        return space
+
+    def _remember(self, denoiser, space, sample, c, u, delta, evaluated) -> tuple[Tensor, Tensor]:
+        """Keeps what policies look back on, and returns the step's similarities (NaN where unknown)."""
+        history = denoiser.history
+        unknown = torch.full((len(evaluated),), torch.nan, device=c.device)
+        found = [unknown, unknown]
+        if space is not None and any(evaluated):
+            pairs = ((space.a, space.b), space.noise_coefficients())
+            found = [_pick(evaluated, kernels.similarity(sample, c, u, *pair).float(), unknown) for pair in pairs]
+        for name, values in zip(("denoised", "noise"), found, strict=True):
+            history.similarity[name].append(values)
+        if any(evaluated):
+            history.delta = delta if history.delta is None else _pick(evaluated, delta, history.delta)
+        return found[0], found[1]
+
+    def _record(self, denoiser, plan, evaluated, similarity, note, w=None) -> None:
+        both = evaluated if evaluated is not None else [decision.action == "both" for decision in plan]
+        reasons = dict.fromkeys(filter(None, [note, *(decision.why for decision in plan)]))
+        clock = self._clock
+        self._similarities.append(similarity)
+        self.report.steps.append(
+            StepReport(
+                index=len(self.report.steps),
+                timestep=clock.timestep,
+                sigma=clock.space.sigma if clock.space is not None else None,
+                evaluated=["both" if was else "conditional" for was in both],
+                action=[decision.action for decision in plan],
+                similarity=[None] * len(plan),
+                similarity_noise=[None] * len(plan),
+                nfe=denoiser.nfe,
+                nfe_full=denoiser.nfe_full,
+                guidance_scale=w,
+                denoiser=denoiser.name,
+                note="; ".join(reasons),
+            )
+        )
+
+    def _finish_report(self) -> None:
+        """Brings the similarities to the host, once, and says what a reader would wonder about."""
+        for step, similarity in zip(self.report.steps, self._similarities, strict=True):
+            if similarity is None:
+                continue
+            step.similarity, step.similarity_noise = (to_list(values) for values in similarity)
+            broken = [
+                i for i, was in enumerate(step.evaluated) if was == "both" and step.similarity[i] is None
+            ]
+            if broken and self._clock.error is None and step.sigma is not None:
+                step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
+        if self.report.steps and not self.report.formula:
+            self.report.note = "no classifier-free guidance in this call (a guidance scale of 1 or below?): left alone"
+        elif self._clock.error is not None:
+            self.report.note = f"no similarities: {self._clock.error}"
+
+
+def _off(found: Residual) -> str:
+    return f"off by {found.error:.3g}, where rounding allows {found.allowed:.3g}"
+
+
+def _pick(chosen: list[bool], there: Tensor, otherwise: Tensor) -> Tensor:
+    """Row by row: `there` where chosen, else `otherwise`."""
+    if all(chosen):
+        return there
+    if not any(chosen):
+        return otherwise
+    mask = torch.tensor(chosen, device=there.device).view(-1, *[1] * (there.ndim - 1))
+    return torch.where(mask, there, otherwise)
+
+
+def _components(pipe: Any) -> Iterator[tuple[str, Any]]:
+    """The pipeline's schedulers, and every network of it that may be a denoiser (no text or image encoder is)."""
+    from transformers import PreTrainedModel
+
+    seen = set()
+    for name, value in vars(pipe).items():
+        denoiser = isinstance(value, torch.nn.Module) and not isinstance(value, PreTrainedModel)
+        scheduler = callable(getattr(value, "step", None)) and hasattr(value, "timesteps")
+        if (denoiser or scheduler) and id(value) not in seen:
+            seen.add(id(value))
+            yield name, value
