@@ -50,6 +50,10 @@ class History:
     """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated."""
     delta: Tensor | None = None
     """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out."""
+    cond: list[Tensor] = field(default_factory=list)
+    """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
+    uncond: list[Tensor] = field(default_factory=list)
+    """Likewise the unconditional ones; where a sample's was left out, what stood in for it."""
 
     def agreement(self, space: str) -> Tensor:
         """(steps so far, rows) similarities on the host, NaN where unknown."""
@@ -63,6 +67,8 @@ class Policy:
 
     needs_denoised = False
     """Whether `plan` looks at similarities, and so needs a scheduler whose predictions can be denoised."""
+    remembers = False
+    """Whether `estimate` looks back on all predictions of the run, which then are kept in the history."""
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         """One decision per sample for the coming step."""

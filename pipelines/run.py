@@ -121,7 +121,7 @@ class Run:
             for decision, was in zip(plan, evaluated, strict=True)
         ]
         space = self._space(c, sample)
-        similarity = self._remember(denoiser, space, sample, c, u, raw_cond - raw_uncond, evaluated)
+        similarity = self._remember(denoiser, space, sample, c, u, raw_cond, raw_uncond, evaluated)
         w = formula.w(s) if s is not None else None
         self._record(denoiser, plan, evaluated, similarity, note, w)
 
@@ -226,7 +226,7 @@ class Run:
             )
         return space
 
-    def _remember(self, denoiser, space, sample, c, u, delta, evaluated) -> tuple[Tensor, Tensor]:
+    def _remember(self, denoiser, space, sample, c, u, raw_cond, raw_uncond, evaluated) -> tuple[Tensor, Tensor]:
         """Keeps what policies look back on, and returns the step's similarities (NaN where unknown)."""
         history = denoiser.history
         unknown = torch.full((len(evaluated),), torch.nan, device=c.device)
@@ -236,7 +236,11 @@ class Run:
             found = [_pick(evaluated, kernels.similarity(sample, c, u, *pair).float(), unknown) for pair in pairs]
         for name, values in zip(("denoised", "noise"), found, strict=True):
             history.similarity[name].append(values)
+        if self.policy.remembers:
+            history.cond.append(raw_cond)
+            history.uncond.append(raw_uncond)
         if any(evaluated):
+            delta = raw_cond - raw_uncond
             history.delta = delta if history.delta is None else _pick(evaluated, delta, history.delta)
         return found[0], found[1]
 
