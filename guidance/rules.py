@@ -100,6 +100,9 @@ class CFG(Rule):
         factor = self.rescale * ratio + (1 - self.rescale)
         return Coefficients(0.0, factor, factor * (w - 1), 0.0)
 
+    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
+        return "cfg", (self.w, self.rescale)
+
 
 @dataclass(frozen=True)
 class APG(Rule):
@@ -152,16 +155,19 @@ class APG(Rule):
         DD = b * b * gram.dd + 2 * b * beta * gram.dm + beta * beta * gram.mm
         DX = b * gram.Xd + beta * gram.Xm
         # D_apg = X + (w - 1) s (D - (1 - eta) k X); the prediction that denoises to it is c + (D_apg - X) / b.
-        s = self._cap(DD, gram.numel)
+        s = (self._threshold(gram.numel) / DD.sqrt()).clamp(max=1.0)
         k = DX / gram.XX
         strength = (self.w - 1) * s / b
         return Coefficients(-strength * (1 - self.eta) * k, 1.0, strength * b, strength * beta)
 
-    def _cap(self, DD: torch.Tensor, numel: int) -> torch.Tensor:
+    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
+        return "apg", (self.w, self.momentum, self._threshold(numel), self.eta)
+
+    def _threshold(self, numel: int) -> float:
         if self.norm_threshold is None:
-            return torch.ones_like(DD)
+            return float("inf")
         scale = 1.0 if self.reference_numel is None else (numel / self.reference_numel) ** 0.5
-        return (self.norm_threshold * scale / DD.sqrt()).clamp(max=1.0)
+        return self.norm_threshold * scale
 
     @classmethod
     def preset(cls, family: Any, **changes: Any) -> "APG":

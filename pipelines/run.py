@@ -232,7 +232,7 @@ class Run:
         unknown = torch.full((len(evaluated),), torch.nan, device=c.device)
         found = [unknown, unknown]
         if space is not None and any(evaluated):
-            pairs = ((space.a, space.b), space.noise_coefficients())
+            pairs = ((space.a, space.b), (space.p, space.q))
             found = [_pick(evaluated, kernels.similarity(sample, c, u, *pair).float(), unknown) for pair in pairs]
         for name, values in zip(("denoised", "noise"), found, strict=True):
             history.similarity[name].append(values)
