@@ -1,11 +1,11 @@
 """Adaptive projected guidance, Adaptive Guidance and LinearAG for unmodified diffusers pipelines.
 
-    from diffusers_guidance import APG, AdaptiveGuidance, attach
+from diffusers_guidance import APG, AdaptiveGuidance, attach
 
-    handle = attach(pipe, rule=APG(), policy=AdaptiveGuidance())
-    image = pipe("a raccoon in a space suit", guidance_scale=12).images[0]
-    print(handle.report)
-    handle.detach()
+handle = attach(pipe, rule=APG(), policy=AdaptiveGuidance())
+image = pipe("a raccoon in a space suit", guidance_scale=12).images[0]
+print(handle.report)
+handle.detach()
 """
 
 from diffusers_guidance.errors import (

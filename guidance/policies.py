@@ -33,12 +33,14 @@ class Decision(NamedTuple):
 class Step(NamedTuple):
     """The coming evaluation: its number in this run, how many there are, and the scheduler's noise level.
 
-    A two-stage solver such as Heun makes two evaluations a step; each counts.
+    A two-stage solver such as Heun makes two evaluations a step; each counts. `velocity` is the prediction's
+    factor in `v` (see `Space.velocity`), 1 where it is not known.
     """
 
     index: int
     count: int
     sigma: float | None
+    velocity: float = 1.0
 
 
 @dataclass
@@ -50,6 +52,8 @@ class History:
     """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated."""
     delta: Tensor | None = None
     """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out."""
+    velocity: Tensor | None = None
+    """(rows,): the factor that made `v` of a prediction at the step `delta` is from."""
     cond: list[Tensor] = field(default_factory=list)
     """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
     uncond: list[Tensor] = field(default_factory=list)
@@ -75,9 +79,14 @@ class Policy:
         raise NotImplementedError
 
     def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:
-        """(rows, ...) stand-in for the unconditional prediction where `plan` said "extrapolate"."""
-        assert history.delta is not None
-        return cond - history.delta
+        """(rows, ...) stand-in for the unconditional prediction where `plan` said "extrapolate".
+
+        It holds each sample's last difference of the two as a velocity: of all spaces the one in which it
+        changes least from step to step, as noise at low noise levels and as denoised sample at high ones.
+        """
+        assert history.delta is not None and history.velocity is not None
+        factor = history.velocity / step.velocity
+        return cond - history.delta * factor.to(cond.dtype).view(-1, *[1] * (cond.ndim - 1))
 
 
 def _everyone(history: History, action: Action, why: str = "") -> list[Decision]:
@@ -127,9 +136,7 @@ class AdaptiveGuidance(Policy):
         crossed = agree.unfold(0, self.patience, 1).all(-1)  # (steps - patience + 1, rows)
         first = crossed.int().argmax(0) + self.patience - 1
         return [
-            Decision("conditional", f"similarity reached {self.threshold:g} at step {i}")
-            if done
-            else Decision("both")
+            Decision("conditional", f"similarity reached {self.threshold:g} at step {i}") if done else Decision("both")
             for done, i in zip(crossed.any(0).tolist(), first.tolist(), strict=True)
         ]
 
@@ -192,18 +199,23 @@ class Hold(Policy):
 
     Args:
         period: steps from one full evaluation to the next; 1 is every step.
-        last: evaluate the last step too, whatever the period.
+        warmup: how many steps to evaluate in full at the start, whatever the period.
+        last: count the periods back from the last step, so that it is evaluated in full too.
     """
 
     period: int = 2
+    warmup: int = 1
     last: bool = False
 
     def __post_init__(self) -> None:
         if self.period < 1:
             raise ValueError(f"period={self.period!r}: a whole number from 1 up")
+        if self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup!r}: a whole number from 1 up (there must be something to hold)")
 
     def plan(self, step: Step, history: History) -> list[Decision]:
-        if step.index % self.period == 0 or (self.last and step.index == step.count - 1):
+        along = step.count - 1 - step.index if self.last else step.index
+        if step.index < self.warmup or along % self.period == 0:
             return _everyone(history, "both")
         return _everyone(history, "extrapolate", f"held between every {self.period} steps")
 

@@ -11,8 +11,6 @@ your own module and write that method; everything else (spaces, momentum, polici
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from diffusers_guidance.kernels import Coefficients, Gram
 
 if TYPE_CHECKING:
@@ -184,7 +182,9 @@ class APG(Rule):
             preset = PRESETS[family]
         else:
             name = type(family).__name__
-            preset = next((p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"])
+            preset = next(
+                (p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"]
+            )
         return replace(preset.rule, **changes)  # type: ignore[return-value]
 
 
@@ -199,14 +199,18 @@ class Preset(NamedTuple):
 PRESETS = {
     "sdxl": Preset(APG(), "StableDiffusionXL", "arXiv 2410.02416, SDXL"),
     "normalised": Preset(
-        APG(reference_numel=4 * 128 * 128), "", "the same cap per latent number (stable-diffusion.cpp, PR 1620)"
+        APG(reference_numel=4 * 128 * 128),
+        "",
+        "the same cap per latent number (stable-diffusion.cpp, PR 1620)",
     ),
     "video": Preset(
         APG(norm_dim=(-4, -2, -1), reference_numel=4 * 128 * 128),
         "Wan",
         "per frame of (B, C, frames, H, W), as Waver's README and diffusers PR 13551 advise",
     ),
-    "hunyuanimage-2.1": Preset(APG(norm_threshold=10.0), "HunyuanImage", "shipped with HunyuanImage 2.1, w = 10"),
+    "hunyuanimage-2.1": Preset(
+        APG(norm_threshold=10.0), "HunyuanImage", "shipped with HunyuanImage 2.1, w = 10"
+    ),
     "ace-step": Preset(APG(momentum=-0.75, norm_threshold=2.5), "AceStep", "shipped with ACE-Step"),
     "waver": Preset(APG(norm_threshold=27.0), "", "shipped with Waver, w = 8"),
     "infinitetalk": Preset(APG(momentum=-0.75, norm_threshold=55.0), "", "shipped with InfiniteTalk"),

@@ -1,8 +1,8 @@
 """Spaces: every scheduler's prediction as a denoised sample, and as noise.
 
-A scheduler's sample x and the prediction y made from it are both linear in the clean sample x0 and the noise eps:
+A scheduler's sample x and the prediction y made from it are linear in the clean sample x0 and the noise eps:
 
-    x = signal * x0 + noise * eps        the levels, different at each step
+    x = signal * x0 + noise * eps        the levels of the step
     y = a line of `_DECODERS`            what "epsilon", "v_prediction", ... stand for
 
 Two equations with two unknowns, solved once per run for all its steps:
@@ -10,20 +10,20 @@ Two equations with two unknowns, solved once per run for all its steps:
     x0  = a * x + b * y
     eps = p * x + q * y
 
-Levels are read off the scheduler's numbers, and believed only if its own step or its own `add_noise` or
-`scale_noise` uses the same; what cannot be read off is declared in one table, `_DECLARED`. The rest is refused.
+Levels are read off the scheduler's numbers, and believed only where its step, its `add_noise` or its
+`scale_noise` uses the same. What cannot be read off is declared in one table, `_DECLARED`; the rest, refused.
 """
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
-
 from diffusers_guidance.errors import UnsupportedScheduler
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Space:
     The sample is the one handed to `scheduler.step`, the prediction its `model_output`: of a model that also
     predicts the variance (2C channels), the first C channels.
 
-    Options of a `step` call are not seen here: `s_churn` makes the sample noisier inside `step`, after guidance;
-    `per_token_timesteps` of the flow-matching schedulers gives every token a noise level of its own.
+    Options of a `step` call are not seen here: `s_churn` makes the sample noisier only inside `step`;
+    flow matching's `per_token_timesteps` give every token a noise level of its own.
     """
 
     a: float
@@ -42,14 +42,23 @@ class Space:
     """denoised = a * sample + b * prediction. Always finite; b is 0 where no noise is left."""
     p: float
     q: float
-    """eps = p * sample + q * prediction. Not finite where a "sample" prediction meets a sample without noise."""
+    """eps = p * sample + q * prediction. Not finite for a "sample" prediction from a sample without noise."""
     signal: float
     noise: float
     """sample = signal * x0 + noise * eps."""
     sigma: float
-    """Noise over signal, as in the scheduler's `sigmas` (inf without signal); in flow matching the flow time."""
+    """Noise over signal, as in the scheduler's `sigmas`, inf without signal; in flow matching the noise."""
     new_step: bool
     """False at the later stages of one solver step, where momentum does not advance."""
+
+    @property
+    def velocity(self) -> float:
+        """The prediction's factor in v = (signal * eps - noise * x0) / hypot(signal, noise) (arXiv 2202.00512).
+
+        With the sample given, d x0 = b d y and signal * x0 + noise * eps stays: d v = -b hypot / noise * d y.
+        """
+        factor = -self.b * math.hypot(self.signal, self.noise) / self.noise if self.noise else 0.0
+        return factor or 1.0  # no noise, or a prediction without effect: any factor will do
 
 
 class _Levels(NamedTuple):
@@ -75,7 +84,7 @@ def _flow(sigma: Tensor) -> _Levels:
 
 
 def _per_step(s: Any, numbers: Tensor) -> Tensor:
-    return numbers.double()[: len(s.timesteps)]
+    return numbers[: len(s.timesteps)].to(torch.float64, copy=True)
 
 
 def _ddim_inverse(s: Any) -> _Levels:
@@ -83,6 +92,10 @@ def _ddim_inverse(s: Any) -> _Levels:
     steps = s.config.num_train_timesteps
     t = (s.timesteps - steps // s.num_inference_steps).clamp(max=steps - 1)
     return _alphas_cumprod(torch.where(t < 0, s.initial_alpha_cumprod, s.alphas_cumprod[t.clamp(min=0)]))
+
+
+def _discrete_sigmas(s: Any) -> _Levels:
+    return _exploding(s.discrete_sigmas[(s.timesteps * (len(s.timesteps) - 1)).long()].double())
 
 
 def _trigonometric(s: Any) -> _Levels:
@@ -95,8 +108,8 @@ class _Declared(NamedTuple):
     """None: read off the scheduler's numbers and verified."""
     prediction: str | None = None
     """A line of `_DECODERS`, with a minus for its negative; None: `config.prediction_type`."""
-    second_stage: str | None = None
-    """Where a two-stage solver evaluates again: at the "end" of its step, or in the "middle" (of log sigma)."""
+    second_stage: Callable[[Any, Tensor], Tensor] | None = None
+    """Of a two-stage solver: where its second stages evaluate, given its sigmas at all stages."""
 
 
 # Looked up by class name along the MRO: covers subclasses, imports no scheduler.
@@ -106,30 +119,31 @@ _DECLARED = {
     "DDPMWuerstchenScheduler": _Declared(
         lambda s: _alphas_cumprod(s._alpha_cumprod(s.timesteps, s.timesteps.device)), "epsilon"
     ),
-    "DPMSolverSDEScheduler": _Declared(second_stage="middle"),
+    "DPMSolverSDEScheduler": _Declared(second_stage=lambda s, sigma: (sigma[:-1:2] * sigma[1::2]).sqrt()),
     "FlowMapEulerDiscreteScheduler": _Declared(prediction="flow_prediction"),
     "FlowMatchEulerDiscreteScheduler": _Declared(prediction="flow_prediction"),
-    "FlowMatchHeunDiscreteScheduler": _Declared(prediction="flow_prediction", second_stage="end"),
+    "FlowMatchHeunDiscreteScheduler": _Declared(None, "flow_prediction", lambda s, sigma: sigma[1::2]),
     "FlowMatchLCMScheduler": _Declared(prediction="flow_prediction"),
-    "HeliosDMDScheduler": _Declared(lambda s: _flow(_per_step(s, s.sigmas))),
-    "HeunDiscreteScheduler": _Declared(second_stage="end"),
+    "HeliosDMDScheduler": _Declared(lambda s: _flow(_per_step(s, s.sigmas)), "flow_prediction"),
+    "HeunDiscreteScheduler": _Declared(second_stage=lambda s, sigma: sigma[1::2]),
     "IPNDMScheduler": _Declared(
         lambda s: _preserving(_per_step(s, s.alphas), _per_step(s, s.betas)), "v_prediction"
     ),
-    # Its middle lies between sigma and sigma_down = sigma_next^2 / sigma, which is at sigma_next.
-    "KDPM2AncestralDiscreteScheduler": _Declared(second_stage="end"),
-    "KDPM2DiscreteScheduler": _Declared(second_stage="middle"),
+    "KDPM2AncestralDiscreteScheduler": _Declared(
+        second_stage=lambda s, _: _per_step(s, s.sigmas_interpol)[:-1:2]
+    ),
+    "KDPM2DiscreteScheduler": _Declared(second_stage=lambda s, _: _per_step(s, s.sigmas_interpol)[1::2]),
     "LTXEulerAncestralRFScheduler": _Declared(lambda s: _flow(_per_step(s, s.sigmas)), "flow_prediction"),
     "MiniMaxH3Scheduler": _Declared(prediction="-flow_prediction"),
     "RePaintScheduler": _Declared(lambda s: _alphas_cumprod(s.alphas_cumprod[s.timesteps]), "epsilon"),
     "SCMScheduler": _Declared(_trigonometric),
-    "ScoreSdeVeScheduler": _Declared(lambda s: _exploding(_per_step(s, s.sigmas)), "score"),
+    "ScoreSdeVeScheduler": _Declared(_discrete_sigmas, "score"),
 }
 
 
 def _velocity(s: Tensor, n: Tensor, d: float) -> tuple:
-    # y = (s d eps - n x0 / d) / h turns the plane of (x0 / d, eps) by a right angle from x / h. With d = 1 it is v
-    # (arXiv 2202.00512, app. D), of a variance-exploding sample too; with d = sigma_data it is -F of EDM
+    # y = (s d eps - n x0 / d) / h, at a right angle to x / h in the plane of x0 / d and eps. With d = 1 it is
+    # v (arXiv 2202.00512, app. D), also where s = 1 and the variance explodes; with d = sigma_data, -F of EDM
     # (arXiv 2206.00364, table 1).
     h = torch.hypot(s * d, n)
     return s * d**2 / h**2, -n * d / h, n / h**2, s * d / h
@@ -157,8 +171,17 @@ _PREMISES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 def spaces(scheduler: Any) -> tuple[Space, ...]:
     """One `Space` per entry of `scheduler.timesteps`, to be asked for after every `set_timesteps`.
 
-    Leaves the scheduler as it is. Raises `UnsupportedScheduler` where it is not certain what its predictions mean.
+    Leaves the scheduler as it is. Raises `UnsupportedScheduler` where its predictions' meaning is uncertain.
     """
+    try:
+        return _solve(scheduler)
+    except UnsupportedScheduler:
+        raise
+    except Exception as error:  # of whatever object plays the scheduler
+        _refuse(scheduler, f"its noise levels could not be read or confirmed ({error!r})", error)
+
+
+def _solve(scheduler: Any) -> tuple[Space, ...]:
     if getattr(scheduler, "timesteps", None) is None:
         _refuse(scheduler, "it has no timesteps yet, call set_timesteps first")
     s = _on_host(scheduler)
@@ -168,19 +191,27 @@ def spaces(scheduler: Any) -> tuple[Space, ...]:
     if not coefficients[:2].isfinite().all():
         _refuse(s, "a sample without signal (zero terminal SNR) cannot be denoised from such a prediction")
     rows = torch.cat([coefficients, torch.stack(levels)]).T.tolist()
-    return tuple(Space(*row, new_step=_starts_step(s, i)) for i, row in enumerate(rows))
+    return tuple(Space(*[*row, _starts_step(s, i)]) for i, row in enumerate(rows))
 
 
 def _on_host(scheduler: Any) -> Any:
-    """A shallow copy, its numbers on the host: none transferred if its steps go by sigmas there, else all at once."""
+    """A shallow copy with its numbers on the host: one transfer, none where it counts its steps in sigmas there."""
     s = copy.copy(scheduler)
-    tensors = {name: getattr(s, name, None) for name in ("sigmas", "timesteps", "alphas_cumprod")}
-    away = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.device.type != "cpu"}
-    if isinstance(tensors["sigmas"], Tensor) and "sigmas" not in away and hasattr(s, "set_begin_index"):
-        s.timesteps = torch.arange(len(s.timesteps)) if "timesteps" in away else s.timesteps
+    names = ("sigmas", "sigmas_interpol", "timesteps", "alphas_cumprod")
+    numbers = {name: t for name in names if isinstance(t := getattr(s, name, None), Tensor)}
+    away = {name: t for name, t in numbers.items() if t.device.type != "cpu"}
+    if (
+        "sigmas" in numbers
+        and not away.keys() & {"sigmas", "sigmas_interpol"}
+        and hasattr(s, "set_begin_index")
+    ):
+        if "timesteps" in away:
+            s.timesteps = torch.arange(len(s.timesteps))  # their number is all that counts
     elif away:
-        flat = torch.cat([t.flatten() for t in away.values()]).cpu()
-        for (name, t), part in zip(away.items(), flat.split([t.numel() for t in away.values()]), strict=True):
+        parts = (
+            torch.cat([t.flatten() for t in away.values()]).cpu().split([t.numel() for t in away.values()])
+        )
+        for (name, t), part in zip(away.items(), parts, strict=True):
             setattr(s, name, part.to(t.dtype))
     return s
 
@@ -191,10 +222,10 @@ def _read(s: Any, declared: _Declared) -> _Levels:
         sigma = _per_step(s, s.sigmas)
         if getattr(s, "order", 1) > 1 and declared.second_stage is None:
             _refuse(s, f"where the later stages of its steps (order={s.order}) evaluate is not known")
-        if declared.second_stage == "middle":
-            sigma[1::2] = (sigma[:-1:2] * sigma[1::2]).sqrt()
+        if declared.second_stage:
+            sigma[1::2] = declared.second_stage(s, sigma)
         if hasattr(s, "_sigma_to_alpha_sigma_t"):
-            # The step itself asks this, whatever add_noise does (that of SASolverScheduler goes by timesteps).
+            # The step itself asks this, whatever add_noise does (SASolverScheduler's goes by timesteps).
             signal, noise = s._sigma_to_alpha_sigma_t(sigma)
             return _Levels(signal.double().expand_as(sigma), noise, sigma)
         levels = _flow(sigma) if hasattr(s, "scale_noise") else _exploding(sigma)
@@ -214,13 +245,10 @@ def _verify(s: Any, levels: _Levels) -> None:
     for i in {starts[0], starts[len(starts) // 2], starts[-1]}:
         s._begin_index, s._step_index = i, None  # of the copy
         t = s.timesteps[i].expand(2)
-        try:
-            x = s.scale_noise(x0, t, 1 - x0) if hasattr(s, "scale_noise") else s.add_noise(x0, 1 - x0, t)
-        except Exception as error:
-            _refuse(s, f"it did not add noise to a probe, to confirm its levels ({error!r})", error)
-        expected = torch.stack([levels.signal[i], levels.noise[i]])
-        if not torch.allclose(x.flatten().double(), expected, rtol=1e-4, atol=1e-4):
-            _refuse(s, f"at step {i} its signal and noise are {x.flatten().tolist()}, not {expected.tolist()}")
+        x = s.scale_noise(x0, t, 1 - x0) if hasattr(s, "scale_noise") else s.add_noise(x0, 1 - x0, t)
+        mix, expected = x.flatten().double(), torch.stack([levels.signal[i], levels.noise[i]])
+        if not torch.allclose(mix, expected, rtol=1e-4, atol=1e-4):
+            _refuse(s, f"at step {i} it mixes x0 and noise by {mix.tolist()}, not by {expected.tolist()}")
 
 
 def _decode(s: Any, declared: _Declared, levels: _Levels) -> Tensor:
@@ -234,8 +262,7 @@ def _decode(s: Any, declared: _Declared, levels: _Levels) -> Tensor:
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
     if name not in _DECODERS:
         _refuse(s, "its type of prediction is not known")
-    has_data_std = name == "trigflow" or hasattr(s, "precondition_outputs")
-    d = s.config.sigma_data if has_data_std else 1.0
+    d = s.config.sigma_data if name == "trigflow" or hasattr(s, "precondition_outputs") else 1.0
     if name in _PREMISES and _PREMISES[name](signal, noise, d).abs().max() > 1e-5:
         _refuse(s, f"{name} does not go with its noise levels")
     a, b, p, q = (torch.as_tensor(k).double().expand_as(signal) for k in _DECODERS[name](signal, noise, d))
@@ -243,10 +270,11 @@ def _decode(s: Any, declared: _Declared, levels: _Levels) -> Tensor:
 
 
 def _prediction(s: Any, declared: _Declared) -> str:
-    # Configs carry foreign keys along (`from_config`), so a declaration counts more than a key the class ignores.
-    if declared.prediction and "prediction_type" not in inspect.signature(type(s).__init__).parameters:
+    # `from_config` carries foreign keys along: a declaration counts more, save in a subclass that has the choice.
+    choice = type(s).__name__ not in _DECLARED and "prediction_type" in inspect.signature(type(s)).parameters
+    if declared.prediction and not choice:
         return declared.prediction if not _is_inverted(s) else f"-{declared.prediction}"
-    name = str(getattr(s, "config", {}).get("prediction_type"))
+    name = str(_config(s, "prediction_type"))
     # The EDM schedulers call F "epsilon", and -F "v_prediction".
     return "-v_prediction" if name == "epsilon" and hasattr(s, "precondition_outputs") else name
 
@@ -255,14 +283,14 @@ def _is_inverted(s: Any) -> bool:
     """Whether flow time rises: `FlowMatchEulerDiscreteScheduler(invert_sigmas=True)`."""
     if not hasattr(s, "scale_noise") or s.sigmas[-1] <= s.sigmas[0]:
         return False
-    if s.config.get("stochastic_sampling", True):
+    if _config(s, "stochastic_sampling", True):
         _refuse(s, "its step does not heed invert_sigmas")
     return True
 
 
 def _starts_step(s: Any, i: int) -> bool:
     if hasattr(s, "plms_timesteps"):
-        # PNDM from its first timestep on: Runge-Kutta steps of four stages, or one Heun step, then one stage each.
+        # PNDM from its first timestep: Runge-Kutta steps of four stages or a Heun step, then one stage each.
         return i != 1 if s.config.skip_prk_steps else i >= len(s.prk_timesteps) or i % 4 == 0
     if hasattr(s, "order_list"):
         # DPMSolverSinglestepScheduler: 1, 2, 3 are the stages of a third-order step.
@@ -270,10 +298,13 @@ def _starts_step(s: Any, i: int) -> bool:
     return i % getattr(s, "order", 1) == 0
 
 
+def _config(s: Any, key: str, default: Any = None) -> Any:
+    return getattr(s, "config", {}).get(key, default)
+
+
 def _refuse(s: Any, why: str, cause: Exception | None = None) -> NoReturn:
-    prediction_type = getattr(s, "config", {}).get("prediction_type")
     raise UnsupportedScheduler(
-        f"{type(s).__name__} with prediction_type={prediction_type!r}: {why}. Supported are {', '.join(_DECODERS)} "
-        f"predictions of schedulers whose sigmas or alphas_cumprod their own add_noise or scale_noise confirms, "
-        f"and {', '.join(_DECLARED)}."
+        f"{type(s).__name__} with prediction_type={_config(s, 'prediction_type')!r}: {why}. Supported are "
+        f"{', '.join(_DECODERS)} predictions of schedulers whose sigmas or alphas_cumprod their own "
+        f"add_noise or scale_noise confirms, and {', '.join(_DECLARED)}."
     ) from cause

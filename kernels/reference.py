@@ -13,6 +13,7 @@ is summed: their entries carry the cancellation in `a * sample + b * cond` and i
 elementwise, where inner products of (sample, cond, uncond) would square it.
 """
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 
 class Gram(NamedTuple):
-    """Inner products and sums over each group; every tensor is (B, 1, ..., 1) unless `norm_dim` keeps dimensions."""
+    """Inner products and sums over each group; all (B, 1, ..., 1) unless `norm_dim` keeps dimensions."""
 
     XX: Tensor
     Xc: Tensor
@@ -40,7 +41,7 @@ class Gram(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """prediction = X * X_t + c * c_t + d * d_t + m * m_t; floats, or tensors shaped like the Gram's entries."""
+    """prediction = X * X_t + c * c_t + d * d_t + m * m_t; floats, or tensors like the Gram's entries."""
 
     X: Tensor | float
     c: Tensor | float
@@ -66,20 +67,27 @@ def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] |
     vectors = (X, c, d, m)
     products = [(p * q).sum(dim, keepdim=True) for i, p in enumerate(vectors) for q in vectors[i:]]
     sums = [p.sum(dim, keepdim=True) for p in vectors]
-    return Gram(*products, *sums, numel=X[0].numel() if norm_dim is None else _extent(X, dim))
+    return Gram(*products, *sums, numel=group_numel(X, norm_dim))
 
 
-def _extent(x: Tensor, dim: tuple[int, ...]) -> int:
-    numel = 1
-    for i in dim:
-        numel *= x.shape[i]
-    return numel
+def group_numel(x: Tensor, norm_dim: tuple[int, ...] | None) -> int:
+    """How many numbers of `x`, (B, ...), make a group."""
+    return math.prod(x.shape[1:] if norm_dim is None else (x.shape[i] for i in norm_dim))
+
+
+def finite_coefficients(rule: Rule, g: Gram, b: float) -> Coefficients:
+    """The rule's coefficients as tensors like the Gram's entries; NaN where the group is to stay unguided."""
+    k = Coefficients(
+        *(torch.as_tensor(k_i, dtype=g.dd.dtype, device=g.dd.device) for k_i in rule.coefficients(g, b))
+    )
+    finite = torch.isfinite(k.X + k.c + k.d + k.m + g.dd + g.mm)
+    return Coefficients(*(torch.where(finite, k_i, torch.nan) for k_i in k))
 
 
 def guide(
     sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """One guided prediction per sample, in the space of `cond`, and the new momentum `b * d + rule.momentum * m`.
+    """One guided prediction per sample, in the space of `cond`, and the new momentum, b d + rule.momentum m.
 
     Tensors are (B, ...); `denoised = a * sample + b * prediction`. Arithmetic is float32 (float64 for float64
     input), the prediction has the dtype of `cond`, the momentum is float32. Where a coefficient or the
@@ -93,13 +101,54 @@ def guide(
     m = torch.zeros_like(c) if momentum is None else momentum.to(working)
 
     g = gram(X, c, d, m, rule.norm_dim)
-    k = Coefficients(
-        *(torch.as_tensor(k_i, dtype=working, device=c.device) for k_i in rule.coefficients(g, b))
-    )
-    finite = torch.isfinite(k.X + k.c + k.d + k.m + g.dd + g.mm)
+    k = finite_coefficients(rule, g, b)
+    finite = torch.isfinite(k.X)
     prediction = torch.where(finite, k.X * X + k.c * c + k.d * d + k.m * m, c)
     new_momentum = torch.where(finite, b * d + rule.momentum * m, 0.0)
     return prediction.to(cond.dtype), new_momentum
+
+
+class Update(NamedTuple):
+    """A first-order scheduler step: (x, p) mean `x * sample + p * prediction`, in the dtype beside it."""
+
+    next: tuple[float, float]
+    dtype: torch.dtype
+    denoised: tuple[float, float] | None
+    denoised_dtype: torch.dtype | None
+
+
+def step(
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    momentum: Tensor | None,
+    a: float,
+    b: float,
+    rule: Rule,
+    update: Update,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`guide` and the scheduler's step in one: next sample, denoised sample if wanted, new momentum."""
+    working = torch.promote_types(cond.dtype, torch.float32)
+    prediction, new_momentum = guide(sample, cond.to(working), uncond, momentum, a, b, rule)
+    x = sample.to(working)
+    next_sample = (update.next[0] * x + update.next[1] * prediction).to(update.dtype)
+    if update.denoised is None:
+        return next_sample, None, new_momentum
+    denoised = (update.denoised[0] * x + update.denoised[1] * prediction).to(update.denoised_dtype)
+    return next_sample, denoised, new_momentum
+
+
+def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
+    """Sum over k of `coefficients[k] * history[k]`; history (K, B, C, ...), coefficients (K,) or (K, C).
+
+    With past predictions as the history, LinearAG's estimate of the one left out (arXiv 2312.12487).
+    """
+    working = torch.promote_types(history.dtype, torch.float32)
+    factors = coefficients.to(history.device, working)
+    if factors.ndim == 1:
+        return torch.tensordot(factors, history.to(working), dims=1).to(history.dtype)
+    factors = factors.reshape(*factors.shape[:1], 1, *factors.shape[1:], *[1] * (history.ndim - 3))
+    return (factors * history.to(working)).sum(0).to(history.dtype)
 
 
 def similarity(sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float) -> Tensor:

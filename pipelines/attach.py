@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers import DiffusionPipeline
-
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.run import Run

@@ -7,7 +7,7 @@ from diffusers_guidance.spaces import Space, spaces
 
 
 class Clock:
-    """Follows one run through `scheduler.timesteps`; reads the table once and searches it only where it must."""
+    """Follows one run through one scheduler's timesteps; reads the table once, searches it only where it must."""
 
     def __init__(self) -> None:
         self.error: UnsupportedScheduler | None = None
@@ -19,7 +19,8 @@ class Clock:
         self._values: list[float] = []
         self._table: tuple[Space, ...] | None = None
         self._index = -1
-        self._steps = 0
+        self.steps = 0
+        """Evaluations made so far."""
 
     def tick(self, scheduler: Any, timestep: Any) -> None:
         """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
@@ -30,9 +31,9 @@ class Clock:
         known = 0 <= self._index < len(self._values)
         self.timestep = self._values[self._index] if known else None
         self.space = self._table[self._index] if known and self._table is not None else None
-        if self._steps == 0:
+        if self.steps == 0:
             self.count = len(self._values) - max(self._index, 0)
-        self._steps += 1
+        self.steps += 1
 
     @property
     def next(self) -> Space | None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from diffusers_guidance.pipelines import rows as batch
+from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.formula import Formula
 from diffusers_guidance.policies import Decision, History, Policy, Step
+from torch import Tensor
 
 
 @dataclass
@@ -24,8 +24,10 @@ class Denoiser:
     formula: Formula | None = None
     history: History | None = None
     momentum: Tensor | None = None
-    spare: Callable[[str, Any], bool] | None = None
-    """Which arguments are left whole when a part of the batch is taken."""
+    clock: Clock | None = None
+    """That of the scheduler which its predictions go to."""
+    reading: batch.Reading = batch.READINGS[0]
+    """How a part of the batch is taken from a call's arguments."""
     whole: str = ""
     """Why no part of the batch can be taken, if so."""
 
@@ -76,9 +78,11 @@ class Denoiser:
         place = {row: i for i, row in enumerate(kept)}
         # A left-out row stands in as its conditional partner, so that u + s (c - u) gives c exactly.
         source = [place.get(row, place[cond_start + row % n]) for row in range(2 * n)]
-        part_args, part_kwargs = batch.take((args, dict(kwargs)), 2 * n, kept, self.spare)
-        part = call(*part_args, **part_kwargs)
-        output = batch.take(part, len(kept), source)
+        try:
+            part = self._call_part(call, args, kwargs, 2 * n, kept)
+        except _MISFITS as error:
+            return self._give_up(error, call, args, kwargs, 2 * n)
+        output = batch.take(part, len(kept), source, _OUTPUT)
         y = batch.prediction(output)
         assert y is not None
         cond, uncond = y[cond_start : cond_start + n], y[uncond_start : uncond_start + n]
@@ -102,10 +106,12 @@ class Denoiser:
 
         wanted = [i for i, both in enumerate(self.evaluates) if both]
         if wanted:
-            part_args, part_kwargs = batch.take((args, dict(kwargs)), n, wanted, self.spare)
-            part = call(*part_args, **part_kwargs)
+            try:
+                part = self._call_part(call, args, kwargs, n, wanted)
+            except _MISFITS as error:
+                return self._give_up(error, call, args, kwargs, n)
             place = {row: i for i, row in enumerate(wanted)}
-            output = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)])
+            output = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], _OUTPUT)
             uncond = batch.prediction(output)
         else:
             output, uncond = self.template, None
@@ -141,6 +147,18 @@ class Denoiser:
         mask = torch.tensor(guess, device=cond.device).view(-1, *[1] * (cond.ndim - 1))
         return torch.where(mask, estimate, uncond)
 
+    def _call_part(self, call: Callable, args: tuple, kwargs: dict, rows: int, index: list[int]) -> Any:
+        """The call on the rows `index` alone."""
+        part_args, part_kwargs = batch.take((args, dict(kwargs)), rows, index, self.reading)
+        return call(*part_args, **part_kwargs)
+
+    def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int) -> Any:
+        """Cut in the wrong place, the arguments no longer fit together: from now on nothing is left out."""
+        self.whole = f"no part of the batch can be evaluated on its own ({error})"
+        output = call(*args, **kwargs)
+        self._note(batch.prediction(output), rows, rows)
+        return output
+
     def _note(self, prediction: Tensor | None, evaluated: int, asked: int) -> None:
         if prediction is not None:
             self.outputs.append(prediction)
@@ -150,8 +168,8 @@ class Denoiser:
     def try_parts(self) -> str:
         """On the identifying step: makes sure that a part of the batch gives what the whole gave.
 
-        Costs an evaluation only where an argument looks as if it might be a position table that has as many
-        entries as the batch has rows. Returns a note for the report.
+        Costs evaluations only where an argument's shape leaves open how it is to be cut. Returns a note for
+        the report.
         """
         formula = self.formula
         assert formula is not None
@@ -160,27 +178,29 @@ class Denoiser:
         n, groups = formula.rows, 2 if formula.batched else 1
         if groups == 1 and n == 1:
             return ""
-        names = batch.doubtful((args, dict(kwargs)), n * groups, groups)
+        names = batch.doubts((args, dict(kwargs)), n * groups, groups)
         if not names:
             return ""
-        index = list(range(n)) if groups == 1 else [formula.cond_index * n + i for i in range(n)]
-        index = index[: n - 1] if groups == 1 else index
+        index = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))
         whole = batch.prediction(output)
         assert whole is not None
-        for spare in (batch.positional, None):
-            part_args, part_kwargs = batch.take((args, dict(kwargs)), n * groups, index, spare)
+        expected = whole[index].double()
+        close = max(1e-4, 2 * torch.finfo(whole.dtype).eps) * float(expected.norm())
+        why = f"because of {', '.join(names)}"
+        for self.reading in batch.READINGS:
             self.nfe += len(index)
             try:
-                part = batch.prediction(call(*part_args, **part_kwargs))
-            except (RuntimeError, ValueError, IndexError, TypeError):
-                continue  # cut in the wrong place, the arguments no longer fit together
-            expected = whole[index]
-            close = max(1e-4, 2 * torch.finfo(whole.dtype).eps) * float(expected.double().norm())
-            if part is not None and part.shape == expected.shape and float((part - expected).double().norm()) <= close:
-                self.spare = spare
-                return f"a part of the batch was tried on its own, because of {', '.join(names)}"
-        self.whole = f"no part of the batch can be evaluated on its own, because of {', '.join(names)}"
+                part = batch.prediction(self._call_part(call, args, kwargs, n * groups, index))
+            except _MISFITS:
+                continue
+            if part is not None and part.shape == expected.shape and float((part - expected).norm()) <= close:
+                return f"a part of the batch was tried on its own, {why}"
+        self.whole = f"no part of the batch can be evaluated on its own, {why}"
         return self.whole
+
+
+_OUTPUT = batch.Reading(elements=True, folded=False, second=False)
+_MISFITS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 def _rows(args: tuple, kwargs: dict) -> int:

@@ -162,11 +162,12 @@ def norm(x: Tensor) -> float:
     return float(x.double().norm())
 
 
-def residual(expected: Tensor, output: Tensor, d: Tensor, s: float) -> Residual:
-    """Compares a reproduced model output with the pipeline's own, as computed in the dtype of `d`."""
+def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: float) -> Residual:
+    """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype."""
     if torch.equal(expected, output):
         return Residual(True, 0.0, 0.0)
-    allowed = 4 * torch.finfo(d.dtype).eps * (norm(output) + abs(s) * norm(d))
+    # Every order of operations rounds terms no larger than these, each by less than eps.
+    allowed = torch.finfo(c.dtype).eps * (norm(output) + abs(s) * (norm(c) + norm(u)))
     return Residual(False, norm(expected - output), allowed)
 
 
@@ -210,7 +211,7 @@ def identify(outputs: Sequence[Tensor], output: Tensor, scales: Scales, phi: flo
         if not formula.finish:
             candidates.append((None, formula.solve(c, u, output)))
         for name, s in candidates:
-            found = residual(formula.combine(c, u, s, phi), output, d, s)
+            found = residual(formula.combine(c, u, s, phi), output, c, u, s)
             named = replace(formula, scale=name)
             if found.equal and formula.w(s) > 0:
                 return Identified(named, False, "")
@@ -218,7 +219,10 @@ def identify(outputs: Sequence[Tensor], output: Tensor, scales: Scales, phi: flo
             # which the one that guides towards c is meant.
             if found.fits and found.allowed < 0.1 * abs(s) * size and formula.w(s) >= 1 and close is None:
                 close = named
-            best = min(best, (found.error / size, f"{named}, with s = {s:g}, is off by {found.error / size:.2g} |c - u|"))
+            best = min(
+                best,
+                (found.error / size, f"{named}, with s = {s:g}, is off by {found.error / size:.2g} |c - u|"),
+            )
     if close is not None:
         return Identified(close, False, "")
     return Identified(None, undetermined and best[0] == float("inf"), best[1])

@@ -1,12 +1,13 @@
 """Taking some samples out of a denoiser call, and putting its output back together.
 
 A call's arguments are a tree of tuples, lists, dicts and tensors. What has one entry per row of the batch is
-cut (tensors along their first dimension, lists of tensors by element), the rest is passed on. Position tables
-can have as many entries as the batch has rows by accident; `doubtful` finds what only a trial can settle.
+cut (tensors along their first dimension), the rest is passed on. Where shapes leave open what is meant, a
+`Reading` decides; `doubts` says whether there is anything to decide, and a trial finds the right one.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,27 +16,69 @@ from torch import Tensor
 _POSITIONAL = re.compile(r"rope|rotary|freqs|coords|grid|position|_ids$|_shapes$")
 
 
-def is_rows(value: Any, rows: int) -> bool:
-    """Whether `value` has one entry per row of a batch of `rows`."""
-    if isinstance(value, Tensor):
-        return value.ndim > 0 and value.shape[0] == rows
+@dataclass(frozen=True)
+class Reading:
+    """What is cut of the arguments whose shape leaves it open.
+
+    Args:
+        tables: arguments called like position tables, when they have as many entries as the batch has rows.
+        elements: lists of as many tensors as rows, by element even if each tensor has that many rows too.
+        folded: tensors with a multiple of the rows (frames folded into the batch), in blocks.
+        second: tensors with the rows in their second dimension.
+    """
+
+    tables: bool = True
+    elements: bool = False
+    folded: bool = True
+    second: bool = True
+
+
+READINGS = (
+    Reading(),
+    Reading(tables=False),
+    Reading(elements=True),
+    Reading(folded=False),
+    Reading(second=False),
+    Reading(tables=False, folded=False, second=False),
+)
+"""In the order in which they are tried."""
+
+
+def _listed(value: Any, rows: int) -> bool:
     return isinstance(value, list) and len(value) == rows > 0 and all(isinstance(v, Tensor) for v in value)
 
 
-def take(tree: Any, rows: int, index: list[int], spare: Callable[[str, Any], bool] | None = None, name="") -> Any:
-    """`tree` with row `index[i]` of everything that has `rows` rows in place i; `spare(name, value)` is left whole."""
-    if spare is not None and spare(name, tree):
+def _leads(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+
+
+def _folded(name: str, value: Any, rows: int) -> bool:
+    large = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] > rows > 0
+    return large and value.shape[0] % rows == 0 and not _POSITIONAL.search(name)
+
+
+def _second(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 2 and value.shape[0] != rows and value.shape[1] == rows
+
+
+def take(tree: Any, rows: int, index: list[int], reading: Reading = READINGS[0], name: str = "") -> Any:
+    """`tree` with row `index[i]` of everything that has `rows` rows in place i."""
+    if _listed(tree, rows) and (reading.elements or not all(_leads(v, rows) for v in tree)):
+        return [tree[i] for i in index]
+    if isinstance(tree, Tensor):
+        if _leads(tree, rows):
+            return tree if _POSITIONAL.search(name) and not reading.tables else _select(tree, index)
+        if reading.second and rows > 1 and _second(tree, rows):
+            return _select(tree.transpose(0, 1), index).transpose(0, 1)
+        if reading.folded and rows > 1 and _folded(name, tree, rows):
+            return _select(tree.unflatten(0, (rows, -1)), index).flatten(0, 1)
         return tree
-    if is_rows(tree, rows):
-        return _select(tree, index) if isinstance(tree, Tensor) else [tree[i] for i in index]
     if isinstance(tree, dict):
-        kept = {key: take(value, rows, index, spare, str(key)) for key, value in tree.items()}
+        kept = {key: take(value, rows, index, reading, str(key)) for key, value in tree.items()}
         return kept if type(tree) is dict else type(tree)(**kept)
     if isinstance(tree, list | tuple):
-        kept_items = [take(value, rows, index, spare, name) for value in tree]
-        if hasattr(tree, "_fields"):  # a named tuple
-            return type(tree)(*kept_items)
-        return type(tree)(kept_items)
+        kept_items = [take(value, rows, index, reading, name) for value in tree]
+        return type(tree)(*kept_items) if hasattr(tree, "_fields") else type(tree)(kept_items)
     return tree
 
 
@@ -46,7 +89,7 @@ def _select(tensor: Tensor, index: list[int]) -> Tensor:
 
 
 def _leaves(tree: Any, rows: int, name: str = "") -> Iterator[tuple[str, Any]]:
-    if is_rows(tree, rows):
+    if isinstance(tree, Tensor) or _listed(tree, rows):
         yield name, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
@@ -56,24 +99,24 @@ def _leaves(tree: Any, rows: int, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, rows, name)
 
 
-def positional(name: str, value: Any) -> bool:
-    """Whether an argument is called like a position table."""
-    return _POSITIONAL.search(name) is not None
-
-
-def doubtful(tree: Any, rows: int, groups: int) -> list[str]:
-    """Names of arguments with `rows` entries that may be position tables instead.
+def doubts(tree: Any, rows: int, groups: int) -> list[str]:
+    """Names of the arguments of which it is open whether and how they are cut.
 
     What repeats in each of the batch's `groups` (latents, sizes) was made by repeating it, and is no doubt.
     """
 
-    def repeats(value: Any) -> bool:
-        if groups == 1 or not isinstance(value, Tensor):
-            return False
+    def repeats(value: Tensor) -> bool:
         first, *others = value.chunk(groups)
-        return all(torch.equal(first, other) for other in others)
+        return groups > 1 and all(torch.equal(first, other) for other in others)
 
-    return [name for name, value in _leaves(tree, rows) if positional(name, value) and not repeats(value)]
+    def open_question(name: str, value: Any) -> bool:
+        if isinstance(value, list):
+            return all(_leads(v, rows) for v in value)
+        if _leads(value, rows):
+            return _POSITIONAL.search(name) is not None and not repeats(value)
+        return _folded(name, value, rows) or _second(value, rows)
+
+    return list(dict.fromkeys(name for name, value in _leaves(tree, rows) if open_question(name, value)))
 
 
 def prediction(output: Any) -> Tensor | None:

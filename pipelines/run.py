@@ -15,18 +15,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser
-from diffusers_guidance.pipelines.formula import Formula, Residual, Scales, identify, residual, views
+from diffusers_guidance.pipelines.formula import Formula, Scales, identify, residual, views
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
 from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule
 from diffusers_guidance.spaces import Space
+from torch import Tensor
 
 
 class Run:
@@ -38,7 +37,9 @@ class Run:
         self._denoisers: dict[int, Denoiser] = {}
         self._active: Denoiser | None = None
         self._called = False
+        self._clocks: dict[int, Clock] = {}
         self._clock = Clock()
+        """That of the scheduler stepped last."""
         self._similarities: list[tuple[Tensor, Tensor] | None] = []
 
     @contextmanager
@@ -66,7 +67,7 @@ class Run:
     def on_call(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for a call of the denoiser."""
         denoiser = self._denoisers[id(module)]
-        step = self._coming_step()
+        step = self._step_of(denoiser.clock)
         if not denoiser.nfe_full:  # its first call since the last step
             denoiser.begin_step(self.policy, step)
         self._active, self._called = denoiser, True
@@ -79,6 +80,7 @@ class Run:
             return step(*args, **kwargs)
         bound = inspect.signature(step).bind(*args, **kwargs)
         output, sample = bound.arguments["model_output"], bound.arguments["sample"]
+        self._clock = denoiser.clock = self._clocks.setdefault(id(scheduler), Clock())
         self._clock.tick(scheduler, bound.arguments.get("timestep"))
         try:
             guided = self._guide(denoiser, output, sample)
@@ -98,23 +100,21 @@ class Run:
         if not self._is_guided(denoiser, output):
             self._record(denoiser, [Decision("conditional")] * output.shape[0], None, None, "no guidance at this step")
             return output
-        step = self._coming_step()
         if denoiser.formula is None:
             if not self._identify(denoiser, output):
                 same = [Decision("both")] * output.shape[0]
                 self._record(denoiser, same, None, None, "both predictions agree: nothing to identify yet")
                 return output
             note = denoiser.try_parts() if not isinstance(self.policy, EveryStep) else ""
-            denoiser.decisions = self.policy.plan(step, denoiser.history)
+            denoiser.decisions = self.policy.plan(self._step_of(self._clock, now=True), denoiser.history)
             evaluated = [True] * denoiser.formula.rows
         else:
             evaluated = denoiser.evaluates
-        formula, history, plan = denoiser.formula, denoiser.history, denoiser.decisions
-
-        raw_cond, raw_uncond = formula.halves(denoiser.outputs)
-        c, u = formula.seen(raw_cond), formula.seen(raw_uncond)
-        s = self._verify(denoiser, c, u, output, any(evaluated))
+            note = denoiser.whole
+        plan = denoiser.decisions
+        c, u, s = self._verify(denoiser, output, any(evaluated))
         formula = denoiser.formula
+        raw_cond, raw_uncond = formula.halves(denoiser.outputs)
         # An estimate is not needed where the real thing was evaluated after all.
         plan = [
             Decision("both") if decision.action == "extrapolate" and was else decision
@@ -122,14 +122,13 @@ class Run:
         ]
         space = self._space(c, sample)
         similarity = self._remember(denoiser, space, sample, c, u, raw_cond, raw_uncond, evaluated)
-        w = formula.w(s) if s is not None else None
+        w = formula.w(s)
         self._record(denoiser, plan, evaluated, similarity, note, w)
 
         unguided = [decision.action == "conditional" for decision in plan]
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, evaluated, strict=True)]
             return _pick(stray, formula.finished(c, c, self._phi), output) if any(stray) else output
-        assert w is not None
         return self._apply(denoiser, formula, space, w, unguided, c, u, sample)
 
     def _apply(self, denoiser, formula: Formula, space, w, unguided, c, u, sample) -> Tensor:
@@ -150,7 +149,7 @@ class Run:
             return True
         if getattr(self.pipe, "do_classifier_free_guidance", None) is False:
             return False
-        plain = (residual(view(y).to(output.dtype), output, y, 0.0) for view in views(y.shape, output.shape))
+        plain = (residual(view(y).to(output.dtype), output, y, y, 0.0) for view in views(y.shape, output.shape))
         if any(found.fits for found in plain):
             return False
         raise self._unsupported(denoiser, output, "its one call was not used as it is")
@@ -166,21 +165,30 @@ class Run:
         self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
         return True
 
-    def _verify(self, denoiser: Denoiser, c: Tensor, u: Tensor, output: Tensor, guided: bool) -> float | None:
-        """The pipeline's live scale, after its formula has reproduced `output`; None where it has no part in it."""
+    def _verify(self, denoiser: Denoiser, output: Tensor, guided: bool) -> tuple[Tensor, Tensor, float]:
+        """(c, u, live scale), after the pipeline's formula has reproduced `output` from them."""
         formula = denoiser.formula
         assert formula is not None
-        s = None if formula.scale is None else self._scales()[formula.scale]()
-        if s is None:
-            s = formula.solve(c, u, output) if guided else 1.0
-        found = residual(formula.combine(c, u, s, self._phi), output, c - u, s)
+        c, u, s = self._read(denoiser, formula, output, guided)
+        found = residual(formula.combine(c, u, s, self._phi), output, c, u, s)
         if not found.fits:
-            again = identify(denoiser.outputs, output, self._scales(), self._phi)
-            if again.formula is None:
-                raise self._unsupported(denoiser, output, f"{formula} held until now, but not here: {_off(found)}")
-            denoiser.formula = replace(again.formula)
-            return self._verify(denoiser, c, u, output, guided)
-        return float(s)
+            again = identify(denoiser.outputs, output, self._scales(), self._phi).formula
+            if again is None:
+                seen = f"off by {found.error:.3g}, where rounding allows {found.allowed:.3g}"
+                raise self._unsupported(denoiser, output, f"{formula} held until now, but here it is {seen}")
+            denoiser.formula = again
+            c, u, s = self._read(denoiser, again, output, guided)
+        return c, u, s
+
+    def _read(self, denoiser: Denoiser, formula: Formula, output: Tensor, guided: bool) -> tuple[Tensor, Tensor, float]:
+        c, u = (formula.seen(half) for half in formula.halves(denoiser.outputs))
+        if formula.scale is not None:
+            return c, u, float(self._scales()[formula.scale]())
+        return (
+            c,
+            u,
+            formula.solve(c, u, output) if guided else 1.0,
+        )  # without guidance the scale has no part in it
 
     def _unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
         shapes = ", ".join(str(tuple(y.shape)) for y in denoiser.outputs) or "none that is a tensor"
@@ -192,12 +200,17 @@ class Run:
 
     # What the run knows
 
-    def _coming_step(self) -> Step:
-        index = len(self.report.steps)
-        counted = getattr(self.pipe, "_num_timesteps", None)
-        count = counted if isinstance(counted, int) and counted > index else max(self._clock.count, index + 1)
-        space = self._clock.next if index else self._clock.space
-        return Step(index, count, space.sigma if space is not None else None)
+    def _step_of(self, clock: Clock | None, now: bool = False) -> Step:
+        """The coming evaluation by this clock, or the one it shows now."""
+        if clock is None:
+            return Step(0, 1, None)
+        index = clock.steps - 1 if now else clock.steps
+        counted = getattr(self.pipe, "_num_timesteps", None)  # fewer where a pipeline stops early
+        count = counted if isinstance(counted, int) and index < counted < clock.count else clock.count
+        space = clock.space if now else clock.next
+        if space is None:
+            return Step(index, max(count, index + 1), None)
+        return Step(index, max(count, index + 1), space.sigma, space.velocity)
 
     def _scales(self) -> Scales:
         """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
@@ -241,7 +254,11 @@ class Run:
             history.uncond.append(raw_uncond)
         if any(evaluated):
             delta = raw_cond - raw_uncond
-            history.delta = delta if history.delta is None else _pick(evaluated, delta, history.delta)
+            velocity = torch.full((len(evaluated),), 1.0 if space is None else space.velocity, device=c.device)
+            if history.delta is not None and history.velocity is not None:
+                delta = _pick(evaluated, delta, history.delta)
+                velocity = _pick(evaluated, velocity, history.velocity)
+            history.delta, history.velocity = delta, velocity
         return found[0], found[1]
 
     def _record(self, denoiser, plan, evaluated, similarity, note, w=None) -> None:
@@ -272,19 +289,13 @@ class Run:
             if similarity is None:
                 continue
             step.similarity, step.similarity_noise = (to_list(values) for values in similarity)
-            broken = [
-                i for i, was in enumerate(step.evaluated) if was == "both" and step.similarity[i] is None
-            ]
+            broken = [i for i, was in enumerate(step.evaluated) if was == "both" and step.similarity[i] is None]
             if broken and self._clock.error is None and step.sigma is not None:
                 step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
         if self.report.steps and not self.report.formula:
             self.report.note = "no classifier-free guidance in this call (a guidance scale of 1 or below?): left alone"
         elif self._clock.error is not None:
             self.report.note = f"no similarities: {self._clock.error}"
-
-
-def _off(found: Residual) -> str:
-    return f"off by {found.error:.3g}, where rounding allows {found.allowed:.3g}"
 
 
 def _pick(chosen: list[bool], there: Tensor, otherwise: Tensor) -> Tensor:

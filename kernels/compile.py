@@ -1,0 +1,169 @@
+"""Compiles every kernel that ships ahead of time, without a GPU: `python -m diffusers_guidance.kernels.compile`.
+
+Prints a thread's registers and stack for sm_80, sm_90 and gfx942, and exits 1 where a kernel spills.
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from diffusers_guidance.kernels import launch, programs
+from diffusers_guidance.kernels.coefficients import COEFFICIENTS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+FOLD = {"fp32": 4, "fp16": 8, "bf16": 8}
+
+
+class Specialisation(NamedTuple):
+    """One kernel as a launch would ask for it."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str | None]
+    """Element type of each tensor; None: not passed."""
+    constants: dict[str, Any]
+    threads: int
+    ctas: int = 1
+
+
+class Usage(NamedTuple):
+    """What one thread of the compiled kernel takes."""
+
+    registers: int
+    stack: int
+    """Bytes of local memory; where there are none, nothing was spilled."""
+
+
+def specialisations(cluster: bool) -> Iterator[Specialisation]:
+    """All that the launchers ask for; `cluster`: also those for hardware with clusters."""
+    for dtype, momentum in itertools.product(FOLD, (None, "fp32")):
+        inputs = {"sample": dtype, "cond": dtype, "uncond": dtype, "momentum": momentum}
+        carried = ", momentum" if momentum else ""
+        pointers = inputs | {"partials": "fp32"}
+        constants: dict[str, Any] = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
+        yield Specialisation(
+            f"gram {dtype}{carried}", programs.gram_kernel, pointers, constants, launch.THREADS
+        )
+        for rule, (output, step, denoised) in itertools.product(
+            (*COEFFICIENTS, None),
+            (("prediction", False, None), ("flow step", True, None), ("step", True, dtype)),
+        ):
+            label = f"{rule or 'given'} {output} {dtype}{carried}"
+            pointers = inputs | {"out": dtype, "denoised": denoised, "new_momentum": "fp32"}
+            constants = {"RULE": COEFFICIENTS.get(rule), "STEP": step}
+            yield Specialisation(
+                f"combine {label}",
+                programs.combine_kernel,
+                pointers | {"gram": "fp32"},
+                constants | {"TILE": launch.TILE},
+                launch.THREADS,
+            )
+            for ctas in (1, launch.CLUSTER) if cluster else (1,):
+                if rule is None:
+                    continue
+                yield Specialisation(
+                    f"guide {label}" + (f", cluster of {ctas}" if ctas > 1 else ""),
+                    programs.guide_kernel,
+                    pointers,
+                    constants | {"TILE": launch.GUIDE_TILE * ctas, "FOLD": FOLD[dtype]},
+                    launch.GUIDE_THREADS,
+                    ctas,
+                )
+    yield Specialisation(
+        "similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, 128
+    )
+    for dtype in FOLD:
+        pointers = {"history": dtype, "coefficients": "fp32", "out": dtype}
+        yield Specialisation(
+            f"extrapolate {dtype}",
+            programs.extrapolate_kernel,
+            pointers,
+            {"TILE": launch.TILE},
+            launch.THREADS,
+        )
+
+
+FLOATS = ("numel", "a", "b", "beta", "p0", "p1", "p2", "p3", "out_x", "out_p", "denoised_x", "denoised_p")
+
+
+def compile(one: Specialisation, target: GPUTarget) -> Any:
+    """The kernel compiled for contiguous tensors of sizes divisible by 16, as a launch of such would."""
+    signature: dict[str, str] = {}
+    constants = dict(one.constants)
+    for name in one.kernel.arg_names:
+        if name in one.pointers and one.pointers[name] is not None:
+            signature[name] = f"*{one.pointers[name]}"
+        elif name in one.constants or name in one.pointers:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        elif name in ("groups_1", "rows", "column_stride"):
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+    sizes = [
+        n
+        for n, kind in signature.items()
+        if kind[0] == "*" or (kind == "i32" and n not in ("parts", "count"))
+    ]
+    attributes = {(one.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in sizes}
+    source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": one.threads // target.warp_size} | (
+        {"num_ctas": one.ctas} if one.ctas > 1 else {}
+    )
+    return triton.compile(source, target=target, options=options)
+
+
+def usage(compiled: Any) -> Usage:
+    """Registers and stack, from the binary's own notes."""
+    if "cubin" in compiled.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            notes = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return Usage(
+            _number(r"REG:(\d+)", notes), _number(r"STACK:(\d+)", notes) + _number(r"LOCAL:(\d+)", notes)
+        )
+    notes = compiled.asm["amdgcn"]
+    return Usage(
+        _number(r"\.vgpr_count:\s+(\d+)", notes), _number(r"\.private_segment_fixed_size:\s+(\d+)", notes)
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"{pattern} not found in:\n{text}")
+    return int(found[1])
+
+
+def main() -> int:
+    spilled = 0
+    print(f"triton {triton.__version__}: registers of one thread, and bytes of stack (spills) where not 0")
+    for name, target in TARGETS.items():
+        for one in specialisations(cluster=name == "sm_90"):
+            used = usage(compile(one, target))
+            spilled += used.stack > 0
+            print(
+                f"{name:7} {one.name:55} {used.registers:4}",
+                f" stack {used.stack}" if used.stack else "",
+                flush=True,
+            )
+    print(f"{spilled} specialisations spill" if spilled else "no spills")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Which backend does the guidance arithmetic: Triton for tensors on a GPU, the reference for all others.
+
+`backend="torch"` or `"triton"` in a call, or `with use_backend(...)` around it, overrules that.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.kernels import reference
+from diffusers_guidance.kernels.reference import Gram, Rule, Update
+
+try:
+    from diffusers_guidance.kernels import launch  # registers torch.ops.diffusers_guidance
+except ImportError:
+    launch = None  # type: ignore[assignment]
+
+_forced: str | None = None
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Inside the block `backend` does every call that names none; None leaves the choice to the tensors."""
+    global _forced
+    before, _forced = _forced, _checked(backend)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend_of(*tensors: Tensor | None, backend: str | None = None) -> str:
+    """`"torch"` or `"triton"`: the call's `backend`, else `use_backend`'s, else what the tensors ask for."""
+    chosen = _checked(backend) or _forced
+    if chosen is not None:
+        return chosen
+    present = [x for x in tensors if x is not None]
+    on_gpu = launch is not None and all(x.device.type in ("cuda", "xpu") for x in present)
+    # The kernels sum in float32 and have no gradient.
+    plain = all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in present)
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in present)
+    return "triton" if on_gpu and plain and not trained else "torch"
+
+
+def _checked(backend: str | None) -> str | None:
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(
+            f'backend={backend!r}: "torch", "triton", or None for the one that suits the tensors'
+        )
+    if backend == "triton" and launch is None:
+        raise ValueError('backend="triton": needs the package triton, 3.3 or newer')
+    return backend
+
+
+def guide(
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    momentum: Tensor | None,
+    a: float,
+    b: float,
+    rule: Rule,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The guided prediction and the new momentum; see `reference.guide`."""
+    if backend_of(sample, cond, uncond, momentum, backend=backend) == "torch":
+        return reference.guide(sample, cond, uncond, momentum, a, b, rule)
+    settings = _settings(sample, cond, uncond, momentum, a, b, rule)
+    return torch.ops.diffusers_guidance.guide(sample, cond, uncond, momentum, a, b, *settings)
+
+
+def step(
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    momentum: Tensor | None,
+    a: float,
+    b: float,
+    rule: Rule,
+    update: Update,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`guide` and a scheduler's first-order step in one; see `reference.step`."""
+    if backend_of(sample, cond, uncond, momentum, backend=backend) == "torch":
+        return reference.step(sample, cond, uncond, momentum, a, b, rule, update)
+    settings = _settings(sample, cond, uncond, momentum, a, b, rule)
+    factors = [*update.next, *(update.denoised or (0.0, 0.0))]
+    next_sample, denoised, new_momentum = torch.ops.diffusers_guidance.step(
+        sample, cond, uncond, momentum, a, b, *settings, factors, update.dtype, update.denoised_dtype
+    )
+    return next_sample, None if update.denoised is None else denoised, new_momentum
+
+
+def similarity(
+    sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float, backend: str | None = None
+) -> Tensor:
+    """(B,) cosine between the two predictions in the space of (a, b); see `reference.similarity`."""
+    if backend_of(sample, cond, uncond, backend=backend) == "torch":
+        return reference.similarity(sample, cond, uncond, a, b)
+    return torch.ops.diffusers_guidance.similarity(sample, cond, uncond, a, b)
+
+
+def extrapolate(history: Tensor, coefficients: Tensor, backend: str | None = None) -> Tensor:
+    """The history's linear combination; see `reference.extrapolate`."""
+    if backend_of(history, backend=backend) == "torch":
+        return reference.extrapolate(history, coefficients)
+    return torch.ops.diffusers_guidance.extrapolate(history, coefficients)
+
+
+def _settings(
+    sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float, rule: Rule
+) -> tuple[float, str, list[float], Tensor | None, list[int] | None]:
+    """Of a rule, for the ops: (beta, its function's name, parameters, or its coefficients, norm_dim)."""
+    norm_dim = None if rule.norm_dim is None else list(rule.norm_dim)
+    numel = reference.group_numel(cond, rule.norm_dim)
+    if _has_triton(type(rule)):
+        name, parameters = rule.triton(numel)  # type: ignore[attr-defined]
+        return rule.momentum, name, [float(p) for p in parameters], None, norm_dim
+    entries = torch.ops.diffusers_guidance.gram(sample, cond, uncond, momentum, a, b, norm_dim)
+    g = Gram(*entries.unbind(0), numel=numel)
+    k = reference.finite_coefficients(rule, g, b)
+    return rule.momentum, "", [], torch.stack(torch.broadcast_tensors(*k), -1).reshape(-1, 4), norm_dim
+
+
+@cache
+def _has_triton(rule: type) -> bool:
+    """Whether the rule's Triton function is that of its `coefficients`, not of those it has overridden."""
+    owners = [next((c for c in rule.__mro__ if name in vars(c)), None) for name in ("triton", "coefficients")]
+    compiled, plain = owners
+    return compiled is not None and plain is not None and issubclass(compiled, plain)

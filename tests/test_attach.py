@@ -1,0 +1,239 @@
+"""Attached pipelines: the promises of `conformance`, on every way of guiding that the package started from."""
+
+import copy
+
+import conformance
+import pytest
+import torch
+from tiny import PIPELINES, counting, run
+
+from diffusers_guidance import (
+    APG,
+    CFG,
+    AdaptiveGuidance,
+    EveryStep,
+    Hold,
+    Interval,
+    LinearAG,
+    Schedule,
+    UnsupportedPipeline,
+    attach,
+    detach,
+)
+
+NAMES = [
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInpaintPipeline, 9 channels",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+    "FluxPipeline",
+    "WanPipeline",
+    "WanPipeline, two experts",
+    "QwenImagePipeline",
+]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def tiny(request):
+    entry = PIPELINES[request.param]
+    return entry.build(), entry
+
+
+def test_cfg_at_every_step_is_bit_exact(tiny):
+    pipe, entry = tiny
+    for batch in (1, 3) if entry.batches else (1,):
+        conformance.is_exact_with_cfg_at_every_step(pipe, entry, batch)
+
+
+def test_policy_is_bit_exact_until_its_first_skip(tiny):
+    pipe, entry = tiny
+    steps = conformance.is_exact_with_cfg_at_every_step(pipe, entry, 2)
+    if len(entry.denoisers) > 1:
+        pytest.skip("each expert's first step is evaluated in full: no reference that overwrites from one step on")
+    conformance.is_exact_until_its_first_skip(pipe, entry, 2, steps)
+
+
+def test_samples_of_a_batch_are_decided_apart(tiny):
+    conformance.decides_per_sample(*tiny)
+
+
+def test_every_run_starts_afresh(tiny):
+    pipe, entry = tiny
+    steps = conformance.is_exact_with_cfg_at_every_step(pipe, entry, 1)
+    conformance.starts_afresh(pipe, entry, 1, steps)
+
+
+@pytest.mark.parametrize("rule", [CFG(), CFG(rescale=0.7), APG()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "policy",
+    [EveryStep(), AdaptiveGuidance(0.5), Interval(0.25, 0.75), Interval.sigma(0.1, 1.0), Hold(2), LinearAG()],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_any_rule_runs_with_any_policy(tiny, rule, policy):
+    pipe, entry = tiny
+    with attach(pipe, rule, policy) as handle, counting(*conformance.denoisers(pipe, entry)) as count:
+        result = run(pipe, entry, conformance.STEPS, 2 if entry.batches else 1)
+    assert torch.isfinite(result).all()
+    assert handle.report.nfe == count.total
+    assert all(len(step.evaluated) == len(step.action) for step in handle.report.steps)
+
+
+SD = PIPELINES["StableDiffusionPipeline"]
+
+
+def test_attach_alone_works_and_attaching_again_replaces():
+    pipe = SD.build()
+    untouched = run(pipe, SD, 4)
+    first = attach(pipe)
+    assert not torch.equal(run(pipe, SD, 4), untouched)
+    second = attach(pipe, CFG(), EveryStep())
+    assert torch.equal(run(pipe, SD, 4), untouched)
+    first.detach()  # has been replaced: nothing of it is left to take off
+    run(pipe, SD, 4)
+    assert second.report.nfe == 8
+    assert len(first.report.steps) == 4
+    detach(pipe)
+    detach(pipe)
+    second.detach()
+    assert torch.equal(run(pipe, SD, 4), untouched)
+
+
+def test_context_manager_detaches_also_on_errors():
+    pipe = SD.build()
+    cls = type(pipe)
+    with pytest.raises(RuntimeError, match="mine"), attach(pipe):
+        raise RuntimeError("mine")
+    assert type(pipe) is cls
+    assert "__call__" in vars(cls)
+
+
+def test_the_rules_scale_overrides_the_calls():
+    pipe = SD.build()
+    expected = run(pipe, SD, 4, guidance_scale=9.0)
+    with attach(pipe, CFG(guidance_scale=9.0), EveryStep()):
+        assert torch.equal(run(pipe, SD, 4, guidance_scale=1.0), expected)
+        assert torch.equal(run(pipe, SD, 4, guidance_scale=3.0), expected)
+    flux = PIPELINES["FluxPipeline"]
+    pipe = flux.build()
+    expected = run(pipe, flux, 4, true_cfg_scale=6.0)
+    with attach(pipe, CFG(guidance_scale=6.0), EveryStep()):
+        assert torch.equal(run(pipe, flux, 4, true_cfg_scale=2.0), expected)
+
+
+def test_rule_and_policy_can_be_changed_between_runs():
+    pipe = SD.build()
+    untouched = run(pipe, SD, 4)
+    with attach(pipe, APG(), Hold(2)) as handle:
+        run(pipe, SD, 4)
+        handle.rule, handle.policy = CFG(), EveryStep()
+        assert torch.equal(run(pipe, SD, 4), untouched)
+        with pytest.raises(TypeError, match="instance of a rule"):
+            handle.rule = APG
+        with pytest.raises(TypeError, match="instance of a policy"):
+            handle.policy = "every step"
+
+
+def test_there_is_nothing_to_guide_at_scale_one():
+    pipe = SD.build()
+    untouched = run(pipe, SD, 4, guidance_scale=1.0)
+    with attach(pipe, APG(), AdaptiveGuidance()) as handle, counting(pipe.unet) as count:
+        assert torch.equal(run(pipe, SD, 4, guidance_scale=1.0), untouched)
+    assert handle.report.nfe == handle.report.nfe_full == count.total == 4
+    assert "no classifier-free guidance" in handle.report.note
+
+
+def test_a_scheduler_may_be_swapped_at_any_time():
+    from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+
+    pipe = SD.build()
+    handle = attach(pipe, CFG(), EveryStep())
+    for cls in (EulerDiscreteScheduler, HeunDiscreteScheduler):
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        attached = run(pipe, SD, 4)
+        handle.detach()
+        assert torch.equal(attached, run(pipe, SD, 4))
+        handle = attach(pipe, CFG(), EveryStep())
+
+
+def test_the_negative_prompt_keeps_its_meaning():
+    pipe = SD.build()
+    for policy in (AdaptiveGuidance(0.5), Hold(2), LinearAG(), Interval(0.0, 0.5)):
+        with attach(pipe, CFG(), policy):
+            one = run(pipe, SD, 4, negative_prompt="a tiger")
+            other = run(pipe, SD, 4, negative_prompt="a rocket")
+        assert conformance.relative(one, other) > 1e-3
+
+
+def test_a_scale_changed_by_a_callback_is_followed():
+    pipe = SD.build()
+
+    def louder(pipe, step, timestep, kwargs):
+        pipe._guidance_scale = 2.0 + step
+        return {}
+
+    untouched = run(pipe, SD, 4, callback_on_step_end=louder)
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(run(pipe, SD, 4, callback_on_step_end=louder), untouched)
+    assert [step.guidance_scale for step in handle.report.steps] == [4.0, 2.0, 3.0, 4.0]
+
+
+def test_equal_halves_put_identification_off():
+    pipe = SD.build()
+    arguments = {"prompt": "a tiger", "negative_prompt": "a tiger"}
+    untouched = run(pipe, SD, 4, **arguments)
+    with attach(pipe, APG(), AdaptiveGuidance()) as handle:
+        assert torch.equal(run(pipe, SD, 4, **arguments), untouched)
+    assert handle.report.nfe == handle.report.nfe_full
+
+
+def test_a_pipeline_that_cannot_be_verified_is_refused():
+    pag = PIPELINES["StableDiffusionPAGPipeline"]
+    pipe = pag.build()
+    untouched = run(pipe, pag, 4)
+    with attach(pipe), pytest.raises(UnsupportedPipeline, match=r"StableDiffusionPAGPipeline.*put out \(3, "):
+        run(pipe, pag, 4)
+    assert torch.equal(run(pipe, pag, 4), untouched)
+
+
+def test_a_schedule_of_the_wrong_length_is_refused():
+    pipe = SD.build()
+    with attach(pipe, CFG(), Schedule(["both"] * 3)), pytest.raises(ValueError, match="3 steps, the run 4"):
+        run(pipe, SD, 4)
+
+
+def test_only_pipelines_can_be_attached_to():
+    with pytest.raises(TypeError, match="Linear.*diffusers pipeline"):
+        attach(torch.nn.Linear(1, 1))
+
+
+def test_a_deep_copy_is_attached_by_itself():
+    pipe = SD.build()
+    handle = attach(pipe, CFG(), Hold(2))
+    expected = run(pipe, SD, 4)
+    report = handle.report
+    twin = copy.deepcopy(pipe)
+    handle.detach()
+    assert torch.equal(run(twin, SD, 4), expected)
+    assert handle.report is report
+    detach(twin)
+    assert torch.equal(run(twin, SD, 4), run(pipe, SD, 4))
+
+
+def test_one_step_half_precision_and_wrong_arguments():
+    pipe = SD.build()
+    with attach(pipe, APG(), AdaptiveGuidance()) as handle:
+        run(pipe, SD, 1)
+        assert handle.report.nfe == 2
+        with pytest.raises(TypeError, match="multiple values"):
+            pipe("a tiger", prompt="a tiger")
+    pipe.to(torch.bfloat16)
+    untouched = run(pipe, SD, 4, 2)
+    with attach(pipe, CFG(), EveryStep()):
+        assert torch.equal(run(pipe, SD, 4, 2), untouched)
+    with attach(pipe, APG(), Hold(2)) as handle:
+        assert torch.isfinite(run(pipe, SD, 4, 2)).all()

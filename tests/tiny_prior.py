@@ -1,0 +1,228 @@
+"""Tiny pipelines of priors, cascades and Kandinsky's older kin, whose denoiser has many names."""
+
+from typing import Any
+
+import diffusers
+from tiny_core import (
+    SCALE,
+    clip_config,
+    clip_text,
+    clip_vision,
+    ddpm,
+    image_processor,
+    lively,
+    prompts,
+    rows_of,
+    tiny,
+    tokenizer,
+)
+from tiny_unet import SIZE, movq, sd
+from torch import nn
+
+PRIOR: dict[str, Any] = {"denoisers": ("prior",)}
+DECODER: dict[str, Any] = {"denoisers": ("decoder",)}
+
+
+def projected_text(width: int = 16) -> nn.Module:
+    from transformers import CLIPTextModelWithProjection
+
+    return lively(CLIPTextModelWithProjection(clip_config("text", width)), seed=11)
+
+
+def words(rows: range, **extra: Any) -> dict[str, Any]:
+    return prompts(rows, guidance_scale=SCALE, **extra)
+
+
+# unCLIP priors
+
+
+def prior() -> nn.Module:
+    network = diffusers.PriorTransformer(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        embedding_dim=16,
+        num_layers=1,
+        num_embeddings=24,
+    )
+    return lively(network)
+
+
+def unclip(**changes: Any) -> Any:
+    return diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", **changes)
+
+
+def alone(rows: range) -> dict[str, Any]:
+    """Without a negative prompt, which a prior turns into a second run in the same batch."""
+    call = words(rows)
+    del call["negative_prompt"]
+    return call
+
+
+@tiny("KandinskyPriorPipeline", alone, output="pt", **PRIOR)
+@tiny("KandinskyV22PriorPipeline", alone, output="pt", **PRIOR)
+def kandinsky_prior() -> dict[str, Any]:
+    return {
+        "prior": prior(),
+        "text_encoder": projected_text(),
+        "tokenizer": tokenizer(),
+        "image_encoder": clip_vision(),
+        "image_processor": image_processor(),
+        "scheduler": unclip(clip_sample=True, clip_sample_range=5.0),
+    }
+
+
+@tiny(
+    "StableUnCLIPPipeline",
+    lambda rows: words(rows, prior_guidance_scale=SCALE, prior_num_inference_steps=3, **SIZE),
+    denoisers=("prior", "unet"),
+    off={"guidance_scale": 1.0, "prior_guidance_scale": 1.0},
+)
+def stable_unclip() -> dict[str, Any]:
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+
+    return {
+        **sd(class_embed_type="projection", projection_class_embeddings_input_dim=32),
+        "prior": prior(),
+        "prior_tokenizer": tokenizer(),
+        "prior_text_encoder": projected_text(),
+        "prior_scheduler": unclip(clip_sample=True, clip_sample_range=5.0),
+        "image_normalizer": StableUnCLIPImageNormalizer(16),
+        "image_noising_scheduler": ddpm(),
+    }
+
+
+# Stable Cascade
+
+
+def cascade_text(rows: range, **extra: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {"guidance_scale": SCALE, **extra}
+    for key, prefix in enumerate(("", "negative_")):
+        out[f"{prefix}prompt_embeds"] = rows_of(rows, key, 7, 16)
+        out[f"{prefix}prompt_embeds_pooled"] = rows_of(rows, key + 2, 1, 16)
+    return out
+
+
+def cascade(gain: float, **changes: Any) -> nn.Module:
+    layers = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+    config: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "conditioning_dim": 16}
+    config |= {"block_out_channels": (16, 16), "num_attention_heads": (2, 2), "dropout": (0.0, 0.0)}
+    config |= {"down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1)}
+    config |= {"block_types_per_layer": (layers, layers), "clip_text_pooled_in_channels": 16}
+    config |= {"timestep_ratio_embedding_dim": 16, "switch_level": (False,)}
+    return lively(diffusers.StableCascadeUNet(**{**config, **changes}), gain=gain)
+
+
+CASCADE_OFF = {"guidance_scale": 1.0, "negative_prompt_embeds": None, "negative_prompt_embeds_pooled": None}
+
+
+@tiny(
+    "StableCascadePriorPipeline",
+    lambda rows: cascade_text(rows, height=256, width=256),
+    output="pt",
+    off=CASCADE_OFF,
+    **PRIOR,
+)
+def cascade_prior() -> dict[str, Any]:
+    network = cascade(1.0, clip_text_in_channels=16, clip_image_in_channels=16)
+    return {"prior": network, "text_encoder": projected_text(), "scheduler": wuerstchen_scheduler()}
+
+
+@tiny(
+    "StableCascadeDecoderPipeline",
+    lambda rows: cascade_text(rows, image_embeddings=rows_of(rows, 50, 4, 4, 4)),
+    **DECODER,
+)
+def cascade_decoder() -> dict[str, Any]:
+    network = cascade(0.7, effnet_in_channels=4)
+    parts = {"decoder": network, "text_encoder": projected_text(), "scheduler": wuerstchen_scheduler()}
+    return {**parts, "latent_dim_scale": 2.0}
+
+
+def wuerstchen_scheduler() -> Any:
+    return diffusers.DDPMWuerstchenScheduler()
+
+
+# Wuerstchen
+
+
+def wuerstchen_text(rows: range, **extra: Any) -> dict[str, Any]:
+    return words(rows, **extra)
+
+
+@tiny("WuerstchenPriorPipeline", lambda rows: wuerstchen_text(rows, height=256, width=256), output="pt", **PRIOR)
+def wuerstchen_prior() -> dict[str, Any]:
+    from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
+
+    network = WuerstchenPrior(c_in=4, c=16, c_cond=16, c_r=16, depth=1, nhead=2, dropout=0.0)
+    return {**plain(), "prior": calm(lively(network, gain=1.5), network.out[1])}
+
+
+def calm(network: nn.Module, last: nn.Module) -> nn.Module:
+    """Half of what the last layer says is how near to one a divisor comes: keep it away."""
+    for p in last.parameters():
+        p.mul_(0.1)
+    return network
+
+
+def plain() -> dict[str, Any]:
+    parts = {"text_encoder": clip_text(), "tokenizer": tokenizer(), "scheduler": wuerstchen_scheduler()}
+    return parts
+
+
+@tiny(
+    "WuerstchenDecoderPipeline",
+    lambda rows: wuerstchen_text(rows, image_embeddings=rows_of(rows, 50, 4, 4, 4)),
+    batches=False,
+    **DECODER,
+)
+def wuerstchen_decoder() -> dict[str, Any]:
+    from diffusers.pipelines.deprecated.wuerstchen import WuerstchenDiffNeXt
+
+    network = WuerstchenDiffNeXt(
+        c_r=16,
+        c_cond=16,
+        c_hidden=[16, 16],
+        nhead=[-1, 2],
+        blocks=[1, 1],
+        level_config=["CT", "CTA"],
+        inject_effnet=[False, True],
+        effnet_embd=4,
+        clip_embd=16,
+        dropout=0.0,
+    )
+    decoder = calm(lively(network), network.clf[1])
+    return {**plain(), "decoder": decoder, "latent_dim_scale": 2.0}
+
+
+# Kandinsky 3
+
+
+@tiny(
+    "Kandinsky3Pipeline",
+    lambda rows: words(rows, **SIZE) | kandinsky3_text(rows),
+)
+def kandinsky3() -> dict[str, Any]:
+    network = diffusers.Kandinsky3UNet(
+        time_embedding_dim=16,
+        groups=4,
+        attention_head_dim=4,
+        layers_per_block=3,
+        block_out_channels=(32, 64),
+        cross_attention_dim=16,
+        encoder_hid_dim=16,
+    )
+    return {"unet": lively(network), "movq": movq(), "scheduler": ddpm()}
+
+
+def kandinsky3_text(rows: range) -> dict[str, Any]:
+    import torch
+
+    mask = torch.ones(len(rows), 7, dtype=torch.long)
+    embeds = {f"{n}prompt_embeds": rows_of(rows, k, 7, 16) for k, n in enumerate(("", "negative_"))}
+    return {
+        "prompt": None,
+        "negative_prompt": None,
+        **embeds,
+        "attention_mask": mask,
+        "negative_attention_mask": mask,
+    }
