@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from diffusers_guidance.errors import UnsupportedScheduler
 from diffusers_guidance.spaces import Space, spaces
 
@@ -53,10 +55,10 @@ class Clock:
 
     def _search(self, timestep: Any) -> int:
         """The table's next entry if it is this timestep, else the first later one, else the first at all."""
-        try:
-            value = float(timestep)
-        except (TypeError, ValueError, RuntimeError):
+        values = set(torch.as_tensor(timestep).flatten().tolist()) if timestep is not None else set()
+        if len(values) != 1:  # a batch may come with one each, but they must be the same
             return -1
+        (value,) = values
         following = self._index + 1
         for candidates in (self._values[following:], self._values):
             if value in candidates:

@@ -81,7 +81,7 @@ class Denoiser:
         try:
             part = self._call_part(call, args, kwargs, 2 * n, kept)
         except _MISFITS as error:
-            return self._give_up(error, call, args, kwargs, 2 * n)
+            return self._give_up(error, call, args, kwargs, 2 * n, len(kept))
         output = batch.take(part, len(kept), source, _OUTPUT)
         y = batch.prediction(output)
         assert y is not None
@@ -109,7 +109,7 @@ class Denoiser:
             try:
                 part = self._call_part(call, args, kwargs, n, wanted)
             except _MISFITS as error:
-                return self._give_up(error, call, args, kwargs, n)
+                return self._give_up(error, call, args, kwargs, n, len(wanted))
             place = {row: i for i, row in enumerate(wanted)}
             output = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], _OUTPUT)
             uncond = batch.prediction(output)
@@ -152,11 +152,11 @@ class Denoiser:
         part_args, part_kwargs = batch.take((args, dict(kwargs)), rows, index, self.reading)
         return call(*part_args, **part_kwargs)
 
-    def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int) -> Any:
+    def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
         """Cut in the wrong place, the arguments no longer fit together: from now on nothing is left out."""
         self.whole = f"no part of the batch can be evaluated on its own ({error})"
         output = call(*args, **kwargs)
-        self._note(batch.prediction(output), rows, rows)
+        self._note(batch.prediction(output), tried + rows, rows)
         return output
 
     def _note(self, prediction: Tensor | None, evaluated: int, asked: int) -> None:

@@ -25,12 +25,14 @@ class Reading:
         elements: lists of as many tensors as rows, by element even if each tensor has that many rows too.
         folded: tensors with a multiple of the rows (frames folded into the batch), in blocks.
         second: tensors with the rows in their second dimension.
+        first: tensors with as many entries as rows in both dimensions, along the first.
     """
 
     tables: bool = True
     elements: bool = False
     folded: bool = True
     second: bool = True
+    first: bool = True
 
 
 READINGS = (
@@ -39,13 +41,15 @@ READINGS = (
     Reading(elements=True),
     Reading(folded=False),
     Reading(second=False),
+    Reading(first=False),
     Reading(tables=False, folded=False, second=False),
 )
 """In the order in which they are tried."""
 
 
-def _listed(value: Any, rows: int) -> bool:
-    return isinstance(value, list) and len(value) == rows > 0 and all(isinstance(v, Tensor) for v in value)
+def _listed(name: str, value: Any, rows: int) -> bool:
+    tensors = isinstance(value, list) and len(value) == rows > 0 and all(isinstance(v, Tensor) for v in value)
+    return tensors and not _POSITIONAL.search(name)
 
 
 def _leads(value: Any, rows: int) -> bool:
@@ -58,17 +62,17 @@ def _folded(name: str, value: Any, rows: int) -> bool:
 
 
 def _second(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 2 and value.shape[0] != rows and value.shape[1] == rows
+    return isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == rows > 1
 
 
 def take(tree: Any, rows: int, index: list[int], reading: Reading = READINGS[0], name: str = "") -> Any:
     """`tree` with row `index[i]` of everything that has `rows` rows in place i."""
-    if _listed(tree, rows) and (reading.elements or not all(_leads(v, rows) for v in tree)):
+    if _listed(name, tree, rows) and (reading.elements or not all(_leads(v, rows) for v in tree)):
         return [tree[i] for i in index]
     if isinstance(tree, Tensor):
-        if _leads(tree, rows):
+        if _leads(tree, rows) and (reading.first or not _second(tree, rows)):
             return tree if _POSITIONAL.search(name) and not reading.tables else _select(tree, index)
-        if reading.second and rows > 1 and _second(tree, rows):
+        if reading.second and _second(tree, rows):
             return _select(tree.transpose(0, 1), index).transpose(0, 1)
         if reading.folded and rows > 1 and _folded(name, tree, rows):
             return _select(tree.unflatten(0, (rows, -1)), index).flatten(0, 1)
@@ -89,7 +93,7 @@ def _select(tensor: Tensor, index: list[int]) -> Tensor:
 
 
 def _leaves(tree: Any, rows: int, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Tensor) or _listed(tree, rows):
+    if isinstance(tree, Tensor) or _listed(name, tree, rows):
         yield name, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
@@ -112,8 +116,10 @@ def doubts(tree: Any, rows: int, groups: int) -> list[str]:
     def open_question(name: str, value: Any) -> bool:
         if isinstance(value, list):
             return all(_leads(v, rows) for v in value)
-        if _leads(value, rows):
+        if _leads(value, rows) and not _second(value, rows):
             return _POSITIONAL.search(name) is not None and not repeats(value)
+        if _leads(value, rows) and repeats(value):
+            return False
         return _folded(name, value, rows) or _second(value, rows)
 
     return list(dict.fromkeys(name for name, value in _leaves(tree, rows) if open_question(name, value)))

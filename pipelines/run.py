@@ -315,7 +315,7 @@ def _components(pipe: Any) -> Iterator[tuple[str, Any]]:
     seen = set()
     for name, value in vars(pipe).items():
         denoiser = isinstance(value, torch.nn.Module) and not isinstance(value, PreTrainedModel)
-        scheduler = callable(getattr(value, "step", None)) and hasattr(value, "timesteps")
+        scheduler = callable(getattr(value, "step", None)) and hasattr(value, "set_timesteps")
         if (denoiser or scheduler) and id(value) not in seen:
             seen.add(id(value))
             yield name, value

@@ -146,11 +146,6 @@ def audioldm() -> dict[str, Any]:
     }
 
 
-@tiny("MusicLDMPipeline", lambda rows: embeds(rows, 16, guidance_scale=SCALE), output=None)
-def musicldm() -> dict[str, Any]:
-    return audioldm()
-
-
 def vocoder() -> Any:
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
@@ -163,4 +158,30 @@ def vocoder() -> Any:
         resblock_dilation_sizes=[[1]],
         normalize_before=False,
     )
-    return SpeechT5HifiGan(config).eval().requires_grad_(False)
+    return lively(SpeechT5HifiGan(config), seed=14)
+
+
+@tiny("StableAudio3Pipeline", lambda rows: embeds(rows, 7, 16, guidance_scale=SCALE, duration=1.0), **NET)
+def stable_audio3() -> dict[str, Any]:
+    from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
+
+    transformer = diffusers.StableAudio3DiTModel(
+        io_channels=4,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        cond_token_dim=16,
+        global_cond_dim=16,
+        local_add_cond_dim=5,
+        timestep_features_dim=16,
+        num_memory_tokens=2,
+    )
+    vae = Stage(sampling_rate=64, latent_dim=4)
+    vae.downsampling_ratio = 4
+    return {
+        "transformer": lively(transformer),
+        "vae": vae,
+        "text_encoder": Stage(),
+        "duration_embedder": lively(StableAudio3DurationEmbedder(output_dim=16, fourier_dim=16), seed=2),
+        "scheduler": flow(),
+    }

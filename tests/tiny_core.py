@@ -1,4 +1,4 @@
-"""What the tiny pipelines share: the entry, its registry, lively random weights, per-row inputs, a run, a count.
+"""What the tiny pipelines share: the entry and its registry, lively random weights, inputs by row, a count.
 
 A builder returns the components that matter, the constructor gets None for the others. An entry is registered
 beside its builder:
@@ -6,8 +6,8 @@ beside its builder:
     @tiny("FluxPipeline", call=lambda rows: {...}, denoisers=("transformer",))
     def flux(): return {"transformer": ..., "scheduler": ...}
 
-`call` gets the rows of the batch as a range, and everything it makes of them depends on the row's number alone:
-row 2 of a batch of three has the inputs of a single run of row 2.
+`call` gets the rows of the batch as a range, and all that it makes of them depends on the row's number
+alone: row 2 of a batch of three has the inputs of a single run of row 2.
 """
 
 import contextlib
@@ -42,15 +42,11 @@ class Tiny:
     denoisers: tuple[str, ...] = ("unet",)
     style: str = "batched"  # "batched": one denoiser call a step; "sequential": one per branch; "guider"
     branches: int = 2  # evaluations of each sample in a step
-    off: dict[str, Any] = field(
-        default_factory=lambda: OFF
-    )  # changes of the call that turn guidance off, if it can
+    off: dict[str, Any] = field(default_factory=lambda: OFF)  # what in the call turns it off
     batches: bool = True  # more than one prompt at a time
     independent: bool = True  # rows of a batch do not influence one another in the pipeline itself
     output: str | None = "latent"  # output_type of the call
-    settings: dict[str, Any] = field(
-        default_factory=dict
-    )  # attributes of the pipeline to set once it is built
+    settings: dict[str, Any] = field(default_factory=dict)  # attributes to set once it is built
 
     @property
     def available(self) -> bool:
@@ -75,7 +71,7 @@ class Tiny:
         return pipe
 
     def call(self, batch: int = 1, first: int = 0) -> dict[str, Any]:
-        """Arguments of a call for rows `first` to `first + batch - 1`; steps and generators come with `run`."""
+        """Arguments for rows `first` to `first + batch - 1`; steps and generators come with `run`."""
         return self.arguments(range(first, first + batch))
 
 
@@ -144,7 +140,7 @@ class Count:
 
 @contextlib.contextmanager
 def counting(*modules: nn.Module) -> Iterator[Count]:
-    """Count by a plain forward pre-hook; rows are those of the first tensor (or the length of a first list)."""
+    """Count by a plain forward pre-hook the rows of the first tensor, or the length of a first list."""
     count = Count()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,9 +180,8 @@ def lively(module: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
 
 def rows_of(rows: range, key: int, *shape: int) -> torch.Tensor:
     """Normal noise (B, *shape) that depends on `key` and on each row's number."""
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(97 * key + r)) for r in rows]
-    )
+    generators = [torch.Generator().manual_seed(97 * key + row) for row in rows]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 def images(rows: range, *size: int, key: int = 50) -> torch.Tensor:
@@ -245,9 +240,8 @@ def clip_config(kind: str, width: int = 16, projection: int = 16, **changes: Any
     size |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "vision":
         return transformers.CLIPVisionConfig(**{**size, "image_size": 16, "patch_size": 8, **changes})
-    return transformers.CLIPTextConfig(
-        **{**size, "vocab_size": len(tokenizer()), "eos_token_id": 1, **changes}
-    )
+    size |= {"vocab_size": len(tokenizer()), "eos_token_id": 1}
+    return transformers.CLIPTextConfig(**{**size, **changes})
 
 
 def clip_text(width: int = 16, **changes: Any) -> Any:
@@ -269,13 +263,13 @@ def image_processor() -> Any:
     return CLIPImageProcessor(crop_size=size, size=size)
 
 
-def autoencoder(channels: int = 4, **changes: Any) -> nn.Module:
-    """AutoencoderKL: pictures twice as large as the latents, which are sampled with next to no variance."""
+def autoencoder(channels: int = 4, depth: int = 2, **changes: Any) -> nn.Module:
+    """AutoencoderKL: `depth` blocks halve the size `depth - 1` times; its latents hardly vary."""
     config: dict[str, Any] = {
         "latent_channels": channels,
-        "block_out_channels": (4, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 8, 8, 8)[:depth],
+        "down_block_types": ("DownEncoderBlock2D",) * depth,
+        "up_block_types": ("UpDecoderBlock2D",) * depth,
         "norm_num_groups": 2,
         "sample_size": 16,
     }

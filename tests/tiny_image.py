@@ -23,6 +23,7 @@ from torch import nn
 
 NET = {"denoisers": ("transformer",)}
 PAIRS: dict[str, Any] = {**NET, "style": "sequential"}
+ZERO = {"guidance_scale": 0.0}  # where c + w (c - u) is the formula
 TRUE: dict[str, Any] = {**PAIRS, "off": TRUE_OFF}
 SIZE = {"height": 16, "width": 16}
 
@@ -151,6 +152,10 @@ def flux_controlnet() -> dict[str, Any]:
     return {**flux(), "controlnet": lively(diffusers.FluxControlNetModel(**FLUX), seed=1)}
 
 
+def shifting() -> Any:
+    return flow(use_dynamic_shifting=True)
+
+
 # Qwen-Image
 
 
@@ -196,6 +201,17 @@ def qwen() -> dict[str, Any]:
     }
 
 
+@tiny(
+    "QwenImageControlNetInpaintPipeline",
+    lambda rows: qwen_text(rows, **controlled(rows), control_mask=masks(rows, 16, 16)),
+    batches=False,
+    **TRUE,
+)
+def qwen_controlnet_inpaint() -> dict[str, Any]:
+    config = {**QWEN, "num_layers": 1, "extra_condition_channels": 4}
+    return {**qwen(), "controlnet": lively(diffusers.QwenImageControlNetModel(**config), seed=1)}
+
+
 @tiny("QwenImageControlNetPipeline", lambda rows: qwen_text(rows, **controlled(rows)), **TRUE)
 def qwen_controlnet() -> dict[str, Any]:
     controlnet = diffusers.QwenImageControlNetModel(**{**QWEN, "num_layers": 1})
@@ -203,7 +219,7 @@ def qwen_controlnet() -> dict[str, Any]:
 
 
 def deep_vae() -> nn.Module:
-    """Latents a thirty-second of the size, found without a network: editing makes every picture a megapixel."""
+    """Latents a thirty-second of the size, found without a network: editing makes pictures of a megapixel."""
     config = {"dim_mult": [1] * 6, "num_res_blocks": 1, "temperal_downsample": [False] * 5}
     config |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     vae = lively(diffusers.AutoencoderKLQwenImage(base_dim=2, z_dim=4, **config), seed=13)
@@ -216,9 +232,8 @@ def shrink(picture: torch.Tensor) -> Any:
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
     mean = torch.nn.functional.avg_pool3d(picture, (1, 32, 32))[:, [0, 1, 2, 0]]
-    return AutoencoderKLOutput(
-        DiagonalGaussianDistribution(torch.cat([mean, mean * 0 - 30], 1), deterministic=True)
-    )
+    parameters = torch.cat([mean, mean * 0 - 30], 1)
+    return AutoencoderKLOutput(DiagonalGaussianDistribution(parameters, deterministic=True))
 
 
 @tiny(
@@ -361,9 +376,7 @@ def cogview4() -> dict[str, Any]:
     **PAIRS,
 )
 def cogview4_control() -> dict[str, Any]:
-    transformer = diffusers.CogView4Transformer2DModel(
-        **{**COGVIEW, "in_channels": 8}, rope_axes_dim=(16, 16)
-    )
+    transformer = diffusers.CogView4Transformer2DModel(**{**COGVIEW, "in_channels": 8}, rope_axes_dim=(16, 16))
     return {**cogview4(), "transformer": lively(transformer)}
 
 
@@ -476,12 +489,12 @@ def listed_text(rows: range, **extra: Any) -> dict[str, Any]:
     return {k: list(v) for k, v in embeds(rows, 7, 16).items()} | {"guidance_scale": SCALE, **extra}
 
 
-@tiny("ZImageInpaintPipeline", lambda rows: listed_text(rows, **painted(rows)), off={"guidance_scale": 0.0}, **NET)
-@tiny("ZImagePipeline", lambda rows: listed_text(rows, **SIZE), off={"guidance_scale": 0.0}, **NET)
+@tiny("ZImageInpaintPipeline", lambda rows: listed_text(rows, **painted(rows)), off=ZERO, **NET)
+@tiny("ZImagePipeline", lambda rows: listed_text(rows, **SIZE), off=ZERO, **NET)
 @tiny(
     "ZImageImg2ImgPipeline",
     lambda rows: listed_text(rows, **edited(rows)),
-    off={"guidance_scale": 0.0},
+    off=ZERO,
     **NET,
 )
 def z_image() -> dict[str, Any]:
@@ -499,9 +512,7 @@ def z_image() -> dict[str, Any]:
     return {"transformer": lively(transformer), "vae": autoencoder(shift_factor=0.0), "scheduler": flow()}
 
 
-@tiny(
-    "PRXPipeline", lambda rows: masked_text(rows, **SIZE, use_resolution_binning=False), batches=False, **NET
-)
+@tiny("PRXPipeline", lambda rows: masked_text(rows, **SIZE, use_resolution_binning=False), batches=False, **NET)
 def prx() -> dict[str, Any]:
     transformer = diffusers.PRXTransformer2DModel(
         in_channels=4,
@@ -576,7 +587,15 @@ def sana_controlnet() -> dict[str, Any]:
     return {**sana(), "controlnet": lively(network, seed=1), "vae": lively(vae, seed=13)}
 
 
-@tiny("Krea2Pipeline", lambda rows: krea_text(rows), off={"guidance_scale": 0.0}, **PAIRS)
+def krea_text(rows: range) -> dict[str, Any]:
+    out: dict[str, Any] = {"guidance_scale": SCALE, **SIZE}
+    for key, prefix in enumerate(("", "negative_")):
+        out[f"{prefix}prompt_embeds"] = rows_of(rows, key, 7, 2, 16)
+        out[f"{prefix}prompt_embeds_mask"] = torch.ones(len(rows), 7, dtype=torch.bool)
+    return out
+
+
+@tiny("Krea2Pipeline", krea_text, off=ZERO, **PAIRS)
 def krea2() -> dict[str, Any]:
     transformer = diffusers.Krea2Transformer2DModel(
         in_channels=16,
@@ -595,18 +614,14 @@ def krea2() -> dict[str, Any]:
         num_refiner_text_blocks=1,
         axes_dims_rope=(8, 4, 4),
     )
-    return {"transformer": lively(transformer), "vae": qwen_vae(), "scheduler": flow(use_dynamic_shifting=True)}
+    return {"transformer": lively(transformer), "vae": qwen_vae(), "scheduler": shifting()}
 
 
-def krea_text(rows: range) -> dict[str, Any]:
-    out: dict[str, Any] = {"guidance_scale": SCALE, **SIZE}
-    for key, prefix in enumerate(("", "negative_")):
-        out[f"{prefix}prompt_embeds"] = rows_of(rows, key, 7, 2, 16)
-        out[f"{prefix}prompt_embeds_mask"] = torch.ones(len(rows), 7, dtype=torch.bool)
-    return out
+def nucleus_text(rows: range) -> dict[str, Any]:
+    return embeds(rows, 7, 16, mask="embeds_mask", guidance_scale=SCALE, **SIZE)
 
 
-@tiny("NucleusMoEImagePipeline", lambda rows: nucleus_text(rows), **PAIRS)
+@tiny("NucleusMoEImagePipeline", nucleus_text, **PAIRS)
 def nucleus() -> dict[str, Any]:
     transformer = diffusers.NucleusMoEImageTransformer2DModel(
         in_channels=16,
@@ -619,14 +634,15 @@ def nucleus() -> dict[str, Any]:
         moe_enabled=False,
         capacity_factors=[8.0] * 2,
     )
-    return {"transformer": lively(transformer), "vae": qwen_vae(), "scheduler": flow(use_dynamic_shifting=True)}
+    return {"transformer": lively(transformer), "vae": qwen_vae(), "scheduler": shifting()}
 
 
-def nucleus_text(rows: range) -> dict[str, Any]:
-    return embeds(rows, 7, 16, mask="embeds_mask", guidance_scale=SCALE, **SIZE)
+def glm_text(rows: range) -> dict[str, Any]:
+    tokens = torch.stack([torch.arange(r, r + 16) % 32 for r in rows])
+    return embeds(rows, 7, 16, guidance_scale=SCALE, prior_token_ids=tokens, **SIZE)
 
 
-@tiny("GlmImagePipeline", lambda rows: glm_text(rows), **PAIRS)
+@tiny("GlmImagePipeline", glm_text, **PAIRS)
 def glm() -> dict[str, Any]:
     transformer = diffusers.GlmImageTransformer2DModel(
         in_channels=4,
@@ -642,11 +658,6 @@ def glm() -> dict[str, Any]:
     scheduler = flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear")
     vae = autoencoder(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     return {"transformer": lively(transformer), "vae": vae, "scheduler": scheduler}
-
-
-def glm_text(rows: range) -> dict[str, Any]:
-    tokens = torch.stack([torch.arange(r, r + 16) % 32 for r in rows])
-    return embeds(rows, 7, 16, guidance_scale=SCALE, prior_token_ids=tokens, **SIZE)
 
 
 # Kandinsky 5
@@ -744,3 +755,43 @@ def ernie() -> dict[str, Any]:
         rope_axes_dim=(8, 4, 4),
     )
     return {**flux2(), "transformer": lively(transformer), "scheduler": flow()}
+
+
+@tiny(
+    "Kandinsky5I2IPipeline",
+    lambda rows: kandinsky5_text(rows, image=photographs(rows)[0].resize((64, 64)), height=64, width=64),
+    settings={"resolutions": [(64, 64)]},
+    batches=False,
+    **PAIRS,
+)
+def kandinsky5_edit() -> dict[str, Any]:
+    return {**kandinsky5(), "transformer": kandinsky5_net(visual_cond=True), "vae": autoencoder(depth=4)}
+
+
+def hunyuan_image_text(rows: range) -> dict[str, Any]:
+    out: dict[str, Any] = {"height": 256, "width": 256}
+    for key, prefix in enumerate(("", "negative_")):
+        for number, suffix in enumerate(("", "_2")):
+            out[f"{prefix}prompt_embeds{suffix}"] = rows_of(rows, key + 2 * number, 7, 16)
+            out[f"{prefix}prompt_embeds_mask{suffix}"] = torch.ones(len(rows), 7)
+    return out
+
+
+@tiny("HunyuanImagePipeline", hunyuan_image_text, style="guider", off={}, **NET)
+def hunyuan_image() -> dict[str, Any]:
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=16,
+        rope_axes_dim=(8, 8),
+    )
+    guiders = {"guider": ClassifierFreeGuidance(SCALE), "ocr_guider": ClassifierFreeGuidance(SCALE)}
+    return {"transformer": lively(transformer), "scheduler": flow(), **guiders}

@@ -3,20 +3,23 @@
 from typing import Any
 
 import diffusers
+import torch
 from tiny_core import (
     SCALE,
     clip_config,
     clip_text,
     clip_vision,
+    ddim,
     ddpm,
     image_processor,
+    images,
     lively,
     prompts,
     rows_of,
     tiny,
     tokenizer,
 )
-from tiny_unet import SIZE, movq, sd
+from tiny_unet import SIZE, movq, sd, unet
 from torch import nn
 
 PRIOR: dict[str, Any] = {"denoisers": ("prior",)}
@@ -145,11 +148,7 @@ def wuerstchen_scheduler() -> Any:
 # Wuerstchen
 
 
-def wuerstchen_text(rows: range, **extra: Any) -> dict[str, Any]:
-    return words(rows, **extra)
-
-
-@tiny("WuerstchenPriorPipeline", lambda rows: wuerstchen_text(rows, height=256, width=256), output="pt", **PRIOR)
+@tiny("WuerstchenPriorPipeline", lambda rows: words(rows, height=256, width=256), output="pt", **PRIOR)
 def wuerstchen_prior() -> dict[str, Any]:
     from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
 
@@ -165,13 +164,12 @@ def calm(network: nn.Module, last: nn.Module) -> nn.Module:
 
 
 def plain() -> dict[str, Any]:
-    parts = {"text_encoder": clip_text(), "tokenizer": tokenizer(), "scheduler": wuerstchen_scheduler()}
-    return parts
+    return {"text_encoder": clip_text(), "tokenizer": tokenizer(), "scheduler": wuerstchen_scheduler()}
 
 
 @tiny(
     "WuerstchenDecoderPipeline",
-    lambda rows: wuerstchen_text(rows, image_embeddings=rows_of(rows, 50, 4, 4, 4)),
+    lambda rows: words(rows, image_embeddings=rows_of(rows, 50, 4, 4, 4)),
     batches=False,
     **DECODER,
 )
@@ -197,10 +195,19 @@ def wuerstchen_decoder() -> dict[str, Any]:
 # Kandinsky 3
 
 
-@tiny(
-    "Kandinsky3Pipeline",
-    lambda rows: words(rows, **SIZE) | kandinsky3_text(rows),
-)
+def kandinsky3_text(rows: range) -> dict[str, Any]:
+    mask = torch.ones(len(rows), 7, dtype=torch.long)
+    embeds = {f"{n}prompt_embeds": rows_of(rows, k, 7, 16) for k, n in enumerate(("", "negative_"))}
+    return {
+        "prompt": None,
+        "negative_prompt": None,
+        **embeds,
+        "attention_mask": mask,
+        "negative_attention_mask": mask,
+    }
+
+
+@tiny("Kandinsky3Pipeline", kandinsky3_text)
 def kandinsky3() -> dict[str, Any]:
     network = diffusers.Kandinsky3UNet(
         time_embedding_dim=16,
@@ -214,15 +221,42 @@ def kandinsky3() -> dict[str, Any]:
     return {"unet": lively(network), "movq": movq(), "scheduler": ddpm()}
 
 
-def kandinsky3_text(rows: range) -> dict[str, Any]:
-    import torch
+# Kandinsky 2.1
 
-    mask = torch.ones(len(rows), 7, dtype=torch.long)
-    embeds = {f"{n}prompt_embeds": rows_of(rows, k, 7, 16) for k, n in enumerate(("", "negative_"))}
+
+def kandinsky21_text(rows: range, **extra: Any) -> dict[str, Any]:
+    named = {f"{n}image_embeds": rows_of(rows, k, 16) for k, n in enumerate(("", "negative_"))}
+    return words(rows, **named, **SIZE, **extra)
+
+
+@tiny("KandinskyPipeline", kandinsky21_text, output="pt")
+@tiny(
+    "KandinskyImg2ImgPipeline",
+    lambda rows: kandinsky21_text(rows, image=images(rows, 16, 16), strength=0.8),
+    output="pt",
+)
+def kandinsky21() -> dict[str, Any]:
+    from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+
+    config = MCLIPConfig(
+        numDims=16,
+        transformerDimensions=16,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=len(tokenizer()),
+    )
+    network = unet(
+        out_channels=8,
+        encoder_hid_dim_type="text_image_proj",
+        encoder_hid_dim=16,
+        addition_embed_type="text_image",
+    )
     return {
-        "prompt": None,
-        "negative_prompt": None,
-        **embeds,
-        "attention_mask": mask,
-        "negative_attention_mask": mask,
+        "text_encoder": lively(MultilingualCLIP(config), seed=11),
+        "tokenizer": tokenizer(),
+        "unet": network,
+        "scheduler": ddim(),
+        "movq": movq(),
     }

@@ -1,4 +1,4 @@
-"""Tiny pipelines whose denoiser is a UNet and whose result is a picture: Stable Diffusion and its relatives."""
+"""Tiny pipelines whose denoiser is a UNet and whose result is a picture: Stable Diffusion and its kin."""
 
 from typing import Any
 
@@ -216,11 +216,7 @@ def sd1_variation() -> dict[str, Any]:
 )
 def sd1_panorama() -> dict[str, Any]:
     """Two views, each a denoiser call of its own."""
-    blocks = {f"{way}_block_types": (f"{name}Block2D",) * 4 for way, name in DEEP.items()}
-    return {**sd(), "vae": autoencoder(block_out_channels=(4,) * 4, **blocks)}
-
-
-DEEP = {"down": "DownEncoder", "up": "UpDecoder"}
+    return {**sd(), "vae": autoencoder(depth=4)}
 
 
 @tiny("StableDiffusionSAGPipeline", lambda rows: text(rows, **SIZE, sag_scale=0.0))
@@ -372,7 +368,9 @@ def deepfloyd_if() -> dict[str, Any]:
 
 
 @tiny(
-    "IFSuperResolutionPipeline", lambda rows: pixel_text(rows, image=images(rows, 8, 8), **SIZE), output="pt"
+    "IFSuperResolutionPipeline",
+    lambda rows: pixel_text(rows, image=images(rows, 8, 8), **SIZE),
+    output="pt",
 )
 def deepfloyd_super() -> dict[str, Any]:
     large = deepfloyd(in_channels=6, class_embed_type="timestep")

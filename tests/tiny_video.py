@@ -114,6 +114,17 @@ def wan_image() -> dict[str, Any]:
 
 
 @tiny(
+    "WanImageToVideoPipeline, two experts",
+    lambda rows: plain_text(rows, image=images(rows, 16, 16), **SMALL),
+    "WanImageToVideoPipeline",
+    batches=False,
+    **EXPERTS,
+)
+def wan_image_experts() -> dict[str, Any]:
+    return {**wan_image(), "transformer_2": wan_net(seed=1, in_channels=10), "boundary_ratio": 0.875}
+
+
+@tiny(
     "WanVideoToVideoPipeline",
     lambda rows: plain_text(rows, video=video(rows), height=16, width=16),
     batches=False,
@@ -160,6 +171,17 @@ def anyflow() -> dict[str, Any]:
 
 
 @tiny(
+    "AnyFlowFARPipeline",
+    lambda rows: plain_text(rows, **SMALL, chunk_partition=[1, 2]),
+    off={},
+    **NET,
+)
+def anyflow_far() -> dict[str, Any]:
+    config = {k: v for k, v in WAN.items() if k != "qk_norm"}
+    return {**anyflow(), "transformer": lively(diffusers.AnyFlowFARTransformer3DModel(**config))}
+
+
+@tiny(
     "ChronoEditPipeline",
     lambda rows: plain_text(rows, image=images(rows, 16, 16), **SMALL),
     batches=False,
@@ -196,6 +218,10 @@ def clip(rows: range) -> Any:
 def skyreels_image() -> dict[str, Any]:
     network = diffusers.SkyReelsV2Transformer3DModel(**{**WAN, "in_channels": 10}, image_dim=16)
     return {"transformer": lively(network), "vae": wan_vae(), "scheduler": unipc(), **eyes()}
+
+
+def one_stage() -> Any:
+    return diffusers.HeliosScheduler(stages=1)
 
 
 @tiny("HeliosPipeline", lambda rows: plain_text(rows, **SMALL), **PAIRS)
@@ -323,14 +349,15 @@ def ltx_condition() -> dict[str, Any]:
 
 
 def ltx2_text(rows: range) -> dict[str, Any]:
-    plain = {f"{kind}{name}_scale": value for kind in ("", "audio_") for name, value in (("stg", 0.0), ("modality", 1.0))}
+    plain = {
+        f"{kind}{name}_scale": value for kind in ("", "audio_") for name, value in (("stg", 0.0), ("modality", 1.0))
+    }
+    large = {"height": 64, "width": 64, "num_frames": 9}
     rescale = {"guidance_rescale": 0.0, "audio_guidance_rescale": 0.0, "audio_guidance_scale": SCALE}
-    return embeds(rows, 7, 32, mask="attention_mask", guidance_scale=SCALE, **plain, **rescale, **SIZE)
+    return embeds(rows, 7, 32, mask="attention_mask", guidance_scale=SCALE, **plain, **rescale, **large)
 
 
-@tiny(
-    "LTX2Pipeline", ltx2_text, off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0}, **NET
-)
+@tiny("LTX2Pipeline", ltx2_text, off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0}, **NET)
 def ltx2() -> dict[str, Any]:
     """Picture and sound are denoised together and guided apart."""
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
@@ -367,7 +394,7 @@ def ltx2() -> dict[str, Any]:
         patch_size=1,
     )
     audio_vae = diffusers.AutoencoderKLLTX2Audio(
-        base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=2
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
     )
     return {
         "transformer": lively(transformer),
@@ -419,9 +446,7 @@ def large_video(rows: range) -> Any:
     return images(rows, 5, 32, 32).transpose(1, 2)
 
 
-@tiny(
-    "CogVideoXImageToVideoPipeline", lambda rows: plain_text(rows, image=images(rows, 32, 32), **SIZE), **NET
-)
+@tiny("CogVideoXImageToVideoPipeline", lambda rows: plain_text(rows, image=images(rows, 32, 32), **SIZE), **NET)
 def cogvideo_image() -> dict[str, Any]:
     return {**cogvideo(), "transformer": cogvideo_net(in_channels=8)}
 
@@ -451,9 +476,10 @@ HUNYUAN: dict[str, Any] = {
     "rope_axes_dim": (4, 4, 8),
 }
 
+
 @tiny(
     "HunyuanVideoPipeline",
-    lambda rows: embeds(rows, 7, 16, pooled=16, mask="attention_mask", true_cfg_scale=SCALE, **SIZE),
+    lambda rows: hunyuan_text(rows, **SIZE),
     off={"true_cfg_scale": 1.0},
     **PAIRS,
 )
@@ -641,9 +667,7 @@ def latte() -> dict[str, Any]:
 
 @tiny(
     "SanaVideoPipeline",
-    lambda rows: masked_text(
-        rows, height=32, width=32, frames=5, negative_prompt=None, use_resolution_binning=False
-    ),
+    lambda rows: masked_text(rows, height=32, width=32, frames=5, negative_prompt=None, use_resolution_binning=False),
     **NET,
 )
 def sana_video() -> dict[str, Any]:
@@ -651,6 +675,24 @@ def sana_video() -> dict[str, Any]:
     config |= {"cross_attention_head_dim": 12, "cross_attention_dim": 24, "rope_max_seq_len": 32}
     transformer = diffusers.SanaVideoTransformer3DModel(in_channels=4, out_channels=4, **config)
     return {"transformer": lively(transformer), "scheduler": flow(shift=3.0)}
+
+
+@tiny(
+    "SanaImageToVideoPipeline",
+    lambda rows: masked_text(
+        rows,
+        image=images(rows, 32, 32),
+        height=32,
+        width=32,
+        frames=5,
+        negative_prompt=None,
+        use_resolution_binning=False,
+    ),
+    batches=False,
+    **NET,
+)
+def sana_image() -> dict[str, Any]:
+    return {**sana_video(), "vae": wan_vae()}
 
 
 @tiny("EasyAnimatePipeline", lambda rows: masked_text(rows, **SMALL), **NET)
@@ -801,9 +843,12 @@ def i2vgen() -> dict[str, Any]:
     }
 
 
-@tiny(
-    "StableVideoDiffusionPipeline", lambda rows: still(rows), output="latent", off={"max_guidance_scale": 1.0}
-)
+def still(rows: range) -> dict[str, Any]:
+    size = {"height": 16, "width": 16, "num_frames": 2}
+    return {"image": images(rows, 16, 16), "max_guidance_scale": SCALE, **size}
+
+
+@tiny("StableVideoDiffusionPipeline", still, off={"max_guidance_scale": 1.0})
 def svd() -> dict[str, Any]:
     network = diffusers.UNetSpatioTemporalConditionModel(
         block_out_channels=(32, 32),
@@ -829,8 +874,3 @@ def svd() -> dict[str, Any]:
         "feature_extractor": image_processor(),
         "scheduler": scheduler,
     }
-
-
-def still(rows: range) -> dict[str, Any]:
-    size = {"height": 16, "width": 16, "num_frames": 2}
-    return {"image": images(rows, 16, 16), "max_guidance_scale": SCALE, **size}
