@@ -3,19 +3,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint wheel install clean
 
-demo: install ## contact sheet of guidance rules and policies on the bundled model, in out/compare
+demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
 
-test: install
-	$(BIN)/python -m pytest
+test: install ## every test
+	$(BIN)/pytest
 
-lint: install
+lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pip install --quiet --no-deps --upgrade --target build/typed .
+	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p diffusers_guidance
+
+wheel: install ## builds the wheel, and uses it in an environment of its own, from another folder
+	rm -rf build/wheel && $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet torch -c constraints.txt
+	build/wheel/venv/bin/pip install --quiet build/wheel/*.whl -c constraints.txt
+	cd build/wheel && venv/bin/python ../../tests/wheel.py
 
 install: $(VENV)/.installed
 

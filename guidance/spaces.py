@@ -126,12 +126,8 @@ _DECLARED = {
     "FlowMatchLCMScheduler": _Declared(prediction="flow_prediction"),
     "HeliosDMDScheduler": _Declared(lambda s: _flow(_per_step(s, s.sigmas)), "flow_prediction"),
     "HeunDiscreteScheduler": _Declared(second_stage=lambda s, sigma: sigma[1::2]),
-    "IPNDMScheduler": _Declared(
-        lambda s: _preserving(_per_step(s, s.alphas), _per_step(s, s.betas)), "v_prediction"
-    ),
-    "KDPM2AncestralDiscreteScheduler": _Declared(
-        second_stage=lambda s, _: _per_step(s, s.sigmas_interpol)[:-1:2]
-    ),
+    "IPNDMScheduler": _Declared(lambda s: _preserving(_per_step(s, s.alphas), _per_step(s, s.betas)), "v_prediction"),
+    "KDPM2AncestralDiscreteScheduler": _Declared(second_stage=lambda s, _: _per_step(s, s.sigmas_interpol)[:-1:2]),
     "KDPM2DiscreteScheduler": _Declared(second_stage=lambda s, _: _per_step(s, s.sigmas_interpol)[1::2]),
     "LTXEulerAncestralRFScheduler": _Declared(lambda s: _flow(_per_step(s, s.sigmas)), "flow_prediction"),
     "MiniMaxH3Scheduler": _Declared(prediction="-flow_prediction"),
@@ -200,17 +196,11 @@ def _on_host(scheduler: Any) -> Any:
     names = ("sigmas", "sigmas_interpol", "timesteps", "alphas_cumprod")
     numbers = {name: t for name in names if isinstance(t := getattr(s, name, None), Tensor)}
     away = {name: t for name, t in numbers.items() if t.device.type != "cpu"}
-    if (
-        "sigmas" in numbers
-        and not away.keys() & {"sigmas", "sigmas_interpol"}
-        and hasattr(s, "set_begin_index")
-    ):
+    if "sigmas" in numbers and not away.keys() & {"sigmas", "sigmas_interpol"} and hasattr(s, "set_begin_index"):
         if "timesteps" in away:
             s.timesteps = torch.arange(len(s.timesteps))  # their number is all that counts
     elif away:
-        parts = (
-            torch.cat([t.flatten() for t in away.values()]).cpu().split([t.numel() for t in away.values()])
-        )
+        parts = torch.cat([t.flatten() for t in away.values()]).cpu().split([t.numel() for t in away.values()])
         for (name, t), part in zip(away.items(), parts, strict=True):
             setattr(s, name, part.to(t.dtype))
     return s
@@ -256,8 +246,9 @@ def _decode(s: Any, declared: _Declared, levels: _Levels) -> Tensor:
     signal, noise, _ = levels
     name = _prediction(s, declared)
     if name == "consistency":
-        # The boundary condition f(x, sigma_min) = x of arXiv 2303.01469 (eq. 5, app. C) makes b = 0 there.
+        # arXiv 2303.01469 (eq. 5, app. C): b = 0 at sigma_min, compared in the float32 that sigmas are kept in.
         a, b = s.get_scalings_for_boundary_condition(noise)
+        b = b * (noise.float() != s.config.sigma_min)
         return torch.stack([a, b, (1 - a) / noise, -b / noise])
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
     if name not in _DECODERS:
@@ -299,7 +290,7 @@ def _starts_step(s: Any, i: int) -> bool:
 
 
 def _config(s: Any, key: str, default: Any = None) -> Any:
-    return getattr(s, "config", {}).get(key, default)
+    return (getattr(s, "config", None) or {}).get(key, default)
 
 
 def _refuse(s: Any, why: str, cause: Exception | None = None) -> NoReturn:

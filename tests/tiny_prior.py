@@ -198,13 +198,8 @@ def wuerstchen_decoder() -> dict[str, Any]:
 def kandinsky3_text(rows: range) -> dict[str, Any]:
     mask = torch.ones(len(rows), 7, dtype=torch.long)
     embeds = {f"{n}prompt_embeds": rows_of(rows, k, 7, 16) for k, n in enumerate(("", "negative_"))}
-    return {
-        "prompt": None,
-        "negative_prompt": None,
-        **embeds,
-        "attention_mask": mask,
-        "negative_attention_mask": mask,
-    }
+    masks = {"attention_mask": mask, "negative_attention_mask": mask}
+    return {"guidance_scale": SCALE, **embeds, **masks, **SIZE}
 
 
 @tiny("Kandinsky3Pipeline", kandinsky3_text)

@@ -220,10 +220,6 @@ def skyreels_image() -> dict[str, Any]:
     return {"transformer": lively(network), "vae": wan_vae(), "scheduler": unipc(), **eyes()}
 
 
-def one_stage() -> Any:
-    return diffusers.HeliosScheduler(stages=1)
-
-
 @tiny("HeliosPipeline", lambda rows: plain_text(rows, **SMALL), **PAIRS)
 def helios() -> dict[str, Any]:
     config = {k: v for k, v in WAN.items() if k != "rope_max_seq_len"}
@@ -349,9 +345,8 @@ def ltx_condition() -> dict[str, Any]:
 
 
 def ltx2_text(rows: range) -> dict[str, Any]:
-    plain = {
-        f"{kind}{name}_scale": value for kind in ("", "audio_") for name, value in (("stg", 0.0), ("modality", 1.0))
-    }
+    plain = {f"{kind}stg_scale": 0.0 for kind in ("", "audio_")}
+    plain |= {f"{kind}modality_scale": 1.0 for kind in ("", "audio_")}
     large = {"height": 64, "width": 64, "num_frames": 9}
     rescale = {"guidance_rescale": 0.0, "audio_guidance_rescale": 0.0, "audio_guidance_scale": SCALE}
     return embeds(rows, 7, 32, mask="attention_mask", guidance_scale=SCALE, **plain, **rescale, **large)

@@ -1,0 +1,140 @@
+"""Rules: the papers' formulas in float64, degenerate predictions, and values that are refused.
+
+`listing` is Algorithm 1 of arXiv 2410.02416 written down from the paper, on denoised predictions; it shares
+nothing with the package.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusers_guidance import APG, CFG, kernels
+from diffusers_guidance.rules import PRESETS
+
+SEED = int(torch.randint(2**31, ()))
+
+
+@pytest.fixture
+def draw():
+    print(f"seed {SEED}")
+    generator = torch.Generator().manual_seed(SEED)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def listing(
+    D_c: Tensor, D_u: Tensor, w: float, avg: Tensor, beta: float, r: float | None, eta: float, dims: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    def norm(x: Tensor) -> Tensor:
+        return x.square().sum(dim=dims, keepdim=True).sqrt()
+
+    diff = D_c - D_u
+    avg = diff + beta * avg
+    update = avg
+    if r is not None:
+        update = update * torch.clamp(r / norm(update), max=1.0)
+    unit = D_c / norm(D_c)
+    parallel = (update * unit).sum(dim=dims, keepdim=True) * unit
+    return D_c + (w - 1) * (update - parallel + eta * parallel), avg
+
+
+@pytest.mark.parametrize(
+    ("shape", "norm_dim"), [((3, 4, 9, 7), None), ((2, 33, 5), None), ((2, 4, 3, 6, 5), (-4, -2, -1))], ids=str
+)
+@pytest.mark.parametrize(("a", "b"), [(1.0, -14.6), (14.7, -14.66), (0.9, -0.43), (0.0, 1.0), (1.0, -0.02)])
+@pytest.mark.parametrize("r", [None, 2.5, 1e6])
+@pytest.mark.parametrize(("beta", "eta"), [(-0.5, 0.0), (0.0, 1.0), (-0.75, 0.3), (0.4, 0.0)])
+def test_apg_is_the_papers_listing(draw, shape, norm_dim, a, b, r, beta, eta):
+    x, c, u, avg = draw(*shape), draw(*shape), draw(*shape), draw(*shape)
+    u = c + 0.1 * (u - c)
+    rule = APG(7.0, momentum=beta, norm_threshold=r, eta=eta, norm_dim=norm_dim)
+    dims = tuple(range(1, len(shape))) if norm_dim is None else norm_dim
+    expected, expected_avg = listing(a * x + b * c, a * x + b * u, 7.0, avg, beta, r, eta, dims)
+    prediction, momentum = kernels.guide(x, c, u, avg, a, b, rule, backend="torch")
+    torch.testing.assert_close(a * x + b * prediction, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(momentum, expected_avg, rtol=1e-9, atol=1e-9)
+
+
+def test_apg_without_its_three_parts_is_cfg(draw):
+    x, c, u = draw(2, 4, 8, 8), draw(2, 4, 8, 8), draw(2, 4, 8, 8)
+    rule = APG(6.0, momentum=0.0, norm_threshold=None, eta=1.0)
+    prediction, _ = kernels.guide(x, c, u, None, 0.8, -0.6, rule, backend="torch")
+    torch.testing.assert_close(prediction, u + 6.0 * (c - u))
+
+
+def test_the_cap_can_be_normalised_to_resolution(draw):
+    x, c, u = draw(1, 4, 16, 16), draw(1, 4, 16, 16), draw(1, 4, 16, 16)
+    one = APG(5.0, norm_threshold=15.0, reference_numel=4 * 128 * 128)
+    other = APG(5.0, norm_threshold=15.0 * 16 / 128)
+    for rule in (one, other):
+        prediction, _ = kernels.guide(x, c, u, None, 0.8, -0.6, rule, backend="torch")
+        if rule is one:
+            expected = prediction
+    torch.testing.assert_close(prediction, expected)
+
+
+def test_rescaled_cfg_is_diffusers_formula(draw):
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    c, u = draw(3, 4, 8, 8), draw(3, 4, 8, 8)
+    expected = rescale_noise_cfg(u + 7.5 * (c - u), c, guidance_rescale=0.7)
+    prediction, _ = kernels.guide(c, c, u, None, 0.0, 1.0, CFG(7.5, rescale=0.7), backend="torch")
+    torch.testing.assert_close(prediction, expected)
+
+
+@pytest.mark.parametrize("rule", [APG(5.0), CFG(5.0, rescale=0.5)], ids=lambda rule: type(rule).__name__)
+def test_broken_samples_stay_unguided_and_alone(draw, rule):
+    x, c, u = draw(4, 4, 8, 8).float(), draw(4, 4, 8, 8).float(), draw(4, 4, 8, 8).float()
+    healthy, _ = kernels.guide(x, c, u, None, 0.8, -0.6, rule, backend="torch")
+    x[1], c[1], u[1] = 0, 0, 0
+    u[2, 0, 0, 0] = torch.nan
+    u[3, 1] = torch.inf
+    momentum = torch.zeros_like(c)
+    for _ in range(2):
+        prediction, momentum = kernels.guide(x, c, u, momentum, 0.8, -0.6, rule, backend="torch")
+    assert torch.isfinite(momentum).all()
+    assert torch.equal(prediction[1:], c[1:])
+    prediction, _ = kernels.guide(x, c, u, None, 0.8, -0.6, rule, backend="torch")
+    torch.testing.assert_close(prediction[0], healthy[0])
+
+
+def test_no_noise_left_does_not_divide(draw):
+    x, c, u, avg = draw(1, 4, 8, 8), draw(1, 4, 8, 8), draw(1, 4, 8, 8), draw(1, 4, 8, 8)
+    prediction, _ = kernels.guide(x, c, u, avg, 1.0, 0.0, APG(9.0), backend="torch")
+    assert torch.equal(prediction, c)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fields", "match"),
+    [
+        (APG, {"momentum": 1.0}, r"momentum=1.0.*between -1 and 1"),
+        (APG, {"momentum": -1.0}, r"momentum=-1.0"),
+        (APG, {"norm_threshold": 0.0}, r"norm_threshold=0.0.*None for no cap"),
+        (APG, {"eta": 1.5}, r"eta=1.5.*from 0"),
+        (APG, {"reference_numel": 0}, r"reference_numel=0"),
+        (APG, {"guidance_scale": -2.0}, r"guidance_scale=-2.0"),
+        (APG, {"guidance_scale": float("nan")}, r"guidance_scale=nan"),
+        (CFG, {"rescale": 2.0}, r"rescale=2.0.*to 1"),
+    ],
+)
+def test_bad_values_are_refused_by_name(rule, fields, match):
+    with pytest.raises(ValueError, match=match):
+        rule(**fields)
+
+
+def test_norm_dim_must_leave_the_batch_alone(draw):
+    x, c, u = draw(2, 4, 8), draw(2, 4, 8), draw(2, 4, 8)
+    with pytest.raises(ValueError, match=r"norm_dim=\(-3, -1\).*batch"):
+        kernels.guide(x, c, u, None, 1.0, -1.0, APG(5.0, norm_dim=(-3, -1)), backend="torch")
+
+
+def test_presets_by_name_and_by_pipeline():
+    class StableDiffusionXLAnythingPipeline: ...
+
+    class SomePipeline: ...
+
+    assert APG.preset("sdxl") == APG.preset(StableDiffusionXLAnythingPipeline()) == PRESETS["sdxl"].rule
+    assert APG.preset(SomePipeline()) == PRESETS["normalised"].rule
+    assert APG.preset("ace-step", guidance_scale=9.0) == APG(9.0, momentum=-0.75, norm_threshold=2.5)
+    assert all(preset.source for preset in PRESETS.values())
+    with pytest.raises(ValueError, match=r"family='sd9'.*sdxl"):
+        APG.preset("sd9")
