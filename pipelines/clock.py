@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-
 from diffusers_guidance.errors import UnsupportedScheduler
 from diffusers_guidance.spaces import Space, spaces
 
@@ -17,6 +16,9 @@ class Clock:
         self.timestep: float | None = None
         self.count = 0
         """Evaluations this run makes, as far as the scheduler's table tells."""
+        self.went_back = False
+        """Whether the last step was not further on than the one before it."""
+        self._scheduler: Any = None
         self._timesteps: Any = None
         self._values: list[float] = []
         self._table: tuple[Space, ...] | None = None
@@ -28,9 +30,11 @@ class Clock:
         """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
         if scheduler.timesteps is not self._timesteps:
             self._read(scheduler)
+        before = self._index
         index = getattr(scheduler, "step_index", None)
         self._index = self._search(timestep) if index is None else int(index)
         known = 0 <= self._index < len(self._values)
+        self.went_back = known and self._index <= before
         self.timestep = self._values[self._index] if known else None
         self.space = self._table[self._index] if known and self._table is not None else None
         if self.steps == 0:
@@ -44,10 +48,17 @@ class Clock:
             return None
         return self._table[self._index + 1]
 
+    @property
+    def ran_out(self) -> bool:
+        """Whether the coming evaluation belongs to another loop: the table is at its end, or was made anew."""
+        if self._scheduler is None:
+            return False
+        return self._scheduler.timesteps is not self._timesteps or 0 <= len(self._values) - 1 <= self._index
+
     def _read(self, scheduler: Any) -> None:
-        self._timesteps = scheduler.timesteps
+        self._scheduler, self._timesteps = scheduler, scheduler.timesteps
         self._values = [float(t) for t in scheduler.timesteps.tolist()]
-        self._index = -1
+        self._index, self.steps = -1, 0
         try:
             self._table = spaces(scheduler)
         except UnsupportedScheduler as error:

@@ -43,6 +43,11 @@ class Denoiser:
         if self.formula is not None and self.history is not None:
             self.decisions = policy.plan(step, self.history)
 
+    def restart(self) -> None:
+        """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
+        self.formula = self.history = self.momentum = self.clock = None
+        self.whole = ""
+
     def end_step(self) -> None:
         self.decisions = None
         self.inputs, self.outputs = [], []
@@ -50,7 +55,7 @@ class Denoiser:
 
     @property
     def evaluates(self) -> list[bool]:
-        """Per sample: whether its unconditional prediction is evaluated at this step."""
+        """Per sample: whether its other branches are evaluated at this step."""
         assert self.decisions is not None
         return [decision.action == "both" or bool(self.whole) for decision in self.decisions]
 
@@ -58,50 +63,57 @@ class Denoiser:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
         asked = _rows(args, kwargs)
         plan, formula = self.decisions, self.formula
-        expected = 0 if formula is None else formula.rows * (2 if formula.batched else 1)
+        expected = 0 if formula is None else formula.rows * (formula.branches if formula.batched else 1)
         if plan is None or formula is None or all(self.evaluates) or asked != expected:
             output = call(*args, **kwargs)
-            if formula is None:
+            y = batch.prediction(output)
+            if y is None:
+                self.whole = f"{self.name} is also called for something else than a prediction"
+            elif formula is None:
                 self.inputs.append((call, args, kwargs, output))
-            self._note(batch.prediction(output), asked, asked)
+            self._note(y, asked, asked)
             return output
         if formula.batched:
             return self._run_batched(formula, policy, step, call, args, kwargs)
         return self._run_sequential(formula, policy, step, call, args, kwargs)
 
-    def _run_batched(self, formula, policy, step, call, args, kwargs) -> Any:
-        n = formula.rows
-        cond_start, uncond_start = formula.cond_index * n, formula.uncond_index * n
-        kept = sorted(
-            [cond_start + i for i in range(n)] + [uncond_start + i for i, both in enumerate(self.evaluates) if both]
-        )
+    def _run_batched(
+        self, formula: Formula, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        n, total = formula.rows, formula.rows * formula.branches
+        cond_start = formula.cond_index * n
+        kept = [row for row in range(total) if row // n == formula.cond_index or self.evaluates[row % n]]
         place = {row: i for i, row in enumerate(kept)}
         # A left-out row stands in as its conditional partner, so that u + s (c - u) gives c exactly.
-        source = [place.get(row, place[cond_start + row % n]) for row in range(2 * n)]
+        source = [place.get(row, place[cond_start + row % n]) for row in range(total)]
         try:
-            part = self._call_part(call, args, kwargs, 2 * n, kept)
+            part = self._call_part(call, args, kwargs, total, kept)
         except _MISFITS as error:
-            return self._give_up(error, call, args, kwargs, 2 * n, len(kept))
+            return self._give_up(error, call, args, kwargs, total, len(kept))
         output = batch.take(part, len(kept), source, _OUTPUT)
         y = batch.prediction(output)
         assert y is not None
-        cond, uncond = y[cond_start : cond_start + n], y[uncond_start : uncond_start + n]
-        filled = self._fill(policy, step, cond, uncond)
-        if filled is not uncond:
-            y = torch.cat([cond, filled] if cond_start == 0 else [filled, cond])
+        branches = list(y.chunk(formula.branches))
+        cond = branches[formula.cond_index]
+        filled = {i: self._fill(policy, step, cond, branches[i]) for i in formula.others}
+        if any(filled[i] is not branches[i] for i in formula.others):
+            y = torch.cat([filled.get(i, cond) for i in range(formula.branches)])
             output = batch.with_prediction(output, y)
-        self._note(y, len(kept), 2 * n)
+        self._note(y, len(kept), total)
         return output
 
-    def _run_sequential(self, formula, policy, step, call, args, kwargs) -> Any:
+    def _run_sequential(
+        self, formula: Formula, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict
+    ) -> Any:
         n = formula.rows
         position = len(self.outputs)
         if position == formula.cond_index:
             output = call(*args, **kwargs)
             cond = batch.prediction(output)
+            assert cond is not None
+            for waiting in self.outputs:  # unconditional calls that came first wait for this one
+                waiting.copy_(self._fill(policy, step, cond, self._merge(cond, waiting)))
             self._note(cond, n, n)
-            if position == 1 and not all(self.evaluates):  # the unconditional call came first and waits for this
-                self.outputs[0].copy_(self._fill(policy, step, cond, self._merge(cond, self.outputs[0])))
             return output
 
         wanted = [i for i, both in enumerate(self.evaluates) if both]
@@ -115,7 +127,7 @@ class Denoiser:
             uncond = batch.prediction(output)
         else:
             output, uncond = self.template, None
-        if self.outputs:
+        if position > formula.cond_index:
             cond = self.outputs[formula.cond_index]
             filled = self._fill(policy, step, cond, self._merge(cond, uncond))
         else:
@@ -174,11 +186,15 @@ class Denoiser:
         formula = self.formula
         assert formula is not None
         self.template = self.inputs[-1][3]
-        call, args, kwargs, output = self.inputs[0 if formula.batched else formula.uncond_index]
-        n, groups = formula.rows, 2 if formula.batched else 1
+        if self.whole:
+            return self.whole
+        call, args, kwargs, output = self.inputs[0 if formula.batched else formula.others[0]]
+        n, groups = formula.rows, formula.branches if formula.batched else 1
         if groups == 1 and n == 1:
             return ""
         names = batch.doubts((args, dict(kwargs)), n * groups, groups)
+        if groups > 2:
+            names.append("its third branch")  # perturbed attention, say, needs all branches to be there
         if not names:
             return ""
         index = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))

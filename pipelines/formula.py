@@ -1,11 +1,12 @@
 """Finding out how a pipeline turns its denoiser's outputs into the prediction it hands to the scheduler.
 
-Classifier-free guidance differs between pipelines in a handful of independent ways: one call on a doubled
-batch or two calls, in either order; which part of the output counts, and with which sign; `u + s (c - u)` or
-`c + s (c - u)`; in which precision; and what is done to the result (`finish`). `identify` searches their
-product for the one that reproduces the pipeline's own number, so no table of pipelines is needed and a wrong
-guess cannot pass: exact equality with the pipeline's live scale first, equality up to rounding next, and last
-a scale solved for by least squares. Residuals are measured against c - u, not against the prediction.
+Classifier-free guidance differs between pipelines in a handful of independent ways: one call on a batch of all
+branches or one call for each, in any order; which part of the output counts, in which layout and with which sign
+(`View`); `u + s (c - u)` or `c + s (c - u)`; in which precision; whether the sample is mixed in; and what is done
+to the result (`finish`). `identify` searches their product for the one that reproduces the pipeline's own number,
+so no table of pipelines is needed and a wrong guess cannot pass: exact equality with the pipeline's live scale
+first, equality up to rounding next, then with a scale solved for by least squares, and last with the sample as a
+third vector. Residuals are measured against c - u, not against the prediction.
 """
 
 import itertools
@@ -22,39 +23,100 @@ Scales = Mapping[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class View:
-    """From a half of the denoiser's output to the scheduler's prediction: `sign * y[dim: start..stop]`, reshaped."""
+    """Which part of a branch's output is the scheduler's prediction, and how the scheduler holds it.
+
+    Guidance works on (rows, ...), one row per sample. `view(branch)` takes a branch of the denoiser's output
+    there, `working(tensor)` a scheduler's tensor, and `emit` brings a prediction back to the scheduler.
+
+    Args:
+        dim, start, stop: the slice of the branch that counts; stop None: all of it.
+        sign: -1 where the pipeline negates.
+        shape: of the working tensor, but for its rows.
+        tokens: the branch is (rows, tokens, C) of a (rows, C, frames, height, width), a leading frame perhaps
+            left out.
+        frames: the scheduler holds the frames of (rows, C, frames, ...) as rows of their own; 0: it does not.
+        copies: the scheduler holds the batch that many times over.
+        channels: only the first `channels` are guided, the others follow the conditional branch; 0: all.
+    """
 
     shape: tuple[int, ...]
     dim: int = 0
     start: int = 0
     stop: int | None = None
     sign: int = 1
+    tokens: bool = False
+    frames: int = 0
+    copies: int = 1
+    channels: int = 0
 
     def __call__(self, y: Tensor) -> Tensor:
+        if self.tokens:
+            y = y.transpose(1, 2).unflatten(2, (-1, *self.shape[2:]))[:, :, -self.shape[1] :]
         if self.stop is not None:
             y = y.narrow(self.dim, self.start, self.stop - self.start)
-        y = y.reshape(-1, *self.shape[1:])
+        y = y.reshape(-1, *self.shape)
         return y if self.sign == 1 else -y
+
+    def working(self, t: Tensor) -> Tensor:
+        """A tensor of the scheduler's, one row per sample."""
+        if self.frames:
+            return t.unflatten(0, (-1, self.frames)).transpose(1, 2)
+        if self.copies > 1:
+            t = t[: t.shape[0] // self.copies]
+        return t[:, : self.channels] if self.channels else t
+
+    def emit(self, prediction: Tensor, output: Tensor) -> Tensor:
+        """A working prediction as the scheduler holds `output`."""
+        if self.frames:
+            return prediction.transpose(1, 2).flatten(0, 1)
+        if self.channels:
+            prediction = torch.cat([prediction, output[: prediction.shape[0], self.channels :]], 1)
+        return torch.cat([prediction] * self.copies) if self.copies > 1 else prediction
 
     def __str__(self) -> str:
         part = "" if self.stop is None else f"[dim {self.dim}: {self.start}..{self.stop}]"
-        return f"{'-' if self.sign < 0 else ''}output{part}"
+        layout = [
+            *(["unpacked"] if self.tokens else []),
+            *([f"{self.frames} frames apart"] if self.frames else []),
+            *([f"{self.copies} times"] if self.copies > 1 else []),
+            *([f"first {self.channels} channels"] if self.channels else []),
+        ]
+        return f"{'-' if self.sign < 0 else ''}output{part}{' ' if layout else ''}{', '.join(layout)}"
 
 
-def views(half: torch.Size, target: torch.Size) -> Iterator[View]:
-    """The views that take a tensor of shape `half` to one of shape `target`, the plain one first."""
-    shape = tuple(target)
+def views(branch: torch.Size, target: torch.Size, sample: torch.Size | None = None) -> Iterator[View]:
+    """The views between a branch of shape `branch` and a scheduler's prediction of shape `target`, plain ones first."""
     parts: list[View] = []
-    if half.numel() == target.numel() and half[0] == target[0]:
-        parts = [View(shape)]
-    elif len(half) == len(target) and half[0] == target[0]:
-        differing = [i for i, (h, t) in enumerate(zip(half, target, strict=True)) if h != t]
-        if len(differing) == 1 and half[differing[0]] > target[differing[0]]:
-            dim, whole, kept = differing[0], half[differing[0]], target[differing[0]]
-            parts = [View(shape, dim, 0, kept), View(shape, dim, whole - kept, whole)]
-    for sign in (1, -1):
-        for part in parts:
-            yield View(part.shape, part.dim, part.start, part.stop, sign)
+    rows, shape = branch[0], tuple(target[1:])
+    if target[0] == rows:
+        parts = list(_parts(branch, target, sample))
+    elif len(branch) == 5 and target[0] == rows * branch[2] and shape == (branch[1], *branch[3:]):
+        parts = [View(tuple(branch[1:]), frames=branch[2])]
+    elif target[0] == 2 * rows:
+        parts = [replace(view, copies=2) for view in _parts(branch, torch.Size((rows, *shape)), sample)]
+    for sign, part in itertools.product((1, -1), parts):
+        yield replace(part, sign=sign)
+
+
+def _parts(branch: torch.Size, target: torch.Size, sample: torch.Size | None) -> Iterator[View]:
+    shape = tuple(target[1:])
+    if branch.numel() == target.numel():
+        yield View(shape)
+    if len(branch) == len(target):
+        differing = [i for i, (h, t) in enumerate(zip(branch, target, strict=True)) if h != t]
+        if len(differing) == 1 and branch[differing[0]] > target[differing[0]]:
+            dim, whole, kept = differing[0], branch[differing[0]], target[differing[0]]
+            yield View(shape, dim, 0, kept)
+            yield View(shape, dim, whole - kept, whole)
+        if differing in ([], [1]) and len(shape) > 1 and branch[1] >= shape[0]:
+            # Learned variance: the scheduler gets more channels than are guided.
+            known = [sample[1]] if sample is not None and sample[1] < shape[0] else []
+            for channels in dict.fromkeys([*known, *range(shape[0] - 1, 0, -1)]):
+                yield View((channels, *shape[1:]), 1, 0, channels, channels=channels)
+    if len(branch) == 3 and len(target) == 5 and branch[2] == target[1]:
+        frame = target[3] * target[4]
+        if branch[1] % frame == 0 and branch[1] // frame in (target[2], target[2] + 1):
+            yield View(shape, tokens=True)
 
 
 def rescale(g: Tensor, c: Tensor, phi: float) -> Tensor:
@@ -84,18 +146,26 @@ FINISHES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 class Formula:
     """model_output = finish(u + w (c - u)), with c and u cut out of the denoiser's outputs.
 
+    Of more than two branches, u is the affine combination of the others that makes this so: any affine
+    combination sum_k w_k y_k (sum_k w_k = 1) is c + (w_c - 1) (c - u) with u = sum_{k != c} w_k y_k / (1 - w_c).
+
     Args:
-        batched: one call on both halves, else one call for each.
-        cond_index: which half, or which call, is the conditional one.
-        view: from a half to the scheduler's prediction.
+        batched: one call on all branches, else one call for each.
+        branches: how many predictions of a sample a guided step evaluates.
+        cond_index: which of them is the conditional one.
+        view: from a branch to the scheduler's prediction and back.
         anchor: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`, where w = 1 + s.
         upcast: whether c and u are taken to the scheduler's dtype before they are combined, or the result is.
         finish: what is done to the combination.
         scale: the name its scale is read by; None: solved for at every step.
         rows: samples in the batch.
+        dtype: the scheduler's.
+        weights: of the other branches in u, in their order; they sum to 1.
+        mixed: whether the prediction is `alpha * sample + beta * combination`, alpha and beta solved at every step.
     """
 
     batched: bool
+    branches: int
     cond_index: int
     view: View
     anchor: str
@@ -104,23 +174,30 @@ class Formula:
     scale: str | None
     rows: int
     dtype: torch.dtype
+    weights: tuple[float, ...] = (1.0,)
+    mixed: bool = False
 
     @property
-    def uncond_index(self) -> int:
-        return 1 - self.cond_index
+    def others(self) -> list[int]:
+        """Which branches a sample without guidance leaves out."""
+        return [i for i in range(self.branches) if i != self.cond_index]
 
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(cond, uncond) as the denoiser put them out, from a step's outputs."""
-        pair = outputs[0].chunk(2) if self.batched else outputs
-        return pair[self.cond_index], pair[self.uncond_index]
+        parts = outputs[0].chunk(self.branches) if self.batched else outputs
+        others = [parts[i] for i in self.others]
+        if len(others) == 1:
+            return parts[self.cond_index], others[0]
+        uncond = sum(weight * part for weight, part in zip(self.weights, others, strict=True))
+        return parts[self.cond_index], uncond  # type: ignore[return-value]
 
     def seen(self, half: Tensor) -> Tensor:
-        """A half as the scheduler would get it."""
+        """A half as the scheduler would get it, one row per sample."""
         y = self.view(half)
         return y.to(self.dtype) if self.upcast else y
 
     def combine(self, c: Tensor, u: Tensor, s: float, phi: float) -> Tensor:
-        """What the pipeline hands to the scheduler for (c, u) at its scale `s`."""
+        """What the pipeline hands to the scheduler for (c, u) at its scale `s`, one row per sample."""
         return self.finished((u if self.anchor == "u" else c) + s * (c - u), c, phi)
 
     def finished(self, g: Tensor, c: Tensor, phi: float) -> Tensor:
@@ -139,11 +216,13 @@ class Formula:
         return float(((output - origin) * d).sum() / (d * d).sum())
 
     def __str__(self) -> str:
-        order = ["cond", "uncond"] if self.cond_index == 0 else ["uncond", "cond"]
-        calls = "one call on [{}, {}]" if self.batched else "two calls, {} then {}"
+        names = ["cond" if i == self.cond_index else "uncond" for i in range(self.branches)]
+        calls = (
+            f"one call on [{', '.join(names)}]" if self.batched else f"{self.branches} calls, {' then '.join(names)}"
+        )
         finish = f", then {self.finish}" if self.finish else ""
-        scale = self.scale or "s"
-        return f"{calls.format(*order)}; {self.view}; {self.anchor} + {scale} (c - u){finish}"
+        finish += ", mixed with the sample" if self.mixed else ""
+        return f"{calls}; {self.view}; {self.anchor} + {self.scale or 's'} (c - u){finish}"
 
 
 class Residual(NamedTuple):
@@ -166,9 +245,22 @@ def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: float) -
     """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype."""
     if torch.equal(expected, output):
         return Residual(True, 0.0, 0.0)
+    if expected.shape != output.shape:
+        return Residual(False, float("inf"), 0.0)
     # Every order of operations rounds terms no larger than these, each by less than eps.
     allowed = torch.finfo(c.dtype).eps * (norm(output) + abs(s) * (norm(c) + norm(u)))
     return Residual(False, norm(expected - output), allowed)
+
+
+def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Residual]:
+    """Least squares of `output` on `vectors`, and how well that explains it."""
+    basis = torch.stack([v.double().flatten() for v in vectors], 1)
+    y = output.double().flatten()
+    factors = torch.linalg.lstsq(basis, y).solution
+    terms = float((factors.abs() * basis.norm(dim=0)).sum())
+    eps = torch.finfo(output.dtype).eps
+    error = float((basis @ factors - y).norm())
+    return factors.tolist(), Residual(error == 0, error, 2 * eps * (float(y.norm()) + terms))
 
 
 class Identified(NamedTuple):
@@ -179,53 +271,93 @@ class Identified(NamedTuple):
     tried: str
 
 
-def identify(outputs: Sequence[Tensor], output: Tensor, scales: Scales, phi: float) -> Identified:
-    """Searches for the formula behind `output`, given the outputs of the step's one or two denoiser calls."""
-    if len(outputs) == 1 and outputs[0].shape[0] == 2 * output.shape[0]:
-        batched, pair = True, outputs[0].chunk(2)
-    elif len(outputs) == 2 and outputs[0].shape == outputs[1].shape:
-        batched, pair = False, tuple(outputs)
-    else:
-        return Identified(None, False, "the calls are not two halves of a batch")
+def _layouts(outputs: Sequence[Tensor], output: Tensor) -> list[tuple[bool, list[Tensor]]]:
+    """(batched, branches): how the step's calls may be split into branches."""
+    if len(outputs) == 1:
+        rows = outputs[0].shape[0]
+        return [(True, list(outputs[0].chunk(n))) for n in (2, 3) if rows % n == 0 and rows >= n]
+    if len(outputs) in (2, 3) and len({y.shape for y in outputs}) == 1:
+        return [(False, list(outputs))]
+    return []
 
+
+def identify(
+    outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, scales: Scales, phi: float
+) -> Identified:
+    """Searches for the formula behind `output`, given the outputs of the step's denoiser calls."""
     live = {name: value for name, get in scales.items() if (value := _number(get())) is not None}
     finishes = [name for name in FINISHES if phi > 0 or name != "guidance_rescale"]
-    formulas = [
-        Formula(batched, cond, view, anchor, upcast, finish, None, output.shape[0], output.dtype)
-        for view in views(pair[0].shape, output.shape)
-        for finish, upcast, cond, anchor in itertools.product(
-            finishes, (False, True) if pair[0].dtype != output.dtype else (False,), (0, 1), ("u", "c")
-        )
-    ]
+    shape = None if sample is None else sample.shape
     best: tuple[float, str] = (float("inf"), "no part of the denoiser's output has the scheduler's shape")
     close: Formula | None = None
+    mixed: Formula | None = None
     undetermined = False
-    for formula in formulas:
-        c, u = formula.seen(pair[formula.cond_index]), formula.seen(pair[formula.uncond_index])
-        d = c - u
-        size = norm(d)
-        if size <= 2 * torch.finfo(d.dtype).eps * norm(c):
-            undetermined = True
-            continue
-        candidates: list[tuple[str | None, float]] = list(live.items())
-        if not formula.finish:
-            candidates.append((None, formula.solve(c, u, output)))
-        for name, s in candidates:
-            found = residual(formula.combine(c, u, s, phi), output, c, u, s)
-            named = replace(formula, scale=name)
-            if found.equal and formula.w(s) > 0:
-                return Identified(named, False, "")
-            # Rounding must not hide a wrong formula; and a solved scale fits either order of the halves, of
-            # which the one that guides towards c is meant.
-            if found.fits and found.allowed < 0.1 * abs(s) * size and formula.w(s) >= 1 and close is None:
-                close = named
-            best = min(
-                best,
-                (found.error / size, f"{named}, with s = {s:g}, is off by {found.error / size:.2g} |c - u|"),
-            )
-    if close is not None:
-        return Identified(close, False, "")
+    for batched, parts in _layouts(outputs, output):
+        for view in views(parts[0].shape, output.shape, shape):
+            target = view.working(output)
+            if view.copies > 1 and not torch.equal(view.emit(target, output), output):
+                continue
+            upcasts = (False, True) if parts[0].dtype != output.dtype else (False,)
+            for finish, upcast, cond, anchor in itertools.product(finishes, upcasts, range(len(parts)), ("u", "c")):
+                formula = Formula(
+                    batched, len(parts), cond, view, anchor, upcast, finish, None, parts[0].shape[0], output.dtype
+                )
+                if len(parts) > 2:
+                    weights = _weights(formula, parts, target) if not finish and anchor == "u" else None
+                    if weights is None:
+                        continue
+                    formula = replace(formula, weights=weights)
+                c, u = (formula.seen(half) for half in formula.halves([torch.cat(parts)] if batched else parts))
+                size = norm(c - u)
+                if size <= 2 * torch.finfo(c.dtype).eps * norm(c):
+                    undetermined = True
+                    continue
+                candidates: list[tuple[str | None, float]] = list(live.items()) if len(parts) == 2 else []
+                if not formula.finish:
+                    candidates.append((None, formula.solve(c, u, target)))
+                for name, s in candidates:
+                    found = residual(formula.combine(c, u, s, phi), target, c, u, s)
+                    named = replace(formula, scale=name)
+                    if found.equal and formula.w(s) > 0:
+                        return Identified(named, False, "")
+                    # Rounding must not hide a wrong formula; and a solved scale fits either order of the halves,
+                    # of which the one that guides towards c is meant.
+                    telling = found.allowed < 0.1 * abs(s) * size and formula.w(s) >= 1
+                    if found.fits and telling and close is None:
+                        close = named
+                    off = found.error / size
+                    best = min(best, (off, f"{named}, with s = {s:g}, is off by {off:.2g} |c - u|"))
+                if not finish and anchor == "u" and mixed is None and sample is not None and len(parts) == 2:
+                    mixed = _mixed(formula, c, u, target, view.working(sample))
+    if close is not None or mixed is not None:
+        return Identified(close or mixed, False, "")
     return Identified(None, undetermined and best[0] == float("inf"), best[1])
+
+
+def _weights(formula: Formula, parts: Sequence[Tensor], target: Tensor) -> tuple[float, ...] | None:
+    """The other branches' weights in u, if the output is an affine combination that guides towards `cond_index`."""
+    c, *others = (formula.seen(parts[i]) for i in (formula.cond_index, *formula.others))
+    try:
+        factors, found = mixture(target - c, *(other - c for other in others))
+    except RuntimeError:  # equal branches leave the weights open
+        return None
+    total = sum(factors)  # 1 - w_c
+    # Each of the others must be pushed away from: what is left of IP2P's weights when the wrong branch is taken
+    # for the conditional one has another sign.
+    if not found.fits or total >= 0 or max(factors) > 1e-3 * abs(total):
+        return None
+    return tuple(factor / total for factor in factors)
+
+
+def _mixed(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Tensor) -> Formula | None:
+    """The formula with the sample mixed in, if that explains the output and guides towards c."""
+    if sample.shape != c.shape:
+        return None
+    (_, beta_c, beta_u), found = mixture(target, sample, c, u)
+    beta = beta_c + beta_u
+    telling = found.allowed < 0.01 * abs(beta_u) * norm(c - u)
+    guides = beta != 0 and beta_c / beta >= 1
+    return replace(formula, mixed=True) if found.fits and telling and guides else None
 
 
 def _number(value: Any) -> float | None:

@@ -84,7 +84,9 @@ class _Step:
 
     def __deepcopy__(self, memo: dict) -> Any:
         """A copied scheduler steps by itself: pipelines copy theirs for a second modality."""
-        copied = memo[id(self.scheduler)]
+        copied = memo.get(id(self.scheduler))
+        if copied is None:  # only the attributes are copied, to be given back to the same scheduler
+            return self
         return types.MethodType(type(copied).step, copied)
 
 

@@ -19,7 +19,7 @@ from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser
-from diffusers_guidance.pipelines.formula import Formula, Scales, identify, residual, views
+from diffusers_guidance.pipelines.formula import Formula, Residual, Scales, identify, mixture, residual, views
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
 from diffusers_guidance.report import Report, StepReport, to_list
@@ -67,6 +67,8 @@ class Run:
     def on_call(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for a call of the denoiser."""
         denoiser = self._denoisers[id(module)]
+        if denoiser.clock is not None and denoiser.clock.ran_out and not denoiser.nfe_full:
+            denoiser.restart()
         step = self._step_of(denoiser.clock)
         if not denoiser.nfe_full:  # its first call since the last step
             denoiser.begin_step(self.policy, step)
@@ -82,6 +84,11 @@ class Run:
         output, sample = bound.arguments["model_output"], bound.arguments["sample"]
         self._clock = denoiser.clock = self._clocks.setdefault(id(scheduler), Clock())
         self._clock.tick(scheduler, bound.arguments.get("timestep"))
+        if self._clock.went_back and not (isinstance(self.policy, EveryStep) and self.rule.is_plain):
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} steps more than once at timestep {self._clock.timestep:g}: each of its views "
+                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
+            )
         try:
             guided = self._guide(denoiser, output, sample)
         finally:
@@ -96,42 +103,53 @@ class Run:
 
     def _guide(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Tensor:
         """The prediction for the scheduler in place of `output`, which is the pipeline's own."""
-        note = ""
+        note = denoiser.whole
         if not self._is_guided(denoiser, output):
             self._record(denoiser, [Decision("conditional")] * output.shape[0], None, None, "no guidance at this step")
             return output
         if denoiser.formula is None:
-            if not self._identify(denoiser, output):
+            if not self._identify(denoiser, output, sample):
                 same = [Decision("both")] * output.shape[0]
                 self._record(denoiser, same, None, None, "both predictions agree: nothing to identify yet")
                 return output
-            note = denoiser.try_parts() if not isinstance(self.policy, EveryStep) else ""
+            note = "" if isinstance(self.policy, EveryStep) else denoiser.try_parts()
             denoiser.decisions = self.policy.plan(self._step_of(self._clock, now=True), denoiser.history)
             evaluated = [True] * denoiser.formula.rows
         else:
             evaluated = denoiser.evaluates
-            note = denoiser.whole
-        plan = denoiser.decisions
-        c, u, s = self._verify(denoiser, output, any(evaluated))
-        formula = denoiser.formula
-        raw_cond, raw_uncond = formula.halves(denoiser.outputs)
         # An estimate is not needed where the real thing was evaluated after all.
         plan = [
             Decision("both") if decision.action == "extrapolate" and was else decision
-            for decision, was in zip(plan, evaluated, strict=True)
+            for decision, was in zip(denoiser.decisions, evaluated, strict=True)
         ]
+        unguided = [decision.action == "conditional" for decision in plan]
+        c, u, w = self._verify(denoiser, output, sample, any(evaluated) or not all(unguided))
+        formula = denoiser.formula
+        sample = formula.view.working(sample)
         space = self._space(c, sample)
-        similarity = self._remember(denoiser, space, sample, c, u, raw_cond, raw_uncond, evaluated)
-        w = formula.w(s)
+        similarity = self._remember(denoiser, space, sample, c, u, evaluated)
         self._record(denoiser, plan, evaluated, similarity, note, w)
 
-        unguided = [decision.action == "conditional" for decision in plan]
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, evaluated, strict=True)]
-            return _pick(stray, formula.finished(c, c, self._phi), output) if any(stray) else output
-        return self._apply(denoiser, formula, space, w, unguided, c, u, sample)
+            if not any(stray):
+                return output
+            guided = _pick(stray, formula.finished(c, c, self._phi), formula.view.working(output))
+        else:
+            guided = self._apply(denoiser, formula, space, w, unguided, c, u, sample)
+        return formula.view.emit(guided, output)
 
-    def _apply(self, denoiser, formula: Formula, space, w, unguided, c, u, sample) -> Tensor:
+    def _apply(
+        self,
+        denoiser: Denoiser,
+        formula: Formula,
+        space: Space | None,
+        w: float,
+        unguided: list[bool],
+        c: Tensor,
+        u: Tensor,
+        sample: Tensor,
+    ) -> Tensor:
         """The rule in place of the pipeline's combination, in the rows that are guided."""
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         x = sample if sample.shape == c.shape else c
@@ -143,19 +161,18 @@ class Run:
         return formula.finished(_pick(unguided, c, g), c, self._phi)
 
     def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
-        """Whether this step evaluated two halves; False where it plainly evaluated one and used it as it is."""
+        """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
         y = denoiser.outputs[0] if denoiser.outputs else None
-        if len(denoiser.outputs) != 1 or y is None or y.shape[0] != output.shape[0]:
+        if len(denoiser.outputs) != 1 or y is None or y.shape[0] > output.shape[0]:
             return True
         if getattr(self.pipe, "do_classifier_free_guidance", None) is False:
             return False
-        plain = (residual(view(y).to(output.dtype), output, y, y, 0.0) for view in views(y.shape, output.shape))
-        if any(found.fits for found in plain):
-            return False
-        raise self._unsupported(denoiser, output, "its one call was not used as it is")
+        whole = (view for view in views(y.shape, output.shape) if not view.channels)
+        return not any(residual(view(y).to(output.dtype), output, y, y, 0.0).fits for view in whole)
 
-    def _identify(self, denoiser: Denoiser, output: Tensor) -> bool:
-        found = identify(denoiser.outputs, output, self._scales(), self._phi)
+    def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
+        """Finds the pipeline's formula; False while both predictions agree and any would fit."""
+        found = identify(denoiser.outputs, output, sample, self._scales(), self._phi)
         if found.formula is None:
             if found.undetermined:
                 return False
@@ -165,30 +182,37 @@ class Run:
         self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
         return True
 
-    def _verify(self, denoiser: Denoiser, output: Tensor, guided: bool) -> tuple[Tensor, Tensor, float]:
-        """(c, u, live scale), after the pipeline's formula has reproduced `output` from them."""
+    def _verify(self, denoiser: Denoiser, output: Tensor, sample: Tensor, guided: bool) -> tuple[Tensor, Tensor, float]:
+        """(c, u, w) as the scheduler would get them, after the pipeline's formula has reproduced `output`."""
         formula = denoiser.formula
         assert formula is not None
-        c, u, s = self._read(denoiser, formula, output, guided)
-        found = residual(formula.combine(c, u, s, self._phi), output, c, u, s)
+        c, u, w, found = self._read(denoiser.outputs, formula, output, sample, guided)
         if not found.fits:
-            again = identify(denoiser.outputs, output, self._scales(), self._phi).formula
-            if again is None:
+            again = identify(denoiser.outputs, output, sample, self._scales(), self._phi).formula
+            if again is None or again.rows != formula.rows:
                 seen = f"off by {found.error:.3g}, where rounding allows {found.allowed:.3g}"
                 raise self._unsupported(denoiser, output, f"{formula} held until now, but here it is {seen}")
             denoiser.formula = again
-            c, u, s = self._read(denoiser, again, output, guided)
-        return c, u, s
+            c, u, w, _ = self._read(denoiser.outputs, again, output, sample, guided)
+        return c, u, w
 
-    def _read(self, denoiser: Denoiser, formula: Formula, output: Tensor, guided: bool) -> tuple[Tensor, Tensor, float]:
-        c, u = (formula.seen(half) for half in formula.halves(denoiser.outputs))
+    def _read(
+        self, outputs: list[Tensor], formula: Formula, output: Tensor, sample: Tensor, guided: bool
+    ) -> tuple[Tensor, Tensor, float, Residual]:
+        c, u = (formula.seen(half) for half in formula.halves(outputs))
+        target = formula.view.working(output)
+        if formula.mixed:
+            x = formula.view.working(sample)
+            (alpha, *betas), found = mixture(target, x, c, u) if guided else mixture(target, x, c)
+            beta = sum(betas)
+            # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
+            found = found._replace(allowed=max(found.allowed, 1e-3 * float(target.double().norm())))
+            return alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta, found
         if formula.scale is not None:
-            return c, u, float(self._scales()[formula.scale]())
-        return (
-            c,
-            u,
-            formula.solve(c, u, output) if guided else 1.0,
-        )  # without guidance the scale has no part in it
+            s = float(self._scales()[formula.scale]())
+        else:
+            s = formula.solve(c, u, target) if guided else 1.0  # without guidance the scale has no part in it
+        return c, u, formula.w(s), residual(formula.combine(c, u, s, self._phi), target, c, u, s)
 
     def _unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
         shapes = ", ".join(str(tuple(y.shape)) for y in denoiser.outputs) or "none that is a tensor"
@@ -239,9 +263,14 @@ class Run:
             )
         return space
 
-    def _remember(self, denoiser, space, sample, c, u, raw_cond, raw_uncond, evaluated) -> tuple[Tensor, Tensor]:
+    def _remember(
+        self, denoiser: Denoiser, space: Space | None, sample: Tensor, c: Tensor, u: Tensor, evaluated: list[bool]
+    ) -> tuple[Tensor, Tensor]:
         """Keeps what policies look back on, and returns the step's similarities (NaN where unknown)."""
-        history = denoiser.history
+        history, formula = denoiser.history, denoiser.formula
+        assert history is not None
+        assert formula is not None
+        raw_cond, raw_uncond = formula.halves(denoiser.outputs)
         unknown = torch.full((len(evaluated),), torch.nan, device=c.device)
         found = [unknown, unknown]
         if space is not None and any(evaluated):

@@ -192,12 +192,22 @@ def test_equal_halves_put_identification_off():
 
 
 def test_a_pipeline_that_cannot_be_verified_is_refused():
-    pag = PIPELINES["StableDiffusionPAGPipeline"]
-    pipe = pag.build()
-    untouched = run(pipe, pag, 4)
-    with attach(pipe), pytest.raises(UnsupportedPipeline, match=r"StableDiffusionPAGPipeline.*put out \(3, "):
-        run(pipe, pag, 4)
-    assert torch.equal(run(pipe, pag, 4), untouched)
+    entry = PIPELINES["AceStepPipeline"]  # does an APG of its own, with a momentum of its own
+    pipe = entry.build()
+    untouched = run(pipe, entry, 4)
+    with attach(pipe), pytest.raises(UnsupportedPipeline, match=r"AceStepPipeline.*put out \(2, .*was given \(1, "):
+        run(pipe, entry, 4)
+    assert torch.equal(run(pipe, entry, 4), untouched)
+
+
+def test_a_pipeline_whose_branches_need_one_another_is_never_cut():
+    entry = PIPELINES["StableDiffusionPAGPipeline"]  # its attention wants [uncond, cond, perturbed]
+    pipe = entry.build()
+    untouched = run(pipe, entry, 4, 3)
+    with attach(pipe, CFG(), Hold(2)) as handle:
+        assert torch.equal(run(pipe, entry, 4, 3), untouched)
+    assert "third branch" in handle.report.steps[1].note
+    assert all(step.evaluated == ["both"] * 3 for step in handle.report.steps)
 
 
 def test_a_schedule_of_the_wrong_length_is_refused():
