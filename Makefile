@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Threads that wait for one another asleep: spinning ones fight over cores that others use too.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint wheel install clean
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from diffusers_guidance.errors import UnsupportedScheduler
 from torch import Tensor
+
+from diffusers_guidance.errors import UnsupportedScheduler
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ _PREMISES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 def spaces(scheduler: Any) -> tuple[Space, ...]:
     """One `Space` per entry of `scheduler.timesteps`, to be asked for after every `set_timesteps`.
 
+    In a pyramid (Helios), which sets timesteps anew for each stage, x0 is the sample that the stage leads to.
     Leaves the scheduler as it is. Raises `UnsupportedScheduler` where its predictions' meaning is uncertain.
     """
     try:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+
 from diffusers_guidance.errors import UnsupportedScheduler
 from diffusers_guidance.spaces import Space, spaces
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from diffusers_guidance.pipelines import rows as batch
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.formula import Formula
 from diffusers_guidance.policies import Decision, History, Policy, Step
-from torch import Tensor
 
 
 @dataclass

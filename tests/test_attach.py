@@ -217,7 +217,7 @@ def test_a_schedule_of_the_wrong_length_is_refused():
 
 
 def test_only_pipelines_can_be_attached_to():
-    with pytest.raises(TypeError, match="Linear.*diffusers pipeline"):
+    with pytest.raises(TypeError, match=r"Linear.*diffusers pipeline"):
         attach(torch.nn.Linear(1, 1))
 
 

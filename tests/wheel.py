@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-import diffusers_guidance
 from diffusers import StableDiffusionPipeline
+
+import diffusers_guidance
 from diffusers_guidance import attach
 from diffusers_guidance.samples import MODEL, PROMPTS
 

@@ -1,0 +1,407 @@
+"""The same prompts and seeds under several pairs of rule and policy, side by side: pictures, NFEs, seconds."""
+
+import ast
+import functools
+import inspect
+import io
+import json
+import math
+import os
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import diffusers_guidance as package
+from diffusers_guidance.pipelines.attach import attach
+from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Policy
+from diffusers_guidance.report import Report
+from diffusers_guidance.rules import CFG, Rule
+
+COLUMNS = ("CFG", "CFG@15", "APG@15", "AG", "LinearAG", "Hold", "default")
+"""What `compare` shows unless asked for something else."""
+
+_PUBLIC = [getattr(package, name) for name in package.__all__]
+RULES: list[type] = [c for c in _PUBLIC if inspect.isclass(c) and issubclass(c, Rule) and c is not Rule]
+POLICIES: list[type] = [c for c in _PUBLIC if inspect.isclass(c) and issubclass(c, Policy) and c is not Policy]
+_BY_NAME = {c.__name__.lower(): c for c in [*RULES, *POLICIES]} | {"ag": AdaptiveGuidance}
+
+Progress = Callable[[str, int, int], None]
+"""progress(what is running, steps done, steps in all)"""
+
+
+# Columns
+
+
+@dataclass(frozen=True)
+class Column:
+    """A rule under a policy at a guidance scale (None: that of the whole comparison).
+
+    Without rule and policy it is the pair that `attach(pipe)` chooses.
+    """
+
+    name: str
+    rule: Rule | None = None
+    policy: Policy | None = None
+    guidance_scale: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Column":
+        """Reads a rule, a policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12".
+
+        A missing rule is CFG, a missing policy EveryStep; "default" is what `attach(pipe)` chooses. Arguments
+        are Python literals; nothing is evaluated.
+        """
+        try:
+            terms = [_split_scale(text, term) for term in _terms(ast.parse(text.strip(), mode="eval").body)]
+        except SyntaxError:
+            raise _unread(text, "it cannot be read") from None
+        scales = [scale for _, scale in terms if scale is not None]
+        if [ast.unparse(node).lower() for node, _ in terms] == ["default"]:
+            return cls(text, guidance_scale=scales[0] if scales else None)
+        built = [_build(text, node) for node, _ in terms]
+        rules = [part for part in built if isinstance(part, Rule)]
+        policies = [part for part in built if isinstance(part, Policy)]
+        scales += [rule.guidance_scale for rule in rules if rule.guidance_scale is not None]
+        if max(len(rules), len(policies), len(scales)) > 1:
+            raise _unread(text, "a column has one rule, one policy and one guidance scale at most")
+        rule, policy = (rules or [CFG()])[0], (policies or [EveryStep()])[0]
+        return cls(text, rule, policy, scales[0] if scales else None)
+
+
+def _terms(node: ast.expr) -> list[ast.expr]:
+    """The terms of a sum."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_terms(node.left), *_terms(node.right)]
+    return [node]
+
+
+def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, float | None]:
+    """What stands before the @, and the number after it."""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)):
+        return node, None
+    try:
+        scale = float(ast.literal_eval(node.right))
+    except (ValueError, TypeError):
+        scale = math.nan
+    if not 0 <= scale < math.inf:
+        raise _unread(text, f"the guidance scale {ast.unparse(node.right)} must be a number from 0 up")
+    return node.left, scale
+
+
+def _build(text: str, node: ast.expr) -> Any:
+    """The rule or policy that `Name`, `Name(arguments)` or `Name.method(arguments)` stands for."""
+    given = node if isinstance(node, ast.Call) else None
+    target = given.func if given else node
+    method = target.attr if isinstance(target, ast.Attribute) else None
+    target = target.value if isinstance(target, ast.Attribute) else target
+    if not isinstance(target, ast.Name):
+        raise _unread(text, f"{ast.unparse(node)} is neither a rule nor a policy")
+    found = _BY_NAME.get(target.id.lower())
+    if found is None:
+        raise _unread(text, f"there is no {target.id}")
+    make: Callable[..., Any] = found
+    if method is not None:
+        if method.startswith("_") or not isinstance(inspect.getattr_static(found, method, None), classmethod):
+            raise _unread(text, f"{found.__name__} has no {method}")
+        make = getattr(found, method)
+    try:
+        args = [ast.literal_eval(arg) for arg in given.args] if given else []
+        named = {str(k.arg): ast.literal_eval(k.value) for k in given.keywords} if given else {}
+    except (ValueError, TypeError):
+        wanted = "numbers, strings, tuples, lists, None, True or False"
+        raise ValueError(f"column {text!r}: the arguments of {found.__name__} must be {wanted}") from None
+    try:
+        return make(*args, **named)
+    except ValueError as error:
+        raise ValueError(f"column {text!r}: {error}") from None
+    except TypeError:
+        raise ValueError(
+            f"column {text!r}: {ast.unparse(node)} does not fit {make.__name__}{inspect.signature(make)}"
+        ) from None
+
+
+def _unread(text: str, why: str) -> ValueError:
+    rules, policies = (", ".join(c.__name__ for c in kind) for kind in (RULES, POLICIES))
+    return ValueError(
+        f"column {text!r}: {why}. Write RULE, POLICY or RULE+POLICY, then @SCALE if you like: "
+        '"APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12", "default". '
+        f"Rules: {rules}. Policies: {policies} (AG is AdaptiveGuidance)."
+    )
+
+
+def changes(part: Rule | Policy) -> str:
+    """The arguments of a rule or policy that are not its defaults, without its guidance scale; cut if very long."""
+    given = (
+        f"{field.name}={getattr(part, field.name)!r}"
+        for field in fields(part)
+        if field.name != "guidance_scale" and getattr(part, field.name) != field.default
+    )
+    return textwrap.shorten(", ".join(given), 60, placeholder=" …")
+
+
+def short(part: Rule | Policy) -> str:
+    """A rule or policy as one would write it, without its guidance scale."""
+    arguments = changes(part)
+    return type(part).__name__ + (f"({arguments})" if arguments else "")
+
+
+# Results
+
+
+@dataclass
+class Result:
+    """One column as it came out. `pictures` run over the seeds within the prompts; `reports` are one per batch."""
+
+    name: str
+    rule: Rule
+    policy: Policy
+    guidance_scale: float
+    pictures: list[Image.Image] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
+    seconds: float = 0.0
+    is_default: bool = False
+    """Whether it is the pair that `attach(pipe)` chooses."""
+
+    @property
+    def label(self) -> str:
+        """Rule and policy in short; of the default pair without the settings chosen for the pipeline."""
+        if self.is_default:
+            return f"default: {type(self.rule).__name__} + {type(self.policy).__name__}"
+        return f"{short(self.rule)} + {short(self.policy)}"
+
+    @property
+    def nfe(self) -> int:
+        return sum(report.nfe for report in self.reports)
+
+    @property
+    def nfe_full(self) -> int:
+        return sum(report.nfe_full for report in self.reports)
+
+    @property
+    def saved(self) -> float:
+        return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0
+
+    @property
+    def summary(self) -> str:
+        return f"{self.nfe} of {self.nfe_full} NFEs, {self.saved:.0%} saved"
+
+    @property
+    def seconds_per_picture(self) -> float:
+        return self.seconds / len(self.pictures)
+
+    @property
+    def saturation(self) -> float:
+        """Mean HSV saturation, 0 to 1."""
+        return float(np.mean([np.asarray(p.convert("HSV"))[..., 1].mean() / 255 for p in self.pictures]))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is classifier-free guidance as the pipeline does it by itself."""
+        return self.rule.is_plain and isinstance(self.policy, EveryStep)
+
+
+@dataclass
+class Comparison:
+    """All columns, and everything needed to make them again."""
+
+    model: str
+    pipeline: str
+    scheduler: str
+    device: str
+    dtype: str
+    prompts: list[str]
+    seeds: list[int]
+    steps: int
+    negative: str | None
+    results: list[Result]
+
+    def reference(self, result: Result) -> Result | None:
+        """Plain classifier-free guidance at the same scale, if it is another column."""
+        same = (r for r in self.results if r.is_plain and r.guidance_scale == result.guidance_scale)
+        found = next(same, None)
+        return None if found is result else found
+
+    def psnr(self, result: Result) -> float | None:
+        """dB between a column and its reference over all pictures together; infinite where they are equal."""
+        reference = self.reference(result)
+        if reference is None:
+            return None
+        pairs = zip(result.pictures, reference.pictures, strict=True)
+        error = np.mean([np.mean((_floats(a) - _floats(b)) ** 2) for a, b in pairs])
+        return math.inf if error == 0 else float(-10 * np.log10(error))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, as plain JSON types. An infinite PSNR is None beside a reference."""
+        names = ("model", "pipeline", "scheduler", "device", "dtype", "prompts", "seeds", "steps", "negative")
+        packages = ("diffusers-guidance", "diffusers", "transformers", "torch")
+        columns = []
+        for result in self.results:
+            reference, psnr = self.reference(result), self.psnr(result)
+            columns.append(
+                {
+                    "name": result.name,
+                    "rule": repr(result.rule),
+                    "policy": repr(result.policy),
+                    "guidance_scale": result.guidance_scale,
+                    "nfe": result.nfe,
+                    "nfe_full": result.nfe_full,
+                    "saved": result.saved,
+                    "seconds": result.seconds,
+                    "seconds_per_picture": result.seconds_per_picture,
+                    "saturation": result.saturation,
+                    "reference": reference.name if reference else None,
+                    "psnr": psnr if psnr is not None and math.isfinite(psnr) else None,
+                    "reports": [report.to_dict() for report in result.reports],
+                }
+            )
+        versions = {name: version(name) for name in packages}
+        return {name: getattr(self, name) for name in names} | {"versions": versions, "columns": columns}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes contact_sheet.png, similarity.png and compare.json into `folder`, each whole or not at all."""
+        from diffusers_guidance.pipelines.sheet import contact_sheet, similarity_plot
+
+        sheet, plot = io.BytesIO(), io.BytesIO()
+        contact_sheet(self).save(sheet, "PNG", optimize=True)
+        similarity_plot(self).savefig(plot, format="png", dpi=150)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+        contents = {
+            "contact_sheet.png": sheet.getvalue(),
+            "similarity.png": plot.getvalue(),
+            "compare.json": text.encode() + b"\n",
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            part = folder / f".{name}.{os.getpid()}"
+            try:
+                part.write_bytes(content)
+                os.replace(part, folder / name)
+            finally:
+                part.unlink(missing_ok=True)
+        return [folder / name for name in contents]
+
+
+def _floats(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+
+
+# The run
+
+
+def compare(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    columns: Iterable[Column | str] = COLUMNS,
+    *,
+    seeds: Sequence[int] = (0,),
+    steps: int = 20,
+    guidance_scale: float = 5.0,
+    negative: str | None = None,
+    batch: int | None = None,
+    warm_up: bool = True,
+    progress: Progress | None = None,
+    **arguments: Any,
+) -> Comparison:
+    """Generates every prompt with every seed in every column.
+
+    Args:
+        pipe: any pipeline that `attach` takes; what was attached to it is gone afterwards.
+        columns: `Column`s, or texts for `Column.parse`.
+        guidance_scale: of the columns that have none of their own.
+        negative: the negative prompt of all pictures.
+        batch: pictures generated at once; None for all. A picture does not depend on it (up to rounding).
+        warm_up: whether two untimed steps are run first, so that the first column is not charged for starting up.
+        arguments: passed on to the pipeline's call, such as `height=512`.
+    """
+    wanted = [Column.parse(column) if isinstance(column, str) else column for column in columns]
+    if not prompts or not seeds or not wanted:
+        raise ValueError("nothing to compare: there must be at least one prompt, one seed and one column")
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    size = batch or len(jobs)
+    batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    total = len(wanted) * len(batches) * steps
+    arguments |= {"negative_prompt": negative}
+
+    if warm_up:
+        _tell(progress, "warming up", 0, total)
+        with attach(pipe, CFG(guidance_scale=guidance_scale), EveryStep()):
+            _generate(pipe, batches[0], 2, arguments)
+    results: list[Result] = []
+    for column in wanted:
+        scale = guidance_scale if column.guidance_scale is None else column.guidance_scale
+        with attach(pipe, column.rule, column.policy) as handle:
+            handle.rule = replace(handle.rule, guidance_scale=scale)
+            result = Result(column.name, handle.rule, handle.policy, scale, is_default=column.rule is None)
+            for number, part in enumerate(batches, len(results) * len(batches)):
+                on_step = functools.partial(_tell, progress, column.name, total=total, before=number * steps)
+                on_step(0)
+                start = time.perf_counter()
+                result.pictures += _generate(pipe, part, steps, arguments, on_step)
+                result.seconds += time.perf_counter() - start
+                result.reports.append(handle.report)
+        results.append(result)
+    _tell(progress, "done", total, total)
+    model = Path(str(pipe.name_or_path))
+    return Comparison(
+        model=model.name if model.exists() else str(pipe.name_or_path),
+        pipeline=type(pipe).__name__,
+        scheduler=type(pipe.scheduler).__name__,
+        device=str(pipe.device),
+        dtype=str(pipe.dtype).removeprefix("torch."),
+        prompts=list(prompts),
+        seeds=list(seeds),
+        steps=steps,
+        negative=negative,
+        results=results,
+    )
+
+
+def _generate(
+    pipe: DiffusionPipeline,
+    jobs: list[tuple[str, int]],
+    steps: int,
+    arguments: dict[str, Any],
+    on_step: Callable[[int], None] = lambda done: None,
+) -> list[Image.Image]:
+    """One call of the pipeline for all (prompt, seed) of `jobs`; of a video, the frame in its middle."""
+    known = inspect.signature(type(pipe).__call__).parameters
+
+    def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(min(index + 1, steps))
+        return tensors
+
+    # A pipeline with a true_cfg_scale guides only where it is given a negative prompt.
+    negative = (
+        "" if arguments["negative_prompt"] is None and "true_cfg_scale" in known else arguments["negative_prompt"]
+    )
+    call = arguments | {
+        "prompt": [prompt for prompt, _ in jobs],
+        "negative_prompt": None if negative is None else [negative] * len(jobs),
+        # The noise is drawn on the CPU, so that every device makes the same picture.
+        "generator": [torch.Generator().manual_seed(seed) for _, seed in jobs],
+        "num_inference_steps": steps,
+        "output_type": "pil",
+    }
+    if "callback_on_step_end" in known:
+        call["callback_on_step_end"] = callback
+    if negative is None:
+        del call["negative_prompt"]
+    output = pipe(**call)
+    if hasattr(output, "images"):
+        return list(output.images)
+    return [frames[len(frames) // 2] for frames in output.frames]
+
+
+def _tell(progress: Progress | None, what: str, done: int, total: int, before: int = 0) -> None:
+    if progress is not None:
+        progress(what, before + done, total)

@@ -1,0 +1,368 @@
+"""`diffusers-guidance compare`: columns as one types them, the run, its files, and what it says when it cannot."""
+
+import json
+import math
+import socket
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, Interval, Schedule
+from diffusers_guidance.pipelines import cli
+from diffusers_guidance.pipelines.compare import COLUMNS, Column, Comparison, Result, _generate, compare, short
+from diffusers_guidance.pipelines.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
+from diffusers_guidance.samples import MODEL, PROMPTS
+
+PAIR = ["a red apple", "a rocket"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was attempted")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = DiffusionPipeline.from_pretrained(MODEL, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def command(*arguments):
+    return CliRunner().invoke(cli.make_app(), [str(argument) for argument in arguments], terminal_width=200)
+
+
+# Columns
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "policy", "scale"),
+    [
+        ("CFG", CFG(), EveryStep(), None),
+        ("apg@15", APG(), EveryStep(), 15),
+        ("Hold", CFG(), Hold(), None),
+        (" Hold(3) @ 7.5 ", CFG(), Hold(3), 7.5),
+        ("AG", CFG(), AdaptiveGuidance(), None),
+        ("APG@12+AG", APG(), AdaptiveGuidance(), 12),
+        ("AG+APG@12", APG(), AdaptiveGuidance(), 12),
+        ("APG(norm_threshold=5, momentum=-0.75)+AdaptiveGuidance(threshold=0.98)@12", APG(None, -0.75, 5),
+         AdaptiveGuidance(0.98), 12),
+        ("APG(norm_threshold=None)", APG(norm_threshold=None), EveryStep(), None),
+        ("APG.preset('ace-step')@4", APG.preset("ace-step"), EveryStep(), 4),
+        ("Interval.sigma(0.28, 5.42)", CFG(), Interval.sigma(0.28, 5.42), None),
+        ("Schedule(['both', 'conditional'])", CFG(), Schedule(("both", "conditional")), None),
+        ("CFG(guidance_scale=4)", CFG(4), EveryStep(), 4),
+        ("default", None, None, None),
+        ("Default@9", None, None, 9),
+    ],
+)  # fmt: skip
+def test_column(text, rule, policy, scale):
+    assert Column.parse(text) == Column(text, rule, policy, scale)
+
+
+def test_columns_shown_unless_asked_for_others():
+    assert len({Column.parse(text) for text in COLUMNS}) == len(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("CGF", ["'CGF'", "there is no CGF", "APG, CFG", "EveryStep, Hold"]),
+        ("", ["''", "cannot be read"]),
+        ("APG(", ["'APG('", "cannot be read"]),
+        ("APG@", ["cannot be read"]),
+        ("APG@much", ["guidance scale much", "from 0 up"]),
+        ("APG@-1", ["guidance scale -1", "from 0 up"]),
+        ("APG+CFG", ["one rule, one policy and one guidance scale"]),
+        ("Hold+AG", ["one rule, one policy and one guidance scale"]),
+        ("APG@5+Hold@6", ["one rule, one policy and one guidance scale"]),
+        ("CFG(4)@5", ["one rule, one policy and one guidance scale"]),
+        ("APG(norm=5)", ["APG(norm=5) does not fit", "norm_threshold: float"]),
+        ("APG(momentum=2)", ["momentum=2", "between -1 and 1"]),
+        ("AG(threshold='high')", ["does not fit", "threshold"]),
+        ("APG(momentum=open('x'))", ["arguments of APG must be numbers"]),
+        ("APG(**{'eta': 1})", ["does not fit"]),
+        ("APG.coefficients(1)", ["APG has no coefficients"]),
+        ("APG.__init__", ["APG has no __init__"]),
+        ("__import__('os')", ["there is no __import__"]),
+        ("Hold - APG", ["neither a rule nor a policy"]),
+        ("Policy", ["there is no Policy"]),
+        ("default + Hold", ["there is no default"]),
+    ],
+)
+def test_column_refused(text, said):
+    with pytest.raises(ValueError, match="column") as error:
+        Column.parse(text)
+    assert all(part in str(error.value) for part in said), error.value
+
+
+def test_short():
+    assert short(APG(7.0)) == "APG"
+    assert short(Schedule(["both"] * 40)).endswith("'both', …)")
+    assert short(APG(7.0, norm_threshold=5, norm_dim=())) == "APG(norm_threshold=5, norm_dim=())"
+
+
+# The run
+
+
+def test_command(tmp_path):
+    out = tmp_path / "new" / "folder"
+    result = command(
+        "compare", *PAIR, "--steps", 3, "--scale", 6, "--seed", 4, "--column", "CFG", "--column", "StepAG", "--out", out
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert sorted(file.name for file in out.iterdir()) == ["compare.json", "contact_sheet.png", "similarity.png"]
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.width > 2 * 192
+        assert sheet.height > 2 * 192
+
+    found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    assert found["prompts"] == PAIR
+    assert (found["seeds"], found["steps"], found["negative"]) == ([4], 3, None)
+    assert (found["model"], found["pipeline"], found["scheduler"]) == (
+        "emoji", "StableDiffusionPipeline", "DDIMScheduler",
+    )  # fmt: skip
+    assert set(found["versions"]) == {"diffusers-guidance", "diffusers", "transformers", "torch"}
+    cfg, half = found["columns"]
+    assert (cfg["nfe"], cfg["nfe_full"], cfg["saved"]) == (2 * 3 * 2, 2 * 3 * 2, 0)
+    assert (half["nfe"], half["nfe_full"]) == (2 * (2 + 2 + 1), 2 * 3 * 2)
+    assert (cfg["reference"], cfg["psnr"]) == (None, None)
+    assert half["reference"] == "CFG"
+    assert half["psnr"] > 5
+    for column in (cfg, half):
+        assert column["guidance_scale"] == 6
+        assert column["nfe"] == sum(report["nfe"] for report in column["reports"])
+        assert [len(report["steps"]) for report in column["reports"]] == [3]
+        assert 0 < column["saturation"] < 1
+        assert column["seconds"] > 0
+    for text in ("CFG + EveryStep", "CFG + StepAG", "17%", "dB", "contact_sheet.png"):
+        assert text in result.output
+
+
+def test_prompts_and_scheduler(tmp_path):
+    (tmp_path / "prompts.txt").write_text("# two\na lemon\n\n  a guitar \n", encoding="utf-8")
+    result = command(
+        "compare", "--prompts", tmp_path / "prompts.txt", "--steps", 2, "--column", "CFG", "--out", tmp_path,
+        "--scheduler", "EulerDiscreteScheduler", "--negative", "blurred", "--device", "cpu", "--dtype", "float32",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert found["prompts"] == ["a lemon", "a guitar"]
+    assert (found["scheduler"], found["negative"]) == ("EulerDiscreteScheduler", "blurred")
+    assert (found["device"], found["dtype"]) == ("cpu", "float32")
+
+
+def test_cfg_is_the_pipeline_itself(pipe):
+    ours = compare(pipe, PAIR, ["CFG@4"], seeds=[3], steps=3, negative="blurred").results[0]
+    again = [torch.Generator().manual_seed(3) for _ in PAIR]
+    theirs = pipe(
+        PAIR, negative_prompt=["blurred"] * 2, num_inference_steps=3, guidance_scale=4, generator=again
+    ).images
+    assert all(np.array_equal(a, b) for a, b in zip(ours.pictures, theirs, strict=True))
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe):
+    options = {"seeds": [0, 1], "steps": 4, "warm_up": False}
+    columns = ["APG+Hold@8", "AG(threshold=0.9)"]
+    together = compare(pipe, PAIR, columns, **options)
+    by_three = compare(pipe, PAIR, columns, batch=3, **options)
+    alone = compare(pipe, PAIR[1:], columns, **options)
+    for a, b, c in zip(together.results, by_three.results, alone.results, strict=True):
+        assert [len(report.steps[0].evaluated) for report in b.reports] == [3, 1]
+        assert (a.nfe, a.nfe_full) == (b.nfe, b.nfe_full)
+        assert len(a.pictures) == 4
+        for row, picture in enumerate(a.pictures):
+            assert difference(picture, b.pictures[row]) <= 2
+            if row >= 2:  # of the second prompt
+                assert difference(picture, c.pictures[row - 2]) <= 2
+        assert difference(a.pictures[0], a.pictures[1]) > 20
+
+
+def difference(a, b):
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+def test_default_pair_and_progress(pipe):
+    told = []
+    comparison = compare(
+        pipe, PAIR[:1], ["default", "CFG"], seeds=[0, 1], steps=2, batch=1, guidance_scale=7.5,
+        progress=lambda *now: told.append(now),
+    )  # fmt: skip
+    default, cfg = comparison.results
+    assert default.is_default
+    assert default.label.startswith("default: ")
+    assert default.rule.guidance_scale == cfg.rule.guidance_scale == 7.5
+    assert comparison.reference(default) is cfg
+    assert told[0] == ("warming up", 0, 8)
+    assert told[-1] == ("done", 8, 8)
+    done = [now[1] for now in told]
+    assert done == sorted(done)
+    assert set(done) == set(range(9))
+    assert "__call__" not in vars(type(pipe)) or "_diffusers_guidance_original" not in vars(type(pipe))
+
+
+class TrueCfg:
+    """Looks like a video pipeline that guides only where it is given a negative prompt, and takes no callback."""
+
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale=4.0, **others):
+        self.seen = {"negative_prompt": negative_prompt, **others}
+        return SimpleNamespace(frames=[["first", f"middle of {text}", "last"] for text in prompt])
+
+
+def test_other_pipelines():
+    pipe, jobs = TrueCfg(), [("a", 1), ("b", 2)]
+    assert _generate(pipe, jobs, 3, {"negative_prompt": None, "height": 32}) == ["middle of a", "middle of b"]
+    seeds = [generator.initial_seed() for generator in pipe.seen.pop("generator")]
+    assert seeds == [1, 2]
+    expected = {"negative_prompt": ["", ""], "height": 32, "num_inference_steps": 3, "output_type": "pil"}
+    assert pipe.seen == expected
+
+
+@pytest.mark.parametrize("missing", ["prompts", "seeds", "columns"])
+def test_nothing_to_compare(pipe, missing):
+    given = {"prompts": PAIR, "seeds": [0], "columns": ["CFG"]} | {missing: []}
+    with pytest.raises(ValueError, match="at least one"):
+        compare(pipe, **given)
+
+
+# What the command says when it cannot
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--column", "CGF"], "there is no CGF"),
+        (["--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (["--model", "nowhere"], "no such folder, and a name on the hub has the form owner/name"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--scheduler", "Euler"], "EulerDiscreteScheduler"),
+        (["--dtype", "int8"], "float32, bfloat16, float16"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--column", "Schedule(['both'])", "--steps", "2"], "has 1 steps, the run 2"),
+    ],
+)
+def test_command_refuses(arguments, said, tmp_path):
+    result = command("compare", *arguments, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_without_its_packages(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, cli.__name__)
+    from diffusers_guidance.pipelines.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert "pip install 'diffusers-guidance[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "local"), [(str(MODEL), True), ("owner/name", False)])
+def test_how_a_model_is_loaded(model, local, monkeypatch, tmp_path):
+    seen = {}
+
+    def from_pretrained(name, **options):
+        seen.update(options, name=str(name))
+        raise OSError("as far as this test goes")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    result = command("compare", "a lemon", "--model", model, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "as far as this test goes" in result.output
+    assert seen["name"] == model
+    assert (seen["local_files_only"], seen["use_safetensors"], seen["trust_remote_code"]) == (local, True, False)
+
+
+# Numbers and pictures
+
+
+def result(name, colour, rule=None, policy=None, size=(96, 96), count=1, **report):
+    pictures = [Image.new("RGB", size, colour)] * count
+    return Result(name, rule or CFG(5.0), policy or EveryStep(), 5.0, pictures, [])
+
+
+def comparison(*results, prompts=("a",), seeds=(0,)):
+    return Comparison(
+        "model", "Pipeline", "Scheduler", "cpu", "float32", list(prompts), list(seeds), 20, None, list(results)
+    )
+
+
+def test_saturation_and_psnr():
+    plain = result("CFG", (255, 0, 0))
+    same, near = result("Hold", (255, 0, 0), policy=Hold()), result("AG", (230, 0, 0), policy=AdaptiveGuidance())
+    assert plain.saturation == 1
+    assert result("grey", (90, 90, 90)).saturation == 0
+    both = comparison(plain, same, near)
+    assert both.psnr(plain) is None
+    assert both.psnr(same) == math.inf
+    assert both.psnr(near) == pytest.approx(10 * math.log10(3 * (255 / 25) ** 2))
+    columns = both.to_dict()["columns"]
+    assert [column["psnr"] for column in columns] == [None, None, both.psnr(near)]
+    assert [column["reference"] for column in columns] == [None, "CFG", "CFG"]
+    assert comparison(near).psnr(near) is None
+    rescaled = result("rescaled", (255, 0, 0), rule=CFG(5.0, rescale=0.7))
+    assert comparison(rescaled, near).psnr(near) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "cell"),
+    [((96, 96), (192, 192)), ((64, 32), (192, 96)), ((300, 200), (300, 200)), ((1024, 2048), (256, 512))],
+)
+def test_cells(size, cell):
+    assert cell_size(Image.new("RGB", size)) == cell
+
+
+def test_sheet_holds_every_picture():
+    colours = [(200, 30, 30), (30, 160, 60), (40, 60, 200)]
+    columns = [result(f"column {i}", colour, count=4) for i, colour in enumerate(colours)]
+    sheet = contact_sheet(comparison(*columns, prompts=("short", "a prompt " * 20), seeds=(0, 1)))
+    pixels = np.asarray(sheet).reshape(-1, 3)
+    for colour in colours:
+        shown = int((pixels == colour).all(axis=1).sum())
+        assert shown == pytest.approx(4 * 192 * 192, rel=0.03)  # but for the frames
+    assert np.asarray(sheet)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_text_is_wrapped():
+    font = _font("DejaVuSans", 15.0)
+    text = "APG(norm_threshold=5, momentum=-0.75) of " + "w" * 60
+    lines = [line for line, _, _ in _wrap([(text, font, "black")], 180)]
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(font.getlength(line) <= 180 for line in lines)
+    assert lines[:2] == ["APG", "(norm_threshold=5,"]
+
+
+def test_similarity_plot(pipe):
+    comparison = compare(pipe, PAIR, ["CFG", "AG(threshold=0.8)"], steps=3, warm_up=False)
+    axes = similarity_plot(comparison).axes[0]
+    assert "AdaptiveGuidance(threshold=0.8)" in axes.get_title()
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:2] == PAIR
+
+
+def test_files_are_whole_or_absent(pipe, tmp_path, monkeypatch):
+    comparison = compare(pipe, PAIR[:1], ["CFG"], steps=2, warm_up=False)
+
+    def refuse(*args):
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="no space"):
+        comparison.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bundled_prompts():
+    assert len(PROMPTS.read_text(encoding="utf-8").splitlines()) == 6
