@@ -1,16 +1,30 @@
 """The guidance arithmetic behind one dispatcher: `guide`, `step`, `similarity`, `extrapolate`."""
 
-from diffusers_guidance.kernels.dispatch import backend_of, extrapolate, guide, similarity, step, use_backend
-from diffusers_guidance.kernels.reference import Coefficients, Gram, Update
+if __name__ == "kernels":
+    # Python started in the checkout finds this folder when diffusers or transformers look for Hugging Face's package
+    # of the same name. Step aside for it; where it is not installed, be empty, which they take for its absence.
+    import importlib.util
+    import sys
+    from importlib.machinery import PathFinder
+    from pathlib import Path
 
-__all__ = [
-    "Coefficients",
-    "Gram",
-    "Update",
-    "backend_of",
-    "extrapolate",
-    "guide",
-    "similarity",
-    "step",
-    "use_backend",
-]
+    _here = Path(__file__).resolve().parents[1]
+    _spec = PathFinder.find_spec(__name__, [path for path in sys.path if Path(path or ".").resolve() != _here])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules[__name__] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[__name__])
+else:
+    from diffusers_guidance.kernels.dispatch import backend_of, extrapolate, guide, similarity, step, use_backend
+    from diffusers_guidance.kernels.reference import Coefficients, Gram, Update
+
+    __all__ = [
+        "Coefficients",
+        "Gram",
+        "Update",
+        "backend_of",
+        "extrapolate",
+        "guide",
+        "similarity",
+        "step",
+        "use_backend",
+    ]

@@ -210,7 +210,7 @@ class Formula:
 
     def solve(self, c: Tensor, u: Tensor, output: Tensor) -> float:
         """The scale that explains `output` best; only where the combination is handed on as it is."""
-        c, u, output = c.double(), u.double(), output.double()
+        c, u, output = (t.double().nan_to_num(0, 0, 0) for t in (c, u, output))
         d = c - u
         origin = u if self.anchor == "u" else c
         return float(((output - origin) * d).sum() / (d * d).sum())
@@ -247,6 +247,11 @@ def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: float) -
         return Residual(True, 0.0, 0.0)
     if expected.shape != output.shape:
         return Residual(False, float("inf"), 0.0)
+    broken = ~torch.isfinite(output)
+    if broken.any():  # the same numbers must be broken in both, and the others agree
+        if not torch.equal(broken, ~torch.isfinite(expected)):
+            return Residual(False, float("inf"), 0.0)
+        expected, output, c, u = (t.masked_fill(broken, 0) for t in (expected, output, c, u))
     # Every order of operations rounds terms no larger than these, each by less than eps.
     allowed = torch.finfo(c.dtype).eps * (norm(output) + abs(s) * (norm(c) + norm(u)))
     return Residual(False, norm(expected - output), allowed)
@@ -256,6 +261,8 @@ def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Residual]:
     """Least squares of `output` on `vectors`, and how well that explains it."""
     basis = torch.stack([v.double().flatten() for v in vectors], 1)
     y = output.double().flatten()
+    if not (torch.isfinite(basis).all() and torch.isfinite(y).all()):
+        return [0.0] * len(vectors), Residual(False, float("inf"), 0.0)
     factors = torch.linalg.lstsq(basis, y).solution
     terms = float((factors.abs() * basis.norm(dim=0)).sum())
     eps = torch.finfo(output.dtype).eps
@@ -285,6 +292,8 @@ def identify(
     outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, scales: Scales, phi: float
 ) -> Identified:
     """Searches for the formula behind `output`, given the outputs of the step's denoiser calls."""
+    if not all(torch.isfinite(t).all() for t in (*outputs, output)):
+        return _identify_finite(outputs, output, sample, scales, phi)
     live = {name: value for name, get in scales.items() if (value := _number(get())) is not None}
     finishes = [name for name in FINISHES if phi > 0 or name != "guidance_rescale"]
     shape = None if sample is None else sample.shape
@@ -332,6 +341,24 @@ def identify(
     if close is not None or mixed is not None:
         return Identified(close or mixed, False, "")
     return Identified(None, undetermined and best[0] == float("inf"), best[1])
+
+
+def _identify_finite(
+    outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, scales: Scales, phi: float
+) -> Identified:
+    """`identify` on those samples alone whose predictions are finite."""
+    rows = output.shape[0]
+    if any(y.shape[0] % rows for y in outputs):
+        return Identified(None, False, "some of the predictions are not finite")
+    finite = torch.isfinite(output).flatten(1).all(1)
+    for y in outputs:
+        finite &= torch.isfinite(y).flatten(1).all(1).unflatten(0, (-1, rows)).all(0)
+    if not finite.any():
+        return Identified(None, True, "no prediction is finite")
+    kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
+    found = identify(kept, output[finite], None if sample is None else sample[finite], scales, phi)
+    whole = None if found.formula is None else replace(found.formula, rows=rows)
+    return found._replace(formula=whole)
 
 
 def _weights(formula: Formula, parts: Sequence[Tensor], target: Tensor) -> tuple[float, ...] | None:

@@ -1,0 +1,45 @@
+"""Python started in the checkout: its folder `kernels/` must not pass for Hugging Face's package of that name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+IMPORTS = "import kernels; from diffusers import StableDiffusionPipeline; import diffusers_guidance; "
+
+
+def python(code: str, *paths: Path) -> str:
+    environment = {"PYTHONPATH": ":".join(map(str, paths)), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_diffusers_imports_in_the_checkout():
+    out = python(IMPORTS + "print(diffusers_guidance.attach.__name__)")
+    assert out.strip() == "attach"
+
+
+def test_the_checkout_steps_aside_for_the_real_package(tmp_path):
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("from kernels.layer import get_kernel\n")
+    (package / "layer.py").write_text("get_kernel = 'real'\n")
+    assert python("import kernels; print(kernels.get_kernel)", tmp_path).strip() == "real"
+    assert python("from kernels.layer import get_kernel; print(get_kernel)", tmp_path).strip() == "real"
+
+
+def test_with_the_real_package_installed():
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("kernels")
+    except PackageNotFoundError:
+        pytest.skip("Hugging Face's package kernels is not installed")
+    out = python(IMPORTS + "print(kernels.__file__); print(kernels.get_kernel.__name__)")
+    assert str(CHECKOUT) not in out.splitlines()[0] or ".venv" in out
+    assert "get_kernel" in out
