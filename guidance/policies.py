@@ -30,7 +30,8 @@ class Decision(NamedTuple):
     why: str = ""
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """The coming evaluation: its number in this run, how many there are, and the scheduler's noise level.
 
     A two-stage solver such as Heun makes two evaluations a step; each counts. `velocity` is the prediction's

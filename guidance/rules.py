@@ -185,7 +185,7 @@ class APG(Rule):
             preset = next(
                 (p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"]
             )
-        return replace(preset.rule, **changes)  # type: ignore[return-value]
+        return replace(preset.rule, **changes)
 
 
 class Preset(NamedTuple):

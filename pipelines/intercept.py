@@ -22,10 +22,10 @@ Handler = Callable[[Any, Call, tuple, dict], Any]
 
 
 @functools.cache  # one subclass per class, so that compiled code sees one type, not a new one a run
-def _catching(cls: type) -> type:
-    @functools.wraps(cls.__call__)  # type: ignore[operator]
+def _catching(cls: Any) -> type:
+    @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(cls.__call__, self)  # type: ignore[operator]
+        call = functools.partial(cls.__call__, self)
         return vars(self)[_HANDLER](self, call, args, kwargs)
 
     namespace = {"__call__": __call__, "__doc__": cls.__doc__, "__module__": cls.__module__}

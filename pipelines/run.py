@@ -113,11 +113,14 @@ class Run:
                 self._record(denoiser, same, None, None, "both predictions agree: nothing to identify yet")
                 return output
             note = "" if isinstance(self.policy, EveryStep) else denoiser.try_parts()
+            assert denoiser.formula is not None
+            assert denoiser.history is not None
             denoiser.decisions = self.policy.plan(self._step_of(self._clock, now=True), denoiser.history)
             evaluated = [True] * denoiser.formula.rows
         else:
             evaluated = denoiser.evaluates
         # An estimate is not needed where the real thing was evaluated after all.
+        assert denoiser.decisions is not None
         plan = [
             Decision("both") if decision.action == "extrapolate" and was else decision
             for decision, was in zip(denoiser.decisions, evaluated, strict=True)
@@ -125,6 +128,7 @@ class Run:
         unguided = [decision.action == "conditional" for decision in plan]
         c, u, w = self._verify(denoiser, output, sample, any(evaluated) or not all(unguided))
         formula = denoiser.formula
+        assert formula is not None
         sample = formula.view.working(sample)
         space = self._space(c, sample)
         similarity = self._remember(denoiser, space, sample, c, u, evaluated)
@@ -290,7 +294,15 @@ class Run:
             history.delta, history.velocity = delta, velocity
         return found[0], found[1]
 
-    def _record(self, denoiser, plan, evaluated, similarity, note, w=None) -> None:
+    def _record(
+        self,
+        denoiser: Denoiser,
+        plan: list[Decision],
+        evaluated: list[bool] | None,
+        similarity: tuple[Tensor, Tensor] | None,
+        note: str,
+        w: float | None = None,
+    ) -> None:
         both = evaluated if evaluated is not None else [decision.action == "both" for decision in plan]
         reasons = dict.fromkeys(filter(None, [note, *(decision.why for decision in plan)]))
         clock = self._clock
