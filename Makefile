@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint wheel install clean
+.PHONY: demo test lint kernels wheel install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -18,6 +18,9 @@ lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p diffusers_guidance
+
+kernels: install ## compiles every Triton kernel for sm_80, sm_90 and gfx942; refuses spills; needs no GPU
+	$(BIN)/python -m diffusers_guidance.kernels.compile
 
 wheel: install ## builds the wheel, and uses it in an environment of its own, from another folder
 	rm -rf build/wheel && $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .

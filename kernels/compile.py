@@ -53,16 +53,14 @@ def specialisations(cluster: bool) -> Iterator[Specialisation]:
         carried = ", momentum" if momentum else ""
         pointers = inputs | {"partials": "fp32"}
         constants: dict[str, Any] = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
-        yield Specialisation(
-            f"gram {dtype}{carried}", programs.gram_kernel, pointers, constants, launch.THREADS
-        )
+        yield Specialisation(f"gram {dtype}{carried}", programs.gram_kernel, pointers, constants, launch.THREADS)
         for rule, (output, step, denoised) in itertools.product(
             (*COEFFICIENTS, None),
             (("prediction", False, None), ("flow step", True, None), ("step", True, dtype)),
         ):
             label = f"{rule or 'given'} {output} {dtype}{carried}"
             pointers = inputs | {"out": dtype, "denoised": denoised, "new_momentum": "fp32"}
-            constants = {"RULE": COEFFICIENTS.get(rule), "STEP": step}
+            constants = {"RULE": COEFFICIENTS.get(rule or ""), "STEP": step}
             yield Specialisation(
                 f"combine {label}",
                 programs.combine_kernel,
@@ -70,7 +68,7 @@ def specialisations(cluster: bool) -> Iterator[Specialisation]:
                 constants | {"TILE": launch.TILE},
                 launch.THREADS,
             )
-            for ctas in (1, launch.CLUSTER) if cluster else (1,):
+            for ctas in (1, 2, 4, launch.CLUSTER) if cluster else (1,):
                 if rule is None:
                     continue
                 yield Specialisation(
@@ -81,9 +79,7 @@ def specialisations(cluster: bool) -> Iterator[Specialisation]:
                     launch.GUIDE_THREADS,
                     ctas,
                 )
-    yield Specialisation(
-        "similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, 128
-    )
+    yield Specialisation("similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, 128)
     for dtype in FOLD:
         pointers = {"history": dtype, "coefficients": "fp32", "out": dtype}
         yield Specialisation(
@@ -112,16 +108,10 @@ def compile(one: Specialisation, target: GPUTarget) -> Any:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-    sizes = [
-        n
-        for n, kind in signature.items()
-        if kind[0] == "*" or (kind == "i32" and n not in ("parts", "count"))
-    ]
+    sizes = [n for n, kind in signature.items() if kind[0] == "*" or (kind == "i32" and n not in ("parts", "count"))]
     attributes = {(one.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in sizes}
     source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": one.threads // target.warp_size} | (
-        {"num_ctas": one.ctas} if one.ctas > 1 else {}
-    )
+    options = {"num_warps": one.threads // target.warp_size} | ({"num_ctas": one.ctas} if one.ctas > 1 else {})
     return triton.compile(source, target=target, options=options)
 
 
@@ -133,13 +123,9 @@ def usage(compiled: Any) -> Usage:
             file.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
             notes = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return Usage(
-            _number(r"REG:(\d+)", notes), _number(r"STACK:(\d+)", notes) + _number(r"LOCAL:(\d+)", notes)
-        )
+        return Usage(_number(r"REG:(\d+)", notes), _number(r"STACK:(\d+)", notes) + _number(r"LOCAL:(\d+)", notes))
     notes = compiled.asm["amdgcn"]
-    return Usage(
-        _number(r"\.vgpr_count:\s+(\d+)", notes), _number(r"\.private_segment_fixed_size:\s+(\d+)", notes)
-    )
+    return Usage(_number(r"\.vgpr_count:\s+(\d+)", notes), _number(r"\.private_segment_fixed_size:\s+(\d+)", notes))
 
 
 def _number(pattern: str, text: str) -> int:

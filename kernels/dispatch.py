@@ -5,7 +5,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -47,9 +46,7 @@ def backend_of(*tensors: Tensor | None, backend: str | None = None) -> str:
 
 def _checked(backend: str | None) -> str | None:
     if backend not in (None, "torch", "triton"):
-        raise ValueError(
-            f'backend={backend!r}: "torch", "triton", or None for the one that suits the tensors'
-        )
+        raise ValueError(f'backend={backend!r}: "torch", "triton", or None for the one that suits the tensors')
     if backend == "triton" and launch is None:
         raise ValueError('backend="triton": needs the package triton, 3.3 or newer')
     return backend
@@ -94,9 +91,7 @@ def step(
     return next_sample, None if update.denoised is None else denoised, new_momentum
 
 
-def similarity(
-    sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float, backend: str | None = None
-) -> Tensor:
+def similarity(sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float, backend: str | None = None) -> Tensor:
     """(B,) cosine between the two predictions in the space of (a, b); see `reference.similarity`."""
     if backend_of(sample, cond, uncond, backend=backend) == "torch":
         return reference.similarity(sample, cond, uncond, a, b)
@@ -120,12 +115,11 @@ def _settings(
         name, parameters = rule.triton(numel)  # type: ignore[attr-defined]
         return rule.momentum, name, [float(p) for p in parameters], None, norm_dim
     entries = torch.ops.diffusers_guidance.gram(sample, cond, uncond, momentum, a, b, norm_dim)
-    g = Gram(*entries.unbind(0), numel=numel)
+    g = Gram._make([*entries.unbind(0), numel])
     k = reference.finite_coefficients(rule, g, b)
     return rule.momentum, "", [], torch.stack(torch.broadcast_tensors(*k), -1).reshape(-1, 4), norm_dim
 
 
-@cache
 def _has_triton(rule: type) -> bool:
     """Whether the rule's Triton function is that of its `coefficients`, not of those it has overridden."""
     owners = [next((c for c in rule.__mro__ if name in vars(c)), None) for name in ("triton", "coefficients")]

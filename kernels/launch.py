@@ -25,9 +25,11 @@ TILE, THREADS = 2048, 256
 GUIDE_TILE, GUIDE_THREADS = 4096, 512
 """The same for the kernel that does a group alone."""
 GUIDE_NUMEL = 32768
-"""The largest group one multiprocessor does alone; the second pass then still comes out of its cache."""
+"""The most numbers of a group for each multiprocessor that works on it in the single launch."""
+SHORT = 256
+"""Rows of fewer numbers are gathered by a copy: a chunk each would leave most of its threads idle."""
 CLUSTER = 8
-"""Multiprocessors that share a larger group where the hardware has clusters."""
+"""The most multiprocessors that share a group in the single launch, where the hardware has clusters."""
 
 ENTRIES = int(programs.ENTRIES.value)
 
@@ -56,10 +58,12 @@ def layout_of(cond: Tensor, norm_dim: Sequence[int] | None = None) -> Layout:
     if 0 in normed:
         raise ValueError(f"norm_dim={norm_dim} includes the batch dimension of a {cond.ndim}-D prediction")
     group_dims = tuple(i for i in range(cond.ndim) if i not in normed)
-    order = sorted(range(cond.ndim), key=lambda i: (-cond.stride(i), i))
+    present = cond.stride()
+    order = sorted(range(cond.ndim), key=lambda i: -present[i])
     runs = _runs(order, shape, normed)
     in_order = [i for i in order if i in group_dims and shape[i] > 1]
-    if in_order != sorted(in_order) or any(len(runs[kind]) > 2 for kind in (True, False)):
+    scattered = len(runs[True]) > 1 and prod(shape[i] for i in runs[True][-1]) < SHORT
+    if in_order != sorted(in_order) or scattered or any(len(run) > 2 for run in runs.values()):
         order = [*group_dims, *sorted(normed)]
         runs = _runs(order, shape, normed)
     strides = [0] * cond.ndim
@@ -95,10 +99,8 @@ def _two(runs: list[list[int]], strides: Sequence[int], shape: Sequence[int]) ->
     return [(1, 0)] * (2 - len(pairs)) + pairs
 
 
-def _in(layout: Layout, x: Tensor | None) -> Tensor | None:
+def _in(layout: Layout, x: Tensor) -> Tensor:
     """`x` as it is where it lies like that, else a copy that does."""
-    if x is None:
-        return None
     if tuple(x.shape) != layout.shape:
         raise ValueError(f"tensors of one shape expected, got {tuple(x.shape)} beside {layout.shape}")
     if all(n == 1 or s == t for n, s, t in zip(layout.shape, x.stride(), layout.strides, strict=True)):
@@ -132,6 +134,11 @@ def _cluster(device: torch.device) -> int:
         return 1
     versions = tuple(int(n) for n in triton.__version__.split(".")[:2])
     return CLUSTER if torch.cuda.get_device_capability(device)[0] in (9, 10) and versions >= (3, 9) else 1
+
+
+def ctas_of(numel: int, device: torch.device) -> int:
+    """How many of them share a group of `numel` numbers."""
+    return min(triton.next_power_of_2(triton.cdiv(numel, GUIDE_TILE)), _cluster(device))
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -173,7 +180,8 @@ def _guide(
     new_momentum = _new(layout, cond, torch.float32)
     if cond.numel() == 0:
         return new_momentum
-    sample, cond, uncond, momentum = (_in(layout, x) for x in (sample, cond, uncond, momentum))
+    sample, cond, uncond = (_in(layout, x) for x in (sample, cond, uncond))
+    momentum = None if momentum is None else _in(layout, momentum)
     groups, numel = prod(layout.groups), layout.numel
     outputs = (out, denoised, new_momentum)
     scalars = (
@@ -181,7 +189,7 @@ def _guide(
         layout.groups[1], layout.rows, layout.columns, *layout.walk,
     )  # fmt: skip
     options = {"RULE": COEFFICIENTS[rule] if coefficients is None else None, "STEP": update is not None}
-    ctas = 1 if numel <= GUIDE_NUMEL else _cluster(cond.device)
+    ctas = ctas_of(numel, cond.device)
     with _on(cond.device):
         if coefficients is None and numel <= GUIDE_NUMEL * ctas:
             programs.guide_kernel[(groups,)](
@@ -190,9 +198,7 @@ def _guide(
                 **({"num_ctas": ctas} if ctas > 1 else {}),
             )  # fmt: skip
         else:
-            gram = (
-                _gram(sample, cond, uncond, momentum, a, b, layout) if coefficients is None else coefficients
-            )
+            gram = _gram(sample, cond, uncond, momentum, a, b, layout) if coefficients is None else coefficients
             parts = _parts(layout, cond.device)
             programs.combine_kernel[(groups, parts)](
                 sample, cond, uncond, momentum, gram, *outputs, parts, float(numel), *scalars, **options,
@@ -209,9 +215,7 @@ def guide(
     """`reference.guide` with the coefficients of `COEFFICIENTS[rule]`, or with those given as (groups, 4)."""
     layout = layout_of(cond, norm_dim)
     out = _new(layout, cond, cond.dtype)
-    new_momentum = _guide(
-        sample, cond, uncond, momentum, a, b, beta, rule, parameters, coefficients, layout, out
-    )
+    new_momentum = _guide(sample, cond, uncond, momentum, a, b, beta, rule, parameters, coefficients, layout, out)
     return out, new_momentum
 
 
@@ -237,10 +241,11 @@ def gram(
 ) -> Tensor:  # fmt: skip
     """(14, ...) the entries of `reference.gram`, in its order and shape."""
     layout = layout_of(cond, norm_dim)
-    sample, cond, uncond, momentum = (_in(layout, x) for x in (sample, cond, uncond, momentum))
+    sample, cond, uncond = (_in(layout, x) for x in (sample, cond, uncond))
+    momentum = None if momentum is None else _in(layout, momentum)
     with _on(cond.device):
         partials = _gram(sample, cond, uncond, momentum, a, b, layout)
-    return partials.sum(1)[:, :14].T.reshape(_gram_shape(layout))
+    return partials.sum(1)[:, :14].T.contiguous().view(_gram_shape(layout))
 
 
 def _gram_shape(layout: Layout) -> list[int]:

@@ -7,6 +7,8 @@ neighbours a thread reads at once, the chunks of a program, its threads, then th
 order and without atomics, so that runs repeat bit for bit.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 
@@ -22,9 +24,7 @@ def _float32(scalar):
 
 
 @triton.jit
-def _offsets(
-    group, chunk, groups_1, columns, group_stride_0, group_stride_1, row_stride, column_stride, TILE
-):
+def _offsets(group, chunk, groups_1, columns, group_stride_0, group_stride_1, row_stride, column_stride, TILE):
     """Offsets of a chunk's numbers (int64), and which of them exist."""
     per_row = tl.cdiv(columns, TILE)
     column = (chunk % per_row).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -49,7 +49,7 @@ def _vectors(sample, cond, uncond, momentum, offsets, mask, a, b):
 @triton.jit
 def _zeros(SIZE: tl.constexpr):
     z = tl.zeros([SIZE], tl.float32)
-    return Gram(z, z, z, z, z, z, z, z, z, z, z, z, z, z, 0.0)
+    return Gram(z, z, z, z, z, z, z, z, z, z, z, z, z, z, 0)
 
 
 @triton.jit
@@ -160,9 +160,7 @@ def _combine(
     if STEP:
         tl.store(out + offsets, (out_x * x + out_p * p).to(out.dtype.element_ty), mask)
         if denoised is not None:
-            tl.store(
-                denoised + offsets, (denoised_x * x + denoised_p * p).to(denoised.dtype.element_ty), mask
-            )
+            tl.store(denoised + offsets, (denoised_x * x + denoised_p * p).to(denoised.dtype.element_ty), mask)
     else:
         tl.store(out + offsets, p.to(out.dtype.element_ty), mask)
     tl.store(new_momentum + offsets, tl.where(finite, b * d + beta * m, 0.0), mask)

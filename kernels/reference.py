@@ -67,7 +67,7 @@ def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] |
     vectors = (X, c, d, m)
     products = [(p * q).sum(dim, keepdim=True) for i, p in enumerate(vectors) for q in vectors[i:]]
     sums = [p.sum(dim, keepdim=True) for p in vectors]
-    return Gram(*products, *sums, numel=group_numel(X, norm_dim))
+    return Gram._make([*products, *sums, group_numel(X, norm_dim)])
 
 
 def group_numel(x: Tensor, norm_dim: tuple[int, ...] | None) -> int:
@@ -77,9 +77,7 @@ def group_numel(x: Tensor, norm_dim: tuple[int, ...] | None) -> int:
 
 def finite_coefficients(rule: Rule, g: Gram, b: float) -> Coefficients:
     """The rule's coefficients as tensors like the Gram's entries; NaN where the group is to stay unguided."""
-    k = Coefficients(
-        *(torch.as_tensor(k_i, dtype=g.dd.dtype, device=g.dd.device) for k_i in rule.coefficients(g, b))
-    )
+    k = Coefficients(*(torch.as_tensor(k_i, dtype=g.dd.dtype, device=g.dd.device) for k_i in rule.coefficients(g, b)))
     finite = torch.isfinite(k.X + k.c + k.d + k.m + g.dd + g.mm)
     return Coefficients(*(torch.where(finite, k_i, torch.nan) for k_i in k))
 
@@ -102,7 +100,7 @@ def guide(
 
     g = gram(X, c, d, m, rule.norm_dim)
     k = finite_coefficients(rule, g, b)
-    finite = torch.isfinite(k.X)
+    finite = torch.isfinite(torch.as_tensor(k.X))
     prediction = torch.where(finite, k.X * X + k.c * c + k.d * d + k.m * m, c)
     new_momentum = torch.where(finite, b * d + rule.momentum * m, 0.0)
     return prediction.to(cond.dtype), new_momentum

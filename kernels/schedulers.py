@@ -61,9 +61,7 @@ class FusedStep:
         backend: str | None = None,
     ) -> tuple[Any, Tensor]:
         """What the scheduler's step would return for the guided prediction, and the new momentum."""
-        next_sample, denoised, momentum = step(
-            self.sample, cond, uncond, momentum, a, b, rule, self.update, backend
-        )
+        next_sample, denoised, momentum = step(self.sample, cond, uncond, momentum, a, b, rule, self.update, backend)
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index += 1
         returned = (next_sample,) if denoised is None else (next_sample, denoised)

@@ -182,6 +182,12 @@ class Formula:
         """Which branches a sample without guidance leaves out."""
         return [i for i in range(self.branches) if i != self.cond_index]
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether the scheduler gets the combination itself, one row per sample."""
+        view = self.view
+        return not self.finish and not view.frames and view.copies == 1 and not view.channels
+
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(cond, uncond) as the denoiser put them out, from a step's outputs."""
         parts = outputs[0].chunk(self.branches) if self.batched else outputs

@@ -12,11 +12,12 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser
 from diffusers_guidance.pipelines.formula import Formula, Residual, Scales, identify, mixture, residual, views
@@ -26,6 +27,12 @@ from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule
 from diffusers_guidance.spaces import Space
 from torch import Tensor
+
+
+class Stepped(NamedTuple):
+    """What `scheduler.step` would have returned, where guidance and the step were one."""
+
+    result: Any
 
 
 class Run:
@@ -90,10 +97,12 @@ class Run:
                 "would need a history of its own; only CFG() with EveryStep() can be attached to it"
             )
         try:
-            guided = self._guide(denoiser, output, sample)
+            guided = self._guide(denoiser, output, sample, lambda: fused_step(scheduler, *args, **kwargs))
         finally:
             for each in self._denoisers.values():
                 each.end_step()
+        if isinstance(guided, Stepped):
+            return guided.result
         if guided is output:
             return step(*args, **kwargs)
         bound.arguments["model_output"] = guided
@@ -101,8 +110,13 @@ class Run:
 
     # Discover and verify
 
-    def _guide(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Tensor:
-        """The prediction for the scheduler in place of `output`, which is the pipeline's own."""
+    def _guide(
+        self, denoiser: Denoiser, output: Tensor, sample: Tensor, fuse: Callable[[], FusedStep | None]
+    ) -> "Tensor | Stepped":
+        """The prediction for the scheduler in place of `output`, which is the pipeline's own.
+
+        Where the rule and the scheduler's step can be one (`fuse`), what that step returns.
+        """
         note = denoiser.whole
         if not self._is_guided(denoiser, output):
             self._record(denoiser, [Decision("conditional")] * output.shape[0], None, None, "no guidance at this step")
@@ -140,6 +154,11 @@ class Run:
                 return output
             guided = _pick(stray, formula.finished(c, c, self._phi), formula.view.working(output))
         else:
+            fused = fuse() if space is not None and formula.is_direct and not any(unguided) else None
+            if fused is not None and space is not None:
+                rule = replace(self.rule, guidance_scale=w)
+                result, denoiser.momentum = fused(c, u, denoiser.momentum, space.a, space.b, rule)
+                return Stepped(result)
             guided = self._apply(denoiser, formula, space, w, unguided, c, u, sample)
         return formula.view.emit(guided, output)
 

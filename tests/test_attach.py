@@ -247,3 +247,21 @@ def test_one_step_half_precision_and_wrong_arguments():
         assert torch.equal(run(pipe, SD, 4, 2), untouched)
     with attach(pipe, APG(), Hold(2)) as handle:
         assert torch.isfinite(run(pipe, SD, 4, 2)).all()
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_the_schedulers_step_can_be_fused_with_the_rule(name):
+    """Forced here in torch; on a GPU it is what happens. DDIM and flow-matching Euler, APG with momentum."""
+    from diffusers_guidance.kernels.schedulers import use_fused_steps
+
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    with attach(pipe, APG(), Hold(2)) as handle:
+        with use_fused_steps(False):
+            apart = run(pipe, entry, 4, 2)
+        nfe = handle.report.nfe
+        with use_fused_steps(True), conformance.recorded(pipe.scheduler) as steps:
+            fused = run(pipe, entry, 4, 2)
+        assert not steps.outputs, "the scheduler's own step was called"
+        assert handle.report.nfe == nfe
+    assert conformance.relative(fused, apart) < 1e-5

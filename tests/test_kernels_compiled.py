@@ -1,0 +1,43 @@
+"""Ahead-of-time compilation of the kernels for GPUs that are not here, without a spilled register.
+
+A choice of those that ship; `python -m diffusers_guidance.kernels.compile` does all of them.
+"""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: the kernels are interpreted, not compiled", allow_module_level=True)
+kernel_compiler = pytest.importorskip("diffusers_guidance.kernels.compile", reason="needs triton 3.3 or newer")
+
+CHOICE = (
+    "gram fp16, momentum",
+    "combine apg step fp32, momentum",
+    "combine given prediction bf16, momentum",
+    "guide apg prediction fp16, momentum",
+    "guide cfg prediction bf16",
+    "similarity",
+    "extrapolate fp16",
+)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("target", kernel_compiler.TARGETS)
+def test_nothing_spills(target):
+    cluster = target == "sm_90"
+    everything = {one.name: one for one in kernel_compiler.specialisations(cluster)}
+    names = [*CHOICE, *(["guide apg prediction fp16, momentum, cluster of 8"] if cluster else [])]
+    for name in names:
+        compiled = kernel_compiler.compile(everything[name], kernel_compiler.TARGETS[target])
+        used = kernel_compiler.usage(compiled)
+        print(f"{target:7} {name:50} {used.registers:4} registers, {used.stack} bytes of stack")
+        assert 0 < used.registers <= 255
+        assert used.stack == 0
+
+
+def test_a_spill_is_seen():
+    """More numbers than 255 registers hold must show up as stack."""
+    one = next(s for s in kernel_compiler.specialisations(False) if s.name == "guide apg prediction fp32, momentum")
+    crowded = one._replace(constants=one.constants | {"TILE": 16 * 4096}, threads=256)
+    assert kernel_compiler.usage(kernel_compiler.compile(crowded, kernel_compiler.TARGETS["sm_80"])).stack > 0
