@@ -37,9 +37,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own"
-            )
+            raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
 
     def at(self, guidance_scale: float) -> "Self":
         """This rule with its guidance scale settled: its own where set, else the given one."""
@@ -139,9 +137,7 @@ class APG(Rule):
         if not -1 < self.momentum < 1:
             raise ValueError(f"momentum={self.momentum!r}: a number between -1 and 1, both excluded")
         if not 0 <= self.eta <= 1:
-            raise ValueError(
-                f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)"
-            )
+            raise ValueError(f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)")
         if self.reference_numel is not None and not self.reference_numel > 0:
             raise ValueError(f"reference_numel={self.reference_numel!r}: a whole number above 0, or None")
 
@@ -182,9 +178,7 @@ class APG(Rule):
             preset = PRESETS[family]
         else:
             name = type(family).__name__
-            preset = next(
-                (p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"]
-            )
+            preset = next((p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"])
         return replace(preset.rule, **changes)
 
 
@@ -208,9 +202,7 @@ PRESETS = {
         "Wan",
         "per frame of (B, C, frames, H, W), as Waver's README and diffusers PR 13551 advise",
     ),
-    "hunyuanimage-2.1": Preset(
-        APG(norm_threshold=10.0), "HunyuanImage", "shipped with HunyuanImage 2.1, w = 10"
-    ),
+    "hunyuanimage-2.1": Preset(APG(norm_threshold=10.0), "HunyuanImage", "shipped with HunyuanImage 2.1, w = 10"),
     "ace-step": Preset(APG(momentum=-0.75, norm_threshold=2.5), "AceStep", "shipped with ACE-Step"),
     "waver": Preset(APG(norm_threshold=27.0), "", "shipped with Waver, w = 8"),
     "infinitetalk": Preset(APG(momentum=-0.75, norm_threshold=55.0), "", "shipped with InfiniteTalk"),

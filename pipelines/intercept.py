@@ -42,7 +42,8 @@ def catch_call(obj: Any, handler: Handler) -> None:
     """Routes every `obj(...)` through `handler` until `release_call(obj)`; a second handler replaces the first."""
     vars(obj)[_HANDLER] = handler
     if "_diffusers_guidance_original" not in vars(type(obj)):
-        _set_class(obj, _catching(type(obj)))
+        cls: Any = type(obj)
+        _set_class(obj, _catching(cls))
 
 
 def release_call(obj: Any) -> None:

@@ -15,6 +15,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
@@ -26,7 +28,6 @@ from diffusers_guidance.policies import Decision, EveryStep, History, Policy, St
 from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule
 from diffusers_guidance.spaces import Space
-from torch import Tensor
 
 
 class Stepped(NamedTuple):
