@@ -15,6 +15,7 @@ from diffusers_guidance.errors import (
     UnsupportedScheduler,
 )
 from diffusers_guidance.pipelines.attach import Handle, attach, detach
+from diffusers_guidance.pipelines.guider import Guider
 from diffusers_guidance.policies import (
     AdaptiveGuidance,
     Decision,
@@ -41,6 +42,7 @@ __all__ = [
     "EveryStep",
     "Gram",
     "GuidanceError",
+    "Guider",
     "Handle",
     "History",
     "Hold",

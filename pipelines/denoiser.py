@@ -31,6 +31,10 @@ class Denoiser:
     """How a part of the batch is taken from a call's arguments."""
     whole: str = ""
     """Why no part of the batch can be taken, if so."""
+    keeps_state: bool = False
+    """Whether hooks inside it (FirstBlockCache, FasterCache) keep tensors of the batch from call to call."""
+    in_doubt: bool = False
+    """Whether it is open how a part of the batch is taken."""
 
     decisions: list[Decision] | None = None
     inputs: list[tuple[Callable, tuple, dict, Any]] = field(default_factory=list)
@@ -47,7 +51,7 @@ class Denoiser:
     def restart(self) -> None:
         """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
         self.formula = self.history = self.momentum = self.clock = None
-        self.whole = ""
+        self.whole, self.in_doubt = "", False
 
     def end_step(self) -> None:
         self.decisions = None
@@ -58,7 +62,11 @@ class Denoiser:
     def evaluates(self) -> list[bool]:
         """Per sample: whether its other branches are evaluated at this step."""
         assert self.decisions is not None
-        return [decision.action == "both" or bool(self.whole) for decision in self.decisions]
+        assert self.formula is not None
+        both = [decision.action == "both" for decision in self.decisions]
+        # A cache would meet rows it has not seen; leaving out a whole call is what its contexts are for.
+        uncut = self.keeps_state and (self.formula.batched or any(both))
+        return [True] * len(both) if self.whole or uncut else both
 
     def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
@@ -167,6 +175,8 @@ class Denoiser:
 
     def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
         """Cut in the wrong place, the arguments no longer fit together: from now on nothing is left out."""
+        if not self.in_doubt:
+            raise error
         self.whole = f"no part of the batch can be evaluated on its own ({error})"
         output = call(*args, **kwargs)
         self._note(batch.prediction(output), tried + rows, rows)
@@ -189,6 +199,8 @@ class Denoiser:
         self.template = self.inputs[-1][3]
         if self.whole:
             return self.whole
+        if self.keeps_state:
+            return "its hooks keep state: the batch is left whole"
         call, args, kwargs, output = self.inputs[0 if formula.batched else formula.others[0]]
         n, groups = formula.rows, formula.branches if formula.batched else 1
         if groups == 1 and n == 1:
@@ -198,6 +210,7 @@ class Denoiser:
             names.append("its third branch")  # perturbed attention, say, needs all branches to be there
         if not names:
             return ""
+        self.in_doubt = True
         index = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))
         whole = batch.prediction(output)
         assert whole is not None
@@ -218,6 +231,12 @@ class Denoiser:
 
 _OUTPUT = batch.Reading(elements=True, folded=False, second=False)
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+
+
+def keeps_state(module: torch.nn.Module) -> bool:
+    """Whether one of diffusers' stateful hooks is installed somewhere in `module`."""
+    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+    return any(hook._is_stateful for r in registries if r is not None for hook in r.hooks.values())
 
 
 def _rows(args: tuple, kwargs: dict) -> int:

@@ -25,7 +25,14 @@ Handler = Callable[[Any, Call, tuple, dict], Any]
 def _catching(cls: Any) -> type:
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(cls.__call__, self)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            _set_class(self, cls)  # compiled code guards on the type it was compiled for
+            try:
+                return cls.__call__(self, *args, **kwargs)
+            finally:
+                if _HANDLER in vars(self):
+                    _set_class(self, catching)
+
         return vars(self)[_HANDLER](self, call, args, kwargs)
 
     namespace = {"__call__": __call__, "__doc__": cls.__doc__, "__module__": cls.__module__}

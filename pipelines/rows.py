@@ -88,7 +88,8 @@ def take(tree: Any, rows: int, index: list[int], reading: Reading = READINGS[0],
 
 def _select(tensor: Tensor, index: list[int]) -> Tensor:
     if index and index == list(range(index[0], index[0] + len(index))):
-        return tensor[index[0] : index[0] + len(index)]  # a view: half a batch costs no copy
+        # Copied, so that its place in the whole is no new case for compiled code.
+        return tensor[index[0] : index[0] + len(index)].clone()
     return tensor[torch.tensor(index, device=tensor.device)]
 
 

@@ -21,7 +21,7 @@ from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
 from diffusers_guidance.pipelines.clock import Clock
-from diffusers_guidance.pipelines.denoiser import Denoiser
+from diffusers_guidance.pipelines.denoiser import Denoiser, keeps_state
 from diffusers_guidance.pipelines.formula import Formula, Residual, Scales, identify, mixture, residual, views
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
@@ -57,7 +57,7 @@ class Run:
             with ExitStack() as stack:
                 for name, component in _components(self.pipe):
                     if isinstance(component, torch.nn.Module):
-                        self._denoisers[id(component)] = Denoiser(name)
+                        self._denoisers[id(component)] = Denoiser(name, keeps_state=keeps_state(component))
                         stack.enter_context(intercept_call(component, self.on_call))
                     else:
                         stack.enter_context(intercept_step(component, self.on_step))

@@ -88,19 +88,19 @@ SD = PIPELINES["StableDiffusionPipeline"]
 
 def test_attach_alone_works_and_attaching_again_replaces():
     pipe = SD.build()
-    untouched = run(pipe, SD, 4)
-    first = attach(pipe)
-    assert not torch.equal(run(pipe, SD, 4), untouched)
+    untouched = run(pipe, SD, 8)
+    first = attach(pipe)  # plain guidance, some of it held
+    assert not torch.equal(run(pipe, SD, 8), untouched)
     second = attach(pipe, CFG(), EveryStep())
-    assert torch.equal(run(pipe, SD, 4), untouched)
+    assert torch.equal(run(pipe, SD, 8), untouched)
     first.detach()  # has been replaced: nothing of it is left to take off
-    run(pipe, SD, 4)
-    assert second.report.nfe == 8
-    assert len(first.report.steps) == 4
+    run(pipe, SD, 8)
+    assert second.report.nfe == 16
+    assert len(first.report.steps) == 8
     detach(pipe)
     detach(pipe)
     second.detach()
-    assert torch.equal(run(pipe, SD, 4), untouched)
+    assert torch.equal(run(pipe, SD, 8), untouched)
 
 
 def test_context_manager_detaches_also_on_errors():
