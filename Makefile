@@ -5,10 +5,13 @@ BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint kernels wheel install clean
+.PHONY: demo app test lint kernels wheel install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
+
+app: install ## the page, on localhost
+	$(BIN)/diffusers-guidance app
 
 test: install ## every test
 	$(BIN)/pytest

@@ -31,11 +31,13 @@ def main() -> None:
 
 def make_app() -> typer.Typer:
     """All subcommands."""
+    from diffusers_guidance.pipelines.app import serve
+
     app = typer.Typer(
         help="Better guidance for diffusers pipelines.", no_args_is_help=True, pretty_exceptions_show_locals=False
     )
-    app.callback()(lambda: None)  # keeps `compare` a subcommand while it is the only one
     app.command()(compare)
+    app.command("app")(serve)
     return app
 
 

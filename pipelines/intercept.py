@@ -83,9 +83,9 @@ class _Step:
     """Stands in a scheduler's attribute `step`."""
 
     def __init__(self, scheduler: Any, step: Call, handler: Handler):
+        functools.update_wrapper(self, step)  # takes over attributes too: those of an outer _Step come first
         self.scheduler, self.step, self.handler = scheduler, step, handler
         self.__signature__ = inspect.signature(step)
-        functools.update_wrapper(self, step)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.handler(self.scheduler, self.step, args, kwargs)

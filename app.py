@@ -1,0 +1,16 @@
+"""The Gradio app: `python app.py --port 7860`. It is also what a Hugging Face Space runs.
+
+Python puts the folder of this file first on `sys.path`, where the checkout's `kernels/` would pass for Hugging
+Face's package of that name; so that folder is taken off before anything else is imported.
+"""
+
+import sys
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
+
+from diffusers_guidance.pipelines.app import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,466 @@
+"""The app by its API: what it makes, what it refuses, and that two users and a hostile one do it no harm."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the app needs gradio: pip install 'diffusers-guidance[app]'")
+
+import httpx
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from diffusers_guidance import samples
+from diffusers_guidance.pipelines import app_work
+from diffusers_guidance.pipelines.app_device import Device, Models, Stopped
+from diffusers_guidance.pipelines.app_settings import BUNDLED, OWN, POLICIES, PRESETS, RULES, Generation, Grid, Trial
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+HAS_MCP = importlib.util.find_spec("mcp") is not None
+SMALL = {"steps": 3, "compare_with_plain": False}
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """(page, studio) of a server that is up for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        from diffusers_guidance.pipelines.app_page import launch
+
+        page, studio = launch(mcp=HAS_MCP, welcome=False)
+        yield page, studio
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def address(app):
+    return app[0].local_url
+
+
+@pytest.fixture(scope="module")
+def client(address, tmp_path_factory):
+    return Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+@pytest.fixture
+def pipe(app):
+    return app[1].models.get(BUNDLED)
+
+
+def pixels(picture):
+    return np.asarray(picture if isinstance(picture, Image.Image) else Image.open(picture))
+
+
+# What it makes
+
+
+def test_the_endpoints_name_every_parameter_and_have_defaults(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    forms = {"/generate": Generation, "/compare": Grid, "/benchmark": Trial}
+    assert endpoints.keys() == forms.keys()
+    for name, form in forms.items():
+        parameters = endpoints[name]["parameters"]
+        assert [p["parameter_name"] for p in parameters] == [f.name for f in fields(form)]
+        assert all(p["parameter_has_default"] for p in parameters)
+
+
+def test_generate(client):
+    picture, report, pictures = client.predict(prompt="a red apple, flat style", seed=3, steps=4, api_name="/generate")
+    assert report["nfe"] < report["nfe_full"] == 8
+    assert report["plain"]["nfe"] == 8
+    assert len(report["report"]["steps"]) == 4
+    assert report["settings"]["prompt"] == "a red apple, flat style"
+    assert pixels(picture).shape == (96, 96, 3)
+    assert (pixels(picture) == pixels(pictures[0]["image"])).all()
+
+
+def test_pictures_carry_their_settings(client):
+    _, _, pictures = client.predict(prompt="a tiger", seed=2**32 - 1, batch_size=2, **SMALL, api_name="/generate")
+    carried = [json.loads(Image.open(each["image"]).info["diffusers-guidance"]) for each in pictures]
+    assert [facts["settings"]["seed"] for facts in carried] == [2**32 - 1, 0]
+    assert all(facts["settings"]["prompt"] == "a tiger" for facts in carried)
+    assert all(facts["nfe"] < facts["nfe_full"] for facts in carried)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rule": "CFG", "policy": "EveryStep", "guidance_scale": 4, "negative_prompt": 'a "cat"\n\\n {0}'},
+        {"batch_size": 2, "scheduler": "DPM++ 2M", "policy": "AdaptiveGuidance", "threshold": 0.9, "eta": 0.5},
+        {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 128},
+    ],
+)
+def test_the_code_makes_the_same_pictures(client, settings, tmp_path, monkeypatch):
+    _, report, pictures = client.predict(**SMALL | {"steps": 4} | settings, api_name="/generate")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(report["code"], "code", "exec"), {})
+    assert len(pictures) == settings.get("batch_size", 1)
+    for number, each in enumerate(pictures):
+        assert (pixels(f"picture-{number}.png") == pixels(each["image"])).all()
+
+
+def test_a_new_seed_every_time_is_reported_and_reproducible(client):
+    _, report, pictures = client.predict(random_seed=True, **SMALL, api_name="/generate")
+    seed = report["settings"]["seed"]
+    assert not report["settings"]["random_seed"]
+    _, _, again = client.predict(seed=seed, **SMALL, api_name="/generate")
+    assert (pixels(pictures[0]["image"]) == pixels(again[0]["image"])).all()
+
+
+def test_compare(client):
+    grid, figures = client.predict(
+        rules=["CFG", "APG"], policies=["EveryStep", "Hold"], scales=[10.0], steps=2, api_name="/compare"
+    )
+    names = [column["name"] for column in figures["columns"]]
+    assert names == [f"{rule} + {policy} @ 10" for policy in ("EveryStep", "Hold") for rule in ("CFG", "APG")]
+    assert all({"nfe", "saturation", "seconds"} <= column.keys() for column in figures["columns"])
+    facts = json.loads(Image.open(grid).info["diffusers-guidance"])
+    assert facts["settings"]["policies"] == ["EveryStep", "Hold"]
+
+
+def test_benchmark(client):
+    plot, figures = client.predict(prompts=1, steps=4, api_name="/benchmark")
+    full, *others = figures["points"]
+    assert full["nfe"] == 8
+    assert full["psnr"] is None
+    assert len(others) > 8
+    assert all(point["nfe"] <= 8 for point in others)
+    assert any(point["psnr"] is not None and point["psnr"] > 10 for point in others)
+    assert Image.open(plot).width > 400
+
+
+def test_every_preset_rule_and_policy_runs(pipe):
+    pairs = {*PRESETS.values(), *((rule, "Hold") for rule in RULES), *(("CFG", policy) for policy in POLICIES)}
+    assert {"CFG", "APG"} <= RULES.keys()
+    assert {"EveryStep", "AdaptiveGuidance", "Hold", "Interval", "StepAG"} <= POLICIES.keys()
+    for rule, policy in pairs:
+        settings = Generation(rule=rule, policy=policy, steps=2, compare_with_plain=False)
+        outcome = app_work.generate(pipe, settings, lambda news: None)
+        assert outcome.guided.nfe <= 4
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "values", "wanted"),
+    [
+        ("generate", {"steps": 101}, "steps=101: a whole number from 1 to 100"),
+        ("generate", {"steps": 2.5}, "steps=2.5: a whole number"),
+        ("generate", {"steps": "2"}, "steps='2': a whole number"),
+        ("generate", {"steps": None}, "steps=None"),
+        ("generate", {"steps": True}, "steps=True"),
+        ("generate", {"steps": {"a": 1}}, "steps="),
+        ("generate", {"batch_size": 9}, "batch_size=9"),
+        ("generate", {"guidance_scale": -1}, "guidance_scale=-1"),
+        ("generate", {"seed": 2**40}, "seed="),
+        ("generate", {"width": 2048}, "width=2048: for this model from 48 to 192 pixels"),
+        ("generate", {"height": 100}, "height=100: a multiple of 8"),
+        ("generate", {"prompt": "x" * 501}, "prompt has 501 characters"),
+        ("generate", {"prompt": "  "}, "prompt is empty"),
+        ("generate", {"prompt": ["a"]}, "prompt=['a']: a text"),
+        ("generate", {"scheduler": "__import__('os')"}, "scheduler="),
+        ("generate", {"rule": "Rule"}, "rule='Rule': one of "),
+        ("generate", {"policy": "EveryStep()"}, "policy="),
+        ("generate", {"policy": "Interval", "start": 0.6, "stop": 0.5}, "0 <= start < stop"),
+        ("generate", {"compare_with_plain": "yes"}, "true or false"),
+        ("generate", {"model": "/etc"}, "not one this server allows"),
+        ("generate", {"model": "owner/name"}, "--allow-models"),
+        ("compare", {"rules": []}, "at least one of the rules"),
+        ("compare", {"rules": ["CFG", "__class__"]}, "rules="),
+        ("compare", {"scales": [1.0, 2.0, 3.0, 5.0, 7.5]}, "a grid of 30 pictures: at most 24"),
+        ("compare", {"scales": [10**9]}, "scales="),
+        ("benchmark", {"prompts": 1000}, "prompts=1000"),
+    ],
+)
+def test_bad_values_are_refused_in_a_sentence(client, endpoint, values, wanted):
+    with pytest.raises(AppError) as refused:
+        client.predict(**values, api_name=f"/{endpoint}")
+    assert wanted in str(refused.value)
+    assert "Traceback" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "\ud800"])
+def test_values_that_are_no_numbers_or_texts_are_refused(value):
+    name = "prompt" if isinstance(value, str) else "guidance_scale"
+    with pytest.raises(ValueError, match=name):
+        Generation(**{name: value})
+
+
+def test_an_unforeseen_error_reaches_the_user_as_a_sentence(client, monkeypatch, caplog):
+    def fail(*args):
+        raise RuntimeError("secret /path")
+
+    monkeypatch.setattr(app_work, "call_of", fail)
+    with pytest.raises(AppError, match="Something went wrong here") as refused:
+        client.predict(**SMALL, api_name="/generate")
+    assert "secret" not in str(refused.value)
+    assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "app.py", "../../../etc/passwd", str(samples.MODEL / "model_index.json"), "/proc/self/environ"],
+)
+def test_no_file_of_the_machine_can_be_read(address, path):
+    for route in (f"gradio_api/file={path}", f"file={path}", f"gradio_api/static/{path}"):
+        assert httpx.get(f"{address}{route}").status_code in (403, 404)
+
+
+def test_nothing_is_uploaded(address):
+    answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.txt", b"x" * 2000)})
+    assert answer.status_code == 413
+
+
+def test_the_page_names_no_other_host(app):
+    page, _ = app
+    texts = [page.theme_css, page.css, *page.stylesheets]
+    assert not any("http" in text.replace("http://www.w3.org/", "") for text in filter(None, texts))
+    assert not page.analytics_enabled
+    assert page.share_url is None
+
+
+def test_the_queue_cannot_be_passed_by(address):
+    values = list(Generation.defaults().values())
+    for route in ("run", "api"):
+        answer = httpx.post(f"{address}gradio_api/{route}/generate", json={"data": values})
+        assert answer.status_code in (403, 404)
+
+
+# Models of one's own
+
+
+def bundled_copy(folder):
+    return Path(shutil.copytree(samples.MODEL, folder / "model"))
+
+
+def change_index(model, **changes):
+    index = model / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+
+
+def test_an_allowed_model_is_loaded_and_reproduced(tmp_path, monkeypatch):
+    model = str(bundled_copy(tmp_path))
+    settings = Generation(model=model, **SMALL)
+    with pytest.raises(ValueError, match="not one this server allows"):
+        Models().get(model)
+    with pytest.raises(ValueError, match="not one this server allows"):
+        Models([model + "x"]).get(model)
+    outcome = app_work.generate(Models([model]).get(model), settings, lambda news: None)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(outcome.code, "code", "exec"), {})
+    assert (pixels("picture-0.png") == pixels(outcome.guided.pictures[0])).all()
+
+
+def foreign_pipeline(model):
+    change_index(model, _class_name=["my_pipeline", "MyPipeline"])
+    (model / "my_pipeline.py").write_text("raise SystemExit('foreign code ran')")
+
+
+def foreign_part(model):
+    change_index(model, unet=["my_unet", "MyUNet"])
+    (model / "unet" / "my_unet.py").write_text("raise SystemExit('foreign code ran')")
+
+
+def pickled_weights(model):
+    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(model / "unet" / "diffusion_pytorch_model.bin")
+
+
+def automatic_class(model):
+    change_index(model, text_encoder=["transformers", "AutoModel"])
+
+
+def no_index(model):
+    (model / "model_index.json").unlink()
+
+
+@pytest.mark.parametrize("spoil", [foreign_pipeline, foreign_part, pickled_weights, automatic_class, no_index])
+def test_models_with_foreign_code_or_pickles_are_refused(tmp_path, spoil):
+    model = bundled_copy(tmp_path)
+    spoil(model)
+    with pytest.raises(ValueError, match="could not be loaded: it must be"):
+        Models(["*"]).get(str(model))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "name", "../up/and/away", "https://host/owner/name", "a/b/c", ""])
+def test_what_is_no_model_is_refused(name):
+    with pytest.raises(ValueError, match="could not be loaded"):
+        Models(["*"]).get(name)
+
+
+# Many users, one device
+
+
+def test_two_clients_take_turns_and_get_their_own_pictures(client, address, monkeypatch):
+    alone = [client.predict(prompt=prompt, **SMALL, api_name="/generate")[0] for prompt in ("a tiger", "a rocket")]
+    running, most = set(), []
+    take = app_work._take
+
+    def counted(pipe, settings, *args):
+        running.add(settings.prompt)
+        most.append(len(running))
+        try:
+            return take(pipe, settings, *args)
+        finally:
+            running.discard(settings.prompt)
+
+    monkeypatch.setattr(app_work, "_take", counted)
+    other = Client(address, verbose=False)
+    jobs = [
+        each.submit(prompt=prompt, **SMALL, api_name="/generate")
+        for _ in range(2)
+        for each, prompt in ((client, "a tiger"), (other, "a rocket"))
+    ]
+    for number, job in enumerate(jobs):
+        assert (pixels(job.result()[0]) == pixels(alone[number % 2])).all()
+    assert most == [1] * 4
+
+
+def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
+    before = client.predict(**SMALL, api_name="/generate")[0]
+    own, cls = pipe.scheduler, type(pipe)
+    begun, ended = threading.Event(), threading.Event()
+    take = app_work._take
+
+    def noticed(pipe, settings, name, rule, policy, tell):
+        def telling(news):
+            begun.set()
+            tell(news)
+
+        try:
+            return take(pipe, settings, name, rule, policy, telling)
+        except Stopped:
+            ended.set()
+            raise
+
+    monkeypatch.setattr(app_work, "_take", noticed)
+    job = client.submit(steps=100, scheduler="Euler", batch_size=4, api_name="/generate")
+    assert begun.wait(60)
+    job.cancel()
+    assert ended.wait(60)
+    monkeypatch.undo()
+    after = client.predict(**SMALL, api_name="/generate")[0]
+    assert (pixels(before) == pixels(after)).all()
+    assert pipe.scheduler is own
+    assert "step" not in vars(own)
+    assert type(pipe) is cls
+
+
+def test_a_device_drops_work_nobody_waits_for():
+    device, done = Device(), []
+
+    def endless(tell):
+        while True:
+            tell("news")
+
+    first, second = device.run(endless), device.run(lambda tell: done.append("second"))
+    assert next(first) == "news"
+    second.close()  # never begun
+    first.close()
+    with pytest.raises(StopIteration) as stopped:
+        next(device.run(lambda tell: "third"))
+    assert stopped.value.value == "third"
+    assert not done
+
+
+def test_a_device_passes_errors_on_and_goes_on():
+    device = Device()
+    with pytest.raises(ZeroDivisionError):
+        next(device.run(lambda tell: 1 / 0))
+    with pytest.raises(StopIteration):
+        next(device.run(lambda tell: None))
+
+
+def test_a_scheduler_that_does_not_fit_is_refused(pipe, monkeypatch):
+    monkeypatch.setitem(app_work.SCHEDULERS, OWN, "FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        app_work.generate(pipe, Generation(**SMALL), lambda news: None)
+
+
+# MCP, and how it starts
+
+
+@pytest.mark.skipif(not HAS_MCP, reason="the package mcp is not installed")
+def test_mcp_tools(address):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def heard(progress, total, message):
+        messages.append(message)
+
+    async def use():
+        async with (
+            streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            answer = await session.call_tool("generate", {"prompt": "a tiger", **SMALL}, progress_callback=heard)
+            wrong = await session.call_tool("generate", {"steps": 1000})
+        return tools, answer, wrong
+
+    messages = []
+    tools, answer, wrong = asyncio.run(use())
+    assert messages
+    assert tools.keys() == {"generate", "compare", "benchmark"}
+    assert tools["generate"].inputSchema["properties"].keys() == Generation.kinds().keys()
+    assert answer.content[0].type == "image"
+    assert wrong.isError
+    assert "steps=1000" in wrong.content[0].text
+
+
+def test_the_command_passes_its_options_on(monkeypatch):
+    import typer
+    from typer.testing import CliRunner
+
+    from diffusers_guidance.pipelines import app, app_page
+
+    class Page:
+        share_url, local_url = None, "http://127.0.0.1:1234/"
+
+        def block_thread(self):
+            given.append(os.environ["GRADIO_TEMP_DIR"])
+
+    given = []
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    monkeypatch.setattr(app_page, "launch", lambda *options: given.extend(options) or (Page(), None))
+    command = typer.Typer()
+    command.command()(app.serve)
+    answer = CliRunner().invoke(command, ["--port", "1234", "--allow-models", "a/b", "--allow-models", "*"])
+    assert answer.exit_code == 0
+    assert "http://127.0.0.1:1234/" in answer.stdout
+    assert given[:-1] == ["127.0.0.1", 1234, ["a/b", "*"], False, False]
+    assert not Path(given[-1]).exists()
+    assert CliRunner().invoke(command, ["--port", "99999"]).exit_code == 2
+
+
+STARTED = """
+import runpy, sys
+sys.path.insert(0, {checkout!r})  # as `python app.py` does
+runpy.run_path({app!r}, run_name="app")
+import kernels
+assert not kernels.__file__.startswith({checkout!r}), kernels.__file__
+assert hasattr(kernels, "get_kernel")
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("kernels") is None, reason="Hugging Face's package kernels is not installed"
+)
+def test_the_folder_kernels_does_not_shadow_the_package(tmp_path):
+    code = STARTED.format(checkout=str(CHECKOUT), app=str(CHECKOUT / "app.py"))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
