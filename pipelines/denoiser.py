@@ -63,10 +63,18 @@ class Denoiser:
         """Per sample: whether its other branches are evaluated at this step."""
         assert self.decisions is not None
         assert self.formula is not None
-        both = [decision.action == "both" for decision in self.decisions]
+        if self.skips:
+            return [False] * len(self.decisions)
+        both = [decision.action in ("both", "neither") for decision in self.decisions]
         # A cache would meet rows it has not seen; leaving out a whole call is what its contexts are for.
         uncut = self.keeps_state and (self.formula.batched or any(both))
         return [True] * len(both) if self.whole or uncut else both
+
+    @property
+    def skips(self) -> bool:
+        """Whether nothing at all is evaluated at this step."""
+        plan = self.decisions
+        return plan is not None and not (self.whole or self.keeps_state) and all(d.action == "neither" for d in plan)
 
     def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
@@ -82,9 +90,19 @@ class Denoiser:
                 self.inputs.append((call, args, kwargs, output))
             self._note(y, asked, asked)
             return output
+        if self.skips:
+            return self._run_nothing(formula, policy, step)
         if formula.batched:
             return self._run_batched(formula, policy, step, call, args, kwargs)
         return self._run_sequential(formula, policy, step, call, args, kwargs)
+
+    def _run_nothing(self, formula: Formula, policy: Policy, step: Step) -> Any:
+        assert self.history is not None
+        cond, uncond = policy.predict(step, self.history)
+        branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
+        y = torch.cat(branches) if formula.batched else branches[len(self.outputs)]
+        self._note(y, 0, len(y))
+        return batch.with_prediction(self.template, y)
 
     def _run_batched(
         self, formula: Formula, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict
@@ -206,6 +224,8 @@ class Denoiser:
         if groups == 1 and n == 1:
             return ""
         names = batch.doubts((args, dict(kwargs)), n * groups, groups)
+        names += [name for name, value in kwargs.items() if "cache" in name and value is not None]
+        readings = batch.READINGS if names else batch.READINGS[:1]
         if groups > 2:
             names.append("its third branch")  # perturbed attention, say, needs all branches to be there
         if not names:
@@ -217,7 +237,7 @@ class Denoiser:
         expected = whole[index].double()
         close = max(1e-4, 2 * torch.finfo(whole.dtype).eps) * float(expected.norm())
         why = f"because of {', '.join(names)}"
-        for self.reading in batch.READINGS:
+        for self.reading in readings:
             self.nfe += len(index)
             try:
                 part = batch.prediction(self._call_part(call, args, kwargs, n * groups, index))

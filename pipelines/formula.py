@@ -65,6 +65,11 @@ class View:
             t = t[: t.shape[0] // self.copies]
         return t[:, : self.channels] if self.channels else t
 
+    def rest(self, t: Tensor, of: Tensor) -> Tensor:
+        """The unguided channels of a branch or of the scheduler's tensor `t`, as many as `of`, the latter, has."""
+        rest = t[:, self.channels : of.shape[1]].to(of.dtype)
+        return rest if t is of or self.sign == 1 else -rest
+
     def emit(self, prediction: Tensor, output: Tensor) -> Tensor:
         """A working prediction as the scheduler holds `output`."""
         if self.frames:
@@ -312,6 +317,10 @@ def identify(
             target = view.working(output)
             if view.copies > 1 and not torch.equal(view.emit(target, output), output):
                 continue
+            if view.channels:  # they must plainly come from one of the branches
+                rest = view.rest(output, output)[: parts[0].shape[0]]
+                if not any(torch.equal(view.rest(part, output), rest) for part in parts):
+                    continue
             upcasts = (False, True) if parts[0].dtype != output.dtype else (False,)
             for finish, upcast, cond, anchor in itertools.product(finishes, upcasts, range(len(parts)), ("u", "c")):
                 formula = Formula(

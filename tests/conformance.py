@@ -1,11 +1,15 @@
 """What must hold of an attached pipeline, whichever it is: one function per promise, each on a tiny pipeline.
 
-The truths they compare with are independent of the package: the untouched pipeline, and the untouched pipeline
-with its denoiser's outputs overwritten by a plain torch forward hook.
+The truths they compare with are independent of the package: the untouched pipeline, the untouched pipeline with
+its denoiser's outputs overwritten by a plain torch forward hook, and the papers' formulas in float64 on predictions
+that are solved for from untouched runs at several guidance scales.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +17,28 @@ import torch
 from tiny import Tiny, counting, run
 from torch import Tensor
 
-from diffusers_guidance import CFG, Decision, EveryStep, History, Policy, Report, Schedule, Step, attach, detach
+from diffusers_guidance import APG, CFG, Decision, EveryStep, History, Policy, Report, Step, attach, detach
 
 STEPS = 4
-COND_FIRST = ("ZImage", "Lumina", "DiT", "StableCascade", "Wuerstchen", "AceStep")
+COND_FIRST = (
+    "AceStepPipeline",
+    "DiTPipeline",
+    "LuminaPipeline",
+    "OmniGenPipeline",
+    "StableCascadeDecoderPipeline",
+    "StableCascadePriorPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+    "WuerstchenDecoderPipeline",
+    "WuerstchenPriorPipeline",
+    "ZImageControlNetInpaintPipeline",
+    "ZImageControlNetPipeline",
+    "ZImageImg2ImgPipeline",
+    "ZImageInpaintPipeline",
+    "ZImageOmniPipeline",
+    "ZImagePipeline",
+)
+"""Pipelines whose one call a step has the conditional part of the batch at its head; all others have it second."""
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -28,30 +50,57 @@ def denoisers(pipe: Any, entry: Tiny) -> list[torch.nn.Module]:
     return [getattr(pipe, name) for name in entry.denoisers]
 
 
+class Enough(Exception):
+    """Ends a run of which only the first steps are wanted."""
+
+
 @dataclass
 class Steps:
     """What a scheduler was given, step by step."""
 
     outputs: list[Tensor] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
+    timesteps: list[Any] = field(default_factory=list)
 
 
 @contextmanager
-def recorded(scheduler: Any) -> Iterator[Steps]:
-    """Records every `scheduler.step`, behind whatever the package puts in front of it."""
-    steps, original = Steps(), scheduler.step
+def recorded(scheduler: Any, limit: int | None = None) -> Iterator[Steps]:
+    """Records every `scheduler.step`, behind whatever the package puts in front of it; ends the run after `limit`.
 
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        steps.outputs.append(model_output.clone())
-        steps.samples.append(sample.clone())
-        return original(model_output, timestep, sample, *args, **kwargs)
+    The step is replaced in the scheduler's class, so that copies a pipeline makes of it keep a step of their own.
+    """
+    cls, steps = type(scheduler), Steps()
+    inherited, original = "step" not in vars(cls), cls.step
 
-    step.__signature__ = __import__("inspect").signature(original)  # type: ignore[attr-defined]
-    scheduler.step = step
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is scheduler:
+            given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+            steps.outputs.append(given["model_output"].clone())
+            steps.samples.append(given["sample"].clone())
+            steps.timesteps.append(given.get("timestep"))
+            if limit is not None and len(steps.outputs) >= limit:
+                raise Enough
+        return original(self, *args, **kwargs)
+
+    cls.step = step
     try:
         yield steps
     finally:
-        del scheduler.step
+        if inherited:
+            del cls.step
+        else:
+            cls.step = original
+
+
+@dataclass(frozen=True)
+class Until(Policy):
+    """Guided until step `first` of every loop, then alone."""
+
+    first: int = 1
+
+    def plan(self, step: Step, history: History) -> list[Decision]:
+        return [Decision("both" if step.index < self.first else "conditional")] * history.rows
 
 
 @dataclass(frozen=True)
@@ -66,34 +115,45 @@ class Fates(Policy):
         return [Decision("both" if step.index <= i else ("conditional" if i % 2 else "extrapolate")) for i in rows]
 
 
+def is_cond_first(entry: Tiny) -> bool:
+    return entry.style != "batched" or entry.cls in COND_FIRST
+
+
 @contextmanager
 def overwritten(pipe: Any, entry: Tiny, after: int) -> Iterator[None]:
-    """Has the untouched pipeline evaluate everything, and then use the conditional half for both from step `after`."""
-    cond_first = entry.style == "sequential" or entry.cls.startswith(COND_FIRST)
-    calls = {"made": 0, "cond": None}
+    """Has the untouched pipeline evaluate everything, and then use the conditional part for all from step `after`.
+
+    Experts, of which each step calls one, count their steps together; networks with loops of their own, apart.
+    """
+    cond_first, calls = is_cond_first(entry), entry.branches if entry.style != "batched" else 1
+    made: dict[int, int] = {}
+    held: list[Any] = [None]
 
     def overwrite(value: Any) -> Any:
         if isinstance(value, Tensor):
-            first, second = value.chunk(2)
-            cond = first if cond_first else second
-            return torch.cat([cond, cond])
-        if isinstance(value, list) and len(value) % 2 == 0 and isinstance(value[0], Tensor):
-            half = len(value) // 2
-            return value[:half] * 2 if cond_first else value[half:] * 2
+            parts = value.chunk(entry.branches)
+            return torch.cat([parts[0 if cond_first else 1]] * entry.branches)
+        if isinstance(value, list) and value and all(isinstance(v, Tensor) for v in value):
+            size = len(value) // entry.branches
+            start = 0 if cond_first else size
+            return value[start : start + size] * entry.branches
         if isinstance(value, dict):
-            return type(value)(**{k: overwrite(v) for k, v in value.items()})
-        return type(value)(overwrite(v) for v in value)
+            kept = {k: overwrite(v) for k, v in value.items()}
+            return kept if type(value) is dict else type(value)(**kept)
+        return type(value)(overwrite(v) for v in value) if isinstance(value, list | tuple) else value
 
     def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        per_step = 2 if entry.style == "sequential" else 1
-        step, call = divmod(calls["made"], per_step)
-        calls["made"] += 1
-        if entry.style == "sequential":
-            if call == 0:
-                calls["cond"] = output
-                return output
-            return calls["cond"] if step >= after else output
-        return overwrite(output) if step >= after else output
+        if isinstance(output, tuple) and output[0] is None:  # a call that only fills a cache
+            return output
+        key = id(module) if entry.style == "batched" else 0
+        step, call = divmod(made.get(key, 0), calls)
+        step %= STEPS  # videos made in several chunks count from 0 in each
+        made[key] = made.get(key, 0) + 1
+        if calls == 1:
+            return overwrite(output) if step >= after else output
+        if call == 0:
+            held[0] = output
+        return held[0] if step >= after else output
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in denoisers(pipe, entry)]
     try:
@@ -103,54 +163,85 @@ def overwritten(pipe: Any, entry: Tiny, after: int) -> Iterator[None]:
             handle.remove()
 
 
-def is_exact_with_cfg_at_every_step(pipe: Any, entry: Tiny, batch: int) -> int:
-    """Bit-equal to the untouched pipeline, all evaluations counted; returns how many steps the run has."""
-    untouched = run(pipe, entry, STEPS, batch)
+@dataclass
+class Truth:
+    """A run of the untouched pipeline."""
+
+    result: Tensor
+    steps: Steps
+    nfe: int
+
+
+def untouched(pipe: Any, entry: Tiny, batch: int) -> Truth:
+    with recorded(pipe.scheduler) as steps, counting(*denoisers(pipe, entry)) as count:
+        result = run(pipe, entry, STEPS, batch)
+    return Truth(result, steps, count.total)
+
+
+def plain_report(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Report:
+    """With CFG at every step: bit-equal to the untouched pipeline, all evaluations counted."""
     with attach(pipe, CFG(), EveryStep()) as handle, counting(*denoisers(pipe, entry)) as count:
         attached = run(pipe, entry, STEPS, batch)
-    assert torch.equal(attached, untouched), f"off by {relative(attached, untouched):.2g}"
-    assert handle.report.nfe == handle.report.nfe_full == count.total > 0
+    assert torch.equal(attached, truth.result), f"off by {relative(attached, truth.result):.2g}"
+    assert handle.report.nfe == handle.report.nfe_full == count.total == truth.nfe > 0
     assert handle.report.formula, "no guidance was found in a call that guides"
-    return len(handle.report.steps)
+    return handle.report
 
 
-def is_exact_until_its_first_skip(pipe: Any, entry: Tiny, batch: int, steps: int, tolerance: float = 1e-5) -> None:
+def is_exact_with_cfg_at_every_step(pipe: Any, entry: Tiny, batch: int) -> int:
+    """As `plain_report`; returns how many steps the run has."""
+    return len(plain_report(pipe, entry, batch, untouched(pipe, entry, batch)).steps)
+
+
+def skips(
+    pipe: Any, entry: Tiny, batch: int, first: int, truth: Truth, tolerance: float = 1e-5
+) -> tuple[Tensor, Report]:
     """Bit-equal model outputs before the first skipped step, and from there on what a manual reference gives."""
-    first = max(1, steps // 2)
-    schedule = Schedule(["both"] * first + ["conditional"] * (steps - first))
-    with recorded(pipe.scheduler) as untouched:
-        run(pipe, entry, STEPS, batch)
     with overwritten(pipe, entry, first):
         reference = run(pipe, entry, STEPS, batch)
+    assert relative(reference, truth.result) > 1e-4, "unguided and guided steps are too much alike to tell"
     with (
-        recorded(pipe.scheduler) as steps_taken,
-        attach(pipe, CFG(), schedule) as handle,
+        recorded(pipe.scheduler) as taken,
+        attach(pipe, CFG(), Until(first)) as handle,
         counting(*denoisers(pipe, entry)) as count,
     ):
         result = run(pipe, entry, STEPS, batch)
-    for i in range(first):
-        assert torch.equal(steps_taken.outputs[i], untouched.outputs[i]), f"step {i}"
-    assert relative(result, reference) < tolerance
-    assert handle.report.nfe == count.total < handle.report.nfe_full
+    # Where networks follow one another, the first one's skips are in all that the last one sees.
+    for i in range(first if entry.style != "batched" or len(entry.denoisers) == 1 else 0):
+        assert torch.equal(taken.outputs[i], truth.steps.outputs[i]), f"step {i}"
+    off = relative(result, reference)
+    assert off < tolerance, f"off by {off:.2g} from the run whose outputs were overwritten"
+    report = handle.report
+    assert report.nfe == count.total
+    assert report.nfe_full == truth.nfe
+    return result, report
 
 
-def decides_per_sample(pipe: Any, entry: Tiny, tolerance: float = 1e-5) -> None:
+def is_exact_until_its_first_skip(pipe: Any, entry: Tiny, batch: int, steps: int, tolerance: float = 1e-5) -> None:
+    """As `skips`, half of the steps; and evaluations were saved."""
+    truth = untouched(pipe, entry, batch)
+    _, report = skips(pipe, entry, batch, max(1, steps // 2), truth, tolerance)
+    assert report.nfe < report.nfe_full
+
+
+def decides_per_sample(pipe: Any, entry: Tiny, tolerance: float = 1e-5, plain: Tensor | None = None) -> None:
     """In a batch of three with different fates, each row is its run alone, at its own number of evaluations."""
-    plain = run(pipe, entry, STEPS, 3)
+    if plain is None:
+        plain = run(pipe, entry, STEPS, 3)
     with attach(pipe, CFG(), Fates()) as handle, counting(*denoisers(pipe, entry)) as count:
         together = run(pipe, entry, STEPS, 3)
     assert handle.report.nfe == count.total < handle.report.nfe_full
     nfe, rows = _without_trial(handle.report), len(together) // 3
     alone_nfe = 0
     for i in range(3):
-        plain_alone = run(pipe, entry, STEPS, 1, first=i)
         with attach(pipe, CFG(), Fates(first=i)) as handle_alone:
             alone = run(pipe, entry, STEPS, 1, first=i)
         alone_nfe += _without_trial(handle_alone.report)
         mine = slice(i * rows, (i + 1) * rows)
-        # The untouched pipeline's rows may differ from their runs alone, if only by rounding.
-        own = relative(plain[mine], plain_alone)
-        assert relative(together[mine], alone) <= max(tolerance, 10 * own), f"row {i} (the pipeline's own: {own:.1g})"
+        off = relative(together[mine], alone)
+        if off > tolerance:  # the untouched pipeline's rows may differ from their runs alone, if only by rounding
+            own = relative(plain[mine], run(pipe, entry, STEPS, 1, first=i))
+            assert off <= 10 * own, f"row {i}: off by {off:.2g} (the pipeline's own: {own:.1g})"
     assert alone_nfe == nfe
 
 
@@ -161,9 +252,12 @@ def _without_trial(report: Report) -> int:
 
 def starts_afresh(pipe: Any, entry: Tiny, batch: int, steps: int) -> None:
     """Two runs in a row, one after an interrupted run and one after detach are each correct."""
-    untouched = run(pipe, entry, STEPS, batch)
-    schedule = Schedule(["both"] + ["conditional"] * (steps - 1))
-    handle = attach(pipe, CFG(), schedule)
+    repeats(pipe, entry, batch, steps, CFG(), Until(1), run(pipe, entry, STEPS, batch))
+
+
+def repeats(pipe: Any, entry: Tiny, batch: int, steps: int, rule: Any, policy: Policy, plain: Tensor) -> None:
+    """As `starts_afresh`, where the untouched pipeline gives `plain`."""
+    handle = attach(pipe, rule, policy)
     first = run(pipe, entry, STEPS, batch)
     nfe = handle.report.nfe
     assert torch.equal(run(pipe, entry, STEPS, batch), first)
@@ -187,12 +281,237 @@ def starts_afresh(pipe: Any, entry: Tiny, batch: int, steps: int) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    assert 0 < len(handle.report.steps) < steps
+    assert len(handle.report.steps) < steps
     assert torch.equal(run(pipe, entry, STEPS, batch), first)
     assert handle.report.nfe == nfe
 
     detach(pipe)
-    assert torch.equal(run(pipe, entry, STEPS, batch), untouched)
+    assert torch.equal(run(pipe, entry, STEPS, batch), plain)
     for obj in (pipe, *vars(pipe).values()):
         assert "_diffusers_guidance" not in str([*getattr(obj, "__dict__", ()), *vars(type(obj))])
     assert "step" not in vars(pipe.scheduler)
+
+
+# APG against the paper
+
+
+class Inapplicable(Exception):
+    """Why a promise has no meaning for a pipeline, or cannot be checked from outside."""
+
+
+def preserving(scheduler: Any, timestep: Any, index: int, kind: str) -> tuple[float, float]:
+    """(a, b) of denoised = a x + b y for x = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        square = float(scheduler.alphas_cumprod[int(timestep)])
+    else:  # Wuerstchen's, a cosine over time from 1 to 0
+        t, s = float(torch.as_tensor(timestep).flatten()[0]), 0.008
+        square = (math.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)) ** 2
+        square = min(max(square, 0.0001), 0.9999)
+    alpha, sigma = square**0.5, (1 - square) ** 0.5
+    return {"epsilon": (1 / alpha, -sigma / alpha), "v_prediction": (alpha, -sigma)}[kind]
+
+
+def exploding(scheduler: Any, timestep: Any, index: int, kind: str) -> tuple[float, float]:
+    """For x = x0 + sigma eps."""
+    sigma = float(scheduler.sigmas[index])
+    v = (1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5)
+    return {"epsilon": (1.0, -sigma), "v_prediction": v}[kind]
+
+
+def flowing(scheduler: Any, timestep: Any, index: int, kind: str) -> tuple[float, float]:
+    """For x = (1 - sigma) x0 + sigma eps and y = eps - x0."""
+    return 1.0, -float(scheduler.sigmas[index])
+
+
+PARAMETRISATIONS: dict[str, Callable[[Any, Any, int, str], tuple[float, float]]] = {
+    "CogVideoXDDIMScheduler": preserving,
+    "DDIMScheduler": preserving,
+    "DDPMScheduler": preserving,
+    "DDPMWuerstchenScheduler": preserving,
+    "DPMSolverMultistepScheduler": preserving,
+    "EulerDiscreteScheduler": exploding,
+    "FlowMapEulerDiscreteScheduler": flowing,
+    "FlowMatchEulerDiscreteScheduler": flowing,
+    "HeliosScheduler": flowing,
+    "UniPCMultistepScheduler": flowing,
+}
+
+
+def denoising(scheduler: Any, timestep: Any) -> tuple[float, float]:
+    """(a, b) of denoised = a x + b y at a timestep, by what its class is known to do."""
+    kind = scheduler.config.get("prediction_type", "")
+    if kind == "sample":
+        return 0.0, 1.0
+    name = type(scheduler).__name__
+    at = (scheduler.timesteps == torch.as_tensor(timestep).flatten()[0]).nonzero()
+    if name not in PARAMETRISATIONS or not len(at):
+        raise Inapplicable("no formula at hand for its scheduler")
+    return PARAMETRISATIONS[name](scheduler, timestep, int(at[0]), kind or "epsilon")
+
+
+def listing(D_c: Tensor, D_u: Tensor, w: float, r: float, eta: float) -> Tensor:
+    """Algorithm 1 of arXiv 2410.02416 on rows of denoised predictions, at a first step: there is no momentum yet."""
+    diff = D_c - D_u
+    diff = diff * torch.clamp(r / diff.norm(dim=1, keepdim=True), max=1.0)
+    unit = D_c / D_c.norm(dim=1, keepdim=True)
+    parallel = (diff * unit).sum(1, keepdim=True) * unit
+    return D_c + (w - 1) * (diff - parallel + eta * parallel)
+
+
+FROM_C = ("Cosmos", "Kandinsky3", "Krea2", "ZImage")
+"""Pipelines that go from c, `c + s (c - u)`; all others go from u."""
+SCALES = ("true_cfg_scale", "max_guidance_scale", "guidance_scale")
+
+
+@contextmanager
+def scaled(pipe: Any, entry: Tiny, scale: float | None) -> Iterator[dict[str, Any]]:
+    """The arguments that set the guidance scale; where a guider has it, that one is set."""
+    guiders = [getattr(pipe, name) for name in ("guider", "ocr_guider") if hasattr(pipe, name)]
+    if scale is None:
+        yield {}
+    elif guiders:
+        before = [guider.guidance_scale for guider in guiders]
+        for guider in guiders:
+            guider.guidance_scale = scale
+        try:
+            yield {}
+        finally:
+            for guider, value in zip(guiders, before, strict=True):
+                guider.guidance_scale = value
+    else:
+        call = entry.call()
+        name = next((n for n in SCALES if n in entry.off), None) or next(n for n in SCALES if n in call)
+        extra = {"audio_guidance_scale": scale} if "audio_guidance_scale" in call else {}
+        yield {name: scale, **extra}
+
+
+def first_step(pipe: Any, entry: Tiny, batch: int, scale: float | None = None) -> tuple[Tensor, list[Tensor]]:
+    """What the scheduler is given first, and the denoiser's outputs before that; the run ends there."""
+    outputs: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        while not isinstance(output, Tensor):
+            output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+        outputs.append(output.clone())
+
+    hooks = [m.register_forward_hook(keep) for m in denoisers(pipe, entry)]
+    try:
+        with recorded(pipe.scheduler, 1) as steps, scaled(pipe, entry, scale) as changes, suppress(Enough):
+            run(pipe, entry, STEPS, batch, **changes)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return steps.outputs[0], outputs
+
+
+@dataclass
+class Halves:
+    """A first step's predictions in the scheduler's layout, one row per sample, in float64.
+
+    `finish` is what the pipeline does to a combination; `w` the weight of c in it.
+    """
+
+    c: Tensor
+    u: Tensor
+    w: float
+    finish: Callable[[Tensor], Tensor] = lambda g: g
+
+
+def solved(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Halves:
+    """c and u from untouched first steps at several scales; linear in the scale, they determine both."""
+    from tiny_core import SCALE
+
+    if entry.style == "batched" and len(entry.denoisers) > 1:
+        raise Inapplicable("its networks guide one after another")
+    if entry.branches > 2:
+        return weighted(pipe, entry, batch, truth)
+    middle = truth.steps.outputs[0].double()
+    low, high = (first_step(pipe, entry, batch, scale)[0].double() for scale in (SCALE - 2, SCALE + 2))
+    difference = (high - low) / 4
+    straight = relative(low + 2 * difference, middle) < 1e-5
+    if not straight:
+        return normed(pipe, entry, batch, truth)
+    w = SCALE
+    from_c = entry.cls.startswith(FROM_C)
+    c = low - (SCALE - 2 - (0 if from_c else 1)) * difference
+    if from_c:
+        w += 1
+    return Halves(c, c - difference, w)
+
+
+def normed(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Halves:
+    """c and u as the denoiser put them out, where the pipeline takes the combination to the norm of c."""
+    from tiny_core import SCALE
+
+    target = truth.steps.outputs[0].double()
+    _, outputs = first_step(pipe, entry, batch)
+    halves = [y.double() for y in outputs]
+    if len(halves) == 2 and halves[0].ndim == target.ndim and halves[0].shape[1] > target.shape[1]:
+        halves = [y[:, : target.shape[1]] for y in halves]
+    if len(halves) != 2 or halves[0].shape != target.shape:
+        raise Inapplicable("not linear in the scale")
+    for sign in (1, -1):
+        c, u = (sign * y for y in halves)
+
+        def finish(g: Tensor, c: Tensor = c) -> Tensor:
+            return g * c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)
+
+        if relative(finish(u + SCALE * (c - u)), target) < 1e-5:
+            return Halves(c, u, SCALE, finish)
+    raise Inapplicable("not linear in the scale")
+
+
+def weighted(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Halves:
+    """Of three branches: c as the denoiser put it out, and u such that u + w (c - u) is the pipeline's own."""
+    from tiny_core import SCALE
+
+    target = truth.steps.outputs[0].double()
+    _, outputs = first_step(pipe, entry, batch)
+    c = outputs[0].double().chunk(entry.branches)[0 if is_cond_first(entry) else 1]
+    if len(outputs) != 1 or c.shape != target.shape:
+        raise Inapplicable("its branches cannot be told apart from outside")
+    w = SCALE + (3.0 if "PAG" in entry.cls else 0.0)  # PAG adds its own scale, 3, of another difference
+    return Halves(c, (target - w * c) / (1 - w), w)
+
+
+def follows_the_listing(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> None:
+    """The first prediction under APG is the paper's, in float64; `Inapplicable` says why it cannot be checked."""
+    halves = solved(pipe, entry, batch, truth)
+    a, b = denoising(pipe.scheduler, truth.steps.timesteps[0])
+    x, target = truth.steps.samples[0].double(), truth.steps.outputs[0].double()
+    # Channels that do not depend on the scale are no prediction that is guided (a learned variance).
+    size = x.shape[1]
+    if x.ndim > 2:
+        moved = (halves.c - halves.u).abs().amax(dim=[d for d in range(x.ndim) if d != 1])
+        guided = int((moved > 1e-6 * moved.max()).nonzero().max()) + 1
+        size = min(size, guided)
+    n = batch
+    if target.shape[0] == 2 * batch and torch.equal(target[:batch], target[batch:]):
+        rows = batch  # the scheduler holds the batch twice
+    elif target.shape[0] % batch == 0:
+        rows = target.shape[0]  # or the frames as rows
+    else:
+        raise Inapplicable("its scheduler's rows are no samples")
+
+    def flat(t: Tensor) -> Tensor:
+        return t[:rows, :size].reshape(n, -1)
+
+    c, u, x = flat(halves.c), flat(halves.u), flat(x)
+    if x.shape != c.shape:
+        raise Inapplicable("its prediction has another shape than the sample")
+    D_c, D_u = a * x + b * c, a * x + b * u
+    rule = APG(momentum=-0.5, norm_threshold=0.5 * float((D_c - D_u).norm(dim=1).min()), eta=0.3)
+    D = listing(D_c, D_u, halves.w, rule.norm_threshold, rule.eta)
+    whole = halves.c.clone()
+    expected = c + (D - D_c) / b
+    whole[:rows, :size] = expected.reshape(whole[:rows, :size].shape)
+    expected = flat(halves.finish(whole))
+    with attach(pipe, rule, EveryStep()):
+        prediction = first_step(pipe, entry, batch)[0].double()
+    prediction = flat(prediction)
+    plain = flat(target)
+    assert relative(expected, plain) > 1e-3, "APG and CFG are too much alike to tell"
+    off = relative(prediction, expected)
+    assert off < 1e-4, (
+        f"APG is off by {off:.2g} from the paper's listing (from plain guidance: {relative(prediction, plain):.2g})"
+    )

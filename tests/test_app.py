@@ -453,7 +453,7 @@ import runpy, sys
 sys.path.insert(0, {checkout!r})  # as `python app.py` does
 runpy.run_path({app!r}, run_name="app")
 import kernels
-assert not kernels.__file__.startswith({checkout!r}), kernels.__file__
+assert not kernels.__file__.startswith('{checkout}/kernels/'), kernels.__file__
 assert hasattr(kernels, "get_kernel")
 """
 

@@ -41,5 +41,5 @@ def test_with_the_real_package_installed():
     except PackageNotFoundError:
         pytest.skip("Hugging Face's package kernels is not installed")
     out = python(IMPORTS + "print(kernels.__file__); print(kernels.get_kernel.__name__)")
-    assert str(CHECKOUT) not in out.splitlines()[0] or ".venv" in out
+    assert Path(out.splitlines()[0]).parent != CHECKOUT / "kernels"
     assert "get_kernel" in out

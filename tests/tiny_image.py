@@ -16,8 +16,10 @@ from tiny_core import (
     images,
     lively,
     masks,
+    prompts,
     rows_of,
     tiny,
+    tokenizer,
 )
 from torch import nn
 
@@ -795,3 +797,165 @@ def hunyuan_image() -> dict[str, Any]:
     )
     guiders = {"guider": ClassifierFreeGuidance(SCALE), "ocr_guider": ClassifierFreeGuidance(SCALE)}
     return {"transformer": lively(transformer), "scheduler": flow(), **guiders}
+
+
+# Perturbed attention
+
+
+PAG: dict[str, Any] = {**NET, "branches": 3, "off": {"guidance_scale": 1.0, "pag_scale": 0.0}}
+
+
+@tiny("StableDiffusion3PAGPipeline", lambda rows: sd3_text(rows, **SIZE), **PAG)
+@tiny("StableDiffusion3PAGImg2ImgPipeline", lambda rows: sd3_text(rows, **edited(rows)), **PAG)
+def sd3_pag() -> dict[str, Any]:
+    return {**sd3(), "pag_applied_layers": "blocks.1"}
+
+
+@tiny("PixArtSigmaPAGPipeline", pixart_text, **PAG)
+def pixart_pag() -> dict[str, Any]:
+    return pixart()
+
+
+@tiny("SanaPAGPipeline", lambda rows: sana_text(rows, height=256, width=256), **PAG)
+def sana_pag() -> dict[str, Any]:
+    return {**sana(), "pag_applied_layers": "transformer_blocks.0"}
+
+
+@tiny("HunyuanDiTPAGPipeline", hunyuan_text, **PAG)
+def hunyuan_pag() -> dict[str, Any]:
+    return {**hunyuan_dit(), "pag_applied_layers": "blocks.1"}
+
+
+# Inpainting and editing
+
+
+@tiny("ChromaInpaintPipeline", lambda rows: chroma_text(rows, **painted(rows)), **PAIRS)
+def chroma_inpaint() -> dict[str, Any]:
+    base = chroma()
+    base["transformer"].register_to_config(guidance_embeds=False)  # which the pipeline asks for
+    return base
+
+
+@tiny(
+    "FluxKontextInpaintPipeline",
+    lambda rows: flux_text(rows, **painted(rows), max_area=256, _auto_resize=False),
+    **TRUE,
+)
+def flux_kontext_inpaint() -> dict[str, Any]:
+    return flux()
+
+
+@tiny("Flux2KleinInpaintPipeline", lambda rows: plain_text(rows, **painted(rows)), **PAIRS)
+def flux2_inpaint() -> dict[str, Any]:
+    return flux2()
+
+
+@tiny(
+    "QwenImageEditInpaintPipeline",
+    lambda rows: qwen_text(
+        rows,
+        image=photographs(rows),
+        mask_image=masks(rows, 256, 256),
+        strength=0.8,
+        height=256,
+        width=256,
+    ),
+    batches=False,
+    **TRUE,
+)
+def qwen_edit_inpaint() -> dict[str, Any]:
+    return qwen_edit()
+
+
+@tiny("ZImageControlNetPipeline", lambda rows: listed_text(rows, **controlled(rows)), off=ZERO, **NET)
+def z_image_controlnet(control_in_dim: int = 4) -> dict[str, Any]:
+    base = z_image()
+    network = diffusers.ZImageControlNetModel(
+        control_layers_places=[0, 1],
+        control_refiner_layers_places=[0],
+        control_in_dim=control_in_dim,
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        dim=32,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+    )
+    return {**base, "controlnet": lively(network, seed=1)}
+
+
+@tiny(
+    "ZImageControlNetInpaintPipeline",
+    lambda rows: listed_text(rows, **controlled(rows), image=images(rows, 16, 16), mask_image=masks(rows, 16, 16)),
+    off=ZERO,
+    **NET,
+)
+def z_image_controlnet_inpaint() -> dict[str, Any]:
+    return z_image_controlnet(control_in_dim=9)
+
+
+LONGCAT: dict[str, Any] = {**PAIRS, "settings": {"_encode_prompt": lambda words: spelled(words)}}
+
+
+@tiny("LongCatImagePipeline", lambda rows: longcat_text(rows, enable_cfg_renorm=True), **LONGCAT)
+@tiny(
+    "LongCatImagePipeline, without renorm",
+    lambda rows: longcat_text(rows, enable_cfg_renorm=False),
+    "LongCatImagePipeline",
+    **LONGCAT,
+)
+def longcat() -> dict[str, Any]:
+    transformer = diffusers.LongCatImageTransformer2DModel(**{**KIN, "in_channels": 64}, pooled_projection_dim=16)
+    vae = autoencoder(16, shift_factor=0.0)
+    return {"transformer": lively(transformer), "vae": vae, "scheduler": shifting()}
+
+
+def longcat_text(rows: range, **extra: Any) -> dict[str, Any]:
+    one = {name: [words] if isinstance(words, str) else words for name, words in prompts(rows).items()}
+    return {**one, "guidance_scale": SCALE, **SIZE, "enable_prompt_rewrite": False, **extra}
+
+
+def spelled(words: list[str]) -> torch.Tensor:
+    """In place of a language model: embeddings that depend on the prompt's letters."""
+    return torch.cat([rows_of(range(sum(text.encode()), sum(text.encode()) + 1), 5, 7, 16) for text in words])
+
+
+def wan_vae() -> nn.Module:
+    config: dict[str, Any] = {"dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [True]}
+    config |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    config |= {"scale_factor_temporal": 2, "scale_factor_spatial": 2}
+    return lively(diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, **config), seed=13)
+
+
+@tiny("BriaFiboPipeline", lambda rows: fibo_text(rows), batches=False, **NET)
+def bria_fibo() -> dict[str, Any]:
+    transformer = diffusers.BriaFiboTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        text_encoder_dim=16,
+    )
+    return {**fibo_texts(), "transformer": lively(transformer), "vae": wan_vae(), "scheduler": flow()}
+
+
+def fibo_text(rows: range) -> dict[str, Any]:
+    words = {"prompt": "a smiling red raccoon", "negative_prompt": "blurry"}
+    return {**words, "guidance_scale": SCALE, "height": 32, "width": 32, "max_sequence_length": 16}
+
+
+def fibo_texts() -> dict[str, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    return {"text_encoder": lively(LlamaForCausalLM(config), seed=11), "tokenizer": words}

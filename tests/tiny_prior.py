@@ -14,6 +14,7 @@ from tiny_core import (
     image_processor,
     images,
     lively,
+    masks,
     prompts,
     rows_of,
     tiny,
@@ -255,3 +256,40 @@ def kandinsky21() -> dict[str, Any]:
         "scheduler": ddim(),
         "movq": movq(),
     }
+
+
+@tiny(
+    "KandinskyInpaintPipeline",
+    lambda rows: kandinsky21_text(rows, image=images(range(1), 16, 16), mask_image=masks(range(1), 16, 16)[:, 0]),
+    batches=False,
+    output="pt",
+)
+def kandinsky21_inpaint() -> dict[str, Any]:
+    network = unet(
+        in_channels=9,
+        out_channels=8,
+        encoder_hid_dim_type="text_image_proj",
+        encoder_hid_dim=16,
+        addition_embed_type="text_image",
+    )
+    return {**kandinsky21(), "unet": network}
+
+
+@tiny("Kandinsky3Img2ImgPipeline", lambda rows: kandinsky3_edit_text(rows))
+def kandinsky3_edit() -> dict[str, Any]:
+    return kandinsky3()
+
+
+def kandinsky3_edit_text(rows: range) -> dict[str, Any]:
+    call = {k: v for k, v in kandinsky3_text(rows).items() if k not in SIZE}
+    return {**call, "image": images(rows, 16, 16), "strength": 0.8}
+
+
+@tiny(
+    "KandinskyV22PriorEmb2EmbPipeline",
+    lambda rows: {**alone(rows), "image": rows_of(rows, 50, 16), "strength": 0.8},
+    output="pt",
+    **PRIOR,
+)
+def kandinsky_prior_edit() -> dict[str, Any]:
+    return kandinsky_prior()

@@ -435,3 +435,143 @@ def kandinsky22_inpaint() -> dict[str, Any]:
 )
 def kandinsky22_controlnet() -> dict[str, Any]:
     return kandinsky(in_channels=8, addition_embed_type="image_hint")
+
+
+# More of Stable Diffusion's kin
+
+PAG: dict[str, Any] = {"branches": 3, "off": {"guidance_scale": 1.0, "pag_scale": 0.0}}
+
+
+@tiny("StableDiffusionPAGImg2ImgPipeline", lambda rows: text(rows, **edited(rows)), **PAG)
+@tiny("StableDiffusionPAGInpaintPipeline", lambda rows: text(rows, **painted(rows)), **PAG)
+def sd1_pag_edit() -> dict[str, Any]:
+    return sd()
+
+
+@tiny("StableDiffusionControlNetPAGPipeline", lambda rows: text(rows, **picture(rows), **SIZE), **PAG)
+@tiny(
+    "StableDiffusionControlNetPAGInpaintPipeline",
+    lambda rows: text(rows, **{**painted(rows), **controlled(rows)}),
+    **PAG,
+)
+def sd1_pag_controlnet() -> dict[str, Any]:
+    return sd1_controlnet()
+
+
+@tiny("StableDiffusionXLPAGImg2ImgPipeline", lambda rows: xl_text(rows, **edited(rows)), **PAG)
+@tiny("StableDiffusionXLPAGInpaintPipeline", lambda rows: xl_text(rows, **painted(rows)), **PAG)
+def xl_pag_edit() -> dict[str, Any]:
+    return sdxl()
+
+
+@tiny("StableDiffusionXLControlNetPAGPipeline", lambda rows: xl_text(rows, **picture(rows), **SIZE), **PAG)
+@tiny(
+    "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+    lambda rows: xl_text(rows, **{**edited(rows), **controlled(rows)}),
+    **PAG,
+)
+def xl_pag_controlnet() -> dict[str, Any]:
+    return xl_controlnet()
+
+
+@tiny("KolorsPAGPipeline", lambda rows: xl_text(rows, **SIZE), **PAG)
+def kolors_pag() -> dict[str, Any]:
+    return kolors()
+
+
+@tiny("AltDiffusionPipeline", lambda rows: text(rows, **SIZE))
+@tiny("AltDiffusionImg2ImgPipeline", lambda rows: text(rows, **edited(rows)))
+@tiny("StableDiffusionModelEditingPipeline", lambda rows: text(rows, **SIZE))
+@tiny("SemanticStableDiffusionPipeline", lambda rows: text(rows, **SIZE))
+def sd1_kin() -> dict[str, Any]:
+    return sd()
+
+
+@tiny("StableDiffusionLDM3DPipeline", lambda rows: text(rows, **SIZE), output="np")
+def sd1_depth() -> dict[str, Any]:
+    return {**sd(), "vae": autoencoder(in_channels=6, out_channels=6)}
+
+
+@tiny(
+    "SemanticStableDiffusionPipeline, an edit",
+    lambda rows: text(rows, **SIZE, editing_prompt="a hat", edit_warmup_steps=0),
+    "SemanticStableDiffusionPipeline",
+    branches=3,
+    batches=False,
+)
+def sd1_semantic() -> dict[str, Any]:
+    return sd()
+
+
+@tiny(
+    "StableDiffusionPipelineSafe, its safety off",
+    lambda rows: text(rows, **SIZE, sld_guidance_scale=0.0),
+    "StableDiffusionPipelineSafe",
+)
+def sd1_safe() -> dict[str, Any]:
+    return {**sd(), "safety_checker": None}
+
+
+@tiny(
+    "StableDiffusionPipelineSafe",
+    lambda rows: text(rows, **SIZE, sld_guidance_scale=1000.0, sld_warmup_steps=0),
+    branches=3,
+)
+def sd1_safer() -> dict[str, Any]:
+    return {**sd(), "safety_checker": None}
+
+
+@tiny(
+    "StableDiffusionInpaintPipelineLegacy",
+    lambda rows: text(rows, **edited(rows), mask_image=masks(rows, 16, 16)),
+    batches=False,
+    output="np",
+)
+def sd1_legacy() -> dict[str, Any]:
+    return sd()
+
+
+@tiny(
+    "StableDiffusionDiffEditPipeline",
+    lambda rows: text(rows, mask_image=masks(rows, 8, 8)[:, 0], image_latents=rows_of(rows, 53, 3, 4, 8, 8)),
+    batches=False,
+)
+def sd1_diffedit() -> dict[str, Any]:
+    return {**sd(), "inverse_scheduler": diffusers.DDIMInverseScheduler()}
+
+
+@tiny("StableDiffusionXLControlNetXSPipeline", lambda rows: xl_text(rows, **picture(rows), **SIZE))
+def xl_xs() -> dict[str, Any]:
+    base = sdxl(layers_per_block=2)
+    adapter = diffusers.ControlNetXSAdapter.from_unet(
+        base["unet"], size_ratio=1, learn_time_embedding=True, conditioning_embedding_out_channels=(4, 8)
+    )
+    return {**base, "controlnet": lively(adapter, seed=1)}
+
+
+@tiny(
+    "IFImg2ImgSuperResolutionPipeline",
+    lambda rows: pixel_text(rows, image=images(rows, 8, 8), original_image=images(rows, 16, 16, key=51)),
+    output="pt",
+)
+@tiny(
+    "IFInpaintingSuperResolutionPipeline",
+    lambda rows: pixel_text(
+        rows,
+        image=images(rows, 8, 8),
+        original_image=images(rows, 16, 16, key=51),
+        mask_image=masks(rows, 16, 16),
+    ),
+    output="pt",
+)
+def deepfloyd_super_edit() -> dict[str, Any]:
+    return deepfloyd_super()
+
+
+@tiny(
+    "KandinskyV22ControlnetImg2ImgPipeline",
+    lambda rows: kandinsky_text(rows, **edited(rows), hint=images(rows, 64, 64)),
+    output="pt",
+)
+def kandinsky22_controlnet_edit() -> dict[str, Any]:
+    return kandinsky(in_channels=8, addition_embed_type="image_hint")

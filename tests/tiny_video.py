@@ -28,6 +28,7 @@ from torch import nn
 NET: dict[str, Any] = {"denoisers": ("transformer",)}
 PAIRS: dict[str, Any] = {**NET, "style": "sequential"}
 EXPERTS: dict[str, Any] = {"denoisers": ("transformer", "transformer_2"), "style": "sequential"}
+AUDIO: dict[str, Any] = {**NET, "off": {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}}
 GUIDER: dict[str, Any] = {**NET, "style": "guider", "off": {}}
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 
@@ -869,3 +870,13 @@ def svd() -> dict[str, Any]:
         "feature_extractor": image_processor(),
         "scheduler": scheduler,
     }
+
+
+@tiny("AnimateDiffPAGPipeline", frames_text, branches=3, off={"guidance_scale": 1.0, "pag_scale": 0.0})
+def animate_pag() -> dict[str, Any]:
+    return animate()
+
+
+@tiny("LTX2ConditionPipeline", lambda rows: ltx2_text(rows), **AUDIO)
+def ltx2_condition() -> dict[str, Any]:
+    return ltx2()
