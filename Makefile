@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo app test lint kernels wheel install clean
+.PHONY: demo app test conformance lint kernels wheel install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -15,6 +15,9 @@ app: install ## the page, on localhost
 
 test: install ## every test
 	$(BIN)/pytest
+
+conformance: install ## holds attach to its promises on every pipeline of docs/pipelines.md; minutes
+	$(BIN)/pytest tests/conformance_suite.py
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,167 @@
+"""Every tiny pipeline against every promise of `conformance`, and the table of what came out.
+
+The table lies in docs/pipelines.md. A test compares each pipeline's row with it; UPDATE_DOCS=1 writes it instead.
+"""
+
+import inspect
+import os
+from pathlib import Path
+
+import conformance
+import diffusers
+import pytest
+import torch
+from tiny import PIPELINES, run
+
+from diffusers_guidance import CFG, EveryStep, UnsupportedPipeline, attach
+
+DOCS = Path(__file__).parents[1] / "docs" / "pipelines.md"
+MARKERS = ("<!-- generated: pipelines -->", "<!-- end of pipelines -->")
+HEADER = "| pipeline | folder | status | how it guides, as found | skipping | samples apart | APG |"
+UPDATE = os.environ.get("UPDATE_DOCS") == "1"
+
+REFUSED = {
+    "StableVideoDiffusionPipeline": (r"could not be verified.*is off by", "guides each frame at a scale of its own"),
+    "AceStepPipeline": (r"could not be verified.*put out \(\d, ", "does an APG of its own in place of plain guidance"),
+    "Cosmos2VideoToWorldPipeline": (
+        r"could not be verified.*is off by",
+        "guides denoised predictions, and puts the given frames in before the scheduler's",
+    ),
+    "CosmosTextToWorldPipeline": (
+        r"no part of the denoiser's output has the scheduler's shape",
+        "hands cond and uncond to the scheduler together, and guides what comes back",
+    ),
+    "CosmosVideoToWorldPipeline": (
+        r"no part of the denoiser's output has the scheduler's shape",
+        "hands cond and uncond to the scheduler together, and guides what comes back",
+    ),
+    "LongCatImagePipeline": (
+        r"could not be verified.*is off by",
+        "takes the combination to the norm of c only where that is smaller (without renorm it is verified)",
+    ),
+    "SemanticStableDiffusionPipeline, an edit": (
+        r"no part of the denoiser's output has the scheduler's shape",
+        "adds an edit where a mask, found anew at every step, wants it",
+    ),
+    "SkyReelsV2DiffusionForcingPipeline": (
+        r"never called scheduler\.step afterwards",
+        "steps every frame with a copied scheduler of its own",
+    ),
+    "StableDiffusionPipelineSafe": (
+        r"no part of the denoiser's output has the scheduler's shape",
+        "guides away from a third branch where a mask, found anew at every step, wants it",
+    ),
+}
+"""Pipelines that cannot be attached to: what they must say, and why it is so."""
+
+WHOLE = {n: "perturbed attention needs all branches" for n, entry in PIPELINES.items() if "PAG" in entry.cls}
+"""Pipelines that are guided, but of whose evaluations none can be left out, and why."""
+
+PLAIN_ONLY = {"StableDiffusionPanoramaPipeline": r"each of its views would need a history of its own"}
+"""Pipelines to which nothing but plain guidance at every step can be attached, and what they must say."""
+
+rows: dict[str, list[str]] = {}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipeline_keeps_its_promises(name):
+    entry = PIPELINES[name]
+    if not entry.available:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {entry.cls}, or wants another package for it")
+    try:
+        pipe = entry.build()
+    except ImportError as error:
+        pytest.skip(" ".join(str(error).split()))
+    batch = 3 if entry.batches else 1
+    truth = conformance.untouched(pipe, entry, batch)
+    if name in REFUSED:
+        with attach(pipe, CFG(), EveryStep()), pytest.raises(UnsupportedPipeline, match=REFUSED[name][0]):
+            run(pipe, entry, conformance.STEPS, batch)
+        assert torch.equal(run(pipe, entry, conformance.STEPS, batch), truth.result)
+        return settle(name, f"refused: {REFUSED[name][1]}", "", "", "", "")
+
+    report = conformance.plain_report(pipe, entry, batch, truth)
+    formula = "; ".join(dict.fromkeys(report.formula.split("; "))).replace("_guidance_scale", "guidance_scale")
+    if name in PLAIN_ONLY:
+        with attach(pipe, CFG(), conformance.Until(1)), pytest.raises(UnsupportedPipeline, match=PLAIN_ONLY[name]):
+            run(pipe, entry, conformance.STEPS, batch)
+        return settle(
+            name, "verified, plain guidance only", formula, "refused: one history for all views", "", "refused"
+        )
+
+    first = max(1, min(len(report.steps), conformance.STEPS) // 2)  # of every loop, where there are several
+    if name in WHOLE:
+        with attach(pipe, CFG(), conformance.Until(first)) as handle:
+            result = run(pipe, entry, conformance.STEPS, batch)
+        assert all(each == "both" for step in handle.report.steps for each in step.evaluated)
+        assert any("on its own" in step.note for step in handle.report.steps)
+        assert conformance.relative(result, truth.result) > 1e-4  # they are used unguided nevertheless
+        status, skipping = "verified, nothing is left out", WHOLE[name]
+    else:
+        _, skipped = conformance.skips(pipe, entry, batch, first, truth)
+        assert skipped.nfe < skipped.nfe_full
+        status, skipping = "verified", f"{skipped.nfe} of {skipped.nfe_full}"
+    conformance.repeats(pipe, entry, batch, len(report.steps), CFG(), conformance.Until(first), truth.result)
+    if not entry.batches:
+        apart = "one prompt at a time"
+    elif not entry.independent:
+        apart = "its rows depend on one another"
+    elif name in WHOLE:
+        apart = "nothing is left out"
+    else:
+        conformance.decides_per_sample(pipe, entry, plain=truth.result)
+        apart = "yes"
+    try:
+        conformance.follows_the_listing(pipe, entry, batch, truth)
+        listing = "yes"
+    except conformance.Inapplicable as reason:
+        listing = f"not checked: {reason}"
+    settle(name, status, formula, skipping, apart, listing)
+
+
+def settle(name, *cells):
+    """Keeps a pipeline's row for the table, or compares it with the table that is there."""
+    cls = getattr(diffusers, PIPELINES[name].cls)
+    path = inspect.getfile(cls).replace(os.sep, "/")
+    folder = path.split("/pipelines/")[1].rsplit("/", 1)[0]
+    status, formula, *rest = cells
+    rows[name] = [name, folder, status, f"`{formula}`" if formula else "", *rest]
+    if not UPDATE:
+        there = written().get(name)
+        assert there == rows[name], f"docs/pipelines.md is stale ({there}): run this file with UPDATE_DOCS=1"
+
+
+def written():
+    """The rows of the table in the docs, by pipeline."""
+    text = DOCS.read_text() if DOCS.exists() else ""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line != HEADER]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row for row in cells if len(row) == HEADER.count("|") - 1}
+
+
+def table(found):
+    """The generated part of the docs."""
+    classes = [row for row in found.values() if "," not in row[0]]  # in their usual setting; the others are variants
+    verified = [row for row in classes if row[2].startswith("verified")]
+    whole = sum(row[2] != "verified" for row in verified)
+    totals = (
+        f"**{len(verified)} classes verified**, {whole} of them without leaving anything out; "
+        f"{len(classes) - len(verified)} refused. With variants, {len(found)} cases."
+    )
+    ordered = sorted(found.values(), key=lambda row: (row[1], row[0]))
+    lines = ["| " + " | ".join(row) + " |" for row in ordered]
+    return "\n".join(
+        [MARKERS[0], "", totals, "", HEADER, "|---" * (HEADER.count("|") - 1) + "|", *lines, "", MARKERS[1]]
+    )
+
+
+def test_the_table_is_what_was_found():
+    """Runs last: writes the table, or finds that it has neither too much in it nor wrong totals."""
+    found = {name: row for name, row in {**written(), **rows}.items() if name in PIPELINES}
+    text = DOCS.read_text()
+    before, _, rest = text.partition(MARKERS[0])
+    after = rest.partition(MARKERS[1])[2]
+    if UPDATE:
+        DOCS.write_text(before + table(found) + after)
+    else:
+        assert text == before + table(found) + after, "docs/pipelines.md is stale: run this file with UPDATE_DOCS=1"
