@@ -120,10 +120,11 @@ def is_cond_first(entry: Tiny) -> bool:
 
 
 @contextmanager
-def overwritten(pipe: Any, entry: Tiny, after: int) -> Iterator[None]:
+def overwritten(pipe: Any, entry: Tiny, after: int, loop: int = STEPS) -> Iterator[None]:
     """Has the untouched pipeline evaluate everything, and then use the conditional part for all from step `after`.
 
     Experts, of which each step calls one, count their steps together; networks with loops of their own, apart.
+    A loop has `loop` evaluations; videos made in several chunks count from 0 in each.
     """
     cond_first, calls = is_cond_first(entry), entry.branches if entry.style != "batched" else 1
     made: dict[int, int] = {}
@@ -147,7 +148,7 @@ def overwritten(pipe: Any, entry: Tiny, after: int) -> Iterator[None]:
             return output
         key = id(module) if entry.style == "batched" else 0
         step, call = divmod(made.get(key, 0), calls)
-        step %= STEPS  # videos made in several chunks count from 0 in each
+        step %= loop
         made[key] = made.get(key, 0) + 1
         if calls == 1:
             return overwrite(output) if step >= after else output
@@ -194,10 +195,10 @@ def is_exact_with_cfg_at_every_step(pipe: Any, entry: Tiny, batch: int) -> int:
 
 
 def skips(
-    pipe: Any, entry: Tiny, batch: int, first: int, truth: Truth, tolerance: float = 1e-5
+    pipe: Any, entry: Tiny, batch: int, first: int, truth: Truth, tolerance: float = 1e-5, loop: int = STEPS
 ) -> tuple[Tensor, Report]:
     """Bit-equal model outputs before the first skipped step, and from there on what a manual reference gives."""
-    with overwritten(pipe, entry, first):
+    with overwritten(pipe, entry, first, loop):
         reference = run(pipe, entry, STEPS, batch)
     assert relative(reference, truth.result) > 1e-4, "unguided and guided steps are too much alike to tell"
     with (
@@ -217,10 +218,12 @@ def skips(
     return result, report
 
 
-def is_exact_until_its_first_skip(pipe: Any, entry: Tiny, batch: int, steps: int, tolerance: float = 1e-5) -> None:
+def is_exact_until_its_first_skip(
+    pipe: Any, entry: Tiny, batch: int, steps: int, tolerance: float = 1e-5, loop: int = STEPS
+) -> None:
     """As `skips`, half of the steps; and evaluations were saved."""
     truth = untouched(pipe, entry, batch)
-    _, report = skips(pipe, entry, batch, max(1, steps // 2), truth, tolerance)
+    _, report = skips(pipe, entry, batch, max(1, steps // 2), truth, tolerance, loop)
     assert report.nfe < report.nfe_full
 
 

@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 def holds(pipe: Any, entry: Tiny, batch: int = 3) -> None:
     """What must hold of an attached pipeline, whatever else is on it."""
     steps = conformance.is_exact_with_cfg_at_every_step(pipe, entry, batch)
-    conformance.is_exact_until_its_first_skip(pipe, entry, batch, steps)
+    conformance.is_exact_until_its_first_skip(pipe, entry, batch, steps, loop=steps)
     if batch == 3:
         conformance.decides_per_sample(pipe, entry)
 
@@ -416,7 +416,7 @@ def test_caches(name, batch):
     with attach(pipe, CFG(), EveryStep()) as handle:
         assert same(cached.run(batch), untouched)
         assert handle.report.nfe == 2 * CACHED_STEPS * batch
-    with overwritten(pipe, entry, 4):
+    with overwritten(pipe, entry, 4, CACHED_STEPS):
         reference = cached.run(batch)
     with attach(pipe, CFG(), SKIPPING) as handle, counting(pipe.transformer) as count:
         result = cached.run(batch)
