@@ -232,7 +232,7 @@ class Guider(BaseGuidance):
             return _pick(unguided, c, u + self._w * (c - u))
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         sample = c if x is None or space is None else x
-        g, carried = kernels.guide(sample, c, u, run.momentum, a, b, run.rule.at(self._w))
+        g, carried = kernels.guide(sample, c, u, run.momentum, a, b, run.rule.at(self._w, step.index, space))
         if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
             before = torch.zeros_like(carried) if run.momentum is None else run.momentum
             run.momentum = _pick(unguided, before, carried)

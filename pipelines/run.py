@@ -11,7 +11,6 @@ pipeline does between calls (offloading, swapping schedulers, copying, saving) c
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -155,12 +154,12 @@ class Run:
                 return output
             guided = _pick(stray, formula.finished(c, c, self._phi), formula.view.working(output))
         else:
+            rule = self.rule.at(w, self._clock.steps - 1, space)
             fused = fuse() if space is not None and formula.is_direct and not any(unguided) else None
             if fused is not None and space is not None:
-                rule = replace(self.rule, guidance_scale=w)
                 result, denoiser.momentum = fused(c, u, denoiser.momentum, space.a, space.b, rule)
                 return Stepped(result)
-            guided = self._apply(denoiser, formula, space, w, unguided, c, u, sample)
+            guided = self._apply(denoiser, formula, space, rule, unguided, c, u, sample)
         return formula.view.emit(guided, output)
 
     def _apply(
@@ -168,7 +167,7 @@ class Run:
         denoiser: Denoiser,
         formula: Formula,
         space: Space | None,
-        w: float,
+        rule: Rule,
         unguided: list[bool],
         c: Tensor,
         u: Tensor,
@@ -178,11 +177,12 @@ class Run:
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         x = sample if sample.shape == c.shape else c
         momentum = denoiser.momentum
-        g, carried = kernels.guide(x, c, u, momentum, a, b, replace(self.rule, guidance_scale=w))
+        g, carried = kernels.guide(x, c, u, momentum, a, b, rule)
         if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
             before = torch.zeros_like(carried) if momentum is None else momentum
             denoiser.momentum = _pick(unguided, before, carried)
-        return formula.finished(_pick(unguided, c, g), c, self._phi)
+        g = _pick(unguided, c, g)
+        return formula.finished(g, c, self._phi).masked_fill(g == 0, 0)  # which scaling may make 0/0 of
 
     def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""

@@ -19,12 +19,14 @@ from diffusers_guidance import (
     APG,
     CFG,
     AdaptiveGuidance,
+    CFGZeroStar,
     Decision,
     EveryStep,
     GuidanceError,
     Hold,
     Interval,
     LinearAG,
+    MagnitudeAware,
     Policy,
     Schedule,
     StepAG,
@@ -140,6 +142,7 @@ def test_plain_guidance_is_the_modular_pipelines_own(pair):
         (CFG(), LinearAG()),
         (APG(), AdaptiveGuidance(0.5, patience=2)),
         (CFG(), Interval.sigma(0.5, 10.0)),
+        (CFGZeroStar(), StepAG(0.6)),
     ],
     ids=lambda part: type(part).__name__,
 )
@@ -270,7 +273,17 @@ def test_a_classic_pipeline_saves_and_loads_its_guider(tmp_path):
 # Its configuration
 
 
-@pytest.mark.parametrize("rule", [CFG(), CFG(3.0, rescale=0.5), APG(), APG(8.0, norm_dim=(-3, -2), reference_numel=64)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        CFG(),
+        CFG(3.0, rescale=0.5),
+        APG(),
+        APG(8.0, norm_dim=(-3, -2), reference_numel=64),
+        CFGZeroStar(zero_init=2),
+        MagnitudeAware(alpha=4.0),
+    ],
+)
 @pytest.mark.parametrize(
     "policy",
     [
