@@ -244,7 +244,7 @@ class TCFG(Rule):
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
         # The singular values and left vectors of the rows (c, u) are those of their Gram matrix, whose first vector
         # (cos t, sin t) has tan 2t = 2 <c, u> / (<c, c> - <u, u>). So u' = sin t (cos t c + sin t u).
-        cu, uu = gram.cc - gram.cd, gram.cc - 2 * gram.cd + gram.dd
+        cu = gram.cc - gram.cd
         excess = 2 * gram.cd - gram.dd  # <c, c> - <u, u>
         R = (excess**2 + 4 * cu**2).sqrt()
         of_c, of_u = cu / R, (1 - excess / R) / 2

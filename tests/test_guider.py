@@ -142,7 +142,7 @@ def test_plain_guidance_is_the_modular_pipelines_own(pair):
         (CFG(), LinearAG()),
         (APG(), AdaptiveGuidance(0.5, patience=2)),
         (CFG(), Interval.sigma(0.5, 10.0)),
-        (CFGZeroStar(), StepAG(0.6)),
+        (CFGZeroStar(zero_init=0), StepAG(0.6)),
     ],
     ids=lambda part: type(part).__name__,
 )
@@ -268,6 +268,17 @@ def test_a_classic_pipeline_saves_and_loads_its_guider(tmp_path):
     assert loaded.guider.rule == APG(momentum=-0.25)
     assert loaded.guider.policy == Hold(2)
     assert torch.equal(run(loaded, entry, STEPS), expected)
+
+
+def test_zero_init_is_that_of_attach():
+    pair = Pair("StableDiffusion3Pipeline")
+    with attach(pair.classic, CFGZeroStar(zero_init=2), EveryStep()):
+        expected = pair.run_classic()
+    pair.guide(CFGZeroStar(zero_init=2), EveryStep())
+    steps = pair.run()
+    assert [bool(output.any()) for output in steps.outputs] == [False, False, True, True, True]
+    for output, reference in zip(steps.outputs[2:], expected.outputs[2:], strict=True):
+        assert relative(output, reference) < 1e-4
 
 
 # Its configuration
