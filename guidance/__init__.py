@@ -30,12 +30,14 @@ from diffusers_guidance.policies import (
     StepAG,
 )
 from diffusers_guidance.report import Report, StepReport
-from diffusers_guidance.rules import APG, CFG, Coefficients, Gram, Rule
+from diffusers_guidance.rules import APG, CFG, TCFG, CFGZeroStar, Coefficients, Gram, MagnitudeAware, Rule
 
 __all__ = [
     "APG",
     "CFG",
+    "TCFG",
     "AdaptiveGuidance",
+    "CFGZeroStar",
     "CalibrationMismatch",
     "Coefficients",
     "Decision",
@@ -48,6 +50,7 @@ __all__ = [
     "Hold",
     "Interval",
     "LinearAG",
+    "MagnitudeAware",
     "Policy",
     "Report",
     "Rule",

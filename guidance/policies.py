@@ -63,7 +63,8 @@ class History:
     def agreement(self, space: str) -> Tensor:
         """(steps so far, rows) similarities on the host, NaN where unknown."""
         seen = self.similarity[space]
-        return torch.stack(seen).float().cpu() if seen else torch.empty(0, self.rows)
+        seen[:] = [values.float().cpu() for values in seen]  # what has been fetched stays: only the last is waited for
+        return torch.stack(seen) if seen else torch.empty(0, self.rows)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,10 @@ your own module and write that method; everything else (spaces, momentum, polici
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from diffusers_guidance.kernels import Coefficients, Gram
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from diffusers_guidance.spaces import Space
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,15 @@ class Rule:
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
 
-    def at(self, guidance_scale: float) -> "Self":
-        """This rule with its guidance scale settled: its own where set, else the given one."""
-        return self if self.guidance_scale is not None else replace(self, guidance_scale=guidance_scale)
+    def at(self, guidance_scale: float, step: int = 0, space: Space | None = None) -> "Rule":
+        """This rule as it combines at one step of a run.
+
+        Args:
+            guidance_scale: the run's, at this step.
+            step: evaluations of the run before this one.
+            space: what the step's prediction means, where that is known.
+        """
+        return replace(self, guidance_scale=guidance_scale)
 
     @property
     def w(self) -> float:
@@ -180,6 +184,102 @@ class APG(Rule):
             name = type(family).__name__
             preset = next((p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"])
         return replace(preset.rule, **changes)
+
+
+@dataclass(frozen=True)
+class CFGZeroStar(Rule):
+    """CFG-Zero* (arXiv 2503.18886): the unconditional prediction first scaled to fit the conditional one,
+
+    `s u + w (c - s u)` with `s = <c, u> / ||u||^2` (Algorithm 1), on predictions as the model makes them.
+
+    Args:
+        guidance_scale: w. None takes the pipeline call's.
+        zero_init: how many steps at the start put out zero in place of a flow-matching model's velocity
+            (section 4.2), which leaves the sample where it is. The authors advise about 4 % of the steps for
+            models that have not converged; 0 turns it off. It has no part in a model that predicts something
+            else: there zero would not mean to stand still.
+    """
+
+    zero_init: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.zero_init < 0:
+            raise ValueError(f"zero_init={self.zero_init!r}: a number of steps from 0 up")
+
+    @property
+    def needs_denoised(self) -> bool:  # type: ignore[override]
+        return self.zero_init > 0  # or what the prediction is would not be known
+
+    def at(self, guidance_scale: float, step: int = 0, space: Space | None = None) -> Rule:
+        if step < self.zero_init and space is not None and space.predicts_velocity:
+            return _Nothing(guidance_scale)
+        return super().at(guidance_scale, step, space)
+
+    def coefficients(self, gram: Gram, b: float) -> Coefficients:
+        # s u + w (c - s u) with u = c - d; 1 - s by what u is short of c, where both nearly agree.
+        cu, uu = gram.cc - gram.cd, gram.cc - 2 * gram.cd + gram.dd
+        return Coefficients(0.0, 1 + (self.w - 1) * (gram.dd - gram.cd) / uu, (self.w - 1) * cu / uu, 0.0)
+
+    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
+        return "cfg_zero_star", (self.w,)
+
+
+@dataclass(frozen=True)
+class _Nothing(Rule):
+    """A prediction of zero."""
+
+    def coefficients(self, gram: Gram, b: float) -> Coefficients:
+        return Coefficients(0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class TCFG(Rule):
+    """Tangential damping (arXiv 2503.18137): `u' + w (c - u')`, u' being what of u lies along the direction that
+
+    c and u have most in common, their first right singular vector (Algorithm 1), on predictions as the model
+    makes them. What of u is left out points away from where the condition leads.
+    """
+
+    def coefficients(self, gram: Gram, b: float) -> Coefficients:
+        # The singular values and left vectors of the rows (c, u) are those of their Gram matrix, whose first vector
+        # (cos t, sin t) has tan 2t = 2 <c, u> / (<c, c> - <u, u>). So u' = sin t (cos t c + sin t u).
+        cu = gram.cc - gram.cd
+        excess = 2 * gram.cd - gram.dd  # <c, c> - <u, u>
+        R = (excess**2 + 4 * cu**2).sqrt()
+        of_c, of_u = cu / R, (1 - excess / R) / 2
+        return Coefficients(0.0, self.w - (self.w - 1) * (of_c + of_u), (self.w - 1) * of_u, 0.0)
+
+    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
+        return "tcfg", (self.w,)
+
+
+@dataclass(frozen=True)
+class MagnitudeAware(Rule):
+    """MAMBO-G (arXiv 2508.03442): `u + w' (c - u)` with `w' = 1 + (w - 1) exp(-alpha ||c - u|| / ||u||)`.
+
+    Damps guidance where it would move the prediction far, which it does at the first steps; on predictions as
+    the model makes them.
+
+    Args:
+        guidance_scale: w. None takes the pipeline call's.
+        alpha: how strongly. 0 is CFG; 8 is what the authors gave diffusers, for a w of 10.
+    """
+
+    alpha: float = 8.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha < float("inf"):
+            raise ValueError(f"alpha={self.alpha!r}: a number from 0 (plain CFG) up")
+
+    def coefficients(self, gram: Gram, b: float) -> Coefficients:
+        uu = gram.cc - 2 * gram.cd + gram.dd
+        damped = (-self.alpha * (gram.dd / uu).sqrt()).exp()
+        return Coefficients(0.0, 1.0, (self.w - 1) * damped, 0.0)
+
+    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
+        return "magnitude_aware", (self.w, self.alpha)
 
 
 class Preset(NamedTuple):

@@ -61,6 +61,11 @@ class Space:
         factor = -self.b * math.hypot(self.signal, self.noise) / self.noise if self.noise else 0.0
         return factor or 1.0  # no noise, or a prediction without effect: any factor will do
 
+    @property
+    def predicts_velocity(self) -> bool:
+        """Whether the prediction is flow matching's velocity: at zero, clean sample and noise are both the sample."""
+        return self.a == self.p == 1
+
 
 class _Levels(NamedTuple):
     signal: Tensor

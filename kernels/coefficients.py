@@ -46,4 +46,38 @@ def apg(gram, b, w, beta, threshold, eta):
     return Coefficients(kX, 1.0 + 0.0 * b, kd, km)
 
 
-COEFFICIENTS = {"cfg": cfg, "apg": apg}
+@triton.jit
+def cfg_zero_star(gram, b, w, unused_1, unused_2, unused_3):
+    """s u + w (c - s u) with s = <c, u> / <u, u> (arXiv 2503.18886, Algorithm 1), and u = c - d."""
+    v = w - 1
+    uu = gram.cc - 2 * gram.cd + gram.dd
+    return Coefficients(0.0 * uu, 1.0 + v * (gram.dd - gram.cd) / uu, v * (gram.cc - gram.cd) / uu, 0.0 * uu)
+
+
+@triton.jit
+def tcfg(gram, b, w, unused_1, unused_2, unused_3):
+    """u' + w (c - u') with u' the part of u along the first right singular vector of (c, u) (arXiv 2503.18137)."""
+    v = w - 1
+    cu = gram.cc - gram.cd
+    excess = 2 * gram.cd - gram.dd  # <c, c> - <u, u>
+    R = tl.sqrt(excess * excess + 4 * cu * cu)
+    of_c = cu / R
+    of_u = (1.0 - excess / R) / 2
+    return Coefficients(0.0 * R, w - v * (of_c + of_u), v * of_u, 0.0 * R)
+
+
+@triton.jit
+def magnitude_aware(gram, b, w, alpha, unused_2, unused_3):
+    """u + w' (c - u) with w' = 1 + (w - 1) exp(-alpha ||d|| / ||u||) (arXiv 2508.03442)."""
+    uu = gram.cc - 2 * gram.cd + gram.dd
+    damped = tl.exp(-alpha * tl.sqrt(gram.dd / uu))
+    return Coefficients(0.0 * uu, 1.0 + 0.0 * uu, (w - 1) * damped, 0.0 * uu)
+
+
+COEFFICIENTS = {
+    "cfg": cfg,
+    "apg": apg,
+    "cfg_zero_star": cfg_zero_star,
+    "tcfg": tcfg,
+    "magnitude_aware": magnitude_aware,
+}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedScheduler
 from diffusers_guidance.spaces import Space, spaces
@@ -67,6 +68,8 @@ class Clock:
 
     def _search(self, timestep: Any) -> int:
         """The table's next entry if it is this timestep, else the first later one, else the first at all."""
+        if isinstance(timestep, Tensor) and (place := self._place(timestep)) is not None:
+            return place
         values = set(torch.as_tensor(timestep).flatten().tolist()) if timestep is not None else set()
         if len(values) != 1:  # a batch may come with one each, but they must be the same
             return -1
@@ -76,3 +79,13 @@ class Clock:
             if value in candidates:
                 return candidates.index(value) + (following if candidates is not self._values else 0)
         return -1
+
+    def _place(self, timestep: Tensor) -> int | None:
+        """Where in the table `timestep` is, if it is a piece of it, as loops take it; its value stays on its device."""
+        table = self._timesteps
+        if not isinstance(table, Tensor) or (any(timestep.stride()) and timestep.numel() != 1):
+            return None
+        if timestep.dtype != table.dtype or timestep.untyped_storage().data_ptr() != table.untyped_storage().data_ptr():
+            return None
+        place, between = divmod(timestep.storage_offset() - table.storage_offset(), table.stride(0) or 1)
+        return place if between == 0 and 0 <= place < len(self._values) else None

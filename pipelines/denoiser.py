@@ -171,8 +171,7 @@ class Denoiser:
         """`uncond` with the left-out rows from `cond`; always new memory."""
         if uncond is None:
             return cond.clone()
-        both = torch.tensor(self.evaluates, device=cond.device).view(-1, *[1] * (cond.ndim - 1))
-        return torch.where(both, uncond, cond)
+        return batch.pick(self.evaluates, uncond, cond)
 
     def _fill(self, policy: Policy, step: Step, cond: Tensor, uncond: Tensor) -> Tensor:
         """`uncond` with the policy's estimate in the rows to be extrapolated."""
@@ -181,10 +180,7 @@ class Denoiser:
         if not any(guess):
             return uncond
         estimate = policy.estimate(step, self.history, cond).to(cond.dtype)
-        if all(guess):
-            return estimate
-        mask = torch.tensor(guess, device=cond.device).view(-1, *[1] * (cond.ndim - 1))
-        return torch.where(mask, estimate, uncond)
+        return batch.pick(guess, estimate, uncond)
 
     def _call_part(self, call: Callable, args: tuple, kwargs: dict, rows: int, index: list[int]) -> Any:
         """The call on the rows `index` alone."""

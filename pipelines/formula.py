@@ -5,8 +5,9 @@ branches or one call for each, in any order; which part of the output counts, in
 (`View`); `u + s (c - u)` or `c + s (c - u)`; in which precision; whether the sample is mixed in; and what is done
 to the result (`finish`). `identify` searches their product for the one that reproduces the pipeline's own number,
 so no table of pipelines is needed and a wrong guess cannot pass: exact equality with the pipeline's live scale
-first, equality up to rounding next, then with a scale solved for by least squares, and last with the sample as a
-third vector. Residuals are measured against c - u, not against the prediction.
+first, then with a scale solved for by least squares, equality up to rounding next, and last with the sample as a
+third vector. Residuals are measured against c - u, not against the prediction. Once a formula is known, checking it
+at a later step waits for nothing on the device: see `Residual`.
 """
 
 import itertools
@@ -136,6 +137,12 @@ def match_norm(g: Tensor, c: Tensor, phi: float) -> Tensor:
     return g * (torch.norm(c, dim=-1, keepdim=True) / torch.norm(g, dim=-1, keepdim=True))
 
 
+def cap_norm(g: Tensor, c: Tensor, phi: float) -> Tensor:
+    """The same, but only where that is the smaller one (LongCat-Image)."""
+    cond_norm, norm = torch.norm(c, dim=-1, keepdim=True), torch.norm(g, dim=-1, keepdim=True)
+    return g * (cond_norm / (norm + 1e-8)).clamp(min=0.0, max=1.0)
+
+
 def leave(g: Tensor, c: Tensor, phi: float) -> Tensor:
     return g
 
@@ -144,7 +151,27 @@ FINISHES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "": leave,
     "guidance_rescale": rescale,
     "norm of c": match_norm,
+    "at most the norm of c": cap_norm,
 }
+
+Scale = float | Tensor
+"""A pipeline's guidance scale; a tensor where one prediction is guided at several."""
+
+
+def from_u(c: Tensor, u: Tensor, s: Scale) -> Tensor:
+    return u + s * (c - u)
+
+
+def from_c(c: Tensor, u: Tensor, s: Scale) -> Tensor:
+    return c + s * (c - u)
+
+
+def lerp(c: Tensor, u: Tensor, s: Scale) -> Tensor:
+    return torch.lerp(u, c, s.to(u.dtype) if isinstance(s, Tensor) else s)
+
+
+ANCHORS: dict[str, Callable[[Tensor, Tensor, Scale], Tensor]] = {"u": from_u, "c": from_c, "lerp": lerp}
+"""Ways to write a combination; each rounds in a way of its own."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +186,7 @@ class Formula:
         branches: how many predictions of a sample a guided step evaluates.
         cond_index: which of them is the conditional one.
         view: from a branch to the scheduler's prediction and back.
-        anchor: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`, where w = 1 + s.
+        anchor: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`, where w = 1 + s; "lerp" for torch's.
         upcast: whether c and u are taken to the scheduler's dtype before they are combined, or the result is.
         finish: what is done to the combination.
         scale: the name its scale is read by; None: solved for at every step.
@@ -207,23 +234,29 @@ class Formula:
         y = self.view(half)
         return y.to(self.dtype) if self.upcast else y
 
-    def combine(self, c: Tensor, u: Tensor, s: float, phi: float) -> Tensor:
+    def cut(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(c, u) as the scheduler would get them, from a step's outputs."""
+        cond, uncond = self.halves(outputs)
+        return self.seen(cond), self.seen(uncond)
+
+    def combine(self, c: Tensor, u: Tensor, s: Scale, phi: float) -> Tensor:
         """What the pipeline hands to the scheduler for (c, u) at its scale `s`, one row per sample."""
-        return self.finished((u if self.anchor == "u" else c) + s * (c - u), c, phi)
+        return self.finished(ANCHORS[self.anchor](c, u, s), c, phi)
 
     def finished(self, g: Tensor, c: Tensor, phi: float) -> Tensor:
         """The pipeline's own treatment of a combined prediction."""
         return FINISHES[self.finish](g, c, phi).to(self.dtype)
 
-    def w(self, s: float) -> float:
-        """The guidance scale that the pipeline's scale `s` amounts to."""
-        return float(s) if self.anchor == "u" else 1 + float(s)
+    def w(self, s: Scale) -> float:
+        """The guidance scale that the pipeline's scale `s` amounts to, the largest where there are several."""
+        largest = float(s.max() if isinstance(s, Tensor) else s)
+        return 1 + largest if self.anchor == "c" else largest
 
     def solve(self, c: Tensor, u: Tensor, output: Tensor) -> float:
         """The scale that explains `output` best; only where the combination is handed on as it is."""
         c, u, output = (t.double().nan_to_num(0, 0, 0) for t in (c, u, output))
         d = c - u
-        origin = u if self.anchor == "u" else c
+        origin = c if self.anchor == "c" else u
         return float(((output - origin) * d).sum() / (d * d).sum())
 
     def __str__(self) -> str:
@@ -233,52 +266,72 @@ class Formula:
         )
         finish = f", then {self.finish}" if self.finish else ""
         finish += ", mixed with the sample" if self.mixed else ""
-        return f"{calls}; {self.view}; {self.anchor} + {self.scale or 's'} (c - u){finish}"
+        s = self.scale or "s"
+        combination = f"lerp(u, c, {s})" if self.anchor == "lerp" else f"{self.anchor} + {s} (c - u)"
+        return f"{calls}; {self.view}; {combination}{finish}"
 
 
-class Residual(NamedTuple):
-    """How far a reproduction is off: exactly equal or not, the error's norm, and the norm rounding allows."""
+class Fit(NamedTuple):
+    """How far a reproduction is off: the error's norm, and the norm rounding allows."""
 
-    equal: bool
     error: float
     allowed: float
 
     @property
+    def equal(self) -> bool:
+        return self.error == 0
+
+    @property
     def fits(self) -> bool:
-        return self.equal or self.error <= self.allowed
+        return self.error <= self.allowed
+
+
+class Residual(NamedTuple):
+    """What a `Fit` is made of, still on the device: nobody waits for it until `norms` is read."""
+
+    norms: Tensor
+    """(4,): of the error, of the output, of c and of u."""
+    s: Scale
+    eps: float
+
+    def fit(self, norms: Sequence[float]) -> Fit:
+        """The fit, from `norms` as they have been read."""
+        error, *terms = norms
+        largest = float(self.s.abs().max()) if isinstance(self.s, Tensor) else abs(self.s)
+        # Every order of operations rounds terms no larger than these, each by less than eps.
+        return Fit(error, self.eps * (terms[0] + largest * (terms[1] + terms[2])))
 
 
 def norm(x: Tensor) -> float:
     return float(x.double().norm())
 
 
-def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: float) -> Residual:
-    """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype."""
-    if torch.equal(expected, output):
-        return Residual(True, 0.0, 0.0)
+def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale) -> Residual:
+    """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype.
+
+    What is not finite counts as zero, so that the same numbers must be broken in both, and the others agree.
+    """
+    working = torch.promote_types(c.dtype, torch.float32)
+    eps = torch.finfo(c.dtype).eps
     if expected.shape != output.shape:
-        return Residual(False, float("inf"), 0.0)
-    broken = ~torch.isfinite(output)
-    if broken.any():  # the same numbers must be broken in both, and the others agree
-        if not torch.equal(broken, ~torch.isfinite(expected)):
-            return Residual(False, float("inf"), 0.0)
-        expected, output, c, u = (t.masked_fill(broken, 0) for t in (expected, output, c, u))
-    # Every order of operations rounds terms no larger than these, each by less than eps.
-    allowed = torch.finfo(c.dtype).eps * (norm(output) + abs(s) * (norm(c) + norm(u)))
-    return Residual(False, norm(expected - output), allowed)
+        return Residual(torch.tensor([float("inf"), 0, 0, 0]), s, eps)
+    expected, output = (t.nan_to_num(0, 0, 0) for t in (expected, output))
+    vectors = torch.stack([t.to(working) for t in (expected - output, output, c, u)])
+    norms = torch.linalg.vector_norm(vectors.nan_to_num(0, 0, 0).flatten(1), dim=1)
+    return Residual(norms, s, eps)
 
 
-def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Residual]:
+def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Fit]:
     """Least squares of `output` on `vectors`, and how well that explains it."""
     basis = torch.stack([v.double().flatten() for v in vectors], 1)
     y = output.double().flatten()
     if not (torch.isfinite(basis).all() and torch.isfinite(y).all()):
-        return [0.0] * len(vectors), Residual(False, float("inf"), 0.0)
+        return [0.0] * len(vectors), Fit(float("inf"), 0.0)
     factors = torch.linalg.lstsq(basis, y).solution
     terms = float((factors.abs() * basis.norm(dim=0)).sum())
     eps = torch.finfo(output.dtype).eps
     error = float((basis @ factors - y).norm())
-    return factors.tolist(), Residual(error == 0, error, 2 * eps * (float(y.norm()) + terms))
+    return factors.tolist(), Fit(error, 2 * eps * (float(y.norm()) + terms))
 
 
 class Identified(NamedTuple):
@@ -303,15 +356,61 @@ def identify(
     outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, scales: Scales, phi: float
 ) -> Identified:
     """Searches for the formula behind `output`, given the outputs of the step's denoiser calls."""
-    if not all(torch.isfinite(t).all() for t in (*outputs, output)):
+    if not torch.stack([torch.isfinite(t).all() for t in (*outputs, output)]).all():
         return _identify_finite(outputs, output, sample, scales, phi)
-    live = {name: value for name, get in scales.items() if (value := _number(get())) is not None}
-    finishes = [name for name in FINISHES if phi > 0 or name != "guidance_rescale"]
-    shape = None if sample is None else sample.shape
+    live: dict[str, Scale] = {}
+    for name, get in scales.items():
+        value = _scale(get(), output)
+        if isinstance(value, Tensor) or (value is not None and value not in live.values()):
+            live[name] = value
+    formulas = list(_formulas(outputs, output, sample, phi))
+    for formula in formulas:
+        c, u = formula.cut(outputs)
+        target = formula.view.working(output)
+        for name, s in live.items() if formula.branches == 2 else ():
+            exact = torch.equal(formula.combine(c, u, s, phi), target)
+            if exact and formula.w(s) > 0 and _differ(c, u):
+                return Identified(replace(formula, scale=name), False, "")
+
     best: tuple[float, str] = (float("inf"), "no part of the denoiser's output has the scheduler's shape")
     close: Formula | None = None
     mixed: Formula | None = None
     undetermined = False
+    for formula in formulas:
+        c, u = formula.cut(outputs)
+        target = formula.view.working(output)
+        if not _differ(c, u):
+            undetermined = True
+            continue
+        size = norm(c - u)
+        candidates: list[tuple[str | None, Scale]] = list(live.items()) if formula.branches == 2 else []
+        if not formula.finish and formula.anchor != "lerp":
+            candidates.append((None, formula.solve(c, u, target)))
+        for name, s in candidates:
+            compared = residual(formula.combine(c, u, s, phi), target, c, u, s)
+            found = compared.fit(compared.norms.tolist())
+            named, w = replace(formula, scale=name), formula.w(s)
+            if found.equal and w > 0:
+                return Identified(named, False, "")
+            # Rounding must not hide a wrong formula; and a solved scale fits either order of the halves, of which
+            # the one that guides towards c is meant.
+            strength = w - 1 if formula.anchor == "c" else w
+            if found.fits and found.allowed < 0.1 * strength * size and w >= 1 and close is None:
+                close = named
+            off = found.error / size
+            best = min(best, (off, f"{named}, with w = {w:g}, is off by {off:.2g} |c - u|"))
+        plain = not formula.finish and formula.anchor == "u" and formula.branches == 2
+        if plain and mixed is None and sample is not None:
+            mixed = _mixed(formula, c, u, target, formula.view.working(sample))
+    if close is not None or mixed is not None:
+        return Identified(close or mixed, False, "")
+    return Identified(None, undetermined and best[0] == float("inf"), best[1])
+
+
+def _formulas(outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, phi: float) -> Iterator[Formula]:
+    """Every formula that fits the shapes, plain ones first; the scales are left open."""
+    finishes = [name for name in FINISHES if phi > 0 or name != "guidance_rescale"]
+    shape = None if sample is None else sample.shape
     for batched, parts in _layouts(outputs, output):
         for view in views(parts[0].shape, output.shape, shape):
             target = view.working(output)
@@ -322,40 +421,21 @@ def identify(
                 if not any(torch.equal(view.rest(part, output), rest) for part in parts):
                     continue
             upcasts = (False, True) if parts[0].dtype != output.dtype else (False,)
-            for finish, upcast, cond, anchor in itertools.product(finishes, upcasts, range(len(parts)), ("u", "c")):
+            for finish, upcast, cond, anchor in itertools.product(finishes, upcasts, range(len(parts)), ANCHORS):
                 formula = Formula(
                     batched, len(parts), cond, view, anchor, upcast, finish, None, parts[0].shape[0], output.dtype
                 )
-                if len(parts) > 2:
-                    weights = _weights(formula, parts, target) if not finish and anchor == "u" else None
-                    if weights is None:
-                        continue
-                    formula = replace(formula, weights=weights)
-                c, u = (formula.seen(half) for half in formula.halves([torch.cat(parts)] if batched else parts))
-                size = norm(c - u)
-                if size <= 2 * torch.finfo(c.dtype).eps * norm(c):
-                    undetermined = True
-                    continue
-                candidates: list[tuple[str | None, float]] = list(live.items()) if len(parts) == 2 else []
-                if not formula.finish:
-                    candidates.append((None, formula.solve(c, u, target)))
-                for name, s in candidates:
-                    found = residual(formula.combine(c, u, s, phi), target, c, u, s)
-                    named = replace(formula, scale=name)
-                    if found.equal and formula.w(s) > 0:
-                        return Identified(named, False, "")
-                    # Rounding must not hide a wrong formula; and a solved scale fits either order of the halves,
-                    # of which the one that guides towards c is meant.
-                    telling = found.allowed < 0.1 * abs(s) * size and formula.w(s) >= 1
-                    if found.fits and telling and close is None:
-                        close = named
-                    off = found.error / size
-                    best = min(best, (off, f"{named}, with s = {s:g}, is off by {off:.2g} |c - u|"))
-                if not finish and anchor == "u" and mixed is None and sample is not None and len(parts) == 2:
-                    mixed = _mixed(formula, c, u, target, view.working(sample))
-    if close is not None or mixed is not None:
-        return Identified(close or mixed, False, "")
-    return Identified(None, undetermined and best[0] == float("inf"), best[1])
+                if len(parts) == 2:
+                    yield formula
+                elif not finish and anchor == "u":
+                    weights = _weights(formula, parts, target)
+                    if weights is not None:
+                        yield replace(formula, weights=weights)
+
+
+def _differ(c: Tensor, u: Tensor) -> bool:
+    """Whether there is any guidance to be seen; where both are equal, every formula fits."""
+    return norm(c - u) > 2 * torch.finfo(c.dtype).eps * norm(c)
 
 
 def _identify_finite(
@@ -402,7 +482,11 @@ def _mixed(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Tenso
     return replace(formula, mixed=True) if found.fits and telling and guides else None
 
 
-def _number(value: Any) -> float | None:
+def _scale(value: Any, output: Tensor) -> Scale | None:
+    """A number, or a tensor of them that can be multiplied with `output`; None: neither."""
+    if isinstance(value, Tensor) and value.is_floating_point() and 0 < value.ndim == output.ndim:
+        fitting = all(n in (1, m) for n, m in zip(value.shape, output.shape, strict=True))
+        return value if fitting else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value)

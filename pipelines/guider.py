@@ -22,6 +22,7 @@ from diffusers_guidance import kernels
 from diffusers_guidance.errors import GuidanceError, UnsupportedPipeline
 from diffusers_guidance.pipelines.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.clock import Clock
+from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, History, Policy, Step
 from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule
@@ -220,7 +221,7 @@ class Guider(BaseGuidance):
         unguided = [decision.action == "conditional" for decision in plan]
         if u is None:
             guessed = any(decision.action == "extrapolate" for decision in plan)
-            u = _pick(unguided, c, run.policy.estimate(step, history, c).to(c.dtype)) if guessed else c
+            u = pick(unguided, c, run.policy.estimate(step, history, c).to(c.dtype)) if guessed else c
         similarity = run.remember(c, u, x, space) if evaluated else None
         run.record(step, self._denoiser, plan, evaluated, full=2, similarity=similarity, w=self._w)
         if run.policy.remembers:
@@ -229,14 +230,14 @@ class Guider(BaseGuidance):
         if all(unguided):
             return c
         if run.rule.is_plain:
-            return _pick(unguided, c, u + self._w * (c - u))
+            return pick(unguided, c, u + self._w * (c - u))
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         sample = c if x is None or space is None else x
-        g, carried = kernels.guide(sample, c, u, run.momentum, a, b, run.rule.at(self._w))
+        g, carried = kernels.guide(sample, c, u, run.momentum, a, b, run.rule.at(self._w, step.index, space))
         if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
             before = torch.zeros_like(carried) if run.momentum is None else run.momentum
-            run.momentum = _pick(unguided, before, carried)
-        return _pick(unguided, c, g)
+            run.momentum = pick(unguided, before, carried)
+        return pick(unguided, c, g)
 
     def _space(self, run: "_Run", c: Tensor, x: Tensor | None) -> Space | None:
         """The step's space, if the rule and the policy can do without; else an error says why there is none."""
@@ -315,10 +316,12 @@ class _Run:
         )
 
     def finished_report(self) -> Report:
-        while self.similarities:
-            i, found = self.similarities.popitem()
-            step = self.report.steps[i]
-            step.similarity, step.similarity_noise = (to_list(values) for values in found)
+        if self.similarities:
+            found = torch.stack([torch.stack(pair) for pair in self.similarities.values()]).cpu()  # all at once
+            for i, pair in zip(self.similarities, found, strict=True):
+                step = self.report.steps[i]
+                step.similarity, step.similarity_noise = (to_list(values) for values in pair)
+            self.similarities.clear()
         if self.clock.error is not None:
             self.report.note = f"no similarities: {self.clock.error}"
         return self.report
@@ -347,14 +350,6 @@ def _loop_of(guider: Guider, frame: FrameType | None) -> _Loop:
                 return _Loop(value, latents if isinstance(latents, Tensor) else None)
         frame = frame.f_back
     return _Loop(None, None)
-
-
-def _pick(chosen: list[bool], there: Tensor, otherwise: Tensor) -> Tensor:
-    """Row by row: `there` where chosen, else `otherwise`."""
-    if all(chosen) or not any(chosen):
-        return there if all(chosen) else otherwise
-    mask = torch.tensor(chosen, device=there.device).view(-1, *[1] * (there.ndim - 1))
-    return torch.where(mask, there, otherwise)
 
 
 Part = TypeVar("Part", Rule, Policy)

@@ -90,7 +90,16 @@ def _select(tensor: Tensor, index: list[int]) -> Tensor:
     if index and index == list(range(index[0], index[0] + len(index))):
         # Copied, so that its place in the whole is no new case for compiled code.
         return tensor[index[0] : index[0] + len(index)].clone()
-    return tensor[torch.tensor(index, device=tensor.device)]
+    return torch.stack([tensor[i] for i in index])  # a tensor of indices would have to be sent to the device
+
+
+def pick(chosen: list[bool], there: Tensor, otherwise: Tensor) -> Tensor:
+    """Row by row: `there` where chosen, else `otherwise`."""
+    if all(chosen):
+        return there
+    if not any(chosen):
+        return otherwise
+    return torch.stack([(there if was else otherwise)[i] for i, was in enumerate(chosen)])
 
 
 def _leaves(tree: Any, rows: int, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,14 +4,17 @@
             -> the pipeline's own formula
             -> scheduler.step (on_step: the formula is verified, the rule recombines) -> latents
 
+Where a rule or a policy acts on what was found, the numbers that tell whether it is right are waited for at every
+step, with the similarities in the same transfer. Where nothing is changed (plain guidance at every step), nothing
+is waited for before the end of the run, which then still raises if a step was not what it was taken for.
+
 Everything a run learns dies with it. Its hooks are in place for the length of the call alone, so nothing a
 pipeline does between calls (offloading, swapping schedulers, copying, saving) can lose or keep them.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +25,9 @@ from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser, keeps_state
-from diffusers_guidance.pipelines.formula import Formula, Residual, Scales, identify, mixture, residual, views
+from diffusers_guidance.pipelines.formula import Fit, Formula, Residual, Scales, identify, mixture, residual, views
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
+from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
 from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule
@@ -34,6 +38,28 @@ class Stepped(NamedTuple):
     """What `scheduler.step` would have returned, where guidance and the step were one."""
 
     result: Any
+
+
+class Seen(NamedTuple):
+    """A guided step as the formula reads it."""
+
+    c: Tensor
+    u: Tensor
+    w: float
+    sample: Tensor
+    space: Space | None
+    residual: Residual
+    similarity: Tensor
+    """(2, rows): of the denoised predictions and of the noise; NaN where unknown."""
+
+
+class Unread(NamedTuple):
+    """What has not been waited for yet: of which step, read by which formula."""
+
+    step: int
+    formula: Formula
+    residual: Residual
+    similarity: Tensor
 
 
 class Run:
@@ -48,7 +74,10 @@ class Run:
         self._clocks: dict[int, Clock] = {}
         self._clock = Clock()
         """That of the scheduler stepped last."""
-        self._similarities: list[tuple[Tensor, Tensor] | None] = []
+        self._similarities: dict[int, Tensor] = {}
+        """By step, (2, rows) each, on the host."""
+        self._unread: list[Unread] = []
+        self._refusal: UnsupportedPipeline | None = None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -64,6 +93,8 @@ class Run:
                 yield
         finally:
             self._finish_report()
+        if self._refusal is not None:
+            raise self._refusal
         if self._called and not self.report.steps:
             raise UnsupportedPipeline(
                 f"{self.report.pipeline} ran its denoiser, but never called scheduler.step afterwards, "
@@ -92,7 +123,7 @@ class Run:
         output, sample = bound.arguments["model_output"], bound.arguments["sample"]
         self._clock = denoiser.clock = self._clocks.setdefault(id(scheduler), Clock())
         self._clock.tick(scheduler, bound.arguments.get("timestep"))
-        if self._clock.went_back and not (isinstance(self.policy, EveryStep) and self.rule.is_plain):
+        if self._clock.went_back and self._acts:
             raise UnsupportedPipeline(
                 f"{self.report.pipeline} steps more than once at timestep {self._clock.timestep:g}: each of its views "
                 "would need a history of its own; only CFG() with EveryStep() can be attached to it"
@@ -141,26 +172,26 @@ class Run:
             for decision, was in zip(denoiser.decisions, evaluated, strict=True)
         ]
         unguided = [decision.action == "conditional" for decision in plan]
-        c, u, w = self._verify(denoiser, output, sample, any(evaluated) or not all(unguided))
+        c, u, w, sample, space, residual, similarity = self._verify(denoiser, output, sample, evaluated, unguided)
         formula = denoiser.formula
         assert formula is not None
-        sample = formula.view.working(sample)
-        space = self._space(c, sample)
-        similarity = self._remember(denoiser, space, sample, c, u, evaluated)
-        self._record(denoiser, plan, evaluated, similarity, note, w)
+        if not self._acts:
+            self._unread.append(Unread(len(self.report.steps), formula, residual, similarity))
+        self._remember(denoiser, space, similarity, evaluated)
+        self._record(denoiser, plan, evaluated, similarity if self._acts else None, note, w)
 
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, evaluated, strict=True)]
             if not any(stray):
                 return output
-            guided = _pick(stray, formula.finished(c, c, self._phi), formula.view.working(output))
+            guided = pick(stray, formula.finished(c, c, self._phi), formula.view.working(output))
         else:
+            rule = self.rule.at(w, self._clock.steps - 1, space)
             fused = fuse() if space is not None and formula.is_direct and not any(unguided) else None
             if fused is not None and space is not None:
-                rule = replace(self.rule, guidance_scale=w)
                 result, denoiser.momentum = fused(c, u, denoiser.momentum, space.a, space.b, rule)
                 return Stepped(result)
-            guided = self._apply(denoiser, formula, space, w, unguided, c, u, sample)
+            guided = self._apply(denoiser, formula, space, rule, unguided, c, u, sample)
         return formula.view.emit(guided, output)
 
     def _apply(
@@ -168,7 +199,7 @@ class Run:
         denoiser: Denoiser,
         formula: Formula,
         space: Space | None,
-        w: float,
+        rule: Rule,
         unguided: list[bool],
         c: Tensor,
         u: Tensor,
@@ -178,11 +209,12 @@ class Run:
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         x = sample if sample.shape == c.shape else c
         momentum = denoiser.momentum
-        g, carried = kernels.guide(x, c, u, momentum, a, b, replace(self.rule, guidance_scale=w))
+        g, carried = kernels.guide(x, c, u, momentum, a, b, rule)
         if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
             before = torch.zeros_like(carried) if momentum is None else momentum
-            denoiser.momentum = _pick(unguided, before, carried)
-        return formula.finished(_pick(unguided, c, g), c, self._phi)
+            denoiser.momentum = pick(unguided, before, carried)
+        g = pick(unguided, c, g)
+        return formula.finished(g, c, self._phi).masked_fill(g == 0, 0)  # which scaling may make 0/0 of
 
     def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
@@ -192,7 +224,8 @@ class Run:
         if getattr(self.pipe, "do_classifier_free_guidance", None) is False:
             return False
         whole = (view for view in views(y.shape, output.shape) if not view.channels)
-        return not any(residual(view(y).to(output.dtype), output, y, y, 0.0).fits for view in whole)
+        alone = (residual(view(y).to(output.dtype), output, output, output, 0.0) for view in whole)
+        return not any(found.fit(found.norms.tolist()).fits for found in alone)
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Finds the pipeline's formula; False while both predictions agree and any would fit."""
@@ -206,37 +239,55 @@ class Run:
         self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
         return True
 
-    def _verify(self, denoiser: Denoiser, output: Tensor, sample: Tensor, guided: bool) -> tuple[Tensor, Tensor, float]:
-        """(c, u, w) as the scheduler would get them, after the pipeline's formula has reproduced `output`."""
+    def _verify(
+        self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
+    ) -> Seen:
+        """The step, once the pipeline's formula has reproduced `output`; where nothing acts on it, at once."""
+        seen = self._see(denoiser, output, sample, evaluated, unguided)
+        if not self._acts:
+            return seen
+        (fit, similarity), *_ = fetched([seen])
+        if not fit.fits:
+            formula = denoiser.formula
+            again = identify(denoiser.outputs, output, sample, self._scales(), self._phi).formula
+            if formula is None or again is None or again.rows != formula.rows:
+                raise self._unsupported(denoiser, output, _held(formula, fit))
+            denoiser.formula = again
+            seen = self._see(denoiser, output, sample, evaluated, unguided)
+            (_, similarity), *_ = fetched([seen])
+        return seen._replace(similarity=similarity)
+
+    def _see(
+        self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
+    ) -> Seen:
+        """What the formula makes of the step; it waits for nothing, unless its scale has to be solved for."""
         formula = denoiser.formula
         assert formula is not None
-        c, u, w, found = self._read(denoiser.outputs, formula, output, sample, guided)
-        if not found.fits:
-            again = identify(denoiser.outputs, output, sample, self._scales(), self._phi).formula
-            if again is None or again.rows != formula.rows:
-                seen = f"off by {found.error:.3g}, where rounding allows {found.allowed:.3g}"
-                raise self._unsupported(denoiser, output, f"{formula} held until now, but here it is {seen}")
-            denoiser.formula = again
-            c, u, w, _ = self._read(denoiser.outputs, again, output, sample, guided)
-        return c, u, w
-
-    def _read(
-        self, outputs: list[Tensor], formula: Formula, output: Tensor, sample: Tensor, guided: bool
-    ) -> tuple[Tensor, Tensor, float, Residual]:
-        c, u = (formula.seen(half) for half in formula.halves(outputs))
-        target = formula.view.working(output)
+        c, u = formula.cut(denoiser.outputs)
+        target, x = formula.view.working(output), formula.view.working(sample)
+        guided = any(evaluated) or not all(unguided)
         if formula.mixed:
-            x = formula.view.working(sample)
-            (alpha, *betas), found = mixture(target, x, c, u) if guided else mixture(target, x, c)
+            (alpha, *betas), fit = mixture(target, x, c, u) if guided else mixture(target, x, c)
             beta = sum(betas)
             # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
-            found = found._replace(allowed=max(found.allowed, 1e-3 * float(target.double().norm())))
-            return alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta, found
-        if formula.scale is not None:
-            s = float(self._scales()[formula.scale]())
+            allowed = max(fit.allowed, 1e-3 * float(target.double().norm()))
+            found = Residual(torch.tensor([fit.error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
+            c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
         else:
-            s = formula.solve(c, u, target) if guided else 1.0  # without guidance the scale has no part in it
-        return c, u, formula.w(s), residual(formula.combine(c, u, s, self._phi), target, c, u, s)
+            s: Any = 1.0  # without guidance the scale has no part in it
+            if formula.scale is not None:
+                s = self._scales()[formula.scale]()
+            elif guided:
+                s = formula.solve(c, u, target)
+            w = formula.w(s)
+            found = residual(formula.combine(c, u, s, self._phi), target, c, u, s)
+            if isinstance(s, Tensor) and not self.rule.is_plain:
+                raise UnsupportedPipeline(
+                    f"{self.report.pipeline} guides parts of a prediction at scales of their own, but {self.rule} has "
+                    "one for all: any policy can be attached to it, with CFG() as the rule"
+                )
+        space = self._space(c, x)
+        return Seen(c, u, w, x, space, found, _similarity(space, x, c, u, evaluated))
 
     def _unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
         shapes = ", ".join(str(tuple(y.shape)) for y in denoiser.outputs) or "none that is a tensor"
@@ -247,6 +298,11 @@ class Run:
         )
 
     # What the run knows
+
+    @property
+    def _acts(self) -> bool:
+        """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
+        return not (self.rule.is_plain and type(self.policy) is EveryStep)
 
     def _step_of(self, clock: Clock | None, now: bool = False) -> Step:
         """The coming evaluation by this clock, or the one it shows now."""
@@ -287,46 +343,39 @@ class Run:
             )
         return space
 
-    def _remember(
-        self, denoiser: Denoiser, space: Space | None, sample: Tensor, c: Tensor, u: Tensor, evaluated: list[bool]
-    ) -> tuple[Tensor, Tensor]:
-        """Keeps what policies look back on, and returns the step's similarities (NaN where unknown)."""
+    def _remember(self, denoiser: Denoiser, space: Space | None, similarity: Tensor, evaluated: list[bool]) -> None:
+        """Keeps what policies look back on."""
         history, formula = denoiser.history, denoiser.formula
         assert history is not None
         assert formula is not None
         raw_cond, raw_uncond = formula.halves(denoiser.outputs)
-        unknown = torch.full((len(evaluated),), torch.nan, device=c.device)
-        found = [unknown, unknown]
-        if space is not None and any(evaluated):
-            pairs = ((space.a, space.b), (space.p, space.q))
-            found = [_pick(evaluated, kernels.similarity(sample, c, u, *pair).float(), unknown) for pair in pairs]
-        for name, values in zip(("denoised", "noise"), found, strict=True):
+        for name, values in zip(("denoised", "noise"), similarity, strict=True):
             history.similarity[name].append(values)
         if self.policy.remembers:
             history.cond.append(raw_cond)
             history.uncond.append(raw_uncond)
         if any(evaluated):
             delta = raw_cond - raw_uncond
-            velocity = torch.full((len(evaluated),), 1.0 if space is None else space.velocity, device=c.device)
+            velocity = torch.full((len(evaluated),), 1.0 if space is None else space.velocity, device=delta.device)
             if history.delta is not None and history.velocity is not None:
-                delta = _pick(evaluated, delta, history.delta)
-                velocity = _pick(evaluated, velocity, history.velocity)
+                delta = pick(evaluated, delta, history.delta)
+                velocity = pick(evaluated, velocity, history.velocity)
             history.delta, history.velocity = delta, velocity
-        return found[0], found[1]
 
     def _record(
         self,
         denoiser: Denoiser,
         plan: list[Decision],
         evaluated: list[bool] | None,
-        similarity: tuple[Tensor, Tensor] | None,
+        similarity: Tensor | None,
         note: str,
         w: float | None = None,
     ) -> None:
         both = evaluated if evaluated is not None else [decision.action == "both" for decision in plan]
         reasons = dict.fromkeys(filter(None, [note, *(decision.why for decision in plan)]))
         clock = self._clock
-        self._similarities.append(similarity)
+        if similarity is not None:
+            self._similarities[len(self.report.steps)] = similarity
         self.report.steps.append(
             StepReport(
                 index=len(self.report.steps),
@@ -345,10 +394,17 @@ class Run:
         )
 
     def _finish_report(self) -> None:
-        """Brings the similarities to the host, once, and says what a reader would wonder about."""
-        for step, similarity in zip(self.report.steps, self._similarities, strict=True):
-            if similarity is None:
-                continue
+        """Brings what is unread to the host, once, and says what a reader would wonder about."""
+        unread = [each for each in self._unread if each.step < len(self.report.steps)]
+        for each, (fit, similarity) in zip(unread, fetched(unread), strict=True):
+            self._similarities[each.step] = similarity
+            if not fit.fits and self._refusal is None:
+                self._refusal = UnsupportedPipeline(
+                    f"the guidance of {self.report.pipeline} could not be verified, so its result is held back. Step "
+                    f"{each.step}: {_held(each.formula, fit)}. Use the pipeline without attach."
+                )
+        for i, similarity in self._similarities.items():
+            step = self.report.steps[i]
             step.similarity, step.similarity_noise = (to_list(values) for values in similarity)
             broken = [i for i, was in enumerate(step.evaluated) if was == "both" and step.similarity[i] is None]
             if broken and self._clock.error is None and step.sigma is not None:
@@ -359,14 +415,31 @@ class Run:
             self.report.note = f"no similarities: {self._clock.error}"
 
 
-def _pick(chosen: list[bool], there: Tensor, otherwise: Tensor) -> Tensor:
-    """Row by row: `there` where chosen, else `otherwise`."""
-    if all(chosen):
-        return there
-    if not any(chosen):
-        return otherwise
-    mask = torch.tensor(chosen, device=there.device).view(-1, *[1] * (there.ndim - 1))
-    return torch.where(mask, there, otherwise)
+def fetched(unread: Sequence[Seen | Unread]) -> list[tuple[Fit, Tensor]]:
+    """(fit, similarity) of each on the host, by one transfer for all."""
+    if not unread:
+        return []
+    vectors = [torch.cat([each.residual.norms, each.similarity.flatten()]).detach() for each in unread]
+    numbers = torch.cat([vector.to(vectors[0].device) for vector in vectors]).cpu()
+    parts = numbers.split([len(vector) for vector in vectors])
+    return [
+        (each.residual.fit(part[:4].tolist()), part[4:].view_as(each.similarity))
+        for each, part in zip(unread, parts, strict=True)
+    ]
+
+
+def _similarity(space: Space | None, sample: Tensor, c: Tensor, u: Tensor, evaluated: list[bool]) -> Tensor:
+    """(2, rows): of the denoised predictions and of the noise; NaN where unknown."""
+    unknown = torch.full((2, len(evaluated)), torch.nan, device=c.device)
+    if space is None or not any(evaluated):
+        return unknown
+    pairs = ((space.a, space.b), (space.p, space.q))
+    found = torch.stack([kernels.similarity(sample, c, u, *pair).float() for pair in pairs])
+    return pick(evaluated, found.T, unknown.T).T
+
+
+def _held(formula: Formula | None, fit: Fit) -> str:
+    return f"{formula} held until now, but here it is off by {fit.error:.3g}, where rounding allows {fit.allowed:.3g}"
 
 
 def _components(pipe: Any) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import PIPELINES, run
 
-from diffusers_guidance import CFG, EveryStep, UnsupportedPipeline, attach
+from diffusers_guidance import APG, CFG, EveryStep, UnsupportedPipeline, attach
 
 DOCS = Path(__file__).parents[1] / "docs" / "pipelines.md"
 MARKERS = ("<!-- generated: pipelines -->", "<!-- end of pipelines -->")
@@ -21,7 +21,6 @@ HEADER = "| pipeline | folder | status | how it guides, as found | skipping | sa
 UPDATE = os.environ.get("UPDATE_DOCS") == "1"
 
 REFUSED = {
-    "StableVideoDiffusionPipeline": (r"could not be verified.*is off by", "guides each frame at a scale of its own"),
     "AceStepPipeline": (r"could not be verified.*put out \(\d, ", "does an APG of its own in place of plain guidance"),
     "Cosmos2VideoToWorldPipeline": (
         r"could not be verified.*is off by",
@@ -34,10 +33,6 @@ REFUSED = {
     "CosmosVideoToWorldPipeline": (
         r"no part of the denoiser's output has the scheduler's shape",
         "hands cond and uncond to the scheduler together, and guides what comes back",
-    ),
-    "LongCatImagePipeline": (
-        r"could not be verified.*is off by",
-        "takes the combination to the norm of c only where that is smaller (without renorm it is verified)",
     ),
     "SemanticStableDiffusionPipeline, an edit": (
         r"no part of the denoiser's output has the scheduler's shape",
@@ -59,6 +54,9 @@ WHOLE = {n: "perturbed attention needs all branches" for n, entry in PIPELINES.i
 
 PLAIN_ONLY = {"StableDiffusionPanoramaPipeline": r"each of its views would need a history of its own"}
 """Pipelines to which nothing but plain guidance at every step can be attached, and what they must say."""
+
+OWN_SCALES = {"StableVideoDiffusionPipeline": r"parts of a prediction at scales of their own"}
+"""Pipelines with more than one guidance scale, on which only CFG has a meaning, and what they must say to others."""
 
 rows: dict[str, list[str]] = {}
 
@@ -112,6 +110,10 @@ def test_pipeline_keeps_its_promises(name):
         conformance.decides_per_sample(pipe, entry, plain=truth.result)
         apart = "yes"
     try:
+        if name in OWN_SCALES:
+            with attach(pipe, APG(), EveryStep()), pytest.raises(UnsupportedPipeline, match=OWN_SCALES[name]):
+                run(pipe, entry, conformance.STEPS, batch)
+            raise conformance.Inapplicable("refused, each frame has a scale of its own")
         conformance.follows_the_listing(pipe, entry, batch, truth)
         listing = "yes"
     except conformance.Inapplicable as reason:

@@ -19,12 +19,14 @@ from diffusers_guidance import (
     APG,
     CFG,
     AdaptiveGuidance,
+    CFGZeroStar,
     Decision,
     EveryStep,
     GuidanceError,
     Hold,
     Interval,
     LinearAG,
+    MagnitudeAware,
     Policy,
     Schedule,
     StepAG,
@@ -140,6 +142,7 @@ def test_plain_guidance_is_the_modular_pipelines_own(pair):
         (CFG(), LinearAG()),
         (APG(), AdaptiveGuidance(0.5, patience=2)),
         (CFG(), Interval.sigma(0.5, 10.0)),
+        (CFGZeroStar(zero_init=0), StepAG(0.6)),
     ],
     ids=lambda part: type(part).__name__,
 )
@@ -267,10 +270,31 @@ def test_a_classic_pipeline_saves_and_loads_its_guider(tmp_path):
     assert torch.equal(run(loaded, entry, STEPS), expected)
 
 
+def test_zero_init_is_that_of_attach():
+    pair = Pair("StableDiffusion3Pipeline")
+    with attach(pair.classic, CFGZeroStar(zero_init=2), EveryStep()):
+        expected = pair.run_classic()
+    pair.guide(CFGZeroStar(zero_init=2), EveryStep())
+    steps = pair.run()
+    assert [bool(output.any()) for output in steps.outputs] == [False, False, True, True, True]
+    for output, reference in zip(steps.outputs[2:], expected.outputs[2:], strict=True):
+        assert relative(output, reference) < 1e-4
+
+
 # Its configuration
 
 
-@pytest.mark.parametrize("rule", [CFG(), CFG(3.0, rescale=0.5), APG(), APG(8.0, norm_dim=(-3, -2), reference_numel=64)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        CFG(),
+        CFG(3.0, rescale=0.5),
+        APG(),
+        APG(8.0, norm_dim=(-3, -2), reference_numel=64),
+        CFGZeroStar(zero_init=2),
+        MagnitudeAware(alpha=4.0),
+    ],
+)
 @pytest.mark.parametrize(
     "policy",
     [

@@ -17,6 +17,9 @@ CHOICE = (
     "combine given prediction bf16, momentum",
     "guide apg prediction fp16, momentum",
     "guide cfg prediction bf16",
+    "guide cfg_zero_star prediction fp16",
+    "guide tcfg prediction fp16",
+    "guide magnitude_aware prediction fp16",
     "similarity",
     "extrapolate fp16",
 )

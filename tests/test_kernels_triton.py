@@ -13,7 +13,7 @@ import torch
 
 from diffusers_guidance import kernels
 from diffusers_guidance.kernels import reference
-from diffusers_guidance.rules import APG, CFG, Rule
+from diffusers_guidance.rules import APG, CFG, TCFG, CFGZeroStar, MagnitudeAware, Rule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -31,6 +31,7 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU alone can show it")
 SEED = 20241
 HALF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ROUNDING = 1.05
+OTHERS = [CFGZeroStar(7.5), TCFG(7.5), MagnitudeAware(7.5)]
 
 
 if INTERPRETED:  # the interpreter truncates to bfloat16 where a GPU rounds
@@ -104,6 +105,7 @@ def drawn(draw: random.Random):
             APG(7.5, norm_threshold=draw.choice((None, 0.5, 15.0)), eta=draw.choice((0.0, 0.5)), norm_dim=norm_dim),
             APG(12.0, momentum=0.0, norm_dim=norm_dim, reference_numel=64),
             CFG(5.0, rescale=draw.choice((0.0, 0.7))),
+            draw.choice(OTHERS),
             OnlyTorch(norm_dim),
         )
     )
@@ -183,7 +185,7 @@ def test_half_precision_is_no_worse_than_diffusers(dtype):
 
 
 @pytest.mark.parametrize("launches", ["one", "two"])
-@pytest.mark.parametrize("rule", [APG(7.5), CFG(5.0, 0.7), CFG(5.0), OnlyTorch()], ids=str)
+@pytest.mark.parametrize("rule", [APG(7.5), CFG(5.0, 0.7), CFG(5.0), *OTHERS, OnlyTorch()], ids=str)
 def test_broken_samples_stay_unguided_and_alone(rule, launches, monkeypatch):
     if launches == "two":
         monkeypatch.setattr(launch, "GUIDE_NUMEL", 0)

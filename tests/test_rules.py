@@ -1,14 +1,16 @@
 """Rules: the papers' formulas in float64, degenerate predictions, and values that are refused.
 
-`listing` is Algorithm 1 of arXiv 2410.02416 written down from the paper, on denoised predictions; it shares
-nothing with the package.
+`listing` is Algorithm 1 of arXiv 2410.02416 written down from the paper, on denoised predictions, and `LISTINGS` are
+those of the other rules' papers; they share nothing with the package.
 """
 
 import pytest
 import torch
+from conformance import recorded
+from tiny import PIPELINES, run
 from torch import Tensor
 
-from diffusers_guidance import APG, CFG, kernels
+from diffusers_guidance import APG, CFG, TCFG, CFGZeroStar, EveryStep, MagnitudeAware, StepAG, attach, kernels
 from diffusers_guidance.rules import PRESETS
 
 SEED = int(torch.randint(2**31, ()))
@@ -54,6 +56,77 @@ def test_apg_is_the_papers_listing(draw, shape, norm_dim, a, b, r, beta, eta):
     torch.testing.assert_close(momentum, expected_avg, rtol=1e-9, atol=1e-9)
 
 
+def cfg_zero_star(c: Tensor, u: Tensor, w: float) -> Tensor:
+    """Algorithm 1 of arXiv 2503.18886, but for its zero steps."""
+    s = (c * u).sum(1, keepdim=True) / (u * u).sum(1, keepdim=True)
+    return (1 - w) * s * u + w * c
+
+
+def tcfg(c: Tensor, u: Tensor, w: float) -> Tensor:
+    """Algorithm 1 of arXiv 2503.18137: of u what lies along the first right singular vector of both."""
+    first = torch.linalg.svd(torch.stack([c, u], 1), full_matrices=False)[2][:, 0]
+    damped = (u * first).sum(1, keepdim=True) * first
+    return damped + w * (c - damped)
+
+
+def mambo_g(c: Tensor, u: Tensor, w: float, alpha: float = 8.0) -> Tensor:
+    """arXiv 2508.03442: the scale falls off with the size of the update beside that of u."""
+    ratio = (c - u).norm(dim=1, keepdim=True) / u.norm(dim=1, keepdim=True)
+    return u + (1 + (w - 1) * torch.exp(-alpha * ratio)) * (c - u)
+
+
+LISTINGS = {CFGZeroStar: cfg_zero_star, TCFG: tcfg, MagnitudeAware: mambo_g}
+
+
+@pytest.mark.parametrize("rule", LISTINGS, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("apart", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("w", [1.0, 7.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rules_are_their_papers(draw, rule, apart, w, dtype):
+    shape = (3, 4, 9, 7)
+    x, c, u = draw(*shape).to(dtype), draw(*shape), draw(*shape)
+    c, u = c.to(dtype), (1.3 * c + apart * u).to(dtype)
+    expected = LISTINGS[rule](c.double().flatten(1), u.double().flatten(1), w).view(shape)
+    prediction, _ = kernels.guide(x, c, u, None, 0.8, -0.6, rule(w), backend="torch")
+    allowed = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    assert (prediction.double() - expected).norm() < allowed * expected.norm()
+
+
+@pytest.mark.parametrize("rule", LISTINGS, ids=lambda rule: rule.__name__)
+def test_rules_agree_with_diffusers_guiders(draw, rule):
+    guiders = pytest.importorskip("diffusers.guiders")
+    name = {CFGZeroStar: "ClassifierFreeZeroStarGuidance", TCFG: "TangentialClassifierFreeGuidance"}.get(
+        rule, "MagnitudeAwareGuidance"
+    )
+    if not hasattr(guiders, name):
+        pytest.skip(f"this version of diffusers has no {name}")
+    c, u = draw(2, 40, 8).float(), draw(2, 40, 8).float()  # diffusers' MAMBO-G takes three dimensions at most
+    u = c + 0.3 * u
+    guider = getattr(guiders, name)(guidance_scale=6.0)
+    guider.set_state(step=5, num_inference_steps=20, timestep=torch.tensor(500))
+    prediction, _ = kernels.guide(c, c, u, None, 0.0, 1.0, rule(6.0), backend="torch")
+    torch.testing.assert_close(prediction, guider.forward(c, u).pred, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "QwenImagePipeline", "StableDiffusionPipeline"])
+@pytest.mark.parametrize("policy", [EveryStep(), StepAG(0.8)], ids=lambda policy: type(policy).__name__)
+def test_zero_init_leaves_a_flow_models_sample_where_it_is(name, policy):
+    """And has no part in a model that predicts noise. Qwen-Image brings its prediction to the norm of c: 0/0 here."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    predictions = []
+    for rule in (CFGZeroStar(zero_init=2), CFGZeroStar(zero_init=0)):
+        with attach(pipe, rule, policy), recorded(pipe.scheduler) as steps:
+            assert torch.isfinite(run(pipe, entry, 5, 2)).all()
+        predictions.append(steps.outputs)
+    zeroed, whole = predictions
+    assert all(output.any() for output in whole)
+    if name == "StableDiffusionPipeline":
+        assert all(torch.equal(x, y) for x, y in zip(zeroed, whole, strict=True))
+    else:
+        assert [bool(output.any()) for output in zeroed] == [False, False, True, True, True]
+
+
 def test_apg_without_its_three_parts_is_cfg(draw):
     x, c, u = draw(2, 4, 8, 8), draw(2, 4, 8, 8), draw(2, 4, 8, 8)
     rule = APG(6.0, momentum=0.0, norm_threshold=None, eta=1.0)
@@ -81,7 +154,10 @@ def test_rescaled_cfg_is_diffusers_formula(draw):
     torch.testing.assert_close(prediction, expected)
 
 
-@pytest.mark.parametrize("rule", [APG(5.0), CFG(5.0, rescale=0.5)], ids=lambda rule: type(rule).__name__)
+RULES = [APG(5.0), CFG(5.0, rescale=0.5), CFGZeroStar(5.0), TCFG(5.0), MagnitudeAware(5.0)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 def test_broken_samples_stay_unguided_and_alone(draw, rule):
     x, c, u = draw(4, 4, 8, 8).float(), draw(4, 4, 8, 8).float(), draw(4, 4, 8, 8).float()
     healthy, _ = kernels.guide(x, c, u, None, 0.8, -0.6, rule, backend="torch")
@@ -114,6 +190,8 @@ def test_no_noise_left_does_not_divide(draw):
         (APG, {"guidance_scale": -2.0}, r"guidance_scale=-2.0"),
         (APG, {"guidance_scale": float("nan")}, r"guidance_scale=nan"),
         (CFG, {"rescale": 2.0}, r"rescale=2.0.*to 1"),
+        (CFGZeroStar, {"zero_init": -1}, r"zero_init=-1.*from 0"),
+        (MagnitudeAware, {"alpha": -0.1}, r"alpha=-0.1.*from 0"),
     ],
 )
 def test_bad_values_are_refused_by_name(rule, fields, match):
