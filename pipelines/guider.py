@@ -130,7 +130,7 @@ class Guider(BaseGuidance):
             self._run.clock.tick(scheduler, timestep)
         # The first step is evaluated in full, as it is under `attach`, and planned when the batch is known.
         history = self._run.history
-        self._plan = None if history is None else self._run.policy.plan(self._coming_step(), history)
+        self._plan = None if history is None else self._planned(history)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """The inputs of each evaluation this step makes, the conditional one first."""
@@ -192,6 +192,12 @@ class Guider(BaseGuidance):
         known = () if clock.space is None else (clock.space.sigma, clock.space.velocity)
         return Step(self._step, max(count, self._step + 1), *(known or (None,)))
 
+    def _planned(self, history: History) -> list[Decision]:
+        """The policy's plan for the step; a loop evaluates something at every step, so "neither" becomes "both"."""
+        assert self._run is not None
+        plan = self._run.policy.plan(self._coming_step(), history)
+        return [Decision("both", why) if action == "neither" else Decision(action, why) for action, why in plan]
+
     def _settled_plan(self, run: "_Run", c: Tensor, evaluated: bool) -> list[Decision]:
         """The step's plan, now that its predictions are there."""
         if self._batches and len(c) not in self._batches:
@@ -201,7 +207,7 @@ class Guider(BaseGuidance):
             )
         if run.history is None:
             run.history = History(len(c))
-            self._plan = run.policy.plan(self._coming_step(), run.history)
+            self._plan = self._planned(run.history)
         assert self._plan is not None
         # An estimate is not needed where the real thing was evaluated after all.
         return [Decision("both") if evaluated and d.action == "extrapolate" else d for d in self._plan]

@@ -22,6 +22,7 @@ from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser, keeps_state
+from diffusers_guidance.pipelines.fingerprint import setting
 from diffusers_guidance.pipelines.formula import Formula, Residual, Scales, identify, mixture, residual, views
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
@@ -137,11 +138,13 @@ class Run:
         # An estimate is not needed where the real thing was evaluated after all.
         assert denoiser.decisions is not None
         plan = [
-            Decision("both") if decision.action == "extrapolate" and was else decision
+            Decision("both") if decision.action in ("extrapolate", "neither") and was else decision
             for decision, was in zip(denoiser.decisions, evaluated, strict=True)
         ]
         unguided = [decision.action == "conditional" for decision in plan]
         c, u, w = self._verify(denoiser, output, sample, any(evaluated) or not all(unguided))
+        if self.policy.calibration is not None and not denoiser.history.cond:  # its first guided step
+            self.policy.calibration.check(setting(self.pipe, denoiser.name, w))
         formula = denoiser.formula
         assert formula is not None
         sample = formula.view.working(sample)
@@ -202,7 +205,7 @@ class Run:
                 return False
             raise self._unsupported(denoiser, output, found.tried)
         denoiser.formula = found.formula
-        denoiser.history = History(found.formula.rows)
+        denoiser.history = History(found.formula.rows, denoiser.name)
         self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
         return True
 
@@ -332,7 +335,7 @@ class Run:
                 index=len(self.report.steps),
                 timestep=clock.timestep,
                 sigma=clock.space.sigma if clock.space is not None else None,
-                evaluated=["both" if was else "conditional" for was in both],
+                evaluated=_evaluated(plan, both),
                 action=[decision.action for decision in plan],
                 similarity=[None] * len(plan),
                 similarity_noise=[None] * len(plan),
@@ -357,6 +360,11 @@ class Run:
             self.report.note = "no classifier-free guidance in this call (a guidance scale of 1 or below?): left alone"
         elif self._clock.error is not None:
             self.report.note = f"no similarities: {self._clock.error}"
+
+
+def _evaluated(plan: list[Decision], both: list[bool]) -> list[str]:
+    alone = ["neither" if decision.action == "neither" else "conditional" for decision in plan]
+    return ["both" if was else other for was, other in zip(both, alone, strict=True)]
 
 
 def _pick(chosen: list[bool], there: Tensor, otherwise: Tensor) -> Tensor:
