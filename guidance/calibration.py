@@ -15,7 +15,7 @@ Such Grams add: several machines may each calibrate a share.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -148,7 +148,8 @@ class Calibration:
     """
 
     setting: dict[str, Any]
-    """Plain JSON: the pipeline, its denoisers' and its scheduler's fingerprints, timesteps, guidance scale."""
+    """Plain JSON: the pipeline, its denoisers' and its scheduler's fingerprints, timesteps, guidance scale, `gains`,
+    and the arguments of `calibrate`."""
     denoisers: dict[str, Moments]
     """By the denoiser's name in the pipeline."""
     prompts: dict[str, int]
@@ -162,6 +163,11 @@ class Calibration:
     def steps(self) -> int:
         """Evaluations of a whole run."""
         return len(self.setting["timesteps"])
+
+    @property
+    def num_inference_steps(self) -> int:
+        """What the pipeline was called with; a solver of two stages evaluates more often."""
+        return int(self.setting["calibrated"]["num_inference_steps"])
 
     @property
     def gains(self) -> Tensor:
@@ -324,23 +330,34 @@ def gains(table: Sequence[Space]) -> list[float]:
     return [0.0] * starts[0] + found
 
 
-def _differences(made: Any, used: Any, where: str) -> Any:
+def _differences(made: Any, used: Any, where: str, precision: float = 0.0) -> Iterator[str]:
     """What differs between two trees of plain values, as far as both state it."""
     if isinstance(made, dict) and isinstance(used, dict):
-        for key in made.keys() & used.keys():
-            yield from _differences(made[key], used[key], f"{where}.{key}" if where else key)
-    elif where.endswith("weights"):
-        scale = math.dist(made, [0.0] * len(made))
-        if len(made) != len(used) or math.dist(made, used) > 0.01 * scale:
-            yield f"{where} differ"
+        both = sorted(made.keys() & used.keys())
+        if where.endswith(".weights"):
+            if any(_apart(made[name], used[name]) > max(precision, 1e-4) for name in both):
+                yield f"{where} differ"
+            return
+        precision = max(made.get("precision", 0.0), used.get("precision", 0.0))
+        for key in both:
+            if key != "precision":
+                yield from _differences(made[key], used[key], f"{where}.{key}" if where else key, precision)
+    elif isinstance(made, list) and isinstance(used, list) and len(made) != len(used):
+        yield f"{where}: {len(used)} of them, calibrated for {len(made)}"
     elif isinstance(made, list) and isinstance(used, list):
-        same = len(made) == len(used) and all(_same(a, b) for a, b in zip(made, used, strict=True))
-        if not same and len(made) != len(used):
-            yield f"{where}: {len(used)}, calibrated for {len(made)}"
-        elif not same:
-            yield f"{where}: {used!r}, calibrated for {made!r}"
+        for i, (a, b) in enumerate(zip(made, used, strict=True)):
+            if not _same(a, b):
+                yield f"{where}[{i}]: {b!r}, calibrated for {a!r}"
+                return
     elif not _same(made, used):
         yield f"{where}: {used!r}, calibrated for {made!r}"
+
+
+def _apart(made: list[float], used: list[float]) -> float:
+    """Relative distance, inf of lists that cannot be compared."""
+    if len(made) != len(used):
+        return math.inf
+    return math.dist(made, used) / (math.hypot(*made) or 1.0)
 
 
 def _same(a: Any, b: Any) -> bool:

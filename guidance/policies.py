@@ -158,8 +158,8 @@ class AdaptiveGuidance(Policy):
             save: 0 to just below 0.5, the share of the NFEs of a run.
             space: where the predictions are compared. Default: where the similarity rises most steadily.
         """
-        threshold, space = calibration.threshold(save, space)
-        return cls(threshold, space)  # type: ignore[arg-type]
+        threshold, chosen = calibration.threshold(save, space)
+        return cls(threshold, chosen)  # type: ignore[arg-type]
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         agree = history.agreement(self.space) >= self.threshold  # (steps, rows), False for NaN

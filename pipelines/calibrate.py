@@ -4,9 +4,11 @@ Every trajectory follows from its number alone (prompt, negative prompt, seed), 
 on where it stopped, and shares made on several machines add up to the whole.
 """
 
+import functools
 import hashlib
 import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 from diffusers_guidance.calibration import Calibration, Moments, gains
 from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
 from diffusers_guidance.pipelines.attach import attach
-from diffusers_guidance.pipelines.fingerprint import setting
+from diffusers_guidance.pipelines.fingerprint import module_fingerprint, scheduler_fingerprint, setting
 from diffusers_guidance.policies import Decision, EveryStep, History, Step
 from diffusers_guidance.rules import CFG
 from diffusers_guidance.spaces import spaces
@@ -61,7 +63,7 @@ def calibrate(
     """Runs `pipe` with full guidance over prompts and seeds, and keeps the predictions' Gram matrices.
 
     Args:
-        pipe: a diffusers pipeline, on the device and with the scheduler that are to be used later.
+        pipe: a diffusers pipeline with the scheduler that is to be used later; what is attached to it is detached.
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
         negative_prompts: all of them in turn; name those that will be used, for the fit to serve them too.
         trajectories: how many runs of one sample.
@@ -74,7 +76,7 @@ def calibrate(
         arguments: more of the pipeline's own, such as `height`.
 
     Raises:
-        CalibrationMismatch: what lies at `path` was made with other settings.
+        CalibrationMismatch: what lies at `path` was made with another model or other settings.
         UnsupportedPipeline: the pipeline does no classifier-free guidance that could be identified.
     """
     if not prompts or not negative_prompts:
@@ -115,7 +117,16 @@ def calibrate(
     return done
 
 
-def _run(pipe, prompts, negatives, seeds, steps, guidance_scale, per_channel, arguments) -> Calibration:
+def _run(
+    pipe: Any,
+    prompts: list[str],
+    negatives: list[str],
+    seeds: list[int],
+    steps: int,
+    guidance_scale: float,
+    per_channel: bool,
+    arguments: dict[str, Any],
+) -> Calibration:
     """The calibration of one batch."""
     known = inspect.signature(type(pipe).__call__).parameters
     call = {"prompt": prompts, "num_inference_steps": steps, "output_type": "latent", **arguments}
@@ -153,28 +164,32 @@ def gram(cond: Sequence[Tensor], uncond: Sequence[Tensor], per_channel: bool = F
 
     C is 1, unless `per_channel`. On the host, a sample at a time.
     """
-    total = 0
+    total = torch.zeros((), dtype=torch.float64)
     for row in range(cond[0].shape[0]):
         c = torch.stack([y[row] for y in cond]).cpu().double()  # (T, C, ...)
         d = c - torch.stack([y[row] for y in uncond]).cpu().double()
         p = torch.cat([c, d])
         p = p.flatten(2).transpose(0, 1) if per_channel else p.flatten(1)[None]  # (C, 2T, numel)
         total = total + p @ p.transpose(1, 2)
-    return total  # type: ignore[return-value]
+    return total
 
 
-def _resume(path, pipe, plan, share, guidance_scale) -> Calibration | None:
-    """What an earlier call left at `path`, if it was made with the same settings."""
+def _resume(
+    path: str | Path | None, pipe: Any, plan: dict[str, Any], share: tuple[int, int], guidance_scale: float
+) -> Calibration | None:
+    """What an earlier call left at `path`, if it was made with the same pipeline and settings."""
     if path is None or not Path(path).is_file():
         return None
     found = Calibration.load(path)
-    wanted = {
-        "pipeline": type(pipe).__name__,
-        "scheduler": {"class": type(pipe.scheduler).__name__},
-        "guidance_scale": float(guidance_scale),
-        "calibrated": {**plan, "share": list(share)},
-    }
-    found.check(wanted)
+    found.check(
+        {
+            "pipeline": type(pipe).__name__,
+            "denoisers": {name: module_fingerprint(getattr(pipe, name)) for name in found.denoisers},
+            "scheduler": scheduler_fingerprint(pipe.scheduler),
+            "guidance_scale": float(guidance_scale),
+            "calibrated": {**plan, "share": list(share)},
+        }
+    )
     return found
 
 
@@ -182,7 +197,7 @@ def calibrate_on_ray(
     load: Callable[[], DiffusionPipeline],
     prompts: Sequence[str],
     *,
-    workers: int,
+    shares: int,
     address: str | None = None,
     resources: dict[str, float] | None = None,
     trajectories: int = 200,
@@ -190,43 +205,54 @@ def calibrate_on_ray(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Calibration:
-    """`calibrate` on the machines of a Ray cluster: each worker makes a share, and the shares are added.
+    """`calibrate` on the machines of a Ray cluster: its workers make shares, and the shares are added.
 
     Args:
         load: makes the pipeline, on a worker.
-        workers: how many shares.
-        address: of the cluster, such as "auto". Default: this machine.
-        resources: of a worker, such as {"num_gpus": 1}.
+        shares: into how many parts the work is cut, from one for each worker up.
+        address: of the cluster, such as "auto". Default: one started on this machine for as long as it takes.
+        resources: of a share, such as {"num_gpus": 1}. Default: {"num_cpus": 1}.
+        path: where to save it. Finished shares wait beside it; another call with the same arguments goes on with them.
         settings: more of `calibrate`'s.
+
+    Raises:
+        ImportError: Ray is not installed.
     """
     try:
         import ray
     except ImportError as error:
-        raise ImportError("calibrating on a Ray cluster needs Ray: pip install ray") from error
+        raise ImportError("calibrating on a Ray cluster needs it: pip install 'diffusers-guidance[ray]'") from error
 
-    if not 1 <= workers <= trajectories:
-        raise ValueError(f"workers={workers!r}: from 1 to {trajectories}, the number of trajectories")
+    if not 1 <= shares <= trajectories:
+        raise ValueError(f"shares={shares!r}: from 1 to {trajectories}, the number of trajectories")
 
     def one(k: int) -> Calibration:
-        return calibrate(load(), prompts, trajectories=trajectories, share=(k, workers), **settings)
+        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), **settings)
 
+    waiting_at = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
+    parts = {k: Calibration.load(file) for k, file in enumerate(waiting_at) if file is not None and file.is_file()}
     started = not ray.is_initialized()
     if started:
         ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
         remote = ray.remote(**(resources or {"num_cpus": 1}))(one)
-        waiting = [remote.remote(k) for k in range(workers)]
-        total: Calibration | None = None
-        while waiting:
+        running = {remote.remote(k): k for k in range(shares) if k not in parts}
+        while running:
             if progress is not None:
-                progress("shares", workers - len(waiting), workers)
-            ready, waiting = ray.wait(waiting)
-            for part in ray.get(ready):
-                total = part if total is None else total + part
+                progress("shares", len(parts), shares)
+            (ready,), _ = ray.wait(list(running))
+            k = running.pop(ready)
+            parts[k] = ray.get(ready)
+            if (file := waiting_at[k]) is not None:
+                parts[k].save(file)
     finally:
         if started:
             ray.shutdown()
-    assert total is not None
+    if progress is not None:
+        progress("shares", shares, shares)
+    total = functools.reduce(operator.add, (parts[k] for k in range(shares)))
     if path is not None:
         total.save(path)
+        for file in filter(None, waiting_at):
+            file.unlink()
     return total

@@ -1,33 +1,72 @@
-"""The subcommands `calibrate`, `search`, `search-nas` and `frontier` of `diffusers-guidance`."""
+"""The subcommands `compare`, `calibrate`, `search`, `search-nas` and `frontier` of `diffusers-guidance`."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from diffusers_guidance import samples
-from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.pipelines.calibrate import calibrate, calibrate_on_ray
+from diffusers_guidance.pipelines.compare import COLUMNS, Column, Comparison, compare
+from diffusers_guidance.pipelines.frontier import frontier, plot, table
+from diffusers_guidance.pipelines.nas import search_nas
+from diffusers_guidance.pipelines.search import search
+from diffusers_guidance.pipelines.shell import MODEL, Device, Dtype, Model, Scheduler, load, read_lines, reporting
+from diffusers_guidance.policies import Schedule
+from diffusers_guidance.schedules import predicted_error
 
-if TYPE_CHECKING:
-    from diffusers_guidance.policies import Schedule
-
-Model = Annotated[
-    str, typer.Option(help="A pipeline's folder or its name on the Hugging Face hub.", show_default="the bundled one")
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(help="Its class, such as DPMSolverMultistepScheduler.", show_default="the pipeline's own"),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...", show_default="a GPU if there is one")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32 on a CPU, else bfloat16")
-]
 Calibrated = Annotated[Path, typer.Argument(help="A file made by `calibrate`.")]
 Prompts = Annotated[Path, typer.Option(help="Text file, one prompt a line.", show_default="the bundled ones")]
-MODEL = str(samples.MODEL)
+Steps = Annotated[int, typer.Option(min=1)]
+
+
+def compare_command(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One row of pictures each.", show_default="those of --prompts")
+    ] = None,
+    prompts_file: Annotated[
+        Path, typer.Option("--prompts", help="Text file, one prompt a line.", show_default="the bundled ones")
+    ] = samples.PROMPTS,
+    model: Model = MODEL,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12"; '
+            '"default" is what attach(pipe) chooses. Repeatable.',
+            show_default="CFG, CFG@15, APG@15, AG, LinearAG, Hold, default",
+        ),
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="0")] = None,
+    steps: Steps = 20,
+    scale: Annotated[float, typer.Option(min=0, help="Guidance scale of columns that name none.")] = 5.0,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt of all pictures.")] = None,
+    scheduler: Scheduler = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures made at once; fewer need less memory.", show_default="all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for contact_sheet.png, similarity.png and compare.json.")] = Path(
+        "out/compare"
+    ),
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """The same prompts under several rules and policies, side by side: pictures, and what each column cost."""
+    with reporting() as progress:
+        columns = [Column.parse(text) for text in column or COLUMNS]
+        texts = list(prompts or read_lines(prompts_file))
+        out.mkdir(parents=True, exist_ok=True)  # now rather than after the pictures are made
+        comparison = compare(
+            load(model, scheduler, device, dtype), texts, columns, seeds=seed or [0], steps=steps,
+            guidance_scale=scale, negative=negative, batch=batch, progress=progress,
+        )  # fmt: skip
+        files = comparison.save(out)
+    _print_comparison(comparison)
+    for file in files:
+        typer.echo(f"wrote {file}")
 
 
 def calibrate_command(
@@ -39,26 +78,21 @@ def calibrate_command(
         list[str] | None, typer.Option(help="Negative prompts to be ready for; repeatable.", show_default="none")
     ] = None,
     trajectories: Annotated[int, typer.Option(min=1)] = 200,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
+    steps: Steps = 20,
     scale: Annotated[float, typer.Option(min=1)] = 5.0,
     seed: int = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 8,
     per_channel: Annotated[bool, typer.Option(help="A Gram matrix for each channel.")] = False,
-    ray: Annotated[int, typer.Option(min=0, help="Share the work among so many Ray workers; 0 is without Ray.")] = 0,
-    ray_address: Annotated[str | None, typer.Option(help='Of the cluster: "auto", say.')] = None,
+    ray: Annotated[int, typer.Option(min=0, help="Make it in so many shares on a Ray cluster; 0 is without.")] = 0,
+    ray_address: Annotated[
+        str | None, typer.Option(help='Of the cluster: "auto", say.', show_default="one on this machine")
+    ] = None,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each share.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Runs full guidance over prompts and seeds, and keeps how its predictions go together."""
-    from diffusers_guidance.pipelines.calibrate import calibrate, calibrate_on_ray
-    from diffusers_guidance.pipelines.cli import _load, _read, _swap_scheduler
-
-    def load() -> Any:
-        pipe = _load(model, device, dtype)
-        _swap_scheduler(pipe, scheduler)
-        return pipe
-
-    with _reporting() as progress:
+    with reporting() as progress:
         settings: dict[str, Any] = {
             "negative_prompts": negative or [""],
             "trajectories": trajectories,
@@ -70,10 +104,14 @@ def calibrate_command(
             "path": out,
             "progress": progress,
         }
+        texts = read_lines(prompts)
         if ray:
-            made = calibrate_on_ray(load, _read(prompts), workers=ray, address=ray_address, **settings)
+            made = calibrate_on_ray(
+                lambda: load(model, scheduler, device, dtype), texts, shares=ray, address=ray_address,
+                resources={"num_gpus": ray_gpus} if ray_gpus else None, **settings,
+            )  # fmt: skip
         else:
-            made = calibrate(load(), _read(prompts), **settings)
+            made = calibrate(load(model, scheduler, device, dtype), texts, **settings)
     typer.echo(f"{made}\nwrote {out}, {out.stat().st_size / 1024:.0f} KiB")
 
 
@@ -91,20 +129,11 @@ def search_command(
     dtype: Dtype = None,
 ) -> None:
     """The best schedule of evaluations for a budget, or the cheapest for an error, from a calibration."""
-    from diffusers_guidance.calibration import Calibration
-    from diffusers_guidance.pipelines.cli import _load, _read, _swap_scheduler
-    from diffusers_guidance.pipelines.searching import search
-    from diffusers_guidance.search import predicted_error
-
-    with _reporting() as progress:
+    with reporting() as progress:
         made = Calibration.load(calibration)
-        real = None
-        if refine:
-            pipe = _load(model, device, dtype)
-            _swap_scheduler(pipe, scheduler)
-            real = (pipe, _read(prompts)[:12])
+        real = (load(model, scheduler, device, dtype), read_lines(prompts)[:12]) if refine else None
         found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, progress=progress)
-    _show(found)
+    _print_schedule(found)
     typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
 
 
@@ -121,23 +150,12 @@ def search_nas_command(
     dtype: Dtype = None,
 ) -> None:
     """The policy search of the Adaptive Guidance paper, by gradients through the sampler."""
-    from diffusers_guidance.pipelines.cli import _load, _read, _swap_scheduler
-    from diffusers_guidance.pipelines.nas import search_nas
-
-    with _reporting() as progress:
-        pipe = _load(model, device, dtype)
-        _swap_scheduler(pipe, scheduler)
+    with reporting() as progress:
         found = search_nas(
-            pipe,
-            _read(prompts),
-            nfe,
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            iterations=iterations,
-            batch_size=batch,
-            progress=progress,
-        )
-    _show(found)
+            load(model, scheduler, device, dtype), read_lines(prompts), nfe, num_inference_steps=steps,
+            guidance_scale=scale, iterations=iterations, batch_size=batch, progress=progress,
+        )  # fmt: skip
+    _print_schedule(found)
 
 
 def frontier_command(
@@ -152,55 +170,47 @@ def frontier_command(
     nfe: Annotated[list[int] | None, typer.Option(help="Budgets; repeatable.", show_default="eight of them")] = None,
     refine: Annotated[list[int] | None, typer.Option(help="Budgets to search by real runs too; repeatable.")] = None,
     nas: Annotated[list[int] | None, typer.Option(help="Budgets for the paper's search; repeatable.")] = None,
+    lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; downloads its weights unless they are here.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
-    out: Annotated[Path, typer.Option(help="Folder for frontier.json and frontier.png.")] = Path("out/frontier"),
+    out: Annotated[Path, typer.Option(help="Folder for frontier.json, .md and .png.")] = Path("out/frontier"),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Fidelity to full guidance against NFEs, for every policy, on held-out prompts and seeds."""
-    from diffusers_guidance.calibration import Calibration
-    from diffusers_guidance.pipelines.cli import _load, _read, _swap_scheduler
-    from diffusers_guidance.pipelines.frontier import frontier, plot
-
-    with _reporting() as progress:
+    with reporting() as progress:
         made = Calibration.load(calibration)
-        pipe = _load(model, device, dtype)
-        _swap_scheduler(pipe, scheduler)
-        full = 2 * made.steps
-        chosen = {"budgets": [n / full for n in nfe]} if nfe else {}
         rows = frontier(
-            pipe,
-            made,
-            _read(prompts),
-            search_prompts=_read(search_prompts)[::6],
-            seeds=seed or [4321],
-            refine=[n / full for n in refine or []],
-            nas=[n / full for n in nas or []],
-            batch_size=batch,
-            path=out / "frontier.json",
-            progress=progress,
-            **chosen,
-        )
+            load(model, scheduler, device, dtype), made, read_lines(prompts), seeds=seed or [4321],
+            search_prompts=read_lines(search_prompts)[::6], nfes=nfe, refine=refine or [], nas=nas or [],
+            batch_size=batch, lpips=lpips, path=out / "frontier.json", progress=progress,
+        )  # fmt: skip
         plot(rows, out / "frontier.png", repr(made))
-    for row in sorted(rows, key=lambda row: (row.nfe, -row.psnr)):
-        typer.echo(f"{row.nfe:6.2f} NFEs  {row.psnr:6.2f} dB  SSIM {row.ssim:.4f}  {row.series}: {row.label}")
-    typer.echo(f"wrote {out / 'frontier.json'}\nwrote {out / 'frontier.png'}")
+        (out / "frontier.md").write_text(table(rows))
+    typer.echo(table(rows))
+    for name in ("frontier.json", "frontier.md", "frontier.png"):
+        typer.echo(f"wrote {out / name}")
 
 
-@contextmanager
-def _reporting() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar; what goes wrong is said in a line."""
-    from diffusers_guidance.pipelines.cli import _Bar
+def _print_comparison(comparison: Comparison) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("rule + policy")
+    for title in ("scale", "NFEs", "saved", "s/image", "saturation", "PSNR to CFG"):
+        table.add_column(title, justify="right")
+    for result in comparison.results:
+        psnr = comparison.psnr(result)
+        table.add_row(
+            result.label,
+            f"{result.guidance_scale:g}",
+            str(result.nfe),
+            f"{result.saved:.0%}",
+            f"{result.seconds_per_picture:.2f}",
+            f"{result.saturation:.3f}",
+            "" if psnr is None else f"{psnr:.1f} dB",
+        )
+    Console().print(table)
 
-    try:
-        with _Bar() as bar:
-            yield bar
-    except (ValueError, OSError, ImportError, GuidanceError) as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
 
-
-def _show(schedule: "Schedule") -> None:
+def _print_schedule(schedule: Schedule) -> None:
     typer.echo(" ".join(f"{i}:{action}" for i, action in enumerate(schedule.actions)))
     typer.echo(f"{schedule.nfe} of {2 * len(schedule.actions)} NFEs")
     typer.echo(json.dumps(list(schedule.actions)))

@@ -1,6 +1,5 @@
 """How close a policy comes to full guidance: the same prompts and seeds with and without it, compared as pictures."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from diffusers_guidance.rules import CFG
 
 
 class Score(NamedTuple):
-    """Means over pictures; PSNR and SSIM to full guidance, NFEs of one sample."""
+    """Means over pictures; PSNR in dB, SSIM and LPIPS to full guidance, NFEs of one sample."""
 
     nfe: float
     psnr: float
@@ -23,14 +22,18 @@ class Score(NamedTuple):
 
 
 class Fidelity:
-    """Pictures of full guidance, and any policy's distance to them.
+    """Pictures of full guidance, made once, and any policy's distance to them.
 
     Args:
-        pipe: a text-to-image pipeline.
+        pipe: a text-to-image pipeline; what is attached to it is detached.
         prompts, seeds: each prompt with each seed.
         num_inference_steps, guidance_scale, negative_prompt: of every run.
         batch_size: pictures made at once.
+        lpips: whether to measure LPIPS (AlexNet) too. Its weights are downloaded unless they are there already.
         arguments: more of the pipeline's own.
+
+    Raises:
+        ImportError: SSIM and LPIPS are torchmetrics', of the extra `cli`; LPIPS needs torchvision besides.
     """
 
     def __init__(
@@ -43,10 +46,10 @@ class Fidelity:
         guidance_scale: float = 5.0,
         negative_prompt: str = "",
         batch_size: int = 16,
-        perceptual: Any = None,
+        lpips: bool = False,
         **arguments: Any,
     ):
-        self.pipe, self.batch_size, self.perceptual = pipe, batch_size, perceptual
+        self.pipe, self.guidance_scale, self.batch_size = pipe, guidance_scale, batch_size
         self.cases = [(prompt, seed) for seed in seeds for prompt in prompts]
         if not self.cases:
             raise ValueError("prompts and seeds: at least one of each")
@@ -55,37 +58,30 @@ class Fidelity:
             "negative_prompt": negative_prompt,
             **arguments,
         }
-        self.guidance_scale = guidance_scale
+        self.lpips = _lpips() if lpips else None
         self.reference, self.nfe_full = self.pictures(EveryStep())
 
     def pictures(self, policy: Policy, **changed: Any) -> tuple[Tensor, float]:
         """(N, 3, H, W) from 0 to 1, and the NFEs of one of them."""
         found, nfe = [], 0
         call = self.call | changed
-        # Solvers may carry history from one call to the next; each call gets a scheduler of its own.
-        scheduler = copy.deepcopy(self.pipe.scheduler)
-        try:
-            with attach(self.pipe, CFG(guidance_scale=self.guidance_scale), policy) as handle:
-                for start in range(0, len(self.cases), self.batch_size):
-                    part = self.cases[start : start + self.batch_size]
-                    texts = {
-                        "prompt": [prompt for prompt, _ in part],
-                        "negative_prompt": [call["negative_prompt"]] * len(part),
-                    }
-                    generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
-                    output = self.pipe(**(call | texts), generator=generators, output_type="pt")
-                    found.append(output.images.float().cpu())
-                    nfe += handle.report.nfe
-        finally:
-            self.pipe.scheduler = scheduler
+        with attach(self.pipe, CFG(guidance_scale=self.guidance_scale), policy) as handle:
+            for start in range(0, len(self.cases), self.batch_size):
+                part = self.cases[start : start + self.batch_size]
+                texts = {
+                    "prompt": [prompt for prompt, _ in part],
+                    "negative_prompt": [call["negative_prompt"]] * len(part),
+                }
+                generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
+                output = self.pipe(**(call | texts), generator=generators, output_type="pt")
+                found.append(output.images.float().cpu())
+                nfe += handle.report.nfe
         return torch.cat(found), nfe / len(self.cases)
 
     def __call__(self, policy: Policy, **changed: Any) -> Score:
         """The score of a policy; `changed` are arguments other than the reference's, such as fewer steps."""
         pictures, nfe = self.pictures(policy, **changed)
-        perceived = None
-        if self.perceptual is not None:
-            perceived = float(self.perceptual(2 * pictures - 1, 2 * self.reference - 1).mean())
+        perceived = None if self.lpips is None else float(self.lpips(pictures, self.reference))
         return Score(
             nfe, float(psnr(pictures, self.reference).mean()), float(ssim(pictures, self.reference).mean()), perceived
         )
@@ -98,29 +94,15 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
-    """(N,) structural similarity (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5, range 1."""
-    at = torch.arange(11.0) - 5
-    line = torch.exp(-(at**2) / (2 * 1.5**2))
-    line = line / line.sum()
-    channels = pictures.shape[1]
-    window = (line[:, None] * line).expand(channels, 1, 11, 11).to(pictures)
+    """(N,) structural similarity (Wang et al. 2004) of pictures (N, C, H, W) from 0 to 1."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
-    def mean(x: Tensor) -> Tensor:
-        return torch.nn.functional.conv2d(x, window, groups=channels)
-
-    x, y = pictures, reference
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-    c1, c2 = 0.01**2, 0.03**2
-    similar = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return similar.flatten(1).mean(1)
+    found = structural_similarity_index_measure(pictures, reference, data_range=1.0, reduction="none")
+    return torch.as_tensor(found)
 
 
-def perceptual() -> Any:
-    """LPIPS (AlexNet), where its package and weights are installed; else None. Downloads nothing."""
-    try:
-        import lpips
+def _lpips() -> Any:
+    """LPIPS (Zhang et al. 2018) of pictures from 0 to 1, the mean over a batch."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        return lpips.LPIPS(net="alex", pnet_rand=False, verbose=False).eval()
-    except Exception:  # no package, no torchvision, or no weights and no network
-        return None
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()

@@ -16,25 +16,38 @@ def setting(pipe: Any, denoiser: str, guidance_scale: float | None = None) -> di
 
     Compared are only things that both sides state, so what cannot be read (weights that are offloaded) is left out.
     """
-    scheduler = pipe.scheduler
     return {
         "pipeline": type(pipe).__name__,
         "denoisers": {denoiser: module_fingerprint(getattr(pipe, denoiser))},
-        "scheduler": {"class": type(scheduler).__name__, "config": _own_config(scheduler)},
-        "timesteps": [float(t) for t in scheduler.timesteps.tolist()],
+        "scheduler": scheduler_fingerprint(pipe.scheduler),
+        "timesteps": [float(t) for t in pipe.scheduler.timesteps.tolist()],
         **({} if guidance_scale is None else {"guidance_scale": float(guidance_scale)}),
     }
 
 
+def scheduler_fingerprint(scheduler: Any) -> dict[str, Any]:
+    """Class and configuration."""
+    return {"class": type(scheduler).__name__, "config": _own_config(scheduler)}
+
+
 def module_fingerprint(module: torch.nn.Module) -> dict[str, Any]:
-    """Class, configuration, and a sample of the weights, which may differ by 1 % (other dtypes do)."""
+    """Class, configuration, number of parameters, and a sample of those in floating point, with their precision.
+
+    So the same model compares equal in another dtype, and where part of it is quantized; one with other weights,
+    or with adapters in it, does not.
+    """
     module = getattr(module, "_orig_mod", module)
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
-    chosen = parameters[:: max(1, len(parameters) // _SAMPLED)][:_SAMPLED]
-    found: dict[str, Any] = {"class": type(module).__name__, "config": _own_config(module)}
-    if chosen and not any(p.device.type == "meta" for p in chosen):
-        rows = [p.detach().flatten()[:: max(1, p.numel() // _SAMPLED)][:_SAMPLED].float() for p in chosen]
-        found["weights"] = [float(f"{value:.6g}") for value in torch.cat([row.cpu() for row in rows]).tolist()]
+    named = list(module.named_parameters())
+    found: dict[str, Any] = {"class": type(module).__name__, "config": _own_config(module), "parameters": len(named)}
+    chosen = {
+        name: parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)][:_SAMPLED]
+        for name, parameter in named[:: max(1, len(named) // _SAMPLED)]
+        if parameter.is_floating_point() and type(parameter.data) is torch.Tensor and parameter.device.type != "meta"
+    }
+    found["weights"] = {
+        name: [float(f"{value:.6g}") for value in values.float().cpu().tolist()] for name, values in chosen.items()
+    }
+    found["precision"] = max((torch.finfo(values.dtype).eps for values in chosen.values()), default=0.0)
     return found
 
 

@@ -1,24 +1,25 @@
 """The frontier: fidelity to full guidance against NFEs, for every way this package knows of saving them."""
 
+import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.pipelines.attach import DEFAULT_POLICY
-from diffusers_guidance.pipelines.fidelity import Fidelity, perceptual
+from diffusers_guidance.pipelines.calibrate import Progress
+from diffusers_guidance.pipelines.fidelity import Fidelity
 from diffusers_guidance.pipelines.nas import search_nas
-from diffusers_guidance.pipelines.searching import search
+from diffusers_guidance.pipelines.search import search
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Hold, Interval, LinearAG, Policy, Schedule, StepAG
-from diffusers_guidance.search import even
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is running, done, in all)"""
+from diffusers_guidance.schedules import even
 
 FEWER = "CFG, fewer steps"
 STOP = "guidance stopped (StepAG, diffusers' cut-off)"
@@ -36,6 +37,7 @@ SEARCHED = "search"
 REFINED = "search(refine=...)"
 OURS = (CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
 """Those with fitted estimates other than the published one."""
+OTHERS = (FEWER, STOP, INTERVAL, AG, HOLD, PERIODIC, PUBLISHED_HELD, PUBLISHED, NAS)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class Row:
     lpips: float | None = None
 
 
+class _Planned(NamedTuple):
+    """A row to be: its policy, which may take a search to make, and arguments of the pipeline that it changes."""
+
+    series: str
+    label: str
+    make: Callable[[], Policy]
+    changed: dict[str, Any]
+
+
 def frontier(
     pipe: DiffusionPipeline,
     calibration: Calibration,
@@ -57,10 +68,11 @@ def frontier(
     *,
     search_prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
-    budgets: Sequence[float] = (0.25, 0.375, 0.5, 0.575, 0.625, 0.675, 0.75, 0.875),
-    refine: Sequence[float] = (),
-    nas: Sequence[float] = (),
+    nfes: Sequence[int] | None = None,
+    refine: Sequence[int] = (),
+    nas: Sequence[int] = (),
     batch_size: int = 16,
+    lpips: bool = False,
     path: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -70,110 +82,118 @@ def frontier(
         calibration: of this pipeline as it is set up.
         prompts, seeds: to measure with.
         search_prompts: for what searches by real runs.
-        budgets: shares of full guidance's NFEs at which policies with a budget are measured.
+        nfes: budgets at which policies that have one are measured. Default: eight, from a quarter to 7/8 of full
+            guidance's NFEs.
         refine, nas: budgets at which to search by real runs, and by the paper's method.
+        lpips: whether to measure LPIPS too; see `Fidelity`.
         path: JSON file to write after every row; rows found in it are not measured again.
         progress: called as progress(what, done, in all).
+
+    Raises:
+        CalibrationMismatch: what lies at `path` was measured with another calibration, other prompts or seeds.
     """
-    steps = calibration.setting["calibrated"]["num_inference_steps"]
-    scale = calibration.setting["guidance_scale"]
-    planned = _plan(pipe, calibration, search_prompts, steps, scale, budgets, refine, nas)
-    plan = list({row[1]: row for row in planned}.values())  # two budgets may come to the same row
-    known = {row.label: row for row in (_read(path, calibration, prompts, seeds) if path is not None else [])}
+    steps = calibration.num_inference_steps
+    if nfes is None:
+        nfes = [round(2 * calibration.steps * share) for share in (0.25, 0.375, 0.5, 0.575, 0.625, 0.675, 0.75, 0.875)]
+    planned = _plan(pipe, calibration, search_prompts, sorted({*nfes}), refine, nas)
+    plan = list({row.label: row for row in planned}.values())  # two budgets may come to the same row
+    about = _about(calibration, prompts, seeds, lpips)
+    known = {row.label: row for row in ([] if path is None else read(path, about))}
     rows: list[Row] = []
     fidelity: Fidelity | None = None
     for done, (series, label, make, changed) in enumerate(plan):
         if progress is not None:
             progress(label, done, len(plan))
         if label not in known:
-            if fidelity is None:
-                fidelity = Fidelity(
-                    pipe,
-                    prompts,
-                    seeds,
-                    num_inference_steps=steps,
-                    guidance_scale=scale,
-                    batch_size=batch_size,
-                    perceptual=perceptual(),
-                )
+            fidelity = fidelity or Fidelity(
+                pipe, prompts, seeds, num_inference_steps=steps, guidance_scale=calibration.setting["guidance_scale"],
+                batch_size=batch_size, lpips=lpips,
+            )  # fmt: skip
             known[label] = Row(series, label, *fidelity(make(), **changed))
         rows.append(known[label])
         if path is not None:
-            _write(path, rows, calibration, prompts, seeds)
+            _write(path, rows, about)
     return rows
 
 
 def _plan(
-    pipe: Any, calibration: Calibration, search_prompts: Sequence[str], steps: int, scale: float,
-    budgets: Sequence[float], refine: Sequence[float], nas: Sequence[float],
-) -> Iterator[tuple[str, str, Callable[[], Policy], dict[str, Any]]]:  # fmt: skip
-    """(series, label, policy, changed arguments) of every row; searches run when their row does."""
-    count = calibration.steps
-    at = sorted({max(2, round(2 * budget * count)) for budget in budgets})
-    for nfe in at:
-        fewer, n = (nfe + 1) // 2, nfe - count
-        yield FEWER, f"{fewer} steps", EveryStep, {"num_inference_steps": fewer}
-        yield (
-            EVEN,
-            f"{nfe // 2} both, evenly",
-            (lambda nfe=nfe: Schedule(even(count, nfe // 2, "neither"), calibration)),
-            {},
-        )
-        yield SEARCHED, f"search({nfe})", lambda nfe=nfe: search(calibration, nfe), {}
+    pipe: DiffusionPipeline,
+    calibration: Calibration,
+    search_prompts: Sequence[str],
+    nfes: Iterable[int],
+    refine: Iterable[int],
+    nas: Iterable[int],
+) -> Iterator[_Planned]:
+    """Every row; searches run when their row does."""
+    count, steps = calibration.steps, calibration.num_inference_steps
+    scale = calibration.setting["guidance_scale"]
+
+    def row(series: str, label: str, make: Callable[..., Policy], *args: Any, **changed: Any) -> _Planned:
+        return _Planned(series, label, partial(make, *args), changed)
+
+    for nfe in nfes:
+        fewer = max(1, round(steps * nfe / (2 * count)))
+        yield row(FEWER, f"{fewer} steps", EveryStep, num_inference_steps=fewer)
+        yield row(EVEN, f"{nfe // 2} both, evenly", Schedule, even(count, nfe // 2, "neither"), calibration)
+        yield row(SEARCHED, f"search({nfe})", search, calibration, nfe)
+        n = nfe - count
         if n < 2:
             continue
-        yield STOP, f"first {n} steps", lambda n=n: StepAG(n / count), {}
         lag = max(1, round(0.1 * count))
         if n + lag <= count:
-            yield (
-                INTERVAL,
-                f"steps {lag} to {n + lag}",
-                (lambda n=n, lag=lag: Interval(lag / count, (n + lag - 0.5) / count)),
-                {},
-            )
-        yield HOLD, f"held, {n} evenly", lambda n=n: Schedule(even(count, n)), {}
-        yield CONDITIONAL, f"fitted, {n} evenly", lambda n=n: Schedule(even(count, n), calibration), {}
-        yield (
-            SEARCHED_CONDITIONAL,
-            f"search({nfe}, skip=False)",
-            (lambda nfe=nfe: search(calibration, nfe, skip=False)),
-            {},
-        )
-        policy = AdaptiveGuidance.from_calibration(calibration, 1 - nfe / (2 * count))
-        yield AG, f"AG({policy.threshold:.4f})", lambda policy=policy: policy, {}
+            yield row(INTERVAL, f"steps {lag} to {n + lag}", Interval, lag / count, (n + lag - 0.5) / count)
+        yield row(HOLD, f"held, {n} evenly", Schedule, even(count, n))
+        yield row(CONDITIONAL, f"fitted, {n} evenly", Schedule, even(count, n), calibration)
+        yield row(
+            SEARCHED_CONDITIONAL, f"search({nfe}, skip=False)", partial(search, skip=False), calibration, nfe
+        )  # fmt: skip
+        policy: Policy = AdaptiveGuidance.from_calibration(calibration, 1 - nfe / (2 * count))
+        yield row(AG, repr(policy), partial(lambda policy: policy, policy))
+    for n in range(1, count):
+        yield row(STOP, f"first {n} steps", StepAG, n / count)
     for policy in (Hold(2, last=True), Hold(3, last=True), Hold(4, last=True), DEFAULT_POLICY):
-        label = f"Hold({policy.period}, warmup={policy.warmup}, last={policy.last})"
-        yield PERIODIC, label, lambda policy=policy: policy, {}
-    yield PUBLISHED_HELD, "published, held", LinearAG, {}
-    yield PUBLISHED, "published, fitted", lambda: LinearAG(calibration), {}
-    for budget in refine:
-        nfe = round(2 * budget * count)
-        yield (
-            REFINED,
-            f"search({nfe}, refine)",
-            (lambda nfe=nfe: search(calibration, nfe, refine=(pipe, search_prompts))),
-            {},
-        )
-    for budget in nas:
-        nfe = round(2 * budget * count)
-        yield (
-            NAS,
-            f"search_nas({nfe})",
-            (lambda nfe=nfe: search_nas(pipe, search_prompts, nfe, num_inference_steps=steps, guidance_scale=scale)),
-            {},
-        )
+        yield row(PERIODIC, repr(policy), partial(lambda policy: policy, policy))
+    yield row(PUBLISHED_HELD, "published, held", LinearAG)
+    yield row(PUBLISHED, "published, fitted", LinearAG, calibration)
+    for nfe in refine:
+        make: Callable[..., Policy] = partial(search, refine=(pipe, search_prompts))
+        yield row(REFINED, f"search({nfe}, refine)", make, calibration, nfe)
+    for nfe in nas:
+        make = partial(search_nas, num_inference_steps=steps, guidance_scale=scale)
+        yield row(NAS, f"search_nas({nfe})", make, pipe, search_prompts, nfe)
 
 
-def best_at(rows: Sequence[Row], series: Sequence[str], nfe: float) -> float | None:
-    """The highest PSNR of these series at a budget, interpolated between a series' own neighbouring rows."""
+# What the rows say
+
+
+def best_at(rows: Sequence[Row], series: Sequence[str], nfe: float) -> tuple[float, str] | None:
+    """(PSNR, series) of the best of these series at a budget, each interpolated between its neighbouring rows."""
     found = []
     for name in series:
         line = sorted((row.nfe, row.psnr) for row in rows if row.series == name)
-        found += [psnr for at, psnr in line if at == nfe]
+        found += [(psnr, name) for at, psnr in line if at == nfe]
         for (a, low), (b, high) in itertools.pairwise(line):
             if a < nfe < b:
-                found.append(low + (high - low) * (nfe - a) / (b - a))
+                found.append((low + (high - low) * (nfe - a) / (b - a), name))
     return max(found, default=None)
+
+
+def cheapest(rows: Sequence[Row], psnr: float) -> Row | None:
+    """The row with the fewest NFEs of all that come within `psnr` dB of full guidance, or better."""
+    return min((row for row in rows if row.psnr >= psnr), key=lambda row: (row.nfe, -row.psnr), default=None)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows in Markdown, the cheapest first."""
+    perceived = any(row.lpips is not None for row in rows)
+    lines = ["| NFEs | PSNR, dB | SSIM |" + " LPIPS |" * perceived + " policies | |"]
+    lines.append("|---:|---:|---:|" + "---:|" * perceived + "---|---|")
+    for row in sorted(rows, key=lambda row: (row.nfe, -row.psnr)):
+        cells = [f"{row.nfe:.2f}".removesuffix(".00"), f"{row.psnr:.2f}", f"{row.ssim:.4f}"]
+        cells += [f"{row.lpips:.4f}"] if row.lpips is not None else []
+        series = f"**{row.series}**" if row.series in OURS else row.series
+        lines.append(f"| {' | '.join([*cells, series, row.label])} |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
@@ -195,24 +215,41 @@ def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
     return figure
 
 
-def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    return {"calibration": repr(calibration), "prompts": list(prompts), "seeds": list(seeds)}
+# Its file
 
 
-def _write(path: str | Path, rows: Sequence[Row], calibration: Calibration, prompts, seeds) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = _about(calibration, prompts, seeds)
-    path.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-
-
-def _read(path: str | Path, calibration: Calibration, prompts, seeds) -> list[Row]:
-    """Rows of an earlier call, if it measured the same."""
+def read(path: str | Path, about: dict[str, Any] | None = None) -> list[Row]:
+    """The rows in a file that `frontier` wrote; none where there is no file."""
     path = Path(path)
     if not path.is_file():
         return []
     found = json.loads(path.read_text())
     rows = found.pop("rows")
-    if found != _about(calibration, prompts, seeds):
-        raise ValueError(f"{path} holds a frontier measured with other settings: choose another file or delete it")
+    if about is not None and found != about:
+        raise CalibrationMismatch(
+            f"{path} holds a frontier measured with another calibration or other settings: choose another file, or "
+            "delete it"
+        )
     return [Row(**row) for row in rows]
+
+
+def _write(path: str | Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(path.name + ".partial")
+    partial_file.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    partial_file.replace(path)
+
+
+def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int], lpips: bool) -> dict[str, Any]:
+    """What rows depend on."""
+    digest = hashlib.sha256()
+    for moments in calibration.denoisers.values():
+        digest.update(moments.gram.numpy().tobytes())
+    return {
+        "calibration": repr(calibration),
+        "digest": digest.hexdigest()[:16],
+        "prompts": list(prompts),
+        "seeds": list(seeds),
+        "lpips": lpips,
+    }

@@ -24,12 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.calibrate import Progress
 from diffusers_guidance.pipelines.run import Run
 from diffusers_guidance.policies import EveryStep, Schedule
 from diffusers_guidance.rules import CFG, Coefficients, Gram, Rule
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is running, done, in all)"""
 
 
 @dataclass(frozen=True)

@@ -143,10 +143,11 @@ class Run:
         ]
         unguided = [decision.action == "conditional" for decision in plan]
         c, u, w = self._verify(denoiser, output, sample, any(evaluated) or not all(unguided))
-        if self.policy.calibration is not None and not denoiser.history.cond:  # its first guided step
-            self.policy.calibration.check(setting(self.pipe, denoiser.name, w))
-        formula = denoiser.formula
+        formula, history = denoiser.formula, denoiser.history
         assert formula is not None
+        assert history is not None
+        if self.policy.calibration is not None and not history.cond:  # its first guided step
+            self.policy.calibration.check(setting(self.pipe, denoiser.name, w))
         sample = formula.view.working(sample)
         space = self._space(c, sample)
         similarity = self._remember(denoiser, space, sample, c, u, evaluated)

@@ -200,7 +200,7 @@ def test_ray_workers_make_the_same(pipe):
     if not os.environ.get("DIFFUSERS_GUIDANCE_TEST_RAY"):
         pytest.skip("starts a Ray cluster: set DIFFUSERS_GUIDANCE_TEST_RAY=1")
     shared = calibrate_on_ray(
-        lambda: pipe, PROMPTS, workers=2, trajectories=4, num_inference_steps=STEPS, guidance_scale=SCALE,
+        lambda: pipe, PROMPTS, shares=2, trajectories=4, num_inference_steps=STEPS, guidance_scale=SCALE,
         height=16, width=16,
     )  # fmt: skip
     alone = calibration_of(pipe, trajectories=4)
@@ -347,7 +347,7 @@ def test_runs_of_anything_else_are_refused_by_name(pipe):
             pipe("a dog", **{**usual, **changes})
 
     refused("guidance_scale: 5.0, calibrated for 4.0", guidance_scale=5.0)
-    refused("steps", num_inference_steps=STEPS + 1)
+    refused("has 6 steps, .* 5 steps", num_inference_steps=STEPS + 1)
     config = pipe.scheduler.config
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, solver_order=1)
     refused("scheduler.config.solver_order: 1, calibrated for 2")

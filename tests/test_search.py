@@ -8,15 +8,25 @@ import pytest
 import torch
 from tiny import PIPELINES, counting
 
-from diffusers_guidance import CFG, LinearAG, Schedule, StepAG, attach
-from diffusers_guidance.calibration import Calibration, Fit, Moments, combinations
-from diffusers_guidance.pipelines.calibrate import calibrate, gram
+from diffusers_guidance import (
+    CFG,
+    CalibrationMismatch,
+    Fit,
+    LinearAG,
+    Schedule,
+    StepAG,
+    attach,
+    calibrate,
+    search,
+    search_nas,
+)
+from diffusers_guidance.calibration import Calibration, Moments, combinations
+from diffusers_guidance.pipelines.calibrate import gram
 from diffusers_guidance.pipelines.fidelity import Fidelity, psnr, ssim
 from diffusers_guidance.pipelines.frontier import OURS, Row, best_at, frontier, plot
-from diffusers_guidance.pipelines.nas import Mixture, _run, checkpointed, search_nas
-from diffusers_guidance.pipelines.searching import search
+from diffusers_guidance.pipelines.nas import Mixture, _run, checkpointed
 from diffusers_guidance.policies import published
-from diffusers_guidance.search import climb, even, predicted_error, shortlist
+from diffusers_guidance.schedules import climb, even, predicted_error, shortlist
 
 STEPS = 6
 SCALE = 4.0
@@ -56,7 +66,7 @@ def invented(steps, parts=1):
         first += own
     setting = {
         "pipeline": "P", "scheduler": {"class": "S"}, "guidance_scale": SCALE,
-        "timesteps": [0.0] * steps, "gains": torch.rand(steps).tolist(),
+        "timesteps": [0.0] * steps, "gains": torch.rand(steps).tolist(), "calibrated": {"num_inference_steps": steps},
     }  # fmt: skip
     return Calibration(setting, denoisers, {"": 8})
 
@@ -182,7 +192,7 @@ def test_climbing_ends_at_no_less_than_any_candidate(seed):
     assert {even(10, 6), even(10, 8, "neither"), published(10)} <= {tuple(s.actions) for s in candidates}
     found = climb(candidates, measure, 20)
     assert len(tried) == len(set(map(shown, tried))) <= 20
-    assert found.quality == max(map(measure, list(tried)))
+    assert measure(found) == max(map(measure, list(tried)))
     assert all(schedule.nfe <= 16 for schedule in tried)
 
 
@@ -301,7 +311,7 @@ def test_search_by_gradients_keeps_to_the_budget_and_leaves_the_pipeline_alone(p
 def test_frontier_measures_every_row_once(pipe, tmp_path):
     calibration = calibrate(pipe, PROMPTS, trajectories=2, num_inference_steps=STEPS, guidance_scale=SCALE)
     path = tmp_path / "out" / "frontier.json"
-    settings = {"search_prompts": PROMPTS[:1], "budgets": (0.5, 0.75), "path": path}
+    settings = {"search_prompts": PROMPTS[:1], "nfes": (6, 9), "path": path}
     seen = []
     rows = frontier(pipe, calibration, PROMPTS[:1], progress=lambda *at: seen.append(at[0]), **settings)
     assert seen == [row.label for row in rows]
@@ -312,7 +322,7 @@ def test_frontier_measures_every_row_once(pipe, tmp_path):
     assert (row.nfe, row.psnr) == pytest.approx(fidelity(LinearAG(calibration))[:2], rel=1e-4)
     assert json.loads(path.read_text())["rows"][0]["series"] == rows[0].series
     assert frontier(pipe, calibration, PROMPTS[:1], **settings) == rows
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(CalibrationMismatch, match="other settings"):
         frontier(pipe, calibration, PROMPTS[:2], **settings)
     plot(rows, tmp_path / "frontier.png", "title")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
@@ -320,6 +330,6 @@ def test_frontier_measures_every_row_once(pipe, tmp_path):
 
 def test_best_at_a_budget_interpolates_within_a_series():
     rows = [Row("a", "1", 10, 20.0, 1), Row("a", "2", 20, 30.0, 1), Row("b", "3", 15, 24.0, 1)]
-    assert best_at(rows, ["a", "b"], 15) == 25
-    assert best_at(rows, ["b"], 15) == 24
+    assert best_at(rows, ["a", "b"], 15) == (25, "a")
+    assert best_at(rows, ["b"], 15) == (24, "b")
     assert best_at(rows, ["b"], 16) is None

@@ -14,7 +14,6 @@ part of a schedule: an estimate costs no evaluation more, and its squared residu
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,25 +22,13 @@ from diffusers_guidance.calibration import DELTAS, Calibration, Fit, Moments, co
 from diffusers_guidance.policies import NFES, Action, Schedule, published
 
 
-class Measured(NamedTuple):
-    """A schedule and what real runs gave for it: higher is better (PSNR in dB, say)."""
-
-    schedule: Schedule
-    quality: float
-
-
-Measure = Callable[[Schedule], float]
-
-
-def search(
+def closed_form(
     calibration: Calibration,
     nfe: int | None = None,
     *,
     error: float | None = None,
     skip: bool = True,
     fit: Fit = DELTAS,
-    measure: Measure | None = None,
-    runs: int = 24,
 ) -> Schedule:
     """The schedule with the least predicted error for a budget, or the cheapest with a predicted error.
 
@@ -51,28 +38,20 @@ def search(
         skip: whether a step may evaluate nothing; else all evaluate the conditional prediction at least, and the
             least is one NFE a step and one more for each denoiser.
         fit: how the schedule's left-out predictions are estimated.
-        measure: quality of a schedule in real runs; they then decide among what predictions shortlist, and climb
-            from its best by shifting one evaluated step at a time, `runs` of them in all.
 
     Returns:
-        A `Schedule` with the calibration in it. With `measure` none of the closed form's result, even spacing,
-        and the published schedule where it is as cheap, has measured better.
+        A `Schedule` with the calibration in it.
     """
     if (nfe is None) == (error is None):
         raise ValueError("give either nfe=, the evaluations allowed, or error=, the largest predicted error")
     best = frontier(calibration, skip)
-    if nfe is None:
-        assert error is not None
+    if error is not None:
         if not error >= 0:
             raise ValueError(f"error={error!r}: a share of what guidance does, 0 or more")
         schedules = (Schedule(actions, calibration, fit) for actions in best)
         nfe = next((s.nfe for s in schedules if predicted_error(s) <= error), 2 * calibration.steps)
-    least = _nfe(best[0])
-    if not least <= nfe <= 2 * calibration.steps:
-        raise ValueError(f"nfe={nfe!r}: from {least} to {2 * calibration.steps} for {calibration!r}, skip={skip}")
-    if measure is None:
-        return _within(best, nfe, calibration, fit)
-    return climb(shortlist(calibration, nfe, skip, fit), measure, runs).schedule
+    assert nfe is not None
+    return _within(best, nfe, calibration, fit)
 
 
 def predicted_error(schedule: Schedule) -> float:
@@ -199,31 +178,32 @@ def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = 
     return list({schedule.actions: schedule for schedule in found}.values())
 
 
-def climb(candidates: Sequence[Schedule], measure: Measure, runs: int) -> Measured:
-    """Measures all candidates, then neighbours of the best, an evaluated step shifted by one, while runs remain."""
-    tried: set[tuple[Action, ...]] = set()
+def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], runs: int) -> Schedule:
+    """The best, as measured, of all candidates and then of neighbours of the best, while runs remain.
 
-    def measured(schedule: Schedule) -> Measured:
-        tried.add(tuple(schedule.actions))
-        return Measured(schedule, measure(schedule))
-
-    best = max(map(measured, candidates), key=lambda found: found.quality)
-    improved = True
-    while improved:
-        improved = False
-        for actions in _neighbours(best.schedule.actions):
-            if len(tried) >= runs:
-                return best
-            if actions not in tried:
-                found = measured(Schedule(actions, best.schedule.calibration, best.schedule.fit))
-                if found.quality > best.quality:
-                    best, improved = found, True
-                    break
-    return best
+    Args:
+        candidates: schedules with the same calibration and fit; all are measured.
+        measure: the quality of a schedule in real runs, higher is better (PSNR in dB, say).
+        runs: how many schedules to measure in all; neighbours have one full evaluation a step earlier or later.
+    """
+    quality = {schedule.actions: measure(schedule) for schedule in candidates}
+    calibration, fit = candidates[0].calibration, candidates[0].fit
+    best = max(quality, key=lambda actions: quality[actions])
+    while len(quality) < runs:
+        untried = (actions for actions in _neighbours(best) if actions not in quality)
+        actions = next(untried, None)
+        if actions is None:
+            break
+        quality[actions] = measure(Schedule(actions, calibration, fit))
+        best = max(best, actions, key=lambda actions: quality[actions])
+    return Schedule(best, calibration, fit)
 
 
 def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibration, fit: Fit) -> Schedule:
     """The last of `best` within a budget; an NFE left over goes to the conditional prediction where it is worst."""
+    least, most = _nfe(best[0]), _nfe(best[-1])
+    if not least <= nfe <= most:
+        raise ValueError(f"nfe={nfe!r}: from {least} to {most} for such schedules of {calibration!r}")
     actions = max((each for each in best if _nfe(each) <= nfe), key=_nfe)
     if _nfe(actions) < nfe:
         worst = torch.zeros(calibration.steps, dtype=torch.float64)
