@@ -13,6 +13,7 @@ arXiv 2312.12487, section 5). With R the predictions there will be by then, and 
 Such Grams add: several machines may each calibrate a share.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -163,6 +164,11 @@ class Calibration:
     def steps(self) -> int:
         """Evaluations of a whole run."""
         return len(self.setting["timesteps"])
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of its Gram matrices: what was measured with it can say so."""
+        return hashlib.sha256(b"".join(m.gram.numpy().tobytes() for m in self.denoisers.values())).hexdigest()[:16]
 
     @property
     def num_inference_steps(self) -> int:

@@ -15,7 +15,7 @@ anything else then decides only how the step is used. To add a policy, subclass 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -269,6 +269,7 @@ class Schedule(Policy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "actions", tuple(self.actions))
+        _check_calibration(self.calibration)
         for i, action in enumerate(self.actions):
             if action not in NFES:
                 raise ValueError(f"actions[{i}]={action!r}: one of {', '.join(NFES)}")
@@ -347,6 +348,7 @@ class LinearAG(Policy):
     fit: Fit = UNCONDS
 
     def __post_init__(self) -> None:
+        _check_calibration(self.calibration)
         if self.actions is not None:
             object.__setattr__(self, "actions", Schedule(self.actions, self.calibration, self.fit).actions)
 
@@ -367,6 +369,11 @@ class LinearAG(Policy):
 
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         return self.schedule(step.count).predict(step, history)
+
+
+def _check_calibration(calibration: Any) -> None:
+    if not isinstance(calibration, Calibration | None):
+        raise TypeError(f"calibration={calibration!r}: a Calibration, such as Calibration.load(file)")
 
 
 def published(steps: int) -> tuple[Action, ...]:

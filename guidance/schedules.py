@@ -44,7 +44,7 @@ def closed_form(
     """
     if (nfe is None) == (error is None):
         raise ValueError("give either nfe=, the evaluations allowed, or error=, the largest predicted error")
-    best = frontier(calibration, skip)
+    best = optima(calibration, skip)
     if error is not None:
         if not error >= 0:
             raise ValueError(f"error={error!r}: a share of what guidance does, 0 or more")
@@ -70,7 +70,7 @@ def predicted_error(schedule: Schedule) -> float:
     return (total / reference) ** 0.5 if reference else 0.0
 
 
-def frontier(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> list[tuple[Action, ...]]:
+def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> list[tuple[Action, ...]]:
     """The best actions by the number of full evaluations, one for each denoiser first, then one more each.
 
     `tilt` multiplies the gains by exp(tilt * share of the run gone by): above 0 it cares more about late steps.
@@ -169,7 +169,7 @@ def even(steps: int, evaluated: int, left: Action = "extrapolate") -> tuple[Acti
 
 def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = DELTAS) -> list[Schedule]:
     """Candidates for a budget, the closed form's best first."""
-    found = [_within(frontier(calibration, skip, tilt), nfe, calibration, fit) for tilt in (0.0, -1.0, 1.0, -2.0, 2.0)]
+    found = [_within(optima(calibration, skip, tilt), nfe, calibration, fit) for tilt in (0.0, -1.0, 1.0, -2.0, 2.0)]
     steps, usual = calibration.steps, published(calibration.steps)
     others = [even(steps, nfe - steps)] if nfe > steps else []
     others += [even(steps, nfe // 2, "neither")] if skip else []

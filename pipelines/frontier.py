@@ -1,6 +1,5 @@
 """The frontier: fidelity to full guidance against NFEs, for every way this package knows of saving them."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,6 +68,7 @@ def frontier(
     search_prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
     nfes: Sequence[int] | None = None,
+    stops: Sequence[int] | None = None,
     refine: Sequence[int] = (),
     nas: Sequence[int] = (),
     batch_size: int = 16,
@@ -84,6 +84,7 @@ def frontier(
         search_prompts: for what searches by real runs.
         nfes: budgets at which policies that have one are measured. Default: eight, from a quarter to 7/8 of full
             guidance's NFEs.
+        stops: after how many steps guidance is stopped. Default: after each.
         refine, nas: budgets at which to search by real runs, and by the paper's method.
         lpips: whether to measure LPIPS too; see `Fidelity`.
         path: JSON file to write after every row; rows found in it are not measured again.
@@ -95,7 +96,7 @@ def frontier(
     steps = calibration.num_inference_steps
     if nfes is None:
         nfes = [round(2 * calibration.steps * share) for share in (0.25, 0.375, 0.5, 0.575, 0.625, 0.675, 0.75, 0.875)]
-    planned = _plan(pipe, calibration, search_prompts, sorted({*nfes}), refine, nas)
+    planned = _plan(pipe, calibration, search_prompts, sorted({*nfes}), stops, refine, nas)
     plan = list({row.label: row for row in planned}.values())  # two budgets may come to the same row
     about = _about(calibration, prompts, seeds, lpips)
     known = {row.label: row for row in ([] if path is None else read(path, about))}
@@ -121,6 +122,7 @@ def _plan(
     calibration: Calibration,
     search_prompts: Sequence[str],
     nfes: Iterable[int],
+    stops: Iterable[int] | None,
     refine: Iterable[int],
     nas: Iterable[int],
 ) -> Iterator[_Planned]:
@@ -149,7 +151,7 @@ def _plan(
         )  # fmt: skip
         policy: Policy = AdaptiveGuidance.from_calibration(calibration, 1 - nfe / (2 * count))
         yield row(AG, repr(policy), partial(lambda policy: policy, policy))
-    for n in range(1, count):
+    for n in range(1, count) if stops is None else stops:
         yield row(STOP, f"first {n} steps", StepAG, n / count)
     for policy in (Hold(2, last=True), Hold(3, last=True), Hold(4, last=True), DEFAULT_POLICY):
         yield row(PERIODIC, repr(policy), partial(lambda policy: policy, policy))
@@ -243,12 +245,9 @@ def _write(path: str | Path, rows: Sequence[Row], about: dict[str, Any]) -> None
 
 def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int], lpips: bool) -> dict[str, Any]:
     """What rows depend on."""
-    digest = hashlib.sha256()
-    for moments in calibration.denoisers.values():
-        digest.update(moments.gram.numpy().tobytes())
     return {
         "calibration": repr(calibration),
-        "digest": digest.hexdigest()[:16],
+        "digest": calibration.digest,
         "prompts": list(prompts),
         "seeds": list(seeds),
         "lpips": lpips,

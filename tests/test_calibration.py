@@ -1,24 +1,31 @@
 """Calibrations: their Gram matrices, the estimates fitted to them, and what they are refused for."""
 
 import copy
-import os
+import json
 
 import diffusers
 import pytest
 import torch
-from tiny import PIPELINES, counting
+from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import (
     CFG,
     AdaptiveGuidance,
+    Calibration,
     CalibrationMismatch,
     EveryStep,
+    Fit,
+    Guider,
     LinearAG,
     Schedule,
     attach,
+    calibrate,
+    samples,
+    search,
 )
-from diffusers_guidance.calibration import Calibration, Fit, Moments, combinations, gains
-from diffusers_guidance.pipelines.calibrate import calibrate, calibrate_on_ray, gram
+from diffusers_guidance.calibration import Moments, _differences, combinations, gains
+from diffusers_guidance.pipelines.calibrate import Recorder, calibrate_on_ray, gram
+from diffusers_guidance.pipelines.fingerprint import module_fingerprint, setting
 from diffusers_guidance.spaces import spaces
 
 STEPS = 5
@@ -193,18 +200,34 @@ def test_interrupted_it_goes_on_where_it_stopped(pipe, tmp_path):
     torch.testing.assert_close(finished.denoisers["unet"].gram, whole, rtol=1e-9, atol=0)
     with pytest.raises(CalibrationMismatch, match="seed"):
         calibration_of(pipe, path=path, seed=1)
+    changed = copy.deepcopy(pipe)
+    changed.unet.conv_in.weight.data *= 1.01
+    with pytest.raises(CalibrationMismatch, match=r"denoisers\.unet\.weights differ"):
+        calibration_of(changed, path=path)
+    changed = copy.deepcopy(pipe)
+    changed.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=1)
+    with pytest.raises(CalibrationMismatch, match=r"scheduler\.config\.solver_order"):
+        calibration_of(changed, path=path)
 
 
-def test_ray_workers_make_the_same(pipe):
-    pytest.importorskip("ray")
-    if not os.environ.get("DIFFUSERS_GUIDANCE_TEST_RAY"):
-        pytest.skip("starts a Ray cluster: set DIFFUSERS_GUIDANCE_TEST_RAY=1")
+def test_ray_workers_make_the_same(pipe, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'diffusers-guidance[ray]'")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    path, seen = tmp_path / "calibration.safetensors", []
+    first = calibration_of(pipe, trajectories=3, share=(0, 2), path=f"{path}.0-of-2")  # of an interrupted call
     shared = calibrate_on_ray(
-        lambda: pipe, PROMPTS, shares=2, trajectories=4, num_inference_steps=STEPS, guidance_scale=SCALE,
-        height=16, width=16,
+        lambda: pipe, PROMPTS, shares=2, trajectories=3, num_inference_steps=STEPS, guidance_scale=SCALE,
+        height=16, width=16, path=path, progress=lambda *at: seen.append(at),
     )  # fmt: skip
-    alone = calibration_of(pipe, trajectories=4)
+    assert seen == [("shares", 1, 2), ("shares", 2, 2)]
+    alone = calibration_of(pipe, trajectories=3)
     torch.testing.assert_close(shared.denoisers["unet"].gram, alone.denoisers["unet"].gram, rtol=1e-4, atol=1e-3)
+    assert (first.trajectories, shared.trajectories, shared.prompts) == (2, 3, {"": 3})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert Calibration.load(path).digest == shared.digest
+    with pytest.raises(ValueError, match="shares=4: from 1 to 3"):
+        calibrate_on_ray(lambda: pipe, PROMPTS, shares=4, trajectories=3)
 
 
 # Using it
@@ -282,11 +305,6 @@ def test_two_experts_have_a_history_and_a_fit_each():
     entry = PIPELINES["WanPipeline, two experts"]
     if not entry.available:
         pytest.skip("this diffusers has no WanPipeline")
-    from tiny import run
-
-    from diffusers_guidance.pipelines.calibrate import Recorder
-    from diffusers_guidance.pipelines.fingerprint import setting
-
     pipe = entry.build()
     recorder = Recorder()
     with attach(pipe, CFG(), recorder):
@@ -354,16 +372,115 @@ def test_runs_of_anything_else_are_refused_by_name(pipe):
     pipe.scheduler = diffusers.DDIMScheduler.from_config(config)
     refused("scheduler.class: 'DDIMScheduler', calibrated for 'DPMSolverMultistepScheduler'")
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    original = copy.deepcopy(pipe.unet.state_dict())
     for parameter in pipe.unet.parameters():
-        parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
+        parameter.data *= 1 + 0.003 * torch.randn_like(parameter)
     refused("denoisers.unet.weights differ")
+    pipe.unet.load_state_dict(original)
+    pipe.unet.add_module("adapter", torch.nn.Linear(1, 1))
+    refused("denoisers.unet.parameters: ")
 
 
-def test_same_model_in_another_dtype_is_accepted(pipe):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_model_in_another_dtype_is_accepted(pipe, dtype):
     found = calibration_of(pipe)
-    with attach(pipe.to(torch.bfloat16), CFG(), LinearAG(found)) as handle:
+    with attach(pipe.to(dtype), CFG(), LinearAG(found)) as handle:
         pipe("a dog", num_inference_steps=STEPS, guidance_scale=SCALE, height=16, width=16, output_type="latent")
     assert handle.report.nfe == STEPS + 2
+
+
+def test_fingerprints_hold_for_the_same_weights_alone(pipe):
+    made = {"unet": module_fingerprint(pipe.unet)}
+    assert json.loads(json.dumps(made)) == made
+
+    def differences(unet):
+        return [*_differences(made, {"unet": module_fingerprint(unet)}, "")]
+
+    assert differences(torch.compile(pipe.unet)) == []
+    assert differences(copy.deepcopy(pipe.unet).to("meta")) == []  # offloaded: nothing to compare
+    stored = copy.deepcopy(pipe.unet)
+    for module in stored.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(torch.float8_e4m3fn)  # as enable_layerwise_casting keeps them
+    assert differences(stored) == []
+    tuned = copy.deepcopy(pipe.unet)
+    for parameter in tuned.parameters():
+        parameter.data += 0.01 * parameter.data.std() * torch.randn_like(parameter)
+    assert differences(tuned) == ["unet.weights differ"]
+    assert differences(tuned.to(torch.float16)) == ["unet.weights differ"]
+    assert _differences({"timesteps": [900.0, 400.0]}, {"timesteps": [900.0, 500.0]}, "").__next__() == (
+        "timesteps[1]: 500.0, calibrated for 400.0"
+    )
+
+
+def test_shipped_calibrations_are_of_the_shipped_model():
+    """Whatever weights it has: another model needs other calibrations (make calibrations)."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(samples.MODEL, local_files_only=True)
+    files = sorted(samples.CALIBRATIONS.glob("*.safetensors"))
+    assert files
+    used = {"denoisers": {"unet": module_fingerprint(pipe.unet)}}
+    for file in files:
+        found = Calibration.load(file)
+        assert found.trajectories == 200
+        found.check(used)
+        _, steps, scale = file.stem.split("-")
+        assert (found.steps, found.setting["guidance_scale"]) == (int(steps), float(scale))
+    assert not {*samples.HELDOUT_PROMPTS.read_text().split("\n")} & {
+        *samples.CALIBRATION_PROMPTS.read_text().split("\n")
+    } - {""}
+
+
+# Other kinds of pipelines
+
+
+def test_flow_matching_is_calibrated_and_searched_for():
+    entry = PIPELINES["LongCatImagePipeline, without renorm"]  # which calls its transformer for each half
+    if not entry.available:
+        pytest.skip("this diffusers has no LongCatImagePipeline")
+    pipe = entry.build()
+    call = {name: value for name, value in entry.call().items() if not name.endswith("prompt")}
+    call |= {"num_inference_steps": STEPS}
+    found = calibrate(pipe, PROMPTS, trajectories=4, negative_prompts=("", "blue"), **call)
+    assert found.setting["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
+    assert found.gains.isfinite().all()
+    assert (found.gains[1:] > 0).all()  # the first step sees nothing but noise
+    schedule = search(found, 6)
+    with counting(pipe.transformer) as count, attach(pipe, CFG(), schedule) as handle:
+        pipe("a dog", output_type="latent", **call)
+    assert count.total == handle.report.nfe == 6
+    assert [step.action[0] for step in handle.report.steps] == list(schedule.actions)
+    with attach(pipe, CFG(), schedule), pytest.raises(CalibrationMismatch, match="guidance_scale"):
+        pipe("a dog", output_type="latent", **{**call, "guidance_scale": 9.0})
+
+
+def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
+    from test_guider import STEPS as steps
+    from test_guider import Pair, assert_same, by_hand
+
+    pair = Pair("StableDiffusionXLPipeline")
+    with attach(pair.classic, CFG(), recorder := Recorder()):
+        pair.run_classic(2)
+        ((name, (first, history)),) = recorder.histories.items()
+        made = setting(pair.classic, name, pair.family.scale) | {"gains": [1.0] * steps}
+    similarity = {space: history.agreement(space).T for space in ("denoised", "noise")}
+    found = Calibration(made, {name: Moments(first, gram(history.cond, history.uncond), similarity)}, {"": 2})
+    with attach(pair.classic, CFG(), Schedule(["both", "both", "extrapolate", "both", "extrapolate"], found)):
+        expected = pair.run_classic(2)
+    (guider,) = pair.guide(CFG(), Schedule(["both", "both", "extrapolate", "both", "extrapolate"], found))
+    assert_same(pair.run(2), expected)
+    assert [step.nfe for step in guider.report.steps] == [4, 4, 2, 4, 2]
+    # A modular loop evaluates something at every step.
+    (guider,) = pair.guide(CFG(), Schedule(["both", "both", "neither", "both", "extrapolate"], found))
+    pair.run(2)
+    assert [step.nfe for step in guider.report.steps] == [4, 4, 4, 4, 2]
+    assert guider.report.steps[2].action == ["both", "both"]
+
+    other = Calibration(made | {"guidance_scale": 9.0}, found.denoisers, {"": 2})
+    (guider,) = pair.guide(CFG(), LinearAG(other))
+    with pytest.raises(CalibrationMismatch, match="guidance_scale"):
+        pair.run(2)
+    with pytest.raises(CalibrationMismatch, match="no pipeline in reach"):
+        by_hand(Guider(CFG(), LinearAG(found)))
 
 
 @pytest.mark.parametrize(
@@ -373,6 +490,7 @@ def test_same_model_in_another_dtype_is_accepted(pipe):
         (lambda: Schedule(["both", "neither"]), r"actions\[1\].*needs a calibration"),
         (lambda: Fit(target="cond"), "target='cond'"),
         (lambda: Fit(ridge=-1), "ridge=-1"),
+        (lambda: Schedule(["neither"]), r'actions\[0\]=.neither. has no "both" before it'),
         (lambda: calibrate(None, []), "prompts"),
         (lambda: calibrate(None, ["a"], share=(2, 2)), r"share=\(2, 2\)"),
         (lambda: calibrate(None, ["a"], trajectories=0), "trajectories=0"),
@@ -381,6 +499,12 @@ def test_same_model_in_another_dtype_is_accepted(pipe):
 def test_wrong_values_are_named(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_calibration_is_no_path():
+    for make in (LinearAG, lambda calibration: Schedule(["both"], calibration)):
+        with pytest.raises(TypeError, match=r"calibration='file': .*Calibration.load"):
+            make("file")
 
 
 # Adaptive Guidance's threshold

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from tiny import PIPELINES, counting
+from typer.testing import CliRunner
 
 from diffusers_guidance import (
     CFG,
@@ -333,3 +334,50 @@ def test_best_at_a_budget_interpolates_within_a_series():
     assert best_at(rows, ["a", "b"], 15) == (25, "a")
     assert best_at(rows, ["b"], 15) == (24, "b")
     assert best_at(rows, ["b"], 16) is None
+
+
+# From the shell
+
+
+def command(*arguments):
+    from diffusers_guidance.pipelines import cli
+
+    return CliRunner().invoke(cli.make_app(), [str(argument) for argument in arguments], terminal_width=200)
+
+
+def test_from_the_shell(pipe, tmp_path):
+    """Calibrates, searches and measures a model in a folder."""
+    pipe.save_pretrained(tmp_path / "model")
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "calibration.safetensors"
+    prompts.write_text("a red apple\n# no prompt\n\na tiger\n")
+    model = ("--model", tmp_path / "model", "--device", "cpu")
+    done = command(
+        "calibrate", file, *model, "--prompts", prompts, "--trajectories", 3, "--steps", STEPS, "--scale", SCALE,
+        "--negative", "", "--negative", "face",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "3 trajectories" in done.output
+    assert Calibration.load(file).prompts == {"": 1, "face": 2}
+
+    done = command("search", file, "--nfe", 8)
+    assert done.exit_code == 0, done.output
+    (actions,) = (json.loads(line) for line in done.output.splitlines() if line.startswith("["))
+    assert actions == list(search(Calibration.load(file), 8).actions)
+    assert "8 of 12 NFEs" in done.output
+    done = command("search", file, "--nfe", 99)
+    assert done.exit_code == 1
+    assert "nfe=99: from 2 to 12" in done.output
+    assert "Traceback" not in done.output
+
+    out = tmp_path / "out"
+    done = command(
+        "frontier", file, *model, "--prompts", prompts, "--search-prompts", prompts, "--nfe", 9, "--out", out
+    )
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in out.iterdir()} == {"frontier.json", "frontier.md", "frontier.png"}
+    assert "search(9)" in done.output
+    assert "search(9)" in (out / "frontier.md").read_text()
+
+    done = command("search-nas", *model, "--prompts", prompts, "--steps", 3, "--nfe", 5, "--iterations", 1)
+    assert done.exit_code == 0, done.output
+    assert "5 of 6 NFEs" in done.output
