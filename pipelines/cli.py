@@ -22,7 +22,7 @@ def make_app() -> typer.Typer:
     """All subcommands."""
     import typer
 
-    from diffusers_guidance.pipelines import commands
+    from diffusers_guidance.pipelines import bench_command, commands
     from diffusers_guidance.pipelines.app import serve
 
     app = typer.Typer(
@@ -34,4 +34,6 @@ def make_app() -> typer.Typer:
     app.command("search")(commands.search_command)
     app.command("search-nas")(commands.search_nas_command)
     app.command("frontier")(commands.frontier_command)
+    app.command("bench")(bench_command.bench_command)
+    app.command("generate")(bench_command.generate_command)
     return app
