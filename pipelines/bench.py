@@ -107,9 +107,7 @@ class Results:
                 else:
                     self.cells[record["key"]] = record
             except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{file}, line {number}: not a line of benchmark results; move the file away"
-                ) from None
+                raise ValueError(f"{file}, line {number}: no result of a benchmark; move the file away") from None
 
     def add(self, record: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
         """Writes the line of a finished cell, after its environment's if that is a new one."""
