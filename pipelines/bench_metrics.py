@@ -373,7 +373,7 @@ def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> lis
                 values,
                 {measure: interval(v) for measure, v in values.items()},
                 [[out / file for file in r["pictures"]] for r in own],
-            )  # fmt: skip
+            )
         )
     return rows
 
