@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo app test conformance lint kernels wheel install clean
+.PHONY: demo app test conformance lint kernels wheel calibrations objective frontier install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -34,6 +34,15 @@ wheel: install ## builds the wheel, and uses it in an environment of its own, fr
 	build/wheel/venv/bin/pip install --quiet torch -c constraints.txt
 	build/wheel/venv/bin/pip install --quiet build/wheel/*.whl -c constraints.txt
 	cd build/wheel && venv/bin/python ../../tests/wheel.py
+
+calibrations: install ## the bundled model's, in samples/calibrations; each of these three goes on where it stopped
+	$(BIN)/python benchmarks/calibrations.py
+
+objective: install ## what the search for schedules rests on, in docs/results/policies
+	$(BIN)/python benchmarks/objective.py
+
+frontier: install ## fidelity against NFEs for every policy, in docs/results/policies
+	$(BIN)/python benchmarks/policies.py
 
 install: $(VENV)/.installed
 

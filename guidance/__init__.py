@@ -8,6 +8,7 @@ print(handle.report)
 handle.detach()
 """
 
+from diffusers_guidance.calibration import Calibration, Fit
 from diffusers_guidance.errors import (
     CalibrationMismatch,
     GuidanceError,
@@ -15,7 +16,10 @@ from diffusers_guidance.errors import (
     UnsupportedScheduler,
 )
 from diffusers_guidance.pipelines.attach import Handle, attach, detach
+from diffusers_guidance.pipelines.calibrate import calibrate
 from diffusers_guidance.pipelines.guider import Guider
+from diffusers_guidance.pipelines.nas import search_nas
+from diffusers_guidance.pipelines.search import search
 from diffusers_guidance.policies import (
     AdaptiveGuidance,
     Decision,
@@ -38,10 +42,12 @@ __all__ = [
     "TCFG",
     "AdaptiveGuidance",
     "CFGZeroStar",
+    "Calibration",
     "CalibrationMismatch",
     "Coefficients",
     "Decision",
     "EveryStep",
+    "Fit",
     "Gram",
     "GuidanceError",
     "Guider",
@@ -61,5 +67,8 @@ __all__ = [
     "UnsupportedPipeline",
     "UnsupportedScheduler",
     "attach",
+    "calibrate",
     "detach",
+    "search",
+    "search_nas",
 ]

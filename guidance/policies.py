@@ -6,6 +6,7 @@ it decides for every sample of the batch, on its own, between
     both           evaluate the conditional and the unconditional prediction
     conditional    evaluate the conditional one alone and use it unguided
     extrapolate    evaluate the conditional one alone and guide with an estimate of the other
+    neither        evaluate nothing and guide with estimates of both
 
 It keeps no state: all memory is in the `History`, which belongs to one run. The first step a denoiser takes
 in a run is always evaluated in full, because the pipeline's guidance is identified there; a plan for
@@ -14,17 +15,25 @@ anything else then decides only how the step is used. To add a policy, subclass 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Action = Literal["both", "conditional", "extrapolate"]
-ACTIONS: tuple[Action, ...] = ("both", "conditional", "extrapolate")
+from diffusers_guidance import kernels
+from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
+from diffusers_guidance.errors import CalibrationMismatch
+
+Action = Literal["both", "conditional", "extrapolate", "neither"]
+NFES: dict[str, int] = {"both": 2, "conditional": 1, "extrapolate": 1, "neither": 0}
+"""Network evaluations each action makes of a sample."""
 
 
 class Decision(NamedTuple):
-    """What to do for one sample at one step, and why (a few words for the report)."""
+    """What to do for one sample at one step, and why (a few words for the report).
+
+    "neither" holds for a whole batch or not at all: where other samples are evaluated, so is this one.
+    """
 
     action: Action
     why: str = ""
@@ -49,6 +58,8 @@ class History:
     """What one run has seen so far of one denoiser, for a batch of `rows` samples."""
 
     rows: int
+    denoiser: str = ""
+    """Its name in the pipeline, such as "unet"."""
     similarity: dict[str, list[Tensor]] = field(default_factory=lambda: {"denoised": [], "noise": []})
     """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated."""
     delta: Tensor | None = None
@@ -75,6 +86,8 @@ class Policy:
     """Whether `plan` looks at similarities, and so needs a scheduler whose predictions can be denoised."""
     remembers = False
     """Whether `estimate` looks back on all predictions of the run, which then are kept in the history."""
+    calibration = None  # type: Calibration | None
+    """What the policy is fitted to; a run of anything else is refused at its first step."""
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         """One decision per sample for the coming step."""
@@ -89,6 +102,10 @@ class Policy:
         assert history.delta is not None and history.velocity is not None
         factor = history.velocity / step.velocity
         return cond - history.delta * factor.to(cond.dtype).view(-1, *[1] * (cond.ndim - 1))
+
+    def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
+        """(cond, uncond), (rows, ...) each, where `plan` said "neither"."""
+        raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
 
 
 def _everyone(history: History, action: Action, why: str = "") -> list[Decision]:
@@ -130,6 +147,20 @@ class AdaptiveGuidance(Policy):
             raise ValueError(f'space={self.space!r}: "denoised" or "noise"')
         if self.patience < 1:
             raise ValueError(f"patience={self.patience!r}: a whole number from 1 up")
+
+    @classmethod
+    def from_calibration(
+        cls, calibration: Calibration, save: float = 0.25, space: Literal["denoised", "noise"] | None = None
+    ) -> "AdaptiveGuidance":
+        """The threshold that saves this share of the NFEs, on average over the calibration's trajectories.
+
+        Args:
+            calibration: of the pipeline, scheduler and number of steps to be used.
+            save: 0 to just below 0.5, the share of the NFEs of a run.
+            space: where the predictions are compared. Default: where the similarity rises most steadily.
+        """
+        threshold, chosen = calibration.threshold(save, space)
+        return cls(threshold, chosen)  # type: ignore[arg-type]
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         agree = history.agreement(self.space) >= self.threshold  # (steps, rows), False for NaN
@@ -227,38 +258,125 @@ class Schedule(Policy):
     """A fixed action for every step of the run, such as a policy search returns.
 
     Args:
-        actions: one of "both", "conditional", "extrapolate" per step. Its length must be the run's number of
-            steps; "extrapolate" needs a "both" before it.
+        actions: one of "both", "conditional", "extrapolate", "neither" per step. Its length must be the run's
+            number of steps; estimates need a "both" before them, and "neither" a calibration.
+        calibration: what estimates are fitted to. None: the last difference of both predictions is held.
+        fit: how they are fitted.
     """
 
     actions: Sequence[Action]
+    calibration: Calibration | None = None
+    fit: Fit = DELTAS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "actions", tuple(self.actions))
+        _check_calibration(self.calibration)
         for i, action in enumerate(self.actions):
-            if action not in ACTIONS:
-                raise ValueError(f"actions[{i}]={action!r}: one of {', '.join(ACTIONS)}")
-            if action == "extrapolate" and "both" not in self.actions[:i]:
-                raise ValueError(f'actions[{i}]="extrapolate" has no "both" before it to extrapolate from')
+            if action not in NFES:
+                raise ValueError(f"actions[{i}]={action!r}: one of {', '.join(NFES)}")
+            if action in ("extrapolate", "neither") and "both" not in self.actions[:i]:
+                raise ValueError(f'actions[{i}]={action!r} has no "both" before it to extrapolate from')
+            if action == "neither" and self.calibration is None:
+                raise ValueError(f'actions[{i}]="neither" needs a calibration: nothing else estimates both predictions')
+        if self.calibration is not None and len(self.actions) != self.calibration.steps:
+            raise CalibrationMismatch(
+                f"the schedule has {len(self.actions)} steps, {self.calibration!r} has not: they must agree"
+            )
+
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        return self.calibration is not None
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one sample."""
+        return sum(NFES[action] for action in self.actions)
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         if len(self.actions) != step.count:
             raise ValueError(f"the schedule has {len(self.actions)} steps, the run {step.count}: they must agree")
         return _everyone(history, self.actions[step.index], "scheduled")
 
+    def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:
+        if self.calibration is None:
+            return super().estimate(step, history, cond)
+        (delta,) = self._combined(step, history, [*history.cond, cond], "delta")
+        return (cond.to(delta.dtype) - delta).to(cond.dtype)
+
+    def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
+        cond, delta = self._combined(step, history, history.cond, "cond", "delta")
+        dtype = history.cond[-1].dtype
+        return cond.to(dtype), (cond - delta).to(dtype)
+
+    def _combined(self, step: Step, history: History, conds: Sequence[Tensor], *wanted: str) -> list[Tensor]:
+        """The step's "cond" or "delta" as fitted combinations of the conditional predictions and past deltas."""
+        assert self.calibration is not None
+        moments, seen = self.calibration.moments(history.denoiser), len(history.cond)
+        if step.index - seen != moments.first:
+            raise CalibrationMismatch(
+                f"this run's first guided step is {step.index - seen}, that of {self.calibration!r} was {moments.first}"
+            )
+        table = self.calibration.coefficients(history.denoiser, self.actions, self.fit)  # (C, 2T, 2T)
+        working = torch.promote_types(conds[0].dtype, torch.float32)
+        found = []
+        for what in wanted:
+            on_cond, on_delta = table[:, seen if what == "cond" else moments.steps + seen].chunk(2, -1)  # (C, T)
+            used = [(on_cond[:, i], c.to(working)) for i, c in enumerate(conds) if on_cond[:, i].any()]
+            for i, u in enumerate(history.uncond):
+                if on_delta[:, i].any():
+                    used.append((on_delta[:, i], conds[i].to(working) - u.to(working)))
+            factors = torch.stack([factor for factor, _ in used])  # (K, C)
+            factors = factors[:, 0] if factors.shape[1] == 1 else factors
+            found.append(kernels.extrapolate(torch.stack([prediction for _, prediction in used]), factors))
+        return found
+
 
 @dataclass(frozen=True)
 class LinearAG(Policy):
-    """LinearAG (arXiv 2312.12487, section 5) on its published schedule.
+    """LinearAG (arXiv 2312.12487, section 5): what is left out is a linear combination of past predictions.
 
-    In the first half of the steps full and estimated evaluations alternate, in the second half the conditional
-    prediction is used alone: 25 NFEs at 20 steps. Without a calibration the estimate holds the last
-    difference of the two predictions.
+    Its published schedule: in the first half of the steps full and estimated evaluations alternate, in the second
+    half the conditional prediction is used alone; 25 NFEs at 20 steps. `search` finds better ones.
+
+    Args:
+        calibration: what the combination is fitted to. None: the last difference of both predictions is held.
+        actions: per step as in `Schedule`. Default: the published ones.
+        fit: how the combination is fitted. Default: as published.
     """
 
+    calibration: Calibration | None = None
+    actions: Sequence[Action] | None = None
+    fit: Fit = UNCONDS
+
+    def __post_init__(self) -> None:
+        _check_calibration(self.calibration)
+        if self.actions is not None:
+            object.__setattr__(self, "actions", Schedule(self.actions, self.calibration, self.fit).actions)
+
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        return self.calibration is not None
+
+    def schedule(self, steps: int) -> Schedule:
+        """What it does in a run of so many steps."""
+        return Schedule(self.actions or published(steps), self.calibration, self.fit)
+
     def plan(self, step: Step, history: History) -> list[Decision]:
-        if step.index >= step.count / 2:
-            return _everyone(history, "conditional", "second half")
-        if step.index % 2 == 0:
-            return _everyone(history, "both")
-        return _everyone(history, "extrapolate", "every other step of the first half")
+        decisions = self.schedule(step.count).plan(step, history)
+        return decisions if self.actions else [Decision(action, "published schedule") for action, _ in decisions]
+
+    def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:
+        return self.schedule(step.count).estimate(step, history, cond)
+
+    def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
+        return self.schedule(step.count).predict(step, history)
+
+
+def _check_calibration(calibration: Any) -> None:
+    if not isinstance(calibration, Calibration | None):
+        raise TypeError(f"calibration={calibration!r}: a Calibration, such as Calibration.load(file)")
+
+
+def published(steps: int) -> tuple[Action, ...]:
+    """LinearAG's schedule: every other step of the first half evaluated, no guidance in the second."""
+    return tuple("conditional" if i >= steps / 2 else "both" if i % 2 == 0 else "extrapolate" for i in range(steps))

@@ -17,9 +17,9 @@ class StepReport:
     timestep: float | None
     sigma: float | None
     evaluated: list[str]
-    """"both" or "conditional": which predictions the denoiser was run for."""
+    """"both", "conditional" or "neither": which predictions the denoiser was run for."""
     action: list[str]
-    """"both", "conditional" or "extrapolate": how the sample was guided."""
+    """"both", "conditional", "extrapolate" or "neither": how the sample was guided."""
     similarity: list[float | None]
     """Cosine of the denoised predictions, None where they were not both evaluated."""
     similarity_noise: list[float | None]

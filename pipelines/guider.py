@@ -19,9 +19,10 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from diffusers_guidance import kernels
-from diffusers_guidance.errors import GuidanceError, UnsupportedPipeline
+from diffusers_guidance.errors import CalibrationMismatch, GuidanceError, UnsupportedPipeline
 from diffusers_guidance.pipelines.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.clock import Clock
+from diffusers_guidance.pipelines.fingerprint import setting
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, History, Policy, Step
 from diffusers_guidance.report import Report, StepReport, to_list
@@ -131,7 +132,7 @@ class Guider(BaseGuidance):
             self._run.clock.tick(scheduler, timestep)
         # The first step is evaluated in full, as it is under `attach`, and planned when the batch is known.
         history = self._run.history
-        self._plan = None if history is None else self._run.policy.plan(self._coming_step(), history)
+        self._plan = None if history is None else self._planned(history)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """The inputs of each evaluation this step makes, the conditional one first."""
@@ -193,6 +194,12 @@ class Guider(BaseGuidance):
         known = () if clock.space is None else (clock.space.sigma, clock.space.velocity)
         return Step(self._step, max(count, self._step + 1), *(known or (None,)))
 
+    def _planned(self, history: History) -> list[Decision]:
+        """The policy's plan for the step; a loop evaluates something at every step, so "neither" becomes "both"."""
+        assert self._run is not None
+        plan = self._run.policy.plan(self._coming_step(), history)
+        return [Decision("both", why) if action == "neither" else Decision(action, why) for action, why in plan]
+
     def _settled_plan(self, run: "_Run", c: Tensor, evaluated: bool) -> list[Decision]:
         """The step's plan, now that its predictions are there."""
         if self._batches and len(c) not in self._batches:
@@ -201,11 +208,23 @@ class Guider(BaseGuidance):
                 f"{' or '.join(map(str, sorted(self._batches)))}: which of its numbers make a sample is not known"
             )
         if run.history is None:
-            run.history = History(len(c))
-            self._plan = run.policy.plan(self._coming_step(), run.history)
+            run.history = History(len(c), self._denoiser)
+            self._check_calibration(run)
+            self._plan = self._planned(run.history)
         assert self._plan is not None
         # An estimate is not needed where the real thing was evaluated after all.
         return [Decision("both") if evaluated and d.action == "extrapolate" else d for d in self._plan]
+
+    def _check_calibration(self, run: "_Run") -> None:
+        """Refuses a calibrated policy that was made for something else than this loop's pipeline."""
+        calibration, pipe = run.policy.calibration, self._loop.pipe
+        if calibration is None:
+            return
+        if pipe is None or not self._denoiser:
+            raise CalibrationMismatch(f"{calibration!r}: no pipeline in reach of this loop to compare it with")
+        found = setting(pipe, self._denoiser, self._w)
+        del found["pipeline"]  # a modular pipeline has classes of its own
+        calibration.check(found)
 
     def _tokens(self, c: Tensor) -> int:
         """How many of the prediction's tokens are the sample's: Qwen-Image-Edit cuts the reference's off later."""

@@ -25,6 +25,7 @@ from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser, keeps_state
+from diffusers_guidance.pipelines.fingerprint import setting
 from diffusers_guidance.pipelines.formula import Fit, Formula, Residual, Scales, identify, mixture, residual, views
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
 from diffusers_guidance.pipelines.rows import pick
@@ -168,13 +169,16 @@ class Run:
         # An estimate is not needed where the real thing was evaluated after all.
         assert denoiser.decisions is not None
         plan = [
-            Decision("both") if decision.action == "extrapolate" and was else decision
+            Decision("both") if decision.action in ("extrapolate", "neither") and was else decision
             for decision, was in zip(denoiser.decisions, evaluated, strict=True)
         ]
         unguided = [decision.action == "conditional" for decision in plan]
         c, u, w, sample, space, residual, similarity = self._verify(denoiser, output, sample, evaluated, unguided)
-        formula = denoiser.formula
+        formula, history = denoiser.formula, denoiser.history
         assert formula is not None
+        assert history is not None
+        if self.policy.calibration is not None and not history.cond:  # its first guided step
+            self.policy.calibration.check(setting(self.pipe, denoiser.name, w))
         if not self._acts:
             self._unread.append(Unread(len(self.report.steps), formula, residual, similarity))
         self._remember(denoiser, space, similarity, evaluated)
@@ -235,7 +239,7 @@ class Run:
                 return False
             raise self._unsupported(denoiser, output, found.tried)
         denoiser.formula = found.formula
-        denoiser.history = History(found.formula.rows)
+        denoiser.history = History(found.formula.rows, denoiser.name)
         self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
         return True
 
@@ -381,7 +385,7 @@ class Run:
                 index=len(self.report.steps),
                 timestep=clock.timestep,
                 sigma=clock.space.sigma if clock.space is not None else None,
-                evaluated=["both" if was else "conditional" for was in both],
+                evaluated=_evaluated(plan, both),
                 action=[decision.action for decision in plan],
                 similarity=[None] * len(plan),
                 similarity_noise=[None] * len(plan),
@@ -440,6 +444,11 @@ def _similarity(space: Space | None, sample: Tensor, c: Tensor, u: Tensor, evalu
 
 def _held(formula: Formula | None, fit: Fit) -> str:
     return f"{formula} held until now, but here it is off by {fit.error:.3g}, where rounding allows {fit.allowed:.3g}"
+
+
+def _evaluated(plan: list[Decision], both: list[bool]) -> list[str]:
+    alone = ["neither" if decision.action == "neither" else "conditional" for decision in plan]
+    return ["both" if was else other for was, other in zip(both, alone, strict=True)]
 
 
 def _components(pipe: Any) -> Iterator[tuple[str, Any]]:

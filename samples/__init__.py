@@ -8,3 +8,12 @@ MODEL = Path(str(files(__name__) / "emoji"))
 
 PROMPTS = Path(str(files(__name__) / "prompts.txt"))
 """One prompt a line."""
+
+CALIBRATION_PROMPTS = Path(str(files(__name__) / "calibration_prompts.txt"))
+"""What the bundled calibrations were made with."""
+
+HELDOUT_PROMPTS = Path(str(files(__name__) / "heldout_prompts.txt"))
+"""What policies are measured on; none of these is among those calibrated with."""
+
+CALIBRATIONS = Path(str(files(__name__) / "calibrations"))
+"""Folder of the bundled model's calibrations, `<scheduler>-<steps>-<guidance scale>.safetensors`."""

@@ -1,0 +1,87 @@
+"""Measures the frontier of the bundled model with its calibrations: docs/results/policies/*.json, .md and .png.
+
+    python benchmarks/policies.py [--quick] [dpm-20-5 ...]
+
+16 held-out prompts, 8 at 50 steps, with a seed that took no part in calibrating. With --quick, and at 50 steps, only
+four budgets and no searches by real runs, which take minutes each. Interrupted, it goes on where it stopped; what was
+measured with another calibration is measured anew. The summary is of all that has been measured.
+"""
+
+import sys
+
+from bundled import NAMES, OUT, Bundled, named, prompts, report
+
+from diffusers_guidance import Calibration, CalibrationMismatch, samples
+from diffusers_guidance.pipelines.frontier import OTHERS, OURS, SEARCHED, best_at, cheapest, frontier, plot, read, table
+
+SEED = 4321
+BUDGETS = (0.625, 0.75, 0.875)
+"""Shares of the NFEs of full guidance: 25, 30 and 35 of 40."""
+QUICK = "--quick" in sys.argv
+
+
+def measure(bundled: Bundled, name: str) -> None:
+    settings = bundled.set_up(name)
+    calibration = Calibration.load(samples.CALIBRATIONS / f"{name}.safetensors")
+    steps, full = settings["num_inference_steps"], 2 * calibration.steps
+    budgets = [round(full * share) for share in BUDGETS]
+    small = QUICK or steps > 20
+    searches = {"refine": budgets, "nas": budgets[1:2]} if name == "dpm-20-5" and not QUICK else {}
+    frontier(
+        bundled.pipe,
+        calibration,
+        prompts(samples.HELDOUT_PROMPTS)[: 16 if steps <= 20 else 8],
+        search_prompts=prompts(samples.CALIBRATION_PROMPTS)[::6],
+        seeds=[SEED],
+        nfes=[full // 2, *budgets] if small else None,
+        stops=[budget - calibration.steps for budget in budgets] if small else None,
+        path=OUT / f"{name}.json",
+        progress=report(name),
+        **searches,
+    )
+
+
+def summary() -> str:
+    """What the schedules reach beside the best of everything else, at three budgets, and at what cost they are near."""
+    lines = [
+        "| setting | NFEs | `search` | best of ours | best of all others | which |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    costs = ["| setting | cheapest of ours within 35 dB | within 40 dB | cheapest of the others within 35 dB |"]
+    costs.append("|---|---:|---:|---:|")
+    for name in NAMES:
+        rows = read(OUT / f"{name}.json")
+        full = 2 * int(name.split("-")[1])
+        for nfe in [round(full * share) for share in BUDGETS]:
+            found = [best_at(rows, series, nfe) for series in ([SEARCHED], OURS, OTHERS)]
+            if all(found):
+                cells = [f"{psnr:.1f} dB" for psnr, _ in found]
+                lines.append(f"| {name} | {nfe} of {full} | {' | '.join(cells)} | {found[-1][1]} |")
+        near = [
+            cheapest([row for row in rows if row.series in series], psnr)
+            for series, psnr in ((OURS, 35), (OURS, 40), (OTHERS, 35))
+        ]
+        if rows:
+            cells = [f"{row.nfe:g} ({row.label}: {row.psnr:.1f} dB)" if row else "none" for row in near]
+            costs.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *costs]) + "\n"
+
+
+def main() -> None:
+    bundled = Bundled()
+    for name in named():
+        try:
+            measure(bundled, name)
+        except CalibrationMismatch as error:
+            print(f"{error}\nmeasuring it anew", flush=True)
+            (OUT / f"{name}.json").unlink()
+            measure(bundled, name)
+        rows = read(OUT / f"{name}.json")
+        (OUT / f"{name}.md").write_text(f"# Frontier, {name}\n\nHeld-out prompts; ours in bold.\n\n{table(rows)}")
+        plot(rows, OUT / f"{name}.png", f"bundled model, {name} (scheduler, steps, guidance scale)")
+        (OUT / "summary.md").write_text(f"# Frontiers in short\n\nPSNR to full guidance.\n\n{summary()}")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

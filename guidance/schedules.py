@@ -1,0 +1,249 @@
+"""Searching the schedule of evaluations: which steps to evaluate in full for a budget of NFEs.
+
+Skipped steps lie in gaps between evaluated ones. Within a gap the errors of neighbouring steps point the same way
+and add up; those of different gaps have little to do with each other. So a schedule's predicted error is
+
+    E^2 = sum over gaps (sum over the gap's steps t of gain_t |error of c_t + (w - 1) d_t|)^2
+
+with the residuals of least squares from the calibration's Gram matrix, w its guidance scale, and `gains` from the
+scheduler. Fitted on the two steps evaluated last alone (nearly as good as on all: docs/policies.md), a gap's term
+depends on these two and on the step after the gap, so the best schedule for every budget at once is a shortest path.
+
+A skipped step evaluates neither prediction, unless `skip=False` keeps the conditional one. Unguided steps are never
+part of a schedule: an estimate costs no evaluation more, and its squared residual is at most |d|^2.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.calibration import DELTAS, Calibration, Fit, Moments, combinations
+from diffusers_guidance.policies import NFES, Action, Schedule, published
+
+
+def closed_form(
+    calibration: Calibration,
+    nfe: int | None = None,
+    *,
+    error: float | None = None,
+    skip: bool = True,
+    fit: Fit = DELTAS,
+) -> Schedule:
+    """The schedule with the least predicted error for a budget, or the cheapest with a predicted error.
+
+    Args:
+        nfe: network evaluations of one sample, at most twice the steps; two for each denoiser is the least.
+        error: instead of `nfe`: the most that `predicted_error` may be.
+        skip: whether a step may evaluate nothing; else all evaluate the conditional prediction at least, and the
+            least is one NFE a step and one more for each denoiser.
+        fit: how the schedule's left-out predictions are estimated.
+
+    Returns:
+        A `Schedule` with the calibration in it.
+    """
+    if (nfe is None) == (error is None):
+        raise ValueError("give either nfe=, the evaluations allowed, or error=, the largest predicted error")
+    best = optima(calibration, skip)
+    if error is not None:
+        if not error >= 0:
+            raise ValueError(f"error={error!r}: a share of what guidance does, 0 or more")
+        schedules = (Schedule(actions, calibration, fit) for actions in best)
+        nfe = next((s.nfe for s in schedules if predicted_error(s) <= error), 2 * calibration.steps)
+    assert nfe is not None
+    return _within(best, nfe, calibration, fit)
+
+
+def predicted_error(schedule: Schedule) -> float:
+    """E of this module's head for any schedule, over the same of no guidance after the first step."""
+    if schedule.calibration is None:
+        raise ValueError("predicted_error needs a schedule with a calibration: Schedule(actions, calibration)")
+    total = reference = 0.0
+    for moments, gain in _parts(schedule.calibration):
+        actions = ("both", *schedule.actions[moments.first : moments.first + moments.steps][1:])
+        errors = gain * _errors(schedule.calibration, moments, combinations(moments.total, actions, schedule.fit))
+        unguided = combinations(moments.total, ["both", *["conditional"] * (moments.steps - 1)])
+        reference += float((gain * _errors(schedule.calibration, moments, unguided)).sum()) ** 2
+        gap = 0.0
+        for action, step in zip([*actions, "both"], [*errors.tolist(), 0.0], strict=True):
+            total, gap = (total + gap**2, 0.0) if action == "both" else (total, gap + step)
+    return (total / reference) ** 0.5 if reference else 0.0
+
+
+def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> list[tuple[Action, ...]]:
+    """The best actions by the number of full evaluations, one for each denoiser first, then one more each.
+
+    `tilt` multiplies the gains by exp(tilt * share of the run gone by): above 0 it cares more about late steps.
+    """
+    left: Action = "neither" if skip else "extrapolate"
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    covered: set[int] = set()
+    for moments, gain in _parts(calibration, tilt):
+        steps, unit = moments.steps, torch.eye(2 * moments.steps, dtype=torch.float64)
+        c, d = unit[:steps], unit[steps:]
+        w = calibration.setting["guidance_scale"]
+        if skip:
+            residuals = pair_residuals(moments.total, torch.stack([c, d], 1), c + (w - 1) * d)
+        else:
+            residuals = pair_residuals(moments.total, d[:, None], (w - 1) * d)
+        paths = shortest(gap_costs(residuals, gain))
+        # Of several denoisers, every split of the budget between them.
+        merged: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for i, (cost, chosen) in enumerate(best):
+            for j, (more, path) in enumerate(paths):
+                joined = (cost + more, (*chosen, *(moments.first + t for t in path)))
+                merged[i + j] = min(merged.get(i + j, joined), joined)
+        best = [merged[i] for i in sorted(merged)]
+        covered |= {*range(moments.first, moments.first + steps)}
+    outside = {*range(calibration.steps)} - covered
+    return [_actions(calibration.steps, {*chosen} | outside, left) for _, chosen in best]
+
+
+def pair_residuals(gram: Tensor, regressors: Tensor, targets: Tensor, ridge: float = 1e-6) -> Tensor:
+    """(T + 1, T, T): [i + 1, j, t] is what steps i < j (i = -1: j alone) leave of target t, a norm.
+
+    Args:
+        gram: (2T, 2T)
+        regressors: (T, K, 2T), each step's K predictions.
+        targets: (T, 2T)
+    """
+    steps = len(regressors)
+    products = torch.einsum("ikp,pq,jlq->ijkl", regressors, gram, regressors)  # (T, T, K, K)
+    wanted = torch.einsum("ikp,pq,tq->ikt", regressors, gram, targets)  # (T, K, T)
+    square = torch.einsum("tp,pq,tq->t", targets, gram, targets)
+
+    own = products[range(steps), range(steps)]  # (T, K, K)
+    i, j = torch.triu_indices(steps, steps, 1)
+    pairs = torch.cat([torch.cat([own[i], products[i, j]], 2), torch.cat([products[j, i], own[j]], 2)], 1)
+    found = torch.full((steps + 1, steps, steps), torch.inf, dtype=gram.dtype)
+    for normal, right, where in (
+        (own, wanted, (torch.zeros(steps, dtype=torch.long), torch.arange(steps))),
+        (pairs, torch.cat([wanted[i], wanted[j]], 1), (i + 1, j)),
+    ):
+        scale = normal.diagonal(dim1=1, dim2=2)
+        scale = torch.where(scale > 0, scale, 1).rsqrt()
+        eye = torch.eye(normal.shape[-1], dtype=gram.dtype)
+        scaled = right * scale[..., None]
+        solved = torch.linalg.solve(normal * scale[:, None] * scale[..., None] + max(ridge, 1e-12) * eye, scaled)
+        found[where] = (square - (solved * scaled).sum(1)).clamp(min=0).sqrt()
+    return found
+
+
+def gap_costs(residuals: Tensor, gain: Tensor) -> Tensor:
+    """(T + 1, T, T + 1): [i + 1, j, k] is the gap's term from j to k, with i the evaluated step before j (-1: none)."""
+    steps = len(gain)
+    t, j = torch.arange(steps), torch.arange(steps)[:, None]
+    summed = torch.where(t > j, residuals * gain, 0.0).cumsum(-1)  # up to and with t
+    return torch.nn.functional.pad(summed, (1, 0)) ** 2  # up to, and without, k
+
+
+def shortest(cost: Tensor) -> list[tuple[float, tuple[int, ...]]]:
+    """For n = 1 .. T evaluated steps, the first always one: least sum of gap terms, and which steps."""
+    steps = cost.shape[1]
+    before, k = torch.arange(steps)[:, None], torch.arange(steps)
+    value = torch.full((steps + 1, steps), torch.inf, dtype=cost.dtype)  # (i + 1, j): the last two evaluated
+    value[0, 0] = 0.0
+    came: list[Tensor] = []
+    found = []
+    for _ in range(steps):
+        ended = value + cost[:, :, steps]
+        i, j = divmod(int(ended.argmin()), steps)
+        chosen = [j]
+        for back in reversed(came):
+            i, j = int(back[i, j]), i - 1
+            chosen.append(j)
+        found.append((float(ended.min()), tuple(reversed(chosen))))
+        onward = value[:, :, None] + torch.where(k > before, cost[:, :, :steps], torch.inf)  # (i + 1, j, k)
+        least, which = onward.min(0)
+        value = torch.full_like(value, torch.inf)
+        value[1:] = least  # (j + 1, k)
+        came.append(torch.nn.functional.pad(which, (0, 0, 1, 0)))
+    return found
+
+
+def even(steps: int, evaluated: int, left: Action = "extrapolate") -> tuple[Action, ...]:
+    """Full evaluations spread evenly, the first and the last step among them; `left` at the others."""
+    spread = torch.linspace(0, steps - 1, evaluated).round().int().tolist() if evaluated > 1 else [0]
+    return _actions(steps, set(spread), left)
+
+
+def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = DELTAS) -> list[Schedule]:
+    """Candidates for a budget, the closed form's best first."""
+    found = [_within(optima(calibration, skip, tilt), nfe, calibration, fit) for tilt in (0.0, -1.0, 1.0, -2.0, 2.0)]
+    steps, usual = calibration.steps, published(calibration.steps)
+    others = [even(steps, nfe - steps)] if nfe > steps else []
+    others += [even(steps, nfe // 2, "neither")] if skip else []
+    others += [usual] if _nfe(usual) <= nfe else []
+    found += [Schedule(actions, calibration, fit) for actions in others]
+    return list({schedule.actions: schedule for schedule in found}.values())
+
+
+def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], runs: int) -> Schedule:
+    """The best, as measured, of all candidates and then of neighbours of the best, while runs remain.
+
+    Args:
+        candidates: schedules with the same calibration and fit; all are measured.
+        measure: the quality of a schedule in real runs, higher is better (PSNR in dB, say).
+        runs: how many schedules to measure in all; neighbours have one full evaluation a step earlier or later.
+    """
+    quality = {schedule.actions: measure(schedule) for schedule in candidates}
+    calibration, fit = candidates[0].calibration, candidates[0].fit
+    best = max(quality, key=lambda actions: quality[actions])
+    while len(quality) < runs:
+        untried = (actions for actions in _neighbours(best) if actions not in quality)
+        actions = next(untried, None)
+        if actions is None:
+            break
+        quality[actions] = measure(Schedule(actions, calibration, fit))
+        best = max(best, actions, key=lambda actions: quality[actions])
+    return Schedule(best, calibration, fit)
+
+
+def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibration, fit: Fit) -> Schedule:
+    """The last of `best` within a budget; an NFE left over goes to the conditional prediction where it is worst."""
+    least, most = _nfe(best[0]), _nfe(best[-1])
+    if not least <= nfe <= most:
+        raise ValueError(f"nfe={nfe!r}: from {least} to {most} for such schedules of {calibration!r}")
+    actions = max((each for each in best if _nfe(each) <= nfe), key=_nfe)
+    if _nfe(actions) < nfe:
+        worst = torch.zeros(calibration.steps, dtype=torch.float64)
+        for moments, gain in _parts(calibration):
+            own = slice(moments.first, moments.first + moments.steps)
+            made = combinations(moments.total, ("both", *actions[own][1:]), fit)
+            worst[own] = gain * _errors(calibration, moments, made)
+        t = int(worst.argmax())
+        actions = (*actions[:t], "extrapolate", *actions[t + 1 :])
+    return Schedule(actions, calibration, fit)
+
+
+def _errors(calibration: Calibration, moments: Moments, made: Tensor) -> Tensor:
+    """(T,) norms of the errors of c_t + (w - 1) d_t, for what is guided with as combinations `made` (2T, 2T)."""
+    off = made - torch.eye(2 * moments.steps, dtype=made.dtype)
+    off = off[: moments.steps] + (calibration.setting["guidance_scale"] - 1) * off[moments.steps :]
+    return ((off @ moments.total) * off).sum(-1).clamp(min=0).sqrt()
+
+
+def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[Moments, Tensor]]:
+    """Each denoiser's moments, and the gains (T,) of its steps."""
+    gain = calibration.gains * torch.exp(tilt * torch.linspace(0, 1, calibration.steps, dtype=torch.float64))
+    return [(each, gain[each.first : each.first + each.steps]) for each in calibration.denoisers.values()]
+
+
+def _neighbours(actions: Sequence[Action]) -> list[tuple[Action, ...]]:
+    """All with one full evaluation exchanged with the step before or after it."""
+    found = []
+    for t in range(1, len(actions)):
+        for other in (t - 1, t + 1):
+            if 0 < other < len(actions) and actions[t] == "both" != actions[other]:
+                swapped = list(actions)
+                swapped[t], swapped[other] = swapped[other], swapped[t]
+                found.append(tuple(swapped))
+    return found
+
+
+def _nfe(actions: Sequence[Action]) -> int:
+    return sum(NFES[action] for action in actions)
+
+
+def _actions(steps: int, evaluated: set[int], left: Action) -> tuple[Action, ...]:
+    return tuple("both" if t in evaluated else left for t in range(steps))

@@ -1,0 +1,274 @@
+"""What one cell of a benchmark does, on whatever machine it runs: make pictures, or take the time."""
+
+import copy
+import io
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from diffusers_guidance.effective import Watched
+from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.attach import DEFAULT_RULE, attach
+from diffusers_guidance.pipelines.bench_suite import Cell, Suite
+from diffusers_guidance.pipelines.compare import Column, _generate
+from diffusers_guidance.pipelines.run import _components
+from diffusers_guidance.pipelines.spread import pipeline
+from diffusers_guidance.policies import EveryStep
+from diffusers_guidance.rules import CFG
+
+
+@dataclass
+class Done:
+    """A finished cell: its line of the results, and its pictures as PNG files."""
+
+    record: dict[str, Any]
+    environment: dict[str, Any]
+    pictures: list[bytes] = field(default_factory=list)
+
+
+def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) -> Done:
+    """Runs a cell from nothing but its arguments, so that any process gives the same.
+
+    A column that this pipeline cannot run is no error: the record says under "left out" why.
+    """
+    pipe = pipeline(suite.model, device, dtype)
+    own = pipe.scheduler
+    pipe.scheduler = scheduler_of(own, cell.scheduler)
+    try:
+        entry = suite.entry(cell.column)
+        column = suite.column(entry, cell.effective)
+        run = {"effective": _effective, "pictures": _pictures, "rate": _rate, "timing": _timing}[cell.kind]
+        record, pictures = run(pipe, suite, cell, column)
+    except GuidanceError as error:
+        record, pictures = {"left out": f"{type(error).__name__}: {error}"}, []
+    finally:
+        pipe.scheduler = own
+    place = {"kind": cell.kind, "scheduler": type(scheduler_of(own, cell.scheduler)).__name__, "column": cell.column}
+    return Done(place | record, environment(pipe), pictures)
+
+
+def scheduler_of(own: Any, name: str | None) -> Any:
+    """A fresh scheduler of this class, configured as the pipeline's own: solvers carry history between calls."""
+    if name is None:
+        return copy.deepcopy(own)
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        fitting = sorted(c.__name__ for c in own.compatibles)
+        raise ValueError(f"schedulers: diffusers has no {name}; here fit {', '.join(fitting)}")
+    return cls.from_config(own.config)
+
+
+# Pictures
+
+
+def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+    """All prompts with the cell's seed."""
+    steps, scale = suite.entry(cell.column).steps or suite.steps, suite.scale(column)
+    jobs = [(prompt, cell.seed) for prompt in suite.prompts]
+    made: list[bytes] = []
+    nfe: list[float] = []
+    seconds = 0.0
+    with attach(pipe, column.rule, column.policy) as handle:
+        handle.rule = replace(handle.rule, guidance_scale=scale)
+        for start in range(0, len(jobs), cell.batch):
+            part = jobs[start : start + cell.batch]
+            began = time.perf_counter()
+            pictures = _generate(pipe, part, steps, {"negative_prompt": suite.negative})
+            seconds += time.perf_counter() - began
+            nfe += [handle.report.nfe / len(part)] * len(part)
+            made += [_png(picture) for picture in pictures]
+        rule, policy = repr(handle.rule), repr(handle.policy)
+        plain = handle.rule.is_plain and isinstance(handle.policy, EveryStep)
+    return {
+        "rule": rule, "policy": policy, "plain": plain and cell.effective is None, "guidance_scale": scale,
+        "steps": steps, "seed": cell.seed, "nfe": nfe, "seconds": seconds,
+    }, made  # fmt: skip
+
+
+def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+    """The effective guidance scale of the column's rule where every step is guided, over all prompts."""
+    rule = column.rule if column.rule is not None else DEFAULT_RULE
+    watched = Watched(suite.scale(column), rule=rule)
+    jobs = [(prompt, cell.seed) for prompt in suite.prompts]
+    with attach(pipe, watched, EveryStep()):
+        for start in range(0, len(jobs), cell.batch):
+            part = jobs[start : start + cell.batch]
+            _generate(pipe, part, suite.steps, {"negative_prompt": suite.negative})
+    return {"seed": cell.seed, "guidance_scale": watched.mean}, []
+
+
+def _png(picture: Any) -> bytes:
+    content = io.BytesIO()
+    picture.convert("RGB").save(content, "PNG")
+    return content.getvalue()
+
+
+# Time
+
+
+def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+    """Seconds of the denoiser in a step with guidance and in one without: the pipeline's own, alternately."""
+    scales = {"guided": suite.guidance_scale, "unguided": 1.0}
+    taken: dict[str, list[float]] = {kind: [] for kind in scales}
+    nfe = {}
+    for round in range(suite.timing.rounds + 1):
+        for kind, scale in scales.items():
+            with attach(pipe, CFG(guidance_scale=scale), EveryStep()) as handle, _denoiser_clock(pipe) as clock:
+                _generate(pipe, _few(suite, cell.batch), suite.steps, {"negative_prompt": suite.negative})
+            nfe[kind] = handle.report.nfe / max(1, len(handle.report.steps))
+            if round:  # the first warms up
+                taken[kind].append(sum(clock) / len(handle.report.steps))
+    if nfe["unguided"] >= nfe["guided"]:
+        raise GuidanceError(f"{type(pipe).__name__} guides at scale 1 too: what a skipped evaluation takes is unknown")
+    step = {kind: _quantiles(seconds) for kind, seconds in taken.items()}
+    rate = {kind: nfe[kind] / step[kind]["median"] for kind in scales}
+    return {"batch": cell.batch, "evaluations": nfe, "seconds_per_step": step, "evaluations_per_second": rate}, []
+
+
+def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+    """Seconds of a call, in turns with the baseline's; each turn gives a ratio, so that drift cancels."""
+    base = suite.column(suite.entry(suite.baseline))
+    taken: dict[str, list[float]] = {"baseline": [], "column": []}
+    peak: dict[str, int | None] = {}
+    rows: dict[str, list[int]] = {}
+    for round in range(suite.timing.rounds + 1):
+        pair = [("baseline", base, suite.baseline), ("column", column, cell.column)]
+        for kind, each, name in pair if round % 2 else reversed(pair):
+            steps = suite.entry(name).steps or suite.steps
+            with attach(pipe, each.rule, each.policy) as handle, _peak_memory(pipe) as memory:
+                handle.rule = replace(handle.rule, guidance_scale=suite.scale(each))
+                _synchronize(pipe)
+                began = time.perf_counter()
+                _generate(pipe, _few(suite, cell.batch), steps, {"negative_prompt": suite.negative})
+                _synchronize(pipe)
+                seconds = time.perf_counter() - began
+            if round:
+                taken[kind].append(seconds)
+                peak[kind] = _most(peak.get(kind), memory)
+                rows[kind] = [step.nfe for step in handle.report.steps]
+    ratios = [own / other for own, other in zip(taken["column"], taken["baseline"], strict=True)]
+    return {
+        "batch": cell.batch, "seconds": _quantiles(taken["column"], cell.batch), "rows": rows,
+        "baseline_seconds": _quantiles(taken["baseline"], cell.batch), "ratio": _quantiles(ratios), "ratios": ratios,
+        "peak_memory": peak,
+    }, []  # fmt: skip
+
+
+def _few(suite: Suite, count: int) -> list[tuple[str, int]]:
+    return [(suite.prompts[i % len(suite.prompts)], suite.seeds[0] + i) for i in range(count)]
+
+
+def _quantiles(values: list[float], divisor: int = 1) -> dict[str, float]:
+    """Median, 20 and 80 %."""
+    low, middle, high = np.quantile(np.asarray(values) / divisor, [0.2, 0.5, 0.8])
+    return {"median": float(middle), "p20": float(low), "p80": float(high)}
+
+
+def _synchronize(pipe: Any) -> None:
+    if pipe.device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+@contextmanager
+def _denoiser_clock(pipe: Any) -> Iterator[list[float]]:
+    """Seconds of every call of the denoiser inside the block."""
+    clock: list[float] = []
+    began: list[float] = []
+    hooks: list[Any] = []
+
+    def before(module: Any, args: Any) -> None:
+        _synchronize(pipe)
+        began.append(time.perf_counter())
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        _synchronize(pipe)
+        clock.append(time.perf_counter() - began.pop())
+
+    for _, component in _components(pipe):
+        # The decoder is a network too, but is called by its methods.
+        if isinstance(component, torch.nn.Module):
+            hooks += [component.register_forward_pre_hook(before), component.register_forward_hook(after)]
+    try:
+        yield clock
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _peak_memory(pipe: Any) -> Iterator[Callable[[], int | None]]:
+    """A function that says the most bytes in use inside the block; None where that cannot be known."""
+    if pipe.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield torch.cuda.max_memory_allocated
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+    except OSError:
+        yield lambda: None
+        return
+    yield _high_water
+
+
+def _high_water() -> int | None:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = next((line.split() for line in lines if line.startswith("VmHWM")), None)
+    return int(found[1]) * 1024 if found else None
+
+
+def _most(before: int | None, memory: Callable[[], int | None]) -> int | None:
+    now = memory()
+    return before if now is None else max(now, before or 0)
+
+
+# Where it ran
+
+
+def environment(pipe: Any) -> dict[str, Any]:
+    """Hardware, versions, dtype and commit: what a number needs beside it."""
+    packages = ("diffusers-guidance", "diffusers", "transformers", "torch")
+    cuda = pipe.device.type == "cuda"
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "pipeline": type(pipe).__name__,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """Of the checkout this package is used from, "+" where it was changed since; None for an installed one."""
+    where = Path(__file__).parents[1]
+    try:
+        command = ("git", "-C", str(where), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
+        tracked = subprocess.run(
+            (*command[:3], "ls-files", "--error-unmatch", __file__), capture_output=True, timeout=9
+        )
+        if tracked.returncode:
+            return None
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=9).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

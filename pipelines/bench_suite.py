@@ -1,0 +1,227 @@
+"""A benchmark's suite: one readable YAML file, and the cells of work it stands for."""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusers_guidance import samples
+from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.pipelines.compare import Column
+from diffusers_guidance.pipelines.search import search
+from diffusers_guidance.pipelines.shell import read_lines
+from diffusers_guidance.rules import CFG
+
+SUITE = samples.MODEL.parent / "suites" / "emoji.yaml"
+"""That of the bundled model."""
+
+_PARTS = {"pair", "steps", "search", "as_strong_as"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One column of a suite; see the comments in `samples/suites/emoji.yaml`."""
+
+    name: str
+    pair: str = "CFG"
+    steps: int | None = None
+    search: int | None = None
+    as_strong_as: str | None = None
+
+    @classmethod
+    def read(cls, name: str, given: Any) -> "Entry":
+        given = {"pair": given} if isinstance(given, str) else given
+        if not isinstance(given, dict) or not given or not set(given) <= _PARTS:
+            raise ValueError(
+                f"columns: {name!r} is {given!r}; write a pair such as AG or APG@15, "
+                f"or some of {', '.join(sorted(_PARTS))} by name"
+            )
+        entry = cls(name, **given)
+        if ("pair" in given and (entry.search or entry.as_strong_as)) or (entry.search and entry.as_strong_as):
+            raise ValueError(f"columns: {name!r} has more than one of pair, search and as_strong_as")
+        for part in ("steps", "search"):
+            value = getattr(entry, part)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"columns: {name!r} has {part}: {value!r}; a whole number from 1 up")
+        Column.parse(entry.pair)
+        return entry
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Which columns are timed, at which batch sizes, and how many times."""
+
+    columns: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1,)
+    rounds: int = 7
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured; read from a file by `Suite.read`."""
+
+    model: str
+    prompts: tuple[str, ...]
+    columns: tuple[Entry, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 20
+    guidance_scale: float = 5.0
+    schedulers: tuple[str | None, ...] = (None,)
+    batch: int = 8
+    negative: str | None = None
+    calibration: str | None = None
+    baseline: str = "CFG"
+    timing: Timing = field(default_factory=Timing)
+    targets: tuple[dict[str, Any], ...] = ()
+    name: str = "suite"
+
+    @classmethod
+    def read(cls, file: Path = SUITE) -> "Suite":
+        """The suite in a YAML file; what it names is looked for beside it.
+
+        Raises:
+            ValueError: something is missing, unknown or of the wrong kind; the message says what.
+        """
+        try:
+            given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+        known = (set(cls.__dataclass_fields__) - {"name"}) | {"held_out_from"}
+        missing, unknown = {"model", "prompts", "columns"} - set(given or {}), set(given or {}) - known
+        if missing or unknown:
+            what = [f"{', '.join(sorted(names))} {verb}" for names, verb in ((missing, "missing"), (unknown, "unknown"))
+                    if names]  # fmt: skip
+            raise ValueError(f"{file}: {'; '.join(what)}. A suite has {', '.join(sorted(known))}")
+        try:
+            return cls._from(given, file)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    @classmethod
+    def _from(cls, given: dict[str, Any], file: Path) -> "Suite":
+        beside = file.parent
+        prompts = given["prompts"]
+        texts = read_lines(beside / prompts) if isinstance(prompts, str) else [str(text) for text in prompts]
+        if "held_out_from" in given:
+            seen = set(texts) & set(read_lines(beside / given.pop("held_out_from")))
+            if seen:
+                raise ValueError(f"prompts: {sorted(seen)[0]!r} is not held out")
+        model = str(samples.MODEL) if given["model"] == "bundled" else str(given["model"])
+        given |= {"model": str(beside / model) if (beside / model).is_dir() else model, "prompts": tuple(texts)}
+        if given.get("calibration"):
+            given["calibration"] = str((beside / given["calibration"]).resolve())
+        given["columns"] = tuple(Entry.read(str(name), value) for name, value in given["columns"].items())
+        for name in ("seeds", "schedulers", "targets"):
+            if name in given:
+                given[name] = tuple(given[name])
+        timing = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("timing", {}).items()}
+        suite = cls(**given, timing=Timing(**timing), name=file.stem)
+        suite._check()
+        return suite
+
+    def _check(self) -> None:
+        names = [entry.name for entry in self.columns]
+        used = [self.baseline, *self.timing.columns]
+        used += [t[k] for t in self.targets for k in ("column", "of") if k in t]
+        used += [entry.as_strong_as for entry in self.columns if entry.as_strong_as]
+        for name in used:
+            if name not in names:
+                raise ValueError(f"there is no column {name!r}, which is used elsewhere; there are {', '.join(names)}")
+        if not self.prompts or not self.seeds or self.timing.rounds < 1:
+            raise ValueError("there must be a prompt, a seed and a round of timing at least")
+        if any(entry.search for entry in self.columns) and self.calibration is None:
+            raise ValueError("columns that search need a calibration")
+
+    def entry(self, name: str) -> Entry:
+        return next(entry for entry in self.columns if entry.name == name)
+
+    def column(self, entry: Entry, effective: float | None = None) -> Column:
+        """The pair of an entry; `effective` is the scale measured of the column it is to be as strong as."""
+        if entry.as_strong_as is not None:
+            return Column(entry.name, CFG(), Column.parse("CFG").policy, effective)
+        if entry.search is not None:
+            assert self.calibration is not None
+            return Column(entry.name, CFG(), _searched(self.calibration, entry.search))
+        return Column.parse(entry.pair)
+
+    def scale(self, column: Column) -> float:
+        return self.guidance_scale if column.guidance_scale is None else column.guidance_scale
+
+    # Cells
+
+    def effective_cells(self) -> list["Cell"]:
+        """One for each column that another is to be as strong as, and each scheduler."""
+        wanted = dict.fromkeys(entry.as_strong_as for entry in self.columns if entry.as_strong_as)
+        return [self._cell("effective", s, name, seed=self.seeds[0]) for s in self.schedulers for name in wanted]
+
+    def picture_cells(self) -> list["Cell"]:
+        return [
+            self._cell("pictures", scheduler, entry.name, seed=seed)
+            for scheduler in self.schedulers
+            for seed in self.seeds
+            for entry in self.columns
+        ]
+
+    def timing_cells(self) -> list["Cell"]:
+        """The cost of a half batch, then the columns, at each batch size; of the first scheduler."""
+        first = self.schedulers[0]
+        cells = []
+        for batch in self.timing.batches if self.timing.columns else ():
+            cells.append(self._cell("rate", first, self.baseline, batch=batch))
+            cells += [self._cell("timing", first, name, batch=batch) for name in self.timing.columns]
+        return cells
+
+    def _cell(self, kind: str, scheduler: str | None, column: str, seed: int = 0, batch: int | None = None) -> "Cell":
+        return Cell(kind, scheduler, column, seed, batch or self.batch)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A piece of work that is done whole or not at all."""
+
+    kind: str
+    """"effective", "pictures", "rate" or "timing"."""
+    scheduler: str | None
+    column: str
+    seed: int
+    batch: int
+    effective: float | None = None
+    """The scale measured of the column that this one is to be as strong as."""
+
+    def key(self, suite: Suite, model: str, device: str, dtype: str) -> str:
+        """Names the cell and all that its result depends on, so that nothing else is taken for it."""
+        entry = suite.entry(self.column)
+        settings = [suite.steps, suite.guidance_scale, suite.negative, list(suite.prompts)]
+        calibration = _content(suite.calibration) if entry.search and suite.calibration else None
+        rounds = suite.timing.rounds if self.kind in ("rate", "timing") else None
+        of = [asdict(self), asdict(entry), settings, calibration, rounds, model, device, dtype]
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: str) -> str:
+    """Tells models in a folder apart, by their files' names, sizes, beginnings and ends; of the hub's, the name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            start = content.read(2**16)
+            content.seek(max(0, size - 2**16))
+            digest.update(f"{file.relative_to(folder)} {size}".encode() + start + content.read())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _searched(calibration: str, nfe: int) -> Any:
+    return search(Calibration.load(Path(calibration)), nfe)
+
+
+@functools.cache
+def _content(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

@@ -1,0 +1,67 @@
+"""What a calibration depends on, read off a pipeline: plain values that can be stored and compared."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_SAMPLED = 16
+"""Parameters looked at, and numbers of each."""
+
+
+def setting(pipe: Any, denoiser: str, guidance_scale: float | None = None) -> dict[str, Any]:
+    """Of a pipeline in the middle of a run, with its timesteps set.
+
+    Compared are only things that both sides state, so what cannot be read (weights that are offloaded) is left out.
+    """
+    return {
+        "pipeline": type(pipe).__name__,
+        "denoisers": {denoiser: module_fingerprint(getattr(pipe, denoiser))},
+        "scheduler": scheduler_fingerprint(pipe.scheduler),
+        "timesteps": [float(t) for t in pipe.scheduler.timesteps.tolist()],
+        **({} if guidance_scale is None else {"guidance_scale": float(guidance_scale)}),
+    }
+
+
+def scheduler_fingerprint(scheduler: Any) -> dict[str, Any]:
+    """Class and configuration."""
+    return {"class": type(scheduler).__name__, "config": _own_config(scheduler)}
+
+
+def module_fingerprint(module: torch.nn.Module) -> dict[str, Any]:
+    """Class, configuration, number of parameters, and a sample of those in floating point, with their precision.
+
+    So the same model compares equal in another dtype, and where part of it is quantized; one with other weights,
+    or with adapters in it, does not.
+    """
+    module = getattr(module, "_orig_mod", module)
+    named = list(module.named_parameters())
+    found: dict[str, Any] = {"class": type(module).__name__, "config": _own_config(module), "parameters": len(named)}
+    chosen = {
+        name: parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)][:_SAMPLED]
+        for name, parameter in named[:: max(1, len(named) // _SAMPLED)]
+        if parameter.is_floating_point() and type(parameter.data) is torch.Tensor and parameter.device.type != "meta"
+    }
+    found["weights"] = {
+        name: [float(f"{value:.6g}") for value in values.float().cpu().tolist()] for name, values in chosen.items()
+    }
+    found["precision"] = max((torch.finfo(values.dtype).eps for values in chosen.values()), default=0.0)
+    return found
+
+
+def _own_config(component: Any) -> dict[str, Any]:
+    """The configuration's plain values that the class itself reads."""
+    config = getattr(component, "config", {})
+    if not isinstance(config, Mapping):
+        return {}
+    own = inspect.signature(type(component).__init__).parameters
+    kept = {}
+    for key, value in config.items():
+        if key in own and not key.startswith("_"):
+            try:
+                kept[key] = json.loads(json.dumps(value, allow_nan=False))
+            except (TypeError, ValueError):
+                continue
+    return kept

@@ -1,0 +1,345 @@
+"""`diffusers-guidance bench`: suites, what cells measure, going on after an interruption, figures and report."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusers_guidance import APG, CFG, kernels, samples
+from diffusers_guidance.effective import Watched
+from diffusers_guidance.pipelines import bench as engine
+from diffusers_guidance.pipelines import cli
+from diffusers_guidance.pipelines.bench import Results, bench
+from diffusers_guidance.pipelines.bench_metrics import (
+    Retrieval,
+    Scorers,
+    _timing,
+    clipped,
+    contrast,
+    difference,
+    interval,
+    relative,
+    saturation,
+    summarise,
+)
+from diffusers_guidance.pipelines.bench_report import html, markdown
+from diffusers_guidance.pipelines.bench_suite import SUITE, Suite, fingerprint
+from diffusers_guidance.pipelines.spread import pipeline
+
+TEXT = """
+model: bundled
+prompts: [a red apple, a rocket]
+seeds: [1, 2]
+steps: 3
+batch: 2
+schedulers: [DPMSolverMultistepScheduler]
+columns:
+  CFG: CFG
+  stopped: StepAG(0.4)
+  CFG in 2 steps: {pair: CFG, steps: 2}
+  APG: APG(norm_threshold=5)@15
+  as strong: {as_strong_as: APG}
+  searched elsewhere: {search: 20}
+calibration: CALIBRATION
+timing: {columns: [stopped], batches: [1], rounds: 1}
+targets:
+  - {column: stopped, measure: saved, at_least: 0.3}
+  - {column: stopped, measure: psnr, at_least: 99}
+  - {column: APG, measure: saturation, within: 0.001, of: CFG}
+  - {column: APG, measure: retrieval, within_points: 0.02, of: CFG}
+"""
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    file = tmp_path_factory.mktemp("suite") / "little.yaml"
+    # Made with other guidance: the column that needs it must be left out by name.
+    calibration = samples.CALIBRATIONS / "dpm-20-7.5.safetensors"
+    file.write_text(TEXT.replace("CALIBRATION", str(calibration)))
+    return Suite.read(file)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def without_search(suite):
+    from dataclasses import replace
+
+    return replace(suite, columns=tuple(entry for entry in suite.columns if not entry.search))
+
+
+@pytest.fixture(scope="module")
+def lines(without_search, out):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield bench(without_search, out)
+    torch.set_num_threads(threads)
+
+
+def of_kind(lines, kind):
+    return [line for line in lines if line["kind"] == kind]
+
+
+# Suites
+
+
+def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
+    suite = Suite.read(SUITE)
+    calibrated = samples.CALIBRATION_PROMPTS.read_text().splitlines()
+    assert not set(suite.prompts) & set(calibrated)
+    assert len(suite.seeds) >= 3 and suite.entry(suite.baseline).pair == "CFG"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("steps: 3", "stepps: 3", "stepps unknown"),
+        ("model: bundled", "", "model missing"),
+        ("StepAG(0.4)", "Steppy", "there is no Steppy"),
+        ("as_strong_as: APG", "as_strong_as: nobody", "no column 'nobody'"),
+        ("{pair: CFG, steps: 2}", "{pair: CFG, steps: none}", "steps: 'none'"),
+        ("{search: 20}", "{search: 20, pair: CFG}", "more than one of"),
+        ("prompts: [a red apple", "held_out_from: seen.txt\nprompts: [a rocket", "'a rocket' is not held out"),
+    ],
+)
+def test_a_wrong_suite_is_refused_by_name(tmp_path, before, after, message):
+    (tmp_path / "seen.txt").write_text("a rocket\n")
+    file = tmp_path / "suite.yaml"
+    file.write_text(TEXT.replace(before, after, 1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Suite.read(file)
+
+
+def test_a_cells_key_changes_with_all_that_its_result_depends_on(suite, tmp_path):
+    from dataclasses import replace
+
+    cell = suite.picture_cells()[0]
+    key = cell.key(suite, "model", "cpu", "float32")
+    others = [
+        cell.key(suite, "another", "cpu", "float32"),
+        cell.key(suite, "model", "cuda", "float32"),
+        cell.key(replace(suite, steps=4), "model", "cpu", "float32"),
+        cell.key(replace(suite, prompts=("a lemon",)), "model", "cpu", "float32"),
+        replace(cell, seed=9).key(suite, "model", "cpu", "float32"),
+        replace(cell, effective=3.0).key(suite, "model", "cpu", "float32"),
+    ]
+    assert len({key, *others}) == 7
+    assert key == cell.key(replace(suite, targets=()), "model", "cpu", "float32")
+    (tmp_path / "weights.safetensors").write_bytes(bytes(2**18))
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "weights.safetensors").write_bytes(bytes(2**18 - 1) + b"x")
+    assert fingerprint(str(tmp_path)) != before
+
+
+# Cells
+
+
+def test_the_pictures_and_evaluations_are_those_of_the_pipeline_alone(suite, lines, out):
+    made = {(line["column"], line["seed"]): line for line in of_kind(lines, "pictures")}
+    pipe = pipeline(suite.model, None, None)
+    from diffusers import DPMSolverMultistepScheduler
+
+    own, pipe.scheduler = pipe.scheduler, DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    generators = [torch.Generator().manual_seed(2) for _ in suite.prompts]
+    plain = pipe(list(suite.prompts), num_inference_steps=3, guidance_scale=5.0, generator=generators).images
+    pipe.scheduler = own
+    kept = [Image.open(out / file) for file in made["CFG", 2]["pictures"]]
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(kept, plain, strict=True))
+    assert made["CFG", 2]["nfe"] == [6.0, 6.0]
+    assert made["stopped", 2]["nfe"] == [4.0, 4.0]  # the first of three steps is guided
+    assert made["CFG in 2 steps", 2]["nfe"] == [4.0, 4.0]
+
+
+def test_the_matched_column_runs_at_the_scale_that_was_measured(lines):
+    (measured,) = of_kind(lines, "effective")
+    assert 1 < measured["guidance_scale"] < 15
+    matched = [line for line in of_kind(lines, "pictures") if line["column"] == "as strong"]
+    assert {line["guidance_scale"] for line in matched} == {measured["guidance_scale"]}
+
+
+@pytest.mark.parametrize(
+    "rule", [CFG(4.0), APG(9.0, norm_threshold=0.5), APG(9.0, eta=1.0, momentum=0, norm_threshold=None)]
+)
+def test_the_effective_scale_is_the_projection_of_what_guidance_adds(rule):
+    torch.manual_seed(0)
+    x, c, u, m = torch.randn(4, 3, 2, 5, 5, dtype=torch.float64).unbind(0)
+    watched = Watched(rule.guidance_scale, rule=rule)
+    g, carried = kernels.guide(x, c, u, m, 0.7, -0.4, rule, backend="torch")
+    same = kernels.guide(x, c, u, m, 0.7, -0.4, watched, backend="torch")
+    assert torch.equal(g, same[0]) and torch.equal(carried, same[1])
+    d = (c - u).flatten(1)
+    exact = 1 + ((g - c).flatten(1) * d).sum(1) / (d * d).sum(1)
+    assert watched.scales[0].flatten().tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+    if rule.norm_threshold is None or isinstance(rule, CFG):
+        assert watched.mean == pytest.approx(rule.guidance_scale, rel=1e-5)
+
+
+def test_a_column_that_cannot_run_is_left_out_by_name_and_the_others_are_done(suite, tmp_path):
+    from dataclasses import replace
+
+    from diffusers_guidance.pipelines.bench_suite import Timing
+
+    searched = tuple(entry for entry in suite.columns if entry.search or entry.name == "CFG")
+    little = replace(suite, columns=searched, steps=20, seeds=(1,), prompts=("a rocket",), timing=Timing(), targets=())
+    lines = bench(little, tmp_path)
+    by_name = {line["column"]: line for line in of_kind(lines, "pictures")}
+    assert "CalibrationMismatch" in by_name["searched elsewhere"]["left out"]
+    assert len(by_name["CFG"]["pictures"]) == 1
+    summary = summarise(little, lines, tmp_path)
+    assert [row.name for row in summary.rows] == ["CFG"]
+    assert "guidance_scale" in summary.left_out["searched elsewhere"]
+    assert "searched elsewhere" in html(summary) and "searched elsewhere" in markdown(summary)
+
+
+# Going on
+
+
+def test_an_interrupted_benchmark_goes_on_without_losing_or_repeating(
+    without_search, lines, out, tmp_path, monkeypatch
+):
+    ran = []
+
+    def watched(suite, cell, device, dtype, run=engine.run_cell):
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        ran.append((cell.kind, cell.column, cell.seed))
+        return run(suite, cell, device, dtype)
+
+    monkeypatch.setattr(engine, "run_cell", watched)
+    with pytest.raises(KeyboardInterrupt):
+        bench(without_search, tmp_path)
+    file = tmp_path / "results.jsonl"
+    assert len(file.read_text().splitlines()) == 5  # and the environment
+    first = list(ran)
+    with file.open("a") as torn:
+        torn.write('{"key": "half a li')
+
+    ran[:4] = [None] * 5  # so that it is not interrupted again
+    again = bench(without_search, tmp_path)
+    assert not set(first) & set(ran[5:])
+    keys = [json.loads(line)["key"] for line in file.read_text().splitlines() if '"key"' in line]
+    assert len(keys) == len(set(keys))
+    for one, other in zip(of_kind(lines, "pictures"), of_kind(again, "pictures"), strict=True):
+        assert one["key"] == other["key"]
+        pictures = [[(folder / name).read_bytes() for name in one["pictures"]] for folder in (out, tmp_path)]
+        assert pictures[0] == pictures[1]
+
+    ran[:] = []
+    assert bench(without_search, tmp_path) == again and not ran
+
+
+def test_lines_that_are_no_results_are_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"some": "thing"}\n')
+    with pytest.raises(ValueError, match="line 1: no result of a benchmark"):
+        Results(tmp_path / "results.jsonl")
+
+
+# Figures
+
+
+def test_measures_of_pictures_are_what_they_say():
+    half = torch.zeros(1, 3, 4, 4)
+    half[:, :, :, 2:] = 1.0
+    assert contrast(half).item() == pytest.approx(0.5) and clipped(half).item() == 0 and saturation(half).item() == 0
+    red = torch.tensor([1.0, 0.25, 0.5]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert saturation(red).item() == pytest.approx(0.75) and clipped(red).item() == 1
+    picture = Image.effect_noise((32, 32), 80).convert("RGB")
+    tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+    tinted = tensor * torch.tensor([1.0, 0.7, 0.4]).view(1, 3, 1, 1)
+    as_pil = Image.fromarray((tinted[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    assert saturation(tinted).item() == pytest.approx(np.asarray(as_pil.convert("HSV"))[..., 1].mean() / 255, abs=0.01)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say_and_pairs_cancel():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        values = generator.normal(size=(6, 1)) + generator.normal(size=(1, 12)) + generator.normal(size=(6, 12))
+        found = interval(values)
+        covered += found.low <= 0 <= found.high
+    assert covered >= 50  # of 57 expected
+    values = 10 + generator.normal(size=(3, 8))
+    assert relative(1.1 * values, values).low == pytest.approx(0.1) == relative(1.1 * values, values).high
+    assert difference(values + 2, values).low == pytest.approx(2)
+
+
+def test_the_possible_saving_is_what_skipped_evaluations_take():
+    rate = {"batch": 2, "evaluations": {"guided": 4.0, "unguided": 2.0},
+            "seconds_per_step": {"guided": {"median": 0.4}, "unguided": {"median": 0.3}}}  # fmt: skip
+    timing = {"column": "AG", "batch": 2, "seconds": {"median": 2.0}, "baseline_seconds": {"median": 2.5},
+              "ratio": {"median": 0.9, "p20": 0.8, "p80": 1.0}, "peak_memory": {"column": 1, "baseline": 1},
+              "rows": {"baseline": [4] * 10, "column": [4] * 4 + [3] * 2 + [2] * 3 + [0]}}  # fmt: skip
+    # 10 steps of 0.4 s in 5 s a call; 2 steps save half of 0.1, 3 save 0.1, one all of 0.4
+    found = _timing(timing, [rate])
+    assert found.possible == pytest.approx((2 * 0.05 + 3 * 0.1 + 0.4) / 5)
+    assert found.share_of_possible == pytest.approx(0.1 / 0.16)
+    assert _timing(timing, []).possible is None
+
+
+def test_retrieval_finds_the_concept_that_is_asked_for(tmp_path):
+    def embed(pictures):
+        return torch.nn.functional.normalize(pictures.float().mean((1, 2)), dim=1)
+
+    retrieval = Retrieval(embed, torch.eye(3), ["red apple", "green apple", "apple"])
+    red, green = torch.zeros(2, 3, 4, 4)
+    red[0], green[1] = 1.0, 1.0
+    found = retrieval(torch.stack([red, green, red]), ["a 3d emoji of a red apple", "a red apple", "a pear"])
+    assert found[:2].tolist() == [1, 0] and math.isnan(found[2])
+    assert retrieval.concept("an apple") == "apple" and retrieval.concept("apples") is None
+
+
+def test_what_needs_weights_that_are_not_there_is_left_out_by_name():
+    scorers = Scorers.find(str(samples.MODEL / "nowhere"))
+    for name in ("lpips", "clip_score", "retrieval"):
+        assert (getattr(scorers, name) is None) == (name in scorers.left_out)
+    assert "retrieval" in scorers.left_out
+
+
+def test_the_summary_compares_with_full_guidance_and_judges_the_targets(without_search, lines, out):
+    summary = summarise(without_search, lines, out)
+    rows = {row.name: row for row in summary.rows}
+    assert rows["CFG"].saved == 0 and rows["stopped"].saved == pytest.approx(1 / 3)
+    assert rows["CFG in 2 steps"].saved == pytest.approx(1 / 3)
+    assert rows["stopped"].reference == "CFG" == rows["CFG in 2 steps"].reference
+    assert rows["APG"].reference is None and "psnr" not in rows["APG"].figures  # no plain CFG at 15 to compare with
+    assert 10 < rows["stopped"].figures["psnr"].mean < 99
+    assert [v.met for v in summary.verdicts] == [True, False, False, None]
+    (timing,) = summary.timings
+    assert timing.possible is not None and timing.seconds["median"] > 0
+    assert summary.rates[0]["evaluations"] == {"guided": 2.0, "unguided": 1.0}
+
+
+def test_the_report_needs_nothing_beside_it_and_shows_every_column(without_search, lines, out):
+    summary = summarise(without_search, lines, out)
+    page = html(summary)
+    assert set(re.findall(r'(?:src|href)="([^"]{4})', page)) <= {"data", "#"} | {
+        link for link in re.findall(r'href="([^"]{4})', page) if link[0] == "#"
+    }
+    assert page.count("data:image/png;base64,") >= len(summary.rows) * len(without_search.prompts)
+    tables = markdown(summary)
+    for row in summary.rows:
+        assert row.name in page and f"| {row.name} |" in tables
+    for name in summary.left_out:
+        assert f"left out: {name}" in page and f"* {name}: " in tables
+
+
+def test_the_command_measures_reports_and_says_errors_in_a_line(without_search, tmp_path):
+    file = tmp_path / "one.yaml"
+    file.write_text("model: bundled\nprompts: [a rocket]\nseeds: [1]\nsteps: 2\ncolumns: {CFG: CFG, Hold: Hold}\n")
+    command = ["bench", "--suite", str(file), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli.make_app(), command)
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "results.jsonl", "pictures", "report.html", "tables.md", "summary.json"
+    }  # fmt: skip
+    file.write_text("model: bundled\n")
+    wrong = CliRunner().invoke(cli.make_app(), command)
+    assert wrong.exit_code == 1 and "columns, prompts missing" in wrong.output and "Traceback" not in wrong.output
