@@ -37,10 +37,16 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="diffusers-guidance-") as outputs:
         os.environ["GRADIO_TEMP_DIR"] = outputs  # its own, so that no other app's files are within reach
         try:
+            import diffusers
+            import transformers
+
             from diffusers_guidance.pipelines.app_page import launch
         except ImportError as error:
             typer.secho(f"{error}; the app needs a few more packages: pip install 'diffusers-guidance[app]'", err=True)
             raise typer.Exit(1) from None
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
         try:
             page, _ = launch(host, port, allow_models or (), mcp, share)
         except OSError as error:

@@ -11,8 +11,8 @@ import torch
 
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.app_device import Models
-from diffusers_guidance.pipelines.app_settings import BUNDLED, Flag, Form, Number, OneOf, SomeOf
-from diffusers_guidance.pipelines.app_work import Progress
+from diffusers_guidance.pipelines.app_settings import BUNDLED, Flag, Form, Number, OneOf, Side, SomeOf
+from diffusers_guidance.pipelines.app_work import Progress, sides_of
 
 R = TypeVar("R")
 log = logging.getLogger(__name__)
@@ -33,10 +33,15 @@ class Controls:
         for name in names:
             if name == "model":
                 self.made[name] = self._model()
-            else:
-                self.made[name] = component(
-                    kinds[name], defaults[name], elem_id=f"{self.form.__name__}-{name}", **changes
-                )
+                continue
+            given = changes | ({"choices": self._sides()} if isinstance(kinds[name], Side) else {})
+            self.made[name] = component(kinds[name], defaults[name], elem_id=f"{self.form.__name__}-{name}", **given)
+
+    def _sides(self) -> list[tuple[str, int]]:
+        """Sides to choose from: those of the bundled model or, where users bring their own, round ones."""
+        bundled = sides_of(self.models.get(BUNDLED))
+        sides = range(128, 2049, 64) if self.models.allowed else bundled
+        return [("the model's own", 0), *((str(side), side) for side in sides)]
 
     def _model(self) -> Any:
         kind = self.form.kinds()["model"]
@@ -62,19 +67,30 @@ def component(kind: Any, value: Any, **changes: Any) -> Any:
     """The control for a setting. What it sends reaches the forms as it is, and is checked there."""
     given = {"label": kind.label, "info": kind.info or None, "value": value} | changes
     match kind:
+        case Side():
+            made = gr.Dropdown(**given | {"info": None})
+            return _described(made, {"type": "integer", "description": kind.info})
         case Number() if kind.high - kind.low > 10_000:
             return gr.Number(minimum=kind.low, maximum=kind.high, precision=0, **given)
         case Number():
-            return gr.Slider(kind.low, kind.high, step=kind.step, **given)
+            return gr.Slider(kind.low, kind.high, step=kind.step, precision=0 if kind.whole else None, **given)
         case Flag():
             return gr.Checkbox(**given)
         case OneOf():
             return gr.Dropdown(list(kind.choices), **given)
         case SomeOf():
             choices = [(choice if isinstance(choice, str) else f"{choice:g}", choice) for choice in kind.choices]
-            return gr.CheckboxGroup(choices, **given | {"value": list(value)})
+            made = gr.CheckboxGroup(choices, **given | {"value": list(value)})
+            json_type = "string" if isinstance(kind.choices[0], str) else "number"
+            return _described(made, {"type": "array", "items": {"type": json_type, "enum": list(kind.choices)}})
         case _:
             return gr.Textbox(max_length=kind.longest, **given)
+
+
+def _described(made: Any, schema: dict[str, Any]) -> Any:
+    """A control that tells clients the JSON type it takes; Gradio would say that all choices are strings."""
+    made.api_info = lambda: schema
+    return made
 
 
 # Following the work

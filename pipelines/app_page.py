@@ -3,12 +3,14 @@
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache, save_pil_to_cache
 from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from diffusers_guidance.pipelines import app_show, app_work
 from diffusers_guidance.pipelines.app_controls import (
@@ -20,13 +22,25 @@ from diffusers_guidance.pipelines.app_controls import (
     relayed,
     sentences,
 )
-from diffusers_guidance.pipelines.app_settings import KNOBS, POLICIES, PRESETS, RULES, Generation, Grid, Trial, knobs_of
+from diffusers_guidance.pipelines.app_limits import SmallRequests
+from diffusers_guidance.pipelines.app_settings import (
+    COMPARISONS,
+    EXAMPLES,
+    KNOBS,
+    POLICIES,
+    PRESETS,
+    RULES,
+    Generation,
+    Grid,
+    Trial,
+    knobs_of,
+)
 from diffusers_guidance.pipelines.app_work import Outcome, Progress, Studio
 
 WAITING = 32
 """How many may queue up."""
-EXAMPLES = ["a dog face, noto style", "a hamburger, 3d style", "a grinning face, 3d style", "a tiger, noto style",
-            "a guitar, 3d style", "a rocket, flat style"]  # fmt: skip
+VISITORS = 128
+"""How many pages have the pictures they show last kept on the server; older ones can no longer choose among theirs."""
 
 TO_RESULT = """() => {
     if (innerWidth < 641) document.getElementById("status").scrollIntoView({behavior: "smooth"});
@@ -34,10 +48,10 @@ TO_RESULT = """() => {
 """On a phone the result lies below the button."""
 
 HEAD = """
-<div class="dg-head"><h1>diffusers-guidance</h1>
-<p>Guidance makes a picture follow its prompt. <b>Plain CFG</b> burns the colours when it is turned up, and evaluates
-the network twice at every step. <b>APG</b> keeps the colours, and <b>Hold</b> leaves out evaluations that are hardly
-missed: drag the slider over the picture to see both.</p></div>
+<div class="dg-head"><div><h1>diffusers-guidance</h1>
+<p><b>Guidance</b> pulls a picture towards its prompt. Without it the network stays vague; turned up, <b>plain CFG</b>
+burns the colours, and it evaluates the network twice at every step. <b>APG</b> keeps the colours, and <b>Hold</b>
+leaves out evaluations that are hardly missed.</p></div>{strip}</div>
 """
 
 
@@ -47,10 +61,11 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     Args:
         welcome: whether it opens with a picture, generated here and now.
     """
+    first, strip = welcomed(studio) if welcome else (None, "")
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(HEAD)
+        gr.HTML(HEAD.format(strip=strip))
         with gr.Tab("Generate"):
-            generate_tab(studio, welcome)
+            generate_tab(studio, first)
         with gr.Tab("Compare"):
             compare_tab(studio)
         with gr.Tab("Benchmark"):
@@ -58,14 +73,21 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     return page.queue(max_size=WAITING, api_open=False)
 
 
+def welcomed(studio: Studio) -> tuple[Outcome, str]:
+    """What the page opens with, and beside it what the guidance scale does to the same prompt and seed."""
+    finished(studio.generate(Generation(steps=2)))  # so that the times shown are those of a warm model
+    first = finished(studio.generate(Generation()))
+    plain = Generation(rule="CFG", policy="EveryStep")
+    steps = [finished(studio.generate(replace(plain, guidance_scale=scale))).guided for scale in (1.0, 5.0)]
+    results = [*steps, *filter(None, (first.plain, first.guided))]
+    return first, app_show.strip(results)
+
+
 # Generate
 
 
-def generate_tab(studio: Studio, welcome: bool) -> None:
+def generate_tab(studio: Studio, first: Outcome | None) -> None:
     controls = Controls(Generation, studio.models)
-    if welcome:
-        finished(studio.generate(Generation(steps=2)))  # so that the times shown are those of a warm model
-    first = finished(studio.generate(Generation())) if welcome else None
     both = _pairs(first) if first else []
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
@@ -79,6 +101,7 @@ def generate_tab(studio: Studio, welcome: bool) -> None:
                 value="APG + Hold",
                 label="Guidance",
                 info="APG keeps the colours; Hold saves evaluations.",
+                elem_classes="dg-choices",
             )
             controls.add("guidance_scale")
             with gr.Row():
@@ -94,15 +117,19 @@ def generate_tab(studio: Studio, welcome: bool) -> None:
                     controls.add("width", "height", min_width=120)
                 controls.add("model")
             with gr.Accordion("Rule and policy", open=False):
-                for part, first_one in (("rule", RULES["APG"]), ("policy", POLICIES["Hold"])):
+                told = {}
+                for part, types in (("rule", RULES), ("policy", POLICIES)):
                     controls.add(part)
+                    chosen_first = types[Generation.defaults()[part]]
+                    told[part] = gr.HTML(app_show.about(chosen_first), padding=False)
                     for name in KNOBS[part]:
-                        controls.add(name, visible=name in knobs_of(first_one))
+                        controls.add(name, visible=name in knobs_of(chosen_first))
         with gr.Column(scale=6, min_width=300):
-            status = gr.HTML(app_show.note("Ready."), elem_id="status", padding=False)
+            status = gr.HTML(app_show.note(_summary(first) if first else "Ready."), elem_id="status", padding=False)
             slider = gr.ImageSlider(
                 both[0] if both else None,
                 label=_sides("APG + Hold"),
+                show_label=False,
                 elem_id="slider",
                 format="png",
                 max_height=400,
@@ -116,19 +143,22 @@ def generate_tab(studio: Studio, welcome: bool) -> None:
                 label="All pictures", format="png", columns=4, height=170, visible=False, interactive=False,
                 object_fit="contain", allow_preview=False,
             )  # fmt: skip
-            numbers = gr.HTML(app_show.numbers(first) if first else "")
-            plot = gr.HTML(app_show.similarity_plot(first.guided.reports[0]) if first else "")
+            numbers = gr.HTML(app_show.numbers(first) if first else "", padding=False, elem_classes="dg-last")
+            plot = gr.HTML(
+                app_show.similarity_plot(first.guided.reports[0]) if first else "", padding=False,
+                elem_classes="dg-last",
+            )  # fmt: skip
             with gr.Accordion("Code that makes this picture", open=False):
                 code = gr.Code(
                     first.code if first else None, label="Python", language="python", interactive=False, wrap_lines=True
                 )
-    pairs = gr.State(both, time_to_live=3600)
+    pairs = gr.State(both)
 
     def shown(outcome: Outcome) -> dict[Any, Any]:
         """The page's parts for a finished piece of work."""
         both, compared, several = _pairs(outcome), outcome.plain is not None, outcome.settings.batch_size > 1
         return {
-            status: app_show.note(f"Seed {outcome.settings.seed}, {outcome.guided.label}."),
+            status: app_show.note(_summary(outcome)),
             slider: gr.update(
                 value=both[0] if compared else None, visible=_shown_if(compared), label=_sides(outcome.guided.name)
             ),
@@ -152,10 +182,11 @@ def generate_tab(studio: Studio, welcome: bool) -> None:
             )  # fmt: skip
             yield shown(outcome)
 
-    def on_stop(both: list[Any]) -> dict[Any, Any]:
+    def back(words: str, both: list[Any]) -> dict[Any, Any]:
+        """The pictures before, for those that have not come about."""
         compared = bool(both) and both[0][0] is not None
         return {
-            status: app_show.note("Cancelled."),
+            status: app_show.note(words),
             slider: gr.update(visible=_shown_if(compared)),
             picture: gr.update(visible=_shown_if(not compared), value=both[0][1] if both else None),
         }
@@ -171,14 +202,17 @@ def generate_tab(studio: Studio, welcome: bool) -> None:
     chosen = examples.click(lambda sample: sample[0], examples, controls["prompt"], queue=False, **on_page)
     followed = chosen.then(**event)
     stopped = stop.click(None, cancels=[started, followed], queue=False, **on_page)
-    stopped.then(on_stop, pairs, [status, slider, picture], queue=False, **on_page)
+    for event, words in ((stopped.then, "Cancelled."), (started.failure, FAILED), (followed.failure, FAILED)):
+        event(functools.partial(back, words), pairs, [status, slider, picture], queue=False, **on_page)
 
     def on_select(both: list[Any], selected: gr.SelectData) -> dict[Any, Any]:
+        if selected.index >= len(both):  # the server has forgotten this page's pictures
+            return {picture: gr.skip()}
         plain, guided = both[selected.index]
         return {slider: (plain, guided) if plain is not None else None, picture: guided}
 
     gallery.select(on_select, pairs, [slider, picture], queue=False, **on_page)
-    _keep_in_step(preset, controls)
+    _keep_in_step(preset, controls, told)
 
     def generate(settings: Generation) -> Iterator[Any]:
         """Generates pictures with a rule and a policy; returns the first picture, a report, and all pictures."""
@@ -195,6 +229,11 @@ def _shown_if(condition: bool) -> Any:
     return True if condition else "hidden"
 
 
+def _summary(outcome: Outcome) -> str:
+    asked = outcome.settings
+    return f"Seed {asked.seed} · {outcome.guided.name} · scale {asked.guidance_scale:g} · {asked.steps} steps"
+
+
 def _sides(name: str) -> str:
     return f"Left: plain CFG. Right: {name}."
 
@@ -205,16 +244,17 @@ def _pairs(outcome: Outcome) -> list[tuple[Any, Any]]:
     return list(zip(outcome.plain.pictures if outcome.plain else [None] * len(guided), guided, strict=True))
 
 
-def _keep_in_step(preset: Any, controls: Controls) -> None:
-    """Presets choose rule and policy; these show their own knobs, and the preset they make, if any."""
+def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> None:
+    """Presets choose rule and policy; these show what they are, their own knobs, and the preset they make, if any."""
     rule, policy = controls["rule"], controls["policy"]
     names = [name for part in KNOBS.values() for name in part]
-    knobs = [controls[name] for name in names]
+    knobs = [told["rule"], told["policy"], *(controls[name] for name in names)]
     quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
     def visible(rule: str, policy: str) -> list[Any]:
-        shown = knobs_of(RULES[rule]) + knobs_of(POLICIES[policy])
-        return [gr.update(visible=name in shown) for name in names]
+        parts = RULES[rule], POLICIES[policy]
+        shown = [name for part in parts for name in knobs_of(part)]
+        return [*map(app_show.about, parts), *(gr.update(visible=name in shown) for name in names)]
 
     def recognise(rule: str, policy: str) -> list[Any]:
         found = next((name for name, pair in PRESETS.items() if pair == (rule, policy)), None)
@@ -234,6 +274,10 @@ def compare_tab(studio: Studio) -> None:
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             controls.add("prompt", max_lines=4)
+            examples = gr.Dataset(
+                components=[gr.State(), gr.State(), gr.State()], samples=list(map(list, COMPARISONS.values())),
+                sample_labels=list(COMPARISONS), label="Try", type="values", elem_classes="dg-chips",
+            )  # fmt: skip
             controls.add("rules", "policies", "scales")
             with gr.Row():
                 run = gr.Button("Compare", variant="primary", scale=3, min_width=120)
@@ -244,10 +288,14 @@ def compare_tab(studio: Studio) -> None:
             status = gr.HTML(
                 padding=False, value=app_show.note("One prompt and one seed under several rules, policies and scales.")
             )
-            grid = gr.HTML(app_show.grid_html(Grid(), []))
+            grid = gr.HTML(app_show.grid_html(Grid(), []), padding=False)
             with gr.Row():
-                png = gr.DownloadButton("Download PNG", interactive=False, size="sm")
-                table = gr.DownloadButton("Download JSON", interactive=False, size="sm")
+                png = gr.DownloadButton("Download PNG", visible=False, size="sm")
+                table = gr.DownloadButton("Download JSON", visible=False, size="sm")
+    examples.click(
+        lambda sample: sample, examples, [controls[name] for name in ("rules", "policies", "scales")], queue=False,
+        api_visibility="private",
+    )  # fmt: skip
 
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         with sentences():
@@ -262,8 +310,8 @@ def compare_tab(studio: Studio) -> None:
             yield {
                 status: app_show.note(f"{len(comparison.results)} pictures, seed {form.seed}, {comparison.scheduler}."),
                 grid: app_show.grid_html(form, comparison.results),
-                png: gr.update(value=save_pil_to_cache(drawn, get_upload_folder(), "compare", "png"), interactive=True),
-                table: gr.update(value=_json_file(comparison.to_dict(), "compare.json"), interactive=True),
+                png: gr.update(value=save_pil_to_cache(drawn, get_upload_folder(), "compare", "png"), visible=True),
+                table: gr.update(value=_json_file(comparison.to_dict(), "compare.json"), visible=True),
             }
 
     _buttons(run, stop, on_run, controls, status, [grid, png, table])
@@ -304,8 +352,8 @@ def benchmark_tab(studio: Studio) -> None:
                 padding=False,
                 value=app_show.note("How near every policy comes to full CFG, and for how many evaluations."),
             )
-            frontier = gr.HTML()
-            table = gr.DownloadButton("Download JSON", interactive=False, size="sm")
+            frontier = gr.HTML(app_show.empty("The plot grows with every policy that is measured."), padding=False)
+            table = gr.DownloadButton("Download JSON", visible=False, size="sm")
 
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         with sentences():
@@ -321,9 +369,9 @@ def benchmark_tab(studio: Studio) -> None:
 
             found = yield from relayed(studio.benchmark(form), so_far)
             yield {
-                status: app_show.note(f"{len(found.points)} ways of guiding, averaged over {form.prompts} prompt(s)."),
+                status: app_show.note(f"{len(found.points)} ways of guiding, averaged over {_count(form.prompts)}."),
                 frontier: app_show.frontier_html(found),
-                table: gr.update(value=_json_file(found.to_dict(), "benchmark.json"), interactive=True),
+                table: gr.update(value=_json_file(found.to_dict(), "benchmark.json"), visible=True),
             }
 
     _buttons(run, stop, on_run, controls, status, [frontier, table])
@@ -340,7 +388,13 @@ def benchmark_tab(studio: Studio) -> None:
     )
 
 
+def _count(prompts: int) -> str:
+    return f"{prompts} prompts" if prompts > 1 else "1 prompt"
+
+
 # What the tabs share
+
+FAILED = "Nothing came of that."
 
 
 def _buttons(run: Any, stop: Any, on_run: Callable, controls: Controls, status: Any, outputs: list[Any]) -> None:
@@ -349,9 +403,9 @@ def _buttons(run: Any, stop: Any, on_run: Callable, controls: Controls, status: 
         on_run, controls.inputs, [status, *outputs], preprocess=False, show_progress_on=status,
         api_visibility="private", **ON_DEVICE,
     )  # fmt: skip
-    cancelled = functools.partial(app_show.note, "Cancelled.")
     stopped = stop.click(None, cancels=started, queue=False, api_visibility="private")
-    stopped.then(cancelled, None, status, queue=False, api_visibility="private")
+    for event, words in ((stopped.then, "Cancelled."), (started.failure, FAILED)):
+        event(functools.partial(app_show.note, words), None, status, queue=False, api_visibility="private")
 
 
 def _json_file(values: dict[str, Any], name: str) -> str:
@@ -382,6 +436,8 @@ def launch(
         run_history=False,
         enable_monitoring=False,
         allowed_paths=[],
+        state_session_capacity=VISITORS,
+        app_kwargs={"middleware": [Middleware(SmallRequests)]},
         max_file_size="1kb",  # nothing here is uploaded
         ssr_mode=False,
         pwa=False,

@@ -6,9 +6,11 @@ arrives, by whatever way, is checked here and nowhere else. Names are looked up 
 
 import random
 import reprlib
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
+from diffusers_guidance.pipelines.attach import DEFAULT_POLICY
 from diffusers_guidance.pipelines.compare import POLICIES as POLICY_TYPES
 from diffusers_guidance.pipelines.compare import RULES as RULE_TYPES
 from diffusers_guidance.policies import EveryStep, Policy
@@ -37,6 +39,17 @@ def _usable(types: list[type], first: type) -> dict[str, type]:
 
 RULES: dict[str, type[Rule]] = _usable(RULE_TYPES, CFG)
 POLICIES: dict[str, type[Policy]] = _usable(POLICY_TYPES, EveryStep)
+
+EXAMPLES = ("a soccer ball", "a tiger, noto style", "a hamburger, 3d style", "a dog face, noto style",
+            "a red apple, flat style", "a guitar, 3d style")  # fmt: skip
+"""Prompts to start from; the page opens with the first."""
+
+COMPARISONS = {
+    "What the scale does": (("CFG", "APG"), ("EveryStep",), (1.0, 5.0, 10.0, 15.0)),
+    "Rules at high scales": (tuple(RULES), ("EveryStep",), (5.0, 15.0, 25.0)),
+    "What policies save": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance", "Hold"), (5.0,)),
+}
+"""Rules, policies and scales to start from; the page opens with the first."""
 
 PRESETS = {
     "APG + Hold": ("APG", "Hold"),
@@ -74,13 +87,27 @@ class Number:
     step: float = 1
     info: str = ""
 
+    @property
+    def whole(self) -> bool:
+        return self.step == int(self.step)
+
     def check(self, name: str, value: Any) -> float:
-        whole = self.step == int(self.step)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not self.low <= value <= self.high or (whole and value != int(value)):
-            kind = "a whole number" if whole else "a number"
+        if not number or not self.low <= value <= self.high or (self.whole and value != int(value)):
+            kind = "a whole number" if self.whole else "a number"
             raise _refused(name, value, f"{kind} from {self.low:g} to {self.high:g}")
-        return int(value) if whole else float(value)
+        return int(value) if self.whole else float(value)
+
+
+@dataclass(frozen=True)
+class Side(Number):
+    """Of a picture; 0 is the model's own, and the model has limits of its own."""
+
+    def check(self, name: str, value: Any) -> float:
+        side = super().check(name, value)
+        if side % self.step:
+            raise _refused(name, value, f"a multiple of {self.step:g}")
+        return side
 
 
 @dataclass(frozen=True)
@@ -166,7 +193,7 @@ MODEL = Text("Model", "A folder or a name on the Hugging Face hub, from those th
 class Generation(Form):
     """One press of the button "Generate"."""
 
-    prompt: str = setting("a dog face, noto style", PROMPT)
+    prompt: str = setting(EXAMPLES[0], PROMPT)
     negative_prompt: str = setting("", NEGATIVE)
     guidance_scale: float = setting(15.0, SCALE)
     steps: int = setting(20, STEPS)
@@ -174,8 +201,8 @@ class Generation(Form):
     seed: int = setting(0, SEED)
     random_seed: bool = setting(False, Flag("New seed every time"))
     batch_size: int = setting(1, Number("Pictures", 1, 8, info="Seeds count up from the first."))
-    width: int = setting(0, Number("Width", 0, 2048, 8, "0: the model's own."))
-    height: int = setting(0, Number("Height", 0, 2048, 8, "0: the model's own."))
+    width: int = setting(0, Side("Width", 0, 2048, 8, "0: the model's own."))
+    height: int = setting(0, Side("Height", 0, 2048, 8, "0: the model's own."))
     rule: str = setting("APG", OneOf("Rule", tuple(RULES), "How both predictions of a step become one."))
     policy: str = setting("Hold", OneOf("Policy", tuple(POLICIES), "Which of them each step evaluates."))
     momentum: float = setting(-0.5, Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions."))
@@ -187,7 +214,11 @@ class Generation(Form):
     start: float = setting(0.1, Number("Start", 0, 1, 0.05, "Guide from this share of the steps."))
     stop: float = setting(0.6, Number("Stop", 0, 1, 0.05, "Guide up to this share of the steps."))
     p: float = setting(0.5, Number("Share", 0.05, 1, 0.05, "Guide in this first share of the steps."))
-    period: int = setting(2, Number("Period", 1, 10, info="Steps from one full evaluation to the next."))
+    period: int = setting(
+        DEFAULT_POLICY.period, Number("Period", 1, 10, info="Steps from one full evaluation to the next.")
+    )
+    warmup: int = setting(DEFAULT_POLICY.warmup, Number("Warm-up", 1, 20, info="First steps, evaluated in full."))
+    last: bool = setting(DEFAULT_POLICY.last, Flag("The last step in full", "Periods count back from it."))
     compare_with_plain: bool = setting(True, Flag("Compare with plain CFG", "The same seed again, without us."))
     model: str = setting(BUNDLED, MODEL)
 
@@ -195,9 +226,6 @@ class Generation(Form):
         super().__post_init__()
         if not self.prompt:
             raise ValueError("The prompt is empty: say what the picture should show.")
-        for name in ("width", "height"):
-            if getattr(self, name) % 8:
-                raise ValueError(f"{name}={getattr(self, name)}: a multiple of 8, please.")
         self.make_policy()
 
     def settled(self) -> "Generation":
@@ -222,28 +250,40 @@ class Generation(Form):
         return {name: value for name, value in values.items() if (name, value) != ("norm_threshold", 0)}
 
 
-KNOBS = {
-    "rule": ("momentum", "norm_threshold", "eta", "rescale"),
-    "policy": ("threshold", "patience", "start", "stop", "p", "period"),
-}
-"""The knobs that the app has, of rules and of policies; each goes by the name of its field."""
+def _knobs_among(parts: Iterable[type]) -> list[str]:
+    """The settings that are fields of some of these classes, and so go by those fields' names."""
+    return [name for name in Generation.kinds() if any(name in _field_names(part) for part in parts)]
+
+
+def _field_names(part: type) -> list[str]:
+    return [f.name for f in fields(part)]
 
 
 def knobs_of(part: type) -> list[str]:
-    """The knobs a rule or policy has."""
-    return [f.name for f in fields(part) if f.name in KNOBS["rule"] + KNOBS["policy"]]
+    """The knobs that a rule or policy has; its other fields keep their defaults."""
+    return [name for name in KNOBS["rule"] + KNOBS["policy"] if name in _field_names(part)]
+
+
+KNOBS = {
+    part: [name for name in _knobs_among(types.values()) if name != "guidance_scale"]
+    for part, types in (("rule", RULES), ("policy", POLICIES))
+}
+"""The knobs of rules and of policies: a setting of `Generation` is one if it bears the name of a field of theirs."""
+
+
+_FIRST = next(iter(COMPARISONS.values()))
 
 
 @dataclass(frozen=True)
 class Grid(Form):
     """One press of the button "Compare"."""
 
-    prompt: str = setting("a dog face, noto style", PROMPT)
+    prompt: str = setting(EXAMPLES[0], PROMPT)
     negative_prompt: str = setting("", NEGATIVE)
-    rules: tuple[str, ...] = setting(("CFG", "APG"), SomeOf("Rules", tuple(RULES)))
-    policies: tuple[str, ...] = setting(("EveryStep", "AdaptiveGuidance", "Hold"), SomeOf("Policies", tuple(POLICIES)))
+    rules: tuple[str, ...] = setting(_FIRST[0], SomeOf("Rules", tuple(RULES)))
+    policies: tuple[str, ...] = setting(_FIRST[1], SomeOf("Policies", tuple(POLICIES)))
     scales: tuple[float, ...] = setting(
-        (15.0,), SomeOf("Guidance scales", (1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 12.5, 15.0, 20.0, 25.0))
+        _FIRST[2], SomeOf("Guidance scales", (1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 12.5, 15.0, 20.0, 25.0))
     )
     steps: int = setting(20, Number("Steps", 1, 50))
     scheduler: str = setting(OWN, SCHEDULER)

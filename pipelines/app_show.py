@@ -1,9 +1,12 @@
 """What the app shows: numbers, plots and grids as HTML, and the same grids and plots as PNG."""
 
 import base64
+import inspect
 import io
+import itertools
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -43,8 +46,8 @@ def numbers(outcome: Outcome) -> str:
     """What a picture cost, beside what plain CFG costs."""
     guided, plain = outcome.guided, outcome.plain
     cards = [
-        ("NFEs", f"{guided.nfe}", f"plain CFG: {guided.nfe_full}"),
-        ("Saved", f"{guided.saved:.0%}", "of its evaluations"),
+        ('<abbr title="network evaluations">NFEs</abbr>', f"{guided.nfe}", f"plain CFG: {guided.nfe_full}"),
+        ("Saved", f"{guided.saved:.0%}", "of evaluations"),
         ("Seconds", f"{guided.seconds:.2f}", f"plain CFG: {plain.seconds:.2f}" if plain else ""),
         ("Saturation", f"{guided.saturation:.2f}", f"plain CFG: {plain.saturation:.2f}" if plain else "0 is grey"),
     ]
@@ -55,13 +58,25 @@ def numbers(outcome: Outcome) -> str:
     return f'<dl class="dg-numbers" aria-live="polite">{items}</dl>'
 
 
+def about(part: type) -> str:
+    """What a rule or policy is: the first sentence of its documentation."""
+    sentence = re.split(r"(?<=[.:])\s", inspect.getdoc(part) or "")[0].rstrip(":")
+    words = re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence))
+    return f'<p class="dg-about">{words}</p>'
+
+
+def empty(words: str) -> str:
+    """A place where something will be."""
+    return f'<div class="dg-place">{escape(words)}</div>'
+
+
 # Plots
 
 
 def similarity_plot(report: Report) -> str:
     """How the two predictions come to agree over the steps; shaded where one of them was not evaluated."""
     figure = report.plot()
-    figure.set_size_inches(5.6, 2.2)
+    figure.set_size_inches(6.6, 2.1)
     axes = figure.axes[0]
     axes.set(title="", ylabel="similarity", xlim=(-0.5, max(len(report.steps), 1) - 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -76,17 +91,20 @@ def similarity_plot(report: Report) -> str:
     skipped = sum("conditional" in step.evaluated for step in report.steps)
     summary = f"Similarity of both predictions over {len(report.steps)} steps; {skipped} of them skipped one."
     return _figure(
-        _svg(figure, summary), f"Shaded: steps that skipped an evaluation ({skipped} of {len(report.steps)})."
+        _svg(figure, summary),
+        "How far the predictions with and without the prompt agree. Shaded: the steps that skipped an evaluation, "
+        f"{skipped} of {len(report.steps)}.",
     )
 
 
 def frontier_plot(frontier: Frontier) -> Figure:
     """Fidelity to full CFG against its cost; further up and to the left is better."""
-    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
+    figure = Figure(figsize=(7.0, 3.9), layout="constrained")
     axes = figure.add_subplot(xlabel="network evaluations per picture", ylabel="PSNR to full CFG, dB")
     families = list(dict.fromkeys(point.family for point in frontier.points[1:]))
-    sizes = range(9, 4, -1)  # points that coincide are all seen
-    for family, colour, marker, size in zip(families, COLOURS, "XosD^", sizes, strict=False):
+    # Every family looks its own way, whatever their number; points that coincide are all seen.
+    looks = zip(families, itertools.cycle(COLOURS), itertools.cycle("XosD^*v"), range(10, 3, -1), strict=False)
+    for family, colour, marker, size in looks:
         known = sorted((p.nfe, p.psnr) for p in frontier.points if p.family == family and _is_known(p.psnr))
         if known:
             axes.plot(*zip(*known, strict=True), marker=marker, ms=size, color=colour, label=family, lw=1.4)
@@ -107,15 +125,15 @@ def frontier_html(frontier: Frontier) -> str:
     )
     heads = "".join(f"<th scope='col'>{h}</th>" for h in ("", "NFEs", "saved", "PSNR", "s / picture", "saturation"))
     plot = _svg(frontier_plot(frontier), "Fidelity to full CFG against network evaluations, by policy.")
-    table = _table("dg-table", heads, rows)
+    table = _table('class="dg-table"', heads, rows)
     return _figure(plot, "Up and to the left is better: nearer to full CFG for fewer network evaluations.") + table
 
 
-def _table(kind: str, head: str, body: str) -> str:
+def _table(attributes: str, head: str, body: str) -> str:
     """A table that scrolls by itself where it is too wide; by keyboard too."""
     return (
         f'<div class="dg-scroll" tabindex="0" role="region" aria-label="Results">'
-        f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"<table {attributes}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -161,6 +179,17 @@ def _svg_text() -> Any:
     return rc_context({"svg.fonttype": "none"})
 
 
+def strip(results: Sequence[Result]) -> str:
+    """Small pictures in a row, each over its scale and how it was guided."""
+    figures = ""
+    for result in results:
+        scale = f"scale {result.guidance_scale:g}"
+        words = "no guidance" if result.guidance_scale == 1 else "plain CFG" if result.is_plain else result.name
+        figures += f'<figure><img src="{data_uri(result.pictures[0])}" alt="{escape(f"{scale}, {words}")}">'
+        figures += f"<figcaption><b>{scale}</b><br>{escape(words)}</figcaption></figure>"
+    return f'<div class="dg-strip">{figures}</div>'
+
+
 # The grid of a comparison
 
 
@@ -168,7 +197,8 @@ def _layout(grid: Grid, results: Sequence[Result]) -> tuple[list[str], list[str]
     """Row labels, column labels and the results by (row, column): rules or, where there are several, scales across."""
     if len(grid.scales) > 1:
         columns = [f"scale {scale:g}" for scale in grid.scales]
-        rows = [f"{rule} + {policy}" for policy in grid.policies for rule in grid.rules]
+        several = len(grid.policies) > 1
+        rows = [f"{rule} + {policy}" if several else rule for policy in grid.policies for rule in grid.rules]
     else:
         columns, rows = list(grid.rules), list(grid.policies)
     return rows, columns, {divmod(i, len(columns)): result for i, result in enumerate(results)}
@@ -189,7 +219,7 @@ def grid_html(grid: Grid, results: Sequence[Result]) -> str:
         for j, column in enumerate(columns):
             body += f"<td>{_cell(cells.get((i, j)), f'{row}, {column}: {grid.prompt}')}</td>"
         body += "</tr>"
-    return _table("dg-grid", f"<td></td>{head}", body)
+    return _table(f'class="dg-grid" style="--columns: {len(columns)}"', f"<td></td>{head}", body)
 
 
 def _breakable(name: str) -> str:
@@ -209,9 +239,10 @@ def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
     """The whole grid as one picture."""
     rows, columns, cells = _layout(grid, comparison.results)
     figure = Figure(figsize=(1.1 + 2.1 * len(columns), 0.7 + 2.6 * len(rows)), layout="constrained")
-    figure.suptitle(
-        f"{grid.prompt} (seed {grid.seed}, {grid.steps} steps, {comparison.scheduler})", fontsize="small", wrap=True
-    )
+    shortened = textwrap.shorten(grid.prompt, 40 * len(columns), placeholder=" …")
+    scale = f", scale {grid.scales[0]:g}" if len(grid.scales) == 1 else ""
+    title = f"{shortened}\nseed {grid.seed}, {grid.steps} steps of {comparison.scheduler}{scale}"
+    figure.suptitle(title, fontsize="small", parse_math=False)  # a prompt may hold dollars
     places = figure.subplots(len(rows), len(columns), squeeze=False)
     for (i, j), result in cells.items():
         axes = places[i][j]

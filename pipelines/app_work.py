@@ -21,7 +21,7 @@ from diffusers_guidance.pipelines.app_device import Device, Models, Tell
 from diffusers_guidance.pipelines.app_settings import BUNDLED, SCHEDULERS, Generation, Grid, Trial
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.clock import Clock
-from diffusers_guidance.pipelines.compare import Column, Comparison, Result, compare, short
+from diffusers_guidance.pipelines.compare import Column, Comparison, Result, arguments, compare
 from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
 
@@ -111,19 +111,23 @@ def call_of(pipe: Any, settings: Generation) -> dict[str, Any]:
     call |= {scale: settings.guidance_scale, "num_inference_steps": settings.steps}
     for name in ("width", "height"):
         if getattr(settings, name):
-            _check_side(pipe, name, getattr(settings, name))
-            call[name] = getattr(settings, name)
+            side, sides = getattr(settings, name), sides_of(pipe)
+            if side not in sides:
+                raise ValueError(
+                    f"{name}={side}: for this model from {sides[0]} to {sides[-1]} pixels in steps of 8, please."
+                )
+            call[name] = side
     if settings.batch_size > 1:
         call["num_images_per_prompt"] = settings.batch_size
     return call | {"generator": generators if settings.batch_size > 1 else generators[0]}
 
 
-def _check_side(pipe: Any, name: str, value: int) -> None:
+def sides_of(pipe: Any) -> range:
+    """The widths and heights, in pixels, that a pipeline's pictures may have here: from half to twice its own."""
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     size = getattr(getattr(network, "config", None), "sample_size", None)
     own = size * getattr(pipe, "vae_scale_factor", 8) if isinstance(size, int) else 1024
-    if not own / 2 <= value <= 2 * own:
-        raise ValueError(f"{name}={value}: for this model from {own // 2} to {2 * own} pixels, please.")
+    return range(own // 16 * 8, 2 * own + 1, 8)
 
 
 def reproduce(pipe: Any, settings: Generation) -> str:
@@ -158,8 +162,7 @@ def reproduce(pipe: Any, settings: Generation) -> str:
 
 def _written(part: Any) -> str:
     """A rule or policy as one writes it."""
-    text = short(part)
-    return text if "(" in text else f"{text}()"
+    return f"{type(part).__name__}({arguments(part)})"
 
 
 # Compare
@@ -232,6 +235,7 @@ def contestants(steps: int) -> list[tuple[str, str, int]]:
         *(("Interval", f"Interval(0.0, {stop})", steps) for stop in (0.3, 0.5, 0.7)),
         *(("Hold", f"Hold({period})", steps) for period in (2, 3, 4)),
         ("LinearAG", "LinearAG", steps),
+        ("attach(pipe)", "default", steps),
     ]
 
 
@@ -255,7 +259,7 @@ def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> Frontier:
                 made.results.insert(0, reference.results[0])
                 psnr = made.psnr(made.results[1])
             result = made.results[-1]
-            name = f"CFG, {steps} steps" if column == "CFG" else column
+            name = f"CFG, {steps} steps" if column == "CFG" else result.label if result.is_default else column
             frontier.points.append(
                 Point(family, name, result.nfe / len(prompts), psnr, result.seconds_per_picture, result.saturation)
             )

@@ -138,20 +138,24 @@ def _unread(text: str, why: str) -> ValueError:
     )
 
 
-def changes(part: Rule | Policy) -> str:
-    """The arguments of a rule or policy that are not its defaults, without its guidance scale; cut if very long."""
-    given = (
+def arguments(part: Rule | Policy) -> str:
+    """The arguments of a rule or policy that are not its defaults, without its guidance scale."""
+    return ", ".join(
         f"{field.name}={getattr(part, field.name)!r}"
         for field in fields(part)
         if field.name != "guidance_scale" and getattr(part, field.name) != field.default
     )
-    return textwrap.shorten(", ".join(given), 60, placeholder=" …")
+
+
+def changes(part: Rule | Policy) -> str:
+    """The same, cut if very long."""
+    return textwrap.shorten(arguments(part), 60, placeholder=" …")
 
 
 def short(part: Rule | Policy) -> str:
     """A rule or policy as one would write it, without its guidance scale."""
-    arguments = changes(part)
-    return type(part).__name__ + (f"({arguments})" if arguments else "")
+    given = changes(part)
+    return type(part).__name__ + (f"({given})" if given else "")
 
 
 # Results

@@ -10,6 +10,8 @@ import sys
 import threading
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -22,9 +24,23 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from diffusers_guidance import samples
-from diffusers_guidance.pipelines import app_work
+from diffusers_guidance.pipelines import app_show, app_work
 from diffusers_guidance.pipelines.app_device import Device, Models, Stopped
-from diffusers_guidance.pipelines.app_settings import BUNDLED, OWN, POLICIES, PRESETS, RULES, Generation, Grid, Trial
+from diffusers_guidance.pipelines.app_page import WAITING
+from diffusers_guidance.pipelines.app_settings import (
+    BUNDLED,
+    KNOBS,
+    OWN,
+    POLICIES,
+    PRESETS,
+    RULES,
+    Generation,
+    Grid,
+    Trial,
+    knobs_of,
+)
+from diffusers_guidance.policies import Hold
+from diffusers_guidance.rules import CFG
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 HAS_MCP = importlib.util.find_spec("mcp") is not None
@@ -76,18 +92,22 @@ def test_the_endpoints_name_every_parameter_and_have_defaults(client):
         assert all(p["parameter_has_default"] for p in parameters)
 
 
-def test_generate(client):
-    picture, report, pictures = client.predict(prompt="a red apple, flat style", seed=3, steps=4, api_name="/generate")
+def test_generate(client, pipe):
+    picture, report, pictures = client.predict(
+        prompt="a red apple, flat style", policy="Hold", period=2, warmup=1, seed=3, steps=4, api_name="/generate"
+    )
     assert report["nfe"] < report["nfe_full"] == 8
     assert report["plain"]["nfe"] == 8
     assert len(report["report"]["steps"]) == 4
     assert report["settings"]["prompt"] == "a red apple, flat style"
-    assert pixels(picture).shape == (96, 96, 3)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    assert pixels(picture).shape == (side, side, 3)
     assert (pixels(picture) == pixels(pictures[0]["image"])).all()
 
 
 def test_pictures_carry_their_settings(client):
-    _, _, pictures = client.predict(prompt="a tiger", seed=2**32 - 1, batch_size=2, **SMALL, api_name="/generate")
+    settings = SMALL | {"policy": "StepAG", "seed": 2**32 - 1, "batch_size": 2}
+    _, _, pictures = client.predict(prompt="a tiger", **settings, api_name="/generate")
     carried = [json.loads(Image.open(each["image"]).info["diffusers-guidance"]) for each in pictures]
     assert [facts["settings"]["seed"] for facts in carried] == [2**32 - 1, 0]
     assert all(facts["settings"]["prompt"] == "a tiger" for facts in carried)
@@ -101,6 +121,7 @@ def test_pictures_carry_their_settings(client):
         {"rule": "CFG", "policy": "EveryStep", "guidance_scale": 4, "negative_prompt": 'a "cat"\n\\n {0}'},
         {"batch_size": 2, "scheduler": "DPM++ 2M", "policy": "AdaptiveGuidance", "threshold": 0.9, "eta": 0.5},
         {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 128},
+        {"momentum": -0.75, "norm_threshold": 12.5, "eta": 0.35, "period": 4, "warmup": 2, "last": False},
     ],
 )
 def test_the_code_makes_the_same_pictures(client, settings, tmp_path, monkeypatch):
@@ -137,9 +158,46 @@ def test_benchmark(client):
     assert full["nfe"] == 8
     assert full["psnr"] is None
     assert len(others) > 8
+    assert others[-1]["name"] == "default: CFG + Hold"
     assert all(point["nfe"] <= 8 for point in others)
     assert any(point["psnr"] is not None and point["psnr"] > 10 for point in others)
     assert Image.open(plot).width > 400
+
+
+def test_clients_are_told_the_types_of_all_parameters(client):
+    """What MCP clients hold a model's arguments against."""
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    types = {p["parameter_name"]: p["type"] for name in endpoints for p in endpoints[name]["parameters"]}
+    assert types["scales"]["items"]["type"] == types["guidance_scale"]["type"] == "number"
+    assert types["rules"]["items"] == {"type": "string", "enum": list(RULES)}
+    for name in ("steps", "seed", "batch_size", "width", "height", "period", "prompts"):
+        assert types[name]["type"] == "integer", name
+
+
+def test_knobs_are_the_fields_of_rules_and_policies():
+    for part, types in (("rule", RULES), ("policy", POLICIES)):
+        for kind in types.values():
+            own = [name for name in Generation.kinds() if name in {f.name for f in fields(kind)} - {"guidance_scale"}]
+            assert knobs_of(kind) == own
+            assert set(own) <= set(KNOBS[part])
+    chosen = Generation(rule="CFG", rescale=0.7, policy="Hold", period=4, warmup=2, last=False)
+    assert (chosen.make_rule(None), chosen.make_policy()) == (CFG(rescale=0.7), Hold(4, 2, False))
+
+
+@pytest.mark.parametrize("prompt", ["costs $5 or $\\frac{6", "<script>alert(1)</script>", "a\nb\n" * 80, "\x00\x1b[0m"])
+def test_any_prompt_can_be_compared(client, prompt):
+    grid, figures = client.predict(
+        prompt=prompt, rules=["CFG"], policies=["EveryStep"], scales=[5.0], steps=1, api_name="/compare"
+    )
+    assert figures["prompts"] == [prompt.strip()]
+    assert Image.open(grid).height < 800
+
+
+def test_words_are_no_markup():
+    result = SimpleNamespace(pictures=[Image.new("RGB", (8, 8))], nfe=1, saved=0.0, saturation=0.0)
+    assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), [result])
+    assert "<script" not in app_show.note("<script>")
+    assert "<script" not in app_show.progress_bar(app_work.Progress("<script>", 1, 2))
 
 
 def test_every_preset_rule_and_policy_runs(pipe):
@@ -167,7 +225,8 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("generate", {"batch_size": 9}, "batch_size=9"),
         ("generate", {"guidance_scale": -1}, "guidance_scale=-1"),
         ("generate", {"seed": 2**40}, "seed="),
-        ("generate", {"width": 2048}, "width=2048: for this model from 48 to 192 pixels"),
+        ("generate", {"width": 2048}, "width=2048: for this model from "),
+        ("generate", {"width": 8}, "width=8: for this model from "),
         ("generate", {"height": 100}, "height=100: a multiple of 8"),
         ("generate", {"prompt": "x" * 501}, "prompt has 501 characters"),
         ("generate", {"prompt": "  "}, "prompt is empty"),
@@ -181,7 +240,11 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("generate", {"model": "owner/name"}, "--allow-models"),
         ("compare", {"rules": []}, "at least one of the rules"),
         ("compare", {"rules": ["CFG", "__class__"]}, "rules="),
-        ("compare", {"scales": [1.0, 2.0, 3.0, 5.0, 7.5]}, "a grid of 30 pictures: at most 24"),
+        (
+            "compare",
+            {"policies": ["EveryStep", "Hold"], "scales": [1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0]},
+            "28 pictures: at most 24",
+        ),
         ("compare", {"scales": [10**9]}, "scales="),
         ("benchmark", {"prompts": 1000}, "prompts=1000"),
     ],
@@ -218,6 +281,49 @@ def test_an_unforeseen_error_reaches_the_user_as_a_sentence(client, monkeypatch,
 def test_no_file_of_the_machine_can_be_read(address, path):
     for route in (f"gradio_api/file={path}", f"file={path}", f"gradio_api/static/{path}"):
         assert httpx.get(f"{address}{route}").status_code in (403, 404)
+
+
+@pytest.mark.parametrize("link", ["symlink", "dots"])
+def test_no_file_is_reached_from_the_outputs(address, tmp_path, link):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    outputs = Path(os.environ["GRADIO_TEMP_DIR"])
+    path = outputs / "link.txt" if link == "symlink" else f"{outputs}/../{tmp_path.name}/secret.txt"
+    if link == "symlink":
+        path.symlink_to(secret)
+    answer = httpx.get(f"{address}gradio_api/file={quote(str(path))}")
+    assert answer.status_code in (403, 404)
+    assert "secret" not in answer.text.replace("secret.txt", "")
+
+
+def test_events_of_the_page_yield_no_files_and_no_tracebacks(app, address):
+    file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}, "orig_name": "passwd"}
+    events = [f for f in app[0].config["dependencies"] if f["backend_fn"]]
+    assert len(events) > 8
+    for event in events:
+        for given in ([file] * len(event["inputs"]), [None] * len(event["inputs"]), []):
+            answer = raw(address, event["id"], given)
+            assert "root:" not in answer
+            assert "Traceback" not in answer
+            assert ".py" not in answer
+
+
+def raw(address, number, values):
+    """What the server answers to an event sent by hand."""
+    session = f"hand-{number}"
+    request = {"data": values, "fn_index": number, "session_hash": session, "event_data": {"index": 99, "value": None}}
+    answer = httpx.post(f"{address}gradio_api/queue/join", json=request)
+    if answer.status_code != 200:
+        return answer.text
+    with httpx.stream("GET", f"{address}gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+        return "".join(line for line in stream.iter_lines())
+
+
+def test_long_requests_are_broken_off(address):
+    values = {"data": ["x" * 200_000], "fn_index": 0, "session_hash": "long"}
+    assert httpx.post(f"{address}gradio_api/queue/join", json=values).status_code == 413
+    chunks = (b"x" * 10_000 for _ in range(20))
+    assert httpx.post(f"{address}gradio_api/queue/join", content=chunks).status_code == 413
 
 
 def test_nothing_is_uploaded(address):
@@ -295,7 +401,20 @@ def test_models_with_foreign_code_or_pickles_are_refused(tmp_path, spoil):
         Models(["*"]).get(str(model))
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "name", "../up/and/away", "https://host/owner/name", "a/b/c", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/no/such/folder",
+        "name",
+        "../up/and/away",
+        "https://host/owner/name",
+        "a/b/c",
+        "",
+        "../../etc",
+        "owner/..",
+        "\0",
+    ],
+)
 def test_what_is_no_model_is_refused(name):
     with pytest.raises(ValueError, match="could not be loaded"):
         Models(["*"]).get(name)
@@ -357,6 +476,18 @@ def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
     assert pipe.scheduler is own
     assert "step" not in vars(own)
     assert type(pipe) is cls
+
+
+def test_a_crowd_is_turned_away_and_does_no_harm(client, monkeypatch):
+    """More jobs than may queue up: some are refused in a sentence, all others come out as they would alone."""
+    alone = client.predict(**SMALL, api_name="/generate")[0]
+    jobs = [client.submit(steps=1, compare_with_plain=False, api_name="/generate") for _ in range(WAITING + 8)]
+    answers = [job.exception() for job in jobs]
+    refused = [str(answer) for answer in answers if answer is not None]
+    assert len(refused) < len(jobs)
+    assert all("queue is full" in answer.lower() for answer in refused)
+    assert refused
+    assert (pixels(client.predict(**SMALL, api_name="/generate")[0]) == pixels(alone)).all()
 
 
 def test_a_device_drops_work_nobody_waits_for():

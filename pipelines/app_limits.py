@@ -1,0 +1,27 @@
+"""What the server refuses before anything reads it."""
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class SmallRequests:
+    """ASGI middleware that breaks off requests larger than any that the page or a client needs to send (413)."""
+
+    most = 64 * 1024
+    """Bytes."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.most:
+                raise HTTPException(413, f"A request may have {self.most} bytes at most.")
+            return message
+
+        await self.app(scope, counted if scope["type"] == "http" else receive, send)
