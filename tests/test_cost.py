@@ -3,6 +3,7 @@
 `benchmarks/cost.py` measures time.
 """
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -61,7 +62,7 @@ def waits_by_step(pipe, entry, network, batch):
     """Waits from one evaluation to the next, the last up to the end of the run; of one call a step."""
     with on_device(pipe, network) as waits:
         run(pipe, entry, STEPS, batch)
-    per_step = [after - before for before, after in zip(waits, waits[1:], strict=False)]
+    per_step = [after - before for before, after in itertools.pairwise(waits)]
     assert len(per_step) == STEPS
     return per_step
 
