@@ -361,7 +361,8 @@ def identify(
     live: dict[str, Scale] = {}
     for name, get in scales.items():
         value = _scale(get(), output)
-        if isinstance(value, Tensor) or (value is not None and value not in live.values()):
+        known = [other for other in live.values() if not isinstance(other, Tensor)]
+        if isinstance(value, Tensor) or (value is not None and value not in known):
             live[name] = value
     formulas = list(_formulas(outputs, output, sample, phi))
     for formula in formulas:

@@ -427,8 +427,7 @@ def fetched(unread: Sequence[Seen | Unread]) -> list[tuple[Fit, Tensor]]:
     numbers = torch.cat([vector.to(vectors[0].device) for vector in vectors]).cpu()
     parts = numbers.split([len(vector) for vector in vectors])
     return [
-        (each.residual.fit(part[:4].tolist()), part[4:].view_as(each.similarity))
-        for each, part in zip(unread, parts, strict=True)
+        (each.residual.fit(part[:4].tolist()), part[4:].view(2, -1)) for each, part in zip(unread, parts, strict=True)
     ]
 
 
