@@ -34,7 +34,7 @@ def errors_of(schedule: Schedule, gain: torch.Tensor) -> torch.Tensor:
     """(T,) norms of the error of each step's guided prediction, times `gain`, in the calibration's trajectories."""
     gram, steps = schedule.calibration.moments("").total, len(schedule.actions)
     off = combinations(gram, schedule.actions, schedule.fit) - torch.eye(2 * steps, dtype=gram.dtype)
-    off = off[:steps] + (schedule.calibration.setting["guidance_scale"] - 1) * off[steps:]
+    off = off[:steps] + (schedule.calibration.call["guidance_scale"] - 1) * off[steps:]
     return gain * ((off @ gram) * off).sum(-1).clamp(min=0).sqrt()
 
 
@@ -57,7 +57,7 @@ def minimiser(calibration: Calibration, objective: str, nfe: int) -> Schedule:
     gram, steps = calibration.moments("").total, calibration.steps
     unit = torch.eye(2 * steps, dtype=torch.float64)
     c, d = unit[:steps], unit[steps:]
-    scale = calibration.setting["guidance_scale"]
+    scale = calibration.call["guidance_scale"]
     residuals = pair_residuals(gram, torch.stack([c, d], 1), c + (scale - 1) * d)
     later = torch.arange(steps) > torch.arange(steps)[:, None]
     squares = torch.where(later, (residuals * gain_of(calibration, objective)).square(), 0.0)
@@ -115,10 +115,15 @@ def fits(calibration: Calibration, fidelity: Fidelity, progress: Callable, chann
     for i, (label, actions) in enumerate(schedules.items()):
         progress("fits", i, len(schedules))
         row: dict = {"schedule": label}
-        for fit in (Fit(), Fit("recent"), Fit(target="uncond"), Fit(ridge=1e-3)):
-            row[repr(fit)] = fidelity(Schedule(actions, calibration, fit)).psnr
-        for fit in (Fit(), Fit(per_channel=True)):
-            row[f"{fit!r}, {channels.trajectories} trajectories"] = fidelity(Schedule(actions, channels, fit)).psnr
+        for name, made, fit in (
+            ("Fit()", calibration, Fit()),
+            ('Fit("recent")', calibration, Fit("recent")),
+            ('Fit(target="uncond"), as published', calibration, Fit(target="uncond")),
+            ("Fit(ridge=1e-3)", calibration, Fit(ridge=1e-3)),
+            (f"Fit(), {channels.trajectories} trajectories", channels, Fit()),
+            (f"Fit(per_channel=True), {channels.trajectories} trajectories", channels, Fit(per_channel=True)),
+        ):
+            row[name] = fidelity(Schedule(actions, made, fit)).psnr
         rows.append(row)
     return rows
 

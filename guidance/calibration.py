@@ -149,8 +149,8 @@ class Calibration:
     """
 
     setting: dict[str, Any]
-    """Plain JSON: the pipeline, its denoisers' and its scheduler's fingerprints, timesteps, guidance scale, `gains`,
-    and the arguments of `calibrate`."""
+    """Plain JSON: the pipeline, its denoisers' and its scheduler's fingerprints, timesteps, each denoiser's guidance
+    scale, `gains`, and the arguments of `calibrate`."""
     denoisers: dict[str, Moments]
     """By the denoiser's name in the pipeline."""
     prompts: dict[str, int]
@@ -171,9 +171,12 @@ class Calibration:
         return hashlib.sha256(b"".join(m.gram.numpy().tobytes() for m in self.denoisers.values())).hexdigest()[:16]
 
     @property
-    def num_inference_steps(self) -> int:
-        """What the pipeline was called with; a solver of two stages evaluates more often."""
-        return int(self.setting["calibrated"]["num_inference_steps"])
+    def call(self) -> dict[str, Any]:
+        """The `num_inference_steps` and `guidance_scale` that the pipeline was called with.
+
+        A solver of two stages evaluates more often; and some pipelines' scale is one less than w.
+        """
+        return {name: self.setting["calibrated"][name] for name in ("num_inference_steps", "guidance_scale")}
 
     @property
     def gains(self) -> Tensor:
@@ -195,9 +198,10 @@ class Calibration:
 
     def __repr__(self) -> str:
         s = self.setting
+        scales = "/".join(f"{w:g}" for w in dict.fromkeys(s["guidance_scale"].values()))
         return (
             f"Calibration({s['pipeline']}, {s['scheduler']['class']}, {self.steps} steps, "
-            f"guidance_scale={s['guidance_scale']:g}, {self.trajectories} trajectories)"
+            f"guidance_scale={scales}, {self.trajectories} trajectories)"
         )
 
     def __hash__(self) -> int:

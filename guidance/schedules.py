@@ -59,11 +59,11 @@ def predicted_error(schedule: Schedule) -> float:
     if schedule.calibration is None:
         raise ValueError("predicted_error needs a schedule with a calibration: Schedule(actions, calibration)")
     total = reference = 0.0
-    for moments, gain in _parts(schedule.calibration):
+    for moments, gain, w in _parts(schedule.calibration):
         actions = ("both", *schedule.actions[moments.first : moments.first + moments.steps][1:])
-        errors = gain * _errors(schedule.calibration, moments, combinations(moments.total, actions, schedule.fit))
+        errors = gain * _errors(moments, w, combinations(moments.total, actions, schedule.fit))
         unguided = combinations(moments.total, ["both", *["conditional"] * (moments.steps - 1)])
-        reference += float((gain * _errors(schedule.calibration, moments, unguided)).sum()) ** 2
+        reference += float((gain * _errors(moments, w, unguided)).sum()) ** 2
         gap = 0.0
         for action, step in zip([*actions, "both"], [*errors.tolist(), 0.0], strict=True):
             total, gap = (total + gap**2, 0.0) if action == "both" else (total, gap + step)
@@ -78,10 +78,9 @@ def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> li
     left: Action = "neither" if skip else "extrapolate"
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     covered: set[int] = set()
-    for moments, gain in _parts(calibration, tilt):
+    for moments, gain, w in _parts(calibration, tilt):
         steps, unit = moments.steps, torch.eye(2 * moments.steps, dtype=torch.float64)
         c, d = unit[:steps], unit[steps:]
-        w = calibration.setting["guidance_scale"]
         if skip:
             residuals = pair_residuals(moments.total, torch.stack([c, d], 1), c + (w - 1) * d)
         else:
@@ -207,26 +206,29 @@ def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibrati
     actions = max((each for each in best if _nfe(each) <= nfe), key=_nfe)
     if _nfe(actions) < nfe:
         worst = torch.zeros(calibration.steps, dtype=torch.float64)
-        for moments, gain in _parts(calibration):
+        for moments, gain, w in _parts(calibration):
             own = slice(moments.first, moments.first + moments.steps)
             made = combinations(moments.total, ("both", *actions[own][1:]), fit)
-            worst[own] = gain * _errors(calibration, moments, made)
+            worst[own] = gain * _errors(moments, w, made)
         t = int(worst.argmax())
         actions = (*actions[:t], "extrapolate", *actions[t + 1 :])
     return Schedule(actions, calibration, fit)
 
 
-def _errors(calibration: Calibration, moments: Moments, made: Tensor) -> Tensor:
+def _errors(moments: Moments, w: float, made: Tensor) -> Tensor:
     """(T,) norms of the errors of c_t + (w - 1) d_t, for what is guided with as combinations `made` (2T, 2T)."""
     off = made - torch.eye(2 * moments.steps, dtype=made.dtype)
-    off = off[: moments.steps] + (calibration.setting["guidance_scale"] - 1) * off[moments.steps :]
+    off = off[: moments.steps] + (w - 1) * off[moments.steps :]
     return ((off @ moments.total) * off).sum(-1).clamp(min=0).sqrt()
 
 
-def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[Moments, Tensor]]:
-    """Each denoiser's moments, and the gains (T,) of its steps."""
+def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[Moments, Tensor, float]]:
+    """Each denoiser's moments, the gains (T,) of its steps, and its guidance scale."""
     gain = calibration.gains * torch.exp(tilt * torch.linspace(0, 1, calibration.steps, dtype=torch.float64))
-    return [(each, gain[each.first : each.first + each.steps]) for each in calibration.denoisers.values()]
+    scales = calibration.setting["guidance_scale"]
+    return [
+        (each, gain[each.first : each.first + each.steps], scales[name]) for name, each in calibration.denoisers.items()
+    ]
 
 
 def _neighbours(actions: Sequence[Action]) -> list[tuple[Action, ...]]:

@@ -90,12 +90,13 @@ def calibrate(
         "prompts": hashlib.sha256(repr([*prompts, "", *negative_prompts]).encode()).hexdigest()[:16],
         "seed": seed,
         "num_inference_steps": num_inference_steps,
+        "guidance_scale": float(guidance_scale),
         "arguments": repr(sorted(arguments.items())),
         "per_channel": per_channel,
     }
     numbers = list(range(k, trajectories, n))
     turn = math.lcm(len(prompts), len(negative_prompts))
-    done = _resume(path, pipe, plan, share, guidance_scale)
+    done = _resume(path, pipe, plan, share)
     found = 0 if done is None else done.trajectories
     while found < len(numbers):
         if progress is not None:
@@ -147,10 +148,12 @@ def _run(
             raise GuidanceError(f"{name} guided {history.rows} samples of {len(prompts)}: one picture a prompt, please")
         similarity = {space: history.agreement(space).T.contiguous() for space in ("denoised", "noise")}
         denoisers[name] = Moments(first, gram(history.cond, history.uncond, per_channel), similarity)
-    name = next(iter(denoisers))
-    made = setting(pipe, name, guidance_scale)
-    for other in denoisers:
-        made["denoisers"] |= setting(pipe, other)["denoisers"]
+    # The scale w of the formula; some pipelines call it by one less, and experts may have one each.
+    scales = {step.denoiser: step.guidance_scale for step in reversed(handle.report.steps) if step.guidance_scale}
+    made: dict[str, Any] = {}
+    for name in denoisers:
+        found = setting(pipe, name, scales[name])
+        made = found | {key: made.get(key, {}) | found[key] for key in ("denoisers", "guidance_scale")}
     try:
         made["gains"] = gains(spaces(pipe.scheduler))
     except UnsupportedScheduler:
@@ -174,9 +177,7 @@ def gram(cond: Sequence[Tensor], uncond: Sequence[Tensor], per_channel: bool = F
     return total
 
 
-def _resume(
-    path: str | Path | None, pipe: Any, plan: dict[str, Any], share: tuple[int, int], guidance_scale: float
-) -> Calibration | None:
+def _resume(path: str | Path | None, pipe: Any, plan: dict[str, Any], share: tuple[int, int]) -> Calibration | None:
     """What an earlier call left at `path`, if it was made with the same pipeline and settings."""
     if path is None or not Path(path).is_file():
         return None
@@ -186,7 +187,6 @@ def _resume(
             "pipeline": type(pipe).__name__,
             "denoisers": {name: module_fingerprint(getattr(pipe, name)) for name in found.denoisers},
             "scheduler": scheduler_fingerprint(pipe.scheduler),
-            "guidance_scale": float(guidance_scale),
             "calibrated": {**plan, "share": list(share)},
         }
     )

@@ -11,8 +11,8 @@ _SAMPLED = 16
 """Parameters looked at, and numbers of each."""
 
 
-def setting(pipe: Any, denoiser: str, guidance_scale: float | None = None) -> dict[str, Any]:
-    """Of a pipeline in the middle of a run, with its timesteps set.
+def setting(pipe: Any, denoiser: str, guidance_scale: float) -> dict[str, Any]:
+    """Of a pipeline in the middle of a run, with its timesteps set; `guidance_scale` is the denoiser's w.
 
     Compared are only things that both sides state, so what cannot be read (weights that are offloaded) is left out.
     """
@@ -21,7 +21,7 @@ def setting(pipe: Any, denoiser: str, guidance_scale: float | None = None) -> di
         "denoisers": {denoiser: module_fingerprint(getattr(pipe, denoiser))},
         "scheduler": scheduler_fingerprint(pipe.scheduler),
         "timesteps": [float(t) for t in pipe.scheduler.timesteps.tolist()],
-        **({} if guidance_scale is None else {"guidance_scale": float(guidance_scale)}),
+        "guidance_scale": {denoiser: float(guidance_scale)},
     }
 
 

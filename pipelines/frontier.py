@@ -93,7 +93,6 @@ def frontier(
     Raises:
         CalibrationMismatch: what lies at `path` was measured with another calibration, other prompts or seeds.
     """
-    steps = calibration.num_inference_steps
     if nfes is None:
         nfes = [round(2 * calibration.steps * share) for share in (0.25, 0.375, 0.5, 0.575, 0.625, 0.675, 0.75, 0.875)]
     planned = _plan(pipe, calibration, search_prompts, sorted({*nfes}), stops, refine, nas)
@@ -107,13 +106,12 @@ def frontier(
             progress(label, done, len(plan))
         if label not in known:
             fidelity = fidelity or Fidelity(
-                pipe, prompts, seeds, num_inference_steps=steps, guidance_scale=calibration.setting["guidance_scale"],
-                batch_size=batch_size, lpips=lpips,
-            )  # fmt: skip
+                pipe, prompts, seeds, **calibration.call, batch_size=batch_size, lpips=lpips
+            )
             known[label] = Row(series, label, *fidelity(make(), **changed))
         rows.append(known[label])
         if path is not None:
-            _write(path, rows, about)
+            _write(path, list(known.values()), about)  # those of other plans too
     return rows
 
 
@@ -127,8 +125,7 @@ def _plan(
     nas: Iterable[int],
 ) -> Iterator[_Planned]:
     """Every row; searches run when their row does."""
-    count, steps = calibration.steps, calibration.num_inference_steps
-    scale = calibration.setting["guidance_scale"]
+    count, steps = calibration.steps, calibration.call["num_inference_steps"]
 
     def row(series: str, label: str, make: Callable[..., Policy], *args: Any, **changed: Any) -> _Planned:
         return _Planned(series, label, partial(make, *args), changed)
@@ -149,19 +146,21 @@ def _plan(
         yield row(
             SEARCHED_CONDITIONAL, f"search({nfe}, skip=False)", partial(search, skip=False), calibration, nfe
         )  # fmt: skip
-        policy: Policy = AdaptiveGuidance.from_calibration(calibration, 1 - nfe / (2 * count))
-        yield row(AG, repr(policy), partial(lambda policy: policy, policy))
+        policy = AdaptiveGuidance.from_calibration(calibration, 1 - nfe / (2 * count))
+        yield row(
+            AG, f"threshold {policy.threshold:.5f}, {policy.space}", AdaptiveGuidance, policy.threshold, policy.space
+        )
     for n in range(1, count) if stops is None else stops:
         yield row(STOP, f"first {n} steps", StepAG, n / count)
-    for policy in (Hold(2, last=True), Hold(3, last=True), Hold(4, last=True), DEFAULT_POLICY):
-        yield row(PERIODIC, repr(policy), partial(lambda policy: policy, policy))
+    for period, warmup in ((2, 1), (3, 1), (4, 1), (DEFAULT_POLICY.period, DEFAULT_POLICY.warmup)):
+        yield row(PERIODIC, f"period {period}, warmup {warmup}, last", Hold, period, warmup, True)
     yield row(PUBLISHED_HELD, "published, held", LinearAG)
     yield row(PUBLISHED, "published, fitted", LinearAG, calibration)
     for nfe in refine:
         make: Callable[..., Policy] = partial(search, refine=(pipe, search_prompts))
         yield row(REFINED, f"search({nfe}, refine)", make, calibration, nfe)
     for nfe in nas:
-        make = partial(search_nas, num_inference_steps=steps, guidance_scale=scale)
+        make = partial(search_nas, **calibration.call)
         yield row(NAS, f"search_nas({nfe})", make, pipe, search_prompts, nfe)
 
 

@@ -64,8 +64,7 @@ def search(
         done += 1
 
     advance()
-    steps, scale = calibration.num_inference_steps, calibration.setting["guidance_scale"]
-    fidelity = Fidelity(pipe, prompts, [seed], num_inference_steps=steps, guidance_scale=scale, **arguments)
+    fidelity = Fidelity(pipe, prompts, [seed], **calibration.call, **arguments)
 
     def measure(schedule: Schedule) -> float:
         advance()

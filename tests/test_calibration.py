@@ -307,8 +307,8 @@ def test_two_experts_have_a_history_and_a_fit_each():
         pytest.skip("this diffusers has no WanPipeline")
     pipe = entry.build()
     recorder = Recorder()
-    with attach(pipe, CFG(), recorder):
-        run(pipe, entry, steps=6)
+    with attach(pipe, CFG(), recorder) as handle:
+        run(pipe, entry, steps=6, guidance_scale_2=3.0)
     assert set(recorder.histories) == set(entry.denoisers)
     moments = {
         name: Moments(
@@ -317,13 +317,18 @@ def test_two_experts_have_a_history_and_a_fit_each():
         for name, (first, history) in recorder.histories.items()
     }
     assert sum(each.steps for each in moments.values()) == len(pipe.scheduler.timesteps)
-    found = Calibration(setting(pipe, "transformer") | {"gains": [1.0] * 6, "guidance_scale": SCALE}, moments, {"": 1})
-    found.setting["guidance_scale"] = pipe.guidance_scale
+    scales = {step.denoiser: step.guidance_scale for step in handle.report.steps}
+    assert len({*scales.values()}) == 2  # a scale each
+    made = setting(pipe, "transformer", scales["transformer"]) | {"gains": [1.0] * 6, "guidance_scale": scales}
+    found = Calibration(made, moments, {"": 1})
+    assert search(found, nfe=8, skip=False).nfe == 8
     starts = {each.first for each in moments.values()}
     actions = ["both" if t in starts else "extrapolate" for t in range(6)]
     with attach(pipe, CFG(), Schedule(actions, found)) as handle:
-        run(pipe, entry, steps=6)
+        run(pipe, entry, steps=6, guidance_scale_2=3.0)
     assert handle.report.nfe == 6 + 2
+    with attach(pipe, CFG(), Schedule(actions, found)), pytest.raises(CalibrationMismatch, match="transformer_2"):
+        run(pipe, entry, steps=6, guidance_scale_2=3.5)
 
 
 # Refusing
@@ -364,7 +369,7 @@ def test_runs_of_anything_else_are_refused_by_name(pipe):
         with attach(pipe, CFG(), LinearAG(found)), pytest.raises(CalibrationMismatch, match=match):
             pipe("a dog", **{**usual, **changes})
 
-    refused("guidance_scale: 5.0, calibrated for 4.0", guidance_scale=5.0)
+    refused("guidance_scale.unet: 5.0, calibrated for 4.0", guidance_scale=5.0)
     refused("has 6 steps, .* 5 steps", num_inference_steps=STEPS + 1)
     config = pipe.scheduler.config
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, solver_order=1)
@@ -424,7 +429,7 @@ def test_shipped_calibrations_are_of_the_shipped_model():
         assert found.trajectories == 200
         found.check(used)
         _, steps, scale = file.stem.split("-")
-        assert (found.steps, found.setting["guidance_scale"]) == (int(steps), float(scale))
+        assert found.call == {"num_inference_steps": int(steps), "guidance_scale": float(scale)}
     assert not {*samples.HELDOUT_PROMPTS.read_text().split("\n")} & {
         *samples.CALIBRATION_PROMPTS.read_text().split("\n")
     } - {""}
@@ -475,7 +480,7 @@ def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
     assert [step.nfe for step in guider.report.steps] == [4, 4, 4, 4, 2]
     assert guider.report.steps[2].action == ["both", "both"]
 
-    other = Calibration(made | {"guidance_scale": 9.0}, found.denoisers, {"": 2})
+    other = Calibration(made | {"guidance_scale": {name: 9.0}}, found.denoisers, {"": 2})
     (guider,) = pair.guide(CFG(), LinearAG(other))
     with pytest.raises(CalibrationMismatch, match="guidance_scale"):
         pair.run(2)
@@ -513,7 +518,12 @@ def test_a_calibration_is_no_path():
 def with_similarity(denoised, noise):
     n, steps = denoised.shape
     moments = Moments(0, torch.eye(2 * steps, dtype=torch.float64)[None], {"denoised": denoised, "noise": noise})
-    setting = {"pipeline": "P", "scheduler": {"class": "S"}, "guidance_scale": 5.0, "timesteps": [0.0] * steps}
+    setting = {
+        "pipeline": "P",
+        "scheduler": {"class": "S"},
+        "guidance_scale": {"unet": 5.0},
+        "timesteps": [0.0] * steps,
+    }
     return Calibration(setting, {"unet": moments}, {"": n})
 
 

@@ -50,6 +50,14 @@ def pipe():
     return pipe
 
 
+class OneLess(diffusers.StableDiffusionPipeline):
+    """Calls its guidance scale by one less than it is, as Z-Image does."""
+
+    @property
+    def guidance_scale(self):
+        return self._guidance_scale + 1
+
+
 @pytest.fixture(scope="module")
 def calibration(pipe):
     return calibrate(pipe, PROMPTS, trajectories=6, num_inference_steps=STEPS, guidance_scale=SCALE, **SIZE)
@@ -66,8 +74,8 @@ def invented(steps, parts=1):
         denoisers[f"part{k}"] = Moments(first, gram(c, c - 0.3 * u), similarity)
         first += own
     setting = {
-        "pipeline": "P", "scheduler": {"class": "S"}, "guidance_scale": SCALE,
-        "timesteps": [0.0] * steps, "gains": torch.rand(steps).tolist(), "calibrated": {"num_inference_steps": steps},
+        "pipeline": "P", "scheduler": {"class": "S"}, "guidance_scale": dict.fromkeys(denoisers, SCALE),
+        "timesteps": [0.0] * steps, "gains": torch.rand(steps).tolist(),
     }  # fmt: skip
     return Calibration(setting, denoisers, {"": 8})
 
@@ -210,6 +218,20 @@ def test_refined_search_is_never_worse_as_measured(pipe, calibration):
     for other in shortlist(calibration, 8):
         assert score.psnr >= fidelity(other).psnr - 1e-4
     assert len(seen) <= 9
+
+
+def test_a_scale_that_counts_from_zero(pipe, calibration):
+    """w is what predictions are combined with, whatever the pipeline calls it."""
+    other = OneLess(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    found = calibrate(other, PROMPTS, trajectories=6, num_inference_steps=STEPS, guidance_scale=SCALE - 1, **SIZE)
+    assert found.setting["guidance_scale"] == {"unet": pytest.approx(SCALE)}
+    assert found.call == {"num_inference_steps": STEPS, "guidance_scale": SCALE - 1}
+    torch.testing.assert_close(found.moments("").total, calibration.moments("").total, rtol=1e-4, atol=1e-3)
+    schedule = search(found, 8, refine=(other, PROMPTS[:1]), runs=1, **SIZE)
+    with attach(other, CFG(), schedule) as handle:
+        other("a dog", num_inference_steps=STEPS, guidance_scale=SCALE - 1, output_type="latent", **SIZE)
+    assert handle.report.nfe == 8
 
 
 def test_schedule_runs_as_it_says(pipe, calibration):

@@ -7,13 +7,14 @@ from diffusers import StableDiffusionPipeline
 
 import diffusers_guidance
 from diffusers_guidance import attach
-from diffusers_guidance.samples import MODEL, PROMPTS
+from diffusers_guidance.samples import CALIBRATION_PROMPTS, CALIBRATIONS, HELDOUT_PROMPTS, MODEL, PROMPTS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 installed = Path(diffusers_guidance.__file__).resolve()
 assert Path(sys.prefix).resolve() in installed.parents, f"not the installed package: {installed}"
 assert Path.cwd() != CHECKOUT
-assert PROMPTS.read_text().strip()
+assert all(file.read_text().strip() for file in (PROMPTS, CALIBRATION_PROMPTS, HELDOUT_PROMPTS))
+assert list(CALIBRATIONS.glob("*.safetensors"))
 
 pipe = StableDiffusionPipeline.from_pretrained(MODEL, local_files_only=True)
 pipe.set_progress_bar_config(disable=True)
