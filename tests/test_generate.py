@@ -53,7 +53,7 @@ LINES = (
 
 def test_every_line_becomes_a_picture_with_what_made_it_beside_it(tmp_path):
     file, out = jobs_file(tmp_path, *LINES), tmp_path / "out"
-    command = ["generate", str(file), "--out", str(out), "--steps", "3", "--column", "StepAG(0.4)"]
+    command = ["generate", str(file), "--out", str(out), "--steps", "3", "--column", "StepAG(0.3)"]
     done = CliRunner().invoke(cli.make_app(), command)
     assert done.exit_code == 0 and "3 pictures made, 0 were there already" in done.output
     names = {path.name for path in out.iterdir()}
