@@ -116,6 +116,8 @@ def figure(found: Figure | None, measure: Measure) -> str:
 
 def _plots(summary: Summary) -> dict[str, tuple[str, str]]:
     """By name, caption and SVG."""
+    if not summary.rows:
+        return {}
     made = {"fidelity": fidelity_plot(summary), "look": look_plot(summary), "time": time_plot(summary)}
     return {name: plot for name, plot in made.items() if plot is not None}
 
@@ -141,7 +143,7 @@ def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
     return "Fidelity for evaluations: further up is closer to full guidance, further left is cheaper.", _svg(plot)
 
 
-def look_plot(summary: Summary) -> tuple[str, str] | None:
+def look_plot(summary: Summary) -> tuple[str, str]:
     """Saturation and contrast of every column."""
     rows = [row for row in summary.rows if row.scheduler == summary.rows[0].scheduler]
     base = next((row for row in rows if row.name == summary.suite.baseline), None)

@@ -106,6 +106,7 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
         ("StepAG(0.3)", "Steppy", "there is no Steppy"),
         ("as_strong_as: APG", "as_strong_as: nobody", "no column 'nobody'"),
         ("{pair: CFG, steps: 2}", "{pair: CFG, steps: none}", "steps: 'none'"),
+        ("columns: [stopped]", "columns: [as strong]", "neither baseline nor timed"),
         ("{search: 20}", "{search: 20, pair: CFG}", "more than one of"),
         ("prompts: [a red apple", "held_out_from: seen.txt\nprompts: [a rocket", "'a rocket' is not held out"),
     ],

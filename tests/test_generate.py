@@ -72,6 +72,13 @@ def test_every_line_becomes_a_picture_with_what_made_it_beside_it(tmp_path):
     assert other.exit_code == 1 and "was made by another prompt or other settings" in " ".join(other.output.split())
 
 
+def test_an_argument_the_pipeline_does_not_take_is_named(tmp_path):
+    jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "heigth": 96}))
+    with pytest.raises(ValueError, match="StableDiffusionPipeline takes no heigth"):
+        generate(jobs, tmp_path / "out", model=MODEL)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
