@@ -179,7 +179,7 @@ def test_the_effective_scale_is_the_projection_of_what_guidance_adds(rule):
     d = (c - u).flatten(1)
     exact = 1 + ((g - c).flatten(1) * d).sum(1) / (d * d).sum(1)
     assert watched.scales[0].flatten().tolist() == pytest.approx(exact.tolist(), rel=1e-5)
-    if rule.norm_threshold is None or isinstance(rule, CFG):
+    if getattr(rule, "norm_threshold", None) is None:  # CFG, or APG that is CFG
         assert watched.mean == pytest.approx(rule.guidance_scale, rel=1e-5)
 
 
