@@ -1,5 +1,6 @@
 """From a benchmark's lines and pictures to its figures: each a mean over prompts and seeds with its 95 % interval."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -139,8 +140,7 @@ class Retrieval:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
             concepts = json.loads(content.metadata()["concepts"])
-        from diffusers_guidance.samples.training import embedding
-
+        embedding = importlib.import_module("diffusers_guidance.samples.training.embedding")
         weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
         network = embedding.Embedding(len(weights["concept.weight"]))
         network.load_state_dict(weights)
@@ -181,7 +181,7 @@ def clip_scorer() -> Callable[[Tensor, Sequence[str]], Tensor]:
     def score(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = (pictures * 255).round().to(torch.uint8)
         pairs = zip(pixels, prompts, strict=True)
-        return torch.stack([clip_score(p, text, lambda: (model, processor)).detach() for p, text in pairs])  # type: ignore[arg-type]
+        return torch.stack([clip_score(p, text, lambda: (model, processor)).detach() for p, text in pairs])
 
     return score
 

@@ -119,7 +119,7 @@ class Suite:
         for name in ("seeds", "schedulers", "targets"):
             if name in given:
                 given[name] = tuple(given[name])
-        timing = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("timing", {}).items()}
+        timing: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("timing", {}).items()}
         suite = cls(**given, timing=Timing(**timing), name=file.stem)
         suite._check()
         return suite
