@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo app test conformance lint kernels wheel calibrations objective frontier install clean
+.PHONY: demo app test conformance lint kernels wheel calibrations objective frontier bench wallclock install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -43,6 +43,13 @@ objective: install ## what the search for schedules rests on, in docs/results/po
 
 frontier: install ## fidelity against NFEs for every policy, in docs/results/policies
 	$(BIN)/python benchmarks/policies.py
+
+bench: install ## what is saved and what it costs on the bundled model, in docs/results/bench; goes on where it stopped
+	$(BIN)/diffusers-guidance bench --out out/bench
+	$(BIN)/python benchmarks/publish.py out/bench
+
+wallclock: install ## what skipped evaluations are worth at real size: wants a GPU
+	$(BIN)/python benchmarks/wallclock.py
 
 install: $(VENV)/.installed
 

@@ -1,5 +1,6 @@
 """From a benchmark's lines and pictures to its figures: each a mean over prompts and seeds with its 95 % interval."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.bench_suite import Suite
 from diffusers_guidance.pipelines.fidelity import _lpips, psnr, ssim
 
@@ -138,8 +140,7 @@ class Retrieval:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
             concepts = json.loads(content.metadata()["concepts"])
-        from diffusers_guidance.samples.training import embedding
-
+        embedding = importlib.import_module("diffusers_guidance.samples.training.embedding")
         weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
         network = embedding.Embedding(len(weights["concept.weight"]))
         network.load_state_dict(weights)
@@ -180,7 +181,7 @@ def clip_scorer() -> Callable[[Tensor, Sequence[str]], Tensor]:
     def score(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = (pictures * 255).round().to(torch.uint8)
         pairs = zip(pixels, prompts, strict=True)
-        return torch.stack([clip_score(p, text, lambda: (model, processor)).detach() for p, text in pairs])  # type: ignore[arg-type]
+        return torch.stack([clip_score(p, text, lambda: (model, processor)).detach() for p, text in pairs])
 
     return score
 
@@ -308,12 +309,18 @@ class Summary:
 
 
 def summarise(suite: Suite, lines: Sequence[Record], out: Path, scorers: Scorers | None = None) -> Summary:
-    """The figures of a suite from `bench`'s lines and the pictures in `out`."""
+    """The figures of a suite from `bench`'s lines and the pictures in `out`.
+
+    Raises:
+        GuidanceError: there is nothing to compare with, for the baseline could not be run.
+    """
     scorers = scorers or Scorers.find(suite.model)
     left_out = {_title(name): why for name, why in scorers.left_out.items()}
     for line in lines:
         if "left out" in line:
             left_out[line["column"]] = line["left out"]
+    if suite.baseline in left_out:
+        raise GuidanceError(f"the baseline, {suite.baseline}, could not be run: {left_out[suite.baseline]}")
     for entry in suite.columns:
         if entry.as_strong_as in left_out:
             left_out[entry.name] = f"{entry.as_strong_as} was left out"
@@ -338,8 +345,7 @@ def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> lis
     pictures = {name: _read([out / file for r in own for file in r["pictures"]]) for name, own in columns.items()}
     full = {own[0]["guidance_scale"]: name for name, own in reversed(columns.items())
             if own[0]["plain"] and own[0]["steps"] == suite.steps}  # fmt: skip
-    baseline = columns.get(suite.baseline)
-    cost = np.mean([r["nfe"] for r in baseline]) if baseline else math.nan
+    cost = np.mean([r["nfe"] for r in columns[suite.baseline]])
     shape = (len(suite.seeds), len(suite.prompts))
     rows = []
     for name in [entry.name for entry in suite.columns if entry.name in columns]:

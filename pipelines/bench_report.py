@@ -25,8 +25,9 @@ ABOUT_INTERVALS = (
 
 
 def save(summary: Summary, out: Path) -> list[Path]:
-    """Writes report.html, tables.md and summary.json into `out`, each whole or not at all."""
+    """Writes report.html, its plots, tables.md and summary.json into `out`, each whole or not at all."""
     contents = {"report.html": html(summary), "tables.md": markdown(summary), "summary.json": as_json(summary)}
+    contents |= {f"{name}.svg": svg for name, (_, svg) in _plots(summary).items()}
     for name, text in contents.items():
         write(out / name, text.encode())
     return [out / name for name in contents]
@@ -46,7 +47,7 @@ def html(summary: Summary) -> str:
         measures=summary.measures,
         schedulers=schedulers,
         about_intervals=ABOUT_INTERVALS,
-        plots=[plot for plot in (fidelity_plot(summary), look_plot(summary), time_plot(summary)) if plot],
+        plots=list(_plots(summary).values()),
     )
 
 
@@ -113,6 +114,14 @@ def figure(found: Figure | None, measure: Measure) -> str:
 # Plots
 
 
+def _plots(summary: Summary) -> dict[str, tuple[str, str]]:
+    """By name, caption and SVG."""
+    if not summary.rows:
+        return {}
+    made = {"fidelity": fidelity_plot(summary), "look": look_plot(summary), "time": time_plot(summary)}
+    return {name: plot for name, plot in made.items() if plot is not None}
+
+
 def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
     """PSNR against NFEs."""
     rows = [row for row in summary.rows if "psnr" in row.figures and row.scheduler == summary.rows[0].scheduler]
@@ -134,7 +143,7 @@ def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
     return "Fidelity for evaluations: further up is closer to full guidance, further left is cheaper.", _svg(plot)
 
 
-def look_plot(summary: Summary) -> tuple[str, str] | None:
+def look_plot(summary: Summary) -> tuple[str, str]:
     """Saturation and contrast of every column."""
     rows = [row for row in summary.rows if row.scheduler == summary.rows[0].scheduler]
     base = next((row for row in rows if row.name == summary.suite.baseline), None)

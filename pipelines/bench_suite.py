@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class Suite:
         for name in ("seeds", "schedulers", "targets"):
             if name in given:
                 given[name] = tuple(given[name])
-        timing = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("timing", {}).items()}
+        timing: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("timing", {}).items()}
         suite = cls(**given, timing=Timing(**timing), name=file.stem)
         suite._check()
         return suite
@@ -131,6 +132,9 @@ class Suite:
         for name in used:
             if name not in names:
                 raise ValueError(f"there is no column {name!r}, which is used elsewhere; there are {', '.join(names)}")
+        for name in (self.baseline, *self.timing.columns):
+            if self.entry(name).as_strong_as:
+                raise ValueError(f"column {name!r} is as strong as another: it can be neither baseline nor timed")
         if not self.prompts or not self.seeds or self.timing.rounds < 1:
             raise ValueError("there must be a prompt, a seed and a round of timing at least")
         if any(entry.search for entry in self.columns) and self.calibration is None:
@@ -198,7 +202,17 @@ class Cell:
         settings = [suite.steps, suite.guidance_scale, suite.negative, list(suite.prompts)]
         calibration = _content(suite.calibration) if entry.search and suite.calibration else None
         rounds = suite.timing.rounds if self.kind in ("rate", "timing") else None
-        of = [asdict(self), asdict(entry), settings, calibration, rounds, model, device, dtype]
+        of = [
+            version("diffusers-guidance"),
+            asdict(self),
+            asdict(entry),
+            settings,
+            calibration,
+            rounds,
+            model,
+            device,
+            dtype,
+        ]
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
 
 

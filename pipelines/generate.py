@@ -4,6 +4,7 @@ A job's picture is written before its metadata; where the metadata is, the job i
 """
 
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -122,6 +123,9 @@ def generate(
         own = pipe.scheduler
         pipe.scheduler = scheduler_of(own, scheduler)
         try:
+            unknown = set(dict(part[0].arguments)) - set(inspect.signature(type(pipe).__call__).parameters)
+            if unknown:
+                raise ValueError(f"job {part[0].id}: {type(pipe).__name__} takes no {', '.join(sorted(unknown))}")
             with attach(pipe, parsed.rule, parsed.policy) as handle:
                 handle.rule = replace(handle.rule, guidance_scale=scale)
                 arguments = dict(part[0].arguments) | {"negative_prompt": part[0].negative_prompt}

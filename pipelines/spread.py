@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 
@@ -39,7 +39,8 @@ def spread(
     if resources is None:
         resources = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
     remote = ray.remote(max_retries=RETRIES, **resources)(work)
-    left, running = list(pieces), {}
+    left = list(pieces)
+    running: dict[Any, T] = {}
     try:
         while left or running:
             while left and len(running) < (at_once or len(pieces)):

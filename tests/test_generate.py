@@ -53,7 +53,7 @@ LINES = (
 
 def test_every_line_becomes_a_picture_with_what_made_it_beside_it(tmp_path):
     file, out = jobs_file(tmp_path, *LINES), tmp_path / "out"
-    command = ["generate", str(file), "--out", str(out), "--steps", "3", "--column", "StepAG(0.4)"]
+    command = ["generate", str(file), "--out", str(out), "--steps", "3", "--column", "StepAG(0.3)"]
     done = CliRunner().invoke(cli.make_app(), command)
     assert done.exit_code == 0 and "3 pictures made, 0 were there already" in done.output
     names = {path.name for path in out.iterdir()}
@@ -70,6 +70,13 @@ def test_every_line_becomes_a_picture_with_what_made_it_beside_it(tmp_path):
 
     other = CliRunner().invoke(cli.make_app(), [*command, "--scale", "9"])
     assert other.exit_code == 1 and "was made by another prompt or other settings" in " ".join(other.output.split())
+
+
+def test_an_argument_the_pipeline_does_not_take_is_named(tmp_path):
+    jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "heigth": 96}))
+    with pytest.raises(ValueError, match="StableDiffusionPipeline takes no heigth"):
+        generate(jobs, tmp_path / "out", model=MODEL)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

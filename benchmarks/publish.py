@@ -1,0 +1,35 @@
+"""Puts the results of `diffusers-guidance bench` into the docs.
+
+    python benchmarks/publish.py out/bench
+
+Copies report, plots, figures and lines to docs/results/bench, and the tables into the marked part of docs/benchmark.md.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- written by benchmarks/publish.py -->\n", "<!-- end -->\n"
+
+
+def main() -> int:
+    (found,) = map(Path, sys.argv[1:])
+    target = DOCS / "results" / "bench"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("report.html", "summary.json", "results.jsonl", "fidelity.svg", "look.svg", "time.svg"):
+        if (found / name).exists():
+            shutil.copyfile(found / name, target / name)
+    page = DOCS / "benchmark.md"
+    before, marked, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not marked or not ended:
+        raise SystemExit(f"{page} has no part between {BEGIN.strip()} and {END.strip()} to put the tables in")
+    tables = (found / "tables.md").read_text(encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+    print(f"wrote {page} and {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
