@@ -188,7 +188,10 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
         return {
             status: app_show.note(words),
             slider: gr.update(visible=_shown_if(compared)),
-            picture: gr.update(visible=_shown_if(not compared), value=both[0][1] if both else None),
+            picture: gr.update(
+                visible=_shown_if(not compared),
+                value=both[0][1] if both and not compared else None,
+            ),
         }
 
     outputs = [status, slider, picture, gallery, numbers, plot, code, pairs, controls["seed"]]
@@ -275,8 +278,8 @@ def compare_tab(studio: Studio) -> None:
         with gr.Column(scale=4, min_width=300):
             controls.add("prompt", max_lines=4)
             examples = gr.Dataset(
-                components=[gr.State(), gr.State(), gr.State()], samples=list(map(list, COMPARISONS.values())),
-                sample_labels=list(COMPARISONS), label="Try", type="values", elem_classes="dg-chips",
+                components=[controls["prompt"]], samples=[[name] for name in COMPARISONS], label="Try", type="values",
+                elem_classes="dg-chips",
             )  # fmt: skip
             controls.add("rules", "policies", "scales")
             with gr.Row():
@@ -293,8 +296,8 @@ def compare_tab(studio: Studio) -> None:
                 png = gr.DownloadButton("Download PNG", visible=False, size="sm")
                 table = gr.DownloadButton("Download JSON", visible=False, size="sm")
     examples.click(
-        lambda sample: sample, examples, [controls[name] for name in ("rules", "policies", "scales")], queue=False,
-        api_visibility="private",
+        lambda sample: list(map(list, COMPARISONS[sample[0]])), examples,
+        [controls[name] for name in ("rules", "policies", "scales")], queue=False, api_visibility="private",
     )  # fmt: skip
 
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
@@ -379,7 +382,9 @@ def benchmark_tab(studio: Studio) -> None:
     def benchmark(form: Trial) -> Iterator[Any]:
         """Measures policies against full CFG; returns the plot of fidelity over evaluations, and the figures."""
         found = yield from quietly(studio.benchmark(form), 2)
-        yield app_show.to_picture(app_show.frontier_plot(found)), found.to_dict()
+        plot = app_show.to_picture(app_show.frontier_plot(found))
+        app_work.label(plot, {"settings": {name: getattr(form, name) for name in form.kinds()}})
+        yield plot, found.to_dict()
 
     endpoint(
         controls,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -342,13 +343,19 @@ class Preview:
         pictures = self.pipe.image_processor.postprocess(decoded, output_type="pil")
         for picture in pictures:
             picture.thumbnail((self.largest, self.largest))
+            label(picture, {})
         self.seconds += time.perf_counter() - start
         return pictures
 
 
 def label(picture: Image.Image, facts: dict[str, Any]) -> None:
-    """Has a picture carry its settings, as PNG metadata once it is saved."""
-    picture.info["diffusers-guidance"] = json.dumps({"version": version("diffusers-guidance")} | facts)
+    """Has a picture carry its settings, as PNG metadata once it is saved.
+
+    With the moment in it no two files are the same: Gradio names files by what is in them, and would write anew
+    one that somebody else is being sent.
+    """
+    made = {"version": version("diffusers-guidance"), "made": datetime.now(timezone.utc).isoformat()}
+    picture.info["diffusers-guidance"] = json.dumps(made | facts)
 
 
 class Studio:

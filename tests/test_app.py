@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -22,6 +24,8 @@ pytest.importorskip("gradio", reason="the app needs gradio: pip install 'diffuse
 import httpx
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from diffusers_guidance import samples
 from diffusers_guidance.pipelines import app_show, app_work
@@ -103,6 +107,16 @@ def test_generate(client, pipe):
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     assert pixels(picture).shape == (side, side, 3)
     assert (pixels(picture) == pixels(pictures[0]["image"])).all()
+
+
+def test_no_two_pictures_share_a_file(client):
+    """Gradio names files by content, and writes a file anew while it may be on its way to somebody else."""
+    first, second = (client.predict(**SMALL, api_name="/generate")[1] for _ in range(2))
+    pictures = [client.submit(**SMALL, api_name="/generate") for _ in range(6)]
+    pictures = [job.result()[0] for job in pictures]
+    assert len({Path(picture).read_bytes() for picture in pictures}) == 6
+    assert all((pixels(picture) == pixels(pictures[0])).all() for picture in pictures)
+    assert first["code"] == second["code"]
 
 
 def test_pictures_carry_their_settings(client):
@@ -481,7 +495,12 @@ def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
 def test_a_crowd_is_turned_away_and_does_no_harm(client, monkeypatch):
     """More jobs than may queue up: some are refused in a sentence, all others come out as they would alone."""
     alone = client.predict(**SMALL, api_name="/generate")[0]
-    jobs = [client.submit(steps=1, compare_with_plain=False, api_name="/generate") for _ in range(WAITING + 8)]
+    with ThreadPoolExecutor(WAITING + 8) as crowd:
+        jobs = list(
+            crowd.map(
+                lambda _: client.submit(steps=1, compare_with_plain=False, api_name="/generate"), range(WAITING + 8)
+            )
+        )
     answers = [job.exception() for job in jobs]
     refused = [str(answer) for answer in answers if answer is not None]
     assert len(refused) < len(jobs)
@@ -577,6 +596,28 @@ def test_the_command_passes_its_options_on(monkeypatch):
     assert given[:-1] == ["127.0.0.1", 1234, ["a/b", "*"], False, False]
     assert not Path(given[-1]).exists()
     assert CliRunner().invoke(command, ["--port", "99999"]).exit_code == 2
+
+
+# A Hugging Face Space
+
+
+def test_the_files_of_a_space():
+    """Its front matter and requirements fit this package, so that pushing the three files is enough."""
+    space = CHECKOUT / "docs" / "space"
+    package = (CHECKOUT / "pyproject.toml").read_text()
+    lines = (space / "README.md").read_text().split("---\n")[1].splitlines()
+    front = {key: value.strip('"') for key, value in (line.split(": ", 1) for line in lines)}
+    assert front["sdk"] == "gradio"
+    assert (CHECKOUT / front["app_file"]).is_file()
+    wanted = metadata.requires("diffusers-guidance")
+    gradio = next(Requirement(line) for line in wanted if line.startswith("gradio>"))
+    assert gradio.specifier.contains(front["sdk_version"])
+    assert SpecifierSet(metadata.metadata("diffusers-guidance")["Requires-Python"]).contains(front["python_version"])
+    assert f"Python :: {front['python_version']}" in package
+    assert len(front["short_description"]) <= 60
+    (requirement,) = map(Requirement, (space / "requirements.txt").read_text().splitlines())
+    assert requirement.name == metadata.metadata("diffusers-guidance")["Name"]
+    assert requirement.extras <= set(metadata.metadata("diffusers-guidance").get_all("Provides-Extra"))
 
 
 STARTED = """
