@@ -38,12 +38,12 @@ def create() -> AutoencoderKL:
     )
 
 
-def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
+def encode(vae: Any, pictures: Tensor) -> Tensor:
     """Means of the latents of pictures (B, 3, H, W) in [-1, 1]."""
     return vae.quant_conv(vae.encoder(pictures))[:, :CHANNELS]
 
 
-def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode(vae: Any, latents: Tensor) -> Tensor:
     """Pictures of latents (B, 32, h, w)."""
     return vae.decoder(vae.post_quant_conv(latents))
 

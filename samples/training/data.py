@@ -337,9 +337,8 @@ def build(folder: Path, count: int = 32) -> list[Picture]:
                 image = Image.open(webp[_plain(concept)]) if _plain(concept) in webp else None
             else:
                 svg = drawn[style].svg(concept, label)
-                image = svg and Image.open(
-                    io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)))
-                )
+                png = svg and bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256))
+                image = Image.open(io.BytesIO(png)) if png else None
             if image is None:
                 continue
             pixels = _over_white(image)
