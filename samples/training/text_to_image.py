@@ -210,12 +210,20 @@ class Loss:
 
 @torch.no_grad()
 def prepare(folder: Path, concepts: int) -> None:
-    """Writes what training reads to `folder`/text_to_image: tokenizer, tokens, normalised latents; once."""
+    """Writes what training reads to `folder`/text_to_image: tokenizer, tokens, normalised latents.
+
+    Once; a run that goes on with fewer concepts keeps its vocabulary and scale of latents, and forgets the rest.
+    """
     place = folder / "text_to_image"
-    if (place / "inputs.safetensors").exists():
-        return
     pictures, records = data.load(folder)
     chosen = data.everyday(records, concepts)
+    if (place / "inputs.safetensors").exists():
+        inputs = load_file(place / "inputs.safetensors")
+        kept = torch.isin(inputs["chosen"], torch.tensor(chosen))
+        inputs |= {name: inputs[name][kept] for name in ("latents", "ids", "chosen")}
+        save_file(inputs, place / "inputs.safetensors")
+        print(f"{int(kept.sum())} of {len(kept)} pictures kept")
+        return
     tokenizer = create_tokenizer([c for i in chosen for c in records[i].captions], place)
     ids = torch.stack([tokens(tokenizer, records[i].captions) for i in chosen])
     vae = autoencoder.trained(folder)
@@ -252,11 +260,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set; checkpoints go there")
     parser.add_argument("--concepts", type=int, default=CONCEPTS, help="the first so many of concepts.txt")
     parser.add_argument("--minutes", type=float, default=60, help="wall-clock time")
+    parser.add_argument("--flat", type=float, default=Plan.flat, help="share of it before the learning rate decays")
     parser.add_argument("--batch", type=int, default=64, help="pictures a step, of all workers")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share gradients")
     options = parser.parse_args()
     prepare(options.folder, options.concepts)
-    start(train, options.workers, options.folder, Plan(minutes=options.minutes), options.batch, options.workers)
+    plan = Plan(minutes=options.minutes, flat=options.flat)
+    start(train, options.workers, options.folder, plan, options.batch, options.workers)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ Loss = Callable[[nn.Module, torch.Generator, float], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, and how fast. One schedule for the whole of it: warm restarts made the prototype worse.
+    """How long, and how fast. One schedule for the whole of it: warm restarts made an earlier model worse.
 
     Args:
         minutes: Wall-clock time of the run (its parts, if it was interrupted); None if `steps` decides.
@@ -85,12 +85,16 @@ class Muon:
         self.rest = [p for p in parameters if p.ndim < 2 or id(p) in few]
         self.momentum = [torch.zeros_like(p) for p in self.matrices]
         self.adam = torch.optim.AdamW(self.rest, lr=plan.adam, betas=(0.9, 0.97), weight_decay=0.0)
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for i, p in enumerate(self.matrices):
-            rows, columns = p.flatten(1).shape
-            shapes.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        self.mine = {shape: members[rank::world] for shape, members in shapes.items() if members[rank::world]}
+        shapes = [tuple(sorted(p.flatten(1).shape)) for p in self.matrices]
+        load = [0] * world
+        self.mine: dict[tuple[int, ...], list[int]] = {}
+        for i in sorted(range(len(shapes)), key=lambda i: shapes[i], reverse=True):
+            short, long = shapes[i]
+            worker = load.index(min(load))
+            load[worker] += short**2 * (2 * long + short)  # of one Newton-Schulz step
+            if worker == rank:
+                self.mine.setdefault(shapes[i], []).append(i)
         self.type = torch.bfloat16 if _bfloat16_pays() else torch.float32
 
     @torch.no_grad()
