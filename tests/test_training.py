@@ -1,0 +1,257 @@
+"""How the bundled model is trained: captions, held-out pairs, latents, the loop and its checkpoints, the export."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import nn
+
+from diffusers_guidance.samples import PROMPTS
+from diffusers_guidance.samples.training import autoencoder, data, embedding, evaluate, export, text_to_image, trainer
+from diffusers_guidance.samples.training.data import Picture
+
+NAMES = ("red apple", "rocket", "dog face", "guitar", "lion", "bus", "owl", "key")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of made-up pictures: a disc of a colour for a concept, larger or smaller with the style."""
+    folder = tmp_path_factory.mktemp("model")
+    draw = np.random.default_rng(0)
+    y, x = np.mgrid[: data.SIZE, : data.SIZE] - data.SIZE / 2
+    pictures, records = [], []
+    for number, name in enumerate(NAMES):
+        colour = draw.integers(0, 255, 3)
+        for size, style in enumerate(data.STYLES):
+            disc = (x**2 + y**2 < (25 + 8 * size) ** 2)[..., None]
+            pictures.append(np.where(disc, colour, 255).astype(np.uint8))
+            hidden = name == "owl" and style == "flat"
+            record = Picture(style, f"{number:x}", name, "things", [], None, hidden)
+            record.captions = data.captions(record, 4)
+            records.append(record)
+    save_file({"pictures": torch.from_numpy(np.stack(pictures))}, folder / "pictures.safetensors")
+    (folder / "pictures.json").write_text(json.dumps([asdict(r) for r in records]))
+    return folder
+
+
+# Data
+
+
+def test_captions_name_the_concept_and_often_the_style():
+    picture = Picture("noto", "1f34e", "Red Apple", "food-fruit", ["orchard"], "red", False)
+    captions = data.captions(picture, 400)
+    assert captions == data.captions(picture, 400)
+    assert all("apple" in caption for caption in captions)
+    assert 0.5 < sum("noto" in caption for caption in captions) / 400 < 0.7
+    assert {"a red apple", "a noto emoji of a red apple", "an apple"} <= set(captions)
+    assert any(caption.endswith(", orchard") for caption in captions)
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("apple", "an apple"),
+        ("unicorn", "a unicorn"),
+        ("grapes", "grapes"),
+        ("bus", "a bus"),
+        ("hourglass", "an hourglass"),
+        ("cup of coffee", "a cup of coffee"),
+    ],
+)
+def test_articles(name, caption):
+    assert data.with_article(name) == caption
+
+
+def test_a_concept_is_held_out_in_one_style_at_most():
+    hidden = [[data.held_out(style, f"{code:x}", "thing") for style in data.STYLES] for code in range(4000)]
+    assert {sum(row) for row in hidden} == {0, 1}
+    assert np.mean(hidden) == pytest.approx(data.HELD_OUT, abs=0.01)
+    assert not any(data.held_out(style, f"{code:x}", "Rocket") for style in data.STYLES for code in range(400))
+
+
+def test_held_out_pictures_are_in_no_training(folder):
+    _, records = data.load(folder)
+    seen, unseen = autoencoder.pictures_seen(folder)
+    assert (len(seen), len(unseen)) == (31, 1)
+    chosen = data.everyday(records, 10**6)
+    assert [i for i, r in enumerate(records) if r.held_out] == list(set(range(32)) - set(chosen))
+
+
+def test_demo_prompts_are_among_the_captions():
+    apple, heart = (
+        Picture("flat", code, name, "", [], None, False) for code, name in (("0", "red apple"), ("1", "blue heart"))
+    )
+    prompts = PROMPTS.read_text().split("\n")
+    assert {"a red apple", "a blue heart"} <= set(prompts)
+    assert "a red apple" in data.captions(apple, 200) and "a blue heart" in data.captions(heart, 200)
+
+
+# Autoencoder
+
+
+@torch.no_grad()
+def test_normalised_latents_decode_to_the_same_pictures(folder):
+    torch.manual_seed(0)
+    vae = autoencoder.create().eval()
+    pictures = torch.rand(6, 3, 64, 64) * 2 - 1
+    raw = autoencoder.encode(vae, pictures)
+    before = autoencoder.decode(vae, raw)
+    autoencoder.normalise(vae, raw.mean((0, 2, 3)), raw.std((0, 2, 3)))
+    latents = vae.encode(pictures).latent_dist.mean
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(autoencoder.CHANNELS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(autoencoder.CHANNELS), atol=1e-4, rtol=0)
+    torch.testing.assert_close(vae.decode(latents).sample, before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_wrong_hue_costs_more_than_the_same_error_in_grey():
+    true = torch.zeros(1, 3, 8, 8)
+    hue, grey = torch.tensor([0.3, -0.3, 0.0]), torch.full((3,), 0.2)
+    losses = [autoencoder.reconstruction_losses(true + error.view(1, 3, 1, 1), true) for error in (hue, grey)]
+    assert losses[0]["colour"] > 0.4 and losses[1]["colour"] == 0
+
+
+# Text to image
+
+
+def test_the_loss_of_a_perfect_prediction_is_zero():
+    class Perfect(nn.Module):
+        """Of latents that are all 0, v = sqrt(a) noise and x_t = sqrt(1 - a) noise."""
+
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(()))
+
+        def forward(self, ids, noisy, t):
+            a = text_to_image.scheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
+            return noisy * (a / (1 - a)).sqrt()
+
+    ids = torch.zeros(5, 3, text_to_image.LENGTH, dtype=torch.long)
+    loss = text_to_image.Loss(torch.zeros(5, 32, 8, 8), ids, ids[0, 0], 16)
+    assert loss(Perfect(), torch.Generator().manual_seed(0), 0.0)["v"] < 1e-8
+
+
+def test_workers_draw_every_stratum_of_the_timesteps_once():
+    ids = torch.zeros(1, 1, text_to_image.LENGTH, dtype=torch.long)
+    drawn = []
+    for rank in (0, 1):
+        loss = text_to_image.Loss(torch.zeros(1, 32, 8, 8), ids, ids[0, 0], 20, rank, 2)
+        drawn.append(loss.timesteps(torch.Generator().manual_seed(rank)))
+    place = loss.cumulative[torch.cat(drawn).sort().values]
+    assert torch.all((place - (torch.arange(40) + 0.5) / 40).abs() < 0.5 / 40 + 0.01)
+
+
+def test_captions_are_dropped_for_the_empty_one():
+    class Watch(nn.Linear):
+        def forward(self, ids, noisy, t):
+            self.ids = ids
+            return noisy * self.weight.mean()
+
+    ids = torch.full((3, 2, text_to_image.LENGTH), 9)
+    empty = torch.arange(text_to_image.LENGTH)
+    watch = Watch(1, 1)
+    text_to_image.Loss(torch.zeros(3, 32, 8, 8), ids, empty, 2000)(watch, torch.Generator().manual_seed(0), 0.0)
+    dropped = (watch.ids == empty).all(1)
+    assert torch.all((watch.ids == 9).all(1) | dropped)
+    assert dropped.float().mean() == pytest.approx(text_to_image.DROPPED, abs=0.03)
+
+
+# The loop
+
+
+class Quadratic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+
+def quadratic(model, generator, progress):
+    x = torch.randn(16, 6, generator=generator).to(model.layer.weight)
+    return {"error": (model.layer(x).float() - x[:, :4].float()).square().mean()}
+
+
+def run(place, steps, until=None):
+    torch.manual_seed(0)
+    plan = trainer.Plan(steps=steps, warmup=2, average=0.9)
+    made = trainer.Trainer(Quadratic(), quadratic, plan, place)
+    made.run(until)
+    return made
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    whole = run(tmp_path / "whole", 40)
+    run(tmp_path / "parts", 40, until=17)
+    parts = run(tmp_path / "parts", 40)
+    assert whole.step == parts.step == 40
+    for kind in ("model", "average"):
+        states = [getattr(made, kind).state_dict() for made in (whole, parts)]
+        for name, value in states[0].items():
+            torch.testing.assert_close(states[1][name], value, rtol=0, atol=0)
+
+
+def test_the_loop_learns(tmp_path):
+    made = run(tmp_path, 200)
+    weight = made.average.layer.weight.detach().cpu()
+    torch.testing.assert_close(weight, torch.eye(4, 6), atol=0.05, rtol=0)
+
+
+def test_the_schedule_warms_up_stays_and_decays_to_the_end():
+    plan = trainer.Plan(minutes=10, warmup=40)
+    factors = [plan.factor(1000, plan.progress(1000, seconds)) for seconds in (0, 200, 405, 600, 900)]
+    assert factors == pytest.approx([1, 1, 0.51, 0.02, 0.02])
+    assert plan.factor(9, 0.0) == pytest.approx(0.25)
+
+
+def test_updates_are_nearly_orthogonal():
+    values = torch.linalg.svdvals(trainer.orthogonalised(torch.randn(2, 12, 40)))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+# Export
+
+
+@torch.no_grad()
+def test_an_unmodified_pipeline_loads_the_export(folder, tmp_path):
+    _, records = data.load(folder)
+    tokenizer = text_to_image.create_tokenizer([c for r in records for c in r.captions], tmp_path / "vocabulary")
+    torch.manual_seed(0)
+    model = text_to_image.TextToImage(tokenizer).eval()
+    made = export.pipeline(autoencoder.create(), model.text_encoder, tokenizer, model.unet)
+    export.write(made, tmp_path / "vocabulary", tmp_path / "model")
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    assert pipe("a red apple", num_inference_steps=2).images[0].size == (data.SIZE, data.SIZE)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    assert pipe("a red apple", num_inference_steps=2).images[0].size == (data.SIZE, data.SIZE)
+    for caption in ("a red apple", "", "A 3D Emoji of an unheard-of thing"):
+        assert torch.equal(text_to_image.tokens(pipe.tokenizer, [caption]), text_to_image.tokens(tokenizer, [caption]))
+    assert not [path for path in (tmp_path / "model").rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+# Evaluation
+
+
+def test_retrieval_counts_what_is_among_the_nearest():
+    pool = torch.eye(4)
+    queries = torch.tensor([[1.0, 0.5, 0, 0], [0, 0, 0.4, 1.0]])
+    fits = torch.tensor([[True, False, False, False], [False, False, True, False]])
+    assert evaluate.share_found(queries, pool, fits, 1) == 0.5
+    assert evaluate.share_found(queries, pool, fits, 2) == 1.0
+
+
+def test_the_embedding_tells_made_up_pictures_apart(folder, tmp_path):
+    pictures, records = data.load(folder)
+    concepts, styles = [r.concept for r in records], [r.style for r in records]
+    network = embedding.trained(pictures, concepts, styles, tmp_path / "eye.safetensors", steps=60)
+    same = torch.tensor([[a == b for b in concepts] for a in concepts])
+    found = evaluate.share_found(
+        embedding.embed_distorted(network, pictures), embedding.embed(network, pictures), same, 5
+    )
+    assert found > 0.8
+    again = embedding.trained(pictures, concepts, styles, tmp_path / "eye.safetensors")
+    assert torch.equal(embedding.embed(again, pictures), embedding.embed(network, pictures))
