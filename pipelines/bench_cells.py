@@ -65,7 +65,8 @@ def scheduler_of(own: Any, name: str | None) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         fitting = sorted(c.__name__ for c in own.compatibles)
         raise ValueError(f"schedulers: diffusers has no {name}; here fit {', '.join(fitting)}")
-    return cls.from_config(own.config)
+    made: Any = cls
+    return made.from_config(own.config)
 
 
 # Pictures

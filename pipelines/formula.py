@@ -384,13 +384,13 @@ def identify(
             undetermined = True
             continue
         size = norm(c - u)
-        candidates: list[tuple[str | None, Scale]] = list(live.items()) if formula.branches == 2 else []
+        candidates: list[tuple[str | None, Scale]] = [*(live.items() if formula.branches == 2 else ())]
         if not formula.finish and formula.anchor != "lerp":
             candidates.append((None, formula.solve(c, u, target)))
-        for name, s in candidates:
+        for read_by, s in candidates:
             compared = residual(formula.combine(c, u, s, phi), target, c, u, s)
             found = compared.fit(compared.norms.tolist())
-            named, w = replace(formula, scale=name), formula.w(s)
+            named, w = replace(formula, scale=read_by), formula.w(s)
             if found.equal and w > 0:
                 return Identified(named, False, "")
             # Rounding must not hide a wrong formula; and a solved scale fits either order of the halves, of which
