@@ -61,12 +61,11 @@ def scheduler_of(own: Any, name: str | None) -> Any:
     """A fresh scheduler of this class, configured as the pipeline's own: solvers carry history between calls."""
     if name is None:
         return copy.deepcopy(own)
-    cls: Any = getattr(diffusers, name, None)
+    cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         fitting = sorted(c.__name__ for c in own.compatibles)
         raise ValueError(f"schedulers: diffusers has no {name}; here fit {', '.join(fitting)}")
-    made: Any = cls
-    return made.from_config(own.config)
+    return getattr(diffusers, name).from_config(own.config)
 
 
 # Pictures

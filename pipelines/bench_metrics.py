@@ -167,21 +167,30 @@ class Retrieval:
 
 
 def clip_scorer() -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """torchmetrics' CLIP score from weights that are on this machine; downloads nothing.
+    """CLIP score (Hessel et al. 2021) from weights that are on this machine; downloads nothing.
+
+    Straight from the model: torchmetrics 1.9 does not know what CLIP returns since transformers 5.
 
     Raises:
         OSError: they are not.
     """
-    from torchmetrics.functional.multimodal.clip_score import clip_score
     from transformers import CLIPModel, CLIPProcessor
 
-    model = CLIPModel.from_pretrained(CLIP, local_files_only=True, use_safetensors=True)
+    model = CLIPModel.from_pretrained(CLIP, local_files_only=True, use_safetensors=True).eval()
     processor = CLIPProcessor.from_pretrained(CLIP, local_files_only=True)
 
+    @torch.no_grad()
     def score(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = (pictures * 255).round().to(torch.uint8)
-        pairs = zip(pixels, prompts, strict=True)
-        return torch.stack([clip_score(p, text, lambda: (model, processor)).detach() for p, text in pairs])
+        pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        found = []
+        for pixel, text in zip(pixels, prompts, strict=True):
+            given = processor(
+                text=[text], images=[Image.fromarray(pixel.numpy())], return_tensors="pt", truncation=True
+            )
+            seen = model(**given)
+            cosine = torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)
+            found.append(100 * cosine.clamp(min=0)[0])
+        return torch.stack(found)
 
     return score
 

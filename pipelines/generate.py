@@ -110,9 +110,10 @@ def generate(
     scale = guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
     made_with = {"model": fingerprint(model), "column": parsed.name, "scheduler": scheduler, "steps": steps,
                  "guidance_scale": scale}  # fmt: skip
-    left = [job for job in jobs if not _is_done(out, job, made_with)]
+    left = {job.id for job in jobs if not _is_done(out, job, made_with)}
+    # Cut from all jobs, so that a picture's batch, and with it its last bit, does not depend on what is there already.
     batches: list[list[Job]] = []
-    for job in left:
+    for job in jobs:
         if batches and len(batches[-1]) < batch and _call(batches[-1][0]) == _call(job):
             batches[-1].append(job)
         else:
@@ -141,12 +142,15 @@ def generate(
     had = done
     if progress is not None:
         progress("generating", done, len(jobs))
-    for part, (pictures, ran) in spread(work, batches, on_ray=on_ray, resources=resources):
+    wanted = [part for part in batches if any(job.id in left for job in part)]
+    for part, (pictures, ran) in spread(work, wanted, on_ray=on_ray, resources=resources):
         for job, picture in zip(part, pictures, strict=True):
+            if job.id not in left:
+                continue
             write(out / f"{job.id}.png", picture)
             about = _about(job) | {"made_with": made_with} | ran | {"sha256": hashlib.sha256(picture).hexdigest()}
             write(out / f"{job.id}.json", json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n")
-        done += len(part)
+            done += 1
         if progress is not None:
             progress("generating", done, len(jobs))
     return len(left), had

@@ -111,21 +111,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 # Ray
 
 
-def killed_once(marker, model):
-    """Has the process die at its third network evaluation, the first time this is called at all."""
-    if marker.exists():
-        return
-    marker.touch()
-    calls = []
-
-    def hook(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    pipeline(model, None, None).unet.register_forward_hook(hook)
-
-
 def test_a_killed_worker_costs_its_own_cell_a_retry_and_nothing_else(two_workers, tmp_path, monkeypatch):
     file = tmp_path / "suite.yaml"
     columns = "{CFG: CFG, AG: AG, Hold: Hold}"
@@ -133,22 +118,24 @@ def test_a_killed_worker_costs_its_own_cell_a_retry_and_nothing_else(two_workers
     suite = Suite.read(file)
     here = bench(suite, tmp_path / "here")
 
-    log, marker, model, kill = tmp_path / "log", tmp_path / "killed", MODEL, killed_once
+    log, marker, model = tmp_path / "log", tmp_path / "killed", MODEL
 
     def sabotaged(suite, cell, device, dtype):
+        """Notes each try; the first one of one cell dies at its third network evaluation."""
         with log.open("a") as lines:
             lines.write(f"{cell.column} {cell.seed}\n")
-        if (cell.column, cell.seed) == ("AG", 1):
-            kill(marker, model)
+        if (cell.column, cell.seed) == ("AG", 1) and not marker.exists():
+            marker.touch()
+            calls = []
+
+            def die(*args):
+                calls.append(1)
+                if len(calls) == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            pipeline(model, None, None).unet.register_forward_hook(die)
         return run_cell(suite, cell, device, dtype)
 
-    import sys
-
-    import cloudpickle
-    import ray
-
-    for pickler in (cloudpickle, ray.cloudpickle):
-        pickler.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(engine, "run_cell", sabotaged)
     spread_out = bench(suite, tmp_path / "ray", on_ray=True)
 
