@@ -205,8 +205,8 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
     chosen = examples.click(lambda sample: sample[0], examples, controls["prompt"], queue=False, **on_page)
     followed = chosen.then(**event)
     stopped = stop.click(None, cancels=[started, followed], queue=False, **on_page)
-    for after, words in ((stopped.then, "Cancelled."), (started.failure, FAILED), (followed.failure, FAILED)):
-        after(functools.partial(back, words), pairs, [status, slider, picture], queue=False, **on_page)
+    for when, words in ((stopped.then, "Cancelled."), (started.failure, FAILED), (followed.failure, FAILED)):
+        when(functools.partial(back, words), pairs, [status, slider, picture], queue=False, **on_page)
 
     def on_select(both: list[Any], selected: gr.SelectData) -> dict[Any, Any]:
         if selected.index >= len(both):  # the server has forgotten this page's pictures

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 SCREENSHOTS = Path(os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS", "out/screenshots"))
-PATIENCE = 40_000
+PATIENCE = 240_000
 """Milliseconds to wait for what the page does; a limit for what hangs, not a measure."""
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
