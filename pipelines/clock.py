@@ -87,5 +87,5 @@ class Clock:
             return None
         if timestep.dtype != table.dtype or timestep.untyped_storage().data_ptr() != table.untyped_storage().data_ptr():
             return None
-        place, between = divmod(int(timestep.storage_offset() - table.storage_offset()), table.stride(0) or 1)
+        place, between = divmod(int(timestep.storage_offset()) - int(table.storage_offset()), table.stride(0) or 1)
         return place if between == 0 and 0 <= place < len(self._values) else None

@@ -359,19 +359,19 @@ def identify(
     if not torch.stack([torch.isfinite(t).all() for t in (*outputs, output)]).all():
         return _identify_finite(outputs, output, sample, scales, phi)
     live: dict[str, Scale] = {}
-    for name, get in scales.items():
+    for label, get in scales.items():
         value = _scale(get(), output)
         known = [other for other in live.values() if not isinstance(other, Tensor)]
         if isinstance(value, Tensor) or (value is not None and value not in known):
-            live[name] = value
+            live[label] = value
     formulas = list(_formulas(outputs, output, sample, phi))
     for formula in formulas:
         c, u = formula.cut(outputs)
         target = formula.view.working(output)
-        for name, s in live.items() if formula.branches == 2 else ():
+        for label, s in live.items() if formula.branches == 2 else ():
             exact = torch.equal(formula.combine(c, u, s, phi), target)
             if exact and formula.w(s) > 0 and _differ(c, u):
-                return Identified(replace(formula, scale=name), False, "")
+                return Identified(replace(formula, scale=label), False, "")
 
     best: tuple[float, str] = (float("inf"), "no part of the denoiser's output has the scheduler's shape")
     close: Formula | None = None
