@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines import rows as batch
 from diffusers_guidance.pipelines.clock import Clock
-from diffusers_guidance.pipelines.formula import Formula
+from diffusers_guidance.pipelines.formula import Formula, exact
 from diffusers_guidance.policies import Decision, History, Policy, Step
 
 
@@ -230,7 +230,7 @@ class Denoiser:
         index = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))
         whole = batch.prediction(output)
         assert whole is not None
-        expected = whole[index].double()
+        expected = exact(whole[index])
         close = max(1e-4, 2 * torch.finfo(whole.dtype).eps) * float(expected.norm())
         why = f"because of {', '.join(names)}"
         for self.reading in readings:
@@ -239,7 +239,7 @@ class Denoiser:
                 part = batch.prediction(self._call_part(call, args, kwargs, n * groups, index))
             except _MISFITS:
                 continue
-            if part is not None and part.shape == expected.shape and float((part - expected).norm()) <= close:
+            if part is not None and part.shape == expected.shape and float((exact(part) - expected).norm()) <= close:
                 return f"a part of the batch was tried on its own, {why}"
         self.whole = f"no part of the batch can be evaluated on its own, {why}"
         return self.whole

@@ -254,7 +254,7 @@ class Formula:
 
     def solve(self, c: Tensor, u: Tensor, output: Tensor) -> float:
         """The scale that explains `output` best; only where the combination is handed on as it is."""
-        c, u, output = (t.double().nan_to_num(0, 0, 0) for t in (c, u, output))
+        c, u, output = (exact(t).nan_to_num(0, 0, 0) for t in (c, u, output))
         d = c - u
         origin = c if self.anchor == "c" else u
         return float(((output - origin) * d).sum() / (d * d).sum())
@@ -302,8 +302,13 @@ class Residual(NamedTuple):
         return Fit(error, self.eps * (terms[0] + largest * (terms[1] + terms[2])))
 
 
+def exact(x: Tensor) -> Tensor:
+    """In float64 on the host: not every device has it."""
+    return x.detach().cpu().double()
+
+
 def norm(x: Tensor) -> float:
-    return float(x.double().norm())
+    return float(exact(x).norm())
 
 
 def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale) -> Residual:
@@ -323,8 +328,8 @@ def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale) -
 
 def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Fit]:
     """Least squares of `output` on `vectors`, and how well that explains it."""
-    basis = torch.stack([v.double().flatten() for v in vectors], 1)
-    y = output.double().flatten()
+    basis = torch.stack([exact(v).flatten() for v in vectors], 1)
+    y = exact(output).flatten()
     if not (torch.isfinite(basis).all() and torch.isfinite(y).all()):
         return [0.0] * len(vectors), Fit(float("inf"), 0.0)
     factors = torch.linalg.lstsq(basis, y).solution
@@ -369,8 +374,8 @@ def identify(
         c, u = formula.cut(outputs)
         target = formula.view.working(output)
         for label, s in live.items() if formula.branches == 2 else ():
-            exact = torch.equal(formula.combine(c, u, s, phi), target)
-            if exact and formula.w(s) > 0 and _differ(c, u):
+            equal = torch.equal(formula.combine(c, u, s, phi), target)
+            if equal and formula.w(s) > 0 and _differ(c, u):
                 return Identified(replace(formula, scale=label), False, "")
 
     best: tuple[float, str] = (float("inf"), "no part of the denoiser's output has the scheduler's shape")

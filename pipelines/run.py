@@ -26,7 +26,17 @@ from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser, keeps_state
 from diffusers_guidance.pipelines.fingerprint import setting
-from diffusers_guidance.pipelines.formula import Fit, Formula, Residual, Scales, identify, mixture, residual, views
+from diffusers_guidance.pipelines.formula import (
+    Fit,
+    Formula,
+    Residual,
+    Scales,
+    identify,
+    mixture,
+    norm,
+    residual,
+    views,
+)
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
@@ -274,7 +284,7 @@ class Run:
             (alpha, *betas), fit = mixture(target, x, c, u) if guided else mixture(target, x, c)
             beta = sum(betas)
             # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
-            allowed = max(fit.allowed, 1e-3 * float(target.double().norm()))
+            allowed = max(fit.allowed, 1e-3 * norm(target))
             found = Residual(torch.tensor([fit.error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
             c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
         else:
