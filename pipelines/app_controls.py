@@ -1,5 +1,6 @@
 """The page's controls, made from the forms of `app_settings`, and how the page and its clients follow the work."""
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.app_device import Models
 from diffusers_guidance.pipelines.app_settings import BUNDLED, Flag, Form, Number, OneOf, Side, SomeOf
+from diffusers_guidance.pipelines.app_show import note
 from diffusers_guidance.pipelines.app_work import Progress, sides_of
 
 R = TypeVar("R")
@@ -109,6 +111,24 @@ def sentences() -> Iterator[None]:
         log.exception("a request failed")
         message = "Something went wrong here, not with what you asked; the server's log knows more."
         raise gr.Error(message, print_exception=False) from None
+
+
+def reporting(status: Any) -> Callable[[Callable], Callable]:
+    """Has an event of the page leave the sentence of an error in `status`, where it stays once the alert is gone."""
+
+    def decorated(event: Callable) -> Callable:
+        @functools.wraps(event)
+        def reported(*values: Any) -> Iterator[dict[Any, Any]]:
+            try:
+                with sentences():
+                    yield from event(*values)
+            except gr.Error as error:
+                yield {status: note(error.message)}
+                raise
+
+        return reported
+
+    return decorated
 
 
 def relayed(work: Generator[Progress, None, R], updates: Callable[[Progress], Any]) -> Generator[Any, None, R]:

@@ -20,7 +20,7 @@ from diffusers_guidance.pipelines.app_controls import (
     finished,
     quietly,
     relayed,
-    sentences,
+    reporting,
 )
 from diffusers_guidance.pipelines.app_limits import SmallRequests
 from diffusers_guidance.pipelines.app_settings import (
@@ -171,22 +171,22 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
             controls["seed"]: outcome.settings.seed,
         }
 
+    @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
-        with sentences():
-            work = studio.generate(controls.read(values))
-            outcome = yield from relayed(
-                work,
-                lambda news: {status: app_show.progress_bar(news)}
-                | ({picture: gr.update(value=news.pictures[0], visible=True), slider: gr.update(visible="hidden")}
-                   if news.pictures else {}),
-            )  # fmt: skip
-            yield shown(outcome)
+        work = studio.generate(controls.read(values))
+        outcome = yield from relayed(
+            work,
+            lambda news: {status: app_show.progress_bar(news)}
+            | ({picture: gr.update(value=news.pictures[0], visible=True), slider: gr.update(visible="hidden")}
+               if news.pictures else {}),
+        )  # fmt: skip
+        yield shown(outcome)
 
-    def back(words: str, both: list[Any]) -> dict[Any, Any]:
+    def on_stop(both: list[Any]) -> dict[Any, Any]:
         """The pictures before, for those that have not come about."""
         compared = bool(both) and both[0][0] is not None
         return {
-            status: app_show.note(words),
+            status: app_show.note("Cancelled."),
             slider: gr.update(visible=_shown_if(compared)),
             picture: gr.update(
                 visible=_shown_if(not compared),
@@ -205,8 +205,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
     chosen = examples.click(lambda sample: sample[0], examples, controls["prompt"], queue=False, **on_page)
     followed = chosen.then(**event)
     stopped = stop.click(None, cancels=[started, followed], queue=False, **on_page)
-    for when, words in ((stopped.then, "Cancelled."), (started.failure, FAILED), (followed.failure, FAILED)):
-        when(functools.partial(back, words), pairs, [status, slider, picture], queue=False, **on_page)
+    stopped.then(on_stop, pairs, [status, slider, picture], queue=False, **on_page)
 
     def on_select(both: list[Any], selected: gr.SelectData) -> dict[Any, Any]:
         if selected.index >= len(both):  # the server has forgotten this page's pictures
@@ -300,22 +299,22 @@ def compare_tab(studio: Studio) -> None:
         [controls[name] for name in ("rules", "policies", "scales")], queue=False, api_visibility="private",
     )  # fmt: skip
 
+    @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
-        with sentences():
-            form = controls.read(values)
+        form = controls.read(values)
 
-            def so_far(news: Progress) -> dict[Any, Any]:
-                done = news.so_far.results if news.so_far else []
-                return {status: app_show.progress_bar(news), grid: app_show.grid_html(form, done)}
+        def so_far(news: Progress) -> dict[Any, Any]:
+            done = news.so_far.results if news.so_far else []
+            return {status: app_show.progress_bar(news), grid: app_show.grid_html(form, done)}
 
-            comparison = yield from relayed(studio.compare(form), so_far)
-            drawn = _grid_picture(form, comparison)
-            yield {
-                status: app_show.note(f"{len(comparison.results)} pictures, seed {form.seed}, {comparison.scheduler}."),
-                grid: app_show.grid_html(form, comparison.results),
-                png: gr.update(value=save_pil_to_cache(drawn, get_upload_folder(), "compare", "png"), visible=True),
-                table: gr.update(value=_json_file(comparison.to_dict(), "compare.json"), visible=True),
-            }
+        comparison = yield from relayed(studio.compare(form), so_far)
+        drawn = _grid_picture(form, comparison)
+        yield {
+            status: app_show.note(f"{len(comparison.results)} pictures, seed {form.seed}, {comparison.scheduler}."),
+            grid: app_show.grid_html(form, comparison.results),
+            png: gr.update(value=save_pil_to_cache(drawn, get_upload_folder(), "compare", "png"), visible=True),
+            table: gr.update(value=_json_file(comparison.to_dict(), "compare.json"), visible=True),
+        }
 
     _buttons(run, stop, on_run, controls, status, [grid, png, table])
 
@@ -358,24 +357,24 @@ def benchmark_tab(studio: Studio) -> None:
             frontier = gr.HTML(app_show.empty("The plot grows with every policy that is measured."), padding=False)
             table = gr.DownloadButton("Download JSON", visible=False, size="sm")
 
+    @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
-        with sentences():
-            form, points = controls.read(values), 0
+        form, points = controls.read(values), 0
 
-            def so_far(news: Progress) -> dict[Any, Any]:
-                nonlocal points
-                updates = {status: app_show.progress_bar(news)}
-                if news.so_far is not None and len(news.so_far.points) != points:
-                    points = len(news.so_far.points)
-                    updates[frontier] = app_show.frontier_html(news.so_far)
-                return updates
+        def so_far(news: Progress) -> dict[Any, Any]:
+            nonlocal points
+            updates = {status: app_show.progress_bar(news)}
+            if news.so_far is not None and len(news.so_far.points) != points:
+                points = len(news.so_far.points)
+                updates[frontier] = app_show.frontier_html(news.so_far)
+            return updates
 
-            found = yield from relayed(studio.benchmark(form), so_far)
-            yield {
-                status: app_show.note(f"{len(found.points)} ways of guiding, averaged over {_count(form.prompts)}."),
-                frontier: app_show.frontier_html(found),
-                table: gr.update(value=_json_file(found.to_dict(), "benchmark.json"), visible=True),
-            }
+        found = yield from relayed(studio.benchmark(form), so_far)
+        yield {
+            status: app_show.note(f"{len(found.points)} ways of guiding, averaged over {_count(form.prompts)}."),
+            frontier: app_show.frontier_html(found),
+            table: gr.update(value=_json_file(found.to_dict(), "benchmark.json"), visible=True),
+        }
 
     _buttons(run, stop, on_run, controls, status, [frontier, table])
 
@@ -399,8 +398,6 @@ def _count(prompts: int) -> str:
 
 # What the tabs share
 
-FAILED = "Nothing came of that."
-
 
 def _buttons(run: Any, stop: Any, on_run: Callable, controls: Controls, status: Any, outputs: list[Any]) -> None:
     """The button that starts a tab's work, and the one that ends it."""
@@ -408,9 +405,9 @@ def _buttons(run: Any, stop: Any, on_run: Callable, controls: Controls, status: 
         on_run, controls.inputs, [status, *outputs], preprocess=False, show_progress_on=status,
         api_visibility="private", **ON_DEVICE,
     )  # fmt: skip
+    cancelled = functools.partial(app_show.note, "Cancelled.")
     stopped = stop.click(None, cancels=started, queue=False, api_visibility="private")
-    for event, words in ((stopped.then, "Cancelled."), (started.failure, FAILED)):
-        event(functools.partial(app_show.note, words), None, status, queue=False, api_visibility="private")
+    stopped.then(cancelled, None, status, queue=False, api_visibility="private")
 
 
 def _json_file(values: dict[str, Any], name: str) -> str:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -210,6 +211,7 @@ class Point:
     nfe: float
     """Per picture."""
     psnr: float | None
+    """dB; infinite where the pictures are the same, None for full CFG itself."""
     seconds: float
     """Per picture."""
     saturation: float
@@ -224,7 +226,14 @@ class Frontier:
     points: list[Point] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"settings": asdict(self.trial), "points": [asdict(point) for point in self.points]}
+        """As plain JSON types; an infinite PSNR is None."""
+        points = [asdict(point) | {"psnr": finite(point.psnr)} for point in self.points]
+        return {"settings": asdict(self.trial), "points": points}
+
+
+def finite(number: float | None) -> float | None:
+    """The number, None where it is not one."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def contestants(steps: int) -> list[tuple[str, str, int]]:

@@ -170,6 +170,8 @@ def test_benchmark(client):
     assert full["psnr"] is None
     assert len(others) > 8
     assert others[-1]["name"] == "default: CFG + Hold"
+    assert others[-1] | {"nfe": 8.0, "psnr": None} == others[-1]  # at four steps it leaves nothing out
+    json.dumps(figures, allow_nan=False)
     assert all(point["nfe"] <= 8 for point in others)
     assert any(point["psnr"] is not None and point["psnr"] > 10 for point in others)
     assert Image.open(plot).width > 400

@@ -231,7 +231,9 @@ def test_wrong_input_is_answered_in_a_sentence(visit):
     page = visit()
     page.get_by_label("Prompt", exact=True).fill("")
     page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_text("The prompt is empty: say what the picture should show.")).to_be_visible()
+    sentence = "The prompt is empty: say what the picture should show."
+    expect(page.get_by_text(sentence).first).to_be_visible()
+    expect(page.locator("#status")).to_contain_text(sentence)
     shoot(page, "wrong-input", full=False)
     page.get_by_label("Prompt", exact=True).fill("x" * 600)
     assert len(page.get_by_label("Prompt", exact=True).input_value()) == 500
