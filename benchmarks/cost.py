@@ -1,0 +1,101 @@
+"""What attaching costs: a step of Stable Diffusion with `CFG` and `EveryStep` attached, beside the untouched pipeline.
+
+    python benchmarks/cost.py [--out benchmarks/results] [--rounds 15]
+
+A Stable Diffusion pipeline whose UNet has random weights, since time does not depend on them; of the published size
+on a GPU, smaller on a CPU (it says so). Checks that the attached run is bit-equal, then times whole runs, attached and
+untouched in turns. A run of `STEPS` steps and one of twice as many tell a step's cost from that of a whole run, which
+has the identification of its first step in it. Writes cost-<machine>.json.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+
+from diffusers_guidance import CFG, EveryStep, attach
+from diffusers_guidance.pipelines.bench_cells import environment
+from diffusers_guidance.pipelines.files import write
+
+STEPS = 10
+WIDTH = 768
+
+
+def pipeline(device: str) -> diffusers.StableDiffusionPipeline:
+    small = {"block_out_channels": (64, 128, 256, 256), "sample_size": 32} if device == "cpu" else {"sample_size": 64}
+    with torch.device(device):
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=WIDTH, **small)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                                    up_block_types=("UpDecoderBlock2D",) * 4),
+        text_encoder=None, tokenizer=None, unet=unet, scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, torch.float32 if device == "cpu" else torch.float16)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        print("No GPU: a small UNet on the CPU, where nothing queues and a step's fixed costs weigh more.")
+    pipe = pipeline(device)
+    cond, uncond = torch.randn(2, 1, 77, WIDTH, device=device, dtype=pipe.unet.dtype)
+
+    def run(steps: int) -> tuple[float, torch.Tensor]:
+        generator = torch.Generator("cpu").manual_seed(0)
+        began = time.perf_counter()
+        latents = pipe(
+            prompt_embeds=cond, negative_prompt_embeds=uncond, guidance_scale=7.5,
+            num_inference_steps=steps, generator=generator, output_type="latent",
+        ).images.cpu()  # fmt: skip
+        return time.perf_counter() - began, latents
+
+    def attached(steps: int) -> tuple[float, torch.Tensor]:
+        with attach(pipe, CFG(), EveryStep()):
+            return run(steps)
+
+    if not torch.equal(run(STEPS)[1], attached(STEPS)[1]):
+        raise SystemExit("the attached run is not bit-equal to the untouched one")
+    seconds: dict[str, list[float]] = {"untouched": [], "attached": []}
+    added: dict[str, list[float]] = {"step": [], "run": []}
+    for i in range(options.rounds):
+        taken = {}
+        for name, call in sorted({"untouched": run, "attached": attached}.items(), reverse=bool(i % 2)):
+            taken[name] = [call(steps)[0] for steps in (STEPS, 2 * STEPS)]
+        step = {name: (long - short) / STEPS for name, (short, long) in taken.items()}
+        for name in seconds:
+            seconds[name].append(step[name])
+        added["step"].append(step["attached"] / step["untouched"] - 1)
+        added["run"].append(taken["attached"][1] / taken["untouched"][1] - 1)
+    deciles = {name: statistics.quantiles(values, n=10) for name, values in (seconds | added).items()}
+    result = {
+        "environment": environment(pipe),
+        "size": "published" if device == "cuda" else "small",
+        "rounds": options.rounds,
+        "seconds_a_step": {name: statistics.median(values) for name, values in seconds.items()},
+        "added": {
+            name: {"p20": deciles[name][1], "median": statistics.median(values), "p80": deciles[name][7]}
+            for name, values in added.items()
+        },
+    }
+    machine = result["environment"]["device"] if device == "cuda" else "small-cpu"
+    file = options.out / f"cost-{machine.replace(' ', '-')}.json"
+    write(file, json.dumps(result, indent=1).encode() + b"\n")
+    for name, values in result["added"].items():
+        print(f"a {name} takes {values['median']:+.2%} (20 to 80 %: {values['p20']:+.2%} to {values['p80']:+.2%})")
+    print(f"wrote {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
