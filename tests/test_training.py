@@ -244,6 +244,15 @@ def test_retrieval_counts_what_is_among_the_nearest():
     assert evaluate.share_found(queries, pool, fits, 2) == 1.0
 
 
+def test_a_prompt_asks_for_a_concept_and_perhaps_a_style(folder):
+    _, records = data.load(folder)
+    rocket = next(r.concept for r in records if r.label == "rocket")
+    assert evaluate.asked_for("a rocket", records) == (rocket, None)
+    assert evaluate.asked_for("a flat emoji of a rocket ship", records) == (rocket, "flat")
+    with pytest.raises(ValueError, match="a teapot"):
+        evaluate.asked_for("a 3d emoji of a teapot", records)
+
+
 def test_the_embedding_tells_made_up_pictures_apart(folder, tmp_path):
     pictures, records = data.load(folder)
     concepts, styles = [r.concept for r in records], [r.style for r in records]

@@ -74,7 +74,7 @@ def distorted(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return seen * gain + shift + 0.05 * torch.randn(seen.shape, generator=generator)
 
 
-def trained(pictures: Tensor, concepts: list[str], styles: list[str], file: Path, steps: int = 1500) -> Embedding:
+def trained(pictures: Tensor, concepts: list[str], styles: list[str], file: Path, steps: int = 1200) -> Embedding:
     """The network of `file`, trained and saved there first if it is missing.
 
     Args:

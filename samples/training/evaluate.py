@@ -16,6 +16,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from diffusers_guidance.pipelines.compare import compare
 from diffusers_guidance.samples import MODEL
 from diffusers_guidance.samples.training import data, embedding
 from diffusers_guidance.samples.training.data import Picture
+from diffusers_guidance.samples.training.text_to_image import CONCEPTS
 
 PROMPTS = (
     "a red apple", "a dog face", "a rocket", "a slice of pizza", "a grinning face", "a tiger face", "a guitar",
@@ -33,6 +35,9 @@ PROMPTS = (
 """Common ones."""
 
 SCALE, STEPS = 5.0, 20
+COLUMNS = 12
+"""Of the sheets of generated pictures that are kept."""
+
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)
 SCHEDULERS = (
     "DDIMScheduler",
@@ -95,6 +100,17 @@ def _missed(queries: Tensor, pool: Tensor, fits: Tensor) -> list[int]:
     return [i for i in range(len(queries)) if not share_found(queries[i : i + 1], pool, fits[i : i + 1], 5)]
 
 
+def eye(folder: Path, pictures: Tensor, records: Sequence[Picture]) -> tuple[embedding.Embedding, list[int]]:
+    """The embedding, and the numbers of the real pictures it knows: the everyday concepts, held-out pairs included."""
+    concepts = {records[i].concept for i in data.everyday(list(records), CONCEPTS)}
+    known = [i for i, r in enumerate(records) if r.concept in concepts]
+    named = [records[i] for i in known]
+    network = embedding.trained(
+        pictures[known], [r.concept for r in named], [r.style for r in named], folder / "embedding.safetensors"
+    )
+    return network, known
+
+
 def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str, Any]:
     """Whether the real pictures nearest to a generated one fit its caption.
 
@@ -104,17 +120,10 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
         count: Captions of training pictures; each held-out pair of a trained concept is drawn with three seeds.
     """
     pictures, records = data.load(folder)
-    inputs = embedding.load_file(folder / "text_to_image" / "inputs.safetensors")
-    seen = inputs["chosen"].tolist()
+    network, known = eye(folder, pictures, records)
+    seen = load_file(folder / "text_to_image" / "inputs.safetensors")["chosen"].tolist()
     trained_concepts = {records[i].concept for i in seen}
-    hidden = [i for i, r in enumerate(records) if r.held_out and r.concept in trained_concepts]
-    known = [*seen, *hidden]
-    network = embedding.trained(
-        pictures[known],
-        [records[i].concept for i in known],
-        [records[i].style for i in known],
-        folder / "embedding.safetensors",
-    )
+    hidden = [i for i in known if records[i].held_out and records[i].concept in trained_concepts]
     draw = random.Random(0)
     chosen = draw.sample(seen, min(count, len(seen)))
     captions = [draw.choice(records[i].captions) for i in chosen]
@@ -133,6 +142,7 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
     asked = [i for i in hidden for _ in range(3)]
     wanted = [f"a {records[i].style} emoji of {data.with_article(data.plain_name(records[i].label))}" for i in asked]
     unseen = generate(pipe, wanted, range(len(wanted)), "held-out pairs")
+    known = [*seen, *hidden]
     pool, of_pool = embedding.embed(network, pictures[known]), [records[i] for i in known]
     fits = _fits([records[i] for i in asked], of_pool, [True] * len(asked))
     real = embedding.embed_distorted(network, pictures[asked])
@@ -143,11 +153,56 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
         "missed": _missed(embedding.embed(network, unseen), pool, fits[0]),
         "real pictures, distorted": _retrieved(real, pool, fits),
     }
-    keep.mkdir(parents=True, exist_ok=True)
-    for name, texts, drawn in (("training", captions, made), ("held_out", wanted, unseen)):
-        data.sheet(drawn.numpy(), 20).save(keep / f"{name}.png")
-        (keep / f"{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf8")
+    _keep(keep, "training", captions, made)
+    _keep(keep, "held_out", wanted, unseen)
     return found
+
+
+def _keep(folder: Path, name: str, captions: Sequence[str], pictures: Tensor) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    data.sheet(pictures.numpy(), COLUMNS).save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text("\n".join(captions) + "\n", encoding="utf8")
+
+
+def asked_for(caption: str, records: Sequence[Picture]) -> tuple[str, str | None]:
+    """Concept and style (None: any) that a caption "a rocket" or "a flat emoji of a rocket" asks for."""
+    style, _, name = caption.rpartition(" emoji of ")
+    for record in records:
+        label = data.plain_name(record.label)
+        said = (label, *data.SYNONYMS.get(label, []))
+        if name in said or name in map(data.with_article, said):
+            return record.concept, style.split()[-1] if style else None
+    raise ValueError(f"no concept of the data set is called {name!r}: name one as concepts.txt does")
+
+
+def shipped_prompts() -> list[str]:
+    """The prompts that ship with the package: the demo's and those policies are calibrated and tested on."""
+    files = ("prompts.txt", "calibration_prompts.txt", "heldout_prompts.txt")
+    lines = [line for name in files for line in (MODEL.parent / name).read_text(encoding="utf8").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+def prompts(pipe: Any, folder: Path, keep: Path) -> dict[str, Any]:
+    """Retrieval, in any of the everyday pictures, by the prompts that ship with the package: for any emoji pipeline."""
+    pictures, records = data.load(folder)
+    network, known = eye(folder, pictures, records)
+    captions = shipped_prompts()
+    made = generate(pipe, captions, [0] * len(captions), "prompts")
+    asked = [asked_for(caption, records) for caption in captions]
+    pool, of_pool = embedding.embed(network, pictures[known]), [records[i] for i in known]
+    concept = torch.tensor([[wanted == p.concept for p in of_pool] for wanted, _ in asked])
+    style = torch.tensor([[named in (None, p.style) for p in of_pool] for _, named in asked])
+    vectors = embedding.embed(network, made)
+    real = [known[int(fit)] for fit in (concept & style).int().argmax(1)]
+    _keep(keep, "prompts", captions, made)
+    return {
+        "captions": len(captions),
+        "generated": _retrieved(vectors, pool, (concept, concept & style)),
+        "real pictures, distorted": _retrieved(
+            embedding.embed_distorted(network, pictures[real]), pool, (concept, concept & style)
+        ),
+        "missed": _missed(vectors, pool, concept),
+    }
 
 
 # Guidance
@@ -178,7 +233,7 @@ def contrast(pictures: Sequence[np.ndarray]) -> float:
 def data_look(folder: Path) -> dict[str, float]:
     """Saturation and contrast of the real pictures that the model was trained on."""
     pictures, _ = data.load(folder)
-    chosen = embedding.load_file(folder / "text_to_image" / "inputs.safetensors")["chosen"]
+    chosen = load_file(folder / "text_to_image" / "inputs.safetensors")["chosen"]
     real = [data.Image.fromarray(p) for p in pictures[chosen].numpy()]
     saturation = np.mean([np.asarray(p.convert("HSV"))[..., 1].mean() / 255 for p in real])
     return {"saturation": round(float(saturation), 4), "contrast": round(contrast([np.asarray(p) for p in real]), 4)}
@@ -247,18 +302,20 @@ def _to(bar: Any, done: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("retrieval", "guidance", "similarity", "seconds")
+    parts = ("prompts", "retrieval", "guidance", "similarity", "seconds")
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="measured again even if they are there")
     parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set and checkpoints")
     parser.add_argument("--model", type=Path, default=MODEL, help="the exported pipeline")
     parser.add_argument("--to", type=Path, help="the file of the numbers; default: evaluation.json beside the model")
+    parser.add_argument("--keep", type=Path, help="where generated pictures go; default: generated in the folder")
     options = parser.parse_args()
     file = options.to or options.model / "evaluation.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     pipe = load(options.model)
     for part in options.parts or [part for part in parts if part not in found]:
-        if part == "retrieval":
-            found[part] = retrieval(pipe, options.folder, options.folder / "generated")
+        if part in ("prompts", "retrieval"):
+            measure = {"prompts": prompts, "retrieval": retrieval}[part]
+            found[part] = measure(pipe, options.folder, options.keep or options.folder / "generated")
         elif part == "guidance":
             found[part] = guidance(pipe) | {"data": data_look(options.folder)}
         else:

@@ -19,9 +19,6 @@ CONCEPTS = (
     "red apple", "dog face", "rocket", "slice of pizza", "grinning face", "tiger face", "guitar", "soccer ball",
     "car", "blue heart", "hamburger", "penguin", "sunflower", "airplane",
 )  # fmt: skip
-ROWS = ("", *data.STYLES)
-"""Without a style word, then with each."""
-
 SCALES = (1, 2, 3, 5, 8, 12, 20)
 _MARGIN = 20
 
@@ -41,9 +38,9 @@ def labelled(pictures: Sequence[Image.Image], columns: int, above: Sequence[str]
     return page
 
 
-def grid(pipe: object) -> Image.Image:
-    """Concepts by styles, scale 5, 20 steps, seed 0: nothing picked."""
-    names = [(style, name) for style in ROWS for name in CONCEPTS]
+def grid(pipe: object, styles: Sequence[str]) -> Image.Image:
+    """Concepts by styles, the first row without a style word, scale 5, 20 steps, seed 0: nothing picked."""
+    names = [(style, name) for style in ("", *styles) for name in CONCEPTS]
     captions = [
         f"a {style} emoji of {data.with_article(name)}" if style else data.with_article(name) for style, name in names
     ]
@@ -65,34 +62,48 @@ def scales(pipe: object) -> Image.Image:
     return labelled(pictures, len(SCALES), above)
 
 
-def failures(folder: Path, found: dict, count: int = 12) -> Image.Image:
-    """Generated pictures among whose five nearest real ones none fits: the first of each list, `count` in all."""
+def failures(folder: Path, found: dict, count: int = 12) -> Image.Image | None:
+    """Generated pictures among whose five nearest real ones none fits: the first of each list, in equal parts.
+
+    Args:
+        folder: Of the generated pictures.
+        found: The numbers: those parts are shown that were measured.
+    """
+    lists = {"prompts": found.get("prompts", {}).get("missed", [])}
+    if "retrieval" in found:
+        lists |= {"training": found["retrieval"]["missed"], "held_out": found["retrieval"]["held out"]["missed"]}
+    lists = {name: missed for name, missed in lists.items() if missed}
     pictures, above = [], []
-    for name, missed in (("training", found["missed"]), ("held_out", found["held out"]["missed"])):
-        page = Image.open(folder / "generated" / f"{name}.png")
-        captions = (folder / "generated" / f"{name}.txt").read_text(encoding="utf8").splitlines()
-        for at in missed[: count // 2]:
-            x, y = at % 20 * data.SIZE, at // 20 * data.SIZE
-            pictures.append(page.crop((x, y, x + data.SIZE, y + data.SIZE)))
+    for name, missed in lists.items():
+        page = Image.open(folder / f"{name}.png")
+        captions = (folder / f"{name}.txt").read_text(encoding="utf8").splitlines()
+        size = page.width // evaluate.COLUMNS
+        for at in missed[: count // len(lists)]:
+            x, y = at % evaluate.COLUMNS * size, at // evaluate.COLUMNS * size
+            pictures.append(page.crop((x, y, x + size, y + size)))
             above.append(captions[at])
-    return labelled(pictures, count, above)
+    return labelled(pictures, count, above) if pictures else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set and checkpoints")
     parser.add_argument("--model", type=Path, default=MODEL, help="the exported pipeline")
+    parser.add_argument("--keep", type=Path, help="where evaluate kept its pictures; default: generated in the folder")
+    parser.add_argument("--styles", nargs="*", default=data.STYLES, help="that the grid shows")
     options = parser.parse_args()
     pipe = evaluate.load(options.model)
-    found = json.loads((options.model / "evaluation.json").read_text())["retrieval"]
+    found = json.loads((options.model / "evaluation.json").read_text())
     to = options.model / "pictures"
     to.mkdir(exist_ok=True)
     with torch.no_grad():
         for name, page in (
-            ("grid", grid(pipe)),
+            ("grid", grid(pipe, options.styles)),
             ("scales", scales(pipe)),
-            ("failures", failures(options.folder, found)),
+            ("failures", failures(options.keep or options.folder / "generated", found)),
         ):
+            if page is None:
+                continue
             page.save(to / f"{name}.webp", quality=85)
             print(to / f"{name}.webp", page.size)
 
