@@ -317,7 +317,8 @@ def test_configurations_are_json_and_come_back(tmp_path, rule, policy):
     guider.save_pretrained(tmp_path)
     twins = [Guider.from_config(guider.config), Guider.from_pretrained(tmp_path), guider.new(), copy.deepcopy(guider)]
     for twin in twins:
-        assert (twin.rule, twin.policy, twin.guidance_scale) == (rule, policy, 6.0)
+        # By what they say: found by its name, a policy's class may be another of that name.
+        assert (twin.rule, repr(twin.policy), twin.guidance_scale) == (rule, repr(policy), 6.0)
         assert hash(twin.rule) == hash(rule)
         assert json.loads(twin.to_json_string()) == saved
     assert guider.new(rule=CFG(2.0)).rule == CFG(2.0)
@@ -357,7 +358,7 @@ class Fitted(EveryStep):
 def test_a_configuration_says_what_it_cannot_hold():
     guider = Guider(CFG(), Fitted(Settings(0.5)))
     assert json.loads(guider.to_json_string())["policy"] == {"name": "Fitted", "fit": {"ridge": 0.5}, "data": None}
-    assert guider.new().policy == Fitted(Settings(0.5))
+    assert repr(guider.new().policy) == repr(Fitted(Settings(0.5)))
     guider = Guider(CFG(), Fitted(data=torch.zeros(2)))
     with pytest.raises(ValueError, match="the Tensor of Fitted is not in the configuration: give the policy again"):
         guider.new()

@@ -105,7 +105,7 @@ def test_rules_agree_with_diffusers_guiders(draw, rule):
     guider = getattr(guiders, name)(guidance_scale=6.0)
     guider.set_state(step=5, num_inference_steps=20, timestep=torch.tensor(500))
     prediction, _ = kernels.guide(c, c, u, None, 0.0, 1.0, rule(6.0), backend="torch")
-    torch.testing.assert_close(prediction, guider.forward(c, u).pred, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prediction, guider.forward(c, u).pred, rtol=1e-4, atol=1e-4)  # an SVD in float32
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "QwenImagePipeline", "StableDiffusionPipeline"])
