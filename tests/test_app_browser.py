@@ -112,10 +112,15 @@ def open_up(scope, title):
 
 
 def set_number(scope, label, value):
-    """Types into the number beside a slider."""
+    """Types into the number beside a slider, and again if what has just unfolded put its default back."""
     box = scope.get_by_role("spinbutton", name=re.compile(f"{label}"))
-    box.fill(str(value))
-    box.press("Tab")
+    for _ in range(50):
+        box.fill(str(value))
+        box.press("Tab")
+        box.page.wait_for_timeout(100)
+        if box.input_value() == str(value):
+            return
+    pytest.fail(f"{label} stays {box.input_value()}")
 
 
 def settings(page, steps):

@@ -1,4 +1,4 @@
-"""The autoencoder: 128-pixel pictures to latents of 32 x 8 x 8 and back.
+"""The autoencoder: 128-pixel pictures to latents of 6 x 16 x 16 and back.
 
 `python -m diffusers_guidance.samples.training.autoencoder` trains it; `--decoder` then trains only the decoder
 further, on the latents of the encoder as it is, so that a UNet trained on them stays valid.
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from diffusers_guidance.samples.training import data
 from diffusers_guidance.samples.training.trainer import Plan, Trainer, start
 
-CHANNELS = 32
+CHANNELS = 6
 NOISE = 0.1
 """Standard deviation of the noise on (unnormalised) latents in training: the decoder forgives a diffusion's errors."""
 
 
 def create() -> AutoencoderKL:
     """An untrained AutoencoderKL."""
-    widths = (16, 32, 64, 128, 128)
+    widths = (16, 32, 64, 128)
     return AutoencoderKL(
         sample_size=data.SIZE,
         block_out_channels=widths,
@@ -44,7 +44,7 @@ def encode(vae: Any, pictures: Tensor) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Pictures of latents (B, 32, h, w)."""
+    """Pictures of latents (B, 6, h, w)."""
     return vae.decoder(vae.post_quant_conv(latents))
 
 
@@ -171,7 +171,7 @@ def trained(folder: Path) -> AutoencoderKL:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set; checkpoints go there")
-    parser.add_argument("--minutes", type=float, default=20, help="wall-clock time")
+    parser.add_argument("--minutes", type=float, default=16, help="wall-clock time")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share gradients")
     parser.add_argument("--decoder", action="store_true", help="train only the decoder, further")
     options = parser.parse_args()

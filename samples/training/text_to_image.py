@@ -25,7 +25,7 @@ LENGTH = 24
 WIDTH = 192
 """Of the text encoder."""
 
-CONCEPTS = 400
+CONCEPTS = 250
 DROPPED = 0.1
 """Share of captions replaced by the empty one, for classifier-free guidance (Ho and Salimans 2021)."""
 
@@ -124,10 +124,10 @@ class TextToImage(nn.Module):
             )
         )
         self.unet = UNet2DConditionModel(
-            sample_size=data.SIZE // 16,
+            sample_size=data.SIZE // 8,
             in_channels=autoencoder.CHANNELS,
             out_channels=autoencoder.CHANNELS,
-            block_out_channels=(128, 192),
+            block_out_channels=(96, 192),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             mid_block_type="UNetMidBlock2DCrossAttn",
@@ -172,7 +172,7 @@ class Loss:
     """Mean squared error of v over a batch with stratified timesteps.
 
     Args:
-        latents: Normalised, (N, 32, 8, 8).
+        latents: Normalised, (N, 6, 16, 16).
         ids: Tokens of the captions of each picture, (N, captions, 24).
         empty: Tokens of the empty caption, (24,).
         count: Pictures a step and worker.
@@ -259,9 +259,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set; checkpoints go there")
     parser.add_argument("--concepts", type=int, default=CONCEPTS, help="the first so many of concepts.txt")
-    parser.add_argument("--minutes", type=float, default=60, help="wall-clock time")
+    parser.add_argument("--minutes", type=float, default=70, help="wall-clock time")
     parser.add_argument("--flat", type=float, default=Plan.flat, help="share of it before the learning rate decays")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step, of all workers")
+    parser.add_argument("--batch", type=int, default=48, help="pictures a step, of all workers")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share gradients")
     options = parser.parse_args()
     prepare(options.folder, options.concepts)
