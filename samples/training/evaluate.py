@@ -25,7 +25,6 @@ from diffusers_guidance.pipelines.compare import compare
 from diffusers_guidance.samples import MODEL
 from diffusers_guidance.samples.training import data, embedding
 from diffusers_guidance.samples.training.data import Picture
-from diffusers_guidance.samples.training.text_to_image import CONCEPTS
 
 PROMPTS = (
     "a red apple", "a dog face", "a rocket", "a slice of pizza", "a grinning face", "a tiger face", "a guitar",
@@ -35,6 +34,9 @@ PROMPTS = (
 """Common ones."""
 
 SCALE, STEPS = 5.0, 20
+CONCEPTS = 400
+"""Whose real pictures are looked up, whatever the model was trained on."""
+
 COLUMNS = 12
 """Of the sheets of generated pictures that are kept."""
 
