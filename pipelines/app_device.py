@@ -1,5 +1,6 @@
 """The device of the app: one thread that does one thing at a time, and the models it does it with."""
 
+import atexit
 import logging
 import queue
 import re
@@ -27,15 +28,27 @@ class Stopped(BaseException):
 
 
 class Device:
-    """Runs jobs in a thread of its own, in the order they come in, never two at once."""
+    """Runs jobs in a thread of its own, in the order they come in, never two at once; until the interpreter ends."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="device", daemon=True).start()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     def _work(self) -> None:
-        while True:
+        while not self._closed.is_set():
             self._jobs.get()()
+
+    def close(self) -> None:
+        """Stops the job at hand the next time it tells something, drops the others, and waits for that.
+
+        An interpreter that ends while its thread is in a kernel aborts the process.
+        """
+        self._closed.set()
+        self._jobs.put(lambda: None)
+        self._thread.join()
 
     def run(self, job: Callable[[Tell], R]) -> Generator[Any, None, R]:
         """Yields what `job` tells, the latest news only, and returns its result.
@@ -46,7 +59,7 @@ class Device:
         stopped = threading.Event()
 
         def tell(item: Any) -> None:
-            if stopped.is_set():
+            if stopped.is_set() or self._closed.is_set():
                 raise Stopped
             news.put(("news", item))
 

@@ -533,6 +533,26 @@ def test_a_device_passes_errors_on_and_goes_on():
         next(device.run(lambda tell: None))
 
 
+WORKING_AT_THE_END = """
+import torch
+from diffusers_guidance.pipelines.app_device import Device
+
+def endless(tell):
+    numbers = torch.randn(700, 700)
+    while True:
+        numbers = (numbers @ numbers).tanh()
+        tell(None)
+
+work = Device().run(endless)
+next(work)
+"""
+
+
+def test_the_interpreter_can_end_while_the_device_works():
+    ended = subprocess.run([sys.executable, "-c", WORKING_AT_THE_END], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_scheduler_that_does_not_fit_is_refused(pipe, monkeypatch):
     monkeypatch.setitem(app_work.SCHEDULERS, OWN, "FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ValueError, match="does not fit this model"):
