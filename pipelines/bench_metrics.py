@@ -135,7 +135,6 @@ class Retrieval:
 
         Raises:
             OSError: no such file.
-            ImportError: the network is part of the checkout's `samples/training` alone.
         """
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)

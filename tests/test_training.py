@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import nn
 
+from diffusers_guidance.pipelines.bench_metrics import Retrieval
 from diffusers_guidance.samples import PROMPTS
 from diffusers_guidance.samples.training import autoencoder, data, embedding, evaluate, export, text_to_image, trainer
 from diffusers_guidance.samples.training.data import Picture
@@ -264,3 +265,7 @@ def test_the_embedding_tells_made_up_pictures_apart(folder, tmp_path):
     assert found > 0.8
     again = embedding.trained(pictures, concepts, styles, tmp_path / "eye.safetensors")
     assert torch.equal(embedding.embed(again, pictures), embedding.embed(network, pictures))
+    Retrieval.save(tmp_path / Retrieval.FILE, network, embedding.embed(network, pictures), [r.label for r in records])
+    retrieval = Retrieval.load(tmp_path / Retrieval.FILE)
+    asked = [f"a {r.style} emoji of a {r.label}" for r in records]
+    assert retrieval(pictures.permute(0, 3, 1, 2) / 255, asked).mean() == 1

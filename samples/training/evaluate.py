@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusers_guidance import CFG, EveryStep, attach
+from diffusers_guidance.pipelines.bench_metrics import Retrieval
 from diffusers_guidance.pipelines.compare import compare
 from diffusers_guidance.samples import MODEL
 from diffusers_guidance.samples.training import data, embedding
@@ -111,6 +112,15 @@ def eye(folder: Path, pictures: Tensor, records: Sequence[Picture]) -> tuple[emb
         pictures[known], [r.concept for r in named], [r.style for r in named], folder / "embedding.safetensors"
     )
     return network, known
+
+
+def save_eye(folder: Path, model: Path) -> dict[str, int]:
+    """Writes the embedding, and its vectors of the real pictures it knows, beside the model for `bench`."""
+    pictures, records = data.load(folder)
+    network, known = eye(folder, pictures, records)
+    names = [data.plain_name(records[i].label) for i in known]
+    Retrieval.save(model / Retrieval.FILE, network, embedding.embed(network, pictures[known]), names)
+    return {"pictures": len(known), "concepts": len(set(names))}
 
 
 def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str, Any]:
@@ -304,7 +314,7 @@ def _to(bar: Any, done: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("prompts", "retrieval", "guidance", "similarity", "seconds")
+    parts = ("eye", "prompts", "retrieval", "guidance", "similarity", "seconds")
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="measured again even if they are there")
     parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set and checkpoints")
     parser.add_argument("--model", type=Path, default=MODEL, help="the exported pipeline")
@@ -315,7 +325,9 @@ def main() -> None:
     found = json.loads(file.read_text()) if file.exists() else {}
     pipe = load(options.model)
     for part in options.parts or [part for part in parts if part not in found]:
-        if part in ("prompts", "retrieval"):
+        if part == "eye":
+            found[part] = save_eye(options.folder, options.model)
+        elif part in ("prompts", "retrieval"):
             measure = {"prompts": prompts, "retrieval": retrieval}[part]
             found[part] = measure(pipe, options.folder, options.keep or options.folder / "generated")
         elif part == "guidance":
