@@ -1,10 +1,12 @@
 """How strong a rule's guidance is, in the only measure that rules share: the scale at which CFG would push as far.
 
 Rules differ in what they do across the direction of guidance and in how far they go along it. More of the latter
-alone lifts most scores, so rules are compared at equal strength too (GA-Eval, arXiv 2602.22570). Here strength is
-the projection on d = c - u, sample by sample and step by step, averaged:
+alone lifts most scores, so rules are compared at equal strength too (GA-Eval, arXiv 2602.22570). As there, strength
+is the projection of g - u on d = c - u, in units of d, averaged over steps and samples; g is the guided prediction:
 
-    w_eff = 1 + <g - c, d> / <d, d>,     g the guided prediction; CFG at w has w_eff = w
+    w_eff = <g - u, d> / <d, d> = 1 + <g - c, d> / <d, d>,     which is w for CFG at w
+
+The authors' code takes its absolute value; here guidance away from the prompt counts as what it is.
 """
 
 from dataclasses import dataclass, field
