@@ -21,6 +21,7 @@ from bundled import OUT, Bundled, named, prompts, report
 from diffusers_guidance import Calibration, EveryStep, Fit, Schedule, calibrate, samples, search
 from diffusers_guidance.calibration import combinations
 from diffusers_guidance.pipelines.fidelity import Fidelity
+from diffusers_guidance.pipelines.files import write
 from diffusers_guidance.schedules import even, pair_residuals, predicted_error, shortest
 
 SEED = 77_000
@@ -204,7 +205,7 @@ def main() -> None:
         for part, measure in parts.items():
             if part not in found:
                 found[part] = measure()
-                path.write_text(json.dumps(found, indent=1) + "\n")
+                write(path, (json.dumps(found, indent=1) + "\n").encode())
         (OUT / f"objective-{name}.md").write_text(markdown(name, found))
         print(markdown(name, found), flush=True)
 

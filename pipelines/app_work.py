@@ -136,7 +136,7 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     """A script that makes the same pictures, bit for bit on the same machine."""
     cls, scheduler = type(pipe).__name__, SCHEDULERS[settings.scheduler]
     bundled = settings.model == BUNDLED
-    load = ["MODEL" if bundled else json.dumps(settings.model)]
+    load = ["MODEL" if bundled else json.dumps(settings.model, ensure_ascii=False)]
     load += ["local_files_only=True"] if bundled else ["use_safetensors=True"]
     load += [] if pipe.dtype == torch.float32 else [f"torch_dtype={pipe.dtype}"]
     device = "" if pipe.device.type == "cpu" else f'.to("{pipe.device.type}")'
@@ -144,7 +144,8 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     names = ", ".join([*sorted({type(rule).__name__, type(policy).__name__}), "attach"])
 
     many = settings.batch_size > 1
-    call = {name: json.dumps(value) for name, value in call_of(pipe, settings).items() if name != "generator"}
+    arguments = call_of(pipe, settings).items()
+    call = {name: json.dumps(value, ensure_ascii=False) for name, value in arguments if name != "generator"}
     call["generator"] = (
         f"[torch.Generator().manual_seed(seed) for seed in {settings.seeds}]"
         if many

@@ -46,7 +46,7 @@ def read_jobs(file: Path) -> list[Job]:
         ValueError: with the line's number and what is wrong with it.
     """
     jobs: list[Job] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -61,6 +61,9 @@ def read_jobs(file: Path) -> list[Job]:
     return jobs
 
 
+_FOR_ALL = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "generator", "output_type", "return_dict"}
+
+
 def _job(given: Any, number: int) -> Job:
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise ValueError('an object with a text "prompt" is wanted')
@@ -73,6 +76,8 @@ def _job(given: Any, number: int) -> Job:
         raise ValueError(f"seed {seed!r}: a whole number from 0 up")
     if negative is not None and not isinstance(negative, str):
         raise ValueError(f"negative_prompt {negative!r}: a text")
+    if chosen := sorted(given.keys() & _FOR_ALL):
+        raise ValueError(f"{', '.join(chosen)}: not a line's own; steps, scale and the rest are set for all lines")
     return Job(name, prompt, seed, negative, tuple(sorted(given.items())))
 
 

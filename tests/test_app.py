@@ -1,5 +1,6 @@
 """The app by its API: what it makes, what it refuses, and that two users and a hostile one do it no harm."""
 
+import ast
 import asyncio
 import importlib.util
 import json
@@ -369,6 +370,12 @@ def bundled_copy(folder):
 def change_index(model, **changes):
     index = model / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+
+
+def test_the_code_has_the_prompt_as_it_is(pipe):
+    prompt = 'a "red" apple \U0001f34e\n\\ é'
+    code = app_work.reproduce(pipe, Generation(prompt=prompt))
+    assert prompt in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
 
 
 def test_an_allowed_model_is_loaded_and_reproduced(tmp_path, monkeypatch):

@@ -83,6 +83,7 @@ def test_an_argument_the_pipeline_does_not_take_is_named(tmp_path):
     ("line", "message"),
     [
         ("{not json", "line 2: "),
+        ('{"prompt": "x", "guidance_scale": 9}', "line 2: guidance_scale: not a line's own"),
         ('{"text": "a rocket"}', 'line 2: an object with a text "prompt"'),
         ('{"prompt": "a rocket", "id": "../x"}', "line 2: id '../x'"),
         ('{"prompt": "a rocket", "seed": -1}', "line 2: seed -1"),
