@@ -34,14 +34,6 @@ PROMPTS = ["a red apple", "a tiger", "a rocket"]
 
 
 @pytest.fixture
-def seed():
-    value = int(torch.randint(2**31, ()))
-    print("seed", value)
-    torch.manual_seed(value)
-    return value
-
-
-@pytest.fixture
 def pipe():
     pipe = PIPELINES["StableDiffusionPipeline"].build()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)

@@ -35,14 +35,6 @@ PROMPTS = ["a red apple", "a tiger", "a rocket"]
 SIZE = {"height": 16, "width": 16}
 
 
-@pytest.fixture
-def seed():
-    value = int(torch.randint(2**31, ()))
-    print("seed", value)
-    torch.manual_seed(value)
-    return value
-
-
 @pytest.fixture(scope="module")
 def pipe():
     pipe = PIPELINES["StableDiffusionPipeline"].build()
