@@ -221,7 +221,7 @@ class StepAG(Policy):
             raise ValueError(f"p={self.p!r}: a share of the steps above 0, up to 1")
 
     def plan(self, step: Step, history: History) -> list[Decision]:
-        if step.index < self.p * step.count:
+        if step.index / step.count < self.p:  # the product of two floats may lie just above a whole step
             return _everyone(history, "both")
         return _everyone(history, "conditional", f"after the first {self.p:.0%} of the steps")
 

@@ -71,6 +71,7 @@ def test_hold_step_ag_and_the_published_schedule():
     assert actions(Hold(3, warmup=3, last=True), 10) == "bbbbeebeeb"
     assert actions(Hold(1), 3) == "bbb"
     assert actions(StepAG(0.5), 6) == "bbbccc"
+    assert actions(StepAG(0.28), 25) == "b" * 7 + "c" * 18
     assert actions(LinearAG(), 20) == "be" * 5 + "c" * 10
     nfe = sum(2 if action == "b" else 1 for action in actions(LinearAG(), 20))
     assert nfe == 25  # the paper's figure
