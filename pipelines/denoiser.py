@@ -22,6 +22,7 @@ class Denoiser:
     """
 
     name: str
+    module: torch.nn.Module
     formula: Formula | None = None
     history: History | None = None
     momentum: Tensor | None = None
@@ -33,6 +34,8 @@ class Denoiser:
     """Why no part of the batch can be taken, if so."""
     keeps_state: bool = False
     """Whether hooks inside it (FirstBlockCache, FasterCache) keep tensors of the batch from call to call."""
+    puts_out_more: bool = False
+    """Whether its output holds more than the prediction (the sound of a video), of which there are no estimates."""
     in_doubt: bool = False
     """Whether it is open how a part of the batch is taken."""
 
@@ -46,7 +49,9 @@ class Denoiser:
         """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
         self.end_step()
         if self.formula is not None and self.history is not None:
-            self.decisions = policy.plan(step, self.history)
+            plan = policy.plan(step, self.history)
+            estimated = ("extrapolate", "neither") if self.puts_out_more else ()
+            self.decisions = [Decision("both") if each.action in estimated else each for each in plan]
 
     def restart(self) -> None:
         """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
@@ -211,6 +216,7 @@ class Denoiser:
         formula = self.formula
         assert formula is not None
         self.template = self.inputs[-1][3]
+        self.puts_out_more = batch.puts_out_more(self.template)
         if self.whole:
             return self.whole
         if self.keeps_state:
@@ -224,6 +230,8 @@ class Denoiser:
         readings = batch.READINGS if names else batch.READINGS[:1]
         if groups > 2:
             names.append("its third branch")  # perturbed attention, say, needs all branches to be there
+        if mixes_rows(self.module):
+            names.append("its attention processors")
         if not names:
             return ""
         self.in_doubt = True
@@ -253,6 +261,12 @@ def keeps_state(module: torch.nn.Module) -> bool:
     """Whether one of diffusers' stateful hooks is installed somewhere in `module`."""
     registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
     return any(hook._is_stateful for r in registries if r is not None for hook in r.hooks.values())
+
+
+def mixes_rows(module: torch.nn.Module) -> bool:
+    """Whether its attention processors may look across the batch: PAG's, and all but those of diffusers.models."""
+    processors = (type(part.processor) for part in module.modules() if getattr(part, "processor", None) is not None)
+    return any("PAG" in each.__name__ or not each.__module__.startswith("diffusers.models") for each in processors)
 
 
 def _rows(args: tuple, kwargs: dict) -> int:

@@ -148,6 +148,12 @@ def prediction(output: Any) -> Tensor | None:
     return None
 
 
+def puts_out_more(output: Any) -> bool:
+    """Whether a denoiser's output holds another tensor beside its prediction; a cache, nested, is none."""
+    parts = tuple(output.values()) if isinstance(output, dict) else output
+    return isinstance(parts, tuple) and any(isinstance(part, Tensor) for part in parts[1:])
+
+
 def with_prediction(output: Any, value: Tensor) -> Any:
     """`output` again, with `value` as its first tensor."""
     if isinstance(output, Tensor):

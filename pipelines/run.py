@@ -97,7 +97,7 @@ class Run:
             with ExitStack() as stack:
                 for name, component in _components(self.pipe):
                     if isinstance(component, torch.nn.Module):
-                        self._denoisers[id(component)] = Denoiser(name, keeps_state=keeps_state(component))
+                        self._denoisers[id(component)] = Denoiser(name, component, keeps_state=keeps_state(component))
                         stack.enter_context(intercept_call(component, self.on_call))
                     else:
                         stack.enter_context(intercept_step(component, self.on_step))

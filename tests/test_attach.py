@@ -5,6 +5,8 @@ import copy
 import conformance
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from test_neither import Again
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import (
@@ -208,6 +210,58 @@ def test_a_pipeline_whose_branches_need_one_another_is_never_cut():
         assert torch.equal(run(pipe, entry, 4, 3), untouched)
     assert "third branch" in handle.report.steps[1].note
     assert all(step.evaluated == ["both"] * 3 for step in handle.report.steps)
+
+
+def test_two_branches_that_need_one_another_are_never_cut():
+    entry = PIPELINES["StableDiffusionPAGPipeline"]  # without CFG: [cond, perturbed]
+    pipe = entry.build()
+    for batch in (1, 2, 3):
+        untouched = run(pipe, entry, 4, batch, guidance_scale=1.0)
+        with attach(pipe, CFG(), Hold(2)) as handle:
+            assert torch.equal(run(pipe, entry, 4, batch, guidance_scale=1.0), untouched)
+        assert "on its own" in handle.report.steps[0].note
+
+
+class AcrossTheBatch:
+    """Attention whose keys and values are those of the batch's first row."""
+
+    def __init__(self):
+        self.own = AttnProcessor2_0()
+
+    def __call__(self, attention, hidden_states, encoder_hidden_states=None, **rest):
+        if encoder_hidden_states is None:
+            encoder_hidden_states = hidden_states[:1].expand_as(hidden_states)
+        return self.own(attention, hidden_states, encoder_hidden_states, **rest)
+
+
+def test_rows_that_look_at_one_another_are_never_cut():
+    pipe = SD.build()
+    pipe.unet.set_attn_processor(AcrossTheBatch())
+    untouched = run(pipe, SD, 4, 3)
+    with attach(pipe, CFG(), Hold(2)) as handle:
+        assert torch.equal(run(pipe, SD, 4, 3), untouched)
+    assert "attention processors" in handle.report.steps[0].note
+    assert all(step.evaluated == ["both"] * 3 for step in handle.report.steps)
+
+
+def test_sound_beside_the_picture_is_never_estimated():
+    entry = PIPELINES["LTX2Pipeline"]
+    pipe = entry.build()
+
+    def both():
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        out = pipe(**entry.call(), num_inference_steps=4, generator=generator, output_type="latent", return_dict=False)
+        return out[0], out[1]
+
+    untouched = both()
+    for policy in (Hold(2), Again((1, 2))):
+        with attach(pipe, CFG(), policy) as handle:
+            assert all(map(torch.equal, both(), untouched))
+        assert handle.report.nfe == handle.report.nfe_full == 8
+    with attach(pipe, CFG(), Interval(stop=0.5)) as handle:
+        both()
+    assert handle.report.nfe == 6
 
 
 def test_a_schedule_of_the_wrong_length_is_refused():
