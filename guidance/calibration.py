@@ -243,8 +243,10 @@ class Calibration:
         # A run whose running maximum first reaches the threshold at step i evaluates i + 1 steps in full.
         highest = seen.nan_to_num(-1).cummax(1).values
         candidates = highest.flatten().clamp(1e-6, 1).unique()
-        reached = [(highest >= value).double() for value in candidates]
-        saved = torch.stack([(over.sum(1) - over[:, -1]).mean() for over in reached]) / (2 * self.steps)
+        # It then saves an evaluation at each later step: as many as maxima before the last reach the threshold.
+        maxima = highest[:, :-1].flatten().sort().values
+        reaching = len(maxima) - torch.searchsorted(maxima, candidates)
+        saved = reaching.double() / len(highest) / (2 * self.steps)
         return float(candidates[(saved - save).abs().argmin()]), space
 
     def coefficients(self, denoiser: str, actions: Sequence[str], fit: Fit = DELTAS) -> Tensor:

@@ -1,7 +1,8 @@
 """`attach` and `detach`: a rule and a policy on a pipeline that stays the user's own."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -127,11 +128,22 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
     return handle
 
 
+@contextmanager
+def borrowed(pipe: DiffusionPipeline, rule: Rule, policy: Policy) -> Iterator[Handle]:
+    """`attach` for the length of a block; what was attached before is afterwards."""
+    before = _handle_of(pipe)
+    try:
+        with attach(pipe, rule, policy) as handle:
+            yield handle
+    finally:
+        if before is not None:
+            catch_call(pipe, before._run)
+
+
 def detach(pipe: DiffusionPipeline) -> None:
     """Leaves `pipe` as it was before `attach`; nothing happens where nothing is attached."""
-    handle = _handle_of(pipe)
-    if handle is not None:
-        handle.detach()
+    if _handle_of(pipe) is not None:  # of a copy it is the original's handle, which stays on the original
+        release_call(pipe)
 
 
 def _handle_of(pipe: Any) -> Handle | None:

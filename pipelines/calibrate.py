@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusers_guidance.calibration import Calibration, Moments, gains
 from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
-from diffusers_guidance.pipelines.attach import attach
+from diffusers_guidance.pipelines.attach import borrowed
 from diffusers_guidance.pipelines.fingerprint import module_fingerprint, scheduler_fingerprint, setting
 from diffusers_guidance.policies import Decision, EveryStep, History, Step
 from diffusers_guidance.rules import CFG
@@ -63,7 +63,7 @@ def calibrate(
     """Runs `pipe` with full guidance over prompts and seeds, and keeps the predictions' Gram matrices.
 
     Args:
-        pipe: a diffusers pipeline with the scheduler that is to be used later; what is attached to it is detached.
+        pipe: a diffusers pipeline with the scheduler that is to be used later; what is attached to it stays so, idle.
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
         negative_prompts: all of them in turn; name those that will be used, for the fit to serve them too.
         trajectories: how many runs of one sample.
@@ -137,7 +137,7 @@ def _run(
         raise ValueError(f"{type(pipe).__name__} takes no negative_prompt: leave negative_prompts=('',)")
     call["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
     recorder = Recorder()
-    with torch.no_grad(), attach(pipe, CFG(guidance_scale=guidance_scale), recorder) as handle:
+    with torch.no_grad(), borrowed(pipe, CFG(guidance_scale=guidance_scale), recorder) as handle:
         pipe(**call)
     if not recorder.histories:
         raise GuidanceError(f"nothing to calibrate: {handle.report.note or 'no guided step was seen'}")

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach import attach
+from diffusers_guidance.pipelines.attach import borrowed
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.rules import CFG
 
@@ -25,7 +25,7 @@ class Fidelity:
     """Pictures of full guidance, made once, and any policy's distance to them.
 
     Args:
-        pipe: a text-to-image pipeline; what is attached to it is detached.
+        pipe: a text-to-image pipeline; what is attached to it stays so, idle.
         prompts, seeds: each prompt with each seed.
         num_inference_steps, guidance_scale, negative_prompt: of every run.
         batch_size: pictures made at once.
@@ -65,7 +65,7 @@ class Fidelity:
         """(N, 3, H, W) from 0 to 1, and the NFEs of one of them."""
         found, nfe = [], 0
         call = self.call | changed
-        with attach(self.pipe, CFG(guidance_scale=self.guidance_scale), policy) as handle:
+        with borrowed(self.pipe, CFG(guidance_scale=self.guidance_scale), policy) as handle:
             for start in range(0, len(self.cases), self.batch_size):
                 part = self.cases[start : start + self.batch_size]
                 texts = {

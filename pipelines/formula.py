@@ -215,6 +215,11 @@ class Formula:
         return [i for i in range(self.branches) if i != self.cond_index]
 
     @property
+    def is_read(self) -> bool:
+        """Whether its scale is read off the pipeline, so that nothing has to be solved for at each step."""
+        return self.scale is not None and not self.mixed
+
+    @property
     def is_direct(self) -> bool:
         """Whether the scheduler gets the combination itself, one row per sample."""
         view = self.view
@@ -327,11 +332,16 @@ def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale) -
 
 
 def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Fit]:
-    """Least squares of `output` on `vectors`, and how well that explains it."""
+    """Least squares of `output` on `vectors`, and how well that explains it.
+
+    Numbers that are not finite must be so in both, and have no say in the rest.
+    """
     basis = torch.stack([exact(v).flatten() for v in vectors], 1)
     y = exact(output).flatten()
-    if not (torch.isfinite(basis).all() and torch.isfinite(y).all()):
-        return [0.0] * len(vectors), Fit(float("inf"), 0.0)
+    finite = torch.isfinite(basis).all(1)
+    if not (torch.equal(finite, torch.isfinite(y)) and finite.any()):
+        return [float("nan")] * len(vectors), Fit(float("inf"), 0.0)
+    basis, y = basis[finite], y[finite]
     factors = torch.linalg.lstsq(basis, y).solution
     terms = float((factors.abs() * basis.norm(dim=0)).sum())
     eps = torch.finfo(output.dtype).eps
@@ -375,7 +385,7 @@ def identify(
         target = formula.view.working(output)
         for label, s in live.items() if formula.branches == 2 else ():
             equal = torch.equal(formula.combine(c, u, s, phi), target)
-            if equal and formula.w(s) > 0 and _differ(c, u):
+            if equal and formula.w(s) > 0 and _differ(c, u, ulps=0.25):
                 return Identified(replace(formula, scale=label), False, "")
 
     best: tuple[float, str] = (float("inf"), "no part of the denoiser's output has the scheduler's shape")
@@ -439,9 +449,13 @@ def _formulas(outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, 
                         yield replace(formula, weights=weights)
 
 
-def _differ(c: Tensor, u: Tensor) -> bool:
-    """Whether there is any guidance to be seen; where both are equal, every formula fits."""
-    return norm(c - u) > 2 * torch.finfo(c.dtype).eps * norm(c)
+def _differ(c: Tensor, u: Tensor, ulps: float = 2.0) -> bool:
+    """Whether there is any guidance to be seen; where both are equal, every formula fits.
+
+    Where rounding is allowed for, `ulps` must exceed it. Exact equality tells formulas apart as soon as a good
+    part of the numbers differs at all, which is long before that in half precision.
+    """
+    return norm(c - u) > ulps * torch.finfo(c.dtype).eps * norm(c)
 
 
 def _identify_finite(

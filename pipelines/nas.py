@@ -66,7 +66,7 @@ def search_nas(
         prompts: iteration i takes the next `batch_size` of them, with a seed of its own.
         nfe: network evaluations of one sample to come to, from steps + 1 to twice the steps.
         guidance_scale: of the guidance to be replicated.
-        strengths: the scales to choose from at each step, times `guidance_scale`. A `Schedule` has one scale:
+        strengths: the scales w to choose from at each step, times that of full guidance. A `Schedule` has one scale:
             with several, the steps that settle for any of them become "both".
         iterations, batch_size, rate: of Adam on the logits, whose softmax hardens along the way.
         penalty: weight of the expected NFEs beyond `nfe`, a share of the steps, beside the loss: the squared error
@@ -80,18 +80,18 @@ def search_nas(
         raise ValueError(f"nfe={nfe!r}: from {num_inference_steps + 1} to {2 * num_inference_steps}")
     call = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
     logits: Tensor | None = None
-    scales = torch.tensor([guidance_scale * s - 1 for s in strengths])
     with kernels.use_backend("torch"), checkpointed(pipe):
         for i in range(iterations):
             if progress is not None:
                 progress("policy search", i, iterations)
             texts = [prompts[(i * batch_size + j) % len(prompts)] for j in range(batch_size)]
 
-            def run(rule: Rule, texts: list[str] = texts, i: int = i) -> tuple[Tensor, int]:
+            def run(rule: Rule, texts: list[str] = texts, i: int = i) -> tuple[Tensor, Tensor]:
                 return _run(pipe, rule, texts, seed + i * batch_size, call)
 
             with torch.no_grad():
-                target, steps = run(CFG())
+                target, scale = run(CFG())
+                steps = len(scale)
                 plain = run(Mixture(kappas=iter([torch.zeros(())] * steps)))[0]
             if logits is None:
                 logits = torch.zeros(steps, 2 + len(strengths))  # unconditional, conditional, the strengths
@@ -100,7 +100,7 @@ def search_nas(
                 optimizer = torch.optim.Adam([logits], rate)
             hardness = 1 + 3 * i / iterations
             shares = (hardness * logits).softmax(-1)
-            kappas = -shares[:, 0] + (shares[:, 2:] * scales).sum(-1)
+            kappas = -shares[:, 0] + (shares[:, 2:] * (scale[:, None] * torch.tensor(strengths) - 1)).sum(-1)
             with torch.enable_grad():
                 made, _ = run(Mixture(kappas=iter(kappas.to(target.device))))
                 error = (made - target).square().mean() / (plain - target).square().mean().clamp(min=1e-12)
@@ -116,8 +116,8 @@ def search_nas(
     return Schedule(["both" if t in chosen else "conditional" for t in range(len(guided))])
 
 
-def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any]) -> tuple[Tensor, int]:
-    """(final latents, steps) of a run whose operations are recorded wherever gradients are on."""
+def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(final latents, w of each step) of a run whose operations are recorded wherever gradients are on."""
     function = inspect.unwrap(type(pipe).__call__)  # without the pipeline's torch.no_grad
     generators = [torch.Generator("cpu").manual_seed(seed + j) for j in range(len(texts))]
     bound = inspect.signature(function).bind(
@@ -131,7 +131,8 @@ def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any
         latents = function(pipe, **named).images
     if not run.report.formula:
         raise UnsupportedPipeline(f"{type(pipe).__name__} used no guidance at guidance_scale={call['guidance_scale']}")
-    return latents, len(run.report.steps)
+    # w is not what the call says where a pipeline counts its scale from 0; 1 is no guidance.
+    return latents, torch.tensor([step.guidance_scale or 1.0 for step in run.report.steps])
 
 
 @contextmanager

@@ -5,8 +5,9 @@
             -> scheduler.step (on_step: the formula is verified, the rule recombines) -> latents
 
 Where a rule or a policy acts on what was found, the numbers that tell whether it is right are waited for at every
-step, with the similarities in the same transfer. Where nothing is changed (plain guidance at every step), nothing
-is waited for before the end of the run, which then still raises if a step was not what it was taken for.
+step, with the similarities in the same transfer. Where nothing is changed (plain guidance at every step) and the
+pipeline's scale can be read, nothing is waited for before the end of the run, which then still raises if a step was
+not what it was taken for.
 
 Everything a run learns dies with it. Its hooks are in place for the length of the call alone, so nothing a
 pipeline does between calls (offloading, swapping schedulers, copying, saving) can lose or keep them.
@@ -52,14 +53,14 @@ class Stepped(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A guided step as the formula reads it."""
+    """A guided step as the formula reads it; `residual` None: it was waited for, and fits."""
 
     c: Tensor
     u: Tensor
     w: float
     sample: Tensor
     space: Space | None
-    residual: Residual
+    residual: Residual | None
     similarity: Tensor
     """(2, rows): of the denoised predictions and of the noise; NaN where unknown."""
 
@@ -119,7 +120,7 @@ class Run:
         denoiser = self._denoisers[id(module)]
         if denoiser.clock is not None and denoiser.clock.ran_out and not denoiser.nfe_full:
             denoiser.restart()
-        step = self._step_of(denoiser.clock)
+        step = self._step_of(denoiser)
         if not denoiser.nfe_full:  # its first call since the last step
             denoiser.begin_step(self.policy, step)
         self._active, self._called = denoiser, True
@@ -162,17 +163,18 @@ class Run:
         """
         note = denoiser.whole
         if not self._is_guided(denoiser, output):
-            self._record(denoiser, [Decision("conditional")] * output.shape[0], None, None, "no guidance at this step")
+            alone = Decision("conditional" if denoiser.nfe else "neither")
+            self._record(denoiser, [alone] * output.shape[0], None, None, "no guidance at this step")
             return output
         if denoiser.formula is None:
             if not self._identify(denoiser, output, sample):
                 same = [Decision("both")] * output.shape[0]
-                self._record(denoiser, same, None, None, "both predictions agree: nothing to identify yet")
+                self._record(denoiser, same, None, None, "both predictions agree to rounding: nothing to identify yet")
                 return output
             note = "" if isinstance(self.policy, EveryStep) else denoiser.try_parts()
             assert denoiser.formula is not None
             assert denoiser.history is not None
-            denoiser.decisions = self.policy.plan(self._step_of(self._clock, now=True), denoiser.history)
+            denoiser.decisions = self.policy.plan(self._step_of(denoiser, now=True), denoiser.history)
             evaluated = [True] * denoiser.formula.rows
         else:
             evaluated = denoiser.evaluates
@@ -189,10 +191,10 @@ class Run:
         assert history is not None
         if self.policy.calibration is not None and not history.cond:  # its first guided step
             self.policy.calibration.check(setting(self.pipe, denoiser.name, w))
-        if not self._acts:
+        if residual is not None:
             self._unread.append(Unread(len(self.report.steps), formula, residual, similarity))
         self._remember(denoiser, space, similarity, evaluated)
-        self._record(denoiser, plan, evaluated, similarity if self._acts else None, note, w)
+        self._record(denoiser, plan, evaluated, similarity if residual is None else None, note, w)
 
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, evaluated, strict=True)]
@@ -256,9 +258,9 @@ class Run:
     def _verify(
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
     ) -> Seen:
-        """The step, once the pipeline's formula has reproduced `output`; where nothing acts on it, at once."""
+        """The step, once the pipeline's formula has reproduced `output`; where that can be left for later, at once."""
         seen = self._see(denoiser, output, sample, evaluated, unguided)
-        if not self._acts:
+        if not self._acts and denoiser.formula is not None and denoiser.formula.is_read:
             return seen
         (fit, similarity), *_ = fetched([seen])
         if not fit.fits:
@@ -269,7 +271,7 @@ class Run:
             denoiser.formula = again
             seen = self._see(denoiser, output, sample, evaluated, unguided)
             (_, similarity), *_ = fetched([seen])
-        return seen._replace(similarity=similarity)
+        return seen._replace(residual=None, similarity=similarity)
 
     def _see(
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
@@ -284,7 +286,7 @@ class Run:
             (alpha, *betas), fit = mixture(target, x, c, u) if guided else mixture(target, x, c)
             beta = sum(betas)
             # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
-            allowed = max(fit.allowed, 1e-3 * norm(target))
+            allowed = max(fit.allowed, 1e-3 * norm(target.nan_to_num(0, 0, 0)))
             found = Residual(torch.tensor([fit.error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
             c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
         else:
@@ -318,8 +320,9 @@ class Run:
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
         return not (self.rule.is_plain and type(self.policy) is EveryStep)
 
-    def _step_of(self, clock: Clock | None, now: bool = False) -> Step:
-        """The coming evaluation by this clock, or the one it shows now."""
+    def _step_of(self, denoiser: Denoiser, now: bool = False) -> Step:
+        """The denoiser's coming evaluation by its scheduler's clock, or the one that shows now."""
+        clock, formula = denoiser.clock, denoiser.formula
         if clock is None:
             return Step(0, 1, None)
         index = clock.steps - 1 if now else clock.steps
@@ -328,7 +331,9 @@ class Run:
         space = clock.space if now else clock.next
         if space is None:
             return Step(index, max(count, index + 1), None)
-        return Step(index, max(count, index + 1), space.sigma, space.velocity)
+        # How the sample will be mixed in is not known before the step: what is held is what the network puts out.
+        velocity = 1.0 if formula is not None and formula.mixed else space.velocity
+        return Step(index, max(count, index + 1), space.sigma, velocity)
 
     def _scales(self) -> Scales:
         """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
@@ -370,7 +375,8 @@ class Run:
             history.uncond.append(raw_uncond)
         if any(evaluated):
             delta = raw_cond - raw_uncond
-            velocity = torch.full((len(evaluated),), 1.0 if space is None else space.velocity, device=delta.device)
+            factor = 1.0 if space is None or formula.mixed else space.velocity
+            velocity = torch.full((len(evaluated),), factor, device=delta.device)
             if history.delta is not None and history.velocity is not None:
                 delta = pick(evaluated, delta, history.delta)
                 velocity = pick(evaluated, velocity, history.velocity)

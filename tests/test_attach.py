@@ -193,6 +193,67 @@ def test_equal_halves_put_identification_off():
     assert handle.report.nfe == handle.report.nfe_full
 
 
+@pytest.mark.parametrize("apart", [0.003, 0.012])
+def test_half_precision_hides_no_guidance(seed, apart):
+    """bfloat16 rounds by up to 0.4 %; predictions that lie no further apart are still guided, and so is the rule's."""
+    pipe = SD.build().to(torch.bfloat16)
+
+    def close(module, args, output):
+        cond = output[0].chunk(2)[1]
+        return (torch.cat([(cond * (1 + apart * torch.randn(cond.shape))).to(cond.dtype), cond]),)
+
+    hook = pipe.unet.register_forward_hook(close)
+    torch.manual_seed(seed)
+    untouched = run(pipe, SD, 4, 2)
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        torch.manual_seed(seed)
+        assert torch.equal(run(pipe, SD, 4, 2), untouched)
+    assert [step.guidance_scale for step in handle.report.steps] == [SD.call(2)["guidance_scale"]] * 4
+    with attach(pipe, APG(), EveryStep()) as handle:
+        torch.manual_seed(seed)
+        assert not torch.equal(run(pipe, SD, 4, 2), untouched)
+    assert "guidance_scale (c - u)" in handle.report.formula
+    assert not any(step.note for step in handle.report.steps)
+    hook.remove()
+
+
+@pytest.mark.parametrize("policy", [EveryStep(), Hold(1)], ids=lambda policy: type(policy).__name__)
+def test_a_mixture_of_three_that_changes_is_followed(policy):
+    entry = PIPELINES["StableDiffusionInstructPix2PixPipeline"]
+    pipe = entry.build()
+
+    def louder(pipe, step, timestep, kwargs):
+        pipe._image_guidance_scale = 1.5 + step
+        return {}
+
+    plain = run(pipe, entry, 4, 2)
+    untouched = run(pipe, entry, 4, 2, callback_on_step_end=louder)
+    assert not torch.equal(untouched, plain)
+    with attach(pipe, CFG(), policy) as handle:
+        assert torch.equal(run(pipe, entry, 4, 2, callback_on_step_end=louder), untouched)
+    assert all(None not in step.similarity for step in handle.report.steps)
+
+
+def test_a_broken_sample_leaves_the_others_alone_where_the_sample_is_mixed_in():
+    entry = PIPELINES["StableDiffusionLatentUpscalePipeline"]
+    pipe = entry.build()
+
+    def break_one(module, args, output):
+        for row in range(1, len(output[0]), 3):  # sample 1 of three, in both branches
+            output[0][row] = torch.nan
+        return output
+
+    (module,) = conformance.denoisers(pipe, entry)
+    with attach(pipe, CFG(), Hold(2)):
+        expected = run(pipe, entry, 4, 3)
+    hook = module.register_forward_hook(break_one)
+    with attach(pipe, CFG(), Hold(2)):
+        found = run(pipe, entry, 4, 3)
+    hook.remove()
+    assert found[1].isnan().any()
+    assert conformance.relative(found[[0, 2]], expected[[0, 2]]) < 1e-5
+
+
 def test_a_pipeline_that_cannot_be_verified_is_refused():
     entry = PIPELINES["AceStepPipeline"]  # does an APG of its own, with a momentum of its own
     pipe = entry.build()
@@ -286,6 +347,11 @@ def test_a_deep_copy_is_attached_by_itself():
     assert handle.report is report
     detach(twin)
     assert torch.equal(run(twin, SD, 4), run(pipe, SD, 4))
+    attach(pipe, CFG(), Hold(2))
+    sharing = copy.copy(pipe)
+    detach(sharing)
+    assert torch.equal(run(pipe, SD, 4), expected)
+    assert not torch.equal(run(sharing, SD, 4), expected)
 
 
 def test_one_step_half_precision_and_wrong_arguments():

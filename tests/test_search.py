@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from diffusers_guidance import (
     CFG,
     CalibrationMismatch,
+    EveryStep,
     Fit,
     LinearAG,
     Schedule,
@@ -212,6 +213,15 @@ def test_refined_search_is_never_worse_as_measured(pipe, calibration):
     assert len(seen) <= 9
 
 
+def test_what_was_attached_stays_so(pipe, calibration):
+    with attach(pipe, CFG(guidance_scale=SCALE), EveryStep()) as handle:
+        search(calibration, 8, refine=(pipe, PROMPTS[:1]), runs=1, **SIZE)
+        calibrate(pipe, PROMPTS, trajectories=1, num_inference_steps=3, guidance_scale=SCALE, **SIZE)
+        pipe("a dog", num_inference_steps=3, guidance_scale=1.0, output_type="latent", **SIZE)
+        assert handle.report.nfe == 6
+    assert "_diffusers_guidance_handler" not in vars(pipe)
+
+
 def test_a_scale_that_counts_from_zero(pipe, calibration):
     """w is what predictions are combined with, whatever the pipeline calls it."""
     other = OneLess(**pipe.components, requires_safety_checker=False)
@@ -224,6 +234,7 @@ def test_a_scale_that_counts_from_zero(pipe, calibration):
     with attach(other, CFG(), schedule) as handle:
         other("a dog", num_inference_steps=STEPS, guidance_scale=SCALE - 1, output_type="latent", **SIZE)
     assert handle.report.nfe == 8
+    assert _run(other, CFG(), PROMPTS[:1], 0, found.call | SIZE)[1].tolist() == [SCALE] * STEPS
 
 
 def test_schedule_runs_as_it_says(pipe, calibration):
@@ -298,8 +309,8 @@ def test_gradients_reach_every_step_through_the_sampler(pipe, seed):
 def test_mixture_at_full_strength_is_the_pipelines_own_guidance(pipe):
     call = {"num_inference_steps": 4, "guidance_scale": SCALE, **SIZE}
     expected = pipe(PROMPTS[:1], generator=torch.Generator().manual_seed(3), output_type="latent", **call).images
-    made, steps = _run(pipe, Mixture(kappas=iter([torch.tensor(SCALE - 1)] * 4)), PROMPTS[:1], 3, call)
-    assert steps == 4
+    made, scale = _run(pipe, Mixture(kappas=iter([torch.tensor(SCALE - 1)] * 4)), PROMPTS[:1], 3, call)
+    assert scale.tolist() == [SCALE] * 4
     torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
 
 
