@@ -56,6 +56,18 @@ class Report:
         return sum(step.nfe_full for step in self.steps)
 
     @property
+    def nfe_by_sample(self) -> list[float]:
+        """Those made for each sample; what was tried for all of them together is shared out. Their sum is `nfe`."""
+        found = [0.0] * max((len(step.evaluated) for step in self.steps), default=0)
+        for step in self.steps:
+            rows = len(step.evaluated)
+            cost = {"both": step.nfe_full / rows, "conditional": 1.0, "neither": 0.0}
+            shared = (step.nfe - sum(cost[what] for what in step.evaluated)) / rows
+            for i, what in enumerate(step.evaluated):
+                found[i] += cost[what] + shared
+        return found
+
+    @property
     def saved(self) -> float:
         """Share of the network evaluations saved, 0 to 1 (negative where a check cost one and nothing was saved)."""
         return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0

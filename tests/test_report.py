@@ -1,9 +1,11 @@
 """The report of a real run: complete as a dict and as JSON, readable when printed, and drawn."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from conformance import Fates
 from tiny import PIPELINES, run
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, GuidanceError, Hold, Report, attach
@@ -24,6 +26,18 @@ def test_totals_are_the_steps_sums(report):
     assert (report.nfe, report.nfe_full) == (16, 20)
     assert report.saved == pytest.approx(0.2)
     assert report.summary() == "16 of 20 NFEs, 20% saved"
+
+
+def test_each_samples_evaluations_are_its_own():
+    pipe = SD.build()
+    with attach(pipe, CFG(), Fates()) as handle:
+        run(pipe, SD, 5, 3)
+    stopped = [sum(step.evaluated[i] == "both" for step in handle.report.steps) for i in range(3)]
+    assert len(set(stopped)) == 3
+    assert handle.report.nfe_by_sample == [5.0 + n for n in stopped]
+    assert sum(handle.report.nfe_by_sample) == handle.report.nfe
+    step = replace(handle.report.steps[0], nfe=8, nfe_full=6, evaluated=["both", "conditional", "neither"])
+    assert Report(steps=[step]).nfe_by_sample == pytest.approx([2 + 5 / 3, 1 + 5 / 3, 5 / 3])  # five were tried for all
 
 
 def test_each_step_says_what_ran_for_each_sample_and_why(report):
