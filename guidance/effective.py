@@ -9,12 +9,13 @@ is the projection of g - u on d = c - u, in units of d, averaged over steps and 
 The authors' code takes its absolute value; here guidance away from the prompt counts as what it is.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from diffusers_guidance.kernels import Coefficients, Gram
 from diffusers_guidance.rules import Rule
+from diffusers_guidance.spaces import Space
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class Watched(Rule):
     """By step, one entry per sample (or per group of `norm_dim`)."""
 
     def __post_init__(self) -> None:
-        for name in ("momentum", "norm_dim", "needs_denoised"):  # what runs read of a rule besides `coefficients`
+        for name in ("momentum", "norm_dim", "needs_denoised"):  # what runs read of a rule besides its methods
             object.__setattr__(self, name, getattr(self.rule, name))
         super().__post_init__()
 
+    def at(self, guidance_scale: float, step: int = 0, space: Space | None = None) -> Rule:
+        return replace(self, guidance_scale=guidance_scale, rule=self.rule.at(guidance_scale, step, space))
+
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        found = self.rule.at(self.w).coefficients(gram, b)
+        found = self.rule.coefficients(gram, b)
         along = found[0] * gram.Xd + (found[1] - 1) * gram.cd + found[2] * gram.dd + found[3] * gram.dm
         self.scales.append((1 + along / gram.dd).detach().float().cpu())
         return found

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers_guidance.pipelines.bench_cells import Done, run_cell
+from diffusers_guidance.pipelines.bench_cells import Done, machine, run_cell
 from diffusers_guidance.pipelines.bench_suite import Cell, Suite, fingerprint
 from diffusers_guidance.pipelines.files import write
 from diffusers_guidance.pipelines.spread import spread
@@ -45,8 +45,9 @@ def bench(
     """
     results = Results(out / "results.jsonl")
     key = functools.partial(
-        Cell.key, suite=suite, model=fingerprint(suite.model), device=device or "", dtype=dtype or ""
-    )
+        Cell.key, suite=suite, model=fingerprint(suite.model), device=device or "", dtype=dtype or "",
+        machine=machine(device),
+    )  # fmt: skip
     total = len(suite.effective_cells()) + len(suite.picture_cells()) + len(suite.timing_cells())
     mine: list[dict[str, Any]] = []
 

@@ -85,7 +85,7 @@ def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict
             began = time.perf_counter()
             pictures = _generate(pipe, part, steps, {"negative_prompt": suite.negative})
             seconds += time.perf_counter() - began
-            nfe += [handle.report.nfe / len(part)] * len(part)
+            nfe += handle.report.nfe_by_sample
             made += [_png(picture) for picture in pictures]
         rule, policy = repr(handle.rule), repr(handle.policy)
         plain = handle.rule.is_plain and isinstance(handle.policy, EveryStep)
@@ -100,11 +100,14 @@ def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dic
     rule = column.rule if column.rule is not None else DEFAULT_RULE
     watched = Watched(suite.scale(column), rule=rule)
     jobs = [(prompt, cell.seed) for prompt in suite.prompts]
-    with attach(pipe, watched, EveryStep()):
+    with attach(pipe, watched, EveryStep()) as handle:
         for start in range(0, len(jobs), cell.batch):
             part = jobs[start : start + cell.batch]
             _generate(pipe, part, suite.steps, {"negative_prompt": suite.negative})
-    return {"seed": cell.seed, "guidance_scale": watched.mean}, []
+    # In the pipeline's own words: some count their scale from 0, so that theirs is w - 1.
+    w = next(step.guidance_scale for step in handle.report.steps if step.guidance_scale is not None)
+    scale = watched.mean - (w - suite.scale(column))
+    return {"seed": cell.seed, "effective": watched.mean, "guidance_scale": scale}, []
 
 
 def _png(picture: Any) -> bytes:
@@ -116,27 +119,55 @@ def _png(picture: Any) -> bytes:
 # Time
 
 
+class Rates:
+    """Evaluations and seconds of the denoiser in a step with guidance and in one without: the pipeline's own."""
+
+    def __init__(self, pipe: Any, suite: Suite, batch: int):
+        self.pipe, self.suite, self.batch = pipe, suite, batch
+        self.scales = {"guided": suite.guidance_scale, "unguided": 1.0}
+        self.evaluations: dict[str, float] = {}
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in self.scales}
+        """Per step, a number for each round."""
+
+    def round(self, keep: bool = True) -> None:
+        """Takes the time of both once."""
+        jobs, negative = _few(self.suite, self.batch), {"negative_prompt": self.suite.negative}
+        for kind, scale in self.scales.items():
+            rule = CFG(guidance_scale=scale)
+            with attach(self.pipe, rule, EveryStep()) as handle, _denoiser_clock(self.pipe) as clock:
+                _generate(self.pipe, jobs, self.suite.steps, negative)
+            steps = len(handle.report.steps)
+            self.evaluations[kind] = handle.report.nfe / max(1, steps)
+            if keep:
+                self.seconds[kind].append(sum(clock) / steps)
+
+    @property
+    def tell(self) -> bool:
+        """Whether scale 1 is no guidance, so that they say what a skipped evaluation takes."""
+        return self.evaluations["unguided"] < self.evaluations["guided"]
+
+
 def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
-    """Seconds of the denoiser in a step with guidance and in one without: the pipeline's own, alternately."""
-    scales = {"guided": suite.guidance_scale, "unguided": 1.0}
-    taken: dict[str, list[float]] = {kind: [] for kind in scales}
-    nfe = {}
+    """Evaluations a second at the whole batch and at the half that is left without guidance, alternately."""
+    rates = Rates(pipe, suite, cell.batch)
     for round in range(suite.timing.rounds + 1):
-        for kind, scale in scales.items():
-            with attach(pipe, CFG(guidance_scale=scale), EveryStep()) as handle, _denoiser_clock(pipe) as clock:
-                _generate(pipe, _few(suite, cell.batch), suite.steps, {"negative_prompt": suite.negative})
-            nfe[kind] = handle.report.nfe / max(1, len(handle.report.steps))
-            if round:  # the first warms up
-                taken[kind].append(sum(clock) / len(handle.report.steps))
-    if nfe["unguided"] >= nfe["guided"]:
+        rates.round(keep=round > 0)  # the first warms up
+    if not rates.tell:
         raise GuidanceError(f"{type(pipe).__name__} guides at scale 1 too: what a skipped evaluation takes is unknown")
-    step = {kind: _quantiles(seconds) for kind, seconds in taken.items()}
-    rate = {kind: nfe[kind] / step[kind]["median"] for kind in scales}
-    return {"batch": cell.batch, "evaluations": nfe, "seconds_per_step": step, "evaluations_per_second": rate}, []
+    step = {kind: _quantiles(seconds) for kind, seconds in rates.seconds.items()}
+    per_second = {kind: rates.evaluations[kind] / step[kind]["median"] for kind in step}
+    return {
+        "batch": cell.batch, "evaluations": rates.evaluations, "seconds_per_step": step,
+        "evaluations_per_second": per_second,
+    }, []  # fmt: skip
 
 
 def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
-    """Seconds of a call, in turns with the baseline's; each turn gives a ratio, so that drift cancels."""
+    """Seconds of a call, in turns with the baseline's, so that drift cancels.
+
+    Each turn gives a ratio; and the saving that was possible in that turn, from the denoiser's own times in it.
+    """
+    rates = Rates(pipe, suite, cell.batch)
     base = suite.column(suite.entry(suite.baseline))
     taken: dict[str, list[float]] = {"baseline": [], "column": []}
     peak: dict[str, int | None] = {}
@@ -156,12 +187,34 @@ def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[s
                 taken[kind].append(seconds)
                 peak[kind] = _most(peak.get(kind), memory)
                 rows[kind] = [step.nfe for step in handle.report.steps]
+        rates.round(keep=round > 0)
+    possible = [
+        possible_saving(rows, rates.evaluations, {kind: seconds[i] for kind, seconds in rates.seconds.items()}, whole)
+        for i, whole in enumerate(taken["baseline"]) if rates.tell
+    ]  # fmt: skip
     ratios = [own / other for own, other in zip(taken["column"], taken["baseline"], strict=True)]
     return {
         "batch": cell.batch, "seconds": _quantiles(taken["column"], cell.batch), "rows": rows,
         "baseline_seconds": _quantiles(taken["baseline"], cell.batch), "ratio": _quantiles(ratios), "ratios": ratios,
-        "peak_memory": peak,
+        "possible": possible, "peak_memory": peak,
     }, []  # fmt: skip
+
+
+def possible_saving(
+    rows: dict[str, list[int]], evaluations: dict[str, float], seconds: dict[str, float], whole: float
+) -> float:
+    """The share of a baseline call's seconds that skipped evaluations can save, if nothing else gets cheaper.
+
+    Args:
+        rows: evaluations at each step, of the "baseline" and of the "column".
+        evaluations, seconds: of the denoiser in a "guided" and in an "unguided" step.
+        whole: seconds of the baseline's call.
+    """
+    # Between the two sizes measured, linearly: where only some samples of a batch skip.
+    sizes = [0.0, evaluations["unguided"], evaluations["guided"]]
+    times = [0.0, seconds["unguided"], seconds["guided"]]
+    took = {kind: float(np.interp(rows[kind], sizes, times).sum()) for kind in ("baseline", "column")}
+    return (took["baseline"] - took["column"]) / whole
 
 
 def _few(suite: Suite, count: int) -> list[tuple[str, int]]:
@@ -249,6 +302,13 @@ def environment(pipe: Any) -> dict[str, Any]:
         "versions": {name: version(name) for name in packages},
         "commit": _commit(),
     }
+
+
+def machine(device: str | None) -> str:
+    """What seconds depend on, as far as it can be told before anything is loaded."""
+    cuda = torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
+    name = torch.cuda.get_device_name(device if cuda and device else None) if cuda else device or "cpu"
+    return f"{_processor()}, {torch.get_num_threads()} threads, {name}"
 
 
 def _processor() -> str:

@@ -326,25 +326,37 @@ def summarise(suite: Suite, lines: Sequence[Record], out: Path, scorers: Scorers
     left_out = {_title(name): why for name, why in scorers.left_out.items()}
     for line in lines:
         if "left out" in line:
-            left_out[line["column"]] = line["left out"]
-    if suite.baseline in left_out:
-        raise GuidanceError(f"the baseline, {suite.baseline}, could not be run: {left_out[suite.baseline]}")
-    for entry in suite.columns:
-        if entry.as_strong_as in left_out:
-            left_out[entry.name] = f"{entry.as_strong_as} was left out"
+            left_out |= dict.fromkeys(_missing(suite, line), line["left out"])
     done = [line for line in lines if "left out" not in line]
     rows = []
     for scheduler in dict.fromkeys(line["scheduler"] for line in done if line["kind"] == "pictures"):
         mine = [line for line in done if line["kind"] == "pictures" and line["scheduler"] == scheduler]
-        rows += _rows(suite, mine, out, scorers)
+        if any(line["column"] == suite.baseline for line in mine):
+            rows += _rows(suite, mine, out, scorers)
+    if not rows:
+        why = [line["left out"] for line in lines if line.get("column") == suite.baseline and "left out" in line]
+        raise GuidanceError(f"the baseline, {suite.baseline}, could not be run: {why[0] if why else 'it made nothing'}")
     rates = [line for line in done if line["kind"] == "rate"]
-    timings = [_timing(line, rates) for line in done if line["kind"] == "timing"]
+    timings = [_timing(line) for line in done if line["kind"] == "timing"]
     summary = Summary(
         suite, rows, timings, rates, [line for line in done if line["kind"] == "effective"],
         [line for line in done if line["kind"] == "environment"], left_out, [],
     )  # fmt: skip
     summary.verdicts = [_verdict(target, summary) for target in suite.targets]
     return summary
+
+
+def _missing(suite: Suite, line: Record) -> list[str]:
+    """What is missing from the report because a cell was left out."""
+    where = f", {line['scheduler']}" if len(suite.schedulers) > 1 else ""
+    if line["kind"] in ("rate", "timing"):
+        what = "" if line["kind"] == "timing" else ", seconds of a half batch"
+        return [f"{line['column']}{what}, at batch {line['batch']}"]
+    if line["kind"] == "effective":
+        return [f"{entry.name}{where}" for entry in suite.columns if entry.as_strong_as == line["column"]]
+    if line["column"] == suite.baseline and where:
+        return [f"all columns{where}"]  # there is nothing to compare with
+    return [f"{line['column']}{where}"]
 
 
 def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> list[Row]:
@@ -398,16 +410,9 @@ def _read(files: Sequence[Path]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
-def _timing(line: Record, rates: list[Record]) -> TimingRow:
+def _timing(line: Record) -> TimingRow:
     """The saving that was had, and the one that the denoiser's own times at whole and half batches allow."""
-    rate = next((r for r in rates if r["batch"] == line["batch"]), None)
-    possible = None
-    if rate is not None:
-        rows = [rate["evaluations"][kind] for kind in ("unguided", "guided")]
-        seconds = [rate["seconds_per_step"][kind]["median"] for kind in ("unguided", "guided")]
-        # Between the two sizes measured, linearly: where only some samples of a batch skip.
-        took = {kind: sum(np.interp(line["rows"][kind], [0, *rows], [0, *seconds])) for kind in ("baseline", "column")}
-        possible = float((took["baseline"] - took["column"]) / (line["baseline_seconds"]["median"] * line["batch"]))
+    possible = float(np.median(line["possible"])) if line["possible"] else None
     return TimingRow(
         line["column"], line["batch"], line["seconds"], line["baseline_seconds"], line["ratio"],
         1 - line["ratio"]["median"], possible, line["peak_memory"]["column"], line["peak_memory"]["baseline"],

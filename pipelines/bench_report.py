@@ -54,7 +54,8 @@ def html(summary: Summary) -> str:
 def markdown(summary: Summary) -> str:
     """The tables, for docs."""
     suite, measures = summary.suite, summary.measures
-    lines = [f"{len(suite.prompts)} held-out prompts, {len(suite.seeds)} seeds. {ABOUT_INTERVALS}", ""]
+    prompts = "held-out prompts" if suite.held_out else "prompts"
+    lines = [f"{len(suite.prompts)} {prompts}, {len(suite.seeds)} seeds. {ABOUT_INTERVALS}", ""]
     head = ["rule + policy", "scale", "NFEs", "saved", *[m.title for m in measures]]
     for scheduler in dict.fromkeys(row.scheduler for row in summary.rows):
         rows = [

@@ -20,6 +20,10 @@ from diffusers_guidance.rules import CFG
 SUITE = samples.MODEL.parent / "suites" / "emoji.yaml"
 """That of the bundled model."""
 
+JUDGED = ("saved", "share_of_possible", "psnr", "ssim", "lpips", "saturation", "contrast", "clipped", "clip_score",
+          "retrieval")  # fmt: skip
+"""What a target may be about: shares of NFEs and of the time that was possible, and the measures of pictures."""
+
 _PARTS = {"pair", "steps", "search", "as_strong_as"}
 
 
@@ -78,6 +82,8 @@ class Suite:
     baseline: str = "CFG"
     timing: Timing = field(default_factory=Timing)
     targets: tuple[dict[str, Any], ...] = ()
+    held_out: bool = False
+    """Whether the prompts were compared with those that something was fitted to."""
     name: str = "suite"
 
     @classmethod
@@ -91,7 +97,7 @@ class Suite:
             given = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
-        known = (set(cls.__dataclass_fields__) - {"name"}) | {"held_out_from"}
+        known = (set(cls.__dataclass_fields__) - {"name", "held_out"}) | {"held_out_from"}
         missing, unknown = {"model", "prompts", "columns"} - set(given or {}), set(given or {}) - known
         if missing or unknown:
             what = [f"{', '.join(sorted(names))} {verb}" for names, verb in ((missing, "missing"), (unknown, "unknown"))
@@ -111,6 +117,7 @@ class Suite:
             seen = set(texts) & set(read_lines(beside / given.pop("held_out_from")))
             if seen:
                 raise ValueError(f"prompts: {sorted(seen)[0]!r} is not held out")
+            given["held_out"] = True
         model = str(samples.MODEL) if given["model"] == "bundled" else str(given["model"])
         given |= {"model": str(beside / model) if (beside / model).is_dir() else model, "prompts": tuple(texts)}
         if given.get("calibration"):
@@ -125,6 +132,8 @@ class Suite:
         return suite
 
     def _check(self) -> None:
+        for target in self.targets:
+            _check_target(target)
         names = [entry.name for entry in self.columns]
         used = [self.baseline, *self.timing.columns]
         used += [t[k] for t in self.targets for k in ("column", "of") if k in t]
@@ -196,19 +205,25 @@ class Cell:
     effective: float | None = None
     """The scale measured of the column that this one is to be as strong as."""
 
-    def key(self, suite: Suite, model: str, device: str, dtype: str) -> str:
-        """Names the cell and all that its result depends on, so that nothing else is taken for it."""
+    def key(self, suite: Suite, model: str, device: str, dtype: str, machine: str = "") -> str:
+        """Names the cell and all that its result depends on, so that nothing else is taken for it.
+
+        Args:
+            model: its `fingerprint`.
+            device, dtype: as asked for.
+            machine: what seconds depend on besides.
+        """
         entry = suite.entry(self.column)
         settings = [suite.steps, suite.guidance_scale, suite.negative, list(suite.prompts)]
         calibration = _content(suite.calibration) if entry.search and suite.calibration else None
-        rounds = suite.timing.rounds if self.kind in ("rate", "timing") else None
+        timed = [suite.timing.rounds, machine, asdict(suite.entry(suite.baseline))]
         of = [
-            version("diffusers-guidance"),
+            *(version(package) for package in ("diffusers-guidance", "diffusers", "torch")),
             asdict(self),
             asdict(entry),
             settings,
             calibration,
-            rounds,
+            timed if self.kind in ("rate", "timing") else None,
             model,
             device,
             dtype,
@@ -217,18 +232,39 @@ class Cell:
 
 
 def fingerprint(model: str) -> str:
-    """Tells models in a folder apart, by their files' names, sizes, beginnings and ends; of the hub's, the name."""
-    folder = Path(model)
+    """Tells models in a folder apart, by their files' names, sizes, beginnings and ends; of the hub's, the name.
+
+    What lies beside a pipeline's components and their index (a card, an evaluation) is no part of it.
+    """
+    folder = Path(model).expanduser()
     if not folder.is_dir():
         return model
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")):
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")]
+    for file in sorted(path for path in files if path.parent != folder or path.name == "model_index.json"):
         size = file.stat().st_size
         with file.open("rb") as content:
             start = content.read(2**16)
             content.seek(max(0, size - 2**16))
             digest.update(f"{file.relative_to(folder)} {size}".encode() + start + content.read())
     return digest.hexdigest()[:16]
+
+
+def _check_target(target: Any) -> None:
+    """Refuses what could not be judged once everything has run."""
+    kinds = ({"at_least"}, {"within", "of"}, {"within_points", "of"})
+    asked = set(target) - {"column", "measure"} if isinstance(target, dict) else set()
+    if asked not in kinds or not {"column", "measure"} <= set(target):
+        raise ValueError(
+            f"targets: {target!r}; write a column, a measure, and at_least, or within and of, or within_points and of"
+        )
+    if target["measure"] not in JUDGED:
+        raise ValueError(f"targets: there is no measure {target['measure']!r}; there are {', '.join(JUDGED)}")
+    if "of" in target and target["measure"] in JUDGED[:2]:
+        raise ValueError(f"targets: {target['measure']} of {target['column']} is no figure to stay within: at_least")
+    for name in asked - {"of"}:
+        if isinstance(target[name], bool) or not isinstance(target[name], int | float):
+            raise ValueError(f"targets: {name} of {target['column']} is {target[name]!r}; a number")
 
 
 @functools.cache

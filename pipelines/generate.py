@@ -114,7 +114,7 @@ def generate(
     parsed = Column.parse(column) if isinstance(column, str) else column
     scale = guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
     made_with = {"model": fingerprint(model), "column": parsed.name, "scheduler": scheduler, "steps": steps,
-                 "guidance_scale": scale}  # fmt: skip
+                 "guidance_scale": scale, "dtype": dtype}  # fmt: skip
     left = {job.id for job in jobs if not _is_done(out, job, made_with)}
     # Cut from all jobs, so that a picture's batch, and with it its last bit, does not depend on what is there already.
     batches: list[list[Job]] = []
@@ -137,7 +137,7 @@ def generate(
                 arguments = dict(part[0].arguments) | {"negative_prompt": part[0].negative_prompt}
                 pictures = _generate(pipe, [(job.prompt, job.seed) for job in part], steps, arguments)
                 report = handle.report
-                ran = {"rule": repr(handle.rule), "policy": repr(handle.policy), "nfe": report.nfe / len(part),
+                ran = {"rule": repr(handle.rule), "policy": repr(handle.policy), "nfe": report.nfe_by_sample,
                        "nfe_full": report.nfe_full / len(part), "batch": len(part)}  # fmt: skip
         finally:
             pipe.scheduler = own
@@ -149,11 +149,12 @@ def generate(
         progress("generating", done, len(jobs))
     wanted = [part for part in batches if any(job.id in left for job in part)]
     for part, (pictures, ran) in spread(work, wanted, on_ray=on_ray, resources=resources):
-        for job, picture in zip(part, pictures, strict=True):
+        for job, picture, nfe in zip(part, pictures, ran["nfe"], strict=True):
             if job.id not in left:
                 continue
             write(out / f"{job.id}.png", picture)
-            about = _about(job) | {"made_with": made_with} | ran | {"sha256": hashlib.sha256(picture).hexdigest()}
+            about = _about(job) | {"made_with": made_with} | ran | {"nfe": nfe}
+            about["sha256"] = hashlib.sha256(picture).hexdigest()
             write(out / f"{job.id}.json", json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n")
             done += 1
         if progress is not None:

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_search import OneLess
+from tiny import PIPELINES, run
 from typer.testing import CliRunner
 
-from diffusers_guidance import APG, CFG, kernels, samples
+from diffusers_guidance import APG, CFG, CFGZeroStar, EveryStep, GuidanceError, attach, kernels, samples
 from diffusers_guidance.effective import Watched
 from diffusers_guidance.pipelines import bench as engine
 from diffusers_guidance.pipelines import cli
 from diffusers_guidance.pipelines.bench import Results, bench
+from diffusers_guidance.pipelines.bench_cells import _effective, possible_saving
 from diffusers_guidance.pipelines.bench_metrics import (
+    MEASURES,
     Retrieval,
     Scorers,
     _timing,
@@ -28,7 +32,8 @@ from diffusers_guidance.pipelines.bench_metrics import (
     summarise,
 )
 from diffusers_guidance.pipelines.bench_report import html, markdown
-from diffusers_guidance.pipelines.bench_suite import SUITE, Suite, fingerprint
+from diffusers_guidance.pipelines.bench_suite import JUDGED, SUITE, Suite, fingerprint
+from diffusers_guidance.pipelines.compare import Column
 from diffusers_guidance.pipelines.spread import pipeline
 
 TEXT = """
@@ -108,6 +113,10 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
         ("{pair: CFG, steps: 2}", "{pair: CFG, steps: none}", "steps: 'none'"),
         ("columns: [stopped]", "columns: [as strong]", "neither baseline nor timed"),
         ("{search: 20}", "{search: 20, pair: CFG}", "more than one of"),
+        ("measure: psnr", "measure: psrn", "no measure 'psrn'"),
+        ("at_least: 0.3", "at_leats: 0.3", "write a column, a measure"),
+        ("at_least: 99", "at_least: a lot", "at_least of stopped is 'a lot'"),
+        ("measure: saturation", "measure: saved", "saved of APG is no figure to stay within"),
         ("prompts: [a red apple", "held_out_from: seen.txt\nprompts: [a rocket", "'a rocket' is not held out"),
     ],
 )
@@ -134,9 +143,25 @@ def test_a_cells_key_changes_with_all_that_its_result_depends_on(suite, tmp_path
     ]
     assert len({key, *others}) == 7
     assert key == cell.key(replace(suite, targets=()), "model", "cpu", "float32")
-    (tmp_path / "weights.safetensors").write_bytes(bytes(2**18))
+    assert key == cell.key(suite, "model", "cpu", "float32", "another machine")
+    timed = suite.timing_cells()[-1]
+    key = timed.key(suite, "model", "cpu", "float32", "a machine")
+    columns = tuple(replace(entry, steps=2) if entry.name == "CFG" else entry for entry in suite.columns)
+    assert timed.column != suite.baseline == "CFG"
+    others = [
+        timed.key(suite, "model", "cpu", "float32", "another machine"),
+        timed.key(replace(suite, columns=columns), "model", "cpu", "float32", "a machine"),
+    ]
+    assert len({key, *others}) == 3
+
+
+def test_a_models_fingerprint_is_of_what_is_loaded(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "weights.safetensors").write_bytes(bytes(2**18))
     before = fingerprint(str(tmp_path))
-    (tmp_path / "weights.safetensors").write_bytes(bytes(2**18 - 1) + b"x")
+    (tmp_path / "retrieval.safetensors").write_bytes(b"beside it")
+    assert fingerprint(str(tmp_path)) == before
+    (tmp_path / "unet" / "weights.safetensors").write_bytes(bytes(2**18 - 1) + b"x")
     assert fingerprint(str(tmp_path)) != before
 
 
@@ -181,6 +206,26 @@ def test_the_effective_scale_is_the_projection_of_what_guidance_adds(rule):
     assert watched.scales[0].flatten().tolist() == pytest.approx(exact.tolist(), rel=1e-5)
     if getattr(rule, "norm_threshold", None) is None:  # CFG, or APG that is CFG
         assert watched.mean == pytest.approx(rule.guidance_scale, rel=1e-5)
+
+
+def test_what_a_rule_does_at_a_step_of_its_own_is_in_the_measure():
+    entry = PIPELINES["StableDiffusion3Pipeline"]
+    pipe = entry.build()
+    watched = Watched(rule=CFGZeroStar())
+    with attach(pipe, CFGZeroStar(), EveryStep()):
+        expected = run(pipe, entry, 4)
+    with attach(pipe, watched, EveryStep()):
+        assert torch.equal(run(pipe, entry, 4), expected)
+    assert len(watched.scales) == 4
+    with attach(pipe, CFGZeroStar(zero_init=0), EveryStep()):
+        assert not torch.equal(run(pipe, entry, 4), expected)
+
+
+def test_strength_is_said_as_the_pipeline_counts_its_scale(suite):
+    pipe = OneLess(**pipeline(suite.model, None, None).components, requires_safety_checker=False)
+    found, _ = _effective(pipe, suite, suite.effective_cells()[0], Column("CFG@4", CFG(), EveryStep(), 4.0))
+    assert found["guidance_scale"] == pytest.approx(4, rel=1e-4)
+    assert found["effective"] == pytest.approx(5, rel=1e-4)
 
 
 def test_a_column_that_cannot_run_is_left_out_by_name_and_the_others_are_done(suite, tmp_path):
@@ -246,6 +291,30 @@ def test_lines_that_are_no_results_are_refused(tmp_path):
 # Figures
 
 
+def test_every_measure_can_be_a_target():
+    assert set(JUDGED) == {measure.name for measure in MEASURES} | {"saved", "share_of_possible"}
+
+
+def test_what_fails_is_missing_by_name_and_loses_nothing_else(without_search, lines, out):
+    """The baseline's seconds, a strength, and a scheduler under which the baseline cannot run."""
+    from dataclasses import replace
+
+    timed, (strength,) = of_kind(lines, "timing"), of_kind(lines, "effective")
+    suite = replace(without_search, schedulers=("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"))
+    broken = [{**timed[0], "column": "CFG", "left out": "first"}, {**strength, "left out": "second"}]
+    other = [line | {"scheduler": "UniPCMultistepScheduler"} for line in of_kind(lines, "pictures")]
+    other = [line | {"left out": "third"} if line["column"] == "CFG" else line for line in other]
+    summary = summarise(suite, [*lines, *broken, *other], out)
+    assert {row.scheduler for row in summary.rows} == {"DPMSolverMultistepScheduler"}
+    found = summary.left_out
+    assert found["CFG, at batch 1"] == "first"
+    assert found["as strong, DPMSolverMultistepScheduler"] == "second"
+    assert found["all columns, UniPCMultistepScheduler"] == "third"
+    none = [line | {"left out": "at all"} for line in lines if line["kind"] == "pictures"]
+    with pytest.raises(GuidanceError, match="the baseline, CFG, could not be run: at all"):
+        summarise(suite, none, out)
+
+
 def test_measures_of_pictures_are_what_they_say():
     half = torch.zeros(1, 3, 4, 4)
     half[:, :, :, 2:] = 1.0
@@ -273,16 +342,15 @@ def test_intervals_cover_the_truth_as_often_as_they_say_and_pairs_cancel():
 
 
 def test_the_possible_saving_is_what_skipped_evaluations_take():
-    rate = {"batch": 2, "evaluations": {"guided": 4.0, "unguided": 2.0},
-            "seconds_per_step": {"guided": {"median": 0.4}, "unguided": {"median": 0.3}}}  # fmt: skip
+    rows = {"baseline": [4] * 10, "column": [4] * 4 + [3] * 2 + [2] * 3 + [0]}
+    # 10 steps of 0.4 s in 5 s a call; 2 steps save half of 0.1, 3 save 0.1, one all of 0.4
+    possible = possible_saving(rows, {"guided": 4.0, "unguided": 2.0}, {"guided": 0.4, "unguided": 0.3}, 5.0)
+    assert possible == pytest.approx((2 * 0.05 + 3 * 0.1 + 0.4) / 5)
     timing = {"column": "AG", "batch": 2, "seconds": {"median": 2.0}, "baseline_seconds": {"median": 2.5},
               "ratio": {"median": 0.9, "p20": 0.8, "p80": 1.0}, "peak_memory": {"column": 1, "baseline": 1},
-              "rows": {"baseline": [4] * 10, "column": [4] * 4 + [3] * 2 + [2] * 3 + [0]}}  # fmt: skip
-    # 10 steps of 0.4 s in 5 s a call; 2 steps save half of 0.1, 3 save 0.1, one all of 0.4
-    found = _timing(timing, [rate])
-    assert found.possible == pytest.approx((2 * 0.05 + 3 * 0.1 + 0.4) / 5)
-    assert found.share_of_possible == pytest.approx(0.1 / 0.16)
-    assert _timing(timing, []).possible is None
+              "possible": [0.1, 0.16, 0.5]}  # fmt: skip
+    assert _timing(timing).share_of_possible == pytest.approx(0.1 / 0.16)
+    assert _timing(timing | {"possible": []}).possible is None
 
 
 def test_retrieval_finds_the_concept_that_is_asked_for(tmp_path):
