@@ -377,7 +377,7 @@ Part = TypeVar("Part", Rule, Policy)
 def _plain(part: Any) -> dict[str, Any]:
     """A rule or a policy as plain JSON: its name and its fields."""
     fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    return json.loads(json.dumps({"name": type(part).__name__, **fields}, default=_plain_field))
+    return json.loads(json.dumps({"name": _name(type(part)), **fields}, default=_plain_field))
 
 
 def _plain_field(value: Any) -> dict[str, Any]:
@@ -392,7 +392,7 @@ def _rebuilt(base: type[Part], saved: Part | dict[str, Any]) -> Part:
     """The rule or policy that `_plain` made `saved` of."""
     if not isinstance(saved, dict):
         return saved
-    known = {cls.__name__: cls for cls in _subclasses(base)}
+    known = {_name(cls): cls for cls in _subclasses(base)}
     name = saved.get("name")
     if name not in known:
         raise ValueError(f"no {base.__name__.lower()} is named {name!r}: one of {', '.join(sorted(known))}")
@@ -408,6 +408,13 @@ def _rebuilt(base: type[Part], saved: Part | dict[str, Any]) -> Part:
         if isinstance(value, list):
             fields[field.name] = tuple(value)
     return cls(**fields)
+
+
+def _name(cls: type) -> str:
+    """By which a configuration knows a class: those of other packages with their module, so that none is mistaken."""
+    return (
+        cls.__qualname__ if cls.__module__.startswith("diffusers_guidance.") else f"{cls.__module__}.{cls.__qualname__}"
+    )
 
 
 def _subclasses(base: type) -> list[type]:
