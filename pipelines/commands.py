@@ -120,7 +120,7 @@ def search_command(
     nfe: Annotated[int | None, typer.Option(help="Network evaluations of one picture.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead: the most error predicted, 0.05 say.")] = None,
     skip: Annotated[bool, typer.Option(help="Whether steps may evaluate nothing at all.")] = True,
-    refine: Annotated[bool, typer.Option(help="Let real runs on --prompts decide; needs --model.")] = False,
+    refine: Annotated[bool, typer.Option(help="Let real runs on a dozen of --prompts decide; needs --model.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Schedules that --refine measures.")] = 24,
     prompts: Prompts = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
@@ -131,7 +131,7 @@ def search_command(
     """The best schedule of evaluations for a budget, or the cheapest for an error, from a calibration."""
     with reporting() as progress:
         made = Calibration.load(calibration)
-        real = (load(model, scheduler, device, dtype), read_lines(prompts)[:12]) if refine else None
+        real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts))) if refine else None
         found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, progress=progress)
     _print_schedule(found)
     typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
@@ -163,7 +163,10 @@ def frontier_command(
     prompts: Annotated[
         Path, typer.Option(help="Held-out prompts, one a line.", show_default="the bundled ones")
     ] = samples.HELDOUT_PROMPTS,
-    search_prompts: Prompts = samples.CALIBRATION_PROMPTS,
+    search_prompts: Annotated[
+        Path,
+        typer.Option(help="For what searches by real runs: a dozen of them, evenly.", show_default="the bundled ones"),
+    ] = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
     seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="4321")] = None,
@@ -181,7 +184,7 @@ def frontier_command(
         made = Calibration.load(calibration)
         rows = frontier(
             load(model, scheduler, device, dtype), made, read_lines(prompts), seeds=seed or [4321],
-            search_prompts=read_lines(search_prompts)[::6], nfes=nfe, refine=refine or [], nas=nas or [],
+            search_prompts=_dozen(read_lines(search_prompts)), nfes=nfe, refine=refine or [], nas=nas or [],
             batch_size=batch, lpips=lpips, path=out / "frontier.json", progress=progress,
         )  # fmt: skip
         plot(rows, out / "frontier.png", repr(made))
@@ -189,6 +192,11 @@ def frontier_command(
     typer.echo(table(rows))
     for name in ("frontier.json", "frontier.md", "frontier.png"):
         typer.echo(f"wrote {out / name}")
+
+
+def _dozen(prompts: list[str]) -> list[str]:
+    """Twelve of the prompts, or all of fewer, evenly: files tend to be sorted."""
+    return [prompts[i * len(prompts) // 12] for i in range(12)] if len(prompts) > 12 else prompts
 
 
 def _print_comparison(comparison: Comparison) -> None:
