@@ -38,6 +38,10 @@ class Denoiser:
     """Whether its output holds more than the prediction (the sound of a video), of which there are no estimates."""
     in_doubt: bool = False
     """Whether it is open how a part of the batch is taken."""
+    leader: "Denoiser | None" = None
+    """Of a network that works ahead of a denoiser, row by row, such as a ControlNet: that denoiser."""
+    follower_cut: bool = False
+    """Whether such a network left out rows at this step, so that they can no longer be asked for."""
 
     decisions: list[Decision] | None = None
     inputs: list[tuple[Callable, tuple, dict, Any]] = field(default_factory=list)
@@ -57,9 +61,10 @@ class Denoiser:
         """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
         self.formula = self.history = self.momentum = self.clock = None
         self.whole, self.in_doubt = "", False
+        self.end_step()
 
     def end_step(self) -> None:
-        self.decisions = None
+        self.decisions, self.follower_cut = None, False
         self.inputs, self.outputs = [], []
         self.nfe = self.nfe_full = 0
 
@@ -83,6 +88,8 @@ class Denoiser:
 
     def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
+        if self.leader is not None and self.leader.decisions is not None:
+            return self._run_ahead(self.leader, call, args, kwargs)
         asked = _rows(args, kwargs)
         plan, formula = self.decisions, self.formula
         expected = 0 if formula is None else formula.rows * (formula.branches if formula.batched else 1)
@@ -91,8 +98,8 @@ class Denoiser:
             y = batch.prediction(output)
             if y is None:
                 self.whole = f"{self.name} is also called for something else than a prediction"
-            elif formula is None:
-                self.inputs.append((call, args, kwargs, output))
+            if formula is None:
+                self.inputs.append((call, args, kwargs, batch.copied(output)))
             self._note(y, asked, asked)
             return output
         if self.skips:
@@ -112,12 +119,8 @@ class Denoiser:
     def _run_batched(
         self, formula: Formula, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict
     ) -> Any:
-        n, total = formula.rows, formula.rows * formula.branches
-        cond_start = formula.cond_index * n
-        kept = [row for row in range(total) if row // n == formula.cond_index or self.evaluates[row % n]]
-        place = {row: i for i, row in enumerate(kept)}
-        # A left-out row stands in as its conditional partner, so that u + s (c - u) gives c exactly.
-        source = [place.get(row, place[cond_start + row % n]) for row in range(total)]
+        total = formula.rows * formula.branches
+        kept, source = _kept(formula, self.evaluates)
         try:
             part = self._call_part(call, args, kwargs, total, kept)
         except _MISFITS as error:
@@ -187,6 +190,23 @@ class Denoiser:
         estimate = policy.estimate(step, self.history, cond).to(cond.dtype)
         return batch.pick(guess, estimate, uncond)
 
+    def _run_ahead(self, leader: "Denoiser", call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Leaves out the rows that its leader is about to leave out."""
+        formula = leader.formula
+        assert formula is not None
+        total = formula.rows * formula.branches
+        if self.whole or leader.nfe_full or all(leader.evaluates) or _rows(args, kwargs) != total:
+            return call(*args, **kwargs)
+        if leader.skips:
+            return batch.copied(self.template)
+        kept, source = _kept(formula, leader.evaluates)
+        output = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
+        if _shapes(output) != _shapes(self.template):
+            self.whole = f"{self.name} puts out something else for a part of the batch"
+            return call(*args, **kwargs)
+        leader.follower_cut = True
+        return output
+
     def _call_part(self, call: Callable, args: tuple, kwargs: dict, rows: int, index: list[int]) -> Any:
         """The call on the rows `index` alone."""
         part_args, part_kwargs = batch.take((args, dict(kwargs)), rows, index, self.reading)
@@ -194,7 +214,7 @@ class Denoiser:
 
     def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
         """Cut in the wrong place, the arguments no longer fit together: from now on nothing is left out."""
-        if not self.in_doubt:
+        if not self.in_doubt or self.follower_cut:
             raise error
         self.whole = f"no part of the batch can be evaluated on its own ({error})"
         output = call(*args, **kwargs)
@@ -252,6 +272,29 @@ class Denoiser:
         self.whole = f"no part of the batch can be evaluated on its own, {why}"
         return self.whole
 
+    def follow(self, leader: "Denoiser") -> None:
+        """On the identifying step: whether it worked ahead of `leader`, on the same rows and each by itself.
+
+        One evaluation of the conditional rows alone tells, whose output must be that of the whole.
+        """
+        formula, self.leader = leader.formula, None
+        if formula is None or len(self.inputs) != 1 or self.keeps_state:
+            return
+        ((call, args, kwargs, whole),) = self.inputs
+        total = formula.rows * formula.branches
+        if _rows(args, kwargs) != total:
+            return
+        kept, source = _kept(formula, [False] * formula.rows)
+        expected = batch.take(whole, total, [kept[i] for i in source])
+        for self.reading in batch.READINGS:
+            try:
+                found = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
+            except _MISFITS:
+                continue
+            if _shapes(found) == _shapes(whole) and _close(found, expected):
+                self.leader, self.template, self.whole = leader, whole, ""
+                return
+
 
 _OUTPUT = batch.Reading(elements=True, folded=False, second=False)
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
@@ -267,6 +310,28 @@ def mixes_rows(module: torch.nn.Module) -> bool:
     """Whether its attention processors may look across the batch: PAG's, and all but those of diffusers.models."""
     processors = (type(part.processor) for part in module.modules() if getattr(part, "processor", None) is not None)
     return any("PAG" in each.__name__ or not each.__module__.startswith("diffusers.models") for each in processors)
+
+
+def _kept(formula: Formula, evaluates: list[bool]) -> tuple[list[int], list[int]]:
+    """Which rows of a batch of all branches are evaluated, and for each row which of these stands for it."""
+    n, total = formula.rows, formula.rows * formula.branches
+    kept = [row for row in range(total) if row // n == formula.cond_index or evaluates[row % n]]
+    place = {row: i for i, row in enumerate(kept)}
+    # A left-out row stands in as its conditional partner, so that u + s (c - u) gives c exactly.
+    return kept, [place.get(row, place[formula.cond_index * n + row % n]) for row in range(total)]
+
+
+def _shapes(tree: Any) -> list[torch.Size]:
+    return [tensor.shape for tensor in batch.tensors(tree)]
+
+
+def _close(tree: Any, other: Any) -> bool:
+    """Whether all tensors of two trees are equal to rounding."""
+    for a, b in zip(batch.tensors(tree), batch.tensors(other), strict=True):
+        allowed = max(1e-4, 2 * torch.finfo(b.dtype).eps) if b.is_floating_point() else 0.0
+        if not (a.float() - b.float()).norm() <= allowed * b.float().norm():
+            return False
+    return True
 
 
 def _rows(args: tuple, kwargs: dict) -> int:

@@ -154,6 +154,20 @@ def puts_out_more(output: Any) -> bool:
     return isinstance(parts, tuple) and any(isinstance(part, Tensor) for part in parts[1:])
 
 
+def copied(tree: Any) -> Any:
+    """The same tensors in containers of its own: a network may empty those it is given."""
+    return take(tree, 0, [])
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors of a tree."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors(value)
+
+
 def with_prediction(output: Any, value: Tensor) -> Any:
     """`output` again, with `value` as its first tensor."""
     if isinstance(output, Tensor):

@@ -118,12 +118,15 @@ class Run:
     def on_call(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for a call of the denoiser."""
         denoiser = self._denoisers[id(module)]
-        if denoiser.clock is not None and denoiser.clock.ran_out and not denoiser.nfe_full:
-            denoiser.restart()
-        step = self._step_of(denoiser)
-        if not denoiser.nfe_full:  # its first call since the last step
-            denoiser.begin_step(self.policy, step)
-        self._active, self._called = denoiser, True
+        planned = denoiser.leader or denoiser  # whose plan this call follows
+        if planned.clock is not None and planned.clock.ran_out and not planned.nfe_full:
+            planned.restart()
+        step = self._step_of(planned)
+        if planned.decisions is None and not planned.nfe_full:  # the first call since the last step
+            planned.begin_step(self.policy, step)
+        if planned is denoiser:
+            self._active = denoiser
+        self._called = True
         return denoiser.run(self.policy, step, call, args, kwargs)
 
     def on_step(self, scheduler: Any, step: Callable, args: tuple, kwargs: dict) -> Any:
@@ -171,7 +174,7 @@ class Run:
                 same = [Decision("both")] * output.shape[0]
                 self._record(denoiser, same, None, None, "both predictions agree to rounding: nothing to identify yet")
                 return output
-            note = "" if isinstance(self.policy, EveryStep) else denoiser.try_parts()
+            note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
             assert denoiser.formula is not None
             assert denoiser.history is not None
             denoiser.decisions = self.policy.plan(self._step_of(denoiser, now=True), denoiser.history)
@@ -254,6 +257,15 @@ class Run:
         denoiser.history = History(found.formula.rows, denoiser.name)
         self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
         return True
+
+    def _try_parts(self, denoiser: Denoiser) -> str:
+        """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
+        note = denoiser.try_parts()
+        if denoiser.formula is not None and denoiser.formula.batched and not (denoiser.whole or denoiser.keeps_state):
+            for other in self._denoisers.values():
+                if other is not denoiser:
+                    other.follow(denoiser)
+        return note
 
     def _verify(
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]

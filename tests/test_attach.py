@@ -305,6 +305,39 @@ def test_rows_that_look_at_one_another_are_never_cut():
     assert all(step.evaluated == ["both"] * 3 for step in handle.report.steps)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusion3ControlNetPipeline",
+        "HunyuanDiTControlNetPipeline",
+        "SanaControlNetPipeline",
+        "ZImageControlNetPipeline",
+    ],
+)
+def test_a_controlnet_leaves_out_what_its_network_does(name, monkeypatch):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    policies = [Interval(stop=0.5), conformance.Fates(), Again((2, 3))]
+    found, rows = [], []
+    for policy in policies:
+        with attach(pipe, CFG(), policy), counting(pipe.controlnet) as count:
+            found.append(run(pipe, entry, 4, 3))
+        rows.append(count.rows)
+    assert [each[-2:] for each in rows[:2]] == [[3, 3], [4, 3]]
+    assert sum(rows[2]) == sum(rows[0]) - 6  # nothing at all in two of the steps
+    with attach(pipe, CFG(), EveryStep()), counting(pipe.controlnet) as count:
+        run(pipe, entry, 4, 3)
+    assert count.rows == [6] * 4
+    monkeypatch.setattr("diffusers_guidance.pipelines.denoiser.Denoiser.follow", lambda self, leader: None)
+    for policy, result in zip(policies, found, strict=True):
+        with attach(pipe, CFG(), policy), counting(pipe.controlnet) as count:
+            whole = run(pipe, entry, 4, 3)
+        assert count.rows == [6] * 4
+        assert conformance.relative(result, whole) < 1e-5
+
+
 def test_sound_beside_the_picture_is_never_estimated():
     entry = PIPELINES["LTX2Pipeline"]
     pipe = entry.build()
