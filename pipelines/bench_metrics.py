@@ -326,7 +326,7 @@ def summarise(suite: Suite, lines: Sequence[Record], out: Path, scorers: Scorers
     left_out = {_title(name): why for name, why in scorers.left_out.items()}
     for line in lines:
         if "left out" in line:
-            left_out |= dict.fromkeys(_missing(suite, line), line["left out"])
+            left_out |= {what: line["left out"] for what in _missing(suite, line)}
     done = [line for line in lines if "left out" not in line]
     rows = []
     for scheduler in dict.fromkeys(line["scheduler"] for line in done if line["kind"] == "pictures"):

@@ -53,16 +53,18 @@ class Stepped(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A guided step as the formula reads it; `residual` None: it was waited for, and fits."""
+    """A guided step as the formula reads it."""
 
     c: Tensor
     u: Tensor
     w: float
     sample: Tensor
     space: Space | None
-    residual: Residual | None
+    residual: Residual
     similarity: Tensor
     """(2, rows): of the denoised predictions and of the noise; NaN where unknown."""
+    is_verified: bool = False
+    """Whether the residual was waited for and fits; then the similarity is on the host."""
 
 
 class Unread(NamedTuple):
@@ -188,16 +190,18 @@ class Run:
             for decision, was in zip(denoiser.decisions, evaluated, strict=True)
         ]
         unguided = [decision.action == "conditional" for decision in plan]
-        c, u, w, sample, space, residual, similarity = self._verify(denoiser, output, sample, evaluated, unguided)
+        c, u, w, sample, space, residual, similarity, is_verified = self._verify(
+            denoiser, output, sample, evaluated, unguided
+        )
         formula, history = denoiser.formula, denoiser.history
         assert formula is not None
         assert history is not None
         if self.policy.calibration is not None and not history.cond:  # its first guided step
             self.policy.calibration.check(setting(self.pipe, denoiser.name, w))
-        if residual is not None:
+        if not is_verified:
             self._unread.append(Unread(len(self.report.steps), formula, residual, similarity))
         self._remember(denoiser, space, similarity, evaluated)
-        self._record(denoiser, plan, evaluated, similarity if residual is None else None, note, w)
+        self._record(denoiser, plan, evaluated, similarity if is_verified else None, note, w)
 
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, evaluated, strict=True)]
@@ -283,7 +287,7 @@ class Run:
             denoiser.formula = again
             seen = self._see(denoiser, output, sample, evaluated, unguided)
             (_, similarity), *_ = fetched([seen])
-        return seen._replace(residual=None, similarity=similarity)
+        return seen._replace(similarity=similarity, is_verified=True)
 
     def _see(
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
