@@ -60,6 +60,7 @@ model-vae: install ## its autoencoder; resumes
 
 model-unet: install ## its text encoder and UNet; resumes
 	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image
+	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image --minutes 140 --flat 0
 
 model-export: install ## writes samples/emoji from the last checkpoints
 	$(BIN)/python -m diffusers_guidance.samples.training.export

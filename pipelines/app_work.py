@@ -244,7 +244,7 @@ def contestants(steps: int) -> list[tuple[str, str, int]]:
         *(("fewer steps of CFG", "CFG", few) for few in fewer),
         *(("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})", steps) for t in (0.95, 0.98, 0.99, 0.995)),
         *(("Interval", f"Interval(0.0, {stop})", steps) for stop in (0.3, 0.5, 0.7)),
-        *(("Hold", f"Hold({period})", steps) for period in (2, 3, 4)),
+        *(("Hold", f"Hold({period})", steps) for period in (3, 4)),
         ("LinearAG", "LinearAG", steps),
         ("attach(pipe)", "default", steps),
     ]

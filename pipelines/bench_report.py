@@ -134,7 +134,7 @@ def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
     ends = sorted(row.nfe.mean for row in rows)
     for row in sorted(rows, key=lambda row: row.figures["psnr"].mean):
         at, x = row.figures["psnr"], row.nfe.mean
-        colour = GREEN if row.name == "default" else BLUE
+        colour = GREEN if row.name == "default" or row.name.startswith("recommended") else BLUE
         axes.errorbar(x, at.mean, [[at.mean - at.low], [at.high - at.mean]], fmt="o", color=colour, capsize=3, lw=1.2)
         left = x > (ends[0] + ends[-1]) / 2
         axes.annotate(row.name, (x, at.mean), (-7 if left else 7, 4), textcoords="offset points", fontsize=9,

@@ -26,7 +26,7 @@ from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
 
-COLUMNS = ("CFG", "CFG@15", "APG@15", "AG", "LinearAG", "Hold", "default")
+COLUMNS = ("CFG", "CFG@15", 'APG.preset("normalised")@15', "AG", "LinearAG", "default")
 """What `compare` shows unless asked for something else."""
 
 _PUBLIC = [getattr(package, name) for name in package.__all__]

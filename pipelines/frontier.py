@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.errors import CalibrationMismatch
-from diffusers_guidance.pipelines.attach import DEFAULT_POLICY
 from diffusers_guidance.pipelines.calibrate import Progress
 from diffusers_guidance.pipelines.fidelity import Fidelity
 from diffusers_guidance.pipelines.nas import search_nas
@@ -152,8 +151,9 @@ def _plan(
         )
     for n in range(1, count) if stops is None else stops:
         yield row(STOP, f"first {n} steps", StepAG, n / count)
-    for period, warmup in ((2, 1), (3, 1), (4, 1), (DEFAULT_POLICY.period, DEFAULT_POLICY.warmup)):
-        yield row(PERIODIC, f"period {period}, warmup {warmup}, last", Hold, period, warmup, True)
+    for period, warmup, last in ((2, 1, False), (2, 1, True), (3, 1, True), (4, 1, True), (3, 3, True)):
+        label = f"period {period}, warmup {warmup}{', last' if last else ''}"
+        yield row(PERIODIC, label, Hold, period, warmup, last)
     yield row(PUBLISHED_HELD, "published, held", LinearAG)
     yield row(PUBLISHED, "published, fitted", LinearAG, calibration)
     for nfe in refine:

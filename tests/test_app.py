@@ -171,7 +171,7 @@ def test_benchmark(client):
     assert full["psnr"] is None
     assert len(others) > 8
     assert others[-1]["name"] == "default: CFG + Hold"
-    assert others[-1] | {"nfe": 8.0, "psnr": None} == others[-1]  # at four steps it leaves nothing out
+    assert others[-1]["nfe"] == 6 and others[-1]["psnr"] > 10
     json.dumps(figures, allow_nan=False)
     assert all(point["nfe"] <= 8 for point in others)
     assert any(point["psnr"] is not None and point["psnr"] > 10 for point in others)

@@ -373,7 +373,7 @@ def test_what_needs_weights_that_are_not_there_is_left_out_by_name():
 
 
 def test_the_summary_compares_with_full_guidance_and_judges_the_targets(without_search, lines, out):
-    summary = summarise(without_search, lines, out)
+    summary = summarise(without_search, lines, out, Scorers(None, None, None, {"retrieval": "not here"}))
     rows = {row.name: row for row in summary.rows}
     assert rows["CFG"].saved == 0 and rows["stopped"].saved == pytest.approx(1 / 3)
     assert rows["CFG in 2 steps"].saved == pytest.approx(1 / 3)

@@ -20,6 +20,6 @@ pipe = StableDiffusionPipeline.from_pretrained(MODEL, local_files_only=True)
 pipe.set_progress_bar_config(disable=True)
 handle = attach(pipe)
 image = pipe("a red apple", num_inference_steps=5, guidance_scale=5.0).images[0]
-assert image.size == (96, 96)
+assert image.size == (128, 128)
 assert handle.report.nfe < handle.report.nfe_full == 10
 print(f"{installed.parent}: {handle.report.summary()}")

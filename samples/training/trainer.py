@@ -26,7 +26,10 @@ Loss = Callable[[nn.Module, torch.Generator, float], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, and how fast. One schedule for the whole of it: warm restarts made an earlier model worse.
+    """How long, and how fast. One schedule for the whole of it, if that can be foreseen.
+
+    To go on after its end takes a rate that goes up again: all the way up made an earlier model worse, half of the
+    way (`flat` 0 and twice the `minutes`) made the one that ships better.
 
     Args:
         minutes: Wall-clock time of the run (its parts, if it was interrupted); None if `steps` decides.
