@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
@@ -132,11 +133,15 @@ def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
     plot = Plot(figsize=(7.2, 4.2), layout="constrained")
     axes = plot.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full CFG, dB")
     ends = sorted(row.nfe.mean for row in rows)
+    places = [(row.nfe.mean, -row.figures["psnr"].mean) for row in rows]
     for row in sorted(rows, key=lambda row: row.figures["psnr"].mean):
         at, x = row.figures["psnr"], row.nfe.mean
         colour = GREEN if row.name == "default" or row.name.startswith("recommended") else BLUE
         axes.errorbar(x, at.mean, [[at.mean - at.low], [at.high - at.mean]], fmt="o", color=colour, capsize=3, lw=1.2)
         left = x > (ends[0] + ends[-1]) / 2
+        place = (x, -at.mean)
+        near = [other for other in places if other != place and math.dist(other, place) < 2.5]
+        left = place < min(near) if near else left  # or one label would lie on the other
         axes.annotate(row.name, (x, at.mean), (-7 if left else 7, 4), textcoords="offset points", fontsize=9,
                       ha="right" if left else "left", color=colour)  # fmt: skip
     axes.margins(x=0.25, y=0.15)
