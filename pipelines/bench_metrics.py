@@ -137,7 +137,7 @@ class Retrieval:
             OSError: no such file.
         """
         with safe_open(file, "pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: content.get_tensor(name).float() for name in content.keys()}  # noqa: SIM118 (not a mapping)
             concepts = json.loads(content.metadata()["concepts"])
         embedding = importlib.import_module("diffusers_guidance.samples.training.embedding")
         weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
@@ -148,8 +148,10 @@ class Retrieval:
 
     @staticmethod
     def save(file: Path, network: torch.nn.Module, pool: Tensor, concepts: Sequence[str]) -> None:
-        weights = {f"network.{name}": t.contiguous() for name, t in network.state_dict().items()}
-        save_file(weights | {"pool": pool.contiguous()}, file, {"concepts": json.dumps(list(concepts))})
+        """Writes it in float16."""
+        tensors = {f"network.{name}": t for name, t in network.state_dict().items()} | {"pool": pool}
+        halves = {name: t.half().contiguous() for name, t in tensors.items()}
+        save_file(halves, file, {"concepts": json.dumps(list(concepts))})
 
     def concept(self, prompt: str) -> str | None:
         """The longest concept whose words the prompt has, one after the other."""
