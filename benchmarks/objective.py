@@ -2,9 +2,11 @@
 
     python benchmarks/objective.py [dpm-20-5 ...]
 
-* Three objectives: that of `predicted_error`, in which errors add up within a gap, and sums of squared residuals
-  with and without gains. For each, the rank correlation with the PSNR of real runs over 48 random schedules, and the
-  PSNR of the schedules that minimise it, beside even spacing.
+* Objectives: that of `predicted_error`, the sum of squared errors with gains, beside the same without gains, with the
+  power of rho in them one half more and less, and with errors that add up within a gap. For each, the rank correlation
+  with the PSNR of real runs over 48 random schedules, and the PSNR of the schedules that minimise it, beside even
+  spacing.
+* The gains themselves: what leaving out a single step does to the picture, for each error of its prediction.
 * Fits: target, regressors, ridge, per channel.
 * Negative prompts that were calibrated with, and one that was not.
 
@@ -17,72 +19,95 @@ from collections.abc import Callable
 
 import torch
 from bundled import OUT, Bundled, named, prompts, report
+from diffusers import DiffusionPipeline
 
 from diffusers_guidance import Calibration, EveryStep, Fit, Schedule, calibrate, samples, search
 from diffusers_guidance.calibration import combinations
 from diffusers_guidance.pipelines.fidelity import Fidelity
 from diffusers_guidance.pipelines.files import write
-from diffusers_guidance.schedules import even, pair_residuals, predicted_error, shortest
+from diffusers_guidance.schedules import even, pair_residuals, shortest
+from diffusers_guidance.spaces import spaces
 
 SEED = 77_000
 BUDGETS = (10, 14, 20, 24, 30, 34)
 COUNTS = (7, 10, 12, 15)
 """Full evaluations in the random schedules."""
-GAPS, SQUARES, PLAIN = "errors add up within gaps", "squared residuals with gains", "squared residuals"
+OURS, GAPS, LESS, MORE, PLAIN = OBJECTIVES = (
+    "squares, gains with rho^-1/2 (ours)",
+    "the same, adding up within gaps",
+    "squares, gains with rho^0",
+    "squares, gains with rho^-1",
+    "squares, no gains",
+)
 
 
-def errors_of(schedule: Schedule, gain: torch.Tensor) -> torch.Tensor:
-    """(T,) norms of the error of each step's guided prediction, times `gain`, in the calibration's trajectories."""
+def rho(pipe: DiffusionPipeline) -> torch.Tensor:
+    """(T,) noise over signal at each step."""
+    return torch.tensor([space.noise / space.signal for space in spaces(pipe.scheduler)], dtype=torch.float64)
+
+
+class Objective:
+    """One of OBJECTIVES: smaller is better.
+
+    Args:
+        name: which.
+        rho: noise over signal at each step.
+    """
+
+    def __init__(self, name: str, calibration: Calibration, rho: torch.Tensor):
+        self.name, self.calibration = name, calibration
+        gains = calibration.gains
+        self.gain = {LESS: gains * rho.sqrt(), MORE: gains / rho.sqrt(), PLAIN: torch.ones_like(gains)}.get(name, gains)
+
+    def __call__(self, schedule: Schedule) -> float:
+        errors = self.gain * errors_of(schedule)
+        if self.name != GAPS:
+            return float(errors.square().sum())
+        total = gap = 0.0
+        for action, error in zip([*schedule.actions, "both"], [*errors.tolist(), 0.0], strict=True):
+            total, gap = (total + gap**2, 0.0) if action == "both" else (total, gap + error)
+        return total
+
+    def minimiser(self, nfe: int) -> Schedule:
+        """The best schedule of steps evaluated in full or not at all, by a shortest path."""
+        gram, steps = self.calibration.moments("").total, self.calibration.steps
+        unit = torch.eye(2 * steps, dtype=torch.float64)
+        c, d = unit[:steps], unit[steps:]
+        scale = self.calibration.call["guidance_scale"]
+        residuals = pair_residuals(gram, torch.stack([c, d], 1), c + (scale - 1) * d)
+        later = torch.arange(steps) > torch.arange(steps)[:, None]
+        errors = torch.where(later, residuals * self.gain, 0.0)
+        summed = errors.cumsum(-1).square() if self.name == GAPS else errors.square().cumsum(-1)
+        chosen = shortest(torch.nn.functional.pad(summed, (1, 0)))[nfe // 2 - 1][1]
+        return Schedule(["both" if t in chosen else "neither" for t in range(steps)], self.calibration)
+
+
+def errors_of(schedule: Schedule) -> torch.Tensor:
+    """(T,) norms of the error of each step's guided prediction, in the calibration's trajectories."""
     gram, steps = schedule.calibration.moments("").total, len(schedule.actions)
     off = combinations(gram, schedule.actions, schedule.fit) - torch.eye(2 * steps, dtype=gram.dtype)
     off = off[:steps] + (schedule.calibration.call["guidance_scale"] - 1) * off[steps:]
-    return gain * ((off @ gram) * off).sum(-1).clamp(min=0).sqrt()
+    return ((off @ gram) * off).sum(-1).clamp(min=0).sqrt()
 
 
-def gain_of(calibration: Calibration, objective: str) -> torch.Tensor:
-    return torch.ones(calibration.steps, dtype=torch.float64) if objective == PLAIN else calibration.gains
-
-
-def predictions(schedule: Schedule) -> dict[str, float]:
-    squares = {
-        name: float(errors_of(schedule, gain_of(schedule.calibration, name)).square().sum())
-        for name in (SQUARES, PLAIN)
-    }
-    return {GAPS: predicted_error(schedule)} | squares
-
-
-def minimiser(calibration: Calibration, objective: str, nfe: int) -> Schedule:
-    """The schedule with the least of an objective; for sums of squares by the same shortest path."""
-    if objective == GAPS:
-        return search(calibration, nfe)
-    gram, steps = calibration.moments("").total, calibration.steps
-    unit = torch.eye(2 * steps, dtype=torch.float64)
-    c, d = unit[:steps], unit[steps:]
-    scale = calibration.call["guidance_scale"]
-    residuals = pair_residuals(gram, torch.stack([c, d], 1), c + (scale - 1) * d)
-    later = torch.arange(steps) > torch.arange(steps)[:, None]
-    squares = torch.where(later, (residuals * gain_of(calibration, objective)).square(), 0.0)
-    cost = torch.nn.functional.pad(squares.cumsum(-1), (1, 0))
-    chosen = shortest(cost)[nfe // 2 - 1][1]
-    return Schedule(["both" if t in chosen else "neither" for t in range(steps)], calibration)
-
-
-def ranked(calibration: Calibration, fidelity: Fidelity, progress: Callable) -> dict:
+def ranked(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, progress: Callable) -> dict:
     """Random schedules, half of them denser at the start."""
     draw = random.Random(1)
-    rows = []
+    objectives = [Objective(name, calibration, rho) for name in OBJECTIVES]
+    rows: list[dict] = []
     for i in range(48):
         progress("random schedules", i, 48)
         count = COUNTS[i % 4]
         keys = {t: draw.random() ** (2.718 ** (t / 8 * (i % 8 < 4))) for t in range(1, calibration.steps)}
         chosen = {0, *sorted(keys, key=lambda t: -keys[t])[: count - 1]}
         schedule = Schedule(["both" if t in chosen else "neither" for t in range(calibration.steps)], calibration)
-        rows.append({"evaluated": sorted(chosen), "psnr": fidelity(schedule).psnr} | predictions(schedule))
+        predicted = {objective.name: objective(schedule) for objective in objectives}
+        rows.append({"evaluated": sorted(chosen), "psnr": fidelity(schedule).psnr} | predicted)
     return {
-        "correlation": {name: spearman(rows, name) for name in (GAPS, SQUARES, PLAIN)},
+        "correlation": {name: spearman(rows, name) for name in OBJECTIVES},
         "within a budget": {
             name: sum(spearman([row for row in rows if len(row["evaluated"]) == n], name) for n in COUNTS) / len(COUNTS)
-            for name in (GAPS, SQUARES, PLAIN)
+            for name in OBJECTIVES
         },
         "rows": rows,
     }
@@ -94,13 +119,35 @@ def spearman(rows: list[dict], objective: str) -> float:
     return -float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def minimisers(calibration: Calibration, fidelity: Fidelity, progress: Callable) -> list:
+def minimisers(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, progress: Callable) -> list:
     rows = []
+    measured: dict[tuple, float] = {}
     for i, nfe in enumerate(BUDGETS):
         progress("minimisers", i, len(BUDGETS))
-        chosen = {name: minimiser(calibration, name, nfe) for name in (GAPS, SQUARES, PLAIN)}
+        chosen = {name: Objective(name, calibration, rho).minimiser(nfe) for name in OBJECTIVES}
         chosen["even spacing"] = Schedule(even(calibration.steps, nfe // 2, "neither"), calibration)
-        rows.append({"nfe": nfe} | {name: fidelity(schedule).psnr for name, schedule in chosen.items()})
+        for schedule in chosen.values():
+            if schedule.actions not in measured:
+                measured[schedule.actions] = fidelity(schedule).psnr
+        rows.append({"nfe": nfe} | {name: measured[schedule.actions] for name, schedule in chosen.items()})
+    return rows
+
+
+def singles(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, progress: Callable) -> list:
+    """Each step left out alone: root mean square error of the picture over that of the step's prediction."""
+    rows, steps = [], calibration.steps
+    for t in range(1, steps):
+        progress("single steps", t, steps)
+        schedule = Schedule(["neither" if i == t else "both" for i in range(steps)], calibration)
+        error = float(errors_of(schedule)[t]) / calibration.trajectories**0.5
+        psnr = fidelity(schedule).psnr
+        rows.append({"step": t, "rho": float(rho[t]), "psnr": psnr, "measured gain": 10 ** (-psnr / 20) / error})
+    formula = calibration.gains[1:]
+    measured = torch.tensor([row["measured gain"] for row in rows], dtype=torch.float64)
+    unit = float((formula.log() - measured.log()).mean().exp())  # pictures have units of their own
+    for row, gain in zip(rows, formula.tolist(), strict=True):
+        row["measured gain"] *= unit
+        row["gain by the formula"] = gain
     return rows
 
 
@@ -159,7 +206,7 @@ def markdown(name: str, found: dict) -> str:
     correlations = [
         {"objective": objective, "all budgets": random_rows["correlation"][objective]}
         | {"mean within a budget": random_rows["within a budget"][objective]}
-        for objective in (GAPS, SQUARES, PLAIN)
+        for objective in OBJECTIVES
     ]
     return "\n\n".join(
         [
@@ -169,6 +216,8 @@ def markdown(name: str, found: dict) -> str:
             table(correlations),
             "What the minimisers measure:",
             table(found["minimisers"]),
+            "Gains, by leaving out one step; in units that make both columns alike on average:",
+            table(found["single steps"]),
             "Fits:",
             table(found["fits"]),
             "Negative prompts:",
@@ -182,11 +231,13 @@ def main() -> None:
     texts = prompts(samples.CALIBRATION_PROMPTS)
     for name in named() if len(named()) < 5 else ["dpm-20-5"]:
         settings = bundled.set_up(name)
+        bundled.pipe.scheduler.set_timesteps(settings["num_inference_steps"])
+        levels = rho(bundled.pipe)
         calibration = Calibration.load(samples.CALIBRATIONS / f"{name}.safetensors")
         path = OUT / f"objective-{name}.json"
-        about = {"calibration": repr(calibration), "digest": calibration.digest}
+        about = {"calibration": repr(calibration), "digest": calibration.digest, "gains": calibration.gains.tolist()}
         found = json.loads(path.read_text()) if path.is_file() else about
-        if found["digest"] != about["digest"]:
+        if any(found.get(key) != value for key, value in about.items()):
             found = about
 
         def fidelity_of(settings: dict = settings, **changed: str) -> Fidelity:
@@ -197,8 +248,9 @@ def main() -> None:
 
         progress = report(name)
         parts = {
-            "random schedules": lambda c=calibration, p=progress: ranked(c, fidelity_of(), p),
-            "minimisers": lambda c=calibration, p=progress: minimisers(c, fidelity_of(), p),
+            "random schedules": lambda c=calibration, p=progress, r=levels: ranked(c, fidelity_of(), r, p),
+            "minimisers": lambda c=calibration, p=progress, r=levels: minimisers(c, fidelity_of(), r, p),
+            "single steps": lambda c=calibration, p=progress, r=levels: singles(c, fidelity_of(), r, p),
             "negative prompts": lambda c=calibration, p=progress: negatives(c, fidelity_of, p),
             "fits": lambda c=calibration, p=progress: fits(c, fidelity_of(), p, channels()),
         }

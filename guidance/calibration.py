@@ -321,14 +321,16 @@ def _coefficients(calibration: Calibration, denoiser: str, actions: tuple[str, .
 
 
 def gains(table: Sequence[Space]) -> list[float]:
-    """How far an error of one step's prediction moves the sample, beside the noise still in it there.
+    """How far an error of one step's prediction moves the picture.
 
     With x = signal x0 + noise eps and rho = noise / signal, an Euler step in rho takes an error e of the
     prediction to one of x / signal that is e times
 
-        |b| (1 - rho' / rho) / 1        (a prime: at the next step; denoised = a x + b prediction)
+        |b| (1 - rho' / rho)        (a prime: at the next step; denoised = a x + b prediction)
 
-    and `gains` are these over rho: what moves the sample less than the noise in it hides, the steps to come mend.
+    and `gains` are these over sqrt(rho): the steps to come mend the more of it the noisier the sample. For Gaussian
+    data of unit variance 1 / sqrt(1 + rho^2) of an error would be left at the end; guidance, which amplifies
+    differences, leaves more. The root is what fits measured pictures: docs/policies.md.
     The evaluations of one solver step share its gain. Steps are taken to end without noise.
     """
     starts = [i for i, space in enumerate(table) if space.new_step] or [0]
@@ -337,8 +339,8 @@ def gains(table: Sequence[Space]) -> list[float]:
         here = table[start]
         rho = here.noise / here.signal if here.signal else math.inf
         after = table[stop].noise / table[stop].signal if stop < len(table) else 0.0
-        gain = abs(here.b) / rho * (1 - after / rho) if rho > 0 and math.isfinite(rho) else 0.0
-        found += [abs(gain) / (stop - start)] * (stop - start)
+        gain = abs(here.b * (1 - after / rho)) / math.sqrt(rho) if 0 < rho < math.inf else 0.0
+        found += [gain / (stop - start)] * (stop - start)
     return [0.0] * starts[0] + found
 
 

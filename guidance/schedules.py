@@ -1,13 +1,13 @@
 """Searching the schedule of evaluations: which steps to evaluate in full for a budget of NFEs.
 
-Skipped steps lie in gaps between evaluated ones. Within a gap the errors of neighbouring steps point the same way
-and add up; those of different gaps have little to do with each other. So a schedule's predicted error is
+A schedule's predicted error is
 
-    E^2 = sum over gaps (sum over the gap's steps t of gain_t |error of c_t + (w - 1) d_t|)^2
+    E^2 = sum over its skipped steps t of (gain_t |error of c_t + (w - 1) d_t|)^2
 
 with the residuals of least squares from the calibration's Gram matrix, w its guidance scale, and `gains` from the
-scheduler. Fitted on the two steps evaluated last alone (nearly as good as on all: docs/policies.md), a gap's term
-depends on these two and on the step after the gap, so the best schedule for every budget at once is a shortest path.
+scheduler. Fitted on the two steps evaluated last alone (nearly as good as on all: docs/policies.md), the terms of a gap
+between evaluated steps depend on the two before it and on the step after it, so the best schedule for every budget at
+once is a shortest path.
 
 A skipped step evaluates neither prediction, unless `skip=False` keeps the conditional one. Unguided steps are never
 part of a schedule: an estimate costs no evaluation more, and its squared residual is at most |d|^2.
@@ -63,10 +63,8 @@ def predicted_error(schedule: Schedule) -> float:
         actions = ("both", *schedule.actions[moments.first : moments.first + moments.steps][1:])
         errors = gain * _errors(moments, w, combinations(moments.total, actions, schedule.fit))
         unguided = combinations(moments.total, ["both", *["conditional"] * (moments.steps - 1)])
-        reference += float((gain * _errors(moments, w, unguided)).sum()) ** 2
-        gap = 0.0
-        for action, step in zip([*actions, "both"], [*errors.tolist(), 0.0], strict=True):
-            total, gap = (total + gap**2, 0.0) if action == "both" else (total, gap + step)
+        reference += float((gain * _errors(moments, w, unguided)).square().sum())
+        total += float(errors.square().sum())
     return (total / reference) ** 0.5 if reference else 0.0
 
 
@@ -129,15 +127,15 @@ def pair_residuals(gram: Tensor, regressors: Tensor, targets: Tensor, ridge: flo
 
 
 def gap_costs(residuals: Tensor, gain: Tensor) -> Tensor:
-    """(T + 1, T, T + 1): [i + 1, j, k] is the gap's term from j to k, with i the evaluated step before j (-1: none)."""
+    """(T + 1, T, T + 1): [i + 1, j, k] is the gap's sum from j to k, with i the evaluated step before j (-1: none)."""
     steps = len(gain)
     t, j = torch.arange(steps), torch.arange(steps)[:, None]
-    summed = torch.where(t > j, residuals * gain, 0.0).cumsum(-1)  # up to and with t
-    return torch.nn.functional.pad(summed, (1, 0)) ** 2  # up to, and without, k
+    summed = torch.where(t > j, (residuals * gain).square(), 0.0).cumsum(-1)  # up to and with t
+    return torch.nn.functional.pad(summed, (1, 0))  # up to, and without, k
 
 
 def shortest(cost: Tensor) -> list[tuple[float, tuple[int, ...]]]:
-    """For n = 1 .. T evaluated steps, the first always one: least sum of gap terms, and which steps."""
+    """For n = 1 .. T evaluated steps, the first always one: least sum over gaps, and which steps."""
     steps = cost.shape[1]
     before, k = torch.arange(steps)[:, None], torch.arange(steps)
     value = torch.full((steps + 1, steps), torch.inf, dtype=cost.dtype)  # (i + 1, j): the last two evaluated

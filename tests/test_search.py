@@ -106,16 +106,13 @@ def deltas_alone(schedule):
         own = slice(moments.first, moments.first + moments.steps)
         actions, steps = schedule.actions[own], moments.steps
         inner = moments.total[steps:, steps:]
-        gap = 0.0
         for t in range(steps):
             if actions[t] == "both":
-                total, gap = total + gap**2, 0.0
                 continue
             seen = [i for i in range(t) if actions[i] == "both"][-2:]
             weights = torch.linalg.solve(inner[seen][:, seen], inner[seen, t])
             left = inner[t, t] - weights @ inner[seen, t]
-            gap += float(schedule.calibration.gains[own][t] * (SCALE - 1) * left.clamp(min=0).sqrt())
-        total += gap**2
+            total += float((schedule.calibration.gains[own][t] * (SCALE - 1)) ** 2 * left.clamp(min=0))
     return total
 
 
@@ -128,7 +125,7 @@ def test_predicted_error_is_that_of_stored_trajectories(seed):
     wrong = (made[:5] + (SCALE - 1) * made[5:] - (c + (SCALE - 1) * (c - u)).flatten(1)).norm(dim=1)
     e = calibration.gains * wrong
     none = calibration.gains * (SCALE - 1) * (c - u).flatten(1).norm(dim=1)
-    expected = ((e[1] + e[2]) ** 2 + e[4] ** 2).sqrt() / none[1:].sum()
+    expected = e[[1, 2, 4]].norm() / none[1:].norm()
     assert predicted_error(Schedule(actions, calibration)) == pytest.approx(float(expected), rel=1e-6)
     assert predicted_error(Schedule(["both"] * 5, calibration)) == 0
 

@@ -212,24 +212,21 @@ class Loss:
 def prepare(folder: Path, concepts: int) -> None:
     """Writes what training reads to `folder`/text_to_image: tokenizer, tokens, normalised latents.
 
-    Once; a run that goes on with fewer concepts keeps its vocabulary and scale of latents, and forgets the rest.
+    Once; a run that goes on with fewer or more concepts keeps its vocabulary and scale of latents.
     """
     place = folder / "text_to_image"
     pictures, records = data.load(folder)
     chosen = data.everyday(records, concepts)
-    if (place / "inputs.safetensors").exists():
-        inputs = load_file(place / "inputs.safetensors")
-        kept = torch.isin(inputs["chosen"], torch.tensor(chosen))
-        inputs |= {name: inputs[name][kept] for name in ("latents", "ids", "chosen")}
-        save_file(inputs, place / "inputs.safetensors")
-        print(f"{int(kept.sum())} of {len(kept)} pictures kept")
+    before = load_file(place / "inputs.safetensors") if (place / "inputs.safetensors").exists() else {}
+    if before and before["chosen"].tolist() == chosen:
         return
-    tokenizer = create_tokenizer([c for i in chosen for c in records[i].captions], place)
+    captions = [c for i in chosen for c in records[i].captions]
+    tokenizer = load_tokenizer(place) if before else create_tokenizer(captions, place)
     ids = torch.stack([tokens(tokenizer, records[i].captions) for i in chosen])
     vae = autoencoder.trained(folder)
     parts = pictures[chosen].permute(0, 3, 1, 2).split(32)
     raw = torch.cat([autoencoder.encode(vae, part.float() / 127.5 - 1) for part in parts])
-    mean, std = raw.mean((0, 2, 3)), raw.std((0, 2, 3))
+    mean, std = (before["mean"], before["std"]) if before else (raw.mean((0, 2, 3)), raw.std((0, 2, 3)))
     inputs = {"latents": (raw - mean[:, None, None]) / std[:, None, None], "mean": mean, "std": std, "ids": ids}
     inputs |= {"empty": tokens(tokenizer, [""])[0], "chosen": torch.tensor(chosen)}
     save_file({name: value.contiguous() for name, value in inputs.items()}, place / "inputs.safetensors")
