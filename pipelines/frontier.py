@@ -206,8 +206,9 @@ def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
     axes.set_title(title)
     for i, name in enumerate(dict.fromkeys(row.series for row in rows)):
         line = sorted((row.nfe, row.psnr) for row in rows if row.series == name)
+        color = OURS.index(name) if name in OURS else 5 + OTHERS.index(name) % 5
         axes.plot(
-            *zip(*line, strict=True), marker="osD^v<>Xp*hP"[i % 12], markersize=5, label=name, color=f"C{i % 10}",
+            *zip(*line, strict=True), marker="osD^v<>Xp*hP"[i % 12], markersize=5, label=name, color=f"C{color}",
             linewidth=2.4 if name in OURS else 1.2, linestyle="-" if name in OURS else "--",
         )  # fmt: skip
     axes.grid(alpha=0.3)
