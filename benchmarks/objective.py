@@ -25,7 +25,7 @@ from diffusers_guidance import Calibration, EveryStep, Fit, Schedule, calibrate,
 from diffusers_guidance.calibration import combinations
 from diffusers_guidance.pipelines.fidelity import Fidelity
 from diffusers_guidance.pipelines.files import write
-from diffusers_guidance.schedules import even, pair_residuals, shortest
+from diffusers_guidance.schedules import errors_of, even, pair_residuals, shortest
 from diffusers_guidance.spaces import spaces
 
 SEED = 77_000
@@ -41,7 +41,7 @@ OURS, GAPS, LESS, MORE, PLAIN = OBJECTIVES = (
 )
 
 
-def rho(pipe: DiffusionPipeline) -> torch.Tensor:
+def noise_levels(pipe: DiffusionPipeline) -> torch.Tensor:
     """(T,) noise over signal at each step."""
     return torch.tensor([space.noise / space.signal for space in spaces(pipe.scheduler)], dtype=torch.float64)
 
@@ -60,11 +60,11 @@ class Objective:
         self.gain = {LESS: gains * rho.sqrt(), MORE: gains / rho.sqrt(), PLAIN: torch.ones_like(gains)}.get(name, gains)
 
     def __call__(self, schedule: Schedule) -> float:
-        errors = self.gain * errors_of(schedule)
+        moves = self.gain * errors(schedule)
         if self.name != GAPS:
-            return float(errors.square().sum())
+            return float(moves.square().sum())
         total = gap = 0.0
-        for action, error in zip([*schedule.actions, "both"], [*errors.tolist(), 0.0], strict=True):
+        for action, error in zip([*schedule.actions, "both"], [*moves.tolist(), 0.0], strict=True):
             total, gap = (total + gap**2, 0.0) if action == "both" else (total, gap + error)
         return total
 
@@ -76,18 +76,17 @@ class Objective:
         scale = self.calibration.call["guidance_scale"]
         residuals = pair_residuals(gram, torch.stack([c, d], 1), c + (scale - 1) * d)
         later = torch.arange(steps) > torch.arange(steps)[:, None]
-        errors = torch.where(later, residuals * self.gain, 0.0)
-        summed = errors.cumsum(-1).square() if self.name == GAPS else errors.square().cumsum(-1)
+        moves = torch.where(later, residuals * self.gain, 0.0)
+        summed = moves.cumsum(-1).square() if self.name == GAPS else moves.square().cumsum(-1)
         chosen = shortest(torch.nn.functional.pad(summed, (1, 0)))[nfe // 2 - 1][1]
         return Schedule(["both" if t in chosen else "neither" for t in range(steps)], self.calibration)
 
 
-def errors_of(schedule: Schedule) -> torch.Tensor:
+def errors(schedule: Schedule) -> torch.Tensor:
     """(T,) norms of the error of each step's guided prediction, in the calibration's trajectories."""
-    gram, steps = schedule.calibration.moments("").total, len(schedule.actions)
-    off = combinations(gram, schedule.actions, schedule.fit) - torch.eye(2 * steps, dtype=gram.dtype)
-    off = off[:steps] + (schedule.calibration.call["guidance_scale"] - 1) * off[steps:]
-    return ((off @ gram) * off).sum(-1).clamp(min=0).sqrt()
+    moments = schedule.calibration.moments("")
+    made = combinations(moments.total, schedule.actions, schedule.fit)
+    return errors_of(moments, schedule.calibration.call["guidance_scale"], made)
 
 
 def ranked(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, progress: Callable) -> dict:
@@ -139,7 +138,7 @@ def singles(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, pro
     for t in range(1, steps):
         progress("single steps", t, steps)
         schedule = Schedule(["neither" if i == t else "both" for i in range(steps)], calibration)
-        error = float(errors_of(schedule)[t]) / calibration.trajectories**0.5
+        error = float(errors(schedule)[t]) / calibration.trajectories**0.5
         psnr = fidelity(schedule).psnr
         rows.append({"step": t, "rho": float(rho[t]), "psnr": psnr, "measured gain": 10 ** (-psnr / 20) / error})
     formula = calibration.gains[1:]
@@ -232,7 +231,7 @@ def main() -> None:
     for name in named() if len(named()) < 5 else ["dpm-20-5"]:
         settings = bundled.set_up(name)
         bundled.pipe.scheduler.set_timesteps(settings["num_inference_steps"])
-        levels = rho(bundled.pipe)
+        levels = noise_levels(bundled.pipe)
         calibration = Calibration.load(samples.CALIBRATIONS / f"{name}.safetensors")
         path = OUT / f"objective-{name}.json"
         about = {"calibration": repr(calibration), "digest": calibration.digest, "gains": calibration.gains.tolist()}

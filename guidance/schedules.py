@@ -61,9 +61,9 @@ def predicted_error(schedule: Schedule) -> float:
     total = reference = 0.0
     for moments, gain, w in _parts(schedule.calibration):
         actions = ("both", *schedule.actions[moments.first : moments.first + moments.steps][1:])
-        errors = gain * _errors(moments, w, combinations(moments.total, actions, schedule.fit))
+        errors = gain * errors_of(moments, w, combinations(moments.total, actions, schedule.fit))
         unguided = combinations(moments.total, ["both", *["conditional"] * (moments.steps - 1)])
-        reference += float((gain * _errors(moments, w, unguided)).square().sum())
+        reference += float((gain * errors_of(moments, w, unguided)).square().sum())
         total += float(errors.square().sum())
     return (total / reference) ** 0.5 if reference else 0.0
 
@@ -207,13 +207,13 @@ def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibrati
         for moments, gain, w in _parts(calibration):
             own = slice(moments.first, moments.first + moments.steps)
             made = combinations(moments.total, ("both", *actions[own][1:]), fit)
-            worst[own] = gain * _errors(moments, w, made)
+            worst[own] = gain * errors_of(moments, w, made)
         t = int(worst.argmax())
         actions = (*actions[:t], "extrapolate", *actions[t + 1 :])
     return Schedule(actions, calibration, fit)
 
 
-def _errors(moments: Moments, w: float, made: Tensor) -> Tensor:
+def errors_of(moments: Moments, w: float, made: Tensor) -> Tensor:
     """(T,) norms of the errors of c_t + (w - 1) d_t, for what is guided with as combinations `made` (2T, 2T)."""
     off = made - torch.eye(2 * moments.steps, dtype=made.dtype)
     off = off[: moments.steps] + (w - 1) * off[moments.steps :]
