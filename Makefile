@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo app test conformance lint kernels wheel calibrations objective frontier bench wallclock
-.PHONY: model-data model-vae model-unet model-export model-evaluate install clean
+.PHONY: model-data model-vae model-unet model-resume model-export model-evaluate install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -61,6 +61,9 @@ model-vae: install ## its autoencoder; resumes
 model-unet: install ## its text encoder and UNet; resumes
 	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image
 	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image --minutes 140 --flat 0
+
+model-resume: install ## the weights that ship, as checkpoints to train further (after model-data)
+	$(BIN)/python -m diffusers_guidance.samples.training.resume
 
 model-export: install ## writes samples/emoji from the last checkpoints
 	$(BIN)/python -m diffusers_guidance.samples.training.export

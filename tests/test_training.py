@@ -1,18 +1,28 @@
 """How the bundled model is trained: captions, held-out pairs, latents, the loop and its checkpoints, the export."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusers_guidance.pipelines.bench_metrics import Retrieval
-from diffusers_guidance.samples import PROMPTS
-from diffusers_guidance.samples.training import autoencoder, data, embedding, evaluate, export, text_to_image, trainer
+from diffusers_guidance.samples import MODEL, PROMPTS
+from diffusers_guidance.samples.training import (
+    autoencoder,
+    data,
+    embedding,
+    evaluate,
+    export,
+    resume,
+    text_to_image,
+    trainer,
+)
 from diffusers_guidance.samples.training.data import Picture
 
 NAMES = ("red apple", "rocket", "dog face", "guitar", "lion", "bus", "owl", "key")
@@ -232,6 +242,39 @@ def test_an_unmodified_pipeline_loads_the_export(folder, tmp_path):
     for caption in ("a red apple", "", "A 3D Emoji of an unheard-of thing"):
         assert torch.equal(text_to_image.tokens(pipe.tokenizer, [caption]), text_to_image.tokens(tokenizer, [caption]))
     assert not [path for path in (tmp_path / "model").rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+@torch.no_grad()
+def test_what_ships_can_be_trained_further(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "more")
+    resume.resume(MODEL, tmp_path / "more")
+    with pytest.raises(FileExistsError, match="already"):
+        resume.resume(MODEL, tmp_path / "more")
+    text_to_image.prepare(tmp_path / "more", 8)
+    inputs = load_file(tmp_path / "more" / "text_to_image" / "inputs.safetensors")
+    export.export(tmp_path / "more", tmp_path / "again")
+
+    before, after = (
+        StableDiffusionPipeline.from_pretrained(f, local_files_only=True) for f in (MODEL, tmp_path / "again")
+    )
+    assert before.tokenizer.get_vocab() == after.tokenizer.get_vocab()
+    for part in ("unet", "text_encoder"):
+        there, here = (getattr(pipe, part).state_dict() for pipe in (before, after))
+        assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+    pictures, _ = data.load(folder)
+    true = pictures[:4].permute(0, 3, 1, 2).float() / 127.5 - 1
+    there, here = (pipe.vae.encode(true).latent_dist for pipe in (before, after))
+    torch.testing.assert_close(here.mean, there.mean, atol=0.01, rtol=0.01)  # both round to float16
+    torch.testing.assert_close(here.std, there.std, atol=1e-3, rtol=0.01)
+    latents = inputs["latents"][[inputs["chosen"].tolist().index(i) for i in range(4)]]
+    torch.testing.assert_close(latents, there.mean, atol=0.01, rtol=0.01)
+    drawn = [pipe.vae.decode(there.mean).sample for pipe in (before, after)]
+    torch.testing.assert_close(*drawn, atol=0.02, rtol=0)
+
+    trained = trainer.Trainer(
+        text_to_image.trained(tmp_path / "more"), None, trainer.Plan(steps=1), tmp_path / "more" / "text_to_image"
+    )
+    assert trained.step == 0 and torch.equal(trained.model.unet.conv_in.weight.cpu(), before.unet.conv_in.weight)
 
 
 # Evaluation

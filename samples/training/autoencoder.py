@@ -129,6 +129,21 @@ def normalise(vae: Any, mean: Tensor, std: Tensor) -> None:
     post.weight *= std[None, :, None, None]
 
 
+@torch.no_grad()
+def denormalised(vae: Any) -> tuple[Any, Tensor]:
+    """Undoes `normalise` as far as it can be: `normalise(vae, 0, std)` makes what was given of what is returned.
+
+    Args:
+        vae: Normalised; is changed.
+
+    Returns:
+        The autoencoder, whose latents have mean 0 still, and their standard deviations.
+    """
+    std = NOISE / (vae.quant_conv.bias[CHANNELS:] / 2).exp()
+    normalise(vae, torch.zeros_like(std), 1 / std)
+    return vae, std
+
+
 def pictures_seen(folder: Path) -> tuple[Tensor, Tensor]:
     """Pictures of training and pictures held out."""
     pictures, records = data.load(folder)

@@ -257,12 +257,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set; checkpoints go there")
     parser.add_argument("--concepts", type=int, default=CONCEPTS, help="the first so many of concepts.txt")
     parser.add_argument("--minutes", type=float, default=70, help="wall-clock time")
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="the peak of the learning rates, relative to a new run's"
+    )
     parser.add_argument("--flat", type=float, default=Plan.flat, help="share of it before the learning rate decays")
     parser.add_argument("--batch", type=int, default=48, help="pictures a step, of all workers")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share gradients")
     options = parser.parse_args()
     prepare(options.folder, options.concepts)
-    plan = Plan(minutes=options.minutes, flat=options.flat)
+    rate = options.rate
+    plan = Plan(minutes=options.minutes, flat=options.flat, muon=rate * Plan.muon, adam=rate * Plan.adam)
     start(train, options.workers, options.folder, plan, options.batch, options.workers)
 
 

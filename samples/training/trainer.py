@@ -130,6 +130,8 @@ class Muon:
         return found
 
     def load(self, state: dict[str, Tensor]) -> None:
+        if not state:  # weights alone, see `save_weights`
+            return
         for i, m in enumerate(self.momentum):
             m.copy_(state[f"momentum.{i}"])
         for i, p in enumerate(self.rest):
@@ -231,11 +233,7 @@ class Trainer:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state().items()}
-        about = json.dumps({"step": self.step, "seconds": self.seconds})
-        tensors = {k: v.contiguous() for k, v in tensors.items()}
-        save_file(tensors, self.folder / "state.part", metadata={"about": about})
-        os.replace(self.folder / "state.part", self.folder / "state.safetensors")
-        (self.folder / "state.json").write_text(about)
+        _write(tensors, self.folder, self.step, self.seconds)
 
     def _load(self) -> None:
         tensors = load_file(self.folder / "state.safetensors")
@@ -274,6 +272,22 @@ class Trainer:
         decay = min(self.plan.average, (1 + self.step) / (10 + self.step))
         for p, a in zip(self.model.parameters(), self.average.parameters(), strict=True):
             a.lerp_(p, 1 - decay)
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Writes a checkpoint from which a run begins with the weights of `model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    both = {f"{kind}.{k}": v.clone() for kind in ("model", "average") for k, v in state.items()}
+    _write(both, folder, step=0, seconds=0.0)
+
+
+def _write(tensors: dict[str, Tensor], folder: Path, step: int, seconds: float) -> None:
+    about = json.dumps({"step": step, "seconds": seconds})
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    save_file(tensors, folder / "state.part", metadata={"about": about})
+    os.replace(folder / "state.part", folder / "state.safetensors")
+    (folder / "state.json").write_text(about)
 
 
 def start(train: Callable[..., Any], workers: int, *arguments: Any) -> None:
