@@ -320,14 +320,16 @@ class Schedule(Policy):
         working = torch.promote_types(conds[0].dtype, torch.float32)
         found = []
         for what in wanted:
-            on_cond, on_delta = table[:, seen if what == "cond" else moments.steps + seen].chunk(2, -1)  # (C, T)
-            used = [(on_cond[:, i], c.to(working)) for i, c in enumerate(conds) if on_cond[:, i].any()]
-            for i, u in enumerate(history.uncond):
-                if on_delta[:, i].any():
-                    used.append((on_delta[:, i], conds[i].to(working) - u.to(working)))
-            factors = torch.stack([factor for factor, _ in used])  # (K, C)
+            factors = table[:, seen if what == "cond" else moments.steps + seen].T  # (2T, C): on conds, then on deltas
+            used = factors.any(1).nonzero().flatten()
+            past = []
+            for i in used.tolist():
+                step_, is_delta = i % moments.steps, i >= moments.steps
+                cond = conds[step_].to(working)
+                past.append(cond - history.uncond[step_].to(working) if is_delta else cond)
+            factors = factors[used]
             factors = factors[:, 0] if factors.shape[1] == 1 else factors
-            found.append(kernels.extrapolate(torch.stack([prediction for _, prediction in used]), factors))
+            found.append(kernels.extrapolate(torch.stack(past), factors))
         return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,8 +33,6 @@ class Denoiser:
     """How a part of the batch is taken from a call's arguments."""
     whole: str = ""
     """Why no part of the batch can be taken, if so."""
-    keeps_state: bool = False
-    """Whether hooks inside it (FirstBlockCache, FasterCache) keep tensors of the batch from call to call."""
     puts_out_more: bool = False
     """Whether its output holds more than the prediction (the sound of a video), of which there are no estimates."""
     in_doubt: bool = False
@@ -48,6 +47,15 @@ class Denoiser:
     outputs: list[Tensor] = field(default_factory=list)
     nfe: int = 0
     nfe_full: int = 0
+
+    @cached_property
+    def keeps_state(self) -> bool:
+        """Whether one of diffusers' stateful hooks (FirstBlockCache, FasterCache) is installed somewhere in it.
+
+        Such a hook keeps tensors of the batch from call to call.
+        """
+        registries = (getattr(part, "_diffusers_hook", None) for part in self.module.modules())
+        return any(hook._is_stateful for r in registries if r is not None for hook in r.hooks.values())
 
     def begin_step(self, policy: Policy, step: Step) -> None:
         """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
@@ -298,12 +306,6 @@ class Denoiser:
 
 _OUTPUT = batch.Reading(elements=True, folded=False, second=False)
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
-
-
-def keeps_state(module: torch.nn.Module) -> bool:
-    """Whether one of diffusers' stateful hooks is installed somewhere in `module`."""
-    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
-    return any(hook._is_stateful for r in registries if r is not None for hook in r.hooks.values())
 
 
 def mixes_rows(module: torch.nn.Module) -> bool:

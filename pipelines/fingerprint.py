@@ -1,6 +1,8 @@
 """What a calibration depends on, read off a pipeline: plain values that can be stored and compared."""
 
+import functools
 import inspect
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -44,11 +46,18 @@ def module_fingerprint(module: torch.nn.Module) -> dict[str, Any]:
         for name, parameter in named[:: max(1, len(named) // _SAMPLED)]
         if parameter.is_floating_point() and type(parameter.data) is torch.Tensor and parameter.device.type != "meta"
     }
-    found["weights"] = {
-        name: [float(f"{value:.6g}") for value in values.float().cpu().tolist()] for name, values in chosen.items()
-    }
+    found["weights"] = dict(zip(chosen, _rounded(list(chosen.values())), strict=True))
     found["precision"] = max((torch.finfo(values.dtype).eps for values in chosen.values()), default=0.0)
     return found
+
+
+def _rounded(vectors: list[torch.Tensor]) -> list[list[float]]:
+    """Six digits of each, fetched in one transfer."""
+    if not vectors:
+        return []
+    numbers = torch.cat([vector.to(vectors[0].device, torch.float32) for vector in vectors]).tolist()
+    rounded = iter([float(f"{number:.6g}") for number in numbers])
+    return [list(itertools.islice(rounded, len(vector))) for vector in vectors]
 
 
 def _own_config(component: Any) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def _own_config(component: Any) -> dict[str, Any]:
     config = getattr(component, "config", {})
     if not isinstance(config, Mapping):
         return {}
-    own = inspect.signature(type(component).__init__).parameters
+    own = _read(type(component))
     kept = {}
     for key, value in config.items():
         if key in own and not key.startswith("_"):
@@ -65,3 +74,9 @@ def _own_config(component: Any) -> dict[str, Any]:
             except (TypeError, ValueError):
                 continue
     return kept
+
+
+@functools.cache
+def _read(cls: type) -> frozenset[str]:
+    """Names of what the class is made of."""
+    return frozenset(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]

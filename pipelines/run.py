@@ -25,7 +25,7 @@ from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
 from diffusers_guidance.pipelines.clock import Clock
-from diffusers_guidance.pipelines.denoiser import Denoiser, keeps_state
+from diffusers_guidance.pipelines.denoiser import Denoiser
 from diffusers_guidance.pipelines.fingerprint import setting
 from diffusers_guidance.pipelines.formula import (
     Fit,
@@ -100,7 +100,7 @@ class Run:
             with ExitStack() as stack:
                 for name, component in _components(self.pipe):
                     if isinstance(component, torch.nn.Module):
-                        self._denoisers[id(component)] = Denoiser(name, component, keeps_state=keeps_state(component))
+                        self._denoisers[id(component)] = Denoiser(name, component)
                         stack.enter_context(intercept_call(component, self.on_call))
                     else:
                         stack.enter_context(intercept_step(component, self.on_step))
@@ -136,7 +136,7 @@ class Run:
         denoiser, self._active = self._active, None
         if denoiser is None:  # a further step on the same evaluation
             return step(*args, **kwargs)
-        bound = inspect.signature(step).bind(*args, **kwargs)
+        bound = inspect.signature(scheduler.step).bind(*args, **kwargs)  # its stand-in has read it already
         output, sample = bound.arguments["model_output"], bound.arguments["sample"]
         self._clock = denoiser.clock = self._clocks.setdefault(id(scheduler), Clock())
         self._clock.tick(scheduler, bound.arguments.get("timestep"))
