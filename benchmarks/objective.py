@@ -86,7 +86,7 @@ def errors(schedule: Schedule) -> torch.Tensor:
     """(T,) norms of the error of each step's guided prediction, in the calibration's trajectories."""
     moments = schedule.calibration.moments("")
     made = combinations(moments.total, schedule.actions, schedule.fit)
-    return errors_of(moments, schedule.calibration.call["guidance_scale"], made)
+    return errors_of(moments.total[None], schedule.calibration.call["guidance_scale"], made[None])
 
 
 def ranked(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, progress: Callable) -> dict:

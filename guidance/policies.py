@@ -61,7 +61,10 @@ class History:
     denoiser: str = ""
     """Its name in the pipeline, such as "unet"."""
     similarity: dict[str, list[Tensor]] = field(default_factory=lambda: {"denoised": [], "noise": []})
-    """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated."""
+    """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated.
+
+    First of all those of a denoiser it took over from in this run, as Wan 2.2's second expert does.
+    """
     delta: Tensor | None = None
     """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out."""
     velocity: Tensor | None = None
@@ -96,8 +99,8 @@ class Policy:
     def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:
         """(rows, ...) stand-in for the unconditional prediction where `plan` said "extrapolate".
 
-        It holds each sample's last difference of the two as a velocity: of all spaces the one in which it
-        changes least from step to step, as noise at low noise levels and as denoised sample at high ones.
+        It holds each sample's last difference of the two as a velocity, which is like holding it as noise where
+        there is little of it and as denoised sample where there is much.
         """
         assert history.delta is not None and history.velocity is not None
         factor = history.velocity / step.velocity
@@ -130,7 +133,7 @@ class AdaptiveGuidance(Policy):
     Args:
         threshold: gamma-bar in (0, 1]. Higher keeps guidance longer.
         space: the predictions compared, "denoised" or "noise". The paper compares noise predictions, with
-            0.991; on many models those agree to 0.999 from the first step, so denoised is the default.
+            0.991; on SDXL those have been seen to agree to 0.999 from the first step, so denoised is the default.
         patience: how many steps in a row the similarity must reach the threshold.
     """
 
@@ -289,8 +292,9 @@ class Schedule(Policy):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations of one sample."""
-        return sum(NFES[action] for action in self.actions)
+        """Network evaluations of one sample; a denoiser's first step is evaluated in full, whatever it is used for."""
+        firsts = {0} if self.calibration is None else {m.first for m in self.calibration.denoisers.values()}
+        return sum(2 if t in firsts else NFES[action] for t, action in enumerate(self.actions))
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         if len(self.actions) != step.count:

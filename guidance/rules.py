@@ -20,7 +20,8 @@ class Rule:
     """Base of all rules.
 
     Args:
-        guidance_scale: w, where 1 is the conditional prediction alone. None takes the pipeline call's.
+        guidance_scale: w, where 1 is the conditional prediction alone. None takes the pipeline call's. Under `attach`
+            it stands in for the call's own argument: where a pipeline counts that from 0 (Z-Image), w is one more.
     """
 
     guidance_scale: float | None = None
@@ -302,10 +303,18 @@ PRESETS = {
         "Wan",
         "per frame of (B, C, frames, H, W), as Waver's README and diffusers PR 13551 advise",
     ),
-    "hunyuanimage-2.1": Preset(APG(norm_threshold=10.0), "HunyuanImage", "shipped with HunyuanImage 2.1, w = 10"),
-    "ace-step": Preset(APG(momentum=-0.75, norm_threshold=2.5), "AceStep", "shipped with ACE-Step"),
+    "hunyuanimage-2.1": Preset(
+        APG(norm_threshold=10.0), "HunyuanImage", "shipped with HunyuanImage 2.1, w = 10, after 5 steps of CFG at 3.5"
+    ),
+    "ace-step": Preset(
+        APG(momentum=-0.75, norm_threshold=2.5, norm_dim=(1,)), "AceStep", "shipped with ACE-Step, over time alone"
+    ),
     "waver": Preset(APG(norm_threshold=27.0), "", "shipped with Waver, w = 8"),
     "infinitetalk": Preset(APG(momentum=-0.75, norm_threshold=55.0), "", "shipped with InfiniteTalk"),
     "stable-diffusion.cpp": Preset(APG(norm_threshold=5.0), "", "advice of stable-diffusion.cpp"),
 }
-"""Published settings of APG by family; those with a prefix are recognised from a pipeline's class."""
+"""Published settings of APG by family; those with a prefix are recognised from a pipeline's class.
+
+Those shipped with flow-matching models are meant there for the velocity as the network puts it out. Here, as in the
+paper, the cap is on the denoised prediction's update, sigma times the velocity's: it gives way at the last steps.
+"""

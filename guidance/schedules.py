@@ -7,7 +7,7 @@ A schedule's predicted error is
 with the residuals of least squares from the calibration's Gram matrix, w its guidance scale, and `gains` from the
 scheduler. Fitted on the two steps evaluated last alone (nearly as good as on all: docs/policies.md), the terms of a gap
 between evaluated steps depend on the two before it and on the step after it, so the best schedule for every budget at
-once is a shortest path.
+once is a shortest path. What is chosen in this way is the least by that fit, and nearly the least by any other.
 
 A skipped step evaluates neither prediction, unless `skip=False` keeps the conditional one. Unguided steps are never
 part of a schedule: an estimate costs no evaluation more, and its squared residual is at most |d|^2.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffusers_guidance.calibration import DELTAS, Calibration, Fit, Moments, combinations
+from diffusers_guidance.calibration import DELTAS, Calibration, Fit, Moments
 from diffusers_guidance.policies import NFES, Action, Schedule, published
 
 
@@ -32,6 +32,9 @@ def closed_form(
 ) -> Schedule:
     """The schedule with the least predicted error for a budget, or the cheapest with a predicted error.
 
+    The least as this module's head says: of full evaluations, by a fit on two steps; an evaluation left over goes where
+    `predicted_error` is then the least.
+
     Args:
         nfe: network evaluations of one sample, at most twice the steps; two for each denoiser is the least.
         error: instead of `nfe`: the most that `predicted_error` may be.
@@ -41,15 +44,25 @@ def closed_form(
 
     Returns:
         A `Schedule` with the calibration in it.
+
+    Raises:
+        ValueError: neither or both of `nfe` and `error`, or one out of range.
+        CalibrationMismatch: `fit` wants channels that the calibration does not tell apart.
     """
+    for name in calibration.denoisers:
+        calibration.weights(name, fit)
     if (nfe is None) == (error is None):
         raise ValueError("give either nfe=, the evaluations allowed, or error=, the largest predicted error")
     best = optima(calibration, skip)
     if error is not None:
         if not error >= 0:
             raise ValueError(f"error={error!r}: a share of what guidance does, 0 or more")
-        schedules = (Schedule(actions, calibration, fit) for actions in best)
-        nfe = next((s.nfe for s in schedules if predicted_error(s) <= error), 2 * calibration.steps)
+        schedules = [Schedule(actions, calibration, fit) for actions in best]
+        found = next((schedule for schedule in schedules if predicted_error(schedule) <= error), schedules[-1])
+        if found is schedules[0]:
+            return found
+        between = _within(best, found.nfe - 1, calibration, fit)
+        return between if predicted_error(between) <= error else found
     assert nfe is not None
     return _within(best, nfe, calibration, fit)
 
@@ -58,13 +71,13 @@ def predicted_error(schedule: Schedule) -> float:
     """E of this module's head for any schedule, over the same of no guidance after the first step."""
     if schedule.calibration is None:
         raise ValueError("predicted_error needs a schedule with a calibration: Schedule(actions, calibration)")
-    total = reference = 0.0
-    for moments, gain, w in _parts(schedule.calibration):
-        actions = ("both", *schedule.actions[moments.first : moments.first + moments.steps][1:])
-        errors = gain * errors_of(moments, w, combinations(moments.total, actions, schedule.fit))
-        unguided = combinations(moments.total, ["both", *["conditional"] * (moments.steps - 1)])
-        reference += float((gain * errors_of(moments, w, unguided)).square().sum())
-        total += float(errors.square().sum())
+    calibration, total, reference = schedule.calibration, 0.0, 0.0
+    unguided: tuple[Action, ...] = ("conditional",) * calibration.steps
+    for name, _, gain, w in _parts(calibration):
+        gram = calibration.weights(name, schedule.fit)
+        made, none = (calibration.coefficients(name, each, schedule.fit) for each in (schedule.actions, unguided))
+        total += float((gain * errors_of(gram, w, made)).square().sum())
+        reference += float((gain * errors_of(gram, w, none)).square().sum())
     return (total / reference) ** 0.5 if reference else 0.0
 
 
@@ -76,12 +89,12 @@ def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> li
     left: Action = "neither" if skip else "extrapolate"
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     covered: set[int] = set()
-    for moments, gain, w in _parts(calibration, tilt):
+    for _, moments, gain, w in _parts(calibration, tilt):
         steps, unit = moments.steps, torch.eye(2 * moments.steps, dtype=torch.float64)
         c, d = unit[:steps], unit[steps:]
         if skip:
             residuals = pair_residuals(moments.total, torch.stack([c, d], 1), c + (w - 1) * d)
-        else:
+        else:  # fitted on past d alone: with c_t and past c too, what is chosen is no better
             residuals = pair_residuals(moments.total, d[:, None], (w - 1) * d)
         paths = shortest(gap_costs(residuals, gain))
         # Of several denoisers, every split of the budget between them.
@@ -130,7 +143,7 @@ def gap_costs(residuals: Tensor, gain: Tensor) -> Tensor:
     """(T + 1, T, T + 1): [i + 1, j, k] is the gap's sum from j to k, with i the evaluated step before j (-1: none)."""
     steps = len(gain)
     t, j = torch.arange(steps), torch.arange(steps)[:, None]
-    summed = torch.where(t > j, (residuals * gain).square(), 0.0).cumsum(-1)  # up to and with t
+    summed = torch.where((t > j) & (gain > 0), (residuals * gain).square(), 0.0).cumsum(-1)  # up to and with t
     return torch.nn.functional.pad(summed, (1, 0))  # up to, and without, k
 
 
@@ -167,11 +180,18 @@ def even(steps: int, evaluated: int, left: Action = "extrapolate") -> tuple[Acti
 def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = DELTAS) -> list[Schedule]:
     """Candidates for a budget, the closed form's best first."""
     found = [_within(optima(calibration, skip, tilt), nfe, calibration, fit) for tilt in (0.0, -1.0, 1.0, -2.0, 2.0)]
-    steps, usual = calibration.steps, published(calibration.steps)
-    others = [even(steps, nfe - steps)] if nfe > steps else []
-    others += [even(steps, nfe // 2, "neither")] if skip else []
-    others += [usual] if _nfe(usual) <= nfe else []
-    found += [Schedule(actions, calibration, fit) for actions in others]
+    steps, firsts = calibration.steps, _firsts(calibration)
+
+    def spread(left: Action) -> list[Schedule]:
+        for n in range(steps, 0, -1):
+            full = {t for t, action in enumerate(even(steps, n)) if action == "both"}
+            made = Schedule(_actions(steps, full | firsts, left), calibration, fit)
+            if made.nfe <= nfe:
+                return [made]
+        return []
+
+    usual = Schedule(published(steps), calibration, fit)
+    found += spread("extrapolate") + (spread("neither") if skip else []) + ([usual] if usual.nfe <= nfe else [])
     return list({schedule.actions: schedule for schedule in found}.values())
 
 
@@ -185,9 +205,10 @@ def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], 
     """
     quality = {schedule.actions: measure(schedule) for schedule in candidates}
     calibration, fit = candidates[0].calibration, candidates[0].fit
+    firsts = {0} if calibration is None else _firsts(calibration)
     best = max(quality, key=lambda actions: quality[actions])
     while len(quality) < runs:
-        untried = (actions for actions in _neighbours(best) if actions not in quality)
+        untried = (actions for actions in _neighbours(best, firsts) if actions not in quality)
         actions = next(untried, None)
         if actions is None:
             break
@@ -197,44 +218,53 @@ def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], 
 
 
 def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibration, fit: Fit) -> Schedule:
-    """The last of `best` within a budget; an NFE left over goes to the conditional prediction where it is worst."""
+    """The last of `best` within a budget; an NFE left over goes to the conditional prediction where it helps most."""
     least, most = _nfe(best[0]), _nfe(best[-1])
     if not least <= nfe <= most:
         raise ValueError(f"nfe={nfe!r}: from {least} to {most} for such schedules of {calibration!r}")
     actions = max((each for each in best if _nfe(each) <= nfe), key=_nfe)
     if _nfe(actions) < nfe:
-        worst = torch.zeros(calibration.steps, dtype=torch.float64)
-        for moments, gain, w in _parts(calibration):
-            own = slice(moments.first, moments.first + moments.steps)
-            made = combinations(moments.total, ("both", *actions[own][1:]), fit)
-            worst[own] = gain * errors_of(moments, w, made)
-        t = int(worst.argmax())
-        actions = (*actions[:t], "extrapolate", *actions[t + 1 :])
+        left = [t for t, action in enumerate(actions) if action == "neither"]
+        tried = [Schedule((*actions[:t], "extrapolate", *actions[t + 1 :]), calibration, fit) for t in left]
+        return min(tried, key=predicted_error)
     return Schedule(actions, calibration, fit)
 
 
-def errors_of(moments: Moments, w: float, made: Tensor) -> Tensor:
-    """(T,) norms of the errors of c_t + (w - 1) d_t, for what is guided with as combinations `made` (2T, 2T)."""
-    off = made - torch.eye(2 * moments.steps, dtype=made.dtype)
-    off = off[: moments.steps] + (w - 1) * off[moments.steps :]
-    return ((off @ moments.total) * off).sum(-1).clamp(min=0).sqrt()
+def errors_of(gram: Tensor, w: float, made: Tensor) -> Tensor:
+    """(T,) norms of the errors of c_t + (w - 1) d_t, for what is guided with as combinations `made`.
+
+    Args:
+        gram: (C, 2T, 2T), whose channels add.
+        made: (C, 2T, 2T)
+    """
+    steps = gram.shape[-1] // 2
+    off = made - torch.eye(2 * steps, dtype=made.dtype)
+    off = off[:, :steps] + (w - 1) * off[:, steps:]
+    return ((off @ gram) * off).sum((0, -1)).clamp(min=0).sqrt()
 
 
-def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[Moments, Tensor, float]]:
-    """Each denoiser's moments, the gains (T,) of its steps, and its guidance scale."""
+def _firsts(calibration: Calibration) -> set[int]:
+    """The steps at which a denoiser is new, and evaluated in full."""
+    return {moments.first for moments in calibration.denoisers.values()}
+
+
+def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[str, Moments, Tensor, float]]:
+    """Each denoiser's name, moments, the gains (T,) of its steps, and its guidance scale."""
     gain = calibration.gains * torch.exp(tilt * torch.linspace(0, 1, calibration.steps, dtype=torch.float64))
     scales = calibration.setting["guidance_scale"]
     return [
-        (each, gain[each.first : each.first + each.steps], scales[name]) for name, each in calibration.denoisers.items()
+        (name, each, gain[each.first : each.first + each.steps], scales[name])
+        for name, each in calibration.denoisers.items()
     ]
 
 
-def _neighbours(actions: Sequence[Action]) -> list[tuple[Action, ...]]:
-    """All with one full evaluation exchanged with the step before or after it."""
+def _neighbours(actions: Sequence[Action], firsts: set[int]) -> list[tuple[Action, ...]]:
+    """All with one full evaluation, but those at `firsts`, exchanged with the step before or after it."""
     found = []
-    for t in range(1, len(actions)):
+    free = {*range(len(actions))} - firsts
+    for t in sorted(free):
         for other in (t - 1, t + 1):
-            if 0 < other < len(actions) and actions[t] == "both" != actions[other]:
+            if other in free and actions[t] == "both" != actions[other]:
                 swapped = list(actions)
                 swapped[t], swapped[other] = swapped[other], swapped[t]
                 found.append(tuple(swapped))

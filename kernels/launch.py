@@ -55,8 +55,10 @@ def layout_of(cond: Tensor, norm_dim: Sequence[int] | None = None) -> Layout:
     """The dense layout that follows `cond`'s own order of dimensions, where the kernels can walk it."""
     shape = tuple(cond.shape)
     normed = set(range(1, cond.ndim)) if norm_dim is None else {i % cond.ndim for i in norm_dim}
-    if 0 in normed:
-        raise ValueError(f"norm_dim={norm_dim} includes the batch dimension of a {cond.ndim}-D prediction")
+    if 0 in normed or not normed:
+        raise ValueError(
+            f"norm_dim={norm_dim}: dimensions of a {cond.ndim}-D prediction, at least one, not the batch (0)"
+        )
     group_dims = tuple(i for i in range(cond.ndim) if i not in normed)
     present = cond.stride()
     order = sorted(range(cond.ndim), key=lambda i: -present[i])
@@ -149,7 +151,7 @@ def _on(device: torch.device) -> AbstractContextManager:
 def _parts(layout: Layout, device: torch.device) -> int:
     """Programs per group: two a multiprocessor over all groups, so that all run at once."""
     chunks = layout.rows * triton.cdiv(layout.columns, TILE)
-    return max(1, min(chunks, 2 * _multiprocessors(device) // prod(layout.groups)))
+    return max(1, min(chunks, 2 * _multiprocessors(device) // max(1, prod(layout.groups))))
 
 
 def fold(x: Tensor) -> int:

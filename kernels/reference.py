@@ -62,8 +62,8 @@ class Rule(Protocol):
 def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] | None = None) -> Gram:
     """Inner products of the four vectors, each (B, ...), over `norm_dim` (default: all but the batch)."""
     dim = tuple(range(1, X.ndim)) if norm_dim is None else tuple(i % X.ndim for i in norm_dim)
-    if 0 in dim:
-        raise ValueError(f"norm_dim={norm_dim} includes the batch dimension of a {X.ndim}-D prediction")
+    if 0 in dim or not dim:
+        raise ValueError(f"norm_dim={norm_dim}: dimensions of a {X.ndim}-D prediction, at least one, not the batch (0)")
     vectors = (X, c, d, m)
     products = [(p * q).sum(dim, keepdim=True) for i, p in enumerate(vectors) for q in vectors[i:]]
     sums = [p.sum(dim, keepdim=True) for p in vectors]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -86,14 +87,7 @@ def calibrate(
         raise ValueError(
             f"trajectories={trajectories}, batch_size={batch_size}: 1 or more; share={share}: (k, n) with 0 <= k < n"
         )
-    plan = {
-        "prompts": hashlib.sha256(repr([*prompts, "", *negative_prompts]).encode()).hexdigest()[:16],
-        "seed": seed,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": float(guidance_scale),
-        "arguments": repr(sorted(arguments.items())),
-        "per_channel": per_channel,
-    }
+    plan = _plan(prompts, negative_prompts, seed, num_inference_steps, guidance_scale, per_channel, arguments)
     numbers = list(range(k, trajectories, n))
     turn = math.lcm(len(prompts), len(negative_prompts))
     done = _resume(path, pipe, plan, share)
@@ -118,6 +112,40 @@ def calibrate(
     return done
 
 
+def _plan(
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    per_channel: bool,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """What all trajectories have in common, in plain values."""
+    return {
+        "prompts": hashlib.sha256(repr([*prompts, "", *negative_prompts]).encode()).hexdigest()[:16],
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": float(guidance_scale),
+        "arguments": repr([(name, _told(value)) for name, value in sorted(arguments.items())]),
+        "per_channel": per_channel,
+    }
+
+
+def _told(value: Any) -> Any:
+    """A value as its content alone tells it, not where in memory it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_told(each) for each in value)
+    if isinstance(value, dict):
+        return {name: _told(each) for name, each in value.items()}
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().float().numpy()
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):  # of numpy, and pictures
+        array = numpy.ascontiguousarray(value)
+        return f"{array.shape} {array.dtype} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+    return getattr(value, "__qualname__", value)
+
+
 def _run(
     pipe: Any,
     prompts: list[str],
@@ -129,12 +157,8 @@ def _run(
     arguments: dict[str, Any],
 ) -> Calibration:
     """The calibration of one batch."""
-    known = inspect.signature(type(pipe).__call__).parameters
     call = {"prompt": prompts, "num_inference_steps": steps, "output_type": "latent", **arguments}
-    if "negative_prompt" in known:
-        call["negative_prompt"] = negatives
-    elif any(negatives):
-        raise ValueError(f"{type(pipe).__name__} takes no negative_prompt: leave negative_prompts=('',)")
+    call |= negative_prompt(pipe, negatives)
     call["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
     recorder = Recorder()
     with torch.no_grad(), borrowed(pipe, CFG(guidance_scale=guidance_scale), recorder) as handle:
@@ -146,20 +170,50 @@ def _run(
     for name, (first, history) in recorder.histories.items():
         if history.rows != len(prompts):
             raise GuidanceError(f"{name} guided {history.rows} samples of {len(prompts)}: one picture a prompt, please")
-        similarity = {space: history.agreement(space).T.contiguous() for space in ("denoised", "noise")}
-        denoisers[name] = Moments(first, gram(history.cond, history.uncond, per_channel), similarity)
+        own = len(history.cond)  # what comes before is another's, whom it took over from
+        similarity = {space: history.agreement(space)[-own:].T.contiguous() for space in ("denoised", "noise")}
+        products = gram(history.cond, history.uncond, per_channel)
+        if not products.isfinite().all():
+            raise GuidanceError(
+                f"the predictions of {name} for the seeds {seeds[0]} to {seeds[-1]} are not all finite: nothing can "
+                "be fitted to them: calibrate in another precision, or without these prompts"
+            )
+        denoisers[name] = Moments(first, products, similarity)
     # The scale w of the formula; some pipelines call it by one less, and experts may have one each.
     scales = {step.denoiser: step.guidance_scale for step in reversed(handle.report.steps) if step.guidance_scale}
     made: dict[str, Any] = {}
+    table = [float(t) for t in pipe.scheduler.timesteps.tolist()]
+    ran = _within([step.timestep for step in handle.report.steps], table)
     for name in denoisers:
-        found = setting(pipe, name, scales[name])
+        found = setting(pipe, name, scales[name], table[ran])
         made = found | {key: made.get(key, {}) | found[key] for key in ("denoisers", "guidance_scale")}
     try:
-        made["gains"] = gains(spaces(pipe.scheduler))
+        made["gains"] = gains(spaces(pipe.scheduler))[ran]
     except UnsupportedScheduler:
         made["gains"] = [1.0] * len(made["timesteps"])
     counts = {text: negatives.count(text) for text in dict.fromkeys(negatives)}
     return Calibration(made, denoisers, counts)
+
+
+def negative_prompt(pipe: Any, texts: list[str]) -> dict[str, list[str]]:
+    """The argument of that name, of a pipeline that has one.
+
+    Raises:
+        ValueError: it has none, and not all of them are empty.
+    """
+    if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
+        return {"negative_prompt": texts}
+    if any(texts):
+        raise ValueError(f'{type(pipe).__name__} takes no negative prompt: only the empty one, ""')
+    return {}
+
+
+def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:
+    """Where in the scheduler's table a run was: image to image begins later, and some pipelines stop early."""
+    n = len(seen)
+    begins = (i for i in range(len(table) - n + 1) if list(table[i : i + n]) == list(seen))
+    begin = next(begins, None)
+    return slice(None) if begin is None else slice(begin, begin + n)
 
 
 def gram(cond: Sequence[Tensor], uncond: Sequence[Tensor], per_channel: bool = False) -> Tensor:
@@ -231,6 +285,13 @@ def calibrate_on_ray(
 
     waiting_at = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
     parts = {k: Calibration.load(file) for k, file in enumerate(waiting_at) if file is not None and file.is_file()}
+    known = inspect.signature(calibrate).bind(None, prompts, **settings)
+    known.apply_defaults()
+    names = ("prompts", "negative_prompts", "seed", "num_inference_steps", "guidance_scale", "per_channel", "arguments")
+    plan = _plan(*(known.arguments[name] for name in names))
+    for k, part in parts.items():
+        part.check({"calibrated": {**plan, "share": [k, shares]}})
+    parts = {k: part for k, part in parts.items() if part.trajectories == len(range(k, trajectories, shares))}
     started = not ray.is_initialized()
     if started:
         ray.init(address=address, include_dashboard=False, log_to_driver=False)

@@ -18,6 +18,8 @@ class Clock:
         self.timestep: float | None = None
         self.count = 0
         """Evaluations this run makes, as far as the scheduler's table tells."""
+        self.begin = 0
+        """The place in the table of the run's first: image to image begins later."""
         self.went_back = False
         """Whether the last step was not further on than the one before it."""
         self._scheduler: Any = None
@@ -40,8 +42,13 @@ class Clock:
         self.timestep = self._values[self._index] if known else None
         self.space = self._table[self._index] if known and self._table is not None else None
         if self.steps == 0:
-            self.count = len(self._values) - max(self._index, 0)
+            self.begin = max(self._index, 0)
+            self.count = len(self._values) - self.begin
         self.steps += 1
+
+    def timesteps(self, begin: int, count: int) -> list[float]:
+        """So many of the table's."""
+        return self._values[begin : begin + count]
 
     @property
     def next(self) -> Space | None:

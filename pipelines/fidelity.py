@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import borrowed
+from diffusers_guidance.pipelines.calibrate import negative_prompt as given_negative
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.rules import CFG
 
@@ -50,14 +51,11 @@ class Fidelity:
         **arguments: Any,
     ):
         self.pipe, self.guidance_scale, self.batch_size = pipe, guidance_scale, batch_size
+        self.negative_prompt = negative_prompt
         self.cases = [(prompt, seed) for seed in seeds for prompt in prompts]
         if not self.cases:
             raise ValueError("prompts and seeds: at least one of each")
-        self.call = {
-            "num_inference_steps": num_inference_steps,
-            "negative_prompt": negative_prompt,
-            **arguments,
-        }
+        self.call = {"num_inference_steps": num_inference_steps, **arguments}
         self.lpips = _lpips() if lpips else None
         self.reference, self.nfe_full = self.pictures(EveryStep())
 
@@ -68,10 +66,8 @@ class Fidelity:
         with borrowed(self.pipe, CFG(guidance_scale=self.guidance_scale), policy) as handle:
             for start in range(0, len(self.cases), self.batch_size):
                 part = self.cases[start : start + self.batch_size]
-                texts = {
-                    "prompt": [prompt for prompt, _ in part],
-                    "negative_prompt": [call["negative_prompt"]] * len(part),
-                }
+                texts = {"prompt": [prompt for prompt, _ in part]}
+                texts |= given_negative(self.pipe, [self.negative_prompt] * len(part))
                 generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
                 output = self.pipe(**(call | texts), generator=generators, output_type="pt")
                 found.append(output.images.float().cpu())

@@ -4,17 +4,18 @@ import functools
 import inspect
 import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 _SAMPLED = 16
-"""Parameters looked at, and numbers of each."""
+"""Numbers of each parameter looked at, and parameters that are spread over all."""
 
 
-def setting(pipe: Any, denoiser: str, guidance_scale: float) -> dict[str, Any]:
-    """Of a pipeline in the middle of a run, with its timesteps set; `guidance_scale` is the denoiser's w.
+def setting(pipe: Any, denoiser: str, guidance_scale: float, timesteps: Sequence[float]) -> dict[str, Any]:
+    """Of a pipeline in a run with these `timesteps`; `guidance_scale` is the denoiser's w.
 
     Compared are only things that both sides state, so what cannot be read (weights that are offloaded) is left out.
     """
@@ -22,7 +23,7 @@ def setting(pipe: Any, denoiser: str, guidance_scale: float) -> dict[str, Any]:
         "pipeline": type(pipe).__name__,
         "denoisers": {denoiser: module_fingerprint(getattr(pipe, denoiser))},
         "scheduler": scheduler_fingerprint(pipe.scheduler),
-        "timesteps": [float(t) for t in pipe.scheduler.timesteps.tolist()],
+        "timesteps": list(timesteps),
         "guidance_scale": {denoiser: float(guidance_scale)},
     }
 
@@ -35,20 +36,25 @@ def scheduler_fingerprint(scheduler: Any) -> dict[str, Any]:
 def module_fingerprint(module: torch.nn.Module) -> dict[str, Any]:
     """Class, configuration, number of parameters, and a sample of those in floating point, with their precision.
 
-    So the same model compares equal in another dtype, and where part of it is quantized; one with other weights,
-    or with adapters in it, does not.
+    The sample has some spread over all, and one of every kind of matrix, such as all `to_q` of the first attention,
+    since adapters change some kinds in all blocks. So the same model compares equal in another dtype, and where part
+    of it is quantized; one with other weights, or with adapters in it or fused to it, does not.
     """
     module = getattr(module, "_orig_mod", module)
     named = list(module.named_parameters())
     found: dict[str, Any] = {"class": type(module).__name__, "config": _own_config(module), "parameters": len(named)}
+    kinds = {_NUMBER.sub("", name): (name, parameter) for name, parameter in named if parameter.ndim > 1}
     chosen = {
         name: parameter.detach().flatten()[:: max(1, parameter.numel() // _SAMPLED)][:_SAMPLED]
-        for name, parameter in named[:: max(1, len(named) // _SAMPLED)]
+        for name, parameter in [*named[:: max(1, len(named) // _SAMPLED)], *kinds.values()]
         if parameter.is_floating_point() and type(parameter.data) is torch.Tensor and parameter.device.type != "meta"
     }
     found["weights"] = dict(zip(chosen, _rounded(list(chosen.values())), strict=True))
     found["precision"] = max((torch.finfo(values.dtype).eps for values in chosen.values()), default=0.0)
     return found
+
+
+_NUMBER = re.compile(r"\.\d+")
 
 
 def _rounded(vectors: list[torch.Tensor]) -> list[list[float]]:

@@ -248,6 +248,7 @@ def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int
     return {
         "calibration": repr(calibration),
         "digest": calibration.digest,
+        "gains": calibration.gains.tolist(),
         "prompts": list(prompts),
         "seeds": list(seeds),
         "lpips": lpips,

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
-from diffusers_guidance.pipelines.calibrate import Progress
+from diffusers_guidance.pipelines.calibrate import Progress, negative_prompt
 from diffusers_guidance.pipelines.run import Run
 from diffusers_guidance.policies import EveryStep, Schedule
 from diffusers_guidance.rules import CFG, Coefficients, Gram, Rule
@@ -64,7 +64,8 @@ def search_nas(
 
     Args:
         prompts: iteration i takes the next `batch_size` of them, with a seed of its own.
-        nfe: network evaluations of one sample to come to, from steps + 1 to twice the steps.
+        nfe: network evaluations of one sample to come to, from one more than full guidance has steps to twice as many;
+            a solver of two stages counts each.
         guidance_scale: of the guidance to be replicated.
         strengths: the scales w to choose from at each step, times that of full guidance. A `Schedule` has one scale:
             with several, the steps that settle for any of them become "both".
@@ -76,8 +77,6 @@ def search_nas(
     Returns:
         A `Schedule`: "both" where guidance was the most probable, within the budget; "conditional" elsewhere.
     """
-    if not num_inference_steps < nfe <= 2 * num_inference_steps:
-        raise ValueError(f"nfe={nfe!r}: from {num_inference_steps + 1} to {2 * num_inference_steps}")
     call = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
     logits: Tensor | None = None
     with kernels.use_backend("torch"), checkpointed(pipe):
@@ -91,7 +90,9 @@ def search_nas(
 
             with torch.no_grad():
                 target, scale = run(CFG())
-                steps = len(scale)
+                steps = len(scale)  # evaluations: a solver of two stages makes two a step
+                if not steps < nfe <= 2 * steps:
+                    raise ValueError(f"nfe={nfe!r}: from {steps + 1} to {2 * steps} for these {steps} evaluations")
                 plain = run(Mixture(kappas=iter([torch.zeros(())] * steps)))[0]
             if logits is None:
                 logits = torch.zeros(steps, 2 + len(strengths))  # unconditional, conditional, the strengths
@@ -120,9 +121,8 @@ def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any
     """(final latents, w of each step) of a run whose operations are recorded wherever gradients are on."""
     function = inspect.unwrap(type(pipe).__call__)  # without the pipeline's torch.no_grad
     generators = [torch.Generator("cpu").manual_seed(seed + j) for j in range(len(texts))]
-    bound = inspect.signature(function).bind(
-        pipe, prompt=texts, negative_prompt=[""] * len(texts), generator=generators, output_type="latent", **call
-    )
+    call = call | negative_prompt(pipe, [""] * len(texts))
+    bound = inspect.signature(function).bind(pipe, prompt=texts, generator=generators, output_type="latent", **call)
     named = {name: value for name, value in bound.arguments.items() if name != "self"}
     bound.apply_defaults()
     run = Run(pipe, rule, EveryStep(), dict(bound.arguments))

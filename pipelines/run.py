@@ -197,7 +197,8 @@ class Run:
         assert formula is not None
         assert history is not None
         if self.policy.calibration is not None and not history.cond:  # its first guided step
-            self.policy.calibration.check(setting(self.pipe, denoiser.name, w))
+            timesteps = self._clock.timesteps(self._clock.begin, self._step_of(denoiser, now=True).count)
+            self.policy.calibration.check(setting(self.pipe, denoiser.name, w, timesteps))
         if not is_verified:
             self._unread.append(Unread(len(self.report.steps), formula, residual, similarity))
         self._remember(denoiser, space, similarity, evaluated)
@@ -258,9 +259,22 @@ class Run:
                 return False
             raise self._unsupported(denoiser, output, found.tried)
         denoiser.formula = found.formula
-        denoiser.history = History(found.formula.rows, denoiser.name)
+        denoiser.history = History(found.formula.rows, denoiser.name, self._similarity_before(denoiser, found.formula))
         self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
         return True
+
+    def _similarity_before(self, denoiser: Denoiser, formula: Formula) -> dict[str, list[Tensor]]:
+        """That of the denoiser it takes over from in this loop (Wan 2.2): what agreed then is not asked again."""
+        for other in self._denoisers.values():
+            history = other.history if other is not denoiser and other.clock is denoiser.clock else None
+            # More of them than this loop's steps so far are of a loop before it.
+            if (
+                history is not None
+                and history.rows == formula.rows
+                and len(history.similarity["noise"]) < self._clock.steps
+            ):
+                return {space: list(values) for space, values in history.similarity.items()}
+        return {"denoised": [], "noise": []}
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""

@@ -4,6 +4,9 @@ import copy
 import json
 
 import diffusers
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from tiny import PIPELINES, counting, run
@@ -15,6 +18,7 @@ from diffusers_guidance import (
     CalibrationMismatch,
     EveryStep,
     Fit,
+    GuidanceError,
     Guider,
     LinearAG,
     Schedule,
@@ -28,6 +32,7 @@ from diffusers_guidance.pipelines.calibrate import Recorder, calibrate_on_ray, g
 from diffusers_guidance.pipelines.fingerprint import module_fingerprint, setting
 from diffusers_guidance.spaces import spaces
 
+SPACES = ("denoised", "noise")
 STEPS = 5
 SCALE = 4.0
 PROMPTS = ["a red apple", "a tiger", "a rocket"]
@@ -141,6 +146,25 @@ def test_gains_of_ddim_are_an_euler_step_in_rho():
         assert gains(table)[i] == pytest.approx(float(mended), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
+        lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+        lambda: diffusers.DDIMScheduler(
+            rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+        ),
+    ],
+    ids=["Heun", "Euler", "zero SNR"],
+)
+def test_every_step_from_pure_noise_on_has_a_gain(scheduler):
+    made = scheduler()
+    made.set_timesteps(STEPS)
+    found = torch.tensor(gains(spaces(made)))
+    assert found.isfinite().all() and (found > 0).all()
+    assert found[0] > 0.1 * found.max()
+
+
 # Calibrating
 
 
@@ -161,6 +185,46 @@ def test_similarities_are_those_of_the_report(pipe):
     for space, values in (("denoised", "similarity"), ("noise", "similarity_noise")):
         expected = torch.tensor([getattr(step, values) for step in handle.report.steps]).T
         torch.testing.assert_close(found.similarity(space), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_image_to_image_is_calibrated_from_where_it_begins(tmp_path):
+    entry = PIPELINES["StableDiffusionImg2ImgPipeline"]
+    pipe, path = entry.build(), tmp_path / "calibration.safetensors"
+    settings = {"num_inference_steps": 10, "guidance_scale": SCALE, "trajectories": 2, "path": path, "strength": 0.5}
+
+    def picture():
+        return PIL.Image.fromarray(np.full((16, 16, 3), 90, np.uint8))
+
+    found = calibrate(pipe, PROMPTS, image=picture(), **settings)
+    assert found.steps == found.denoisers["unet"].steps == len(found.gains) == 5
+    assert found.setting["timesteps"] == pipe.scheduler.timesteps[5:].tolist()
+    assert calibrate(pipe, PROMPTS, image=picture(), **settings).trajectories == 2  # an equal picture is the same
+    with pytest.raises(CalibrationMismatch, match="arguments"):
+        calibrate(pipe, PROMPTS, image=PIL.ImageOps.invert(picture()), **settings)
+
+    call = {"image": picture(), "guidance_scale": SCALE, "num_inference_steps": 10, "output_type": "latent"}
+    with attach(pipe, CFG(), search(found, 7)) as handle:
+        pipe(PROMPTS[0], strength=0.5, **call)
+        assert handle.report.nfe == 7
+        with pytest.raises(ValueError, match="the schedule has 5 steps, the run 8"):
+            pipe(PROMPTS[0], strength=0.8, **call)
+
+
+def test_predictions_that_are_not_finite_are_refused(pipe, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    calls = []
+
+    def spoil(module, args, output):
+        calls.append(1)
+        if len(calls) == STEPS + 2:  # in the second batch
+            output[0][-1, 0, 0, 0] = torch.nan
+
+    hook = pipe.unet.register_forward_hook(spoil)
+    with pytest.raises(GuidanceError, match="seeds 2 to 3 are not all finite"):
+        calibration_of(pipe, path=path)
+    hook.remove()
+    assert Calibration.load(path).trajectories == 2
+    assert calibration_of(pipe, path=path).trajectories == 6
 
 
 def test_shares_add_up_and_negative_prompts_take_turns(pipe):
@@ -208,6 +272,7 @@ def test_ray_workers_make_the_same(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     path, seen = tmp_path / "calibration.safetensors", []
     first = calibration_of(pipe, trajectories=3, share=(0, 2), path=f"{path}.0-of-2")  # of an interrupted call
+    calibration_of(pipe, trajectories=5, share=(1, 2), path=f"{path}.1-of-2")  # of one that asked for more
     shared = calibrate_on_ray(
         lambda: pipe, PROMPTS, shares=2, trajectories=3, num_inference_steps=STEPS, guidance_scale=SCALE,
         height=16, width=16, path=path, progress=lambda *at: seen.append(at),
@@ -303,15 +368,14 @@ def test_two_experts_have_a_history_and_a_fit_each():
         run(pipe, entry, steps=6, guidance_scale_2=3.0)
     assert set(recorder.histories) == set(entry.denoisers)
     moments = {
-        name: Moments(
-            first, gram(history.cond, history.uncond), {s: history.agreement(s).T for s in ("denoised", "noise")}
-        )
+        name: Moments(first, gram(history.cond, history.uncond), {})
         for name, (first, history) in recorder.histories.items()
     }
     assert sum(each.steps for each in moments.values()) == len(pipe.scheduler.timesteps)
     scales = {step.denoiser: step.guidance_scale for step in handle.report.steps}
     assert len({*scales.values()}) == 2  # a scale each
-    made = setting(pipe, "transformer", scales["transformer"]) | {"gains": [1.0] * 6, "guidance_scale": scales}
+    table = pipe.scheduler.timesteps.tolist()
+    made = setting(pipe, "transformer", scales["transformer"], table) | {"gains": [1.0] * 6, "guidance_scale": scales}
     found = Calibration(made, moments, {"": 1})
     assert search(found, nfe=8, skip=False).nfe == 8
     starts = {each.first for each in moments.values()}
@@ -321,6 +385,22 @@ def test_two_experts_have_a_history_and_a_fit_each():
     assert handle.report.nfe == 6 + 2
     with attach(pipe, CFG(), Schedule(actions, found)), pytest.raises(CalibrationMismatch, match="transformer_2"):
         run(pipe, entry, steps=6, guidance_scale_2=3.5)
+
+
+def test_what_agreed_with_one_expert_is_not_asked_of_the_next():
+    entry = PIPELINES["WanPipeline, two experts"]
+    if not entry.available:
+        pytest.skip("this diffusers has no WanPipeline")
+    pipe = entry.build()
+    with attach(pipe, CFG(), AdaptiveGuidance(1e-6)) as handle:
+        run(pipe, entry, steps=6, guidance_scale_2=3.0)
+        run(pipe, entry, steps=6, guidance_scale_2=3.0)  # a run knows nothing of the one before
+    steps = handle.report.steps
+    new = [i for i in range(6) if i == 0 or steps[i].denoiser != steps[i - 1].denoiser]
+    assert len(new) == 2
+    assert [step.action[0] for step in steps] == ["both"] + ["conditional"] * 5
+    assert [i for i in range(6) if steps[i].nfe == 2] == new  # its guidance is found out at its first step
+    assert steps[5].note == "similarity reached 1e-06 at step 0"
 
 
 # Refusing
@@ -405,6 +485,14 @@ def test_fingerprints_hold_for_the_same_weights_alone(pipe):
         parameter.data += 0.01 * parameter.data.std() * torch.randn_like(parameter)
     assert differences(tuned) == ["unet.weights differ"]
     assert differences(tuned.to(torch.float16)) == ["unet.weights differ"]
+    kinds = {name.rpartition(".")[0].rpartition(".")[2] for name, each in pipe.unet.named_parameters() if each.ndim > 1}
+    assert {"to_q", "to_k", "to_v", "proj_in", "conv1"} <= kinds
+    for kind in kinds:  # adapters fused to one kind of matrix in all blocks
+        fused = copy.deepcopy(pipe.unet)
+        for name, parameter in fused.named_parameters():
+            if f".{kind}.weight" in f".{name}":
+                parameter.data += 0.1 * parameter.data.std() * torch.randn_like(parameter)
+        assert differences(fused) == ["unet.weights differ"], kind
     assert _differences({"timesteps": [900.0, 400.0]}, {"timesteps": [900.0, 500.0]}, "").__next__() == (
         "timesteps[1]: 500.0, calibrated for 400.0"
     )
@@ -458,7 +546,8 @@ def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
     with attach(pair.classic, CFG(), recorder := Recorder()):
         pair.run_classic(2)
         ((name, (first, history)),) = recorder.histories.items()
-        made = setting(pair.classic, name, pair.family.scale) | {"gains": [1.0] * steps}
+        table = pair.classic.scheduler.timesteps.tolist()
+        made = setting(pair.classic, name, pair.family.scale, table) | {"gains": [1.0] * steps}
     similarity = {space: history.agreement(space).T for space in ("denoised", "noise")}
     found = Calibration(made, {name: Moments(first, gram(history.cond, history.uncond), similarity)}, {"": 2})
     with attach(pair.classic, CFG(), Schedule(["both", "both", "extrapolate", "both", "extrapolate"], found)):
@@ -530,6 +619,20 @@ def test_threshold_saves_the_share_asked_for(seed, save):
         crossed = [i for i, value in enumerate(curve.tolist()) if value >= policy.threshold]
         nfe += steps + (crossed[0] + 1 if crossed else steps)
     assert 1 - nfe / (2 * steps * n) == pytest.approx(save, abs=0.01)
+
+
+def test_threshold_knows_that_a_second_denoiser_begins_in_full(seed):
+    steps, n = 20, 200
+    rising = 1 - torch.rand(n, 1) * 0.5 * (1 - torch.linspace(0, 0.99, steps)) - 0.01 * torch.rand(n, steps)
+    calibration = with_similarity(rising[:, :12], rising[:, :12])
+    calibration.denoisers["second"] = Moments(12, torch.eye(16).double()[None], {s: rising[:, 12:] for s in SPACES})
+    calibration.setting["timesteps"] = [0.0] * steps
+    policy = AdaptiveGuidance.from_calibration(calibration, 0.25)
+    nfe = 0
+    for curve in rising:
+        crossed = [i for i, value in enumerate(curve.tolist()) if value >= policy.threshold]
+        nfe += sum(2 if not crossed or t <= crossed[0] or t == 12 else 1 for t in range(steps))
+    assert 1 - nfe / (2 * steps * n) == pytest.approx(0.25, abs=0.01)
 
 
 def test_threshold_is_taken_in_the_space_that_separates_steps():

@@ -205,6 +205,23 @@ def test_norm_dim_must_leave_the_batch_alone(draw):
         kernels.guide(x, c, u, None, 1.0, -1.0, APG(5.0, norm_dim=(-3, -1)), backend="torch")
 
 
+@pytest.mark.parametrize("norm_dim", [(), (0,), (0, 2)])
+def test_groups_within_a_sample_alone(norm_dim):
+    c, u = torch.randn(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="at least one, not the batch"):
+        kernels.guide(c, c, u, None, 1.0, -1.0, APG(5.0, norm_dim=norm_dim), backend="torch")
+
+
+def test_ace_steps_preset_is_what_its_pipeline_does(seed):
+    """By diffusers' own listing, on the velocity: there denoised = -velocity, up to the sample."""
+    apg = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance", reason="this diffusers has no APG")
+    c, u = torch.randn(2, 2, 30, 8, dtype=torch.float64)
+    preset = APG.preset("ace-step", guidance_scale=7.0)
+    expected = apg.normalized_guidance(c, u, 7.0 - 1, None, 0.0, preset.norm_threshold, True, preset.norm_dim)
+    found, _ = kernels.guide(c, c, u, None, 0.0, 1.0, preset, backend="torch")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_presets_by_name_and_by_pipeline():
     class StableDiffusionXLAnythingPipeline: ...
 
@@ -212,7 +229,7 @@ def test_presets_by_name_and_by_pipeline():
 
     assert APG.preset("sdxl") == APG.preset(StableDiffusionXLAnythingPipeline()) == PRESETS["sdxl"].rule
     assert APG.preset(SomePipeline()) == PRESETS["normalised"].rule
-    assert APG.preset("ace-step", guidance_scale=9.0) == APG(9.0, momentum=-0.75, norm_threshold=2.5)
+    assert APG.preset("ace-step", guidance_scale=9.0) == APG(9.0, momentum=-0.75, norm_threshold=2.5, norm_dim=(1,))
     assert all(preset.source for preset in PRESETS.values())
     with pytest.raises(ValueError, match=r"family='sd9'.*sdxl"):
         APG.preset("sd9")

@@ -1,5 +1,6 @@
 """The search for policies: the closed form against brute force, real runs, the paper's search, the frontier."""
 
+import copy
 import itertools
 import json
 
@@ -27,7 +28,7 @@ from diffusers_guidance.pipelines.calibrate import gram
 from diffusers_guidance.pipelines.fidelity import Fidelity, psnr, ssim
 from diffusers_guidance.pipelines.frontier import OURS, Row, best_at, frontier, plot
 from diffusers_guidance.pipelines.nas import Mixture, _run, checkpointed
-from diffusers_guidance.policies import published
+from diffusers_guidance.policies import NFES, published
 from diffusers_guidance.schedules import climb, even, predicted_error, shortlist
 
 STEPS = 6
@@ -100,6 +101,67 @@ def test_closed_form_is_the_best_of_all_schedules(seed, skip, parts):
         assert found.nfe == (2 * n if skip else 8 + n)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_evaluation_left_over_goes_where_it_helps_most(seed, parts):
+    calibration = invented(8, parts)
+    for nfe in range(2 * parts + 1, 16, 2):
+        actions = search(calibration, nfe - 1).actions
+        places = [t for t in range(8) if actions[t] == "neither"]
+        tried = [Schedule((*actions[:t], "extrapolate", *actions[t + 1 :]), calibration) for t in places]
+        found = search(calibration, nfe)
+        assert found.nfe == nfe
+        assert predicted_error(found) == pytest.approx(min(map(predicted_error, tried)), rel=1e-9)
+
+
+@pytest.mark.parametrize("free", [[1], [3, 4], [1, 2, 3, 4, 5, 6, 7]])
+def test_steps_that_move_nothing_are_left_out_first(seed, free):
+    calibration = invented(8)
+    for t in free:
+        calibration.setting["gains"][t] = 0.0
+    for skip, least in ((True, 2), (False, 9)):
+        for nfe in range(least, 17):
+            assert search(calibration, nfe, skip=skip).nfe == nfe
+    left = search(calibration, 2 * (8 - len(free)))
+    assert predicted_error(left) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("nfe", [8, 11, 12])
+def test_no_candidate_exceeds_the_budget_with_denoisers_that_take_turns(seed, nfe):
+    """A denoiser's first step is evaluated in full, whatever the schedule says."""
+    calibration = invented(10, 2)
+    tried = []
+
+    def measure(schedule):
+        evaluated = ["both" if t in (0, 5) else action for t, action in enumerate(schedule.actions)]
+        tried.append(sum(NFES[action] for action in evaluated))
+        assert schedule.nfe == tried[-1]
+        return float(torch.rand(()))
+
+    climb(shortlist(calibration, nfe), measure, 30)
+    assert len(tried) >= 3
+    assert max(tried) <= nfe
+
+
+def test_predicted_error_by_channel(seed):
+    c, u = torch.randn(2, 6, 4, 3, 20, dtype=torch.float64).cumsum(1)
+    calibration = invented(6)
+    pooled = copy.deepcopy(calibration)
+    calibration.denoisers["part0"] = Moments(0, gram(c, u, per_channel=True), {})
+    actions, fit = ["both", "both", "neither", "extrapolate", "both", "neither"], Fit(per_channel=True)
+    own = [copy.deepcopy(calibration) for _ in range(3)]
+    for i, each in enumerate(own):
+        each.denoisers["part0"] = Moments(0, gram(c[:, :, i : i + 1], u[:, :, i : i + 1]), {})
+    none = (calibration.gains[1:] * (SCALE - 1) * (c - u)[1:].flatten(1).norm(dim=1)).norm()
+    none_each = [
+        (each.gains[1:] * (SCALE - 1) * (c - u)[1:, :, i].flatten(1).norm(dim=1)).norm() for i, each in enumerate(own)
+    ]
+    parts = [predicted_error(Schedule(actions, each)) * float(size) for each, size in zip(own, none_each, strict=True)]
+    expected = sum(part**2 for part in parts) ** 0.5 / float(none)
+    assert predicted_error(Schedule(actions, calibration, fit)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(CalibrationMismatch, match="per_channel=True"):
+        search(pooled, 6, fit=fit)
+
+
 def deltas_alone(schedule):
     total = 0.0
     for moments in schedule.calibration.denoisers.values():
@@ -149,7 +211,7 @@ def test_cheapest_schedule_under_an_error(seed):
     calibration = invented(7)
     found = search(calibration, error=0.1)
     assert predicted_error(found) <= 0.1
-    assert predicted_error(search(calibration, found.nfe - 2)) > 0.1
+    assert predicted_error(search(calibration, found.nfe - 1)) > 0.1
     assert search(calibration, error=0).nfe == 14
 
 
@@ -326,6 +388,17 @@ def test_search_by_gradients_keeps_to_the_budget_and_leaves_the_pipeline_alone(p
     assert "forward" not in vars(pipe.unet)
     with pytest.raises(ValueError, match="nfe=4: from 5 to 8"):
         search_nas(pipe, PROMPTS, 4, num_inference_steps=4)
+
+
+def test_search_by_gradients_counts_a_solvers_stages(pipe):
+    other = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    other.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    call = {"num_inference_steps": 3, "guidance_scale": SCALE, "iterations": 1, **SIZE}  # 5 evaluations
+    assert search_nas(other, PROMPTS, 9, **call).nfe == 9
+    for nfe in (5, 11):
+        with pytest.raises(ValueError, match=f"nfe={nfe}: from 6 to 10"):
+            search_nas(other, PROMPTS, nfe, **call)
 
 
 # The frontier
