@@ -317,6 +317,14 @@ class Calibration:
             )
             for name, first in described["first"].items()
         }
+        total = len(described["setting"]["timesteps"])
+        for name, moments in denoisers.items():
+            square = moments.gram.ndim == 3 and moments.gram.shape[1] == moments.gram.shape[2] == 2 * moments.steps
+            if not (square and moments.first + moments.steps <= total and moments.gram.isfinite().all()):
+                raise CalibrationMismatch(
+                    f"{path} is damaged: the Gram matrices {tuple(moments.gram.shape)} of {name} are not those of "
+                    f"{total} timesteps, or not finite. Calibrate anew"
+                )
         return cls(described["setting"], denoisers, described["prompts"])
 
 

@@ -277,7 +277,8 @@ def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
     columns = out.numel() // rows
     coefficients = coefficients.to(history.device, torch.float32).contiguous()
     with _on(history.device):
-        programs.extrapolate_kernel[(rows, triton.cdiv(columns, TILE))](
+        # CUDA allows 65535 programs along all axes but the first: a video's numbers go there.
+        programs.extrapolate_kernel[(triton.cdiv(columns, TILE), rows)](
             history, coefficients, out, count, history.stride(0), channels, columns,
             TILE=TILE, num_warps=THREADS // _warp(history.device),
         )  # fmt: skip

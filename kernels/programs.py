@@ -276,8 +276,8 @@ def similarity_kernel(partials, out, b, parts):
 @triton.jit
 def extrapolate_kernel(history, coefficients, out, count, step_stride, channels, columns, TILE: tl.constexpr):
     """out[row, j] = sum_k coefficients[k, row % channels] * history[k, row, j]."""
-    row = tl.program_id(0)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1)
+    column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = column < columns
     offsets = row.to(tl.int64) * columns + column
     factor = coefficients + row % channels

@@ -433,6 +433,18 @@ def test_other_files_are_refused(tmp_path):
         Calibration.load(tmp_path / "weights")
 
 
+@pytest.mark.parametrize("damage", ["values", "steps"])
+def test_damaged_files_are_refused(pipe, tmp_path, damage):
+    found = calibration_of(pipe, trajectories=1)
+    if damage == "values":
+        found.denoisers["unet"].gram[0, 1, 1] = torch.nan
+    else:
+        found.setting["timesteps"].pop()
+    found.save(tmp_path / "file")
+    with pytest.raises(CalibrationMismatch, match="file is damaged: the Gram matrices"):
+        Calibration.load(tmp_path / "file")
+
+
 def test_runs_of_anything_else_are_refused_by_name(pipe):
     found = calibration_of(pipe)
     usual = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "height": 16, "width": 16, "output_type": "latent"}

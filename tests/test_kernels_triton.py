@@ -229,6 +229,14 @@ def test_similarity_against_the_reference():
     assert fine.isfinite()
 
 
+def test_a_batch_of_nobody():
+    nobody = torch.empty(0, 4, 5, 6, device=DEVICE)
+    assert kernels.similarity(nobody, nobody, nobody, 1.0, -1.0, backend="triton").shape == (0,)
+    for rule in (CFG(5.0), APG(5.0, norm_dim=(-2, -1)), OnlyTorch()):
+        for made in kernels.guide(nobody, nobody, nobody, None, 1.0, -1.0, rule, backend="triton"):
+            assert made.shape == nobody.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels", [(), (5,)])
 def test_extrapolate_against_the_reference(dtype, channels):
