@@ -23,7 +23,7 @@ SCALE = 15.0
 SEED = 1000
 GRID = [
     APG(SCALE, momentum, norm_threshold, eta)
-    for eta, momentum, norm_threshold in itertools.product((0.0, 0.5, 1.0), (0.0, -0.5), (1.0, 2.0, 3.0, 5.0, 8.0))
+    for eta, momentum, norm_threshold in itertools.product((0.0, 0.5, 1.0), (0.0, -0.5), (1.0, 2.0, 3.0, 5.0, 6.0, 8.0))
 ]
 POLICIES = {"": EveryStep(), "+AG": AdaptiveGuidance()}
 PAIRS: dict[str, tuple[Rule, Policy]] = {f"CFG@{scale:g}": (CFG(scale), EveryStep()) for scale in (5.0, SCALE)}
@@ -47,7 +47,8 @@ def pictures(bundled: Bundled, rule: Rule, policy: Policy, texts: list[str]) -> 
 def table(rows: dict[str, dict[str, float]]) -> str:
     lines = ["| rule + policy | saturation | of CFG@5's | contrast | nearest one fits |", "|---|---:|---:|---:|---:|"]
     of = rows["CFG@5"]["saturation"]
-    for label, row in rows.items():
+    for label in (label for label in PAIRS if label in rows):
+        row = rows[label]
         seen = f"{row['saturation']:.3f} | {row['saturation'] / of - 1:+.1%} | {row['contrast']:.3f}"
         lines.append(f"| {label} | {seen} | {row['retrieval']:.1%} |")
     return "\n".join(lines) + "\n"
