@@ -314,6 +314,11 @@ class Formula:
     mixed: str = ""
 
     @property
+    def calls(self) -> int:
+        """Of the denoiser, at a guided step."""
+        return 1 if self.batched else self.branches
+
+    @property
     def others(self) -> list[int]:
         """Which branches a sample without guidance leaves out."""
         return [i for i in range(self.branches) if i != self.cond_index]

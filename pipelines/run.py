@@ -277,6 +277,12 @@ class Run:
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
     ) -> Seen:
         """The step, once the pipeline's formula has reproduced `output`; where that can be left for later, at once."""
+        formula, calls = denoiser.formula, len(denoiser.outputs)
+        assert formula is not None
+        if calls != formula.calls:
+            self._identify_anew(
+                denoiser, output, sample, f"{formula} held until now, but here the denoiser was called {calls} times"
+            )
         seen = self._see(denoiser, output, sample, evaluated, unguided)
         if not self._acts and denoiser.formula is not None and denoiser.formula.is_read:
             return seen
@@ -388,6 +394,9 @@ class Run:
         """What to turn off where a pipeline's treatment of its predictions is not understood."""
         names = [name for name in ("guidance_rescale", "cfg_normalization") if self._option(name) > 0]
         advice = [f"call it with {name}=0" for name in names]
+        if len({y.shape for y in denoiser.outputs}) > 1:
+            more = "skip-layer, spatio-temporal or self-attention guidance, modality isolation"
+            advice.append(f"turn off what calls {denoiser.name} once more at a step ({more})")
         return "".join(f"{each}, or " for each in advice)
 
     def _space(self, c: Tensor, sample: Tensor) -> Space | None:

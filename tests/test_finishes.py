@@ -3,8 +3,10 @@
 import conformance
 import diffusers
 import pytest
+import tiny_image
 import torch
 from tiny import PIPELINES, counting, run
+from tiny_core import lively
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, StepAG, UnsupportedPipeline, attach
 
@@ -95,3 +97,23 @@ def test_what_is_not_understood_is_refused_to_rules_but_not_to_policies():
     assert handle.report.nfe == 6
     with attach(pipe, CFG(), EveryStep()), pytest.raises(UnsupportedPipeline, match="call it with guidance_rescale=0"):
         run(pipe, entry, 4, 2, **options)
+
+
+@pytest.mark.parametrize("rule", [CFG(), LIKE_CFG])
+def test_a_further_evaluation_in_mid_run_is_not_overlooked(rule):
+    """Skip-layer guidance begins after the first step; in half precision its effect may be within rounding."""
+    entry = PIPELINES["StableDiffusion3Pipeline"]
+    pipe = entry.build()
+    pipe.transformer = lively(diffusers.SD3Transformer2DModel(**{**tiny_image.SD3, "num_layers": 12}))
+    block = lively(pipe.transformer.transformer_blocks[6], seed=6)
+    for layer in (block.attn.to_out[0], block.ff.net[2]):  # a block that does less than the others
+        layer.weight.mul_(0.05)
+        layer.bias.mul_(0.05)
+    pipe.to(torch.bfloat16)
+    call = {k: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) else v for k, v in entry.call().items()}
+    further = {"skip_guidance_layers": [6], "skip_layer_guidance_stop": 1.0, "skip_layer_guidance_scale": 1.4}
+    with (
+        attach(pipe, rule, EveryStep()),
+        pytest.raises(UnsupportedPipeline, match=r"called 2 times.*turn off what calls transformer once more"),
+    ):
+        run(pipe, entry, 6, **{**call, "guidance_scale": 7.0, **further})
