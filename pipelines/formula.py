@@ -367,6 +367,8 @@ class Formula:
 
     def finished(self, g: Tensor, c: Tensor, around: Around) -> Tensor:
         """The pipeline's own treatment of a combined prediction."""
+        if not self.finish:
+            return g.to(self.dtype)
         if self.anchor == "denoised":
             g, c = around.denoised(g), around.denoised(c)
         return self._finished(g, c, around)

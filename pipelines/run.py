@@ -239,7 +239,9 @@ class Run:
             before = torch.zeros_like(carried) if momentum is None else momentum
             denoiser.momentum = pick(unguided, before, carried)
         g = pick(unguided, c, g)
-        return formula.finished(g, c, self._around(sample)).masked_fill(g == 0, 0)  # which scaling may make 0/0 of
+        finished = formula.finished(g, c, self._around(sample))
+        # A prediction of zero may have been scaled by 0/0.
+        return finished.masked_fill((g == 0) & finished.isnan(), 0) if formula.finish else finished
 
     def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
