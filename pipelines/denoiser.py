@@ -255,7 +255,7 @@ class Denoiser:
             return ""
         names = batch.doubts((args, dict(kwargs)), n * groups, groups)
         names += [name for name, value in kwargs.items() if "cache" in name and value is not None]
-        readings = batch.READINGS if names else batch.READINGS[:1]
+        trials = _TRIALS if names else 1
         if groups > 2:
             names.append("its third branch")  # perturbed attention, say, needs all branches to be there
         if mixes_rows(self.module):
@@ -269,7 +269,7 @@ class Denoiser:
         expected = exact(whole[index])
         close = max(1e-4, 2 * torch.finfo(whole.dtype).eps) * float(expected.norm())
         why = f"because of {', '.join(names)}"
-        for self.reading in readings:
+        for self.reading in _readings(args, kwargs, n * groups, index)[:trials]:
             self.nfe += len(index)
             try:
                 part = batch.prediction(self._call_part(call, args, kwargs, n * groups, index))
@@ -294,7 +294,7 @@ class Denoiser:
             return
         kept, source = _kept(formula, [False] * formula.rows)
         expected = batch.take(whole, total, [kept[i] for i in source])
-        for self.reading in batch.READINGS:
+        for self.reading in _readings(args, kwargs, total, kept)[:_TRIALS]:
             try:
                 found = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
             except _MISFITS:
@@ -305,6 +305,8 @@ class Denoiser:
 
 
 _OUTPUT = batch.Reading(elements=True, folded=False, second=False)
+_TRIALS = 2
+"""How many ways to take a part of a batch are tried at most: what cannot be skipped must not cost much either."""
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
@@ -323,6 +325,16 @@ def _kept(formula: Formula, evaluates: list[bool]) -> tuple[list[int], list[int]
     return kept, [place.get(row, place[formula.cond_index * n + row % n]) for row in range(total)]
 
 
+def _readings(args: tuple, kwargs: dict, rows: int, index: list[int]) -> list[batch.Reading]:
+    """Those that cut the arguments in ways of their own, the likely ones first."""
+    found: dict[tuple, batch.Reading] = {}
+    # A network that takes its samples as a list takes everything else as one.
+    likely = [r for r in batch.READINGS if r.elements] if isinstance(_sample(args, kwargs), list) else []
+    for reading in (*likely, *batch.READINGS):
+        found.setdefault(tuple(_shapes(batch.take((args, dict(kwargs)), rows, index, reading))), reading)
+    return list(found.values())
+
+
 def _shapes(tree: Any) -> list[torch.Size]:
     return [tensor.shape for tensor in batch.tensors(tree)]
 
@@ -336,11 +348,15 @@ def _close(tree: Any, other: Any) -> bool:
     return True
 
 
-def _rows(args: tuple, kwargs: dict) -> int:
-    """Rows of a denoiser call: those of its first argument that has any."""
+def _sample(args: tuple, kwargs: dict) -> Tensor | list[Tensor] | None:
+    """The first argument of a denoiser call that has rows."""
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0]
-        if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            return len(value)
-    return 0
+        tensor = isinstance(value, Tensor) and value.ndim > 0
+        if tensor or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+            return value
+    return None
+
+
+def _rows(args: tuple, kwargs: dict) -> int:
+    sample = _sample(args, kwargs)
+    return 0 if sample is None else len(sample)

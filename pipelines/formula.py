@@ -2,21 +2,28 @@
 
 Classifier-free guidance differs between pipelines in a handful of independent ways: one call on a batch of all
 branches or one call for each, in any order; which part of the output counts, in which layout and with which sign
-(`View`); `u + s (c - u)` or `c + s (c - u)`; in which precision; whether the sample is mixed in; and what is done
-to the result (`finish`). `identify` searches their product for the one that reproduces the pipeline's own number,
-so no table of pipelines is needed and a wrong guess cannot pass: exact equality with the pipeline's live scale
-first, then with a scale solved for by least squares, equality up to rounding next, and last with the sample as a
-third vector. Residuals are measured against c - u, not against the prediction. Once a formula is known, checking it
+(`View`); `u + s (c - u)` or `c + s (c - u)`; in which precision; what the network predicts, where that is not what
+the scheduler wants (`NETWORKS`); and what is done to the result (`FINISHES`). `identify` searches their product for
+the one that reproduces the pipeline's own number, so no table of pipelines is needed and a wrong guess cannot pass:
+exact equality with the pipeline's live scale first, then with a scale solved for by least squares, equality up to
+rounding next. Residuals are measured against c - u, not against the prediction. Once a formula is known, checking it
 at a later step waits for nothing on the device: see `Residual`.
+
+What is left is tried as a mixture `alpha * sample + beta * combination`, solved for at every step. That explains any
+one sample's rescaling too, which would be another one for another combination: enough to leave evaluations out, not
+to put a rule in the combination's place.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from diffusers_guidance.spaces import Space
 
 Scales = Mapping[str, Callable[[], Any]]
 """Where the pipeline's guidance scale may be read, by name."""
@@ -125,34 +132,121 @@ def _parts(branch: torch.Size, target: torch.Size, sample: torch.Size | None) ->
             yield View(shape, tokens=True)
 
 
-def rescale(g: Tensor, c: Tensor, phi: float) -> Tensor:
+@dataclass(frozen=True)
+class Around:
+    """What a pipeline's treatment of its predictions at a step may depend on beside them.
+
+    Args:
+        sample: the scheduler's; None: not known.
+        space: of the scheduler's predictions; None: not known.
+        rescale: the call's `guidance_rescale`.
+        norm: the call's `cfg_normalization`.
+    """
+
+    sample: Tensor | None = None
+    space: Space | None = None
+    rescale: float = 0.0
+    norm: float = 0.0
+
+    def through(self, view: View) -> "Around":
+        """The same with a sample of the view's rows."""
+        return self if self.sample is None else replace(self, sample=view.working(self.sample))
+
+    def fits(self, y: Tensor) -> bool:
+        """Whether denoised predictions can be formed from ones like `y`, and the other way round."""
+        return self.space is not None and self.space.b != 0 and self.sample is not None and self.sample.shape == y.shape
+
+    @property
+    def known(self) -> tuple[Tensor, Space]:
+        assert self.sample is not None and self.space is not None
+        return self.sample, self.space
+
+    def denoised(self, y: Tensor) -> Tensor:
+        x, space = self.known
+        return space.a * x + space.b * y.to(x.dtype)  # which may be float32 beside a network in half precision
+
+    def predicted(self, denoised: Tensor) -> Tensor:
+        x, space = self.known
+        return (denoised - space.a * x) / space.b
+
+
+class Network(NamedTuple):
+    """What a network predicts, where that is not what the scheduler wants.
+
+    Args:
+        reads: (a, b) of denoised = a * sample + b * output, from sigma.
+        least: the least that the pipeline divides by on the way from there to what the scheduler wants.
+    """
+
+    reads: Callable[[float], tuple[float, float]]
+    least: float = 0.0
+
+    def mixing(self, space: Space) -> tuple[float, float, float]:
+        """(alpha, beta) of the scheduler's prediction, alpha * sample + beta * output: both denoise to the same.
+
+        And how large the terms are, in samples, of which alpha * sample is what is left.
+        """
+        a, b = self.reads(space.sigma)
+        divisor = math.copysign(max(abs(space.b), self.least), space.b)
+        return (a - space.a) / divisor, b / divisor, (abs(a) + abs(space.a)) / abs(divisor)
+
+
+NETWORKS = {
+    "x0": Network(lambda sigma: (0.0, 1.0), 0.05),  # PRX in pixels
+    # Of x = x0 + sigma eps: F of EDM (arXiv 2206.00364, table 1, with sigma_data = 1), as the latent upscaler's; and
+    # the velocity eps - x0 of x / (1 + sigma) = (1 - t) x0 + t eps, where t = sigma / (1 + sigma), as Cosmos 2's.
+    "EDM's F": Network(lambda sigma: (1 / (1 + sigma**2), sigma / math.hypot(1, sigma))),
+    "the rescaled sample's velocity": Network(lambda sigma: (1 / (1 + sigma), -sigma / (1 + sigma))),
+}
+
+SOLVED = "solved for"
+"""Of a mixture with the sample of which only the numbers are known, at every step anew."""
+
+
+def rescale(g: Tensor, c: Tensor, around: Around) -> Tensor:
     """The pipelines' `guidance_rescale` (arXiv 2305.08891, eq. 15-16), in their own order of operations."""
-    dim = list(range(1, c.ndim))
+    dim, phi = list(range(1, c.ndim)), around.rescale
     ratio = c.std(dim=dim, keepdim=True) / g.std(dim=dim, keepdim=True)
     return phi * (g * ratio) + (1 - phi) * g
 
 
-def match_norm(g: Tensor, c: Tensor, phi: float) -> Tensor:
+def match_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
     """The conditional prediction's norm along the last dimension (Qwen-Image, Lumina 2 and kin)."""
     return g * (torch.norm(c, dim=-1, keepdim=True) / torch.norm(g, dim=-1, keepdim=True))
 
 
-def cap_norm(g: Tensor, c: Tensor, phi: float) -> Tensor:
+def cap_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
     """The same, but only where that is the smaller one (LongCat-Image)."""
     cond_norm, norm = torch.norm(c, dim=-1, keepdim=True), torch.norm(g, dim=-1, keepdim=True)
     return g * (cond_norm / (norm + 1e-8)).clamp(min=0.0, max=1.0)
 
 
-def leave(g: Tensor, c: Tensor, phi: float) -> Tensor:
+def cap_whole_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
+    """At most `cfg_normalization` times the conditional prediction's norm, of a sample as a whole (Z-Image)."""
+    limit, norm = (torch.linalg.vector_norm(t, dim=list(range(1, t.ndim)), keepdim=True) for t in (c, g))
+    return g * (limit * around.norm / norm).clamp(max=1.0)
+
+
+def leave(g: Tensor, c: Tensor, around: Around) -> Tensor:
     return g
 
 
-FINISHES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+FINISHES: dict[str, Callable[[Tensor, Tensor, Around], Tensor]] = {
+    # Where the call asks for it, before the plain combination, which is the same thing until the cap is reached.
+    "at most the norm of c as a whole": cap_whole_norm,
     "": leave,
     "guidance_rescale": rescale,
     "norm of c": match_norm,
     "at most the norm of c": cap_norm,
 }
+"""What is done to a combination g, given c."""
+
+
+def _finishes(around: Around) -> list[str]:
+    """Those that a call like this may ask for."""
+    asked = {"guidance_rescale": around.rescale > 0, "at most the norm of c as a whole": around.norm > 0}
+    return [name for name in FINISHES if asked.get(name, True)]
+
 
 Scale = float | Tensor
 """A pipeline's guidance scale; a tensor where one prediction is guided at several."""
@@ -170,7 +264,16 @@ def lerp(c: Tensor, u: Tensor, s: Scale) -> Tensor:
     return torch.lerp(u, c, s.to(u.dtype) if isinstance(s, Tensor) else s)
 
 
-ANCHORS: dict[str, Callable[[Tensor, Tensor, Scale], Tensor]] = {"u": from_u, "c": from_c, "lerp": lerp}
+def by_difference(c: Tensor, u: Tensor, s: Scale) -> Tensor:
+    return c + (s - 1) * (c - u)
+
+
+ANCHORS: dict[str, Callable[[Tensor, Tensor, Scale], Tensor]] = {
+    "u": from_u,
+    "c": from_c,
+    "lerp": lerp,
+    "denoised": by_difference,
+}
 """Ways to write a combination; each rounds in a way of its own."""
 
 
@@ -186,14 +289,15 @@ class Formula:
         branches: how many predictions of a sample a guided step evaluates.
         cond_index: which of them is the conditional one.
         view: from a branch to the scheduler's prediction and back.
-        anchor: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`, where w = 1 + s; "lerp" for torch's.
+        anchor: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`, where w = 1 + s; "lerp" for torch's;
+            "denoised" for the first of denoised predictions, which is also where it is finished (LTX-2).
         upcast: whether c and u are taken to the scheduler's dtype before they are combined, or the result is.
         finish: what is done to the combination.
         scale: the name its scale is read by; None: solved for at every step.
         rows: samples in the batch.
         dtype: the scheduler's.
         weights: of the other branches in u, in their order; they sum to 1.
-        mixed: whether the prediction is `alpha * sample + beta * combination`, alpha and beta solved at every step.
+        mixed: what the network predicts, a line of NETWORKS; "": what the scheduler wants; or SOLVED.
     """
 
     batched: bool
@@ -207,7 +311,12 @@ class Formula:
     rows: int
     dtype: torch.dtype
     weights: tuple[float, ...] = (1.0,)
-    mixed: bool = False
+    mixed: str = ""
+
+    @property
+    def calls(self) -> int:
+        """Of the denoiser, at a guided step."""
+        return 1 if self.batched else self.branches
 
     @property
     def others(self) -> list[int]:
@@ -234,23 +343,52 @@ class Formula:
         uncond = sum(weight * part for weight, part in zip(self.weights, others, strict=True))
         return parts[self.cond_index], uncond  # type: ignore[return-value]
 
-    def seen(self, half: Tensor) -> Tensor:
+    def seen(self, half: Tensor, around: Around) -> Tensor:
         """A half as the scheduler would get it, one row per sample."""
         y = self.view(half)
-        return y.to(self.dtype) if self.upcast else y
+        if self.upcast:
+            y = y.to(self.dtype)
+        if self.mixed in NETWORKS:
+            x, space = around.known
+            alpha, beta, _ = NETWORKS[self.mixed].mixing(space)
+            y = alpha * x + beta * y.to(x.dtype)
+        return y
 
-    def cut(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def cut(self, outputs: Sequence[Tensor], around: Around) -> tuple[Tensor, Tensor]:
         """(c, u) as the scheduler would get them, from a step's outputs."""
         cond, uncond = self.halves(outputs)
-        return self.seen(cond), self.seen(uncond)
+        return self.seen(cond, around), self.seen(uncond, around)
 
-    def combine(self, c: Tensor, u: Tensor, s: Scale, phi: float) -> Tensor:
+    def combine(self, c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler for (c, u) at its scale `s`, one row per sample."""
-        return self.finished(ANCHORS[self.anchor](c, u, s), c, phi)
+        if self.anchor == "denoised":
+            c, u = around.denoised(c), around.denoised(u)
+        return self._finished(ANCHORS[self.anchor](c, u, s), c, around)
 
-    def finished(self, g: Tensor, c: Tensor, phi: float) -> Tensor:
+    def finished(self, g: Tensor, c: Tensor, around: Around) -> Tensor:
         """The pipeline's own treatment of a combined prediction."""
-        return FINISHES[self.finish](g, c, phi).to(self.dtype)
+        if not self.finish:
+            return g.to(self.dtype)
+        if self.anchor == "denoised":
+            g, c = around.denoised(g), around.denoised(c)
+        return self._finished(g, c, around)
+
+    def _finished(self, g: Tensor, c: Tensor, around: Around) -> Tensor:
+        g = FINISHES[self.finish](g, c, around)
+        return (around.predicted(g) if self.anchor == "denoised" else g).to(self.dtype)
+
+    @property
+    def needs_space(self) -> bool:
+        """Whether it can only be followed where sample and space are known."""
+        return self.anchor == "denoised" or self.mixed in NETWORKS
+
+    def terms(self, y: Tensor, around: Around) -> Tensor:
+        """`y`, one of `cut`, as large as what the pipeline computes with: so much may be lost to rounding."""
+        if not self.needs_space:
+            return y
+        x, space = around.known
+        times = NETWORKS[self.mixed].mixing(space)[2] if self.mixed else 2 * abs(space.a / space.b)
+        return y.abs() + times * x.abs()
 
     def w(self, s: Scale) -> float:
         """The guidance scale that the pipeline's scale `s` amounts to, the largest where there are several."""
@@ -271,8 +409,12 @@ class Formula:
         )
         finish = f", then {self.finish}" if self.finish else ""
         finish += ", mixed with the sample" if self.mixed else ""
+        finish += f" to turn {self.mixed} into what the scheduler wants" if self.mixed in NETWORKS else ""
         s = self.scale or "s"
-        combination = f"lerp(u, c, {s})" if self.anchor == "lerp" else f"{self.anchor} + {s} (c - u)"
+        combination = {
+            "lerp": f"lerp(u, c, {s})",
+            "denoised": f"u + {s} (c - u) of denoised predictions",
+        }.get(self.anchor, f"{self.anchor} + {s} (c - u)")
         return f"{calls}; {self.view}; {combination}{finish}"
 
 
@@ -367,43 +509,61 @@ def _layouts(outputs: Sequence[Tensor], output: Tensor) -> list[tuple[bool, list
     return []
 
 
-def identify(
-    outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, scales: Scales, phi: float
-) -> Identified:
+def identify(outputs: Sequence[Tensor], output: Tensor, scales: Scales, around: Around) -> Identified:
     """Searches for the formula behind `output`, given the outputs of the step's denoiser calls."""
     if not torch.stack([torch.isfinite(t).all() for t in (*outputs, output)]).all():
-        return _identify_finite(outputs, output, sample, scales, phi)
+        return _identify_finite(outputs, output, scales, around)
     live: dict[str, Scale] = {}
     for label, get in scales.items():
         value = _scale(get(), output)
         known = [other for other in live.values() if not isinstance(other, Tensor)]
         if isinstance(value, Tensor) or (value is not None and value not in known):
             live[label] = value
-    formulas = list(_formulas(outputs, output, sample, phi))
+    formulas = list(_formulas(outputs, output, around))
+    plain = [f for f in formulas if not f.finish and f.branches == 2 and f.anchor in ("u", "c")]
+    found = _search(formulas, outputs, output, live, around)
+    if found.formula is None and not found.undetermined:
+        mixed = [replace(f, mixed=network) for f in plain if _mixes(f, outputs, around) for network in NETWORKS]
+        known_mixture = _search(mixed, outputs, output, live, around).formula
+        found = found._replace(formula=known_mixture or _solved(plain, outputs, output, around))
+    return found
+
+
+def _search(
+    formulas: Sequence[Formula],
+    outputs: Sequence[Tensor],
+    output: Tensor,
+    live: Mapping[str, Scale],
+    around: Around,
+) -> Identified:
+    """The first formula that gives `output` exactly, else the first that does up to rounding."""
     for formula in formulas:
-        c, u = formula.cut(outputs)
+        here = around.through(formula.view)
+        c, u = formula.cut(outputs, here)
         target = formula.view.working(output)
         for label, s in live.items() if formula.branches == 2 else ():
-            equal = torch.equal(formula.combine(c, u, s, phi), target)
+            equal = torch.equal(formula.combine(c, u, s, here), target)
             if equal and formula.w(s) > 0 and _differ(c, u, ulps=0.25):
                 return Identified(replace(formula, scale=label), False, "")
 
     best: tuple[float, str] = (float("inf"), "no part of the denoiser's output has the scheduler's shape")
     close: Formula | None = None
-    mixed: Formula | None = None
     undetermined = False
     for formula in formulas:
-        c, u = formula.cut(outputs)
+        here = around.through(formula.view)
+        c, u = formula.cut(outputs, here)
         target = formula.view.working(output)
         if not _differ(c, u):
             undetermined = True
             continue
         size = norm(c - u)
         candidates: list[tuple[str | None, Scale]] = [*(live.items() if formula.branches == 2 else ())]
-        if not formula.finish and formula.anchor != "lerp":
+        if not formula.finish and formula.anchor in ("u", "c"):
             candidates.append((None, formula.solve(c, u, target)))
         for read_by, s in candidates:
-            compared = residual(formula.combine(c, u, s, phi), target, c, u, s)
+            compared = residual(
+                formula.combine(c, u, s, here), target, formula.terms(c, here), formula.terms(u, here), s
+            )
             found = compared.fit(compared.norms.tolist())
             named, w = replace(formula, scale=read_by), formula.w(s)
             if found.equal and w > 0:
@@ -411,22 +571,20 @@ def identify(
             # Rounding must not hide a wrong formula; and a solved scale fits either order of the halves, of which
             # the one that guides towards c is meant.
             strength = w - 1 if formula.anchor == "c" else w
-            if found.fits and found.allowed < 0.1 * strength * size and w >= 1 and close is None:
+            telling = found.allowed < 0.1 * strength * size and w >= 1
+            if found.fits and telling and (close is None or (close.scale is None and read_by is not None)):
                 close = named
             off = found.error / size
             best = min(best, (off, f"{named}, with w = {w:g}, is off by {off:.2g} |c - u|"))
-        plain = not formula.finish and formula.anchor == "u" and formula.branches == 2
-        if plain and mixed is None and sample is not None:
-            mixed = _mixed(formula, c, u, target, formula.view.working(sample))
-    if close is not None or mixed is not None:
-        return Identified(close or mixed, False, "")
+    if close is not None:
+        return Identified(close, False, "")
     return Identified(None, undetermined and best[0] == float("inf"), best[1])
 
 
-def _formulas(outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, phi: float) -> Iterator[Formula]:
+def _formulas(outputs: Sequence[Tensor], output: Tensor, around: Around) -> Iterator[Formula]:
     """Every formula that fits the shapes, plain ones first; the scales are left open."""
-    finishes = [name for name in FINISHES if phi > 0 or name != "guidance_rescale"]
-    shape = None if sample is None else sample.shape
+    finishes = _finishes(around)
+    shape = None if around.sample is None else around.sample.shape
     for batched, parts in _layouts(outputs, output):
         for view in views(parts[0].shape, output.shape, shape):
             target = view.working(output)
@@ -437,14 +595,17 @@ def _formulas(outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, 
                 if not any(torch.equal(view.rest(part, output), rest) for part in parts):
                     continue
             upcasts = (False, True) if parts[0].dtype != output.dtype else (False,)
-            for finish, upcast, cond, anchor in itertools.product(finishes, upcasts, range(len(parts)), ANCHORS):
+            anchors = [name for name in ANCHORS if name != "denoised" or around.through(view).fits(target)]
+            for finish, upcast, cond, anchor in itertools.product(finishes, upcasts, range(len(parts)), anchors):
+                if anchor == "denoised" and upcast != upcasts[-1]:  # there it makes no difference
+                    continue
                 formula = Formula(
                     batched, len(parts), cond, view, anchor, upcast, finish, None, parts[0].shape[0], output.dtype
                 )
                 if len(parts) == 2:
                     yield formula
                 elif not finish and anchor == "u":
-                    weights = _weights(formula, parts, target)
+                    weights = _weights(formula, parts, target, around)
                     if weights is not None:
                         yield replace(formula, weights=weights)
 
@@ -458,11 +619,9 @@ def _differ(c: Tensor, u: Tensor, ulps: float = 2.0) -> bool:
     return norm(c - u) > ulps * torch.finfo(c.dtype).eps * norm(c)
 
 
-def _identify_finite(
-    outputs: Sequence[Tensor], output: Tensor, sample: Tensor | None, scales: Scales, phi: float
-) -> Identified:
+def _identify_finite(outputs: Sequence[Tensor], output: Tensor, scales: Scales, around: Around) -> Identified:
     """`identify` on those samples alone whose predictions are finite."""
-    rows = output.shape[0]
+    rows, sample = output.shape[0], around.sample
     if any(y.shape[0] % rows for y in outputs):
         return Identified(None, False, "some of the predictions are not finite")
     finite = torch.isfinite(output).flatten(1).all(1)
@@ -471,14 +630,15 @@ def _identify_finite(
     if not finite.any():
         return Identified(None, True, "no prediction is finite")
     kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
-    found = identify(kept, output[finite], None if sample is None else sample[finite], scales, phi)
+    around = replace(around, sample=None if sample is None else sample[finite])
+    found = identify(kept, output[finite], scales, around)
     whole = None if found.formula is None else replace(found.formula, rows=rows)
     return found._replace(formula=whole)
 
 
-def _weights(formula: Formula, parts: Sequence[Tensor], target: Tensor) -> tuple[float, ...] | None:
+def _weights(formula: Formula, parts: Sequence[Tensor], target: Tensor, around: Around) -> tuple[float, ...] | None:
     """The other branches' weights in u, if the output is an affine combination that guides towards `cond_index`."""
-    c, *others = (formula.seen(parts[i]) for i in (formula.cond_index, *formula.others))
+    c, *others = (formula.seen(parts[i], around) for i in (formula.cond_index, *formula.others))
     try:
         factors, found = mixture(target - c, *(other - c for other in others))
     except RuntimeError:  # equal branches leave the weights open
@@ -491,15 +651,24 @@ def _weights(formula: Formula, parts: Sequence[Tensor], target: Tensor) -> tuple
     return tuple(factor / total for factor in factors)
 
 
-def _mixed(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Tensor) -> Formula | None:
-    """The formula with the sample mixed in, if that explains the output and guides towards c."""
-    if sample.shape != c.shape:
-        return None
-    (_, beta_c, beta_u), found = mixture(target, sample, c, u)
-    beta = beta_c + beta_u
-    telling = found.allowed < 0.01 * abs(beta_u) * norm(c - u)
-    guides = beta != 0 and beta_c / beta >= 1
-    return replace(formula, mixed=True) if found.fits and telling and guides else None
+def _mixes(formula: Formula, outputs: Sequence[Tensor], around: Around) -> bool:
+    """Whether the sample can have been mixed in, in a way that is known."""
+    return around.through(formula.view).fits(formula.view(formula.halves(outputs)[0]))
+
+
+def _solved(formulas: Sequence[Formula], outputs: Sequence[Tensor], output: Tensor, around: Around) -> Formula | None:
+    """The first formula that explains `output` and guides towards c once the sample is mixed in."""
+    for formula in formulas:
+        here = around.through(formula.view)
+        c, u = formula.cut(outputs, here)
+        if formula.anchor != "u" or here.sample is None or here.sample.shape != c.shape or not _differ(c, u):
+            continue
+        (_, beta_c, beta_u), found = mixture(formula.view.working(output), here.sample, c, u)
+        beta = beta_c + beta_u
+        telling = found.allowed < 0.01 * abs(beta_u) * norm(c - u)
+        if found.fits and telling and beta != 0 and beta_c / beta >= 1:
+            return replace(formula, mixed=SOLVED)
+    return None
 
 
 def _scale(value: Any, output: Tensor) -> Scale | None:

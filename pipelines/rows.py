@@ -23,6 +23,8 @@ class Reading:
     Args:
         tables: arguments called like position tables, when they have as many entries as the batch has rows.
         elements: lists of as many tensors as rows, by element even if each tensor has that many rows too.
+        lists: such lists by element where the tensors have not; else they have one entry for something else
+            than a row (an IP-Adapter, say), and each tensor is cut that leads with the rows.
         folded: tensors with a multiple of the rows (frames folded into the batch), in blocks.
         second: tensors with the rows in their second dimension.
         first: tensors with as many entries as rows in both dimensions, along the first.
@@ -30,6 +32,7 @@ class Reading:
 
     tables: bool = True
     elements: bool = False
+    lists: bool = True
     folded: bool = True
     second: bool = True
     first: bool = True
@@ -38,6 +41,7 @@ class Reading:
 READINGS = (
     Reading(),
     Reading(tables=False),
+    Reading(lists=False),
     Reading(elements=True),
     Reading(folded=False),
     Reading(second=False),
@@ -67,8 +71,11 @@ def _second(value: Any, rows: int) -> bool:
 
 def take(tree: Any, rows: int, index: list[int], reading: Reading = READINGS[0], name: str = "") -> Any:
     """`tree` with row `index[i]` of everything that has `rows` rows in place i."""
-    if _listed(name, tree, rows) and (reading.elements or not all(_leads(v, rows) for v in tree)):
-        return [tree[i] for i in index]
+    if _listed(name, tree, rows):
+        if reading.elements or (reading.lists and not all(_leads(v, rows) for v in tree)):
+            return [tree[i] for i in index]
+        if not reading.lists:
+            return [_select(v, index) if _leads(v, rows) else v for v in tree]
     if isinstance(tree, Tensor):
         if _leads(tree, rows) and (reading.first or not _second(tree, rows)):
             return tree if _POSITIONAL.search(name) and not reading.tables else _select(tree, index)

@@ -28,6 +28,8 @@ from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser
 from diffusers_guidance.pipelines.fingerprint import setting
 from diffusers_guidance.pipelines.formula import (
+    SOLVED,
+    Around,
     Fit,
     Formula,
     Residual,
@@ -208,7 +210,7 @@ class Run:
             stray = [alone and was for alone, was in zip(unguided, evaluated, strict=True)]
             if not any(stray):
                 return output
-            guided = pick(stray, formula.finished(c, c, self._phi), formula.view.working(output))
+            guided = pick(stray, formula.finished(c, c, self._around(sample)), formula.view.working(output))
         else:
             rule = self.rule.at(w, self._clock.steps - 1, space)
             fused = fuse() if space is not None and formula.is_direct and not any(unguided) else None
@@ -238,7 +240,9 @@ class Run:
             before = torch.zeros_like(carried) if momentum is None else momentum
             denoiser.momentum = pick(unguided, before, carried)
         g = pick(unguided, c, g)
-        return formula.finished(g, c, self._phi).masked_fill(g == 0, 0)  # which scaling may make 0/0 of
+        finished = formula.finished(g, c, self._around(sample))
+        # A prediction of zero may have been scaled by 0/0.
+        return finished.masked_fill((g == 0) & finished.isnan(), 0) if formula.finish else finished
 
     def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
@@ -253,7 +257,7 @@ class Run:
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Finds the pipeline's formula; False while both predictions agree and any would fit."""
-        found = identify(denoiser.outputs, output, sample, self._scales(), self._phi)
+        found = identify(denoiser.outputs, output, self._scales(), self._around(sample))
         if found.formula is None:
             if found.undetermined:
                 return False
@@ -289,19 +293,29 @@ class Run:
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
     ) -> Seen:
         """The step, once the pipeline's formula has reproduced `output`; where that can be left for later, at once."""
+        formula, calls = denoiser.formula, len(denoiser.outputs)
+        assert formula is not None
+        if calls != formula.calls:
+            self._identify_anew(
+                denoiser, output, sample, f"{formula} held until now, but here the denoiser was called {calls} times"
+            )
         seen = self._see(denoiser, output, sample, evaluated, unguided)
         if not self._acts and denoiser.formula is not None and denoiser.formula.is_read:
             return seen
         (fit, similarity), *_ = fetched([seen])
         if not fit.fits:
-            formula = denoiser.formula
-            again = identify(denoiser.outputs, output, sample, self._scales(), self._phi).formula
-            if formula is None or again is None or again.rows != formula.rows:
-                raise self._unsupported(denoiser, output, _held(formula, fit))
-            denoiser.formula = again
+            self._identify_anew(denoiser, output, sample, _held(denoiser.formula, fit))
             seen = self._see(denoiser, output, sample, evaluated, unguided)
             (_, similarity), *_ = fetched([seen])
         return seen._replace(similarity=similarity, is_verified=True)
+
+    def _identify_anew(self, denoiser: Denoiser, output: Tensor, sample: Tensor, why: str) -> None:
+        """Finds another formula for the same batch, once the known one is at an end, or says `why` there is none."""
+        formula = denoiser.formula
+        again = identify(denoiser.outputs, output, self._scales(), self._around(sample)).formula
+        if formula is None or again is None or again.rows != formula.rows:
+            raise self._unsupported(denoiser, output, why)
+        denoiser.formula = again
 
     def _see(
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
@@ -309,10 +323,19 @@ class Run:
         """What the formula makes of the step; it waits for nothing, unless its scale has to be solved for."""
         formula = denoiser.formula
         assert formula is not None
-        c, u = formula.cut(denoiser.outputs)
         target, x = formula.view.working(output), formula.view.working(sample)
+        around = self._around(x)
+        if formula.needs_space and not around.fits(target):
+            raise self._unsupported(denoiser, output, f"{formula} held until now, but here the noise is not known")
+        c, u = formula.cut(denoiser.outputs, around)
         guided = any(evaluated) or not all(unguided)
-        if formula.mixed:
+        if formula.mixed == SOLVED:
+            if not self.rule.is_plain:
+                raise UnsupportedPipeline(
+                    f"{self.report.pipeline} does something to its guided prediction that is not known here, and may "
+                    f"do something else to that of {self.rule}: {self._advice(denoiser)}use CFG() as the rule, with "
+                    "any policy"
+                )
             (alpha, *betas), fit = mixture(target, x, c, u) if guided else mixture(target, x, c)
             beta = sum(betas)
             # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
@@ -326,7 +349,8 @@ class Run:
             elif guided:
                 s = formula.solve(c, u, target)
             w = formula.w(s)
-            found = residual(formula.combine(c, u, s, self._phi), target, c, u, s)
+            terms = formula.terms(c, around), formula.terms(u, around)
+            found = residual(formula.combine(c, u, s, around), target, *terms, s)
             if isinstance(s, Tensor) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
                     f"{self.report.pipeline} guides parts of a prediction at scales of their own, but {self.rule} has "
@@ -340,7 +364,7 @@ class Run:
         return UnsupportedPipeline(
             f"the guidance of {self.report.pipeline} could not be verified, so it is left alone. Step "
             f"{len(self.report.steps)}: {denoiser.name} put out {shapes}; scheduler.step was given "
-            f"{tuple(output.shape)}; {seen}. Use the pipeline without attach."
+            f"{tuple(output.shape)}; {seen}. To go on, {self._advice(denoiser)}use the pipeline without attach."
         )
 
     # What the run knows
@@ -374,10 +398,22 @@ class Run:
         here = {name: lambda name=name: getattr(self.pipe, name) for name in vars(self.pipe) if named(name)}
         return here | {n: lambda n=n: self.arguments[n] for n in self.arguments if named(n)}
 
-    @property
-    def _phi(self) -> float:
-        value = getattr(self.pipe, "_guidance_rescale", self.arguments.get("guidance_rescale"))
+    def _around(self, sample: Tensor) -> Around:
+        return Around(sample, self._clock.space, self._option("guidance_rescale"), self._option("cfg_normalization"))
+
+    def _option(self, name: str) -> float:
+        """A number among the call's arguments, as the pipeline has it now."""
+        value = getattr(self.pipe, f"_{name}", self.arguments.get(name))
         return float(value) if isinstance(value, int | float) else 0.0
+
+    def _advice(self, denoiser: Denoiser) -> str:
+        """What to turn off where a pipeline's treatment of its predictions is not understood."""
+        names = [name for name in ("guidance_rescale", "cfg_normalization") if self._option(name) > 0]
+        advice = [f"call it with {name}=0" for name in names]
+        if len({y.shape for y in denoiser.outputs}) > 1:
+            more = "skip-layer, spatio-temporal or self-attention guidance, modality isolation"
+            advice.append(f"turn off what calls {denoiser.name} once more at a step ({more})")
+        return "".join(f"{each}, or " for each in advice)
 
     def _space(self, c: Tensor, sample: Tensor) -> Space | None:
         """The step's space, if the rule and the policy can do without; else an error says why there is none."""

@@ -120,8 +120,10 @@ def is_cond_first(entry: Tiny) -> bool:
 
 
 @contextmanager
-def overwritten(pipe: Any, entry: Tiny, after: int, loop: int = STEPS) -> Iterator[None]:
+def overwritten(pipe: Any, entry: Tiny, after: int, loop: int = STEPS, sound: bool = True) -> Iterator[None]:
     """Has the untouched pipeline evaluate everything, and then use the conditional part for all from step `after`.
+
+    Without `sound`, what a network puts out beside its prediction is left as it is.
 
     Experts, of which each step calls one, count their steps together; networks with loops of their own, apart.
     A loop has `loop` evaluations; videos made in several chunks count from 0 in each.
@@ -141,6 +143,8 @@ def overwritten(pipe: Any, entry: Tiny, after: int, loop: int = STEPS) -> Iterat
         if isinstance(value, dict):
             kept = {k: overwrite(v) for k, v in value.items()}
             return kept if type(value) is dict else type(value)(**kept)
+        if isinstance(value, tuple) and not sound:
+            return (overwrite(value[0]), *value[1:])
         return type(value)(overwrite(v) for v in value) if isinstance(value, list | tuple) else value
 
     def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -359,6 +363,24 @@ def listing(D_c: Tensor, D_u: Tensor, w: float, r: float, eta: float) -> Tensor:
     unit = D_c / D_c.norm(dim=1, keepdim=True)
     parallel = (diff * unit).sum(1, keepdim=True) * unit
     return D_c + (w - 1) * (diff - parallel + eta * parallel)
+
+
+OWN = {"cfg_normalization": True, "cfg_normalize": True, "enable_cfg_renorm": True, "guidance_rescale": 0.7}
+"""Arguments by which calls ask for a treatment of the combined prediction."""
+
+
+def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, **own: Any) -> None:
+    """An APG whose update is capped to nothing gives the conditional prediction alone, however that is treated.
+
+    So a treatment that is another one for another combination, such as a norm, has been understood.
+    """
+    # In a video with sound, rule and reference are about the picture.
+    with overwritten(pipe, entry, 0, sound=False):
+        alone = run(pipe, entry, STEPS, batch, **own)
+    assert relative(alone, run(pipe, entry, STEPS, batch, **own)) > 1e-4, "guided and alone are too much alike to tell"
+    with attach(pipe, APG(norm_threshold=1e-9, momentum=0.0), EveryStep()):
+        off = relative(run(pipe, entry, STEPS, batch, **own), alone)
+    assert off < 1e-4, f"APG capped to nothing is off by {off:.2g} from the conditional prediction alone"
 
 
 FROM_C = ("Cosmos", "Kandinsky3", "Krea2", "ZImage")

@@ -13,11 +13,14 @@ import pytest
 import torch
 from tiny import PIPELINES, run
 
-from diffusers_guidance import APG, CFG, EveryStep, UnsupportedPipeline, attach
+from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
 
 DOCS = Path(__file__).parents[1] / "docs" / "pipelines.md"
 MARKERS = ("<!-- generated: pipelines -->", "<!-- end of pipelines -->")
-HEADER = "| pipeline | folder | status | how it guides, as found | skipping | samples apart | APG |"
+HEADER = (
+    "| pipeline | folder | status | how it guides, as found | skipping | samples apart | APG | its own treatment |"
+    " turned off |"
+)
 UPDATE = os.environ.get("UPDATE_DOCS") == "1"
 
 REFUSED = {
@@ -58,6 +61,14 @@ PLAIN_ONLY = {"StableDiffusionPanoramaPipeline": r"each of its views would need 
 OWN_SCALES = {"StableVideoDiffusionPipeline": r"parts of a prediction at scales of their own"}
 """Pipelines with more than one guidance scale, on which only CFG has a meaning, and what they must say to others."""
 
+UNTREATED = {
+    *WHOLE,  # of three branches no treatment is understood
+    "StableDiffusionXLInstructPix2PixPipeline",
+    "LTX2ImageToVideoPipeline",  # rescale with a frame that the scheduler never sees
+    "LTXImageToVideoPipeline",
+}
+"""Pipelines whose own treatment of the combined prediction is not understood, where their call asks for it."""
+
 rows: dict[str, list[str]] = {}
 
 
@@ -76,7 +87,7 @@ def test_pipeline_keeps_its_promises(name):
         with attach(pipe, CFG(), EveryStep()), pytest.raises(UnsupportedPipeline, match=REFUSED[name][0]):
             run(pipe, entry, conformance.STEPS, batch)
         assert torch.equal(run(pipe, entry, conformance.STEPS, batch), truth.result)
-        return settle(name, f"refused: {REFUSED[name][1]}", "", "", "", "")
+        return settle(name, f"refused: {REFUSED[name][1]}", "", "", "", "", "")
 
     report = conformance.plain_report(pipe, entry, batch, truth)
     formula = "; ".join(dict.fromkeys(report.formula.split("; "))).replace("_guidance_scale", "guidance_scale")
@@ -84,7 +95,7 @@ def test_pipeline_keeps_its_promises(name):
         with attach(pipe, CFG(), conformance.Until(1)), pytest.raises(UnsupportedPipeline, match=PLAIN_ONLY[name]):
             run(pipe, entry, conformance.STEPS, batch)
         return settle(
-            name, "verified, plain guidance only", formula, "refused: one history for all views", "", "refused"
+            name, "verified, plain guidance only", formula, "refused: one history for all views", "", "refused", ""
         )
 
     first = max(1, min(len(report.steps), conformance.STEPS) // 2)  # of every loop, where there are several
@@ -118,7 +129,46 @@ def test_pipeline_keeps_its_promises(name):
         listing = "yes"
     except conformance.Inapplicable as reason:
         listing = f"not checked: {reason}"
-    settle(name, status, formula, skipping, apart, listing)
+    settle(name, status, formula, skipping, apart, listing, treatment(name, pipe, entry, batch))
+
+
+def treatment(name, pipe, entry, batch):
+    """What is understood of the pipeline's own treatment of the combined prediction, if its call can ask for any."""
+    if name not in OWN_SCALES:
+        conformance.comes_to_nothing_where_capped(pipe, entry, batch)
+    found = []
+    for argument, value in conformance.OWN.items():
+        if argument not in inspect.signature(type(pipe).__call__).parameters:
+            continue
+        own = {argument: value}
+        try:
+            plain = run(pipe, entry, conformance.STEPS, batch, **own)
+        except UnboundLocalError:
+            found.append(f"{argument}: fails in diffusers")
+            continue
+        if name in UNTREATED:
+            refused = pytest.raises(UnsupportedPipeline, match=f"call it with {argument}=0, or use")
+            with attach(pipe, APG(), EveryStep()), refused:
+                run(pipe, entry, conformance.STEPS, batch, **own)
+            found.append(f"{argument}: refused")
+            continue
+        with attach(pipe, CFG(), Hold(1)):
+            assert torch.equal(run(pipe, entry, conformance.STEPS, batch, **own), plain)
+        conformance.comes_to_nothing_where_capped(pipe, entry, batch, **own)
+        found.append(f"{argument}: yes")
+    return ", ".join(found)
+
+
+def turned_off(entry):
+    """What a case turns off of what is on where its call says nothing."""
+    parameters = inspect.signature(getattr(diffusers, entry.cls).__call__).parameters
+    found = []
+    for name, value in entry.call().items():
+        default = parameters[name].default if name in parameters else inspect.Parameter.empty
+        is_off = isinstance(value, int | float) and value in (0, 1) and default not in (value, inspect.Parameter.empty)
+        if is_off and (default is True or "scale" in name):
+            found.append(f"{name}={value}")
+    return ", ".join(found)
 
 
 def settle(name, *cells):
@@ -127,7 +177,7 @@ def settle(name, *cells):
     path = inspect.getfile(cls).replace(os.sep, "/")
     folder = path.split("/pipelines/")[1].rsplit("/", 1)[0]
     status, formula, *rest = cells
-    rows[name] = [name, folder, status, f"`{formula}`" if formula else "", *rest]
+    rows[name] = [name, folder, status, f"`{formula}`" if formula else "", *rest, turned_off(PIPELINES[name])]
     if not UPDATE:
         there = written().get(name)
         assert there == rows[name], f"docs/pipelines.md is stale ({there}): run this file with UPDATE_DOCS=1"

@@ -179,6 +179,64 @@ def test_lora(tmp_path):
     holds(pipe, SD, 1)
 
 
+def ip_adapter(unet: Any, seed: int, width: int = 16, tokens: int = 4) -> dict[str, Any]:
+    """Weights of an IP-Adapter for images embedded in `width` numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    cross = unet.config.cross_attention_dim
+    attentions = {}
+    for i, name in enumerate(unet.attn_processors):
+        if name.endswith("attn2.processor"):
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for kind in ("k", "v"):
+                attentions[f"{i}.to_{kind}_ip.weight"] = torch.randn(hidden, cross, generator=generator) / 2
+    weight = torch.randn(cross * tokens, width, generator=generator)
+    projection = {"proj.weight": weight, "proj.bias": torch.zeros(cross * tokens)}
+    norm = {"norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross)}
+    return {"image_proj": projection | norm, "ip_adapter": attentions}
+
+
+def with_ip_adapters(adapters: int, images: int, masked: bool) -> tuple[Any, Tiny, dict[str, Any]]:
+    """A pipeline with adapters, and what its call is given for them: the halves of a picture for two images."""
+    pipe = SD.build()
+    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet, i) for i in range(adapters)])
+    pipe.set_ip_adapter_scale([[0.7] * images if masked else 0.7] * adapters)
+    generator = torch.Generator().manual_seed(5)
+    embeds = [torch.randn(2, images, 16, generator=generator) for _ in range(adapters)]
+    given: dict[str, Any] = {"ip_adapter_image_embeds": embeds}
+    if masked:
+        mask = torch.zeros(1, images, 64, 64)
+        for i, part in enumerate(mask[0].chunk(images, dim=-1)):
+            part[i] = 1
+        given["cross_attention_kwargs"] = {"ip_adapter_masks": [mask] * adapters}
+    return pipe, SD, given
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("adapters", "images"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_ip_adapters(adapters, images, masked):
+    pipe, entry, given = with_ip_adapters(adapters, images, masked)
+    for batch in (1, 2):
+        plain = run(pipe, entry, STEPS, batch, **given)
+        with attach(pipe, CFG(), EveryStep()):
+            assert same(run(pipe, entry, STEPS, batch, **given), plain)
+        with overwritten(pipe, entry, 1):
+            expected = run(pipe, entry, STEPS, batch, **given)
+        with attach(pipe, CFG(), conformance.Until(1)) as handle, counting(pipe.unet) as count:
+            assert relative(run(pipe, entry, STEPS, batch, **given), expected) < 1e-5
+        trials = handle.report.steps[0].nfe - 2 * batch
+        assert trials <= 2 * batch
+        assert handle.report.nfe == count.total == (STEPS + 1) * batch + trials
+
+
+def test_what_cannot_be_skipped_costs_two_trials_at_most():
+    pipe, entry, given = with_ip_adapters(2, 2, masked=True)
+    pipe.unet.register_forward_hook(lambda module, args, output: (output[0] + output[0].mean(0),))  # of all rows
+    with attach(pipe, CFG(), conformance.Until(1)) as handle:
+        run(pipe, entry, STEPS, **given)
+    assert "no part of the batch can be evaluated on its own" in handle.report.steps[0].note
+    assert handle.report.nfe - handle.report.nfe_full <= 2
+
+
 def test_layerwise_casting(tiny):
     pipe, entry = tiny
     for name in entry.denoisers:

@@ -134,14 +134,17 @@ def words(rows: range, **extra: Any) -> dict[str, Any]:
 
 
 @tiny("AudioLDMPipeline", lambda rows: embeds(rows, 16, guidance_scale=SCALE), output=None)
+@tiny("MusicLDMPipeline", lambda rows: embeds(rows, 16, guidance_scale=SCALE), output=None)
 def audioldm() -> dict[str, Any]:
+    text_encoder = Stage()
+    text_encoder.text_model = Stage()
     config = {**BLOCKS, **UP, "cross_attention_dim": (8, 16), "class_embed_type": "simple_projection"}
     config |= {"projection_class_embeddings_input_dim": 16, "class_embeddings_concat": True}
     return {
         "unet": lively(diffusers.UNet2DConditionModel(**config)),
         "vae": autoencoder(in_channels=1, out_channels=1),
         "vocoder": vocoder(),
-        "text_encoder": Stage(),
+        "text_encoder": text_encoder,
         "scheduler": ddim(),
     }
 

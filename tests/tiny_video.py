@@ -880,3 +880,20 @@ def animate_pag() -> dict[str, Any]:
 @tiny("LTX2ConditionPipeline", lambda rows: ltx2_text(rows), **AUDIO)
 def ltx2_condition() -> dict[str, Any]:
     return ltx2()
+
+
+@tiny(
+    "LTX2ImageToVideoPipeline", lambda rows: {**ltx2_text(rows), "image": images(rows, 64, 64), "image_crf": 0}, **AUDIO
+)
+def ltx2_image() -> dict[str, Any]:
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(4, 4, 4),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        patch_size=1,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=8,
+    )
+    return {**ltx2(), "vae": lively(vae, seed=13)}
