@@ -72,7 +72,7 @@ def predicted_error(schedule: Schedule) -> float:
     if schedule.calibration is None:
         raise ValueError("predicted_error needs a schedule with a calibration: Schedule(actions, calibration)")
     calibration, total, reference = schedule.calibration, 0.0, 0.0
-    unguided: tuple[Action, ...] = ("conditional",) * calibration.steps
+    unguided: Sequence[str] = ["conditional"] * calibration.steps
     for name, _, gain, w in _parts(calibration):
         gram = calibration.weights(name, schedule.fit)
         made, none = (calibration.coefficients(name, each, schedule.fit) for each in (schedule.actions, unguided))

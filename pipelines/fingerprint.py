@@ -71,7 +71,7 @@ def _own_config(component: Any) -> dict[str, Any]:
     config = getattr(component, "config", {})
     if not isinstance(config, Mapping):
         return {}
-    own = _read(type(component))
+    own = _read(component.__class__)
     kept = {}
     for key, value in config.items():
         if key in own and not key.startswith("_"):
@@ -83,6 +83,6 @@ def _own_config(component: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _read(cls: type) -> frozenset[str]:
+def _read(cls: Any) -> frozenset[str]:
     """Names of what the class is made of."""
-    return frozenset(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
+    return frozenset(inspect.signature(cls.__init__).parameters)
