@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.errors import GuidanceError
-from diffusers_guidance.pipelines.intercept import catch_call, handler_of, intercept_call, release_call
+from diffusers_guidance.pipelines.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.run import Run
 from diffusers_guidance.policies import Hold, Policy
 from diffusers_guidance.report import Report
@@ -131,9 +131,15 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
 @contextmanager
 def borrowed(pipe: DiffusionPipeline, rule: Rule, policy: Policy) -> Iterator[Handle]:
     """`attach` for the length of a block; what was attached before is afterwards."""
-    handle = Handle(pipe, rule, policy)
-    with intercept_call(pipe, handle._run):
+    handle, before = Handle(pipe, rule, policy), handler_of(pipe)
+    catch_call(pipe, handle._run)
+    try:
         yield handle
+    finally:
+        if before is None:
+            release_call(pipe)
+        else:
+            catch_call(pipe, before)
 
 
 def detach(pipe: DiffusionPipeline) -> None:
