@@ -157,6 +157,36 @@ def test_a_step_is_intercepted_for_its_thread_alone():
     assert scheduler.step is original
 
 
+class Anything(diffusers.StableDiffusionPipeline):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+class More(diffusers.StableDiffusionPipeline):
+    def __call__(self, prompt: Any, height: Any = None, *, shout: bool = False, **kwargs: Any) -> Any:
+        return super().__call__(prompt, height, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [Anything, More])
+def test_a_pipeline_that_passes_its_arguments_on(cls):
+    pipe = SD.build()
+    expected = run(pipe, SD, STEPS, guidance_scale=9.0)
+    pipe.__class__ = cls
+    with attach(pipe, CFG(guidance_scale=9.0), EveryStep()) as handle:
+        assert torch.equal(run(pipe, SD, STEPS), expected)
+        assert torch.equal(run(pipe, SD, STEPS, guidance_scale=2.0), expected)
+        assert handle.report.steps[-1].guidance_scale == 9.0
+        with pytest.raises(TypeError, match="multiple values"):
+            pipe("a tiger", prompt="a tiger")
+    if cls is Anything:  # by position
+        arguments = SD.call()
+        generator = torch.Generator().manual_seed(0)
+        rest = {"negative_prompt": arguments["negative_prompt"], "generator": generator, "output_type": "latent"}
+        with attach(pipe, CFG(guidance_scale=9.0), EveryStep()):
+            sizes = [arguments.get(name) for name in ("height", "width")]
+            assert torch.equal(pipe(arguments["prompt"], *sizes, STEPS, None, None, 2.0, **rest).images, expected)
+
+
 # Pickles
 
 
