@@ -215,6 +215,11 @@ class Formula:
         return [i for i in range(self.branches) if i != self.cond_index]
 
     @property
+    def calls(self) -> int:
+        """How many calls of the denoiser a guided step makes."""
+        return 1 if self.batched else self.branches
+
+    @property
     def is_read(self) -> bool:
         """Whether its scale is read off the pipeline, so that nothing has to be solved for at each step."""
         return self.scale is not None and not self.mixed
