@@ -42,7 +42,7 @@ from diffusers_guidance.pipelines.formula import (
     residual,
     views,
 )
-from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
+from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step, is_inherited
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
 from diffusers_guidance.report import Report, StepReport, to_list
@@ -195,8 +195,12 @@ class Run:
                 "would need a history of its own; only CFG() with EveryStep() can be attached to it"
             )
 
+        def fuse() -> FusedStep | None:
+            # A step that somebody has put on the scheduler is to be called.
+            return fused_step(scheduler, *args, **kwargs) if is_inherited(scheduler, "step", step) else None
+
         try:
-            guided = self._guide(denoiser, output, sample, lambda: fused_step(scheduler, *args, **kwargs))
+            guided = self._guide(denoiser, output, sample, fuse)
         finally:
             for each in self._denoisers.values():
                 each.end_step()

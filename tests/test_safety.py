@@ -1,6 +1,7 @@
 """Whatever goes on around an attached run: nobody else is touched, and no plain result passes for a guided one."""
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -25,6 +26,7 @@ from diffusers_guidance import (
     attach,
     detach,
 )
+from diffusers_guidance.kernels.schedulers import use_fused_steps
 from diffusers_guidance.pipelines.intercept import intercept_step
 
 SD = PIPELINES["StableDiffusionPipeline"]  # one call of its UNet a step
@@ -564,3 +566,25 @@ def test_an_attached_pipeline_is_pickled_as_it_was(through):
             assert torch.equal(run(twin, SD, STEPS), untouched)
         assert torch.equal(run(copy.deepcopy(pipe), SD, STEPS), expected)  # copies are attached as before
         assert handle.report is report
+
+
+# The scheduler's step
+
+
+def test_a_step_of_the_users_own_is_never_fused():
+    pipe = SD.build()
+    own, calls = pipe.scheduler.step, []
+
+    @functools.wraps(own)
+    def clipped(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(model_output)
+        return own(model_output.clamp(-0.5, 0.5), *args, **kwargs)
+
+    pipe.scheduler.step = clipped
+    untouched = run(pipe, SD, STEPS)
+    for fused in (False, True):
+        calls.clear()
+        with attach(pipe, PLAIN_BY_APG, EveryStep()), use_fused_steps(fused):
+            assert relative(run(pipe, SD, STEPS), untouched) < 1e-5
+        assert len(calls) == STEPS
+    assert pipe.scheduler.step is clipped
