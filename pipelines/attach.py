@@ -104,7 +104,8 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
     """Has every later call of `pipe` guided by `rule` under `policy`, until `detach`.
 
     The pipeline is called as before: same arguments, callbacks and guidance scale, any scheduler. On the first
-    step of each call its own guidance is identified and verified, and again at every step.
+    step of each call its own guidance is identified and verified, and again at every step. Other pipelines that share
+    its parts are left alone, also while it runs, in callbacks or other threads.
 
     Args:
         pipe: any diffusers pipeline that does classifier-free guidance.
