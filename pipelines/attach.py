@@ -8,7 +8,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.errors import GuidanceError
-from diffusers_guidance.pipelines.intercept import catch_call, handler_of, intercept_call, release_call
+from diffusers_guidance.pipelines.arguments import by_name, parameters, with_argument
+from diffusers_guidance.pipelines.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.run import Run
 from diffusers_guidance.policies import Hold, Policy
 from diffusers_guidance.report import Report
@@ -79,32 +80,32 @@ class Handle:
 
     def _run(self, pipe: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `pipe(...)`."""
-        signature = inspect.signature(type(pipe).__call__)
         try:
-            bound = signature.bind(pipe, *args, **kwargs)
+            inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
         except TypeError:
             return call(*args, **kwargs)  # Python's own words for a wrong argument
+        taken = parameters(type(pipe), "__call__")
         if self.rule.guidance_scale is not None:
-            scale = next((name for name in _SCALES if name in signature.parameters), None)
+            scale = next((name for name in _SCALES if name in taken), None)
             if scale is None:
                 raise ValueError(
                     f"{self.rule} sets guidance_scale, but {type(pipe).__name__} takes neither of {_SCALES}: "
                     "leave it None and set the scale the pipeline's own way"
                 )
-            bound.arguments[scale] = self.rule.guidance_scale
-        positional, named = bound.args[1:], bound.kwargs
-        bound.apply_defaults()
-        run = Run(pipe, self.rule, self.policy, dict(bound.arguments))
+            args, kwargs = with_argument(taken, args, kwargs, scale, self.rule.guidance_scale)
+        defaults = {name: value for name, value in taken.items() if value is not inspect.Parameter.empty}
+        run = Run(pipe, self.rule, self.policy, defaults | by_name(taken, args, kwargs))
         self._report = run.report
         with run.hooks():
-            return call(*positional, **named)
+            return call(*args, **kwargs)
 
 
 def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | None = None) -> Handle:
     """Has every later call of `pipe` guided by `rule` under `policy`, until `detach`.
 
     The pipeline is called as before: same arguments, callbacks and guidance scale, any scheduler. On the first
-    step of each call its own guidance is identified and verified, and again at every step.
+    step of each call its own guidance is identified and verified, and again at every step. Other pipelines that share
+    its parts are left alone, also while it runs, in callbacks or other threads.
 
     Args:
         pipe: any diffusers pipeline that does classifier-free guidance.
@@ -131,9 +132,15 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
 @contextmanager
 def borrowed(pipe: DiffusionPipeline, rule: Rule, policy: Policy) -> Iterator[Handle]:
     """`attach` for the length of a block; what was attached before is afterwards."""
-    handle = Handle(pipe, rule, policy)
-    with intercept_call(pipe, handle._run):
+    handle, before = Handle(pipe, rule, policy), handler_of(pipe)
+    catch_call(pipe, handle._run)
+    try:
         yield handle
+    finally:
+        if before is None:
+            release_call(pipe)
+        else:
+            catch_call(pipe, before)
 
 
 def detach(pipe: DiffusionPipeline) -> None:

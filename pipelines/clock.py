@@ -10,9 +10,12 @@ from diffusers_guidance.spaces import Space, spaces
 
 
 class Clock:
-    """Follows one run through one scheduler's timesteps; reads the table once, searches it only where it must."""
+    """Follows one run through one scheduler's timesteps; reads the table once, searches it only where it must.
 
-    def __init__(self) -> None:
+    `steps` are those that a scheduler has made in whose place this one has come.
+    """
+
+    def __init__(self, steps: int = 0) -> None:
         self.error: UnsupportedScheduler | None = None
         self.space: Space | None = None
         self.timestep: float | None = None
@@ -27,7 +30,7 @@ class Clock:
         self._values: list[float] = []
         self._table: tuple[Space, ...] | None = None
         self._index = -1
-        self.steps = 0
+        self.steps = steps
         """Evaluations made so far."""
 
     def tick(self, scheduler: Any, timestep: Any) -> None:
@@ -41,9 +44,9 @@ class Clock:
         self.went_back = known and self._index <= before
         self.timestep = self._values[self._index] if known else None
         self.space = self._table[self._index] if known and self._table is not None else None
-        if self.steps == 0:
+        if self.count == 0:
             self.begin = max(self._index, 0)
-            self.count = len(self._values) - self.begin
+            self.count = self.steps + len(self._values) - self.begin
         self.steps += 1
 
     def timesteps(self, begin: int, count: int) -> list[float]:
@@ -65,9 +68,11 @@ class Clock:
         return self._scheduler.timesteps is not self._timesteps or 0 <= len(self._values) - 1 <= self._index
 
     def _read(self, scheduler: Any) -> None:
+        if self._scheduler is not None:  # another loop
+            self.steps = 0
         self._scheduler, self._timesteps = scheduler, scheduler.timesteps
         self._values = [float(t) for t in scheduler.timesteps.tolist()]
-        self._index, self.steps = -1, 0
+        self._index, self.count = -1, 0
         try:
             self._table = spaces(scheduler)
         except UnsupportedScheduler as error:

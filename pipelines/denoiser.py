@@ -19,7 +19,8 @@ class Denoiser:
     """State of one denoiser (a pipeline may have several, each with a history of its own).
 
     Within a step, `outputs` collects the predictions of its calls in the shape the pipeline gets them, left-out
-    rows filled in; `nfe` counts the rows really evaluated and `nfe_full` those the pipeline asked for.
+    rows filled in; `strays` those of calls on another batch than the one whose formula is known. `nfe` counts the
+    rows really evaluated and `nfe_full` those the pipeline asked for.
     """
 
     name: str
@@ -39,12 +40,15 @@ class Denoiser:
     """Whether it is open how a part of the batch is taken."""
     leader: "Denoiser | None" = None
     """Of a network that works ahead of a denoiser, row by row, such as a ControlNet: that denoiser."""
+    shape: torch.Size | None = None
+    """Of its predictions, by which the formula was identified."""
     follower_cut: bool = False
     """Whether such a network left out rows at this step, so that they can no longer be asked for."""
 
     decisions: list[Decision] | None = None
     inputs: list[tuple[Callable, tuple, dict, Any]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    strays: list[Tensor] = field(default_factory=list)
     nfe: int = 0
     nfe_full: int = 0
 
@@ -67,13 +71,41 @@ class Denoiser:
 
     def restart(self) -> None:
         """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
-        self.formula = self.history = self.momentum = self.clock = None
-        self.whole, self.in_doubt = "", False
+        self.forget()
+        self.clock = None
         self.end_step()
+
+    def forget(self) -> None:
+        """Forgets the batch it has known, but not the coming step's evaluations."""
+        self.formula = self.history = self.momentum = None
+        self.whole, self.in_doubt = "", False
+
+    def settle(self) -> None:
+        """At the end of a step: which of its calls were the step's.
+
+        Calls on another batch before them are somebody's probe; where there are no others, the batch is another one.
+        So are further calls on the same batch before the step's own, where all were evaluated in full. What is called
+        after the step's own has a part in its guidance.
+        """
+        if not self.outputs:
+            self.outputs, self.strays = self.strays, []
+        formula = self.formula
+        if formula is not None and len(self.outputs) > formula.calls and self.fits and all(self.evaluates):
+            self.outputs = self.outputs[-formula.calls :]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step's evaluations, `outputs`, are on the batch whose formula is known."""
+        return all(y.shape == self.shape for y in self.outputs)
+
+    @property
+    def is_on_another_batch(self) -> bool:
+        """Whether none of the step's evaluations is on that batch."""
+        return all(y.shape != self.shape for y in self.outputs)
 
     def end_step(self) -> None:
         self.decisions, self.follower_cut = None, False
-        self.inputs, self.outputs = [], []
+        self.inputs, self.outputs, self.strays = [], [], []
         self.nfe = self.nfe_full = 0
 
     @property
@@ -96,25 +128,28 @@ class Denoiser:
 
     def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
-        if self.leader is not None and self.leader.decisions is not None:
-            return self._run_ahead(self.leader, call, args, kwargs)
         asked = _rows(args, kwargs)
+        if self.leader is not None and self.leader.decisions is not None:
+            return self._run_ahead(self.leader, asked, call, args, kwargs)
         plan, formula = self.decisions, self.formula
         expected = 0 if formula is None else formula.rows * (formula.branches if formula.batched else 1)
         if plan is None or formula is None or all(self.evaluates) or asked != expected:
-            output = call(*args, **kwargs)
-            y = batch.prediction(output)
-            if y is None:
-                self.whole = f"{self.name} is also called for something else than a prediction"
-            if formula is None:
-                self.inputs.append((call, args, kwargs, batch.copied(output)))
-            self._note(y, asked, asked)
-            return output
+            return self._run_whole(call, args, kwargs, asked)
         if self.skips:
             return self._run_nothing(formula, policy, step)
         if formula.batched:
             return self._run_batched(formula, policy, step, call, args, kwargs)
         return self._run_sequential(formula, policy, step, call, args, kwargs)
+
+    def _run_whole(self, call: Callable, args: tuple, kwargs: dict, asked: int, tried: int = 0) -> Any:
+        output = call(*args, **kwargs)
+        y = batch.prediction(output)
+        if y is None:
+            self.whole = f"{self.name} is also called for something else than a prediction"
+        if self.formula is None or (y is not None and y.shape != self.shape):
+            self.inputs.append((call, args, kwargs, batch.copied(output)))
+        self._note(y, tried + asked, asked)
+        return output
 
     def _run_nothing(self, formula: Formula, policy: Policy, step: Step) -> Any:
         assert self.history is not None
@@ -136,6 +171,8 @@ class Denoiser:
         output = batch.take(part, len(kept), source, _OUTPUT)
         y = batch.prediction(output)
         assert y is not None
+        if y.shape != self.shape:  # a callback has made the samples larger, say
+            return self._run_whole(call, args, kwargs, total, len(kept))
         branches = list(y.chunk(formula.branches))
         cond = branches[formula.cond_index]
         filled = {i: self._fill(policy, step, cond, branches[i]) for i in formula.others}
@@ -151,12 +188,12 @@ class Denoiser:
         n = formula.rows
         position = len(self.outputs)
         if position == formula.cond_index:
-            output = call(*args, **kwargs)
+            before = list(self.outputs)
+            output = self._run_whole(call, args, kwargs, n)
             cond = batch.prediction(output)
             assert cond is not None
-            for waiting in self.outputs:  # unconditional calls that came first wait for this one
+            for waiting in before:  # unconditional calls that came first wait for this one
                 waiting.copy_(self._fill(policy, step, cond, self._merge(cond, waiting)))
-            self._note(cond, n, n)
             return output
 
         wanted = [i for i, both in enumerate(self.evaluates) if both]
@@ -198,13 +235,16 @@ class Denoiser:
         estimate = policy.estimate(step, self.history, cond).to(cond.dtype)
         return batch.pick(guess, estimate, uncond)
 
-    def _run_ahead(self, leader: "Denoiser", call: Callable, args: tuple, kwargs: dict) -> Any:
+    def _run_ahead(self, leader: "Denoiser", asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Leaves out the rows that its leader is about to leave out."""
         formula = leader.formula
         assert formula is not None
         total = formula.rows * formula.branches
-        if self.whole or leader.nfe_full or all(leader.evaluates) or _rows(args, kwargs) != total:
-            return call(*args, **kwargs)
+        if self.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
+            output = call(*args, **kwargs)
+            if asked != total:  # the leader's batch may be another one from now on
+                self.inputs.append((call, args, kwargs, batch.copied(output)))
+            return output
         if leader.skips:
             return batch.copied(self.template)
         kept, source = _kept(formula, leader.evaluates)
@@ -231,7 +271,8 @@ class Denoiser:
 
     def _note(self, prediction: Tensor | None, evaluated: int, asked: int) -> None:
         if prediction is not None:
-            self.outputs.append(prediction)
+            own = self.formula is None or prediction.shape == self.shape or self.outputs
+            (self.outputs if own else self.strays).append(prediction)
         self.nfe += evaluated
         self.nfe_full += asked
 

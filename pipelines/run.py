@@ -13,17 +13,21 @@ Everything a run learns dies with it. Its hooks are in place for the length of t
 pipeline does between calls (offloading, swapping schedulers, copying, saving) can lose or keep them.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from numbers import Real
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor
 
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
+from diffusers_guidance.pipelines.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser
 from diffusers_guidance.pipelines.fingerprint import setting
@@ -40,12 +44,15 @@ from diffusers_guidance.pipelines.formula import (
     residual,
     views,
 )
-from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step
+from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step, is_inherited
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
 from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule
 from diffusers_guidance.spaces import Space
+
+_STEP = ("model_output", "timestep", "sample")
+"""What schedulers' steps take, in diffusers' order; for one that does not say."""
 
 
 class Stepped(NamedTuple):
@@ -84,12 +91,23 @@ class Run:
     def __init__(self, pipe: Any, rule: Rule, policy: Policy, arguments: dict[str, Any]):
         self.pipe, self.rule, self.policy, self.arguments = pipe, rule, policy, arguments
         self.report = Report(type(pipe).__name__, repr(rule), repr(policy))
+        self._stack = ExitStack()
+        self._parts: dict[str, Any] = {}
+        """The pipeline's networks and schedulers by name, as they were last seen."""
         self._denoisers: dict[int, Denoiser] = {}
         self._active: Denoiser | None = None
         self._called = False
         self._clocks: dict[int, Clock] = {}
         self._clock = Clock()
         """That of the scheduler stepped last."""
+        self._taken: dict[int, Collection[str]] = {}
+        """By scheduler, the names of what its step takes."""
+        self._timestep: Any = None
+        """Of the last step whose evaluation was seen."""
+        self._own: FrameType | None = None
+        """The pipeline's loop."""
+        self._stranger: str | None = None
+        """The last other pipeline that called a network of this one."""
         self._similarities: dict[int, Tensor] = {}
         """By step, (2, rows) each, on the host."""
         self._unread: list[Unread] = []
@@ -99,28 +117,48 @@ class Run:
     def hooks(self) -> Iterator[None]:
         """Puts the run between the pipeline, its denoisers and its schedulers; always takes itself out again."""
         try:
-            with ExitStack() as stack:
-                for name, component in _components(self.pipe):
-                    if isinstance(component, torch.nn.Module):
-                        self._denoisers[id(component)] = Denoiser(name, component)
-                        stack.enter_context(intercept_call(component, self.on_call))
-                    else:
-                        stack.enter_context(intercept_step(component, self.on_step))
+            with self._stack:
+                self._meet()
                 yield
+        except BaseException:
+            with suppress(Exception):  # what the device says after a failure must not hide the failure
+                self._finish_report()
+            raise
         finally:
-            self._finish_report()
-        if self._refusal is not None:
-            raise self._refusal
-        if self._called and not self.report.steps:
-            raise UnsupportedPipeline(
-                f"{self.report.pipeline} ran its denoiser, but never called scheduler.step afterwards, "
-                "so its guidance could not be found; use it without attach"
-            )
+            self._own = None
+        self._finish_report()
+        self._check_end()
+
+    def _meet(self) -> None:
+        """Steps in front of the networks and schedulers that the pipeline has now, unless that is done."""
+        if self._parts and not self._replaced():
+            return
+        before, self._parts = self._parts, dict(_components(self.pipe))
+        for name, part in self._parts.items():
+            if id(part) in self._denoisers or id(part) in self._taken:
+                continue
+            if isinstance(part, torch.nn.Module):
+                self._denoisers[id(part)] = Denoiser(name, part)
+                self._stack.enter_context(intercept_call(part, self.on_call))
+            else:
+                if (former := self._clocks.get(id(before.get(name)))) is not None:
+                    self._clocks[id(part)] = Clock(former.steps)
+                taken = parameters(type(part), "step")
+                self._taken[id(part)] = taken if "model_output" in taken else _STEP
+                self._stack.enter_context(intercept_step(part, self.on_step))
+
+    def _replaced(self) -> list[str]:
+        """Which of its networks and schedulers the pipeline has replaced since they were last seen."""
+        now = vars(self.pipe)
+        return [name for name, part in self._parts.items() if now.get(name) is not part]
 
     # The two hooks
 
     def on_call(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for a call of the denoiser."""
+        if not self._is_own(sys._getframe(2)):
+            return call(*args, **kwargs)
+        self._meet()
         denoiser = self._denoisers[id(module)]
         planned = denoiser.leader or denoiser  # whose plan this call follows
         if planned.clock is not None and planned.clock.ran_out and not planned.nfe_full:
@@ -135,29 +173,111 @@ class Run:
 
     def on_step(self, scheduler: Any, step: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `scheduler.step`."""
-        denoiser, self._active = self._active, None
-        if denoiser is None:  # a further step on the same evaluation
+        if not self._is_own(sys._getframe(2)):
             return step(*args, **kwargs)
-        bound = inspect.signature(scheduler.step).bind(*args, **kwargs)  # its stand-in has read it already
-        output, sample = bound.arguments["model_output"], bound.arguments["sample"]
+        taken = self._taken[id(scheduler)]
+        given = by_name(taken, args, kwargs)
+        timestep = given.get("timestep")
+        denoiser, self._active = self._active, None
+        if denoiser is None:
+            self._check_seen(timestep)
+            return step(*args, **kwargs)
+        if not {"model_output", "sample"} <= given.keys():
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} calls the step of its {type(scheduler).__name__} with {', '.join(given)}: its "
+                "guidance is found by a model_output and a sample; use it without attach"
+            )
+        output, sample = given["model_output"], given["sample"]
+        self._timestep = timestep
         self._clock = denoiser.clock = self._clocks.setdefault(id(scheduler), Clock())
-        self._clock.tick(scheduler, bound.arguments.get("timestep"))
+        self._clock.tick(scheduler, timestep)
         if self._clock.went_back and self._acts:
             raise UnsupportedPipeline(
                 f"{self.report.pipeline} steps more than once at timestep {self._clock.timestep:g}: each of its views "
                 "would need a history of its own; only CFG() with EveryStep() can be attached to it"
             )
+
+        def fuse() -> FusedStep | None:
+            # A step that somebody has put on the scheduler is to be called.
+            return fused_step(scheduler, *args, **kwargs) if is_inherited(scheduler, "step", step) else None
+
         try:
-            guided = self._guide(denoiser, output, sample, lambda: fused_step(scheduler, *args, **kwargs))
+            guided = self._guide(denoiser, output, sample, fuse)
         finally:
             for each in self._denoisers.values():
                 each.end_step()
         if isinstance(guided, Stepped):
             return guided.result
-        if guided is output:
-            return step(*args, **kwargs)
-        bound.arguments["model_output"] = guided
-        return step(*bound.args, **bound.kwargs)
+        if guided is not output:
+            args, kwargs = with_argument(taken, args, kwargs, "model_output", guided)
+        return step(*args, **kwargs)
+
+    # What must not be missed
+
+    def _is_own(self, frame: FrameType | None) -> bool:
+        """Whether the pipeline itself is calling, and not another one, from a callback say, that shares its parts.
+
+        The innermost pipeline on the stack tells, which for a combined pipeline may be one of its stages.
+        """
+        while frame is not None and frame is not self._own:
+            if frame.f_code.co_name == "__call__":
+                caller = frame.f_locals.get("self")
+                if isinstance(caller, DiffusionPipeline | ModularPipeline):
+                    if caller is not self.pipe and not any(part is caller for part in vars(self.pipe).values()):
+                        self._stranger = type(caller).__name__
+                        return False
+                    self._own = frame  # read once: before Python 3.13 reading a frame's variables copies them all
+                    break
+            frame = frame.f_back
+        return True
+
+    def _check_seen(self, timestep: Any) -> None:
+        """Refuses a step before which no evaluation was seen, so that a plain result never passes for a guided one.
+
+        Fine without guidance, or as a further step on the same evaluation.
+        """
+        again = self.report.steps and _same(timestep, self._timestep)
+        replaced = self._replaced()
+        self._meet()
+        if again or not self._guides:
+            return
+        if replaced:
+            what = f"its {' and '.join(replaced)} was replaced while it ran: replace it before the call"
+        else:
+            networks = ", ".join(each.name for each in self._denoisers.values()) or "none"
+            what = (
+                f"none of its networks that can be followed ({networks}) was called: they must be attributes of the "
+                "pipeline, of type torch.nn.Module, called in the pipeline's thread; wrap one of another type in a "
+                "Module whose forward calls it"
+            )
+        raise UnsupportedPipeline(
+            f"{self.report.pipeline} called scheduler.step, at step {len(self.report.steps)}, without an evaluation "
+            f"that was seen, so its guidance could not be found: {what}, or use the pipeline without attach"
+        )
+
+    def _check_end(self) -> None:
+        """Refuses a result whose guidance was not all that the report says."""
+        if self._refusal is not None:
+            raise self._refusal
+        if self._called and not self.report.steps:
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} ran its denoiser, but never called scheduler.step afterwards, "
+                "so its guidance could not be found; use it without attach"
+            )
+        unseen = self._stranger or not self._denoisers or not self._taken
+        if unseen and not self.report.steps and self._guides:
+            other = f"a {self._stranger}, which is none" if self._stranger else "networks and schedulers that are none"
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} left its evaluations to {other} of its attributes, so its guidance could not "
+                "be found; attach to the pipeline that has them"
+            )
+        for each in self._denoisers.values():
+            if each.formula is not None and len(each.outputs) > each.formula.calls and self._acts and self._guides:
+                raise UnsupportedPipeline(
+                    f"{self.report.pipeline} called {each.name} {len(each.outputs)} times after the last call of "
+                    f"scheduler.step that was seen, at step {len(self.report.steps) - 1}, so its guidance could not be "
+                    "found from there on: a scheduler must be an attribute of the pipeline; use it without attach"
+                )
 
     # Discover and verify
 
@@ -169,10 +289,20 @@ class Run:
         Where the rule and the scheduler's step can be one (`fuse`), what that step returns.
         """
         note = denoiser.whole
+        denoiser.settle()
         if not self._is_guided(denoiser, output):
             alone = Decision("conditional" if denoiser.nfe else "neither")
             self._record(denoiser, [alone] * output.shape[0], None, None, "no guidance at this step")
             return output
+        formula = denoiser.formula
+        if formula is not None and denoiser.is_on_another_batch and denoiser.nfe >= denoiser.nfe_full:
+            denoiser.forget()  # all of which was evaluated
+        elif formula is not None and not (denoiser.fits and len(denoiser.outputs) == formula.calls):
+            seen = (
+                f"it was called {len(denoiser.outputs)} times, {formula.calls} of them made its guidance until now, "
+                "and no other call can be told from the step's own: call the network outside callbacks"
+            )
+            raise self._unsupported(denoiser, output, seen)
         if denoiser.formula is None:
             if not self._identify(denoiser, output, sample):
                 same = [Decision("both")] * output.shape[0]
@@ -262,9 +392,10 @@ class Run:
             if found.undetermined:
                 return False
             raise self._unsupported(denoiser, output, found.tried)
-        denoiser.formula = found.formula
+        denoiser.formula, denoiser.shape = found.formula, denoiser.outputs[0].shape
         denoiser.history = History(found.formula.rows, denoiser.name, self._similarity_before(denoiser, found.formula))
-        self.report.formula = "; ".join(filter(None, [self.report.formula, f"{denoiser.name}: {found.formula}"]))
+        known = [*filter(None, self.report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
+        self.report.formula = "; ".join(dict.fromkeys(known))
         return True
 
     def _similarity_before(self, denoiser: Denoiser, formula: Formula) -> dict[str, list[Tensor]]:
@@ -293,12 +424,6 @@ class Run:
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, evaluated: list[bool], unguided: list[bool]
     ) -> Seen:
         """The step, once the pipeline's formula has reproduced `output`; where that can be left for later, at once."""
-        formula, calls = denoiser.formula, len(denoiser.outputs)
-        assert formula is not None
-        if calls != formula.calls:
-            self._identify_anew(
-                denoiser, output, sample, f"{formula} held until now, but here the denoiser was called {calls} times"
-            )
         seen = self._see(denoiser, output, sample, evaluated, unguided)
         if not self._acts and denoiser.formula is not None and denoiser.formula.is_read:
             return seen
@@ -373,6 +498,15 @@ class Run:
     def _acts(self) -> bool:
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
         return not (self.rule.is_plain and type(self.policy) is EveryStep)
+
+    @property
+    def _guides(self) -> bool:
+        """Whether the pipeline says that it does classifier-free guidance just now."""
+        says = getattr(self.pipe, "do_classifier_free_guidance", None)
+        if isinstance(says, bool):
+            return says
+        scales = (get() for get in self._scales().values())
+        return any(isinstance(s, Real | Tensor) and float(torch.as_tensor(s).max()) > 1 for s in scales)
 
     def _step_of(self, denoiser: Denoiser, now: bool = False) -> Step:
         """The denoiser's coming evaluation by its scheduler's clock, or the one that shows now."""
@@ -492,7 +626,8 @@ class Run:
         for i, similarity in self._similarities.items():
             step = self.report.steps[i]
             step.similarity, step.similarity_noise = (to_list(values) for values in similarity)
-            broken = [i for i, was in enumerate(step.evaluated) if was == "both" and step.similarity[i] is None]
+            pairs = zip(step.evaluated, step.similarity, strict=False)
+            broken = [i for i, (was, known) in enumerate(pairs) if was == "both" and known is None]
             if broken and self._clock.error is None and step.sigma is not None:
                 step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
         if self.report.steps and not self.report.formula:
@@ -521,6 +656,16 @@ def _similarity(space: Space | None, sample: Tensor, c: Tensor, u: Tensor, evalu
     pairs = ((space.a, space.b), (space.p, space.q))
     found = torch.stack([kernels.similarity(sample, c, u, *pair).float() for pair in pairs])
     return pick(evaluated, found.T, unknown.T).T
+
+
+def _same(timestep: Any, other: Any) -> bool:
+    """Whether two timesteps are the same; waits for a device only where they are two objects."""
+    if timestep is other:
+        return True
+    if timestep is None or other is None:
+        return False
+    first, second = (torch.as_tensor(each).flatten().tolist() for each in (timestep, other))
+    return bool(first == second)
 
 
 def _held(formula: Formula | None, fit: Fit) -> str:

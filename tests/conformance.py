@@ -297,6 +297,7 @@ def repeats(pipe: Any, entry: Tiny, batch: int, steps: int, rule: Any, policy: P
     for obj in (pipe, *vars(pipe).values()):
         assert "_diffusers_guidance" not in str([*getattr(obj, "__dict__", ()), *vars(type(obj))])
     assert "step" not in vars(pipe.scheduler)
+    assert not any("_compiled_call_impl" in vars(module) for module in denoisers(pipe, entry))
 
 
 # APG against the paper
