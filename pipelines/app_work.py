@@ -24,6 +24,7 @@ from diffusers_guidance.pipelines.app_settings import BUNDLED, SCHEDULERS, Gener
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.compare import Column, Comparison, Result, arguments, compare
+from diffusers_guidance.pipelines.sizes import own_size, sized
 from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
 
@@ -119,6 +120,7 @@ def call_of(pipe: Any, settings: Generation) -> dict[str, Any]:
                     f"{name}={side}: for this model from {sides[0]} to {sides[-1]} pixels in steps of 8, please."
                 )
             call[name] = side
+    call = sized(pipe, call)
     if settings.batch_size > 1:
         call["num_images_per_prompt"] = settings.batch_size
     return call | {"generator": generators if settings.batch_size > 1 else generators[0]}
@@ -126,9 +128,7 @@ def call_of(pipe: Any, settings: Generation) -> dict[str, Any]:
 
 def sides_of(pipe: Any) -> range:
     """The widths and heights, in pixels, that a pipeline's pictures may have here: from half to twice its own."""
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    size = getattr(getattr(network, "config", None), "sample_size", None)
-    own = size * getattr(pipe, "vae_scale_factor", 8) if isinstance(size, int) else 1024
+    own = max(own_size(pipe) or (1024,))
     return range(own // 16 * 8, 2 * own + 1, 8)
 
 

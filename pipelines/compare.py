@@ -22,6 +22,7 @@ from PIL import Image
 
 import diffusers_guidance as package
 from diffusers_guidance.pipelines.attach import attach
+from diffusers_guidance.pipelines.sizes import sized
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
@@ -388,7 +389,7 @@ def _generate(
     negative = (
         "" if arguments["negative_prompt"] is None and "true_cfg_scale" in known else arguments["negative_prompt"]
     )
-    call = arguments | {
+    call = sized(pipe, arguments) | {
         "prompt": [prompt for prompt, _ in jobs],
         "negative_prompt": None if negative is None else [negative] * len(jobs),
         # The noise is drawn on the CPU, so that every device makes the same picture.

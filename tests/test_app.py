@@ -110,6 +110,12 @@ def test_generate(client, pipe):
     assert (pixels(picture) == pixels(pictures[0]["image"])).all()
 
 
+@pytest.mark.parametrize(("side", "shape"), [("height", (192, 128, 3)), ("width", (128, 192, 3))])
+def test_a_side_alone_is_that_side_and_the_models_own(client, side, shape):
+    picture = client.predict(**SMALL, **{side: 192}, api_name="/generate")[0]
+    assert pixels(picture).shape == shape
+
+
 def test_no_two_pictures_share_a_file(client):
     """Gradio names files by content, and writes a file anew while it may be on its way to somebody else."""
     first, second = (client.predict(**SMALL, api_name="/generate")[0] for _ in range(2))
@@ -132,7 +138,7 @@ def test_pictures_carry_their_settings(client):
         {},
         {"rule": "CFG", "policy": "EveryStep", "guidance_scale": 4, "negative_prompt": 'a "cat"\n\\n {0}'},
         {"batch_size": 2, "scheduler": "DPM++ 2M", "policy": "AdaptiveGuidance", "threshold": 0.9, "eta": 0.5},
-        {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 128},
+        {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 160},
         {"momentum": -0.75, "norm_threshold": 12.5, "eta": 0.35, "period": 4, "warmup": 2, "last": False},
     ],
 )
