@@ -11,8 +11,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from diffusers_guidance.pipelines.attach import DEFAULT_POLICY
-from diffusers_guidance.pipelines.compare import POLICIES as POLICY_TYPES
-from diffusers_guidance.pipelines.compare import RULES as RULE_TYPES
+from diffusers_guidance.pipelines.columns import POLICIES as POLICY_TYPES
+from diffusers_guidance.pipelines.columns import RULES as RULE_TYPES
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.rules import APG, CFG, Rule
 

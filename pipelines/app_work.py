@@ -23,7 +23,8 @@ from diffusers_guidance.pipelines.app_device import Device, Models, Tell
 from diffusers_guidance.pipelines.app_settings import BUNDLED, SCHEDULERS, Generation, Grid, Trial
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.clock import Clock
-from diffusers_guidance.pipelines.compare import Column, Comparison, Result, arguments, compare
+from diffusers_guidance.pipelines.columns import Column, arguments
+from diffusers_guidance.pipelines.compare import Comparison, Result, compare
 from diffusers_guidance.pipelines.sizes import own_size, sized
 from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG

@@ -20,7 +20,8 @@ from diffusers_guidance.effective import Watched
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach import DEFAULT_RULE, attach
 from diffusers_guidance.pipelines.bench_suite import Cell, Suite
-from diffusers_guidance.pipelines.compare import Column, _generate
+from diffusers_guidance.pipelines.columns import Column
+from diffusers_guidance.pipelines.compare import _generate
 from diffusers_guidance.pipelines.run import _components
 from diffusers_guidance.pipelines.spread import pipeline
 from diffusers_guidance.policies import EveryStep

@@ -12,7 +12,7 @@ import yaml
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.pipelines.compare import Column
+from diffusers_guidance.pipelines.columns import Column
 from diffusers_guidance.pipelines.search import search
 from diffusers_guidance.pipelines.shell import read_lines
 from diffusers_guidance.rules import CFG

@@ -11,7 +11,8 @@ from rich.table import Table
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.pipelines.calibrate import calibrate, calibrate_on_ray
-from diffusers_guidance.pipelines.compare import COLUMNS, Column, Comparison, compare
+from diffusers_guidance.pipelines.columns import COLUMNS, Column
+from diffusers_guidance.pipelines.compare import Comparison, compare
 from diffusers_guidance.pipelines.frontier import frontier, plot, table
 from diffusers_guidance.pipelines.nas import search_nas
 from diffusers_guidance.pipelines.search import search

@@ -17,7 +17,8 @@ from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.bench_cells import environment, scheduler_of
 from diffusers_guidance.pipelines.bench_suite import fingerprint
-from diffusers_guidance.pipelines.compare import Column, _generate
+from diffusers_guidance.pipelines.columns import Column
+from diffusers_guidance.pipelines.compare import _generate
 from diffusers_guidance.pipelines.files import write
 from diffusers_guidance.pipelines.sizes import check_sides, check_size
 from diffusers_guidance.pipelines.spread import pipeline, spread

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_guidance.pipelines.compare import Comparison, Result, changes, short
+from diffusers_guidance.pipelines.columns import changes, short
+from diffusers_guidance.pipelines.compare import Comparison, Result
 from diffusers_guidance.policies import AdaptiveGuidance
 
 SMALLEST, LARGEST = 192, 512

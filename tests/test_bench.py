@@ -33,7 +33,7 @@ from diffusers_guidance.pipelines.bench_metrics import (
 )
 from diffusers_guidance.pipelines.bench_report import html, markdown
 from diffusers_guidance.pipelines.bench_suite import JUDGED, SUITE, Suite, fingerprint
-from diffusers_guidance.pipelines.compare import Column
+from diffusers_guidance.pipelines.columns import Column
 from diffusers_guidance.pipelines.spread import pipeline
 
 TEXT = """

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, Interval, Schedule
 from diffusers_guidance.pipelines import cli
-from diffusers_guidance.pipelines.compare import COLUMNS, Column, Comparison, Result, _generate, compare, short
+from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
+from diffusers_guidance.pipelines.compare import Comparison, Result, _generate, compare
 from diffusers_guidance.pipelines.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
 from diffusers_guidance.samples import MODEL, PROMPTS
 
