@@ -12,7 +12,7 @@ import yaml
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.pipelines.columns import Column
+from diffusers_guidance.pipelines.columns import Column, calibration_file
 from diffusers_guidance.pipelines.search import search
 from diffusers_guidance.pipelines.shell import read_lines
 from diffusers_guidance.rules import CFG
@@ -38,7 +38,7 @@ class Entry:
     as_strong_as: str | None = None
 
     @classmethod
-    def read(cls, name: str, given: Any) -> "Entry":
+    def read(cls, name: str, given: Any, beside: Path) -> "Entry":
         given = {"pair": given} if isinstance(given, str) else given
         if not isinstance(given, dict) or not given or not set(given) <= _PARTS:
             raise ValueError(
@@ -52,7 +52,7 @@ class Entry:
             value = getattr(entry, part)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"columns: {name!r} has {part}: {value!r}; a whole number from 1 up")
-        Column.parse(entry.pair)
+        Column.parse(entry.pair, beside)
         return entry
 
 
@@ -85,6 +85,8 @@ class Suite:
     held_out: bool = False
     """Whether the prompts were compared with those that something was fitted to."""
     name: str = "suite"
+    folder: str = "."
+    """Where its file lies; what its columns name is looked for there."""
 
     @classmethod
     def read(cls, file: Path = SUITE) -> "Suite":
@@ -97,7 +99,7 @@ class Suite:
             given = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
-        known = (set(cls.__dataclass_fields__) - {"name", "held_out"}) | {"held_out_from"}
+        known = (set(cls.__dataclass_fields__) - {"name", "held_out", "folder"}) | {"held_out_from"}
         missing, unknown = {"model", "prompts", "columns"} - set(given or {}), set(given or {}) - known
         if missing or unknown:
             what = [f"{', '.join(sorted(names))} {verb}" for names, verb in ((missing, "missing"), (unknown, "unknown"))
@@ -121,13 +123,13 @@ class Suite:
         model = str(samples.MODEL) if given["model"] == "bundled" else str(given["model"])
         given |= {"model": str(beside / model) if (beside / model).is_dir() else model, "prompts": tuple(texts)}
         if given.get("calibration"):
-            given["calibration"] = str((beside / given["calibration"]).resolve())
-        given["columns"] = tuple(Entry.read(str(name), value) for name, value in given["columns"].items())
+            given["calibration"] = str(calibration_file(given["calibration"], beside).resolve())
+        given["columns"] = tuple(Entry.read(str(name), value, beside) for name, value in given["columns"].items())
         for name in ("seeds", "schedulers", "targets"):
             if name in given:
                 given[name] = tuple(given[name])
         timing: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("timing", {}).items()}
-        suite = cls(**given, timing=Timing(**timing), name=file.stem)
+        suite = cls(**given, timing=Timing(**timing), name=file.stem, folder=str(beside.resolve()))
         suite._check()
         return suite
 
@@ -159,7 +161,7 @@ class Suite:
         if entry.search is not None:
             assert self.calibration is not None
             return Column(entry.name, CFG(), _searched(self.calibration, entry.search))
-        return Column.parse(entry.pair)
+        return _parsed(entry.pair, self.folder)
 
     def scale(self, column: Column) -> float:
         return self.guidance_scale if column.guidance_scale is None else column.guidance_scale
@@ -216,6 +218,8 @@ class Cell:
         entry = suite.entry(self.column)
         settings = [suite.steps, suite.guidance_scale, suite.negative, list(suite.prompts)]
         calibration = _content(suite.calibration) if entry.search and suite.calibration else None
+        if not entry.search and (policy := suite.column(entry).policy) is not None and policy.calibration is not None:
+            calibration = policy.calibration.digest
         timed = [suite.timing.rounds, machine, asdict(suite.entry(suite.baseline))]
         of = [
             *(version(package) for package in ("diffusers-guidance", "diffusers", "torch")),
@@ -270,6 +274,11 @@ def _check_target(target: Any) -> None:
 @functools.cache
 def _searched(calibration: str, nfe: int) -> Any:
     return search(Calibration.load(Path(calibration)), nfe)
+
+
+@functools.cache
+def _parsed(pair: str, folder: str) -> Column:
+    return Column.parse(pair, Path(folder))
 
 
 @functools.cache

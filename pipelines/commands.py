@@ -36,9 +36,9 @@ def compare_command(
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12"; '
-            '"default" is what attach(pipe) chooses. Repeatable.',
-            show_default="CFG, CFG@15, APG@15, AG, LinearAG, Hold, default",
+            help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12", '
+            '"search(25, calibration=FILE)"; "default" is what attach(pipe) chooses. Repeatable.',
+            show_default=", ".join(COLUMNS),
         ),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="0")] = None,

@@ -119,6 +119,8 @@ def generate(
     scale = guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
     made_with = {"model": fingerprint(model), "column": parsed.name, "scheduler": scheduler, "steps": steps,
                  "guidance_scale": scale, "dtype": dtype}  # fmt: skip
+    if parsed.policy is not None and parsed.policy.calibration is not None:
+        made_with["calibration"] = parsed.policy.calibration.digest
     left = {job.id for job in jobs if not _is_done(out, job, made_with)}
     # Cut from all jobs, so that a picture's batch, and with it its last bit, does not depend on what is there already.
     batches: list[list[Job]] = []

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_search import OneLess
 from tiny import PIPELINES, run
 from typer.testing import CliRunner
 
-from diffusers_guidance import APG, CFG, CFGZeroStar, EveryStep, GuidanceError, attach, kernels, samples
+from diffusers_guidance import APG, CFG, Calibration, CFGZeroStar, EveryStep, GuidanceError, attach, kernels, samples
 from diffusers_guidance.effective import Watched
 from diffusers_guidance.pipelines import bench as engine
 from diffusers_guidance.pipelines import cli
@@ -123,7 +124,7 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
 def test_a_wrong_suite_is_refused_by_name(tmp_path, before, after, message):
     (tmp_path / "seen.txt").write_text("a rocket\n")
     file = tmp_path / "suite.yaml"
-    file.write_text(TEXT.replace(before, after, 1))
+    file.write_text(TEXT.replace("CALIBRATION", "dpm-20-5").replace(before, after, 1))
     with pytest.raises(ValueError, match=re.escape(message)):
         Suite.read(file)
 
@@ -163,6 +164,21 @@ def test_a_models_fingerprint_is_of_what_is_loaded(tmp_path):
     assert fingerprint(str(tmp_path)) == before
     (tmp_path / "unet" / "weights.safetensors").write_bytes(bytes(2**18 - 1) + b"x")
     assert fingerprint(str(tmp_path)) != before
+
+
+def test_a_columns_calibration_lies_beside_the_suite_and_is_part_of_its_key(tmp_path):
+    keys = []
+    for name in ("dpm-20-5", "dpm-20-7.5"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(samples.CALIBRATIONS / f"{name}.safetensors", folder / "mine.safetensors")
+        pairs = "{CFG: CFG, fitted: 'LinearAG(calibration=\"mine.safetensors\")'}"
+        (folder / "suite.yaml").write_text(f"model: bundled\nprompts: [a rocket]\ncolumns: {pairs}\n")
+        suite = Suite.read(folder / "suite.yaml")
+        made = Calibration.load(folder / "mine.safetensors")
+        assert suite.column(suite.entry("fitted")).policy.calibration.digest == made.digest
+        keys.append([cell.key(suite, "model", "cpu", "float32") for cell in suite.picture_cells() if not cell.seed])
+    assert keys[0][0] == keys[1][0] and keys[0][1] != keys[1][1]
 
 
 # Cells

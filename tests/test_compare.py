@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import socket
 import sys
 from types import SimpleNamespace
@@ -13,12 +14,23 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, Interval, Schedule
+from diffusers_guidance import (
+    APG,
+    CFG,
+    AdaptiveGuidance,
+    Calibration,
+    EveryStep,
+    Hold,
+    Interval,
+    LinearAG,
+    Schedule,
+    search,
+)
 from diffusers_guidance.pipelines import cli
 from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
 from diffusers_guidance.pipelines.compare import Comparison, Result, _generate, compare
 from diffusers_guidance.pipelines.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
-from diffusers_guidance.samples import MODEL, PROMPTS
+from diffusers_guidance.samples import CALIBRATIONS, MODEL, PROMPTS
 
 PAIR = ["a red apple", "a rocket"]
 
@@ -70,6 +82,19 @@ def test_column(text, rule, policy, scale):
     assert Column.parse(text) == Column(text, rule, policy, scale)
 
 
+@pytest.mark.parametrize("name", ["dpm-20-5", str(CALIBRATIONS / "dpm-20-5.safetensors"), "mine.safetensors"])
+def test_a_columns_calibration_is_named(name, tmp_path):
+    shutil.copy(CALIBRATIONS / "dpm-20-5.safetensors", tmp_path / "mine.safetensors")
+    made = Calibration.load(CALIBRATIONS / "dpm-20-5.safetensors")
+    fitted = Column.parse(f"LinearAG(calibration={name!r})@5", beside=tmp_path)
+    assert isinstance(fitted.policy, LinearAG) and fitted.policy.calibration.digest == made.digest
+    found = Column.parse(f"APG + search(25, calibration={name!r})", beside=tmp_path)
+    assert found.rule == APG() and found.policy.actions == search(made, 25).actions
+    assert found.policy.calibration.digest == made.digest
+    share = Column.parse(f"AdaptiveGuidance.from_calibration({name!r}, 0.3)", beside=tmp_path).policy
+    assert share == AdaptiveGuidance.from_calibration(made, 0.3)
+
+
 def test_columns_shown_unless_asked_for_others():
     assert len({Column.parse(text) for text in COLUMNS}) == len(COLUMNS)
 
@@ -98,17 +123,25 @@ def test_columns_shown_unless_asked_for_others():
         ("Hold - APG", ["neither a rule nor a policy"]),
         ("Policy", ["there is no Policy"]),
         ("default + Hold", ["there is no default"]),
+        ("search(25)", ["search needs a calibration", "dpm-20-5"]),
+        ("search(99, calibration='dpm-20-5')", ["nfe=99", "from 2 to 40"]),
+        ("search(25, 'dpm-20-5')", ["does not fit search(nfe"]),
+        ("LinearAG(calibration='nowhere')", ["calibration='nowhere': no such file", "dpm-20-5"]),
+        ("LinearAG(calibration='NOTICE')", ["NOTICE is no safetensors file"]),
     ],
 )
-def test_column_refused(text, said):
+def test_column_refused(text, said, tmp_path):
+    (tmp_path / "NOTICE").write_text("no calibration")
     with pytest.raises(ValueError, match="column") as error:
-        Column.parse(text)
+        Column.parse(text, beside=tmp_path)
     assert all(part in str(error.value) for part in said), error.value
 
 
 def test_short():
     assert short(APG(7.0)) == "APG"
-    assert short(Schedule(["both"] * 40)).endswith("'both', …)")
+    assert short(Schedule(["both"] * 40)) == "Schedule of 80 NFEs"
+    assert short(LinearAG()) == "LinearAG, held"
+    assert short(LinearAG(Calibration.load(CALIBRATIONS / "dpm-20-5.safetensors"))) == "LinearAG"
     assert short(APG(7.0, norm_threshold=5, norm_dim=())) == "APG(norm_threshold=5, norm_dim=())"
 
 
@@ -160,6 +193,21 @@ def test_prompts_and_scheduler(tmp_path):
     assert found["prompts"] == ["a lemon", "a guitar"]
     assert (found["scheduler"], found["negative"]) == ("EulerDiscreteScheduler", "blurred")
     assert (found["device"], found["dtype"]) == ("cpu", "float32")
+
+
+def test_calibrated_columns_run_and_come_closer_for_their_cost(tmp_path):
+    named = 'calibration="dpm-20-5"'
+    columns = ["CFG", "LinearAG", f"LinearAG({named})", f"search(25, {named})"]
+    options = [option for column in columns for option in ("--column", column)]
+    on_another = command("compare", "a rocket", *options[4:], "--out", tmp_path)
+    assert on_another.exit_code == 1 and "was made for something else than this run" in on_another.output
+    options += ["--scheduler", "DPMSolverMultistepScheduler", "--out", tmp_path]
+    shown = command("compare", "a rocket", *options)
+    assert shown.exit_code == 0, shown.output
+    assert "CFG + LinearAG, held" in shown.output and "CFG + Schedule of 25 NFEs" in shown.output
+    full, held, fitted, found = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["columns"]
+    assert (full["nfe"], held["nfe"], fitted["nfe"], found["nfe"]) == (40, 25, 25, 25)
+    assert held["psnr"] != fitted["psnr"] and max(held["psnr"], fitted["psnr"]) + 3 < found["psnr"]
 
 
 def test_cfg_is_the_pipeline_itself(pipe):
