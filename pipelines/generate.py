@@ -19,7 +19,7 @@ from diffusers_guidance.pipelines.bench_cells import environment, scheduler_of
 from diffusers_guidance.pipelines.bench_suite import fingerprint
 from diffusers_guidance.pipelines.columns import Column
 from diffusers_guidance.pipelines.compare import _generate
-from diffusers_guidance.pipelines.files import write
+from diffusers_guidance.pipelines.files import read_text, write
 from diffusers_guidance.pipelines.sizes import check_sides, check_size
 from diffusers_guidance.pipelines.spread import pipeline, spread
 
@@ -49,7 +49,7 @@ def read_jobs(file: Path) -> list[Job]:
         ValueError: with the line's number and what is wrong with it.
     """
     jobs: list[Job] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:

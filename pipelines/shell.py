@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.files import read_text
 
 MODEL = str(samples.MODEL)
 Model = Annotated[
@@ -32,7 +33,7 @@ Dtype = Annotated[
 
 def read_lines(file: Path) -> list[str]:
     """The lines of a file that are neither empty nor comments."""
-    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in read_text(file).splitlines())
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise ValueError(f"{file} holds no prompt; write one a line")

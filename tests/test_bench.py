@@ -118,6 +118,25 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
         ("at_least: 0.3", "at_leats: 0.3", "write a column, a measure"),
         ("at_least: 99", "at_least: a lot", "at_least of stopped is 'a lot'"),
         ("measure: saturation", "measure: saved", "saved of APG is no figure to stay within"),
+        ("steps: 3", "steps: 0", "steps: 0; a whole number from 1 up"),
+        ("steps: 3", "steps: x", "steps: 'x'; a whole number from 1 up"),
+        ("steps: 3", "steps: true", "steps: True; a whole number"),
+        ("steps: 3", "guidance_scale: high", "guidance_scale: 'high'; a number from 0 up"),
+        ("batch: 2", "batch: 0", "batch: 0; a whole number from 1 up"),
+        ("batches: [1]", "batches: 1", "timing: batches: 1; a list, such as [1]"),
+        ("rounds: 1", "rounds: 0", "timing: rounds: 0; a whole number from 1 up"),
+        ("columns: [stopped]", "colums: [stopped]", "timing: {'colums': ['stopped']"),
+        ("seeds: [1, 2]", "seeds: [x]", "seeds: 'x'; a whole number from 0 up"),
+        ("seeds: [1, 2]", "seeds: 3", "seeds: 3; a list, such as [3]"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds: [1, 1]; at least one, and each once"),
+        ("prompts: [a red apple, a rocket]", "prompts: 3", "prompts: 3; a list"),
+        ("prompts: [a red apple, a rocket]", "prompts: a cat", "prompts: 'a cat' names no file; write [a cat]"),
+        ("schedulers: [DPMSolverMultistepScheduler]", "schedulers: DDIM", "schedulers: 'DDIM'; a list"),
+        ("  CFG: CFG\n", "  CFG: [CFG]\n", "columns: 'CFG' is ['CFG']; write a pair"),
+        ("  CFG: CFG\n", "  CFG: {pear: CFG}\n", "columns: 'CFG': {'pear': 'CFG'}; some of"),
+        ("targets:\n", "targets: [psnr]\nx:\n", "x unknown"),
+        ("model: bundled", "model: 3", "model: 3; a text"),
+        ("calibration: dpm-20-5", "calibration: nowhere", "calibration='nowhere': no such file"),
         ("prompts: [a red apple", "held_out_from: seen.txt\nprompts: [a rocket", "'a rocket' is not held out"),
     ],
 )
@@ -126,6 +145,14 @@ def test_a_wrong_suite_is_refused_by_name(tmp_path, before, after, message):
     file = tmp_path / "suite.yaml"
     file.write_text(TEXT.replace("CALIBRATION", "dpm-20-5").replace(before, after, 1))
     with pytest.raises(ValueError, match=re.escape(message)):
+        Suite.read(file)
+
+
+@pytest.mark.parametrize("text", ["- a list", "", "7", "columns: [CFG]\nmodel: bundled\nprompts: [a]", b"\xff\xfe"])
+def test_what_is_no_suite_at_all_is_refused_by_its_name(tmp_path, text):
+    file = tmp_path / "suite.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"suite\.yaml"):
         Suite.read(file)
 
 
