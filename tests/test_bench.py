@@ -325,6 +325,19 @@ def test_an_interrupted_benchmark_goes_on_without_losing_or_repeating(
     assert bench(without_search, tmp_path) == again and not ran
 
 
+def test_a_cell_whose_picture_is_lost_is_done_again(tmp_path):
+    file = tmp_path / "suite.yaml"
+    file.write_text("model: bundled\nprompts: [a rocket]\nseeds: [1]\nsteps: 2\ncolumns: {CFG: CFG, Hold: Hold}\n")
+    suite = Suite.read(file)
+    first = of_kind(bench(suite, tmp_path), "pictures")
+    lost = tmp_path / first[1]["pictures"][0]
+    before = lost.read_bytes()
+    lost.unlink()
+    again = of_kind(bench(suite, tmp_path), "pictures")
+    assert lost.read_bytes() == before and [line["key"] for line in again] == [line["key"] for line in first]
+    assert again[0] == first[0] and summarise(suite, again, tmp_path).rows
+
+
 def test_lines_that_are_no_results_are_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"some": "thing"}\n')
     with pytest.raises(ValueError, match="line 1: no result of a benchmark"):
