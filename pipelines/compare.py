@@ -21,6 +21,7 @@ from PIL import Image
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
 from diffusers_guidance.pipelines.sizes import sized
+from diffusers_guidance.pipelines.texts import prompts_of
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
@@ -198,6 +199,7 @@ def compare(
         warm_up: whether two untimed steps are run first, so that the first column is not charged for starting up.
         arguments: passed on to the pipeline's call, such as `height=512`.
     """
+    prompts = prompts_of(prompts)
     wanted = [Column.parse(column) if isinstance(column, str) else column for column in columns]
     if not prompts or not seeds or not wanted:
         raise ValueError("nothing to compare: there must be at least one prompt, one seed and one column")
@@ -233,7 +235,7 @@ def compare(
         scheduler=type(pipe.scheduler).__name__,
         device=str(pipe.device),
         dtype=str(pipe.dtype).removeprefix("torch."),
-        prompts=list(prompts),
+        prompts=prompts,
         seeds=list(seeds),
         steps=steps,
         negative=negative,

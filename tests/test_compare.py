@@ -283,6 +283,14 @@ def test_nothing_to_compare(pipe, missing):
         compare(pipe, **given)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "said"), [("a cat", "prompts='a cat': a list of texts"), (["a cat", 3], r"prompts\[1\]=3: a text")]
+)
+def test_prompts_are_a_list_of_texts(pipe, prompts, said):
+    with pytest.raises(ValueError, match=said):
+        compare(pipe, prompts, ["CFG"], steps=1)
+
+
 # What the command says when it cannot
 
 
@@ -294,6 +302,7 @@ def test_nothing_to_compare(pipe, missing):
         (["--model", "nowhere"], "no such folder, and a name on the hub has the form owner/name"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--scheduler", "Euler"], "EulerDiscreteScheduler"),
+        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "does not fit DDIMScheduler; here fit"),
         (["--dtype", "int8"], "float32, bfloat16, float16"),
         (["--device", "abacus"], "--device abacus"),
         (["--column", "Schedule(['both'])", "--steps", "2"], "has 1 steps, the run 2"),
