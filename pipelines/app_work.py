@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -26,6 +25,7 @@ from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.columns import Column, arguments
 from diffusers_guidance.pipelines.compare import Comparison, Result, compare
 from diffusers_guidance.pipelines.sizes import own_size, sized
+from diffusers_guidance.pipelines.solvers import scheduler_of
 from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
 
@@ -295,10 +295,7 @@ def scheduled(pipe: Any, name: str) -> Iterator[None]:
     """Puts the scheduler of that name in place, and the pipeline's own back at the end."""
     own = pipe.scheduler
     if SCHEDULERS[name]:
-        cls = getattr(diffusers, SCHEDULERS[name])
-        if cls not in own.compatibles:
-            raise ValueError(f"The scheduler {name} does not fit this model: it was made for {type(own).__name__}.")
-        pipe.scheduler = cls.from_config(own.config)
+        pipe.scheduler = scheduler_of(own, SCHEDULERS[name])
     try:
         yield
     finally:

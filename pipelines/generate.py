@@ -15,12 +15,13 @@ from typing import Any
 
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach import attach
-from diffusers_guidance.pipelines.bench_cells import environment, scheduler_of
+from diffusers_guidance.pipelines.bench_cells import environment
 from diffusers_guidance.pipelines.bench_suite import fingerprint
 from diffusers_guidance.pipelines.columns import Column
 from diffusers_guidance.pipelines.compare import _generate
 from diffusers_guidance.pipelines.files import read_text, write
 from diffusers_guidance.pipelines.sizes import check_sides, check_size
+from diffusers_guidance.pipelines.solvers import scheduler_of
 from diffusers_guidance.pipelines.spread import pipeline, spread
 
 Progress = Callable[[str, int, int], None]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import diffusers
 import torch
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.files import read_text
+from diffusers_guidance.pipelines.solvers import scheduler_of
 
 MODEL = str(samples.MODEL)
 Model = Annotated[
@@ -72,18 +73,9 @@ def load(model: str, scheduler: str | None, device: str | None, dtype: str | Non
         pipe.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {error}") from None
-    _swap_scheduler(pipe, scheduler)
+    if scheduler is not None:
+        pipe.scheduler = scheduler_of(pipe.scheduler, scheduler)
     return pipe
-
-
-def _swap_scheduler(pipe: Any, name: str | None) -> None:
-    if name is None:
-        return
-    scheduler = getattr(diffusers, name, None)
-    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        fitting = sorted(c.__name__ for c in pipe.scheduler.compatibles)
-        raise ValueError(f"--scheduler {name}: diffusers has none of that name; here fit {', '.join(fitting)}")
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
 
 
 class Bar:

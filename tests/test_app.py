@@ -568,7 +568,7 @@ def test_the_interpreter_can_end_while_the_device_works():
 
 def test_a_scheduler_that_does_not_fit_is_refused(pipe, monkeypatch):
     monkeypatch.setitem(app_work.SCHEDULERS, OWN, "FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(ValueError, match="does not fit this model"):
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler: does not fit DDIMScheduler; here fit"):
         app_work.generate(pipe, Generation(**SMALL), lambda news: None)
 
 
