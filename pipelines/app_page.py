@@ -50,8 +50,9 @@ TO_RESULT = """() => {
 HEAD = """
 <div class="dg-head"><div><h1>diffusers-guidance</h1>
 <p><b>Guidance</b> pulls a picture towards its prompt. Without it the network stays vague; turned up, <b>plain CFG</b>
-burns the colours, and it evaluates the network twice at every step. <b>APG</b> keeps the colours, and <b>Hold</b>
-leaves out evaluations that are hardly missed.</p></div>{strip}</div>
+burns the colours, and it evaluates the network twice at every step. <b>APG</b> caps what a step may change, which keeps
+the colours of a high scale close to those of a low one; <b>Adaptive Guidance</b> (AG) stops evaluating twice once both
+predictions agree.</p></div>{strip}</div>
 """
 
 
@@ -98,9 +99,9 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
             )  # fmt: skip
             preset = gr.Radio(
                 list(PRESETS),
-                value="APG + Hold",
+                value=next(iter(PRESETS)),
                 label="Guidance",
-                info="APG keeps the colours; Hold saves evaluations.",
+                info="APG takes the burn out of high scales; AG and Hold save evaluations.",
                 elem_classes="dg-choices",
             )
             controls.add("guidance_scale")
@@ -128,7 +129,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
             status = gr.HTML(app_show.note(_summary(first) if first else "Ready."), elem_id="status", padding=False)
             slider = gr.ImageSlider(
                 both[0] if both else None,
-                label=_sides("APG + Hold"),
+                label=_sides(first.guided.name if first else "yours"),
                 show_label=False,
                 elem_id="slider",
                 format="png",

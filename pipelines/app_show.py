@@ -16,8 +16,9 @@ from matplotlib.text import Text
 from PIL import Image
 
 from diffusers_guidance.pipelines.app_settings import Grid
-from diffusers_guidance.pipelines.app_work import Frontier, Outcome, Progress
+from diffusers_guidance.pipelines.app_work import Frontier, Outcome, Progress, estimates
 from diffusers_guidance.pipelines.compare import Comparison, Result
+from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import Report
 
 INK = "#123457"
@@ -62,6 +63,11 @@ def about(part: type) -> str:
     """What a rule or policy is: the first sentence of its documentation."""
     sentence = re.split(r"(?<=[.:])\s", inspect.getdoc(part) or "")[0].rstrip(":")
     words = re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence))
+    if part is LinearAG:
+        words += (
+            " It is fitted where the bundled model has a calibration for the scheduler, steps and scale (DDIM or "
+            "DPM++ 2M, 20 or 50 steps, scale 5); otherwise the last difference is held. The result says which."
+        )
     return f'<p class="dg-about">{words}</p>'
 
 
@@ -206,7 +212,7 @@ def _layout(grid: Grid, results: Sequence[Result]) -> tuple[list[str], list[str]
 
 def _caption(result: Result) -> tuple[str, str]:
     saved = f", {result.saved:.0%} saved" if result.saved else ""
-    return f"{result.nfe} NFEs{saved}", f"saturation {result.saturation:.2f}"
+    return f"{result.nfe} NFEs{saved}{estimates(result.policy)}", f"saturation {result.saturation:.2f}"
 
 
 def grid_html(grid: Grid, results: Sequence[Result]) -> str:

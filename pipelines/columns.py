@@ -34,7 +34,7 @@ def searched(
 ) -> Schedule:
     """`search` as columns have it: the budget first, and the calibration by name."""
     if not isinstance(calibration, Calibration):
-        raise ValueError(f"search needs a calibration, by its file or as one of {', '.join(_bundled())}")
+        raise ValueError(f"search needs a calibration, by its file or as one of {', '.join(bundled_calibrations())}")
     return search(calibration, nfe, error=error, skip=skip)
 
 
@@ -47,12 +47,13 @@ def calibration_file(name: str, beside: Path = Path()) -> Path:
     file = beside / Path(name).expanduser()
     if file.is_file():
         return file
-    if name in _bundled():
+    if name in bundled_calibrations():
         return samples.CALIBRATIONS / f"{name}.safetensors"
-    raise ValueError(f"calibration={name!r}: no such file; the bundled model has {', '.join(_bundled())}")
+    raise ValueError(f"calibration={name!r}: no such file; the bundled model has {', '.join(bundled_calibrations())}")
 
 
-def _bundled() -> list[str]:
+def bundled_calibrations() -> list[str]:
+    """The names of the bundled model's."""
     return sorted(file.stem for file in samples.CALIBRATIONS.glob("*.safetensors"))
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +139,7 @@ def test_pictures_carry_their_settings(client):
         {"rule": "CFG", "policy": "EveryStep", "guidance_scale": 4, "negative_prompt": 'a "cat"\n\\n {0}'},
         {"batch_size": 2, "scheduler": "DPM++ 2M", "policy": "AdaptiveGuidance", "threshold": 0.9, "eta": 0.5},
         {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 160},
+        {"policy": "LinearAG", "rule": "CFG", "guidance_scale": 5, "steps": 20},
         {"momentum": -0.75, "norm_threshold": 12.5, "eta": 0.35, "period": 4, "warmup": 2, "last": False},
     ],
 )
@@ -157,6 +158,29 @@ def test_a_new_seed_every_time_is_reported_and_reproducible(client):
     assert not report["settings"]["random_seed"]
     _, _, again = client.predict(seed=seed, **SMALL, api_name="/generate")
     assert (pixels(pictures[0]["image"]) == pixels(again[0]["image"])).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({}, "fitted"), ({"scheduler": "DPM++ 2M"}, "fitted"), ({"steps": 19}, "held"), ({"scheduler": "Euler"}, "held")],
+)
+def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, changed, said):
+    asked = {"rule": "CFG", "policy": "LinearAG", "guidance_scale": 5.0, "steps": 20} | changed
+    outcome = app_work.generate(pipe, Generation(**asked, compare_with_plain=False), lambda news: None)
+    assert outcome.guided.name == f"CFG + LinearAG, {said}"
+    assert (outcome.guided.policy.calibration is not None) == (said == "fitted") == ("Calibration.load" in outcome.code)
+    assert f", {said}" in app_show.grid_html(Grid(), [outcome.guided])
+    families = [family for family, *_ in app_work.contestants(20, "ddim-20-5" if said == "fitted" else None)]
+    assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
+
+
+def test_it_opens_with_what_it_says_of_apg(pipe):
+    """Colours at a high scale near those of plain CFG at a low one, burnt without APG, and evaluations saved."""
+    opened = app_work.generate(pipe, Generation(), lambda news: None)
+    low = replace(Generation(), rule="CFG", policy="EveryStep", guidance_scale=5.0)
+    low = app_work.generate(pipe, low, lambda news: None).guided.saturation
+    assert abs(opened.guided.saturation - low) < 0.15 * low < opened.plain.saturation - low
+    assert opened.guided.saved > 0.15
 
 
 def test_compare(client):
