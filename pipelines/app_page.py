@@ -303,6 +303,7 @@ def compare_tab(studio: Studio) -> None:
     @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         form = controls.read(values)
+        yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # they hold the result before
 
         def so_far(news: Progress) -> dict[Any, Any]:
             done = news.so_far.results if news.so_far else []
@@ -361,6 +362,7 @@ def benchmark_tab(studio: Studio) -> None:
     @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         form, points = controls.read(values), 0
+        yield {table: gr.update(visible=False)}  # it holds the result before
 
         def so_far(news: Progress) -> dict[Any, Any]:
             nonlocal points

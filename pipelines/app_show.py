@@ -81,11 +81,13 @@ def empty(words: str) -> str:
 
 def similarity_plot(report: Report) -> str:
     """How the two predictions come to agree over the steps; shaded where one of them was not evaluated."""
+    if not any(step.nfe_full > len(step.evaluated) for step in report.steps):
+        return empty("No guidance at scale 1: every step makes one prediction, so there are no two to compare.")
     figure = report.plot()
     figure.set_size_inches(6.6, 2.1)
     axes = figure.axes[0]
     axes.set(title="", ylabel="similarity", xlim=(-0.5, max(len(report.steps), 1) - 0.5))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if (legend := axes.get_legend()) is not None and len(axes.lines) == 2:
         legend.remove()
     for line in axes.lines if len(axes.lines) == 2 else ():
