@@ -41,15 +41,20 @@ def read_lines(file: Path) -> list[str]:
     return found
 
 
+def quiet() -> None:
+    """Keeps the libraries' advice to programmers, and their own progress bars, off the terminal."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def load(model: str, scheduler: str | None, device: str | None, dtype: str | None) -> DiffusionPipeline:
     """The pipeline in a folder or, only where there is no such folder, of that name on the hub.
 
     Args:
         scheduler: a class of diffusers to put, configured as the pipeline's own, in its place.
     """
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet()
     if device is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = found.type if found else "cpu"

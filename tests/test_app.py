@@ -5,7 +5,9 @@ import asyncio
 import importlib.util
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -237,6 +239,17 @@ def test_any_prompt_can_be_compared(client, prompt):
     assert Image.open(grid).height < 800
 
 
+def test_the_plot_of_similarities_fits_short_runs_and_runs_without_guidance(pipe):
+    def shown(**asked):
+        settings = Generation(rule="CFG", policy="EveryStep", compare_with_plain=False, **asked)
+        return app_show.similarity_plot(app_work.generate(pipe, settings, lambda news: None).guided.reports[0])
+
+    unguided = shown(steps=2, guidance_scale=1)
+    assert "No guidance at scale 1" in unguided and "skipped" not in unguided and "<svg" not in unguided
+    numbers = re.findall(r">(−?[\d.]+)</text>", shown(steps=1).split('id="matplotlib.axis_2"')[0])
+    assert numbers == ["0"]
+
+
 def test_words_are_no_markup():
     result = SimpleNamespace(pictures=[Image.new("RGB", (8, 8))], nfe=1, saved=0.0, saturation=0.0)
     assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), [result])
@@ -370,9 +383,11 @@ def test_long_requests_are_broken_off(address):
     assert httpx.post(f"{address}gradio_api/queue/join", content=chunks).status_code == 413
 
 
-def test_nothing_is_uploaded(address):
-    answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.txt", b"x" * 2000)})
-    assert answer.status_code == 413
+@pytest.mark.parametrize("path", ["gradio_api/upload", "gradio_api/upload/", "gradio_api/upload?upload_id=x", "upload"])
+@pytest.mark.parametrize("size", [5, 2000])
+def test_nothing_is_uploaded(address, path, size):
+    answer = httpx.post(f"{address}{path}", files={"files": ("a.txt", b"x" * size)})
+    assert answer.status_code == 403
 
 
 def test_the_page_names_no_other_host(app):
@@ -652,6 +667,38 @@ def test_the_command_passes_its_options_on(monkeypatch):
     assert given[:-1] == ["127.0.0.1", 1234, ["a/b", "*"], False, False]
     assert not Path(given[-1]).exists()
     assert CliRunner().invoke(command, ["--port", "99999"]).exit_code == 2
+
+
+def test_an_address_where_it_cannot_listen_is_named_by_its_options():
+    from typer.testing import CliRunner
+
+    from diffusers_guidance.pipelines import cli
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for options in (["--port", str(port)], ["--host", "no.such.host.invalid"]):
+            answer = CliRunner().invoke(cli.make_app(), ["app", *options])
+            assert answer.exit_code == 1 and " ".join(options) in answer.output.replace(",", "")
+            assert "choose another" in answer.output and "GRADIO" not in answer.output
+
+
+def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from diffusers_guidance.pipelines.cli import main; main()"
+    command = [sys.executable, "-u", "-c", code, "app", "--port", str(port)]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as app:
+        first = app.stdout.readline()
+        assert list(tmp_path.glob("diffusers-guidance-*"))
+        app.terminate()
+        assert app.wait(60) == 0
+    assert first.startswith(f"The page is at http://127.0.0.1:{port}/")
+    assert not list(tmp_path.glob("diffusers-guidance-*"))
 
 
 # A Hugging Face Space
