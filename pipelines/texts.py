@@ -1,4 +1,4 @@
-"""Prompts as they are given from Python."""
+"""Prompts as they are given from Python, and numbers of things as they are read."""
 
 from collections.abc import Sequence
 
@@ -16,3 +16,8 @@ def prompts_of(prompts: Sequence[str]) -> list[str]:
         if not isinstance(prompt, str):
             raise ValueError(f"prompts[{i}]={prompt!r}: a text")
     return found
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 step", "20 steps"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

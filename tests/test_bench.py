@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure as Plot
 from PIL import Image
 from test_search import OneLess
 from tiny import PIPELINES, run
@@ -32,7 +33,8 @@ from diffusers_guidance.pipelines.bench_metrics import (
     saturation,
     summarise,
 )
-from diffusers_guidance.pipelines.bench_report import html, markdown
+from diffusers_guidance.pipelines.bench_metrics import Figure as Interval
+from diffusers_guidance.pipelines.bench_report import _name, html, markdown
 from diffusers_guidance.pipelines.bench_suite import JUDGED, SUITE, Suite, fingerprint
 from diffusers_guidance.pipelines.columns import Column
 from diffusers_guidance.pipelines.spread import pipeline
@@ -404,9 +406,10 @@ def test_the_possible_saving_is_what_skipped_evaluations_take():
     assert possible == pytest.approx((2 * 0.05 + 3 * 0.1 + 0.4) / 5)
     timing = {"column": "AG", "batch": 2, "seconds": {"median": 2.0}, "baseline_seconds": {"median": 2.5},
               "ratio": {"median": 0.9, "p20": 0.8, "p80": 1.0}, "peak_memory": {"column": 1, "baseline": 1},
-              "possible": [0.1, 0.16, 0.5]}  # fmt: skip
+              "ratios": [0.8, 0.9, 1.0], "possible": [0.1, 0.16, 0.5]}  # fmt: skip
     assert _timing(timing).share_of_possible == pytest.approx(0.1 / 0.16)
-    assert _timing(timing | {"possible": []}).possible is None
+    assert _timing(timing).shares == pytest.approx({"p20": 0.04 / 0.16, "p80": 0.16 / 0.16})
+    assert _timing(timing | {"possible": []}).possible is None is _timing(timing | {"possible": []}).shares
 
 
 def test_retrieval_finds_the_concept_that_is_asked_for(tmp_path):
@@ -440,6 +443,35 @@ def test_the_summary_compares_with_full_guidance_and_judges_the_targets(without_
     (timing,) = summary.timings
     assert timing.possible is not None and timing.seconds["median"] > 0
     assert summary.rates[0]["evaluations"] == {"guided": 2.0, "unguided": 1.0}
+
+
+def test_what_seconds_are_and_how_sure_their_share_is_stands_in_the_report(without_search, lines, out):
+    from dataclasses import replace
+
+    target = {"column": "stopped", "measure": "share_of_possible", "at_least": 0.9}
+    suite = replace(without_search, targets=(target,), prompts=("a red apple", "a cosmic thought"))
+    timed = [line | {"ratio": {"median": 0.8, "p20": 0.7, "p80": 0.9}, "ratios": [0.7, 0.8, 0.9], "possible": [0.2]}
+             if line["kind"] == "timing" else line for line in lines]  # fmt: skip
+    scorers = Scorers(None, None, Retrieval(lambda pictures: torch.ones(len(pictures), 1), torch.ones(1, 1),
+                                            ["red apple"]), {})  # fmt: skip
+    summary = summarise(suite, timed, out, scorers)
+    assert summary.verdicts[0].found == "100% (70% to 130%) at batch 1"
+    assert "retrieval of 'a cosmic thought'" in summary.left_out and len(summary.left_out) == 1
+    for page in (markdown(summary), html(summary)):
+        assert "Seconds are medians, with their 20 and 80 % quantiles" in page
+        assert "a cosmic thought" in page
+
+
+def test_names_in_a_plot_lie_on_nothing_else():
+    plot = Plot(figsize=(7, 4))
+    axes = plot.add_subplot(xlim=(15, 45), ylim=(10, 50))
+    names = [(f"{nfe} NFEs, CFG in {nfe // 2} steps", nfe, Interval(at, at - 3, at + 3), "b")
+             for nfe, at in ((24, 33), (24, 36), (30, 32), (30, 39))]  # fmt: skip
+    plot.draw_without_rendering()
+    _name(axes, names)
+    extents = [text.get_window_extent() for text in axes.texts]
+    assert len(extents) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
 
 
 def test_the_report_needs_nothing_beside_it_and_shows_every_column(without_search, lines, out):
