@@ -5,6 +5,7 @@ import math
 import shutil
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,12 +27,13 @@ from diffusers_guidance import (
     Schedule,
     search,
 )
-from diffusers_guidance.pipelines import cli
+from diffusers_guidance.pipelines import cli, spread
 from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
 from diffusers_guidance.pipelines.compare import Comparison, Result, _generate, compare
 from diffusers_guidance.pipelines.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
 from diffusers_guidance.samples import CALIBRATIONS, MODEL, PROMPTS
 
+NOT_UTF8 = "latin.txt"
 PAIR = ["a red apple", "a rocket"]
 
 
@@ -303,17 +305,71 @@ def test_prompts_are_a_list_of_texts(pipe, prompts, said):
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--scheduler", "Euler"], "EulerDiscreteScheduler"),
         (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "does not fit DDIMScheduler; here fit"),
+        (["--model", ""], "--model is empty"),
+        (["--prompts", NOT_UTF8], "latin.txt is not UTF-8 text (byte 3)"),
         (["--dtype", "int8"], "float32, bfloat16, float16"),
         (["--device", "abacus"], "--device abacus"),
         (["--column", "Schedule(['both'])", "--steps", "2"], "has 1 steps, the run 2"),
     ],
 )
-def test_command_refuses(arguments, said, tmp_path):
+def test_command_refuses(arguments, said, tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path(NOT_UTF8).write_bytes("acaf\xe9".encode("latin-1")[1:])
     result = command("compare", *arguments, "--out", tmp_path)
     assert result.exit_code == 1
     assert said in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["compare", "calibrate"])
+def test_seeds_that_no_generator_takes_are_refused(name, tmp_path):
+    for seed in ("-1", "99999999999999999999999"):
+        result = command(name, tmp_path / "out", "--seed", seed)
+        assert result.exit_code == 2 and "--seed" in result.output
+
+
+@pytest.mark.parametrize("option", ["--nfe", "--refine", "--nas"])
+def test_budgets_of_the_frontier_are_held_against_the_calibration(option, tmp_path):
+    result = command("frontier", CALIBRATIONS / "dpm-20-5.safetensors", option, 100, "--out", tmp_path)
+    assert result.exit_code == 1 and f"{option} 100: from 2 to 40 network evaluations" in result.output
+
+
+def test_a_folder_is_no_file_to_calibrate_into(tmp_path):
+    result = command("calibrate", tmp_path)
+    assert result.exit_code == 2 and "directory" in result.output
+
+
+def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch, tmp_path):
+    def from_pretrained(name, **options):
+        raise OSError("check out the root cause in the stacktrace above") from ConnectionError("the network is down")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    result = command("compare", "a lemon", "--model", "owner/name", "--out", tmp_path)
+    assert result.exit_code == 1 and "stacktrace" not in result.output
+    assert (
+        "--model owner/name: neither on this machine nor to be had from the hub (the network is down)" in result.output
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compare"], "stopped\n"),
+        (["calibrate", "out.safetensors"], "stopped; the same command goes on from here\n"),
+        (["generate", "jobs.jsonl"], "stopped; the same command goes on from here\n"),
+    ],
+)
+def test_an_interrupt_says_whether_the_command_goes_on(arguments, said, monkeypatch, tmp_path):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    Path("jobs.jsonl").write_text('{"prompt": "a lemon"}\n')
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", interrupted)
+    spread.pipeline.cache_clear()
+    result = command(*arguments)
+    assert result.exit_code == 130 and result.output.endswith(said)
 
 
 def test_command_without_its_packages(monkeypatch, capsys):
@@ -338,7 +394,7 @@ def test_how_a_model_is_loaded(model, local, monkeypatch, tmp_path):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
     result = command("compare", "a lemon", "--model", model, "--out", tmp_path)
     assert result.exit_code == 1
-    assert "as far as this test goes" in result.output
+    assert "as far as this test goes" in " ".join(result.output.split())
     assert seen["name"] == model
     assert (seen["local_files_only"], seen["use_safetensors"], seen["trust_remote_code"]) == (local, True, False)
 
