@@ -191,7 +191,9 @@ class Interval(Policy):
             raise ValueError(f'by={self.by!r}: "fraction" or "sigma"')
         top = 1.0 if self.by == "fraction" else float("inf")
         if not 0 <= self.start < self.stop <= top:
-            raise ValueError(f"start={self.start!r}, stop={self.stop!r}: 0 <= start < stop <= {top:g}")
+            raise ValueError(
+                f"start={self.start!r}, stop={self.stop!r}: start must be below stop, and both from 0 to {top:g}"
+            )
 
     @classmethod
     def sigma(cls, low: float, high: float) -> "Interval":

@@ -95,7 +95,7 @@ class Number:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not self.low <= value <= self.high or (self.whole and value != int(value)):
             kind = "a whole number" if self.whole else "a number"
-            raise _refused(name, value, f"{kind} from {self.low:g} to {self.high:g}")
+            raise _refused(name, value, f"{kind} from {_plain(self.low)} to {_plain(self.high)}")
         return int(value) if self.whole else float(value)
 
 
@@ -152,7 +152,13 @@ def _is_in(value: Any, choices: tuple[Any, ...]) -> bool:
 
 
 def _refused(name: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"{name}={reprlib.repr(value)}: {wanted}, please.")
+    given = f"{name} is empty" if value is None else f"{name}={reprlib.repr(value)}"
+    return ValueError(f"{given}: {wanted}, please.")
+
+
+def _plain(number: float) -> str:
+    """Every digit of a whole number, and no more than there are of another."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 def setting(default: Any, kind: Any) -> Any:

@@ -18,12 +18,13 @@ from PIL import Image
 from diffusers_guidance.pipelines.app_settings import Grid
 from diffusers_guidance.pipelines.app_work import Frontier, Outcome, Progress, estimates
 from diffusers_guidance.pipelines.compare import Comparison, Result
+from diffusers_guidance.pipelines.texts import counted
 from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import Report
 
 INK = "#123457"
 """Stands for the colour of the page's text; no other colour may be the same."""
-COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9")
+COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444")
 
 
 # Numbers
@@ -31,11 +32,16 @@ COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9")
 
 def progress_bar(progress: Progress) -> str:
     """Where a piece of work is."""
-    what = escape(progress.what)
+    what, so_far = escape(progress.what), f"{progress.done} of {counted(progress.total, 'step')}"
     return (
         f'<div class="dg-progress"><progress value="{progress.done}" max="{max(progress.total, 1)}" '
-        f'aria-label="{what}"></progress><span>{what} · step {progress.done} of {progress.total}</span></div>'
+        f'aria-label="{what}"></progress><span>{what} · {so_far}</span></div>'
     )
+
+
+def is_progress(html: str) -> bool:
+    """Whether that is a `progress_bar`, so that something is running."""
+    return "<progress" in (html or "")
 
 
 def note(text: str) -> str:
@@ -97,7 +103,9 @@ def similarity_plot(report: Report) -> str:
         if share:
             axes.axvspan(step.index - 0.5, step.index + 0.5, color=COLOURS[0], alpha=0.13 * share, lw=0)
     skipped = sum("conditional" in step.evaluated for step in report.steps)
-    summary = f"Similarity of both predictions over {len(report.steps)} steps; {skipped} of them skipped one."
+    summary = (
+        f"Similarity of both predictions over {counted(len(report.steps), 'step')}; {skipped} of them skipped one."
+    )
     return _figure(
         _svg(figure, summary),
         "How far the predictions with and without the prompt agree. Shaded: the steps that skipped an evaluation, "
@@ -237,7 +245,7 @@ def _breakable(name: str) -> str:
 
 def _cell(result: Result | None, description: str) -> str:
     if result is None:
-        return '<div class="dg-empty"></div>'
+        return '<figure><div class="dg-empty"></div><figcaption><br><br></figcaption></figure>'
     nfe, saturation = _caption(result)
     image = f'<img src="{data_uri(result.pictures[0])}" alt="{escape(description)}">'
     return f"<figure>{image}<figcaption>{nfe}<br>{saturation}</figcaption></figure>"
@@ -249,7 +257,7 @@ def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
     figure = Figure(figsize=(1.1 + 2.1 * len(columns), 0.7 + 2.6 * len(rows)), layout="constrained")
     shortened = textwrap.shorten(grid.prompt, 40 * len(columns), placeholder=" …")
     scale = f", scale {grid.scales[0]:g}" if len(grid.scales) == 1 else ""
-    title = f"{shortened}\nseed {grid.seed}, {grid.steps} steps of {comparison.scheduler}{scale}"
+    title = f"{shortened}\nseed {grid.seed}, {counted(grid.steps, 'step')} of {comparison.scheduler}{scale}"
     figure.suptitle(title, fontsize="small", parse_math=False)  # a prompt may hold dollars
     places = figure.subplots(len(rows), len(columns), squeeze=False)
     for (i, j), result in cells.items():

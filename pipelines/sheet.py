@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_guidance.pipelines.columns import changes, short
 from diffusers_guidance.pipelines.compare import Comparison, Result
+from diffusers_guidance.pipelines.texts import counted
 from diffusers_guidance.policies import AdaptiveGuidance
 
 SMALLEST, LARGEST = 192, 512
@@ -105,7 +106,8 @@ def _head(result: Result, bold: Any, plain: Any) -> list[Line]:
 def _foot(comparison: Comparison) -> str:
     seeds = ", ".join(map(str, comparison.seeds))
     return (
-        f"{comparison.model} ({comparison.pipeline}), {comparison.scheduler}, {comparison.steps} steps, seed {seeds}. "
+        f"{comparison.model} ({comparison.pipeline}), {comparison.scheduler}, "
+        f"{counted(comparison.steps, 'step')}, seed {seeds}. "
         "NFEs: network evaluations for all pictures of a column."
     )
 

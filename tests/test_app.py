@@ -250,6 +250,12 @@ def test_the_plot_of_similarities_fits_short_runs_and_runs_without_guidance(pipe
     assert numbers == ["0"]
 
 
+def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
+    assert "1 of 1 step<" in app_show.progress_bar(app_work.Progress("CFG", 1, 1))
+    families = {family for family, *_ in app_work.contestants(20, "ddim-20-5")}
+    assert len(set(app_show.COLOURS)) >= len(families)
+
+
 def test_words_are_no_markup():
     result = SimpleNamespace(pictures=[Image.new("RGB", (8, 8))], nfe=1, saved=0.0, saturation=0.0)
     assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), [result])
@@ -276,12 +282,12 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("generate", {"steps": 101}, "steps=101: a whole number from 1 to 100"),
         ("generate", {"steps": 2.5}, "steps=2.5: a whole number"),
         ("generate", {"steps": "2"}, "steps='2': a whole number"),
-        ("generate", {"steps": None}, "steps=None"),
+        ("generate", {"steps": None}, "steps is empty: a whole number from 1 to 100"),
         ("generate", {"steps": True}, "steps=True"),
         ("generate", {"steps": {"a": 1}}, "steps="),
         ("generate", {"batch_size": 9}, "batch_size=9"),
         ("generate", {"guidance_scale": -1}, "guidance_scale=-1"),
-        ("generate", {"seed": 2**40}, "seed="),
+        ("generate", {"seed": 2**40}, "seed=1099511627776: a whole number from 0 to 4294967295, please."),
         ("generate", {"width": 2048}, "width=2048: for this model from "),
         ("generate", {"width": 8}, "width=8: for this model from "),
         ("generate", {"height": 100}, "height=100: a multiple of 8"),
@@ -291,7 +297,7 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("generate", {"scheduler": "__import__('os')"}, "scheduler="),
         ("generate", {"rule": "Rule"}, "rule='Rule': one of "),
         ("generate", {"policy": "EveryStep()"}, "policy="),
-        ("generate", {"policy": "Interval", "start": 0.6, "stop": 0.5}, "0 <= start < stop"),
+        ("generate", {"policy": "Interval", "start": 0.6, "stop": 0.5}, "start must be below stop"),
         ("generate", {"compare_with_plain": "yes"}, "true or false"),
         ("generate", {"model": "/etc"}, "not one this server allows"),
         ("generate", {"model": "owner/name"}, "--allow-models"),
