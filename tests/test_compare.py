@@ -116,7 +116,7 @@ def test_columns_shown_unless_asked_for_others():
         ("CFG(4)@5", ["one rule, one policy and one guidance scale"]),
         ("APG(norm=5)", ["APG(norm=5) does not fit", "norm_threshold: float"]),
         ("APG(momentum=2)", ["momentum=2", "between -1 and 1"]),
-        ("AG(threshold='high')", ["does not fit", "threshold"]),
+        ("AG(threshold='high')", ["threshold='high': a number above 0, up to 1"]),
         ("APG(momentum=open('x'))", ["arguments of APG must be numbers"]),
         ("APG(**{'eta': 1})", ["does not fit"]),
         ("APG.coefficients(1)", ["APG has no coefficients"]),
