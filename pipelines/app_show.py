@@ -67,7 +67,7 @@ def numbers(outcome: Outcome) -> str:
 
 def about(part: type) -> str:
     """What a rule or policy is: the first sentence of its documentation."""
-    sentence = re.split(r"(?<=[.:])\s", inspect.getdoc(part) or "")[0].rstrip(":")
+    sentence = re.split(r"(?<=\.)\s", inspect.getdoc(part) or "")[0]
     words = re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence))
     if part is LinearAG:
         words += (

@@ -46,7 +46,7 @@ from diffusers_guidance.pipelines.app_settings import (
     Trial,
     knobs_of,
 )
-from diffusers_guidance.policies import Hold
+from diffusers_guidance.policies import Hold, LinearAG
 from diffusers_guidance.rules import CFG
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -171,6 +171,7 @@ def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, 
     outcome = app_work.generate(pipe, Generation(**asked, compare_with_plain=False), lambda news: None)
     assert outcome.guided.name == f"CFG + LinearAG, {said}"
     assert (outcome.guided.policy.calibration is not None) == (said == "fitted") == ("Calibration.load" in outcome.code)
+    assert "what is left out is a linear combination" in app_show.about(LinearAG)
     assert f", {said}" in app_show.grid_html(Grid(), [outcome.guided])
     families = [family for family, *_ in app_work.contestants(20, "ddim-20-5" if said == "fitted" else None)]
     assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
