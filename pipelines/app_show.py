@@ -18,6 +18,7 @@ from PIL import Image
 from diffusers_guidance.pipelines.app_settings import Grid
 from diffusers_guidance.pipelines.app_work import Frontier, Outcome, Progress, estimates
 from diffusers_guidance.pipelines.compare import Comparison, Result
+from diffusers_guidance.pipelines.fonts import lettering
 from diffusers_guidance.pipelines.texts import counted
 from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import Report
@@ -253,6 +254,11 @@ def _cell(result: Result | None, description: str) -> str:
 
 def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
     """The whole grid as one picture."""
+    with lettering(grid.prompt):
+        return to_picture(_grid_plot(grid, comparison))
+
+
+def _grid_plot(grid: Grid, comparison: Comparison) -> Figure:
     rows, columns, cells = _layout(grid, comparison.results)
     figure = Figure(figsize=(1.1 + 2.1 * len(columns), 0.7 + 2.6 * len(rows)), layout="constrained")
     shortened = textwrap.shorten(grid.prompt, 40 * len(columns), placeholder=" …")
@@ -270,7 +276,7 @@ def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
             axes.set_title(columns[j], fontsize="medium")
         if not j:
             axes.set_ylabel(rows[i].replace(" + ", "\n+ "), fontsize="medium")
-    return to_picture(figure)
+    return figure
 
 
 def to_picture(figure: Figure) -> Image.Image:

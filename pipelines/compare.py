@@ -144,11 +144,13 @@ class Comparison:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes contact_sheet.png, similarity.png and compare.json into `folder`, each whole or not at all."""
+        from diffusers_guidance.pipelines.fonts import lettering
         from diffusers_guidance.pipelines.sheet import contact_sheet, similarity_plot
 
         sheet, plot = io.BytesIO(), io.BytesIO()
         contact_sheet(self).save(sheet, "PNG", optimize=True)
-        similarity_plot(self).savefig(plot, format="png", dpi=150)
+        with lettering(*self.prompts):
+            similarity_plot(self).savefig(plot, format="png", dpi=150)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
         contents = {
             "contact_sheet.png": sheet.getvalue(),

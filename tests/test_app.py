@@ -231,11 +231,14 @@ def test_knobs_are_the_fields_of_rules_and_policies():
     assert (chosen.make_rule(None), chosen.make_policy()) == (CFG(rescale=0.7), Hold(4, 2, False))
 
 
-@pytest.mark.parametrize("prompt", ["costs $5 or $\\frac{6", "<script>alert(1)</script>", "a\nb\n" * 80, "\x00\x1b[0m"])
-def test_any_prompt_can_be_compared(client, prompt):
+@pytest.mark.parametrize(
+    "prompt", ["costs $5 or $\\frac{6", "<script>alert(1)</script>", "a\nb\n" * 80, "\x00\x1b[0m", "赤いりんご 🍎"]
+)
+def test_any_prompt_can_be_compared(client, prompt, recwarn):
     grid, figures = client.predict(
         prompt=prompt, rules=["CFG"], policies=["EveryStep"], scales=[5.0], steps=1, api_name="/compare"
     )
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
     assert figures["prompts"] == [prompt.strip()]
     assert Image.open(grid).height < 800
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,9 @@ from diffusers_guidance import (
 from diffusers_guidance.pipelines import cli, spread
 from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
 from diffusers_guidance.pipelines.compare import Comparison, Result, _generate, compare
+from diffusers_guidance.pipelines.fonts import font_for, lettering, own_font
 from diffusers_guidance.pipelines.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
+from diffusers_guidance.report import Report, StepReport
 from diffusers_guidance.samples import CALIBRATIONS, MODEL, PROMPTS
 
 NOT_UTF8 = "latin.txt"
@@ -447,6 +450,19 @@ def test_sheet_holds_every_picture():
         shown = int((pixels == colour).all(axis=1).sum())
         assert shown == pytest.approx(4 * 192 * 192, rel=0.03)  # but for the frames
     assert np.asarray(sheet)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_letters_come_from_a_font_that_has_them(tmp_path, recwarn):
+    assert font_for("a red apple, été, яблоко") == own_font()
+    assert font_for("ᶁ") == own_font("STIXGeneral")  # which comes with matplotlib too
+    assert font_for("赤い 🍎") and "LastResort" not in font_for("赤い 🍎")
+    with lettering("ᶁ"):
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
+    made = comparison(result("CFG", (255, 0, 0), count=2), prompts=("赤いりんご", "ᶁ"))
+    made.results[0].reports = [Report(steps=[StepReport(0, 1.0, 1.0, ["both"] * 2, ["both"] * 2, [0.5] * 2, [0.5] * 2,
+                                                        4, 4)])]  # fmt: skip
+    made.save(tmp_path)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_text_is_wrapped():
