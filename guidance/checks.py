@@ -7,7 +7,8 @@ from typing import Any
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether it is a finite number between both, themselves included; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and math.isfinite(value) and bool(least <= value <= most)
 
 
 def is_whole(value: Any, least: int) -> bool:

@@ -455,12 +455,10 @@ def _verdict(target: dict[str, Any], summary: Summary) -> Verdict:
         return Verdict(name, _title(measure), wanted, found, abs(change.mean) <= allowed)
     least = target["at_least"]
     if measure == "share_of_possible":
-        known = [t for t in summary.timings if t.name == name and t.share_of_possible is not None and t.shares]
-        found = ", ".join(
-            f"{t.share_of_possible:.0%} ({t.shares['p20']:.0%} to {t.shares['p80']:.0%}) at batch {t.batch}"
-            for t in known
-        )
-        met = all(t.share_of_possible >= least for t in known) if known else None
+        known = [(t.share_of_possible, t.shares, t.batch) for t in summary.timings if t.name == name and t.shares]
+        found = ", ".join(f"{share:.0%} ({range_['p20']:.0%} to {range_['p80']:.0%}) at batch {batch}"
+                          for share, range_, batch in known)  # fmt: skip
+        met = all(share is not None and share >= least for share, _, _ in known) if known else None
         return Verdict(name, "time saved of what is possible", f"at least {least:.0%}", found or "not measured", met)
     if measure == "saved":
         found = "not measured" if row is None else f"{row.saved:.1%}"

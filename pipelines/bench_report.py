@@ -162,7 +162,7 @@ def _name(axes: Any, names: list[tuple[str, float, Figure, str]]) -> None:
     taken = [box(x, at.low, at.high) for _, x, at, _ in names]
     places = [(dx, dy, "left" if dx > 0 else "right") for dy in (4, -12, 18, -26, 32, -40) for dx in (8, -8)]
     for name, x, at, colour in names:
-        tried = []
+        tried: list[tuple[float, int, Any, Bbox]] = []
         for dx, dy, side in places:
             text = axes.annotate(name, (x, at.mean), (dx, dy), textcoords="offset points", fontsize=9, ha=side,
                                  color=colour, in_layout=False)  # fmt: skip

@@ -54,7 +54,7 @@ def _as(kind: Any, value: Any, where: str) -> Any:
     parts = get_args(kind)
     if type(None) in parts:
         return None if value is None else _as(parts[0], value, where)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return value if isinstance(value, kind) else kind(**fields_of(kind, value, f"{where}: "))
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
