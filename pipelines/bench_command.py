@@ -51,7 +51,9 @@ def generate_command(
         Path, typer.Argument(help='JSON lines: {"prompt": ..., "id"?, "seed"?, "negative_prompt"?} and more of a call.')
     ],
     out: Annotated[Path, typer.Option(help="Folder for a picture and its metadata a line.")] = Path("out/generate"),
-    column: Annotated[str, typer.Option(help='Rule + policy @ scale: "APG@12+AG", say.')] = "default",
+    column: Annotated[
+        str, typer.Option(help='Rule + policy @ scale: "APG@12+AG", say, or "search(25, calibration=FILE)".')
+    ] = "default",
     model: Model = MODEL,
     scheduler: Scheduler = None,
     steps: Annotated[int, typer.Option(min=1)] = 20,

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -69,7 +68,7 @@ def _is(kind: Any, value: Any) -> bool:
     if kind is str:
         return isinstance(value, str)
     number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
-    return number and (1 if kind == Count else 0) <= value < math.inf
+    return number and (1 if kind == Count else 0) <= value < 2**63
 
 
 @dataclass(frozen=True)

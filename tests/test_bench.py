@@ -129,6 +129,8 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
         ("rounds: 1", "rounds: 0", "timing: rounds: 0; a whole number from 1 up"),
         ("columns: [stopped]", "colums: [stopped]", "timing: {'colums': ['stopped']"),
         ("seeds: [1, 2]", "seeds: [x]", "seeds: 'x'; a whole number from 0 up"),
+        ("seeds: [1, 2]", "seeds: [99999999999999999999]", "seeds: 99999999999999999999; a whole number"),
+        ("steps: 3", "guidance_scale: .inf", "guidance_scale: inf; a number from 0 up"),
         ("seeds: [1, 2]", "seeds: 3", "seeds: 3; a list, such as [3]"),
         ("seeds: [1, 2]", "seeds: [1, 1]", "seeds: [1, 1]; at least one, and each once"),
         ("prompts: [a red apple, a rocket]", "prompts: 3", "prompts: 3; a list"),
