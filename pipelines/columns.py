@@ -182,5 +182,5 @@ def short(part: Rule | Policy) -> str:
         return f"Schedule of {part.nfe} NFEs"
     given = changes(part)
     title = type(part).__name__ + (f"({given})" if given else "")
-    # Without a calibration nothing is extrapolated, as it is in the paper.
+    # What the paper extrapolates is fitted to a calibration; without one, the last difference is held.
     return f"{title}, held" if isinstance(part, LinearAG) and part.calibration is None else title

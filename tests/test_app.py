@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
@@ -46,7 +45,8 @@ from diffusers_guidance.pipelines.app_settings import (
     Trial,
     knobs_of,
 )
-from diffusers_guidance.policies import Hold, LinearAG
+from diffusers_guidance.pipelines.compare import Result
+from diffusers_guidance.policies import EveryStep, Hold, LinearAG
 from diffusers_guidance.rules import CFG
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -261,7 +261,7 @@ def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
 
 
 def test_words_are_no_markup():
-    result = SimpleNamespace(pictures=[Image.new("RGB", (8, 8))], nfe=1, saved=0.0, saturation=0.0)
+    result = Result("CFG", CFG(), EveryStep(), 5.0, [Image.new("RGB", (8, 8))])
     assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), [result])
     assert "<script" not in app_show.note("<script>")
     assert "<script" not in app_show.progress_bar(app_work.Progress("<script>", 1, 2))
