@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffusers_guidance import kernels
 from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
+from diffusers_guidance.checks import is_number, is_whole
 from diffusers_guidance.errors import CalibrationMismatch
 
 Action = Literal["both", "conditional", "extrapolate", "neither"]
@@ -144,11 +145,11 @@ class AdaptiveGuidance(Policy):
     needs_denoised = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
+        if not (is_number(self.threshold, 0, 1) and self.threshold > 0):
             raise ValueError(f"threshold={self.threshold!r}: a number above 0, up to 1")
         if self.space not in ("denoised", "noise"):
             raise ValueError(f'space={self.space!r}: "denoised" or "noise"')
-        if self.patience < 1:
+        if not is_whole(self.patience, 1):
             raise ValueError(f"patience={self.patience!r}: a whole number from 1 up")
 
     @classmethod
@@ -193,8 +194,11 @@ class Interval(Policy):
         if self.by not in ("fraction", "sigma"):
             raise ValueError(f'by={self.by!r}: "fraction" or "sigma"')
         top = 1.0 if self.by == "fraction" else float("inf")
-        if not 0 <= self.start < self.stop <= top:
-            raise ValueError(f"start={self.start!r}, stop={self.stop!r}: 0 <= start < stop <= {top:g}")
+        numbers = all(is_number(each, 0) or each == top for each in (self.start, self.stop))
+        if not (numbers and self.start < self.stop <= top):
+            raise ValueError(
+                f"start={self.start!r}, stop={self.stop!r}: start must be below stop, and both from 0 to {top:g}"
+            )
 
     @classmethod
     def sigma(cls, low: float, high: float) -> "Interval":
@@ -220,7 +224,7 @@ class StepAG(Policy):
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.p <= 1:
+        if not (is_number(self.p, 0, 1) and self.p > 0):
             raise ValueError(f"p={self.p!r}: a share of the steps above 0, up to 1")
 
     def plan(self, step: Step, history: History) -> list[Decision]:
@@ -244,9 +248,9 @@ class Hold(Policy):
     last: bool = False
 
     def __post_init__(self) -> None:
-        if self.period < 1:
+        if not is_whole(self.period, 1):
             raise ValueError(f"period={self.period!r}: a whole number from 1 up")
-        if self.warmup < 1:
+        if not is_whole(self.warmup, 1):
             raise ValueError(f"warmup={self.warmup!r}: a whole number from 1 up (there must be something to hold)")
 
     def plan(self, step: Step, history: History) -> list[Decision]:
@@ -273,6 +277,8 @@ class Schedule(Policy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "actions", tuple(self.actions))
+        if not self.actions:
+            raise ValueError(f"actions={self.actions!r}: one of {', '.join(NFES)} for each step, so one at least")
         _check_calibration(self.calibration)
         for i, action in enumerate(self.actions):
             if action not in NFES:

@@ -11,6 +11,7 @@ your own module and write that method; everything else (spaces, momentum, polici
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from diffusers_guidance.checks import is_number, is_whole
 from diffusers_guidance.kernels import Coefficients, Gram
 from diffusers_guidance.spaces import Space
 
@@ -35,7 +36,7 @@ class Rule:
     """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised."""
 
     def __post_init__(self) -> None:
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+        if self.guidance_scale is not None and not is_number(self.guidance_scale, 0):
             raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
 
     def at(self, guidance_scale: float, step: int = 0, space: Space | None = None) -> "Rule":
@@ -83,7 +84,7 @@ class CFG(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.rescale <= 1:
+        if not is_number(self.rescale, 0, 1):
             raise ValueError(f"rescale={self.rescale!r}: a number from 0 (off) to 1")
 
     @property
@@ -137,13 +138,13 @@ class APG(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.norm_threshold is not None and not self.norm_threshold > 0:
+        if self.norm_threshold is not None and not (is_number(self.norm_threshold) and self.norm_threshold > 0):
             raise ValueError(f"norm_threshold={self.norm_threshold!r}: a number above 0, or None for no cap")
-        if not -1 < self.momentum < 1:
+        if not (is_number(self.momentum) and -1 < self.momentum < 1):
             raise ValueError(f"momentum={self.momentum!r}: a number between -1 and 1, both excluded")
-        if not 0 <= self.eta <= 1:
+        if not is_number(self.eta, 0, 1):
             raise ValueError(f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)")
-        if self.reference_numel is not None and not self.reference_numel > 0:
+        if self.reference_numel is not None and not is_whole(self.reference_numel, 1):
             raise ValueError(f"reference_numel={self.reference_numel!r}: a whole number above 0, or None")
 
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
@@ -205,8 +206,8 @@ class CFGZeroStar(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.zero_init < 0:
-            raise ValueError(f"zero_init={self.zero_init!r}: a number of steps from 0 up")
+        if not is_whole(self.zero_init, 0):
+            raise ValueError(f"zero_init={self.zero_init!r}: a whole number of steps from 0 up")
 
     @property
     def needs_denoised(self) -> bool:  # type: ignore[override]
@@ -271,7 +272,7 @@ class MagnitudeAware(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha < float("inf"):
+        if not is_number(self.alpha, 0):
             raise ValueError(f"alpha={self.alpha!r}: a number from 0 (plain CFG) up")
 
     def coefficients(self, gram: Gram, b: float) -> Coefficients:

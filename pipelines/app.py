@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import signal
+import socket
+import sys
 import tempfile
 from typing import Annotated
 
@@ -33,20 +36,19 @@ def serve(
     if mcp and importlib.util.find_spec("mcp") is None:
         typer.secho("--mcp needs one more package: pip install 'gradio[mcp]'", fg="red", err=True)
         raise typer.Exit(1)
+    _check_address(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an end like any other, that leaves no pictures behind
     with tempfile.TemporaryDirectory(prefix="diffusers-guidance-") as outputs:
         os.environ["GRADIO_TEMP_DIR"] = outputs  # its own, so that no other app's files are within reach
         try:
-            import diffusers
-            import transformers
+            from diffusers_guidance.pipelines.shell import quiet
 
+            quiet()
             from diffusers_guidance.pipelines.app_page import launch
         except ImportError as error:
             typer.secho(f"{error}; the app needs a few more packages: pip install 'diffusers-guidance[app]'", err=True)
             raise typer.Exit(1) from None
-        for library in (diffusers, transformers):
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
         try:
             page, _ = launch(host, port, allow_models or (), mcp, share)
         except OSError as error:
@@ -54,3 +56,16 @@ def serve(
             raise typer.Exit(1) from None
         typer.echo(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.")
         page.block_thread()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Says at once, and by the options' names, where the page cannot listen."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":  # elsewhere it would allow what is in use
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        typer.secho(f"Error: --host {host}, --port {port}: {error.strerror}; choose another", fg="red", err=True)
+        raise typer.Exit(1) from None

@@ -39,11 +39,18 @@ class Controls:
             given = changes | ({"choices": self._sides()} if isinstance(kinds[name], Side) else {})
             self.made[name] = component(kinds[name], defaults[name], elem_id=f"{self.form.__name__}-{name}", **given)
 
-    def _sides(self) -> list[tuple[str, int]]:
-        """Sides to choose from: those of the bundled model or, where users bring their own, round ones."""
-        bundled = sides_of(self.models.get(BUNDLED))
-        sides = range(128, 2049, 64) if self.models.allowed else bundled
+    def _sides(self, model: str = BUNDLED) -> list[tuple[str, int]]:
+        """Sides to choose from: those of the bundled model, round ones for a user's own, which is not loaded yet."""
+        sides = sides_of(self.models.get(BUNDLED)) if model == BUNDLED else range(128, 2049, 64)
         return [("the model's own", 0), *((str(side), side) for side in sides)]
+
+    def sides_follow_the_model(self) -> None:
+        """Has another model offer its own sides, and start from its own size."""
+        sides = [self[name] for name, kind in self.form.kinds().items() if isinstance(kind, Side)]
+        self["model"].input(
+            lambda model: [gr.update(choices=self._sides(model), value=0) for _ in sides], self["model"], sides,
+            queue=False, api_visibility="private", show_progress="hidden",
+        )  # fmt: skip
 
     def _model(self) -> Any:
         kind = self.form.kinds()["model"]

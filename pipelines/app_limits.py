@@ -1,11 +1,15 @@
 """What the server refuses before anything reads it."""
 
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class SmallRequests:
-    """ASGI middleware that breaks off requests larger than any that the page or a client needs to send (413)."""
+    """ASGI middleware that breaks off requests larger than any that the page or a client needs to send (413).
+
+    Uploads are refused whatever their size (403): nothing here takes a file.
+    """
 
     most = 64 * 1024
     """Bytes."""
@@ -14,6 +18,9 @@ class SmallRequests:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
+            await PlainTextResponse("Nothing can be uploaded here.", 403)(scope, receive, send)
+            return
         taken = 0
 
         async def counted() -> Message:

@@ -1,6 +1,5 @@
 """The page: its three tabs, and the endpoints of the same names for `gradio_client` and MCP."""
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,6 +35,7 @@ from diffusers_guidance.pipelines.app_settings import (
     knobs_of,
 )
 from diffusers_guidance.pipelines.app_work import Outcome, Progress, Studio
+from diffusers_guidance.pipelines.texts import counted
 
 WAITING = 32
 """How many may queue up."""
@@ -50,8 +50,9 @@ TO_RESULT = """() => {
 HEAD = """
 <div class="dg-head"><div><h1>diffusers-guidance</h1>
 <p><b>Guidance</b> pulls a picture towards its prompt. Without it the network stays vague; turned up, <b>plain CFG</b>
-burns the colours, and it evaluates the network twice at every step. <b>APG</b> keeps the colours, and <b>Hold</b>
-leaves out evaluations that are hardly missed.</p></div>{strip}</div>
+burns the colours, and it evaluates the network twice at every step. <b>APG</b> caps what a step may change, which keeps
+the colours of a high scale close to those of a low one; <b>Adaptive Guidance</b> (AG) stops evaluating twice once both
+predictions agree.</p></div>{strip}</div>
 """
 
 
@@ -98,9 +99,9 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
             )  # fmt: skip
             preset = gr.Radio(
                 list(PRESETS),
-                value="APG + Hold",
+                value=next(iter(PRESETS)),
                 label="Guidance",
-                info="APG keeps the colours; Hold saves evaluations.",
+                info="APG takes the burn out of high scales; AG and Hold save evaluations.",
                 elem_classes="dg-choices",
             )
             controls.add("guidance_scale")
@@ -116,6 +117,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
                 with gr.Row():
                     controls.add("width", "height", min_width=120)
                 controls.add("model")
+                controls.sides_follow_the_model()
             with gr.Accordion("Rule and policy", open=False):
                 told = {}
                 for part, types in (("rule", RULES), ("policy", POLICIES)):
@@ -128,7 +130,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
             status = gr.HTML(app_show.note(_summary(first) if first else "Ready."), elem_id="status", padding=False)
             slider = gr.ImageSlider(
                 both[0] if both else None,
-                label=_sides("APG + Hold"),
+                label=_sides(first.guided.name if first else "yours"),
                 show_label=False,
                 elem_id="slider",
                 format="png",
@@ -182,8 +184,10 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
         )  # fmt: skip
         yield shown(outcome)
 
-    def on_stop(both: list[Any]) -> dict[Any, Any]:
+    def on_stop(both: list[Any], shown: str) -> dict[Any, Any]:
         """The pictures before, for those that have not come about."""
+        if not app_show.is_progress(shown):
+            return {status: gr.skip()}
         compared = bool(both) and both[0][0] is not None
         return {
             status: app_show.note("Cancelled."),
@@ -205,7 +209,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
     chosen = examples.click(lambda sample: sample[0], examples, controls["prompt"], queue=False, **on_page)
     followed = chosen.then(**event)
     stopped = stop.click(None, cancels=[started, followed], queue=False, **on_page)
-    stopped.then(on_stop, pairs, [status, slider, picture], queue=False, **on_page)
+    stopped.then(on_stop, [pairs, status], [status, slider, picture], queue=False, **on_page)
 
     def on_select(both: list[Any], selected: gr.SelectData) -> dict[Any, Any]:
         if selected.index >= len(both):  # the server has forgotten this page's pictures
@@ -233,7 +237,9 @@ def _shown_if(condition: bool) -> Any:
 
 def _summary(outcome: Outcome) -> str:
     asked = outcome.settings
-    return f"Seed {asked.seed} · {outcome.guided.name} · scale {asked.guidance_scale:g} · {asked.steps} steps"
+    return (
+        f"Seed {asked.seed} · {outcome.guided.name} · scale {asked.guidance_scale:g} · {counted(asked.steps, 'step')}"
+    )
 
 
 def _sides(name: str) -> str:
@@ -302,6 +308,7 @@ def compare_tab(studio: Studio) -> None:
     @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         form = controls.read(values)
+        yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # they hold the result before
 
         def so_far(news: Progress) -> dict[Any, Any]:
             done = news.so_far.results if news.so_far else []
@@ -310,7 +317,9 @@ def compare_tab(studio: Studio) -> None:
         comparison = yield from relayed(studio.compare(form), so_far)
         drawn = _grid_picture(form, comparison)
         yield {
-            status: app_show.note(f"{len(comparison.results)} pictures, seed {form.seed}, {comparison.scheduler}."),
+            status: app_show.note(
+                f"{counted(len(comparison.results), 'picture')}, seed {form.seed}, {comparison.scheduler}."
+            ),
             grid: app_show.grid_html(form, comparison.results),
             png: gr.update(value=save_pil_to_cache(drawn, get_upload_folder(), "compare", "png"), visible=True),
             table: gr.update(value=_json_file(comparison.to_dict(), "compare.json"), visible=True),
@@ -360,6 +369,7 @@ def benchmark_tab(studio: Studio) -> None:
     @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         form, points = controls.read(values), 0
+        yield {table: gr.update(visible=False)}  # it holds the result before
 
         def so_far(news: Progress) -> dict[Any, Any]:
             nonlocal points
@@ -371,7 +381,9 @@ def benchmark_tab(studio: Studio) -> None:
 
         found = yield from relayed(studio.benchmark(form), so_far)
         yield {
-            status: app_show.note(f"{len(found.points)} ways of guiding, averaged over {_count(form.prompts)}."),
+            status: app_show.note(
+                f"{len(found.points)} ways of guiding, averaged over {counted(form.prompts, 'prompt')}."
+            ),
             frontier: app_show.frontier_html(found),
             table: gr.update(value=_json_file(found.to_dict(), "benchmark.json"), visible=True),
         }
@@ -392,10 +404,6 @@ def benchmark_tab(studio: Studio) -> None:
     )
 
 
-def _count(prompts: int) -> str:
-    return f"{prompts} prompts" if prompts > 1 else "1 prompt"
-
-
 # What the tabs share
 
 
@@ -405,9 +413,12 @@ def _buttons(run: Any, stop: Any, on_run: Callable, controls: Controls, status: 
         on_run, controls.inputs, [status, *outputs], preprocess=False, show_progress_on=status,
         api_visibility="private", **ON_DEVICE,
     )  # fmt: skip
-    cancelled = functools.partial(app_show.note, "Cancelled.")
+
+    def cancelled(shown: str) -> Any:
+        return app_show.note("Cancelled.") if app_show.is_progress(shown) else gr.skip()
+
     stopped = stop.click(None, cancels=started, queue=False, api_visibility="private")
-    stopped.then(cancelled, None, status, queue=False, api_visibility="private")
+    stopped.then(cancelled, status, status, queue=False, api_visibility="private")
 
 
 def _json_file(values: dict[str, Any], name: str) -> str:

@@ -11,8 +11,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from diffusers_guidance.pipelines.attach import DEFAULT_POLICY
-from diffusers_guidance.pipelines.compare import POLICIES as POLICY_TYPES
-from diffusers_guidance.pipelines.compare import RULES as RULE_TYPES
+from diffusers_guidance.pipelines.columns import POLICIES as POLICY_TYPES
+from diffusers_guidance.pipelines.columns import RULES as RULE_TYPES
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.rules import APG, CFG, Rule
 
@@ -52,12 +52,12 @@ COMPARISONS = {
 """Rules, policies and scales to start from; the page opens with the first."""
 
 PRESETS = {
-    "APG + Hold": ("APG", "Hold"),
+    "APG + AG": ("APG", "AdaptiveGuidance"),
     "APG": ("APG", "EveryStep"),
     "Hold": ("CFG", "Hold"),
     "Plain CFG": ("CFG", "EveryStep"),
 }
-"""Pairs of rule and policy to start from, the package's default first."""
+"""Pairs of rule and policy to start from; the page opens with the first."""
 
 
 # Kinds of values: each says in a sentence what it takes, and refuses the rest
@@ -95,7 +95,7 @@ class Number:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not self.low <= value <= self.high or (self.whole and value != int(value)):
             kind = "a whole number" if self.whole else "a number"
-            raise _refused(name, value, f"{kind} from {self.low:g} to {self.high:g}")
+            raise _refused(name, value, f"{kind} from {_plain(self.low)} to {_plain(self.high)}")
         return int(value) if self.whole else float(value)
 
 
@@ -152,7 +152,13 @@ def _is_in(value: Any, choices: tuple[Any, ...]) -> bool:
 
 
 def _refused(name: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"{name}={reprlib.repr(value)}: {wanted}, please.")
+    given = f"{name} is empty" if value is None else f"{name}={reprlib.repr(value)}"
+    return ValueError(f"{given}: {wanted}, please.")
+
+
+def _plain(number: float) -> str:
+    """Every digit of a whole number, and no more than there are of another."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 def setting(default: Any, kind: Any) -> Any:
@@ -204,10 +210,11 @@ class Generation(Form):
     width: int = setting(0, Side("Width", 0, 2048, 8, "0: the model's own."))
     height: int = setting(0, Side("Height", 0, 2048, 8, "0: the model's own."))
     rule: str = setting("APG", OneOf("Rule", tuple(RULES), "How both predictions of a step become one."))
-    policy: str = setting("Hold", OneOf("Policy", tuple(POLICIES), "Which of them each step evaluates."))
+    policy: str = setting("AdaptiveGuidance", OneOf("Policy", tuple(POLICIES), "Which of them each step evaluates."))
     momentum: float = setting(-0.5, Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions."))
-    norm_threshold: float = setting(0.0, Number("Norm threshold", 0, 100, 0.5, "Cap on the update; 0 is the preset."))
-    eta: float = setting(0.0, Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."))
+    # The cap and the eta with which the bundled model's colours at high scales come closest to those at low ones.
+    norm_threshold: float = setting(32.5, Number("Norm threshold", 0, 100, 0.5, "Cap on the update; 0 is the preset."))
+    eta: float = setting(1.0, Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."))
     rescale: float = setting(0.0, Number("Rescale", 0, 1, 0.05, "Pulls the contrast back; 0 is off."))
     threshold: float = setting(0.99, Number("Threshold", 0.5, 1, 0.001, "Similarity from which guidance stops."))
     patience: int = setting(1, Number("Patience", 1, 10, info="Steps in a row that must reach it."))

@@ -16,13 +16,16 @@ from matplotlib.text import Text
 from PIL import Image
 
 from diffusers_guidance.pipelines.app_settings import Grid
-from diffusers_guidance.pipelines.app_work import Frontier, Outcome, Progress
+from diffusers_guidance.pipelines.app_work import Frontier, Outcome, Progress, estimates
 from diffusers_guidance.pipelines.compare import Comparison, Result
+from diffusers_guidance.pipelines.fonts import lettering
+from diffusers_guidance.pipelines.texts import counted
+from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import Report
 
 INK = "#123457"
 """Stands for the colour of the page's text; no other colour may be the same."""
-COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9")
+COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444")
 
 
 # Numbers
@@ -30,11 +33,16 @@ COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9")
 
 def progress_bar(progress: Progress) -> str:
     """Where a piece of work is."""
-    what = escape(progress.what)
+    what, so_far = escape(progress.what), f"{progress.done} of {counted(progress.total, 'step')}"
     return (
         f'<div class="dg-progress"><progress value="{progress.done}" max="{max(progress.total, 1)}" '
-        f'aria-label="{what}"></progress><span>{what} · step {progress.done} of {progress.total}</span></div>'
+        f'aria-label="{what}"></progress><span>{what} · {so_far}</span></div>'
     )
+
+
+def is_progress(html: str) -> bool:
+    """Whether that is a `progress_bar`, so that something is running."""
+    return "<progress" in (html or "")
 
 
 def note(text: str) -> str:
@@ -60,8 +68,13 @@ def numbers(outcome: Outcome) -> str:
 
 def about(part: type) -> str:
     """What a rule or policy is: the first sentence of its documentation."""
-    sentence = re.split(r"(?<=[.:])\s", inspect.getdoc(part) or "")[0].rstrip(":")
+    sentence = re.split(r"(?<=\.)\s", inspect.getdoc(part) or "")[0]
     words = re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence))
+    if part is LinearAG:
+        words += (
+            " It is fitted where the bundled model has a calibration for the scheduler, steps and scale (DDIM or "
+            "DPM++ 2M, 20 or 50 steps, scale 5); otherwise the last difference is held. The result says which."
+        )
     return f'<p class="dg-about">{words}</p>'
 
 
@@ -75,11 +88,13 @@ def empty(words: str) -> str:
 
 def similarity_plot(report: Report) -> str:
     """How the two predictions come to agree over the steps; shaded where one of them was not evaluated."""
+    if not any(step.nfe_full > len(step.evaluated) for step in report.steps):
+        return empty("No guidance at scale 1: every step makes one prediction, so there are no two to compare.")
     figure = report.plot()
     figure.set_size_inches(6.6, 2.1)
     axes = figure.axes[0]
     axes.set(title="", ylabel="similarity", xlim=(-0.5, max(len(report.steps), 1) - 0.5))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if (legend := axes.get_legend()) is not None and len(axes.lines) == 2:
         legend.remove()
     for line in axes.lines if len(axes.lines) == 2 else ():
@@ -89,7 +104,9 @@ def similarity_plot(report: Report) -> str:
         if share:
             axes.axvspan(step.index - 0.5, step.index + 0.5, color=COLOURS[0], alpha=0.13 * share, lw=0)
     skipped = sum("conditional" in step.evaluated for step in report.steps)
-    summary = f"Similarity of both predictions over {len(report.steps)} steps; {skipped} of them skipped one."
+    summary = (
+        f"Similarity of both predictions over {counted(len(report.steps), 'step')}; {skipped} of them skipped one."
+    )
     return _figure(
         _svg(figure, summary),
         "How far the predictions with and without the prompt agree. Shaded: the steps that skipped an evaluation, "
@@ -206,7 +223,7 @@ def _layout(grid: Grid, results: Sequence[Result]) -> tuple[list[str], list[str]
 
 def _caption(result: Result) -> tuple[str, str]:
     saved = f", {result.saved:.0%} saved" if result.saved else ""
-    return f"{result.nfe} NFEs{saved}", f"saturation {result.saturation:.2f}"
+    return f"{result.nfe} NFEs{saved}{estimates(result.policy)}", f"saturation {result.saturation:.2f}"
 
 
 def grid_html(grid: Grid, results: Sequence[Result]) -> str:
@@ -229,7 +246,7 @@ def _breakable(name: str) -> str:
 
 def _cell(result: Result | None, description: str) -> str:
     if result is None:
-        return '<div class="dg-empty"></div>'
+        return '<figure><div class="dg-empty"></div><figcaption><br><br></figcaption></figure>'
     nfe, saturation = _caption(result)
     image = f'<img src="{data_uri(result.pictures[0])}" alt="{escape(description)}">'
     return f"<figure>{image}<figcaption>{nfe}<br>{saturation}</figcaption></figure>"
@@ -237,11 +254,16 @@ def _cell(result: Result | None, description: str) -> str:
 
 def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
     """The whole grid as one picture."""
+    with lettering(grid.prompt):
+        return to_picture(_grid_plot(grid, comparison))
+
+
+def _grid_plot(grid: Grid, comparison: Comparison) -> Figure:
     rows, columns, cells = _layout(grid, comparison.results)
     figure = Figure(figsize=(1.1 + 2.1 * len(columns), 0.7 + 2.6 * len(rows)), layout="constrained")
     shortened = textwrap.shorten(grid.prompt, 40 * len(columns), placeholder=" …")
     scale = f", scale {grid.scales[0]:g}" if len(grid.scales) == 1 else ""
-    title = f"{shortened}\nseed {grid.seed}, {grid.steps} steps of {comparison.scheduler}{scale}"
+    title = f"{shortened}\nseed {grid.seed}, {counted(grid.steps, 'step')} of {comparison.scheduler}{scale}"
     figure.suptitle(title, fontsize="small", parse_math=False)  # a prompt may hold dollars
     places = figure.subplots(len(rows), len(columns), squeeze=False)
     for (i, j), result in cells.items():
@@ -254,7 +276,7 @@ def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
             axes.set_title(columns[j], fontsize="medium")
         if not j:
             axes.set_ylabel(rows[i].replace(" + ", "\n+ "), fontsize="medium")
-    return to_picture(figure)
+    return figure
 
 
 def to_picture(figure: Figure) -> Image.Image:

@@ -12,19 +12,22 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from diffusers_guidance import samples
+from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.pipelines.app_device import Device, Models, Tell
 from diffusers_guidance.pipelines.app_settings import BUNDLED, SCHEDULERS, Generation, Grid, Trial
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.clock import Clock
-from diffusers_guidance.pipelines.compare import Column, Comparison, Result, arguments, compare
-from diffusers_guidance.policies import EveryStep
+from diffusers_guidance.pipelines.columns import Column, arguments, bundled_calibrations, calibration_file
+from diffusers_guidance.pipelines.compare import Comparison, Result, compare
+from diffusers_guidance.pipelines.sizes import own_size, sized
+from diffusers_guidance.pipelines.solvers import scheduler_of
+from diffusers_guidance.policies import EveryStep, LinearAG, Policy
 from diffusers_guidance.rules import CFG
 
 R = TypeVar("R")
@@ -67,11 +70,11 @@ def _measured(result: Result) -> dict[str, Any]:
 
 def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outcome:
     """Runs the pipeline under the chosen rule and policy, after that by itself if the settings ask for it."""
-    pair = settings.make_rule(pipe), settings.make_policy()
     plain_pair = CFG(), EveryStep()
     with scheduled(pipe, settings.scheduler):
+        pair = settings.make_rule(pipe), policy_of(pipe, settings)
         code = reproduce(pipe, settings)
-        guided = _take(pipe, settings, f"{settings.rule} + {settings.policy}", *pair, tell)
+        guided = _take(pipe, settings, f"{settings.rule} + {settings.policy}{estimates(pair[1])}", *pair, tell)
         plain = None
         if settings.compare_with_plain and pair != plain_pair:
             plain = _take(pipe, settings, "Plain CFG", *plain_pair, tell)
@@ -101,6 +104,37 @@ def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, te
     return result
 
 
+def policy_of(pipe: Any, settings: Generation) -> Policy:
+    """The chosen policy; LinearAG with a bundled calibration that was made for just this, where there is one."""
+    name = fitting_calibration(pipe, settings)
+    if settings.policy == LinearAG.__name__ and name is not None:
+        return LinearAG(Calibration.load(calibration_file(name)))
+    return settings.make_policy()
+
+
+def fitting_calibration(pipe: Any, settings: Generation | Trial) -> str | None:
+    """The name of the bundled calibration for the model, scheduler, steps and scale, if there is one."""
+    if settings.model != BUNDLED:
+        return None
+    asked = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    return next((name for name, (scheduler, call) in _calibrated().items()
+                 if scheduler == type(pipe.scheduler).__name__ and call == asked), None)  # fmt: skip
+
+
+@functools.cache
+def _calibrated() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Scheduler and call of every bundled calibration."""
+    made = {name: Calibration.load(calibration_file(name)) for name in bundled_calibrations()}
+    return {name: (each.setting["scheduler"]["class"], each.call) for name, each in made.items()}
+
+
+def estimates(policy: Policy) -> str:
+    """What stands in for evaluations that LinearAG leaves out, as said beside its name."""
+    if not isinstance(policy, LinearAG):
+        return ""
+    return ", held" if policy.calibration is None else ", fitted"
+
+
 def call_of(pipe: Any, settings: Generation) -> dict[str, Any]:
     """The arguments of the pipeline's call."""
     known = inspect.signature(type(pipe).__call__).parameters
@@ -119,6 +153,7 @@ def call_of(pipe: Any, settings: Generation) -> dict[str, Any]:
                     f"{name}={side}: for this model from {sides[0]} to {sides[-1]} pixels in steps of 8, please."
                 )
             call[name] = side
+    call = sized(pipe, call)
     if settings.batch_size > 1:
         call["num_images_per_prompt"] = settings.batch_size
     return call | {"generator": generators if settings.batch_size > 1 else generators[0]}
@@ -126,9 +161,7 @@ def call_of(pipe: Any, settings: Generation) -> dict[str, Any]:
 
 def sides_of(pipe: Any) -> range:
     """The widths and heights, in pixels, that a pipeline's pictures may have here: from half to twice its own."""
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    size = getattr(getattr(network, "config", None), "sample_size", None)
-    own = size * getattr(pipe, "vae_scale_factor", 8) if isinstance(size, int) else 1024
+    own = max(own_size(pipe) or (1024,))
     return range(own // 16 * 8, 2 * own + 1, 8)
 
 
@@ -140,8 +173,13 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     load += ["local_files_only=True"] if bundled else ["use_safetensors=True"]
     load += [] if pipe.dtype == torch.float32 else [f"torch_dtype={pipe.dtype}"]
     device = "" if pipe.device.type == "cpu" else f'.to("{pipe.device.type}")'
-    rule, policy = settings.make_rule(pipe), settings.make_policy()
-    names = ", ".join([*sorted({type(rule).__name__, type(policy).__name__}), "attach"])
+    rule, policy = settings.make_rule(pipe), policy_of(pipe, settings)
+    used = [rule, policy, *filter(None, [policy.calibration])]
+    names = ", ".join([*sorted({type(part).__name__ for part in used}), "attach"])
+    written = _written(policy)
+    if policy.calibration is not None:
+        file = f"{fitting_calibration(pipe, settings)}.safetensors"
+        written = f'{type(policy).__name__}(Calibration.load(CALIBRATIONS / "{file}"))'
 
     many = settings.batch_size > 1
     arguments = call_of(pipe, settings).items()
@@ -153,10 +191,11 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     )
     lines = ["import torch", f"from diffusers import {', '.join(sorted(filter(None, [scheduler, cls])))}", ""]
     lines += [f"from diffusers_guidance import {names}"]
-    lines += ["from diffusers_guidance.samples import MODEL"] if bundled else []
+    own = ["CALIBRATIONS"] * (policy.calibration is not None) + ["MODEL"] * bundled
+    lines += [f"from diffusers_guidance.samples import {', '.join(own)}"] if own else []
     lines += ["", f"pipe = {cls}.from_pretrained({', '.join(load)}){device}"]
     lines += [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
-    lines += [f"handle = attach(pipe, rule={_written(rule)}, policy={_written(policy)})", "images = pipe("]
+    lines += [f"handle = attach(pipe, rule={_written(rule)}, policy={written})", "images = pipe("]
     lines += [f"    {name}={value}," for name, value in call.items()]
     lines += [").images", "print(handle.report)", "for number, image in enumerate(images):"]
     lines += ['    image.save(f"picture-{number}.png")']
@@ -174,19 +213,19 @@ def _written(part: Any) -> str:
 def columns_of(pipe: Any, grid: Grid) -> list[Column]:
     """One per picture, scales within rules within policies."""
     return [
-        Column(f"{rule} + {policy} @ {scale:g}", made.make_rule(pipe), made.make_policy(), scale)
+        Column(f"{rule} + {policy} @ {scale:g}", made.make_rule(pipe), policy_of(pipe, made), scale)
         for policy in grid.policies
         for rule in grid.rules
         for scale in grid.scales
-        for made in [Generation(rule=rule, policy=policy)]
+        for made in [Generation(rule=rule, policy=policy, guidance_scale=scale, steps=grid.steps, model=grid.model)]
     ]
 
 
 def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
     """The pictures of the grid; after each one, all there are so far are told."""
-    columns = columns_of(pipe, grid)
     comparison: Comparison | None = None
     with scheduled(pipe, grid.scheduler):
+        columns = columns_of(pipe, grid)
         for number, column in enumerate(columns):
             on_step = _step_of(tell, column.name, number, len(columns), comparison)
             new = compare(
@@ -237,15 +276,23 @@ def finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def contestants(steps: int) -> list[tuple[str, str, int]]:
-    """(family, column, steps) of every way of saving that is measured against full CFG."""
+def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, str, int]]:
+    """(family, column, steps) of every way of saving that is measured against full CFG.
+
+    Args:
+        calibration: the name of one that fits; without it LinearAG holds, and nothing can be searched.
+    """
+    named = f"calibration={calibration!r}"
+    linear = ("LinearAG", f"LinearAG({named})", steps) if calibration else ("LinearAG, held", "LinearAG", steps)
+    searched = [("search", f"search({round(share * 2 * steps)}, {named})", steps) for share in (0.5, 0.625, 0.75)]
     fewer = sorted({max(2, round(share * steps)) for share in (0.5, 0.65, 0.8)} - {steps})
     return [
         *(("fewer steps of CFG", "CFG", few) for few in fewer),
         *(("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})", steps) for t in (0.95, 0.98, 0.99, 0.995)),
         *(("Interval", f"Interval(0.0, {stop})", steps) for stop in (0.3, 0.5, 0.7)),
         *(("Hold", f"Hold({period})", steps) for period in (3, 4)),
-        ("LinearAG", "LinearAG", steps),
+        linear,
+        *(searched if calibration else ()),
         ("attach(pipe)", "default", steps),
     ]
 
@@ -255,9 +302,9 @@ def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> Frontier:
     lines = samples.PROMPTS.read_text(encoding="utf-8").splitlines()
     prompts = [line for line in lines if line and not line.startswith("#")][: trial.prompts]
     frontier = Frontier(trial, trial.steps)
-    runs = [("CFG", "CFG", trial.steps), *contestants(trial.steps)]
     reference: Comparison | None = None
     with scheduled(pipe, trial.scheduler):
+        runs = [("CFG", "CFG", trial.steps), *contestants(trial.steps, fitting_calibration(pipe, trial))]
         for number, (family, column, steps) in enumerate(runs):
             made = compare(
                 pipe, prompts, [column], seeds=[trial.seed], steps=steps, guidance_scale=trial.guidance_scale,
@@ -294,10 +341,7 @@ def scheduled(pipe: Any, name: str) -> Iterator[None]:
     """Puts the scheduler of that name in place, and the pipeline's own back at the end."""
     own = pipe.scheduler
     if SCHEDULERS[name]:
-        cls = getattr(diffusers, SCHEDULERS[name])
-        if cls not in own.compatibles:
-            raise ValueError(f"The scheduler {name} does not fit this model: it was made for {type(own).__name__}.")
-        pipe.scheduler = cls.from_config(own.config)
+        pipe.scheduler = scheduler_of(own, SCHEDULERS[name])
     try:
         yield
     finally:

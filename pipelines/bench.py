@@ -55,9 +55,9 @@ def bench(
         return run_cell(suite, cell, device, dtype)
 
     def do(cells: Sequence[Cell], at_once: int | None = None) -> None:
-        known = [results.cells[key(cell)] for cell in cells if key(cell) in results.cells]
-        mine.extend(known)
-        left = [cell for cell in cells if key(cell) not in results.cells]
+        found = {cell: results.found(key(cell)) for cell in cells}
+        mine.extend(record for record in found.values() if record is not None)
+        left = [cell for cell, record in found.items() if record is None]
         for n, cell in enumerate(left[:1]):
             _tell(progress, cell, len(mine) + n, total)
         for cell, done in spread(work, left, on_ray=on_ray, resources=resources, at_once=at_once):
@@ -109,6 +109,14 @@ class Results:
                     self.cells[record["key"]] = record
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}, line {number}: no result of a benchmark; move the file away") from None
+
+    def found(self, key: str) -> dict[str, Any] | None:
+        """The finished cell of that key; None where it has yet to be done, or its pictures are no longer there."""
+        record = self.cells.get(key)
+        lost = record is not None and not all(
+            (self.file.parent / name).is_file() for name in record.get("pictures", ())
+        )
+        return None if lost else record
 
     def add(self, record: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
         """Writes the line of a finished cell, after its environment's if that is a new one."""

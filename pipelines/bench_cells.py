@@ -1,6 +1,5 @@
 """What one cell of a benchmark does, on whatever machine it runs: make pictures, or take the time."""
 
-import copy
 import io
 import platform
 import subprocess
@@ -12,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 
@@ -20,8 +18,10 @@ from diffusers_guidance.effective import Watched
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach import DEFAULT_RULE, attach
 from diffusers_guidance.pipelines.bench_suite import Cell, Suite
-from diffusers_guidance.pipelines.compare import Column, _generate
+from diffusers_guidance.pipelines.columns import Column
+from diffusers_guidance.pipelines.compare import _generate
 from diffusers_guidance.pipelines.run import _components
+from diffusers_guidance.pipelines.solvers import scheduler_of
 from diffusers_guidance.pipelines.spread import pipeline
 from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
@@ -55,17 +55,6 @@ def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) ->
         pipe.scheduler = own
     place = {"kind": cell.kind, "scheduler": type(scheduler_of(own, cell.scheduler)).__name__, "column": cell.column}
     return Done(place | record, environment(pipe), pictures)
-
-
-def scheduler_of(own: Any, name: str | None) -> Any:
-    """A fresh scheduler of this class, configured as the pipeline's own: solvers carry history between calls."""
-    if name is None:
-        return copy.deepcopy(own)
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        fitting = sorted(c.__name__ for c in own.compatibles)
-        raise ValueError(f"schedulers: diffusers has no {name}; here fit {', '.join(fitting)}")
-    return getattr(diffusers, name).from_config(own.config)
 
 
 # Pictures

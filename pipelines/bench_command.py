@@ -32,7 +32,7 @@ def bench_command(
 
     Interrupted, it goes on where it stopped.
     """
-    with reporting() as progress, cluster(ray_address) if ray else nullcontext():
+    with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
         wanted = Suite.read(suite)
         lines = bench(wanted, out, device=device, dtype=dtype, on_ray=ray, progress=progress)
         summary = summarise(wanted, lines, out)
@@ -51,7 +51,9 @@ def generate_command(
         Path, typer.Argument(help='JSON lines: {"prompt": ..., "id"?, "seed"?, "negative_prompt"?} and more of a call.')
     ],
     out: Annotated[Path, typer.Option(help="Folder for a picture and its metadata a line.")] = Path("out/generate"),
-    column: Annotated[str, typer.Option(help='Rule + policy @ scale: "APG@12+AG", say.')] = "default",
+    column: Annotated[
+        str, typer.Option(help='Rule + policy @ scale: "APG@12+AG", say, or "search(25, calibration=FILE)".')
+    ] = "default",
     model: Model = MODEL,
     scheduler: Scheduler = None,
     steps: Annotated[int, typer.Option(min=1)] = 20,
@@ -63,7 +65,7 @@ def generate_command(
     dtype: Dtype = None,
 ) -> None:
     """A picture for every line of a JSONL file, with what made it beside it. Interrupted, it goes on."""
-    with reporting() as progress, cluster(ray_address) if ray else nullcontext():
+    with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
         made, had = generate(
             read_jobs(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
             batch=batch, device=device, dtype=dtype, on_ray=ray, progress=progress,

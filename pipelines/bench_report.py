@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
@@ -14,14 +13,21 @@ import jinja2
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import Bbox
 
 from diffusers_guidance.pipelines.bench_metrics import Figure, Measure, Summary
 from diffusers_guidance.pipelines.files import write
+from diffusers_guidance.pipelines.texts import counted
 
 INK, GREY, BLUE, GREEN = "#1a1a1a", "#8a8a8a", "#2f6fde", "#1a7f37"
 ABOUT_INTERVALS = (
     "Every figure is a mean over all prompts and seeds; after it, the 95 % interval of a bootstrap that draws seeds "
     "and prompts anew."
+)
+ABOUT_SECONDS = (
+    "Seconds are medians, with their 20 and 80 % quantiles. Each column ran in turns with {baseline}, and its saving "
+    "is the median of the ratios of neighbouring runs. Possible is what the skipped evaluations take, measured on the "
+    "denoiser alone in other calls, so that noise can take the share of it that was saved beyond 100 %."
 )
 
 
@@ -39,7 +45,7 @@ def html(summary: Summary) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"figure": figure, "picture": _picture, "memory": _memory, "pair": _pair}
+    environment.filters |= {"figure": figure, "picture": _picture, "memory": _memory, "pair": _pair, "counted": counted}
     template = environment.from_string(files(__package__).joinpath("bench.html").read_text(encoding="utf-8"))
     schedulers = list(dict.fromkeys(row.scheduler for row in summary.rows))
     return template.render(
@@ -48,6 +54,7 @@ def html(summary: Summary) -> str:
         measures=summary.measures,
         schedulers=schedulers,
         about_intervals=ABOUT_INTERVALS,
+        about_seconds=ABOUT_SECONDS.format(baseline=summary.suite.baseline),
         plots=list(_plots(summary).values()),
     )
 
@@ -55,8 +62,8 @@ def html(summary: Summary) -> str:
 def markdown(summary: Summary) -> str:
     """The tables, for docs."""
     suite, measures = summary.suite, summary.measures
-    prompts = "held-out prompts" if suite.held_out else "prompts"
-    lines = [f"{len(suite.prompts)} {prompts}, {len(suite.seeds)} seeds. {ABOUT_INTERVALS}", ""]
+    prompts = counted(len(suite.prompts), "held-out prompt" if suite.held_out else "prompt")
+    lines = [f"{prompts}, {counted(len(suite.seeds), 'seed')}. {ABOUT_INTERVALS}", ""]
     head = ["rule + policy", "scale", "NFEs", "saved", *[m.title for m in measures]]
     for scheduler in dict.fromkeys(row.scheduler for row in summary.rows):
         rows = [
@@ -64,9 +71,10 @@ def markdown(summary: Summary) -> str:
              *[figure(row.figures.get(m.name), m) for m in measures]]
             for row in summary.rows if row.scheduler == scheduler
         ]  # fmt: skip
-        lines += [f"**{scheduler}, {suite.steps} steps**", "", *_table(head, rows), ""]
+        lines += [f"**{scheduler}, {counted(suite.steps, 'step')}**", "", *_table(head, rows), ""]
     if summary.timings:
         head = ["rule + policy", "batch", "s/image", "baseline s/image", "time saved", "possible", "peak memory"]
+        lines += [ABOUT_SECONDS.format(baseline=suite.baseline), ""]
         lines += [*_table(head, [_timing_cells(t) for t in summary.timings]), ""]
     if summary.rates:
         head = ["batch B", "evaluations/s at B", "at 2B", "time of B in that of 2B"]
@@ -132,21 +140,42 @@ def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
         return None
     plot = Plot(figsize=(7.2, 4.2), layout="constrained")
     axes = plot.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full CFG, dB")
-    ends = sorted(row.nfe.mean for row in rows)
-    places = [(row.nfe.mean, -row.figures["psnr"].mean) for row in rows]
+    names = []
     for row in sorted(rows, key=lambda row: row.figures["psnr"].mean):
         at, x = row.figures["psnr"], row.nfe.mean
         colour = GREEN if row.name == "default" or row.name.startswith("recommended") else BLUE
         axes.errorbar(x, at.mean, [[at.mean - at.low], [at.high - at.mean]], fmt="o", color=colour, capsize=3, lw=1.2)
-        left = x > (ends[0] + ends[-1]) / 2
-        place = (x, -at.mean)
-        near = [other for other in places if other != place and math.dist(other, place) < 2.5]
-        left = place < min(near) if near else left  # or one label would lie on the other
-        axes.annotate(row.name, (x, at.mean), (-7 if left else 7, 4), textcoords="offset points", fontsize=9,
-                      ha="right" if left else "left", color=colour)  # fmt: skip
+        names.append((row.name, x, at, colour))
     axes.margins(x=0.25, y=0.15)
     _plain(axes)
+    plot.draw_without_rendering()  # places are settled from here on
+    _name(axes, names)
     return "Fidelity for evaluations: further up is closer to full guidance, further left is cheaper.", _svg(plot)
+
+
+def _name(axes: Any, names: list[tuple[str, float, Figure, str]]) -> None:
+    """Writes names beside their points, on no other name, point or interval where there is such a place."""
+
+    def box(x: float, low: float, high: float) -> Bbox:
+        return Bbox(axes.transData.transform([(x, low), (x, high)])).padded(5)
+
+    taken = [box(x, at.low, at.high) for _, x, at, _ in names]
+    places = [(dx, dy, "left" if dx > 0 else "right") for dy in (4, -12, 18, -26, 32, -40) for dx in (8, -8)]
+    for name, x, at, colour in names:
+        tried: list[tuple[float, int, Any, Bbox]] = []
+        for dx, dy, side in places:
+            text = axes.annotate(name, (x, at.mean), (dx, dy), textcoords="offset points", fontsize=9, ha=side,
+                                 color=colour, in_layout=False)  # fmt: skip
+            extent = text.get_window_extent()
+            outside = not axes.bbox.containsx(extent.x0) or not axes.bbox.containsx(extent.x1)
+            tried.append((extent.count_overlaps(taken) + 10 * outside, len(tried), text, extent))
+            text.set_visible(False)
+        _, _, best, extent = min(tried, key=lambda each: each[:2])
+        best.set_visible(True)
+        for _, _, text, _ in tried:
+            if text is not best:
+                text.remove()
+        taken.append(extent)
 
 
 def look_plot(summary: Summary) -> tuple[str, str]:

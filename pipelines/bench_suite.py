@@ -3,16 +3,17 @@
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.pipelines.compare import Column
+from diffusers_guidance.pipelines.columns import Column, calibration_file
+from diffusers_guidance.pipelines.files import read_text
 from diffusers_guidance.pipelines.search import search
 from diffusers_guidance.pipelines.shell import read_lines
 from diffusers_guidance.rules import CFG
@@ -24,7 +25,50 @@ JUDGED = ("saved", "share_of_possible", "psnr", "ssim", "lpips", "saturation", "
           "retrieval")  # fmt: skip
 """What a target may be about: shares of NFEs and of the time that was possible, and the measures of pictures."""
 
-_PARTS = {"pair", "steps", "search", "as_strong_as"}
+Count = Annotated[int, "from 1 up"]
+Seed = Annotated[int, "from 0 up"]
+
+_WANTED = {
+    str: "a text",
+    float: "a number from 0 up",
+    Count: "a whole number from 1 up",
+    Seed: "a whole number from 0 up",
+}
+"""In words, the kinds of single values that fields of a suite have."""
+
+
+def fields_of(cls: type, given: Any, where: str) -> dict[str, Any]:
+    """What a file says of a dataclass' fields, each as the field's type has it: lists as tuples.
+
+    Raises:
+        ValueError: something is unknown or of another kind; the message names the field, the value and what is wanted.
+    """
+    kinds = get_type_hints(cls, include_extras=True)
+    if not isinstance(given, dict) or not set(given) <= set(kinds):
+        raise ValueError(f"{where.removesuffix(': ')}: {given!r}; some of {', '.join(kinds)}, by name")
+    return {name: _as(kinds[name], value, f"{where}{name}") for name, value in given.items()}
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    parts = get_args(kind)
+    if type(None) in parts:
+        return None if value is None else _as(parts[0], value, where)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return value if isinstance(value, kind) else kind(**fields_of(kind, value, f"{where}: "))
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: {value!r}; a list, such as [{value}]")
+        return tuple(_as(parts[0], each, where) for each in value)
+    if kind in _WANTED and not _is(kind, value):
+        raise ValueError(f"{where}: {value!r}; {_WANTED[kind]}")
+    return value
+
+
+def _is(kind: Any, value: Any) -> bool:
+    if kind is str:
+        return isinstance(value, str)
+    number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+    return number and (1 if kind == Count else 0) <= value < 2**63
 
 
 @dataclass(frozen=True)
@@ -33,26 +77,20 @@ class Entry:
 
     name: str
     pair: str = "CFG"
-    steps: int | None = None
-    search: int | None = None
+    steps: Count | None = None
+    search: Count | None = None
     as_strong_as: str | None = None
 
     @classmethod
-    def read(cls, name: str, given: Any) -> "Entry":
-        given = {"pair": given} if isinstance(given, str) else given
-        if not isinstance(given, dict) or not given or not set(given) <= _PARTS:
-            raise ValueError(
-                f"columns: {name!r} is {given!r}; write a pair such as AG or APG@15, "
-                f"or some of {', '.join(sorted(_PARTS))} by name"
-            )
+    def read(cls, name: str, given: Any, beside: Path) -> "Entry":
+        where = f"columns: {name!r}"
+        if not isinstance(given, str | dict) or not given or "name" in given:
+            raise ValueError(f"{where} is {given!r}; write a pair such as AG or APG@15, or some of its parts by name")
+        given = fields_of(cls, {"pair": given} if isinstance(given, str) else given, f"{where}: ")
         entry = cls(name, **given)
         if ("pair" in given and (entry.search or entry.as_strong_as)) or (entry.search and entry.as_strong_as):
             raise ValueError(f"columns: {name!r} has more than one of pair, search and as_strong_as")
-        for part in ("steps", "search"):
-            value = getattr(entry, part)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"columns: {name!r} has {part}: {value!r}; a whole number from 1 up")
-        Column.parse(entry.pair)
+        Column.parse(entry.pair, beside)
         return entry
 
 
@@ -61,8 +99,8 @@ class Timing:
     """Which columns are timed, at which batch sizes, and how many times."""
 
     columns: tuple[str, ...] = ()
-    batches: tuple[int, ...] = (1,)
-    rounds: int = 7
+    batches: tuple[Count, ...] = (1,)
+    rounds: Count = 7
 
 
 @dataclass(frozen=True)
@@ -72,11 +110,11 @@ class Suite:
     model: str
     prompts: tuple[str, ...]
     columns: tuple[Entry, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 20
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    steps: Count = 20
     guidance_scale: float = 5.0
     schedulers: tuple[str | None, ...] = (None,)
-    batch: int = 8
+    batch: Count = 8
     negative: str | None = None
     calibration: str | None = None
     baseline: str = "CFG"
@@ -85,6 +123,8 @@ class Suite:
     held_out: bool = False
     """Whether the prompts were compared with those that something was fitted to."""
     name: str = "suite"
+    folder: str = "."
+    """Where its file lies; what its columns name is looked for there."""
 
     @classmethod
     def read(cls, file: Path = SUITE) -> "Suite":
@@ -94,40 +134,43 @@ class Suite:
             ValueError: something is missing, unknown or of the wrong kind; the message says what.
         """
         try:
-            given = yaml.safe_load(file.read_text(encoding="utf-8"))
+            given = yaml.safe_load(read_text(file))
         except yaml.YAMLError as error:
             raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
-        known = (set(cls.__dataclass_fields__) - {"name", "held_out"}) | {"held_out_from"}
-        missing, unknown = {"model", "prompts", "columns"} - set(given or {}), set(given or {}) - known
+        known = (set(cls.__dataclass_fields__) - {"name", "held_out", "folder"}) | {"held_out_from"}
+        if not isinstance(given, dict):
+            raise ValueError(f"{file}: no values by name. A suite has {', '.join(sorted(known))}")
+        missing, unknown = {"model", "prompts", "columns"} - set(given), {str(name) for name in set(given) - known}
         if missing or unknown:
             what = [f"{', '.join(sorted(names))} {verb}" for names, verb in ((missing, "missing"), (unknown, "unknown"))
                     if names]  # fmt: skip
             raise ValueError(f"{file}: {'; '.join(what)}. A suite has {', '.join(sorted(known))}")
         try:
             return cls._from(given, file)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
     @classmethod
     def _from(cls, given: dict[str, Any], file: Path) -> "Suite":
         beside = file.parent
-        prompts = given["prompts"]
-        texts = read_lines(beside / prompts) if isinstance(prompts, str) else [str(text) for text in prompts]
-        if "held_out_from" in given:
-            seen = set(texts) & set(read_lines(beside / given.pop("held_out_from")))
-            if seen:
-                raise ValueError(f"prompts: {sorted(seen)[0]!r} is not held out")
-            given["held_out"] = True
-        model = str(samples.MODEL) if given["model"] == "bundled" else str(given["model"])
-        given |= {"model": str(beside / model) if (beside / model).is_dir() else model, "prompts": tuple(texts)}
-        if given.get("calibration"):
-            given["calibration"] = str((beside / given["calibration"]).resolve())
-        given["columns"] = tuple(Entry.read(str(name), value) for name, value in given["columns"].items())
-        for name in ("seeds", "schedulers", "targets"):
-            if name in given:
-                given[name] = tuple(given[name])
-        timing: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("timing", {}).items()}
-        suite = cls(**given, timing=Timing(**timing), name=file.stem)
+        seen = set(read_lines(beside / str(given.pop("held_out_from")))) if "held_out_from" in given else None
+        if isinstance(given["prompts"], str):
+            listed = beside / given["prompts"]
+            if not listed.is_file():
+                raise ValueError(f"prompts: {given['prompts']!r} names no file; write [{given['prompts']}] for a list")
+            given["prompts"] = read_lines(listed)
+        if not isinstance(given["columns"], dict) or not given["columns"]:
+            raise ValueError(f"columns: {given['columns']!r}; each by a name, such as {{fewer steps: StepAG(0.5)}}")
+        given["columns"] = [Entry.read(str(name), value, beside) for name, value in given["columns"].items()]
+        suite = cls(
+            **fields_of(cls, given, ""), name=file.stem, held_out=seen is not None, folder=str(beside.resolve())
+        )
+        if both := sorted(set(suite.prompts) & (seen or set())):
+            raise ValueError(f"prompts: {both[0]!r} is not held out")
+        model = str(samples.MODEL) if suite.model == "bundled" else suite.model
+        suite = replace(suite, model=str(beside / model) if (beside / model).is_dir() else model)
+        if suite.calibration is not None:
+            suite = replace(suite, calibration=str(calibration_file(suite.calibration, beside).resolve()))
         suite._check()
         return suite
 
@@ -144,8 +187,10 @@ class Suite:
         for name in (self.baseline, *self.timing.columns):
             if self.entry(name).as_strong_as:
                 raise ValueError(f"column {name!r} is as strong as another: it can be neither baseline nor timed")
-        if not self.prompts or not self.seeds or self.timing.rounds < 1:
-            raise ValueError("there must be a prompt, a seed and a round of timing at least")
+        for name in ("prompts", "seeds", "schedulers"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}: {list(values)!r}; at least one, and each once")
         if any(entry.search for entry in self.columns) and self.calibration is None:
             raise ValueError("columns that search need a calibration")
 
@@ -159,7 +204,7 @@ class Suite:
         if entry.search is not None:
             assert self.calibration is not None
             return Column(entry.name, CFG(), _searched(self.calibration, entry.search))
-        return Column.parse(entry.pair)
+        return _parsed(entry.pair, self.folder)
 
     def scale(self, column: Column) -> float:
         return self.guidance_scale if column.guidance_scale is None else column.guidance_scale
@@ -216,6 +261,8 @@ class Cell:
         entry = suite.entry(self.column)
         settings = [suite.steps, suite.guidance_scale, suite.negative, list(suite.prompts)]
         calibration = _content(suite.calibration) if entry.search and suite.calibration else None
+        if not entry.search and (policy := suite.column(entry).policy) is not None and policy.calibration is not None:
+            calibration = policy.calibration.digest
         timed = [suite.timing.rounds, machine, asdict(suite.entry(suite.baseline))]
         of = [
             *(version(package) for package in ("diffusers-guidance", "diffusers", "torch")),
@@ -270,6 +317,11 @@ def _check_target(target: Any) -> None:
 @functools.cache
 def _searched(calibration: str, nfe: int) -> Any:
     return search(Calibration.load(Path(calibration)), nfe)
+
+
+@functools.cache
+def _parsed(pair: str, folder: str) -> Column:
+    return Column.parse(pair, Path(folder))
 
 
 @functools.cache

@@ -11,11 +11,23 @@ from rich.table import Table
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.pipelines.calibrate import calibrate, calibrate_on_ray
-from diffusers_guidance.pipelines.compare import COLUMNS, Column, Comparison, compare
+from diffusers_guidance.pipelines.columns import COLUMNS, Column
+from diffusers_guidance.pipelines.compare import Comparison, compare
 from diffusers_guidance.pipelines.frontier import frontier, plot, table
 from diffusers_guidance.pipelines.nas import search_nas
 from diffusers_guidance.pipelines.search import search
-from diffusers_guidance.pipelines.shell import MODEL, Device, Dtype, Model, Scheduler, load, read_lines, reporting
+from diffusers_guidance.pipelines.shell import (
+    MODEL,
+    Device,
+    Dtype,
+    Model,
+    Scheduler,
+    Seed,
+    Seeds,
+    load,
+    read_lines,
+    reporting,
+)
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import predicted_error
 
@@ -35,12 +47,12 @@ def compare_command(
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12"; '
-            '"default" is what attach(pipe) chooses. Repeatable.',
-            show_default="CFG, CFG@15, APG@15, AG, LinearAG, Hold, default",
+            help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12", '
+            '"search(25, calibration=FILE)"; "default" is what attach(pipe) chooses. Repeatable.',
+            show_default=", ".join(COLUMNS),
         ),
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="0")] = None,
+    seed: Seeds = None,
     steps: Steps = 20,
     scale: Annotated[float, typer.Option(min=0, help="Guidance scale of columns that name none.")] = 5.0,
     negative: Annotated[str | None, typer.Option(help="Negative prompt of all pictures.")] = None,
@@ -70,7 +82,7 @@ def compare_command(
 
 
 def calibrate_command(
-    out: Annotated[Path, typer.Argument(help="File to write; what is there already is gone on with.")],
+    out: Annotated[Path, typer.Argument(dir_okay=False, help="File to write; what is there already is gone on with.")],
     prompts: Prompts = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
@@ -80,7 +92,7 @@ def calibrate_command(
     trajectories: Annotated[int, typer.Option(min=1)] = 200,
     steps: Steps = 20,
     scale: Annotated[float, typer.Option(min=1)] = 5.0,
-    seed: int = 0,
+    seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 8,
     per_channel: Annotated[bool, typer.Option(help="A Gram matrix for each channel.")] = False,
     ray: Annotated[int, typer.Option(min=0, help="Make it in so many shares on a Ray cluster; 0 is without.")] = 0,
@@ -92,7 +104,7 @@ def calibrate_command(
     dtype: Dtype = None,
 ) -> None:
     """Runs full guidance over prompts and seeds, and keeps how its predictions go together."""
-    with reporting() as progress:
+    with reporting(goes_on=True) as progress:
         settings: dict[str, Any] = {
             "negative_prompts": negative or [""],
             "trajectories": trajectories,
@@ -169,7 +181,9 @@ def frontier_command(
     ] = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeatable.", show_default="4321")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, max=2**63 - 1, help="Repeatable.", show_default="4321")
+    ] = None,
     nfe: Annotated[list[int] | None, typer.Option(help="Budgets; repeatable.", show_default="eight of them")] = None,
     refine: Annotated[list[int] | None, typer.Option(help="Budgets to search by real runs too; repeatable.")] = None,
     nas: Annotated[list[int] | None, typer.Option(help="Budgets for the paper's search; repeatable.")] = None,
@@ -180,8 +194,15 @@ def frontier_command(
     dtype: Dtype = None,
 ) -> None:
     """Fidelity to full guidance against NFEs, for every policy, on held-out prompts and seeds."""
-    with reporting() as progress:
+    with reporting(goes_on=True) as progress:
         made = Calibration.load(calibration)
+        for option, budgets in (("--nfe", nfe), ("--refine", refine), ("--nas", nas)):
+            for budget in budgets or []:
+                if not 2 * len(made.denoisers) <= budget <= 2 * made.steps:
+                    least, most = 2 * len(made.denoisers), 2 * made.steps
+                    raise ValueError(
+                        f"{option} {budget}: from {least} to {most} network evaluations, as calibrated for"
+                    )
         rows = frontier(
             load(model, scheduler, device, dtype), made, read_lines(prompts), seeds=seed or [4321],
             search_prompts=_dozen(read_lines(search_prompts)), nfes=nfe, refine=refine or [], nas=nas or [],

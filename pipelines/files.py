@@ -1,7 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files: texts read with their name in every error, and whole files written or none."""
 
 import os
 from pathlib import Path
+
+
+def read_text(path: Path) -> str:
+    """The text in a UTF-8 file.
+
+    Raises:
+        ValueError: it is in another encoding, or no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as that") from None
 
 
 def write(path: Path, content: bytes) -> None:

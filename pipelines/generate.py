@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach import attach
-from diffusers_guidance.pipelines.bench_cells import environment, scheduler_of
+from diffusers_guidance.pipelines.bench_cells import environment
 from diffusers_guidance.pipelines.bench_suite import fingerprint
-from diffusers_guidance.pipelines.compare import Column, _generate
-from diffusers_guidance.pipelines.files import write
+from diffusers_guidance.pipelines.columns import Column
+from diffusers_guidance.pipelines.compare import _generate
+from diffusers_guidance.pipelines.files import read_text, write
+from diffusers_guidance.pipelines.sizes import check_sides, check_size
+from diffusers_guidance.pipelines.solvers import scheduler_of
 from diffusers_guidance.pipelines.spread import pipeline, spread
 
 Progress = Callable[[str, int, int], None]
@@ -46,7 +50,7 @@ def read_jobs(file: Path) -> list[Job]:
         ValueError: with the line's number and what is wrong with it.
     """
     jobs: list[Job] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -72,12 +76,13 @@ def _job(given: Any, number: int) -> Job:
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise ValueError(f"id {name!r}: up to 100 letters, digits, _, - and . (not first), for it names files")
     prompt, seed, negative = (given.pop(key) for key in ("prompt", "seed", "negative_prompt"))
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed {seed!r}: a whole number from 0 up")
     if negative is not None and not isinstance(negative, str):
         raise ValueError(f"negative_prompt {negative!r}: a text")
     if chosen := sorted(given.keys() & _FOR_ALL):
         raise ValueError(f"{', '.join(chosen)}: not a line's own; steps, scale and the rest are set for all lines")
+    check_sides(given)
     return Job(name, prompt, seed, negative, tuple(sorted(given.items())))
 
 
@@ -115,6 +120,8 @@ def generate(
     scale = guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
     made_with = {"model": fingerprint(model), "column": parsed.name, "scheduler": scheduler, "steps": steps,
                  "guidance_scale": scale, "dtype": dtype}  # fmt: skip
+    if parsed.policy is not None and parsed.policy.calibration is not None:
+        made_with["calibration"] = parsed.policy.calibration.digest
     left = {job.id for job in jobs if not _is_done(out, job, made_with)}
     # Cut from all jobs, so that a picture's batch, and with it its last bit, does not depend on what is there already.
     batches: list[list[Job]] = []
@@ -135,7 +142,7 @@ def generate(
             with attach(pipe, parsed.rule, parsed.policy) as handle:
                 handle.rule = replace(handle.rule, guidance_scale=scale)
                 arguments = dict(part[0].arguments) | {"negative_prompt": part[0].negative_prompt}
-                pictures = _generate(pipe, [(job.prompt, job.seed) for job in part], steps, arguments)
+                pictures = _made(pipe, part, steps, arguments)
                 report = handle.report
                 ran = {"rule": repr(handle.rule), "policy": repr(handle.policy), "nfe": report.nfe_by_sample,
                        "nfe_full": report.nfe_full / len(part), "batch": len(part)}  # fmt: skip
@@ -162,6 +169,20 @@ def generate(
     return len(left), had
 
 
+def _made(pipe: Any, part: list[Job], steps: int, arguments: dict[str, Any]) -> list[Any]:
+    """The pictures of one call; what its lines' own arguments do to it is said with the first line's name."""
+    try:
+        pictures = _generate(pipe, [(job.prompt, job.seed) for job in part], steps, arguments)
+        check_size(pictures, arguments)
+    except Exception as error:
+        if not part[0].arguments or isinstance(error, GuidanceError):
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in part[0].arguments)
+        words = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"job {part[0].id}, with {given}: {words}") from error
+    return pictures
+
+
 def _is_done(out: Path, job: Job, made_with: dict[str, Any]) -> bool:
     file = out / f"{job.id}.json"
     if not file.exists():
@@ -169,7 +190,9 @@ def _is_done(out: Path, job: Job, made_with: dict[str, Any]) -> bool:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        found = {}
+        return False  # cut short, by a full disk say: nothing that anybody could have made on purpose
+    if not isinstance(found, dict):
+        return False
     wanted = json.loads(json.dumps(_about(job) | {"made_with": made_with}))
     if {key: found.get(key) for key in wanted} != wanted:
         raise ValueError(f"{file} was made by another prompt or other settings: choose another folder or delete it")

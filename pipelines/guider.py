@@ -19,6 +19,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from diffusers_guidance import kernels
+from diffusers_guidance.checks import is_number
 from diffusers_guidance.errors import CalibrationMismatch, GuidanceError, UnsupportedPipeline
 from diffusers_guidance.pipelines.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.clock import Clock
@@ -61,6 +62,8 @@ class Guider(BaseGuidance):
         guidance_scale: float = 7.5,
         enabled: bool = True,
     ):
+        if not is_number(guidance_scale, 0):
+            raise ValueError(f"guidance_scale={guidance_scale!r}: a number from 0 up")
         super().__init__(enabled=enabled)
         self.rule = DEFAULT_RULE if rule is None else _rebuilt(Rule, rule)
         self.policy = DEFAULT_POLICY if policy is None else _rebuilt(Policy, policy)

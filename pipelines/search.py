@@ -6,8 +6,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.calibration import DELTAS, Calibration, Fit
+from diffusers_guidance.checks import is_whole
 from diffusers_guidance.pipelines.calibrate import Progress
 from diffusers_guidance.pipelines.fidelity import Fidelity, psnr
+from diffusers_guidance.pipelines.texts import prompts_of
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import climb, closed_form, shortlist
 
@@ -49,6 +51,8 @@ def search(
         ValueError: neither or both of `nfe` and `error`, or one out of range.
         CalibrationMismatch: `pipe` is not what the calibration was made for.
     """
+    if nfe is not None and not is_whole(nfe, 0):
+        raise ValueError(f"nfe={nfe!r}: a whole number of network evaluations")
     found = closed_form(calibration, nfe, error=error, skip=skip, fit=fit)
     if refine is None:
         return found
@@ -64,7 +68,7 @@ def search(
         done += 1
 
     advance()
-    fidelity = Fidelity(pipe, prompts, [seed], **calibration.call, **arguments)
+    fidelity = Fidelity(pipe, prompts_of(prompts), [seed], **calibration.call, **arguments)
 
     def measure(schedule: Schedule) -> float:
         advance()

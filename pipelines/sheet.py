@@ -3,15 +3,16 @@
 import re
 import textwrap
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_guidance.pipelines.compare import Comparison, Result, changes, short
+from diffusers_guidance.pipelines.columns import changes, short
+from diffusers_guidance.pipelines.compare import Comparison, Result
+from diffusers_guidance.pipelines.fonts import font_for, own_font
+from diffusers_guidance.pipelines.texts import counted
 from diffusers_guidance.policies import AdaptiveGuidance
 
 SMALLEST, LARGEST = 192, 512
@@ -37,7 +38,7 @@ def contact_sheet(comparison: Comparison) -> Image.Image:
     heads = [_wrap(head, width) for head in heads]
     labels = []
     for prompt in comparison.prompts:
-        line = (textwrap.shorten(prompt, 140, placeholder=" …"), plain, INK)
+        line = (textwrap.shorten(prompt, 140, placeholder=" …"), ImageFont.truetype(font_for(prompt), 15 * unit), INK)
         for seed in comparison.seeds:
             seeds = [(f"seed {seed}", small, GREY)] if len(comparison.seeds) > 1 else []
             labels.append(_wrap([line, *seeds], width))
@@ -104,7 +105,8 @@ def _head(result: Result, bold: Any, plain: Any) -> list[Line]:
 def _foot(comparison: Comparison) -> str:
     seeds = ", ".join(map(str, comparison.seeds))
     return (
-        f"{comparison.model} ({comparison.pipeline}), {comparison.scheduler}, {comparison.steps} steps, seed {seeds}. "
+        f"{comparison.model} ({comparison.pipeline}), {comparison.scheduler}, "
+        f"{counted(comparison.steps, 'step')}, seed {seeds}. "
         "NFEs: network evaluations for all pictures of a column."
     )
 
@@ -115,7 +117,7 @@ def _foot(comparison: Comparison) -> str:
 @cache
 def _font(name: str, size: float) -> ImageFont.FreeTypeFont:
     """A font that comes with matplotlib, and so is the same everywhere."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), size)
+    return ImageFont.truetype(own_font(name), size)
 
 
 def _wrap(lines: list[Line], width: int) -> list[Line]:

@@ -5,15 +5,16 @@ import asyncio
 import importlib.util
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
@@ -44,7 +45,8 @@ from diffusers_guidance.pipelines.app_settings import (
     Trial,
     knobs_of,
 )
-from diffusers_guidance.policies import Hold
+from diffusers_guidance.pipelines.compare import Result
+from diffusers_guidance.policies import EveryStep, Hold, LinearAG
 from diffusers_guidance.rules import CFG
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -110,6 +112,12 @@ def test_generate(client, pipe):
     assert (pixels(picture) == pixels(pictures[0]["image"])).all()
 
 
+@pytest.mark.parametrize(("side", "shape"), [("height", (192, 128, 3)), ("width", (128, 192, 3))])
+def test_a_side_alone_is_that_side_and_the_models_own(client, side, shape):
+    picture = client.predict(**SMALL, **{side: 192}, api_name="/generate")[0]
+    assert pixels(picture).shape == shape
+
+
 def test_no_two_pictures_share_a_file(client):
     """Gradio names files by content, and writes a file anew while it may be on its way to somebody else."""
     first, second = (client.predict(**SMALL, api_name="/generate")[0] for _ in range(2))
@@ -132,7 +140,8 @@ def test_pictures_carry_their_settings(client):
         {},
         {"rule": "CFG", "policy": "EveryStep", "guidance_scale": 4, "negative_prompt": 'a "cat"\n\\n {0}'},
         {"batch_size": 2, "scheduler": "DPM++ 2M", "policy": "AdaptiveGuidance", "threshold": 0.9, "eta": 0.5},
-        {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 128},
+        {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 160},
+        {"policy": "LinearAG", "rule": "CFG", "guidance_scale": 5, "steps": 20},
         {"momentum": -0.75, "norm_threshold": 12.5, "eta": 0.35, "period": 4, "warmup": 2, "last": False},
     ],
 )
@@ -151,6 +160,30 @@ def test_a_new_seed_every_time_is_reported_and_reproducible(client):
     assert not report["settings"]["random_seed"]
     _, _, again = client.predict(seed=seed, **SMALL, api_name="/generate")
     assert (pixels(pictures[0]["image"]) == pixels(again[0]["image"])).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({}, "fitted"), ({"scheduler": "DPM++ 2M"}, "fitted"), ({"steps": 19}, "held"), ({"scheduler": "Euler"}, "held")],
+)
+def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, changed, said):
+    asked = {"rule": "CFG", "policy": "LinearAG", "guidance_scale": 5.0, "steps": 20} | changed
+    outcome = app_work.generate(pipe, Generation(**asked, compare_with_plain=False), lambda news: None)
+    assert outcome.guided.name == f"CFG + LinearAG, {said}"
+    assert (outcome.guided.policy.calibration is not None) == (said == "fitted") == ("Calibration.load" in outcome.code)
+    assert "what is left out is a linear combination" in app_show.about(LinearAG)
+    assert f", {said}" in app_show.grid_html(Grid(), [outcome.guided])
+    families = [family for family, *_ in app_work.contestants(20, "ddim-20-5" if said == "fitted" else None)]
+    assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
+
+
+def test_it_opens_with_what_it_says_of_apg(pipe):
+    """Colours at a high scale near those of plain CFG at a low one, burnt without APG, and evaluations saved."""
+    opened = app_work.generate(pipe, Generation(), lambda news: None)
+    low = replace(Generation(), rule="CFG", policy="EveryStep", guidance_scale=5.0)
+    low = app_work.generate(pipe, low, lambda news: None).guided.saturation
+    assert abs(opened.guided.saturation - low) < 0.15 * low < opened.plain.saturation - low
+    assert opened.guided.saved > 0.15
 
 
 def test_compare(client):
@@ -198,17 +231,37 @@ def test_knobs_are_the_fields_of_rules_and_policies():
     assert (chosen.make_rule(None), chosen.make_policy()) == (CFG(rescale=0.7), Hold(4, 2, False))
 
 
-@pytest.mark.parametrize("prompt", ["costs $5 or $\\frac{6", "<script>alert(1)</script>", "a\nb\n" * 80, "\x00\x1b[0m"])
-def test_any_prompt_can_be_compared(client, prompt):
+@pytest.mark.parametrize(
+    "prompt", ["costs $5 or $\\frac{6", "<script>alert(1)</script>", "a\nb\n" * 80, "\x00\x1b[0m", "赤いりんご 🍎"]
+)
+def test_any_prompt_can_be_compared(client, prompt, recwarn):
     grid, figures = client.predict(
         prompt=prompt, rules=["CFG"], policies=["EveryStep"], scales=[5.0], steps=1, api_name="/compare"
     )
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
     assert figures["prompts"] == [prompt.strip()]
     assert Image.open(grid).height < 800
 
 
+def test_the_plot_of_similarities_fits_short_runs_and_runs_without_guidance(pipe):
+    def shown(**asked):
+        settings = Generation(rule="CFG", policy="EveryStep", compare_with_plain=False, **asked)
+        return app_show.similarity_plot(app_work.generate(pipe, settings, lambda news: None).guided.reports[0])
+
+    unguided = shown(steps=2, guidance_scale=1)
+    assert "No guidance at scale 1" in unguided and "skipped" not in unguided and "<svg" not in unguided
+    numbers = re.findall(r">(−?[\d.]+)</text>", shown(steps=1).split('id="matplotlib.axis_2"')[0])
+    assert numbers == ["0"]
+
+
+def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
+    assert "1 of 1 step<" in app_show.progress_bar(app_work.Progress("CFG", 1, 1))
+    families = {family for family, *_ in app_work.contestants(20, "ddim-20-5")}
+    assert len(set(app_show.COLOURS)) >= len(families)
+
+
 def test_words_are_no_markup():
-    result = SimpleNamespace(pictures=[Image.new("RGB", (8, 8))], nfe=1, saved=0.0, saturation=0.0)
+    result = Result("CFG", CFG(), EveryStep(), 5.0, [Image.new("RGB", (8, 8))])
     assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), [result])
     assert "<script" not in app_show.note("<script>")
     assert "<script" not in app_show.progress_bar(app_work.Progress("<script>", 1, 2))
@@ -233,12 +286,12 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("generate", {"steps": 101}, "steps=101: a whole number from 1 to 100"),
         ("generate", {"steps": 2.5}, "steps=2.5: a whole number"),
         ("generate", {"steps": "2"}, "steps='2': a whole number"),
-        ("generate", {"steps": None}, "steps=None"),
+        ("generate", {"steps": None}, "steps is empty: a whole number from 1 to 100"),
         ("generate", {"steps": True}, "steps=True"),
         ("generate", {"steps": {"a": 1}}, "steps="),
         ("generate", {"batch_size": 9}, "batch_size=9"),
         ("generate", {"guidance_scale": -1}, "guidance_scale=-1"),
-        ("generate", {"seed": 2**40}, "seed="),
+        ("generate", {"seed": 2**40}, "seed=1099511627776: a whole number from 0 to 4294967295, please."),
         ("generate", {"width": 2048}, "width=2048: for this model from "),
         ("generate", {"width": 8}, "width=8: for this model from "),
         ("generate", {"height": 100}, "height=100: a multiple of 8"),
@@ -248,7 +301,7 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("generate", {"scheduler": "__import__('os')"}, "scheduler="),
         ("generate", {"rule": "Rule"}, "rule='Rule': one of "),
         ("generate", {"policy": "EveryStep()"}, "policy="),
-        ("generate", {"policy": "Interval", "start": 0.6, "stop": 0.5}, "0 <= start < stop"),
+        ("generate", {"policy": "Interval", "start": 0.6, "stop": 0.5}, "start must be below stop"),
         ("generate", {"compare_with_plain": "yes"}, "true or false"),
         ("generate", {"model": "/etc"}, "not one this server allows"),
         ("generate", {"model": "owner/name"}, "--allow-models"),
@@ -340,9 +393,11 @@ def test_long_requests_are_broken_off(address):
     assert httpx.post(f"{address}gradio_api/queue/join", content=chunks).status_code == 413
 
 
-def test_nothing_is_uploaded(address):
-    answer = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.txt", b"x" * 2000)})
-    assert answer.status_code == 413
+@pytest.mark.parametrize("path", ["gradio_api/upload", "gradio_api/upload/", "gradio_api/upload?upload_id=x", "upload"])
+@pytest.mark.parametrize("size", [5, 2000])
+def test_nothing_is_uploaded(address, path, size):
+    answer = httpx.post(f"{address}{path}", files={"files": ("a.txt", b"x" * size)})
+    assert answer.status_code == 403
 
 
 def test_the_page_names_no_other_host(app):
@@ -562,7 +617,7 @@ def test_the_interpreter_can_end_while_the_device_works():
 
 def test_a_scheduler_that_does_not_fit_is_refused(pipe, monkeypatch):
     monkeypatch.setitem(app_work.SCHEDULERS, OWN, "FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(ValueError, match="does not fit this model"):
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler: does not fit DDIMScheduler; here fit"):
         app_work.generate(pipe, Generation(**SMALL), lambda news: None)
 
 
@@ -622,6 +677,38 @@ def test_the_command_passes_its_options_on(monkeypatch):
     assert given[:-1] == ["127.0.0.1", 1234, ["a/b", "*"], False, False]
     assert not Path(given[-1]).exists()
     assert CliRunner().invoke(command, ["--port", "99999"]).exit_code == 2
+
+
+def test_an_address_where_it_cannot_listen_is_named_by_its_options():
+    from typer.testing import CliRunner
+
+    from diffusers_guidance.pipelines import cli
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for options in (["--port", str(port)], ["--host", "no.such.host.invalid"]):
+            answer = CliRunner().invoke(cli.make_app(), ["app", *options])
+            assert answer.exit_code == 1 and " ".join(options) in answer.output.replace(",", "")
+            assert "choose another" in answer.output and "GRADIO" not in answer.output
+
+
+def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from diffusers_guidance.pipelines.cli import main; main()"
+    command = [sys.executable, "-u", "-c", code, "app", "--port", str(port)]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as app:
+        first = app.stdout.readline()
+        assert list(tmp_path.glob("diffusers-guidance-*"))
+        app.terminate()
+        assert app.wait(60) == 0
+    assert first.startswith(f"The page is at http://127.0.0.1:{port}/")
+    assert not list(tmp_path.glob("diffusers-guidance-*"))
 
 
 # A Hugging Face Space

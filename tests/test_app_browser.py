@@ -200,6 +200,32 @@ def test_compare(visit, tmp_path):
         download.value.save_as(tmp_path / kind)
     assert Image.open(tmp_path / "PNG").width > 400
     assert len(json.loads((tmp_path / "JSON").read_text())["columns"]) == 4
+    set_number(panel, "Steps", 50)
+    panel.get_by_role("button", name="Compare").click()
+    expect(panel.locator(".dg-progress progress")).to_be_visible()
+    panel.get_by_role("button", name="Cancel").click()
+    expect(panel.get_by_text("Cancelled.")).to_be_visible()
+    expect(panel.get_by_role("button", name="Download")).to_have_count(0)  # they would be of the grid before
+
+
+def test_cancel_with_nothing_running_changes_nothing(visit):
+    page = visit()
+    page.get_by_role("button", name="Cancel").first.click()
+    panel = tab(page, "Compare")
+    panel.get_by_role("button", name="Cancel").click()
+    page.wait_for_timeout(1000)
+    expect(panel.get_by_text("One prompt and one seed under several rules")).to_be_visible()
+    tab(page, "Generate")
+    expect(page.locator("#status")).to_contain_text("Seed 0 · APG + AdaptiveGuidance")
+
+
+def test_a_grid_keeps_its_height_as_it_fills(visit):
+    page = visit()
+    panel = tab(page, "Compare")
+    panel.get_by_role("button", name="Compare").click()
+    before = panel.locator(".dg-grid").bounding_box()["height"]
+    expect(panel.get_by_text("8 pictures, seed 0")).to_be_visible()
+    assert panel.locator(".dg-grid").bounding_box()["height"] == pytest.approx(before, abs=2)
 
 
 def test_benchmark_and_its_cancellation(visit):

@@ -3,16 +3,18 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure as Plot
 from PIL import Image
 from test_search import OneLess
 from tiny import PIPELINES, run
 from typer.testing import CliRunner
 
-from diffusers_guidance import APG, CFG, CFGZeroStar, EveryStep, GuidanceError, attach, kernels, samples
+from diffusers_guidance import APG, CFG, Calibration, CFGZeroStar, EveryStep, GuidanceError, attach, kernels, samples
 from diffusers_guidance.effective import Watched
 from diffusers_guidance.pipelines import bench as engine
 from diffusers_guidance.pipelines import cli
@@ -31,9 +33,10 @@ from diffusers_guidance.pipelines.bench_metrics import (
     saturation,
     summarise,
 )
-from diffusers_guidance.pipelines.bench_report import html, markdown
+from diffusers_guidance.pipelines.bench_metrics import Figure as Interval
+from diffusers_guidance.pipelines.bench_report import _name, html, markdown
 from diffusers_guidance.pipelines.bench_suite import JUDGED, SUITE, Suite, fingerprint
-from diffusers_guidance.pipelines.compare import Column
+from diffusers_guidance.pipelines.columns import Column
 from diffusers_guidance.pipelines.spread import pipeline
 
 TEXT = """
@@ -117,14 +120,43 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
         ("at_least: 0.3", "at_leats: 0.3", "write a column, a measure"),
         ("at_least: 99", "at_least: a lot", "at_least of stopped is 'a lot'"),
         ("measure: saturation", "measure: saved", "saved of APG is no figure to stay within"),
+        ("steps: 3", "steps: 0", "steps: 0; a whole number from 1 up"),
+        ("steps: 3", "steps: x", "steps: 'x'; a whole number from 1 up"),
+        ("steps: 3", "steps: true", "steps: True; a whole number"),
+        ("steps: 3", "guidance_scale: high", "guidance_scale: 'high'; a number from 0 up"),
+        ("batch: 2", "batch: 0", "batch: 0; a whole number from 1 up"),
+        ("batches: [1]", "batches: 1", "timing: batches: 1; a list, such as [1]"),
+        ("rounds: 1", "rounds: 0", "timing: rounds: 0; a whole number from 1 up"),
+        ("columns: [stopped]", "colums: [stopped]", "timing: {'colums': ['stopped']"),
+        ("seeds: [1, 2]", "seeds: [x]", "seeds: 'x'; a whole number from 0 up"),
+        ("seeds: [1, 2]", "seeds: [99999999999999999999]", "seeds: 99999999999999999999; a whole number"),
+        ("steps: 3", "guidance_scale: .inf", "guidance_scale: inf; a number from 0 up"),
+        ("seeds: [1, 2]", "seeds: 3", "seeds: 3; a list, such as [3]"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds: [1, 1]; at least one, and each once"),
+        ("prompts: [a red apple, a rocket]", "prompts: 3", "prompts: 3; a list"),
+        ("prompts: [a red apple, a rocket]", "prompts: a cat", "prompts: 'a cat' names no file; write [a cat]"),
+        ("schedulers: [DPMSolverMultistepScheduler]", "schedulers: DDIM", "schedulers: 'DDIM'; a list"),
+        ("  CFG: CFG\n", "  CFG: [CFG]\n", "columns: 'CFG' is ['CFG']; write a pair"),
+        ("  CFG: CFG\n", "  CFG: {pear: CFG}\n", "columns: 'CFG': {'pear': 'CFG'}; some of"),
+        ("targets:\n", "targets: [psnr]\nx:\n", "x unknown"),
+        ("model: bundled", "model: 3", "model: 3; a text"),
+        ("calibration: dpm-20-5", "calibration: nowhere", "calibration='nowhere': no such file"),
         ("prompts: [a red apple", "held_out_from: seen.txt\nprompts: [a rocket", "'a rocket' is not held out"),
     ],
 )
 def test_a_wrong_suite_is_refused_by_name(tmp_path, before, after, message):
     (tmp_path / "seen.txt").write_text("a rocket\n")
     file = tmp_path / "suite.yaml"
-    file.write_text(TEXT.replace(before, after, 1))
+    file.write_text(TEXT.replace("CALIBRATION", "dpm-20-5").replace(before, after, 1))
     with pytest.raises(ValueError, match=re.escape(message)):
+        Suite.read(file)
+
+
+@pytest.mark.parametrize("text", ["- a list", "", "7", "columns: [CFG]\nmodel: bundled\nprompts: [a]", b"\xff\xfe"])
+def test_what_is_no_suite_at_all_is_refused_by_its_name(tmp_path, text):
+    file = tmp_path / "suite.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"suite\.yaml"):
         Suite.read(file)
 
 
@@ -163,6 +195,21 @@ def test_a_models_fingerprint_is_of_what_is_loaded(tmp_path):
     assert fingerprint(str(tmp_path)) == before
     (tmp_path / "unet" / "weights.safetensors").write_bytes(bytes(2**18 - 1) + b"x")
     assert fingerprint(str(tmp_path)) != before
+
+
+def test_a_columns_calibration_lies_beside_the_suite_and_is_part_of_its_key(tmp_path):
+    keys = []
+    for name in ("dpm-20-5", "dpm-20-7.5"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(samples.CALIBRATIONS / f"{name}.safetensors", folder / "mine.safetensors")
+        pairs = "{CFG: CFG, fitted: 'LinearAG(calibration=\"mine.safetensors\")'}"
+        (folder / "suite.yaml").write_text(f"model: bundled\nprompts: [a rocket]\ncolumns: {pairs}\n")
+        suite = Suite.read(folder / "suite.yaml")
+        made = Calibration.load(folder / "mine.safetensors")
+        assert suite.column(suite.entry("fitted")).policy.calibration.digest == made.digest
+        keys.append([cell.key(suite, "model", "cpu", "float32") for cell in suite.picture_cells() if not cell.seed])
+    assert keys[0][0] == keys[1][0] and keys[0][1] != keys[1][1]
 
 
 # Cells
@@ -282,6 +329,19 @@ def test_an_interrupted_benchmark_goes_on_without_losing_or_repeating(
     assert bench(without_search, tmp_path) == again and not ran
 
 
+def test_a_cell_whose_picture_is_lost_is_done_again(tmp_path):
+    file = tmp_path / "suite.yaml"
+    file.write_text("model: bundled\nprompts: [a rocket]\nseeds: [1]\nsteps: 2\ncolumns: {CFG: CFG, Hold: Hold}\n")
+    suite = Suite.read(file)
+    first = of_kind(bench(suite, tmp_path), "pictures")
+    lost = tmp_path / first[1]["pictures"][0]
+    before = lost.read_bytes()
+    lost.unlink()
+    again = of_kind(bench(suite, tmp_path), "pictures")
+    assert lost.read_bytes() == before and [line["key"] for line in again] == [line["key"] for line in first]
+    assert again[0] == first[0] and summarise(suite, again, tmp_path).rows
+
+
 def test_lines_that_are_no_results_are_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"some": "thing"}\n')
     with pytest.raises(ValueError, match="line 1: no result of a benchmark"):
@@ -348,9 +408,10 @@ def test_the_possible_saving_is_what_skipped_evaluations_take():
     assert possible == pytest.approx((2 * 0.05 + 3 * 0.1 + 0.4) / 5)
     timing = {"column": "AG", "batch": 2, "seconds": {"median": 2.0}, "baseline_seconds": {"median": 2.5},
               "ratio": {"median": 0.9, "p20": 0.8, "p80": 1.0}, "peak_memory": {"column": 1, "baseline": 1},
-              "possible": [0.1, 0.16, 0.5]}  # fmt: skip
+              "ratios": [0.8, 0.9, 1.0], "possible": [0.1, 0.16, 0.5]}  # fmt: skip
     assert _timing(timing).share_of_possible == pytest.approx(0.1 / 0.16)
-    assert _timing(timing | {"possible": []}).possible is None
+    assert _timing(timing).shares == pytest.approx({"p20": 0.04 / 0.16, "p80": 0.16 / 0.16})
+    assert _timing(timing | {"possible": []}).possible is None is _timing(timing | {"possible": []}).shares
 
 
 def test_retrieval_finds_the_concept_that_is_asked_for(tmp_path):
@@ -384,6 +445,35 @@ def test_the_summary_compares_with_full_guidance_and_judges_the_targets(without_
     (timing,) = summary.timings
     assert timing.possible is not None and timing.seconds["median"] > 0
     assert summary.rates[0]["evaluations"] == {"guided": 2.0, "unguided": 1.0}
+
+
+def test_what_seconds_are_and_how_sure_their_share_is_stands_in_the_report(without_search, lines, out):
+    from dataclasses import replace
+
+    target = {"column": "stopped", "measure": "share_of_possible", "at_least": 0.9}
+    suite = replace(without_search, targets=(target,), prompts=("a red apple", "a cosmic thought"))
+    timed = [line | {"ratio": {"median": 0.8, "p20": 0.7, "p80": 0.9}, "ratios": [0.7, 0.8, 0.9], "possible": [0.2]}
+             if line["kind"] == "timing" else line for line in lines]  # fmt: skip
+    scorers = Scorers(None, None, Retrieval(lambda pictures: torch.ones(len(pictures), 1), torch.ones(1, 1),
+                                            ["red apple"]), {})  # fmt: skip
+    summary = summarise(suite, timed, out, scorers)
+    assert summary.verdicts[0].found == "100% (70% to 130%) at batch 1"
+    assert "retrieval of 'a cosmic thought'" in summary.left_out and len(summary.left_out) == 1
+    for page in (markdown(summary), html(summary)):
+        assert "Seconds are medians, with their 20 and 80 % quantiles" in page
+        assert "a cosmic thought" in page
+
+
+def test_names_in_a_plot_lie_on_nothing_else():
+    plot = Plot(figsize=(7, 4))
+    axes = plot.add_subplot(xlim=(15, 45), ylim=(10, 50))
+    names = [(f"{nfe} NFEs, CFG in {nfe // 2} steps", nfe, Interval(at, at - 3, at + 3), "b")
+             for nfe, at in ((24, 33), (24, 36), (30, 32), (30, 39))]  # fmt: skip
+    plot.draw_without_rendering()
+    _name(axes, names)
+    extents = [text.get_window_extent() for text in axes.texts]
+    assert len(extents) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
 
 
 def test_the_report_needs_nothing_beside_it_and_shows_every_column(without_search, lines, out):

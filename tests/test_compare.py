@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -13,12 +16,27 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, Interval, Schedule
-from diffusers_guidance.pipelines import cli
-from diffusers_guidance.pipelines.compare import COLUMNS, Column, Comparison, Result, _generate, compare, short
+from diffusers_guidance import (
+    APG,
+    CFG,
+    AdaptiveGuidance,
+    Calibration,
+    EveryStep,
+    Hold,
+    Interval,
+    LinearAG,
+    Schedule,
+    search,
+)
+from diffusers_guidance.pipelines import cli, spread
+from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
+from diffusers_guidance.pipelines.compare import Comparison, Result, _generate, compare
+from diffusers_guidance.pipelines.fonts import font_for, lettering, own_font
 from diffusers_guidance.pipelines.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
-from diffusers_guidance.samples import MODEL, PROMPTS
+from diffusers_guidance.report import Report, StepReport
+from diffusers_guidance.samples import CALIBRATIONS, MODEL, PROMPTS
 
+NOT_UTF8 = "latin.txt"
 PAIR = ["a red apple", "a rocket"]
 
 
@@ -69,6 +87,19 @@ def test_column(text, rule, policy, scale):
     assert Column.parse(text) == Column(text, rule, policy, scale)
 
 
+@pytest.mark.parametrize("name", ["dpm-20-5", str(CALIBRATIONS / "dpm-20-5.safetensors"), "mine.safetensors"])
+def test_a_columns_calibration_is_named(name, tmp_path):
+    shutil.copy(CALIBRATIONS / "dpm-20-5.safetensors", tmp_path / "mine.safetensors")
+    made = Calibration.load(CALIBRATIONS / "dpm-20-5.safetensors")
+    fitted = Column.parse(f"LinearAG(calibration={name!r})@5", beside=tmp_path)
+    assert isinstance(fitted.policy, LinearAG) and fitted.policy.calibration.digest == made.digest
+    found = Column.parse(f"APG + search(25, calibration={name!r})", beside=tmp_path)
+    assert found.rule == APG() and found.policy.actions == search(made, 25).actions
+    assert found.policy.calibration.digest == made.digest
+    share = Column.parse(f"AdaptiveGuidance.from_calibration({name!r}, 0.3)", beside=tmp_path).policy
+    assert share == AdaptiveGuidance.from_calibration(made, 0.3)
+
+
 def test_columns_shown_unless_asked_for_others():
     assert len({Column.parse(text) for text in COLUMNS}) == len(COLUMNS)
 
@@ -88,7 +119,7 @@ def test_columns_shown_unless_asked_for_others():
         ("CFG(4)@5", ["one rule, one policy and one guidance scale"]),
         ("APG(norm=5)", ["APG(norm=5) does not fit", "norm_threshold: float"]),
         ("APG(momentum=2)", ["momentum=2", "between -1 and 1"]),
-        ("AG(threshold='high')", ["does not fit", "threshold"]),
+        ("AG(threshold='high')", ["threshold='high': a number above 0, up to 1"]),
         ("APG(momentum=open('x'))", ["arguments of APG must be numbers"]),
         ("APG(**{'eta': 1})", ["does not fit"]),
         ("APG.coefficients(1)", ["APG has no coefficients"]),
@@ -97,17 +128,25 @@ def test_columns_shown_unless_asked_for_others():
         ("Hold - APG", ["neither a rule nor a policy"]),
         ("Policy", ["there is no Policy"]),
         ("default + Hold", ["there is no default"]),
+        ("search(25)", ["search needs a calibration", "dpm-20-5"]),
+        ("search(99, calibration='dpm-20-5')", ["nfe=99", "from 2 to 40"]),
+        ("search(25, 'dpm-20-5')", ["does not fit search(nfe"]),
+        ("LinearAG(calibration='nowhere')", ["calibration='nowhere': no such file", "dpm-20-5"]),
+        ("LinearAG(calibration='NOTICE')", ["NOTICE is no safetensors file"]),
     ],
 )
-def test_column_refused(text, said):
+def test_column_refused(text, said, tmp_path):
+    (tmp_path / "NOTICE").write_text("no calibration")
     with pytest.raises(ValueError, match="column") as error:
-        Column.parse(text)
+        Column.parse(text, beside=tmp_path)
     assert all(part in str(error.value) for part in said), error.value
 
 
 def test_short():
     assert short(APG(7.0)) == "APG"
-    assert short(Schedule(["both"] * 40)).endswith("'both', …)")
+    assert short(Schedule(["both"] * 40)) == "Schedule of 80 NFEs"
+    assert short(LinearAG()) == "LinearAG, held"
+    assert short(LinearAG(Calibration.load(CALIBRATIONS / "dpm-20-5.safetensors"))) == "LinearAG"
     assert short(APG(7.0, norm_threshold=5, norm_dim=())) == "APG(norm_threshold=5, norm_dim=())"
 
 
@@ -159,6 +198,21 @@ def test_prompts_and_scheduler(tmp_path):
     assert found["prompts"] == ["a lemon", "a guitar"]
     assert (found["scheduler"], found["negative"]) == ("EulerDiscreteScheduler", "blurred")
     assert (found["device"], found["dtype"]) == ("cpu", "float32")
+
+
+def test_calibrated_columns_run_and_come_closer_for_their_cost(tmp_path):
+    named = 'calibration="dpm-20-5"'
+    columns = ["CFG", "LinearAG", f"LinearAG({named})", f"search(25, {named})"]
+    options = [option for column in columns for option in ("--column", column)]
+    on_another = command("compare", "a rocket", *options[4:], "--out", tmp_path)
+    assert on_another.exit_code == 1 and "was made for something else than this run" in on_another.output
+    options += ["--scheduler", "DPMSolverMultistepScheduler", "--out", tmp_path]
+    shown = command("compare", "a rocket", *options)
+    assert shown.exit_code == 0, shown.output
+    assert "CFG + LinearAG, held" in shown.output and "CFG + Schedule of 25 NFEs" in shown.output
+    full, held, fitted, found = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["columns"]
+    assert (full["nfe"], held["nfe"], fitted["nfe"], found["nfe"]) == (40, 25, 25, 25)
+    assert held["psnr"] != fitted["psnr"] and max(held["psnr"], fitted["psnr"]) + 3 < found["psnr"]
 
 
 def test_cfg_is_the_pipeline_itself(pipe):
@@ -234,6 +288,14 @@ def test_nothing_to_compare(pipe, missing):
         compare(pipe, **given)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "said"), [("a cat", "prompts='a cat': a list of texts"), (["a cat", 3], r"prompts\[1\]=3: a text")]
+)
+def test_prompts_are_a_list_of_texts(pipe, prompts, said):
+    with pytest.raises(ValueError, match=said):
+        compare(pipe, prompts, ["CFG"], steps=1)
+
+
 # What the command says when it cannot
 
 
@@ -245,17 +307,72 @@ def test_nothing_to_compare(pipe, missing):
         (["--model", "nowhere"], "no such folder, and a name on the hub has the form owner/name"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--scheduler", "Euler"], "EulerDiscreteScheduler"),
+        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "does not fit DDIMScheduler; here fit"),
+        (["--model", ""], "--model is empty"),
+        (["--prompts", NOT_UTF8], "latin.txt is not UTF-8 text (byte 3)"),
         (["--dtype", "int8"], "float32, bfloat16, float16"),
         (["--device", "abacus"], "--device abacus"),
         (["--column", "Schedule(['both'])", "--steps", "2"], "has 1 steps, the run 2"),
     ],
 )
-def test_command_refuses(arguments, said, tmp_path):
+def test_command_refuses(arguments, said, tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path(NOT_UTF8).write_bytes("acaf\xe9".encode("latin-1")[1:])
     result = command("compare", *arguments, "--out", tmp_path)
     assert result.exit_code == 1
     assert said in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["compare", "calibrate"])
+def test_seeds_that_no_generator_takes_are_refused(name, tmp_path):
+    for seed in ("-1", "99999999999999999999999"):
+        result = command(name, tmp_path / "out", "--seed", seed)
+        assert result.exit_code == 2 and "--seed" in result.output
+
+
+@pytest.mark.parametrize("option", ["--nfe", "--refine", "--nas"])
+def test_budgets_of_the_frontier_are_held_against_the_calibration(option, tmp_path):
+    result = command("frontier", CALIBRATIONS / "dpm-20-5.safetensors", option, 100, "--out", tmp_path)
+    assert result.exit_code == 1 and f"{option} 100: from 2 to 40 network evaluations" in result.output
+
+
+def test_a_folder_is_no_file_to_calibrate_into(tmp_path):
+    result = command("calibrate", tmp_path)
+    assert result.exit_code == 2 and "directory" in result.output
+
+
+def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch, tmp_path):
+    def from_pretrained(name, **options):
+        raise OSError("check out the root cause in the stacktrace above") from ConnectionError("the network is down")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    result = command("compare", "a lemon", "--model", "owner/name", "--out", tmp_path)
+    assert result.exit_code == 1 and "stacktrace" not in result.output
+    assert (
+        "--model owner/name: neither on this machine nor to be had from the hub (the network is down)" in result.output
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compare"], "stopped\n"),
+        (["calibrate", "out.safetensors"], "stopped; the same command goes on from here\n"),
+        (["generate", "jobs.jsonl"], "stopped; the same command goes on from here\n"),
+    ],
+)
+def test_an_interrupt_says_whether_the_command_goes_on(arguments, said, monkeypatch, tmp_path):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    Path("jobs.jsonl").write_text('{"prompt": "a lemon"}\n')
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", interrupted)
+    spread.pipeline.cache_clear()
+    result = command(*arguments)
+    assert result.exit_code == 130 and result.output.endswith(said)
 
 
 def test_command_without_its_packages(monkeypatch, capsys):
@@ -280,7 +397,7 @@ def test_how_a_model_is_loaded(model, local, monkeypatch, tmp_path):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
     result = command("compare", "a lemon", "--model", model, "--out", tmp_path)
     assert result.exit_code == 1
-    assert "as far as this test goes" in result.output
+    assert "as far as this test goes" in " ".join(result.output.split())
     assert seen["name"] == model
     assert (seen["local_files_only"], seen["use_safetensors"], seen["trust_remote_code"]) == (local, True, False)
 
@@ -333,6 +450,19 @@ def test_sheet_holds_every_picture():
         shown = int((pixels == colour).all(axis=1).sum())
         assert shown == pytest.approx(4 * 192 * 192, rel=0.03)  # but for the frames
     assert np.asarray(sheet)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_letters_come_from_a_font_that_has_them(tmp_path, recwarn):
+    assert font_for("a red apple, été, яблоко") == own_font()
+    assert font_for("ᶁ") == own_font("STIXGeneral")  # which comes with matplotlib too
+    assert font_for("赤い 🍎") and "LastResort" not in font_for("赤い 🍎")
+    with lettering("ᶁ"):
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
+    made = comparison(result("CFG", (255, 0, 0), count=2), prompts=("赤いりんご", "ᶁ"))
+    made.results[0].reports = [Report(steps=[StepReport(0, 1.0, 1.0, ["both"] * 2, ["both"] * 2, [0.5] * 2, [0.5] * 2,
+                                                        4, 4)])]  # fmt: skip
+    made.save(tmp_path)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_text_is_wrapped():

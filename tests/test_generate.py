@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from diffusers_guidance import samples
@@ -79,9 +80,50 @@ def test_an_argument_the_pipeline_does_not_take_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_side_alone_is_that_side_and_the_models_own(tmp_path):
+    jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "height": 192}, {"prompt": "a rocket", "width": 192}))
+    generate(jobs, tmp_path, model=MODEL, steps=1)
+    assert [Image.open(tmp_path / f"{job.id}.png").size for job in jobs] == [(128, 192), (192, 128)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": 60}, "job 000000, with height=60: .*divisible by 8"),
+        ({"eta": [1]}, r"job 000000, with eta=\[1\]: TypeError"),
+    ],
+)
+def test_what_the_pipeline_cannot_do_is_said_with_the_job(tmp_path, arguments, message):
+    jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", **arguments}))
+    with pytest.raises(ValueError, match=message):
+        generate(jobs, tmp_path / "out", model=MODEL, steps=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_another_size_than_asked_for_is_refused(tmp_path, monkeypatch):
+    jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "height": 64}))
+    monkeypatch.setattr(generating, "_generate", lambda *call: [Image.new("RGB", (128, 128))])
+    with pytest.raises(ValueError, match=r"job 000000, with height=64: .*the pipeline makes 128 of it"):
+        generate(jobs, tmp_path / "out", model=MODEL, steps=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_metadata_that_was_cut_short_is_made_anew(tmp_path):
+    jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket"}))
+    assert generate(jobs, tmp_path, model=MODEL, steps=1) == (1, 0)
+    about = tmp_path / "000000.json"
+    whole = about.read_text()
+    about.write_text(whole[:99])
+    assert generate(jobs, tmp_path, model=MODEL, steps=1) == (1, 0)
+    assert about.read_text() == whole
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('{"prompt": "a rocket", "height": "x"}', "line 2: height='x': a whole number of pixels"),
+        ('{"prompt": "a rocket", "width": true}', "line 2: width=True: a whole number of pixels"),
+        ('{"prompt": "a rocket", "seed": true}', "line 2: seed True: a whole number"),
         ("{not json", "line 2: "),
         ('{"prompt": "x", "guidance_scale": 9}', "line 2: guidance_scale: not a line's own"),
         ('{"text": "a rocket"}', 'line 2: an object with a text "prompt"'),

@@ -340,6 +340,9 @@ def test_rule_and_policy_can_be_changed_between_runs():
     assert Guider.from_config(guider.config).policy == StepAG(0.5)
     with pytest.raises(TypeError, match="instance of a rule"):
         guider.rule = APG
+    for scale in ("x", -1, float("nan")):
+        with pytest.raises(ValueError, match=f"guidance_scale={scale!r}: a number from 0 up"):
+            Guider(guidance_scale=scale)
     with pytest.raises(TypeError, match="instance of a policy"):
         Guider(CFG(), "every step")
     with pytest.raises(ValueError, match=r"no rule is named 'Path'.*APG"):

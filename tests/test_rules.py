@@ -192,6 +192,15 @@ def test_no_noise_left_does_not_divide(draw):
         (CFG, {"rescale": 2.0}, r"rescale=2.0.*to 1"),
         (CFGZeroStar, {"zero_init": -1}, r"zero_init=-1.*from 0"),
         (MagnitudeAware, {"alpha": -0.1}, r"alpha=-0.1.*from 0"),
+        (APG, {"momentum": "x"}, r"momentum='x'.*between -1 and 1"),
+        (APG, {"norm_threshold": "x"}, r"norm_threshold='x'.*above 0"),
+        (APG, {"eta": [1]}, r"eta=\[1\].*from 0"),
+        (APG, {"eta": True}, r"eta=True"),
+        (APG, {"reference_numel": 1.5}, r"reference_numel=1.5.*whole number"),
+        (APG, {"guidance_scale": "x"}, r"guidance_scale='x'.*from 0 up"),
+        (CFG, {"rescale": "x"}, r"rescale='x'"),
+        (CFGZeroStar, {"zero_init": 1.5}, r"zero_init=1.5.*whole number"),
+        (MagnitudeAware, {"alpha": "x"}, r"alpha='x'"),
     ],
 )
 def test_bad_values_are_refused_by_name(rule, fields, match):

@@ -225,6 +225,8 @@ def test_wrong_budgets_are_named(seed):
             search(calibration, nfe)
     with pytest.raises(ValueError, match="nfe=7: from 8 to 14"):
         search(calibration, 7, skip=False)
+    with pytest.raises(ValueError, match=r"nfe=9\.5: a whole number"):
+        search(calibration, 9.5)
     with pytest.raises(ValueError, match="error=-1"):
         search(calibration, error=-1)
     with pytest.raises(ValueError, match="needs a schedule with a calibration"):

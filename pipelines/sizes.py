@@ -1,0 +1,59 @@
+"""The size of pictures: what a call asks for, what the pipeline makes of itself, and whether both agree."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+SIDES = ("height", "width")
+
+
+def check_sides(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """The sides that a call's arguments name; a `ValueError` says which one is no side."""
+    asked = {side: arguments[side] for side in SIDES if arguments.get(side) is not None}
+    for side, value in asked.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{side}={value!r}: a whole number of pixels from 1 up")
+    return asked
+
+
+def sized(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments with both sides where they name one, the other being the model's own.
+
+    Many pipelines of diffusers take their own size for both where either is missing, and say nothing.
+    """
+    asked = check_sides(arguments)
+    if len(asked) != 1:
+        return arguments
+    (missing,) = set(SIDES) - set(asked)
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(missing)
+    if parameter is None or isinstance(parameter.default, int):
+        return arguments  # each side has a default of its own
+    own = own_size(pipe)
+    if own is None:
+        (side,) = asked
+        raise ValueError(
+            f"{side}={asked[side]} without {missing}: {type(pipe).__name__} has no size of its own; name both"
+        )
+    return arguments | {missing: own[SIDES.index(missing)]}
+
+
+def own_size(pipe: Any) -> tuple[int, int] | None:
+    """(height, width) in pixels of the pictures that a pipeline makes unless told otherwise; None where unknown."""
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    size = getattr(pipe, "default_sample_size", None) or getattr(getattr(network, "config", None), "sample_size", None)
+    pair = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(pair) != 2:
+        return None
+    factor = getattr(pipe, "vae_scale_factor", 1)
+    return pair[0] * factor, pair[1] * factor
+
+
+def check_size(pictures: Sequence[Image.Image], arguments: Mapping[str, Any]) -> None:
+    """Refuses pictures of another size than was asked for: a pipeline may round or ignore it."""
+    for side, wanted in check_sides(arguments).items():
+        made = getattr(pictures[0], side)
+        if made != wanted:
+            raise ValueError(f"{side}={wanted}: the pipeline makes {made} of it; ask for that, or for another size")
