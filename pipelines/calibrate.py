@@ -23,6 +23,7 @@ from diffusers_guidance.calibration import Calibration, Moments, gains
 from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
 from diffusers_guidance.pipelines.attach import borrowed
 from diffusers_guidance.pipelines.fingerprint import module_fingerprint, scheduler_fingerprint, setting
+from diffusers_guidance.pipelines.texts import prompts_of
 from diffusers_guidance.policies import Decision, EveryStep, History, Step
 from diffusers_guidance.rules import CFG
 from diffusers_guidance.spaces import spaces
@@ -80,6 +81,7 @@ def calibrate(
         CalibrationMismatch: what lies at `path` was made with another model or other settings.
         UnsupportedPipeline: the pipeline does no classifier-free guidance that could be identified.
     """
+    prompts, negative_prompts = prompts_of(prompts), prompts_of(negative_prompts)
     if not prompts or not negative_prompts:
         raise ValueError("prompts and negative_prompts: at least one of each (the empty one counts)")
     k, n = share

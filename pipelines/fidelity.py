@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import borrowed
 from diffusers_guidance.pipelines.calibrate import negative_prompt as given_negative
+from diffusers_guidance.pipelines.texts import prompts_of
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.rules import CFG
 
@@ -52,7 +53,7 @@ class Fidelity:
     ):
         self.pipe, self.guidance_scale, self.batch_size = pipe, guidance_scale, batch_size
         self.negative_prompt = negative_prompt
-        self.cases = [(prompt, seed) for seed in seeds for prompt in prompts]
+        self.cases = [(prompt, seed) for seed in seeds for prompt in prompts_of(prompts)]
         if not self.cases:
             raise ValueError("prompts and seeds: at least one of each")
         self.call = {"num_inference_steps": num_inference_steps, **arguments}

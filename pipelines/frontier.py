@@ -225,8 +225,11 @@ def read(path: str | Path, about: dict[str, Any] | None = None) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         return []
-    found = json.loads(path.read_text())
-    rows = found.pop("rows")
+    try:
+        found = json.loads(path.read_text())
+        rows = found.pop("rows")
+    except (ValueError, KeyError) as error:
+        raise CalibrationMismatch(f"{path} is no frontier ({error!r}): choose another file, or delete it") from error
     if about is not None and found != about:
         raise CalibrationMismatch(
             f"{path} holds a frontier measured with another calibration or other settings: choose another file, or "

@@ -26,6 +26,7 @@ from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.calibrate import Progress, negative_prompt
 from diffusers_guidance.pipelines.run import Run
+from diffusers_guidance.pipelines.texts import prompts_of
 from diffusers_guidance.policies import EveryStep, Schedule
 from diffusers_guidance.rules import CFG, Coefficients, Gram, Rule
 
@@ -77,6 +78,7 @@ def search_nas(
     Returns:
         A `Schedule`: "both" where guidance was the most probable, within the budget; "conditional" elsewhere.
     """
+    prompts = prompts_of(prompts)
     call = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
     logits: Tensor | None = None
     with kernels.use_backend("torch"), checkpointed(pipe):

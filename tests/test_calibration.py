@@ -26,9 +26,11 @@ from diffusers_guidance import (
     calibrate,
     samples,
     search,
+    search_nas,
 )
 from diffusers_guidance.calibration import Moments, _differences, combinations, gains
 from diffusers_guidance.pipelines.calibrate import Recorder, calibrate_on_ray, gram
+from diffusers_guidance.pipelines.fidelity import Fidelity
 from diffusers_guidance.pipelines.fingerprint import module_fingerprint, setting
 from diffusers_guidance.spaces import spaces
 
@@ -597,6 +599,17 @@ def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
 def test_wrong_values_are_named(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_single_text_is_no_list_of_prompts(pipe):
+    for call in (
+        lambda: calibrate(pipe, "a cat"),
+        lambda: calibrate(pipe, PROMPTS, negative_prompts="blurry"),
+        lambda: Fidelity(pipe, "a cat"),
+        lambda: search_nas(pipe, "a cat", 30),
+    ):
+        with pytest.raises(ValueError, match="a list of texts"):
+            call()
 
 
 def test_a_calibration_is_no_path():
