@@ -2,15 +2,35 @@
 
     python benchmarks/publish.py out/bench
 
-Copies report, plots, figures and lines to docs/results/bench, and the tables into the marked part of docs/benchmark.md.
+Copies report, plots, figures and lines to docs/results/bench, and the tables into the marked part of docs/benchmark.md;
+draws pictures of some columns below each other.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- written by benchmarks/publish.py -->\n", "<!-- end -->\n"
+
+
+SHOWN = ("CFG", "CFG@15", "CFG@15+AG", "APG@15", "APG@15+AG")
+SIDE = 96
+
+
+def sheet(found: Path) -> Image.Image:
+    """A row for each column of `SHOWN`, all prompts with the first seed."""
+    lines = [json.loads(line) for line in (found / "results.jsonl").read_text().splitlines()]
+    runs = {line["column"]: line for line in reversed(lines) if line.get("kind") == "pictures"}
+    files = [sorted((found / "pictures" / runs[column]["key"]).glob("*.png")) for column in SHOWN]
+    drawn = Image.new("RGB", (SIDE * len(files[0]), SIDE * len(SHOWN)), "white")
+    for y, row in enumerate(files):
+        for x, file in enumerate(row):
+            drawn.paste(Image.open(file).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (SIDE * x, SIDE * y))
+    return drawn
 
 
 def main() -> int:
@@ -20,6 +40,7 @@ def main() -> int:
     for name in ("report.html", "summary.json", "results.jsonl", "fidelity.svg", "look.svg", "time.svg"):
         if (found / name).exists():
             shutil.copyfile(found / name, target / name)
+    sheet(found).save(target / "apg.webp", quality=85)
     page = DOCS / "benchmark.md"
     before, marked, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, ended, after = rest.partition(END)

@@ -20,6 +20,9 @@ from diffusers_guidance.rules import CFG, Rule
 COLUMNS = ("CFG", "CFG@15", 'APG.preset("normalised")@15', "AG", "LinearAG", "default")
 """What `compare` shows unless asked for something else."""
 
+BUNDLED = tuple("APG(norm_threshold=6, eta=0.5)+AG@15" if "APG" in column else column for column in COLUMNS)
+"""The same on the bundled model, for which APG has been set: docs/results/apg.md."""
+
 _PUBLIC = [getattr(package, name) for name in package.__all__]
 RULES: list[type] = [c for c in _PUBLIC if inspect.isclass(c) and issubclass(c, Rule) and c is not Rule]
 POLICIES: list[type] = [c for c in _PUBLIC if inspect.isclass(c) and issubclass(c, Policy) and c is not Policy]

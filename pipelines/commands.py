@@ -11,7 +11,7 @@ from rich.table import Table
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.pipelines.calibrate import calibrate, calibrate_on_ray
-from diffusers_guidance.pipelines.columns import COLUMNS, Column
+from diffusers_guidance.pipelines.columns import BUNDLED, COLUMNS, Column
 from diffusers_guidance.pipelines.compare import Comparison, compare
 from diffusers_guidance.pipelines.frontier import frontier, plot, table
 from diffusers_guidance.pipelines.nas import search_nas
@@ -49,7 +49,7 @@ def compare_command(
         typer.Option(
             help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12", '
             '"search(25, calibration=FILE)"; "default" is what attach(pipe) chooses. Repeatable.',
-            show_default=", ".join(COLUMNS),
+            show_default=f"{', '.join(BUNDLED)}; on another model with {COLUMNS[2]}",
         ),
     ] = None,
     seed: Seeds = None,
@@ -68,7 +68,7 @@ def compare_command(
 ) -> None:
     """The same prompts under several rules and policies, side by side: pictures, and what each column cost."""
     with reporting() as progress:
-        columns = [Column.parse(text) for text in column or COLUMNS]
+        columns = [Column.parse(text) for text in column or (BUNDLED if model == MODEL else COLUMNS)]
         texts = list(prompts or read_lines(prompts_file))
         out.mkdir(parents=True, exist_ok=True)  # now rather than after the pictures are made
         comparison = compare(
