@@ -70,7 +70,8 @@ def similarity_plot(comparison: Comparison) -> Figure:
     figure: Figure = first.plot()
     axes = figure.axes[0]
     which = "" if len(result.reports) == 1 else ", first batch"
-    axes.set_title(f"{result.label}, scale {result.guidance_scale:g}: {first.summary()}{which}", fontsize="medium", wrap=True)
+    title = f"{result.label}, scale {result.guidance_scale:g}: {first.summary()}{which}"
+    axes.set_title(title, fontsize="medium", wrap=True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     names = [f"{p}, seed {s}" if len(comparison.seeds) > 1 else p for p in comparison.prompts for s in comparison.seeds]
     legend = axes.get_legend()
