@@ -13,7 +13,7 @@ in a run is always evaluated in full, because the pipeline's guidance is identif
 anything else then decides only how the step is used. To add a policy, subclass `Policy` and write `plan`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -74,6 +74,19 @@ class History:
     """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
     uncond: list[Tensor] = field(default_factory=list)
     """Likewise the unconditional ones; where a sample's was left out, what stood in for it."""
+
+    @classmethod
+    def following(cls, others: Iterable["History"], steps: int, rows: int, denoiser: str) -> "History":
+        """A new one that knows what agreed under the denoiser it takes over from in the same loop (Wan 2.2's first).
+
+        Args:
+            others: the loop's; one of more than the loop's `steps` so far is of a loop before it.
+        """
+        made = cls(rows, denoiser)
+        for other in others:
+            if other.rows == rows and len(other.similarity["noise"]) <= steps:
+                made.similarity = {space: list(values) for space, values in other.similarity.items()}
+        return made
 
     def agreement(self, space: str) -> Tensor:
         """(steps so far, rows) similarities on the host, NaN where unknown."""

@@ -12,6 +12,7 @@ import yaml
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.checks import is_number, is_whole
 from diffusers_guidance.pipelines.columns import Column, calibration_file
 from diffusers_guidance.pipelines.files import read_text
 from diffusers_guidance.pipelines.search import search
@@ -67,8 +68,9 @@ def _as(kind: Any, value: Any, where: str) -> Any:
 def _is(kind: Any, value: Any) -> bool:
     if kind is str:
         return isinstance(value, str)
-    number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
-    return number and (1 if kind == Count else 0) <= value < 2**63
+    if kind is float:
+        return is_number(value, 0)
+    return is_whole(value, 1 if kind == Count else 0) and value < 2**63
 
 
 @dataclass(frozen=True)

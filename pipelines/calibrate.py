@@ -23,7 +23,7 @@ from diffusers_guidance.calibration import Calibration, Moments, gains
 from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
 from diffusers_guidance.pipelines.attach import borrowed
 from diffusers_guidance.pipelines.fingerprint import module_fingerprint, scheduler_fingerprint, setting
-from diffusers_guidance.pipelines.texts import prompts_of
+from diffusers_guidance.pipelines.texts import negatives_of, prompts_of
 from diffusers_guidance.policies import Decision, EveryStep, History, Step
 from diffusers_guidance.rules import CFG
 from diffusers_guidance.spaces import spaces
@@ -160,7 +160,7 @@ def _run(
 ) -> Calibration:
     """The calibration of one batch."""
     call = {"prompt": prompts, "num_inference_steps": steps, "output_type": "latent", **arguments}
-    call |= negative_prompt(pipe, negatives)
+    call |= negatives_of(pipe, negatives)
     call["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
     recorder = Recorder()
     with torch.no_grad(), borrowed(pipe, CFG(guidance_scale=guidance_scale), recorder) as handle:
@@ -195,19 +195,6 @@ def _run(
         made["gains"] = [1.0] * len(made["timesteps"])
     counts = {text: negatives.count(text) for text in dict.fromkeys(negatives)}
     return Calibration(made, denoisers, counts)
-
-
-def negative_prompt(pipe: Any, texts: list[str]) -> dict[str, list[str]]:
-    """The argument of that name, of a pipeline that has one.
-
-    Raises:
-        ValueError: it has none, and not all of them are empty.
-    """
-    if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
-        return {"negative_prompt": texts}
-    if any(texts):
-        raise ValueError(f'{type(pipe).__name__} takes no negative prompt: only the empty one, ""')
-    return {}
 
 
 def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:

@@ -8,8 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import borrowed
-from diffusers_guidance.pipelines.calibrate import negative_prompt as given_negative
-from diffusers_guidance.pipelines.texts import prompts_of
+from diffusers_guidance.pipelines.texts import negatives_of, prompts_of
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.rules import CFG
 
@@ -53,7 +52,8 @@ class Fidelity:
     ):
         self.pipe, self.guidance_scale, self.batch_size = pipe, guidance_scale, batch_size
         self.negative_prompt = negative_prompt
-        self.cases = [(prompt, seed) for seed in seeds for prompt in prompts_of(prompts)]
+        prompts = prompts_of(prompts)
+        self.cases = [(prompt, seed) for seed in seeds for prompt in prompts]
         if not self.cases:
             raise ValueError("prompts and seeds: at least one of each")
         self.call = {"num_inference_steps": num_inference_steps, **arguments}
@@ -68,7 +68,7 @@ class Fidelity:
             for start in range(0, len(self.cases), self.batch_size):
                 part = self.cases[start : start + self.batch_size]
                 texts = {"prompt": [prompt for prompt, _ in part]}
-                texts |= given_negative(self.pipe, [self.negative_prompt] * len(part))
+                texts |= negatives_of(self.pipe, [self.negative_prompt] * len(part))
                 generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
                 output = self.pipe(**(call | texts), generator=generators, output_type="pt")
                 found.append(output.images.float().cpu())

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffusers_guidance.checks import is_whole
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.bench_cells import environment
@@ -76,7 +77,7 @@ def _job(given: Any, number: int) -> Job:
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise ValueError(f"id {name!r}: up to 100 letters, digits, _, - and . (not first), for it names files")
     prompt, seed, negative = (given.pop(key) for key in ("prompt", "seed", "negative_prompt"))
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_whole(seed, 0) or seed >= 2**63:
         raise ValueError(f"seed {seed!r}: a whole number from 0 up")
     if negative is not None and not isinstance(negative, str):
         raise ValueError(f"negative_prompt {negative!r}: a text")

@@ -211,21 +211,18 @@ class Guider(BaseGuidance):
                 f"{' or '.join(map(str, sorted(self._batches)))}: which of its numbers make a sample is not known"
             )
         if run.history is None:
-            run.history = History(len(c), self._denoiser, self._similarity_before(run, len(c)))
+            run.history = History.following(self._histories(run), run.first, len(c), self._denoiser)
             self._check_calibration(run)
             self._plan = self._planned(run.history)
         assert self._plan is not None
         # An estimate is not needed where the real thing was evaluated after all.
         return [Decision("both") if evaluated and d.action == "extrapolate" else d for d in self._plan]
 
-    def _similarity_before(self, run: "_Run", rows: int) -> dict[str, list[Tensor]]:
-        """That of the guider it takes over from in this loop (Wan 2.2): what agreed then is not asked again."""
-        for other in {} if self._loop.pipe is None else vars(self._loop.pipe).values():
-            before = other._run if isinstance(other, Guider) and other is not self else None
-            history = before.history if before is not None and before.timesteps is run.timesteps else None
-            if history is not None and history.rows == rows and len(history.similarity["noise"]) <= run.first:
-                return {space: list(values) for space, values in history.similarity.items()}
-        return {"denoised": [], "noise": []}
+    def _histories(self, run: "_Run") -> list[History]:
+        """Those of the loop's guiders, one for each denoiser."""
+        parts = () if self._loop.pipe is None else vars(self._loop.pipe).values()
+        runs = [part._run for part in parts if isinstance(part, Guider) and part._run is not None]
+        return [each.history for each in runs if each.history is not None and each.timesteps is run.timesteps]
 
     def _check_calibration(self, run: "_Run") -> None:
         """Refuses a calibrated policy that was made for something else than this loop's pipeline."""

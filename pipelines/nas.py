@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
-from diffusers_guidance.pipelines.calibrate import Progress, negative_prompt
+from diffusers_guidance.pipelines.calibrate import Progress
 from diffusers_guidance.pipelines.run import Run
-from diffusers_guidance.pipelines.texts import prompts_of
+from diffusers_guidance.pipelines.texts import negatives_of, prompts_of
 from diffusers_guidance.policies import EveryStep, Schedule
 from diffusers_guidance.rules import CFG, Coefficients, Gram, Rule
 
@@ -123,7 +123,7 @@ def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any
     """(final latents, w of each step) of a run whose operations are recorded wherever gradients are on."""
     function = inspect.unwrap(type(pipe).__call__)  # without the pipeline's torch.no_grad
     generators = [torch.Generator("cpu").manual_seed(seed + j) for j in range(len(texts))]
-    call = call | negative_prompt(pipe, [""] * len(texts))
+    call = call | negatives_of(pipe, [""] * len(texts))
     bound = inspect.signature(function).bind(pipe, prompt=texts, generator=generators, output_type="latent", **call)
     named = {name: value for name, value in bound.arguments.items() if name != "self"}
     bound.apply_defaults()

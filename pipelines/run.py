@@ -393,23 +393,12 @@ class Run:
                 return False
             raise self._unsupported(denoiser, output, found.tried)
         denoiser.formula, denoiser.shape = found.formula, denoiser.outputs[0].shape
-        denoiser.history = History(found.formula.rows, denoiser.name, self._similarity_before(denoiser, found.formula))
+        loop = (each.history for each in self._denoisers.values() if each.clock is denoiser.clock)
+        before = [history for history in loop if history is not None]
+        denoiser.history = History.following(before, self._clock.steps - 1, found.formula.rows, denoiser.name)
         known = [*filter(None, self.report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
         self.report.formula = "; ".join(dict.fromkeys(known))
         return True
-
-    def _similarity_before(self, denoiser: Denoiser, formula: Formula) -> dict[str, list[Tensor]]:
-        """That of the denoiser it takes over from in this loop (Wan 2.2): what agreed then is not asked again."""
-        for other in self._denoisers.values():
-            history = other.history if other is not denoiser and other.clock is denoiser.clock else None
-            # More of them than this loop's steps so far are of a loop before it.
-            if (
-                history is not None
-                and history.rows == formula.rows
-                and len(history.similarity["noise"]) < self._clock.steps
-            ):
-                return {space: list(values) for space, values in history.similarity.items()}
-        return {"denoised": [], "noise": []}
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""

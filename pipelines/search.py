@@ -9,7 +9,6 @@ from diffusers_guidance.calibration import DELTAS, Calibration, Fit
 from diffusers_guidance.checks import is_whole
 from diffusers_guidance.pipelines.calibrate import Progress
 from diffusers_guidance.pipelines.fidelity import Fidelity, psnr
-from diffusers_guidance.pipelines.texts import prompts_of
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import climb, closed_form, shortlist
 
@@ -68,7 +67,7 @@ def search(
         done += 1
 
     advance()
-    fidelity = Fidelity(pipe, prompts_of(prompts), [seed], **calibration.call, **arguments)
+    fidelity = Fidelity(pipe, prompts, [seed], **calibration.call, **arguments)
 
     def measure(schedule: Schedule) -> float:
         advance()

@@ -1,6 +1,8 @@
 """Prompts as they are given from Python, and numbers of things as they are read."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 
 def prompts_of(prompts: Sequence[str]) -> list[str]:
@@ -16,6 +18,19 @@ def prompts_of(prompts: Sequence[str]) -> list[str]:
         if not isinstance(prompt, str):
             raise ValueError(f"prompts[{i}]={prompt!r}: a text")
     return found
+
+
+def negatives_of(pipe: Any, texts: list[str]) -> dict[str, list[str]]:
+    """The argument `negative_prompt`, one text a picture, for a pipeline that has it.
+
+    Raises:
+        ValueError: it has none, and not all of the texts are empty.
+    """
+    if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
+        return {"negative_prompt": texts}
+    if any(texts):
+        raise ValueError(f'{type(pipe).__name__} takes no negative prompt: only the empty one, ""')
+    return {}
 
 
 def counted(number: int, what: str) -> str:
