@@ -15,7 +15,7 @@ from diffusers_guidance.errors import (
     UnsupportedPipeline,
     UnsupportedScheduler,
 )
-from diffusers_guidance.pipelines.attach import Handle, attach, detach
+from diffusers_guidance.pipelines.attach import Handle, attach, detach, handle_of
 from diffusers_guidance.pipelines.calibrate import calibrate
 from diffusers_guidance.pipelines.guider import Guider
 from diffusers_guidance.pipelines.nas import search_nas
@@ -69,6 +69,7 @@ __all__ = [
     "attach",
     "calibrate",
     "detach",
+    "handle_of",
     "search",
     "search_nas",
 ]

@@ -1,6 +1,8 @@
 """`attach` and `detach`: a rule and a policy on a pipeline that stays the user's own."""
 
+import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.arguments import by_name, parameters, with_argument
+from diffusers_guidance.pipelines.deferred import deferred
 from diffusers_guidance.pipelines.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.run import Run
 from diffusers_guidance.policies import Hold, Policy
@@ -29,11 +32,16 @@ closest to full guidance on the bundled model (README, "What it saves")."""
 class Handle:
     """What `attach` returns. Also a context manager, which detaches at the end."""
 
-    def __init__(self, pipe: DiffusionPipeline, rule: Rule, policy: Policy):
+    def __init__(self, pipe: DiffusionPipeline, rule: Rule, policy: Policy, original: "Handle | None" = None):
         self.pipe = pipe
         self.rule = rule
         self.policy = policy
-        self._report: Report | None = None
+        self._original = original
+        """Of a copied pipeline: the handle of what it was copied from, which hears of its reports."""
+        self._turn = threading.RLock()
+        """Whose turn it is: a pipeline has one scheduler, which is in one run at a time."""
+        self._last: Report | None = None
+        self._here = threading.local()
 
     @property
     def rule(self) -> Rule:
@@ -59,10 +67,15 @@ class Handle:
 
     @property
     def report(self) -> Report:
-        """What the last run evaluated and saved; that of an interrupted run ends where it was interrupted."""
-        if self._report is None:
+        """What the last run evaluated and saved; that of an interrupted run ends where it was interrupted.
+
+        The last run of the thread that asks, if it has made one; copies of the pipeline count, and have a handle of
+        their own too (`handle_of`).
+        """
+        report = getattr(self._here, "report", self._last)
+        if report is None:
             raise GuidanceError("no report yet: call the pipeline first")
-        return self._report
+        return report
 
     def detach(self) -> None:
         """Leaves the pipeline as it was before `attach`; once is enough, twice is no harm."""
@@ -78,8 +91,24 @@ class Handle:
     def __repr__(self) -> str:
         return f"Handle({type(self.pipe).__name__}, rule={self.rule}, policy={self.policy})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied, it is the handle of the copied pipeline."""
+        return {"pipe": self.pipe, "_rule": self.rule, "_policy": self.policy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["pipe"], state["_rule"], state["_policy"])  # type: ignore[misc]
+
+    def _heard(self, report: Report) -> None:
+        self._last = self._here.report = report
+        if self._original is not None:
+            self._original._heard(report)
+
     def _run(self, pipe: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `pipe(...)`."""
+        if pipe is not self.pipe:
+            handle = handle_of(pipe)
+            assert handle is not None
+            return handle._run(pipe, call, args, kwargs)
         try:
             inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
         except TypeError:
@@ -94,10 +123,27 @@ class Handle:
                 )
             args, kwargs = with_argument(taken, args, kwargs, scale, self.rule.guidance_scale)
         defaults = {name: value for name, value in taken.items() if value is not inspect.Parameter.empty}
-        run = Run(pipe, self.rule, self.policy, defaults | by_name(taken, args, kwargs))
-        self._report = run.report
-        with run.hooks():
-            return call(*args, **kwargs)
+        arguments = defaults | by_name(taken, args, kwargs)
+        return self._guided(arguments, lambda: call(*args, **kwargs))
+
+    def _guided(self, arguments: dict[str, Any], work: Callable[[], Any]) -> Any:
+        """What `work` returns, done under a run; where it has only begun by then, the rest too."""
+        run = Run(self.pipe, self.rule, self.policy, arguments)
+        with self._stretch(run):
+            result = work()
+        if not run.report.steps:
+            again = functools.partial(self._guided, arguments)
+            later = deferred(result, lambda: self._stretch(run), run.finish, again)
+            if later is not None:
+                return later
+        run.finish(result)
+        return result
+
+    @contextmanager
+    def _stretch(self, run: Run) -> Iterator[None]:
+        with self._turn, run.hooks():
+            self._heard(run.report)
+            yield
 
 
 def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | None = None) -> Handle:
@@ -147,6 +193,16 @@ def detach(pipe: DiffusionPipeline) -> None:
     """Leaves `pipe` as it was before `attach`; nothing happens where nothing is attached."""
     if _handle_of(pipe) is not None:  # of a copy it is the original's handle, which stays on the original
         release_call(pipe)
+
+
+def handle_of(pipe: Any) -> Handle | None:
+    """The handle of what is attached to `pipe`, or to what it was copied from; None where nothing is."""
+    handle = _handle_of(pipe)
+    if handle is None or handle.pipe is pipe:
+        return handle
+    own = Handle(pipe, handle.rule, handle.policy, handle)
+    catch_call(pipe, own._run)
+    return own
 
 
 def _handle_of(pipe: Any) -> Handle | None:

@@ -25,6 +25,8 @@ class Clock:
         """The place in the table of the run's first: image to image begins later."""
         self.went_back = False
         """Whether the last step was not further on than the one before it."""
+        self.begins_anew = False
+        """Whether the run itself has set its scheduler's timesteps since the last step."""
         self._scheduler: Any = None
         self._timesteps: Any = None
         self._values: list[float] = []
@@ -35,7 +37,7 @@ class Clock:
 
     def tick(self, scheduler: Any, timestep: Any) -> None:
         """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
-        if scheduler.timesteps is not self._timesteps:
+        if not self._goes_on(scheduler):
             self._read(scheduler)
         before = self._index
         index = getattr(scheduler, "step_index", None)
@@ -65,11 +67,25 @@ class Clock:
         """Whether the coming evaluation belongs to another loop: the table is at its end, or was made anew."""
         if self._scheduler is None:
             return False
-        return self._scheduler.timesteps is not self._timesteps or 0 <= len(self._values) - 1 <= self._index
+        return not self._goes_on(self._scheduler) or 0 <= len(self._values) - 1 <= self._index
+
+    def _goes_on(self, scheduler: Any) -> bool:
+        """Whether the loop's table is the scheduler's still; a run beside it may have made the same one once more."""
+        made = scheduler.timesteps
+        if made is self._timesteps:
+            return True
+        before = self._timesteps
+        if self.begins_anew or before is None or scheduler is not self._scheduler or len(made) != len(before):
+            return False
+        if self._index + 1 >= len(self._values) or [float(t) for t in made.tolist()] != self._values:
+            return False
+        self._timesteps = made
+        return True
 
     def _read(self, scheduler: Any) -> None:
         if self._scheduler is not None:  # another loop
             self.steps = 0
+        self.begins_anew = False
         self._scheduler, self._timesteps = scheduler, scheduler.timesteps
         self._values = [float(t) for t in scheduler.timesteps.tolist()]
         self._index, self.count = -1, 0

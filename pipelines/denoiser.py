@@ -18,9 +18,10 @@ from diffusers_guidance.policies import Decision, History, Policy, Step
 class Denoiser:
     """State of one denoiser (a pipeline may have several, each with a history of its own).
 
-    Within a step, `outputs` collects the predictions of its calls in the shape the pipeline gets them, left-out
-    rows filled in; `strays` those of calls on another batch than the one whose formula is known. `nfe` counts the
-    rows really evaluated and `nfe_full` those the pipeline asked for.
+    Within a step, `outputs` collects the predictions of its calls in the shape the pipeline gets them, skipped rows
+    filled in; `strays` those of calls on another batch than the one whose formula is known. Both are copies: pipelines
+    combine in place, and engines write the next output over the last. `nfe` counts the rows really evaluated and
+    `nfe_full` those the pipeline asked for.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Denoiser:
     """That of the scheduler which its predictions go to."""
     reading: batch.Reading = batch.READINGS[0]
     """How a part of the batch is taken from a call's arguments."""
+    marks: list[dict[str, Tensor]] = field(default_factory=list)
+    """By branch, what of a call's arguments tells that it is for that one; where another one comes first."""
     whole: str = ""
     """Why no part of the batch can be taken, if so."""
     puts_out_more: bool = False
@@ -49,6 +52,10 @@ class Denoiser:
     inputs: list[tuple[Callable, tuple, dict, Any]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     strays: list[Tensor] = field(default_factory=list)
+    blanks: list[Tensor] = field(default_factory=list)
+    """What the pipeline was given for unconditional calls that came first, to be filled in by the conditional one."""
+    given: Any = None
+    """The step's whole conditional output, where calls are made one after another."""
     nfe: int = 0
     nfe_full: int = 0
 
@@ -69,6 +76,13 @@ class Denoiser:
             estimated = ("extrapolate", "neither") if self.puts_out_more else ()
             self.decisions = [Decision("both") if each.action in estimated else each for each in plan]
 
+    def know(self, formula: Formula) -> None:
+        """Takes in the pipeline's formula, as it was found from the step's outputs."""
+        self.formula, self.shape = formula, self.outputs[0].shape
+        calls = [(args, kwargs) for _, args, kwargs, _ in self.inputs]
+        tell = not formula.batched and formula.cond_index > 0 and len(calls) == formula.calls
+        self.marks = batch.marks(calls) if tell else []
+
     def restart(self) -> None:
         """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
         self.forget()
@@ -78,6 +92,7 @@ class Denoiser:
     def forget(self) -> None:
         """Forgets the batch it has known, but not the coming step's evaluations."""
         self.formula = self.history = self.momentum = None
+        self.marks = []
         self.whole, self.in_doubt = "", False
 
     def settle(self) -> None:
@@ -94,6 +109,24 @@ class Denoiser:
             self.outputs = self.outputs[-formula.calls :]
 
     @property
+    def is_cut_short(self) -> bool:
+        """Whether a step made fewer calls than expected, of which some was skipped and may be the conditional one."""
+        formula = self.formula
+        if formula is None or formula.batched or formula.cond_index == 0 or self.marks:
+            return False
+        return len(self.outputs) < formula.calls and self.nfe < self.nfe_full
+
+    @property
+    def unused(self) -> int:
+        """Calls since the last step, if they are more than a single one that may have served something else."""
+        if self.formula is not None:
+            pending = len(self.outputs) + len(self.strays)
+            return pending if pending > self.formula.calls else 0
+        shapes = [(_sample(args, kwargs), batch.prediction(output)) for _, args, kwargs, output in self.inputs]
+        alike = [x for x, y in shapes if isinstance(x, Tensor) and y is not None and _same_kind(x, y)]
+        return len(alike) if len(alike) > 1 else 0
+
+    @property
     def fits(self) -> bool:
         """Whether the step's evaluations, `outputs`, are on the batch whose formula is known."""
         return all(y.shape == self.shape for y in self.outputs)
@@ -105,7 +138,8 @@ class Denoiser:
 
     def end_step(self) -> None:
         self.decisions, self.follower_cut = None, False
-        self.inputs, self.outputs, self.strays = [], [], []
+        self.inputs, self.outputs, self.strays, self.blanks = [], [], [], []
+        self.given = None
         self.nfe = self.nfe_full = 0
 
     @property
@@ -118,7 +152,9 @@ class Denoiser:
         both = [decision.action in ("both", "neither") for decision in self.decisions]
         # A cache would meet rows it has not seen; leaving out a whole call is what its contexts are for.
         uncut = self.keeps_state and (self.formula.batched or any(both))
-        return [True] * len(both) if self.whole or uncut else both
+        # The sound of a row that is skipped is the conditional one's, which must be there.
+        early = self.puts_out_more and not self.formula.batched and self.formula.cond_index > 0
+        return [True] * len(both) if self.whole or uncut or early else both
 
     @property
     def skips(self) -> bool:
@@ -136,10 +172,18 @@ class Denoiser:
         if plan is None or formula is None or all(self.evaluates) or asked != expected:
             return self._run_whole(call, args, kwargs, asked)
         if self.skips:
-            return self._run_nothing(formula, policy, step)
+            return self._run_nothing(formula, policy, step, args, kwargs)
         if formula.batched:
             return self._run_batched(formula, policy, step, call, args, kwargs)
         return self._run_sequential(formula, policy, step, call, args, kwargs)
+
+    def branch_of(self, args: tuple, kwargs: dict) -> int:
+        """Which branch a call of one branch is for: by its arguments, where they tell, else by its place in the step.
+
+        A pipeline that stops guiding goes on with the conditional call alone, whichever came first before.
+        """
+        found = [i for i, mark in enumerate(self.marks) if batch.carries(mark, (args, kwargs))]
+        return found[0] if len(found) == 1 else len(self.outputs)
 
     def _run_whole(self, call: Callable, args: tuple, kwargs: dict, asked: int, tried: int = 0) -> Any:
         output = call(*args, **kwargs)
@@ -151,11 +195,11 @@ class Denoiser:
         self._note(y, tried + asked, asked)
         return output
 
-    def _run_nothing(self, formula: Formula, policy: Policy, step: Step) -> Any:
+    def _run_nothing(self, formula: Formula, policy: Policy, step: Step, args: tuple, kwargs: dict) -> Any:
         assert self.history is not None
         cond, uncond = policy.predict(step, self.history)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
-        y = torch.cat(branches) if formula.batched else branches[len(self.outputs)]
+        y = torch.cat(branches) if formula.batched else branches[self.branch_of(args, kwargs)].clone()
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
 
@@ -186,34 +230,34 @@ class Denoiser:
         self, formula: Formula, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict
     ) -> Any:
         n = formula.rows
-        position = len(self.outputs)
+        position = self.branch_of(args, kwargs)
         if position == formula.cond_index:
-            before = list(self.outputs)
             output = self._run_whole(call, args, kwargs, n)
-            cond = batch.prediction(output)
-            assert cond is not None
-            for waiting in before:  # unconditional calls that came first wait for this one
-                waiting.copy_(self._fill(policy, step, cond, self._merge(cond, waiting)))
+            *before, cond = self.outputs
+            self.given = batch.copied(output)
+            for i, blank in enumerate(self.blanks):  # unconditional calls that came first wait for this one
+                self.outputs[i] = self._fill(policy, step, cond, self._merge(cond, before[i]))
+                blank.copy_(self.outputs[i])
             return output
 
         wanted = [i for i, both in enumerate(self.evaluates) if both]
+        output, uncond = self.template if self.given is None else self.given, None
         if wanted:
             try:
                 part = self._call_part(call, args, kwargs, n, wanted)
             except _MISFITS as error:
                 return self._give_up(error, call, args, kwargs, n, len(wanted))
             place = {row: i for i, row in enumerate(wanted)}
-            output = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], _OUTPUT)
-            uncond = batch.prediction(output)
-        else:
-            output, uncond = self.template, None
-        if position > formula.cond_index:
+            part = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], _OUTPUT)
+            output, uncond = batch.merged(self.evaluates, part, output), batch.prediction(part)
+        if self.given is not None:
             cond = self.outputs[formula.cond_index]
             filled = self._fill(policy, step, cond, self._merge(cond, uncond))
         else:
             blank = batch.prediction(output)
             assert blank is not None
-            filled = blank.clone()  # its left-out rows are filled in place once the conditional call is made
+            filled = blank.clone()  # its skipped rows are filled in place once the conditional call is made
+            self.blanks.append(filled)
         self._note(filled, len(wanted), n)
         return batch.with_prediction(output, filled)
 
@@ -272,7 +316,7 @@ class Denoiser:
     def _note(self, prediction: Tensor | None, evaluated: int, asked: int) -> None:
         if prediction is not None:
             own = self.formula is None or prediction.shape == self.shape or self.outputs
-            (self.outputs if own else self.strays).append(prediction)
+            (self.outputs if own else self.strays).append(prediction.clone())
         self.nfe += evaluated
         self.nfe_full += asked
 
@@ -374,6 +418,13 @@ def _readings(args: tuple, kwargs: dict, rows: int, index: list[int]) -> list[ba
     for reading in (*likely, *batch.READINGS):
         found.setdefault(tuple(_shapes(batch.take((args, dict(kwargs)), rows, index, reading))), reading)
     return list(found.values())
+
+
+def _same_kind(sample: Tensor, prediction: Tensor) -> bool:
+    """Whether a network that makes one of the other predicts something of each of its numbers; channels may differ."""
+    return sample.ndim == prediction.ndim > 2 and all(
+        n == m for i, (n, m) in enumerate(zip(sample.shape, prediction.shape, strict=True)) if i != 1
+    )
 
 
 def _shapes(tree: Any) -> list[torch.Size]:

@@ -3,7 +3,7 @@
 `catch_call` catches `pipe(...)` until it is released: Python looks `__call__` up on the type, so the object is given
 a subclass of its own class, same name and all.
 
-`intercept_call` and `intercept_step` catch `module(...)` and `scheduler.step(...)` inside a block, and only in the
+`intercept_call` and `intercept_method` catch `module(...)` and `scheduler.step(...)` inside a block, and only in the
 thread that entered it: other pipelines that share the object may run in other threads, attached or not. Both put a
 `_StandIn` in an attribute of the instance, so that its type stays what compiled code and pipelines compare it with;
 `Module.__call__` looks at `_compiled_call_impl` before anything the module carries (forward hooks, accelerate's and
@@ -14,9 +14,10 @@ import copy
 import copyreg
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,27 @@ Handler = Callable[[Any, Call, tuple, dict], Any]
 """handler(obj, call, args, kwargs): stands for `obj(*args, **kwargs)`; `call` is the original."""
 
 
+class _Transparent(type):
+    """Has a catching class be its original for whoever reads or changes it: what is put on the class of an attached
+    pipeline is put on its own, for all pipelines of that class and for good."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "__call__":  # Python itself looks the method up elsewhere
+            return type.__getattribute__(cls, "_diffusers_guidance_original").__call__
+        return super().__getattribute__(name)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        setattr(cls._diffusers_guidance_original, name, value)  # type: ignore[attr-defined]
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(cls._diffusers_guidance_original, name)  # type: ignore[attr-defined]
+
+
+@functools.cache  # one per metaclass
+def _transparent(meta: type) -> type:
+    return _Transparent if meta is type else type(meta.__name__, (_Transparent, meta), {})
+
+
 @functools.cache  # one subclass per class
 def _catching(cls: Any) -> type:
     @functools.wraps(cls.__call__)
@@ -34,6 +56,11 @@ def _catching(cls: Any) -> type:
         call = functools.partial(cls.__call__, self)
         handler = handler_of(self)  # None: another thread has just released it
         return call(*args, **kwargs) if handler is None else handler(self, call, args, kwargs)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name == "__class__" and handler_of(self) is not None and not _is_catching(value):
+            value = _catching(value)  # of another class it is attached all the same
+        super(catching, self).__setattr__(name, value)
 
     def __copy__(self: Any) -> Any:
         twin = object.__new__(type(self))
@@ -47,37 +74,53 @@ def _catching(cls: Any) -> type:
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
         """Pickled it is what it was: its class must be found by name, perhaps where this package is not."""
+        if handler_of(self) is not None:
+            warnings.warn(
+                f"this {cls.__name__} is pickled without what is attached to it: attach again where it is loaded",
+                stacklevel=2,
+            )
         state = {name: value for name, value in vars(self).items() if name != _HANDLER}
         return copyreg._reconstructor, (cls, object, None), state  # type: ignore[attr-defined]
 
-    namespace = {"__call__": __call__, "__doc__": cls.__doc__, "__module__": cls.__module__}
+    namespace = {"__call__": __call__, "__setattr__": __setattr__, "__doc__": cls.__doc__, "__module__": cls.__module__}
     for method in (__copy__, __deepcopy__, __reduce_ex__):
         # Copies stay caught, and copying would go by __reduce_ex__; a class with its own ways knows better.
         if getattr(cls, method.__name__, None) is getattr(object, method.__name__, None):
             namespace[method.__name__] = method
-    catching = type(cls.__name__, (cls,), namespace | {"_diffusers_guidance_original": cls})
-    catching.__qualname__ = cls.__qualname__
+    namespace |= {"_diffusers_guidance_original": cls, "__qualname__": cls.__qualname__}
+    catching = _transparent(type(cls))(cls.__name__, (cls,), namespace)
     return catching
+
+
+def _is_catching(cls: type) -> bool:
+    return "_diffusers_guidance_original" in vars(cls)
 
 
 def catch_call(obj: Any, handler: Handler) -> None:
     """Routes every `obj(...)` through `handler` until `release_call(obj)`; a second handler replaces the first."""
     vars(obj)[_HANDLER] = handler
-    if "_diffusers_guidance_original" not in vars(type(obj)):
-        cls: Any = type(obj)
-        obj.__class__ = _catching(cls)
+    if not _is_catching(type(obj)):
+        obj.__class__ = _catching(type(obj))
 
 
 def release_call(obj: Any) -> None:
     """Gives `obj` its own class back; nothing happens where nothing was caught."""
     vars(obj).pop(_HANDLER, None)
-    if "_diffusers_guidance_original" in vars(type(obj)):
+    if _is_catching(type(obj)):
         obj.__class__ = type(obj)._diffusers_guidance_original
 
 
 def handler_of(obj: Any) -> Handler | None:
     """The handler `obj(...)` goes through, if any."""
     return vars(obj).get(_HANDLER)
+
+
+class Watch(NamedTuple):
+    """Who steps in front of a method."""
+
+    handler: Handler
+    elsewhere: Callable[[], None]
+    """Told of calls from threads in which nobody does."""
 
 
 class _StandIn:
@@ -90,14 +133,17 @@ class _StandIn:
         self.obj, self.method, self.kept = obj, method, kept
         self.original: Call = getattr(obj, method) if kept is None else kept
         functools.update_wrapper(self, self.original, updated=())  # with its signature, at which pipelines look
-        self.handlers: dict[int, list[Handler]] = {}
+        self.watches: dict[int, list[Watch]] = {}
         """By thread, the innermost last."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        handlers = self.handlers.get(threading.get_ident())
-        if not handlers:
-            return self.original(*args, **kwargs)
-        return handlers[-1](self.obj, self.original, args, kwargs)
+        here = self.watches.get(threading.get_ident())
+        if here:
+            return here[-1].handler(self.obj, self.original, args, kwargs)
+        for others in [*self.watches.values()]:
+            for other in others[-1:]:
+                other.elsewhere()
+        return self.original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> Any:
         """A copied scheduler steps by itself: pipelines copy theirs for a second modality."""
@@ -109,13 +155,32 @@ class _StandIn:
         return getattr, (self.obj, self.method)
 
 
+class _Bare:
+    """Stands in `obj` for `__getstate__`, which copying and pickling ask: copies come without any stand-in."""
+
+    def __init__(self, obj: Any):
+        self.obj = obj
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self  # of attributes that are to be given back to the same object
+
+    def __call__(self) -> Any:
+        own = getattr(type(self.obj), "__getstate__", None)  # before Python 3.11 not every class has one
+        state = vars(self.obj) if own is None else own(self.obj)
+        if not isinstance(state, dict):
+            return state
+        stands = {name: each for name, each in state.items() if isinstance(each, _StandIn) and each.obj is self.obj}
+        kept = {name: stand.kept for name, stand in stands.items() if stand.kept is not None}
+        return {name: each for name, each in state.items() if name not in stands and each is not self} | kept
+
+
 _lock = threading.Lock()
 """Held while a stand-in comes or goes, which another thread may be about to use."""
 
 
 @contextmanager
-def _intercept(obj: Any, attribute: str, method: str, handler: Handler) -> Iterator[None]:
-    """Routes the calling thread's calls of `obj`'s `method` through `handler`, by a stand-in in its `attribute`."""
+def _intercept(obj: Any, attribute: str, method: str, watch: Watch) -> Iterator[None]:
+    """Routes the calling thread's calls of `obj`'s `method` through a handler, by a stand-in in its `attribute`."""
     thread = threading.get_ident()
     with _lock:
         there = vars(obj).get(attribute)
@@ -124,18 +189,22 @@ def _intercept(obj: Any, attribute: str, method: str, handler: Handler) -> Itera
             vars(obj).pop(attribute, None)
             own = there is not None and not isinstance(there, _StandIn) and not is_inherited(obj, method, there)
             there = vars(obj)[attribute] = _StandIn(obj, method, there if own else None)
-        there.handlers.setdefault(thread, []).append(handler)
+            if not isinstance(obj, torch.nn.Module):  # whose copies come without it as it is
+                vars(obj)["__getstate__"] = _Bare(obj)
+        there.watches.setdefault(thread, []).append(watch)
     try:
         yield
     finally:
         with _lock:
-            there.handlers[thread].remove(handler)
-            if not there.handlers[thread]:
-                del there.handlers[thread]
-            if not there.handlers and vars(obj).get(attribute) is there:
+            there.watches[thread].remove(watch)
+            if not there.watches[thread]:
+                del there.watches[thread]
+            if not there.watches and vars(obj).get(attribute) is there:
                 del vars(obj)[attribute]
                 if there.kept is not None:
                     vars(obj)[attribute] = there.kept
+                if not any(isinstance(each, _StandIn) for each in vars(obj).values()):
+                    vars(obj).pop("__getstate__", None)
 
 
 def is_inherited(obj: Any, method: str, bound: Any) -> bool:
@@ -144,11 +213,18 @@ def is_inherited(obj: Any, method: str, bound: Any) -> bool:
     return function is not None and function is getattr(type(obj), method, None) and bound.__self__ is obj
 
 
-def intercept_call(module: torch.nn.Module, handler: Handler) -> AbstractContextManager[None]:
-    """Routes `module(...)` through `handler` inside the block, in this thread; of nested ones the innermost counts."""
-    return _intercept(module, "_compiled_call_impl", "_call_impl", handler)
+def intercept_call(
+    module: torch.nn.Module, handler: Handler, elsewhere: Callable[[], None] = lambda: None
+) -> AbstractContextManager[None]:
+    """Routes `module(...)` through `handler` inside the block, in this thread; of nested ones the innermost counts.
+
+    Calls from threads in which nobody routes it are told to `elsewhere`.
+    """
+    return _intercept(module, "_compiled_call_impl", "_call_impl", Watch(handler, elsewhere))
 
 
-def intercept_step(scheduler: Any, handler: Handler) -> AbstractContextManager[None]:
-    """Likewise `scheduler.step(...)`."""
-    return _intercept(scheduler, "step", "step", handler)
+def intercept_method(
+    obj: Any, method: str, handler: Handler, elsewhere: Callable[[], None] = lambda: None
+) -> AbstractContextManager[None]:
+    """Likewise `obj.method(...)`, of a scheduler."""
+    return _intercept(obj, method, method, Watch(handler, elsewhere))

@@ -5,8 +5,9 @@ cut (tensors along their first dimension), the rest is passed on. Where shapes l
 `Reading` decides; `doubts` says whether there is anything to decide, and a trial finds the right one.
 """
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,8 +163,68 @@ def puts_out_more(output: Any) -> bool:
 
 
 def copied(tree: Any) -> Any:
-    """The same tensors in containers of its own: a network may empty those it is given."""
-    return take(tree, 0, [])
+    """The same numbers in memory of their own: what a network puts out it may use again, and empty what it is given."""
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        kept = {key: copied(value) for key, value in tree.items()}
+        return kept if type(tree) is dict else type(tree)(**kept)
+    if isinstance(tree, list | tuple):
+        items = [copied(value) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return tree
+
+
+def merged(chosen: list[bool], there: Any, otherwise: Any) -> Any:
+    """Row by row of two outputs of one kind: `there` where chosen, else `otherwise`."""
+    if isinstance(there, Tensor):
+        fits = isinstance(otherwise, Tensor) and there.shape == otherwise.shape and _leads(there, len(chosen))
+        return pick(chosen, there, otherwise) if fits else there
+    if isinstance(there, dict) and isinstance(otherwise, dict):
+        kept = {key: merged(chosen, value, otherwise.get(key)) for key, value in there.items()}
+        return kept if type(there) is dict else type(there)(**kept)
+    if isinstance(there, tuple) and isinstance(otherwise, tuple) and len(there) == len(otherwise):
+        return type(there)(merged(chosen, a, b) for a, b in zip(there, otherwise, strict=True))
+    if isinstance(there, list) and isinstance(otherwise, list) and len(there) == len(otherwise) == len(chosen):
+        return [a if was else b for was, a, b in zip(chosen, there, otherwise, strict=True)]
+    return there
+
+
+def marks(calls: Sequence[Any]) -> list[dict[str, Tensor]]:
+    """By call, those tensors among its arguments that it does not share with any other: they tell which it is.
+
+    Empty where there are none.
+    """
+    named = [dict(_named(call)) for call in calls]
+    shared = set.intersection(*(set(each) for each in named))
+
+    def differ(name: str) -> bool:
+        pairs = itertools.combinations([each[name] for each in named], 2)
+        return all(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+
+    telling = [name for name in sorted(shared) if differ(name)]
+    return [{name: each[name] for name in telling} for each in named] if telling else []
+
+
+def carries(mark: dict[str, Tensor], call: Any) -> bool:
+    """Whether a call has all of a mark's tensors; numbers are compared only where the tensors are other ones."""
+    given = dict(_named(call))
+
+    def same(a: Tensor, b: Tensor | None) -> bool:
+        if b is None or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)
+
+    return all(same(tensor, given.get(name)) for name, tensor in mark.items())
+
+
+def _named(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a tree, by their place in it."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _named(value, f"{path}.{key}")
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

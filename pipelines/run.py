@@ -44,7 +44,7 @@ from diffusers_guidance.pipelines.formula import (
     residual,
     views,
 )
-from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step, is_inherited
+from diffusers_guidance.pipelines.intercept import intercept_call, intercept_method, is_inherited
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
 from diffusers_guidance.report import Report, StepReport, to_list
@@ -56,9 +56,19 @@ _STEP = ("model_output", "timestep", "sample")
 
 
 class Stepped(NamedTuple):
-    """What `scheduler.step` would have returned, where guidance and the step were one."""
+    """What `scheduler.step` would have returned, where guidance and the step were one; and with what it stepped."""
 
     result: Any
+    guided: Callable[[], Tensor]
+
+
+class Handed(NamedTuple):
+    """What the scheduler was handed at the last step that was guided otherwise than by the pipeline itself."""
+
+    output: Tensor
+    """A copy of the pipeline's own prediction."""
+    guided: Callable[[], Tensor]
+    """What stood in its place."""
 
 
 class Seen(NamedTuple):
@@ -91,7 +101,8 @@ class Run:
     def __init__(self, pipe: Any, rule: Rule, policy: Policy, arguments: dict[str, Any]):
         self.pipe, self.rule, self.policy, self.arguments = pipe, rule, policy, arguments
         self.report = Report(type(pipe).__name__, repr(rule), repr(policy))
-        self._stack = ExitStack()
+        self._stack: ExitStack | None = None
+        """What is stepped in front of, while the pipeline runs."""
         self._parts: dict[str, Any] = {}
         """The pipeline's networks and schedulers by name, as they were last seen."""
         self._denoisers: dict[int, Denoiser] = {}
@@ -108,6 +119,13 @@ class Run:
         """The pipeline's loop."""
         self._stranger: str | None = None
         """The last other pipeline that called a network of this one."""
+        self._left_to: str | None = None
+        """The last of those that this one called itself."""
+        self._began = False
+        """Whether it has set its scheduler's timesteps."""
+        self._ran_elsewhere = False
+        """Whether a method of the pipeline has called its parts from another thread."""
+        self._handed: Handed | None = None
         self._similarities: dict[int, Tensor] = {}
         """By step, (2, rows) each, on the host."""
         self._unread: list[Unread] = []
@@ -115,9 +133,14 @@ class Run:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Puts the run between the pipeline, its denoisers and its schedulers; always takes itself out again."""
+        """Puts the run between the pipeline, its denoisers and its schedulers; always takes itself out again.
+
+        For each stretch of a call that does its work bit by bit; `finish` follows the last one.
+        """
         try:
-            with self._stack:
+            with ExitStack() as self._stack:
+                for part in self._parts.values():
+                    self._step_in_front_of(part)
                 self._meet()
                 yield
         except BaseException:
@@ -125,9 +148,12 @@ class Run:
                 self._finish_report()
             raise
         finally:
-            self._own = None
+            self._own = self._stack = None
+
+    def finish(self, result: Any) -> None:
+        """Completes the report of a call that has returned; refuses a `result` that is not what the report says."""
         self._finish_report()
-        self._check_end()
+        self._check_end(result)
 
     def _meet(self) -> None:
         """Steps in front of the networks and schedulers that the pipeline has now, unless that is done."""
@@ -139,20 +165,44 @@ class Run:
                 continue
             if isinstance(part, torch.nn.Module):
                 self._denoisers[id(part)] = Denoiser(name, part)
-                self._stack.enter_context(intercept_call(part, self.on_call))
             else:
                 if (former := self._clocks.get(id(before.get(name)))) is not None:
                     self._clocks[id(part)] = Clock(former.steps)
                 taken = parameters(type(part), "step")
                 self._taken[id(part)] = taken if "model_output" in taken else _STEP
-                self._stack.enter_context(intercept_step(part, self.on_step))
+            self._step_in_front_of(part)
+
+    def _step_in_front_of(self, part: Any) -> None:
+        assert self._stack is not None
+        if isinstance(part, torch.nn.Module):
+            self._stack.enter_context(intercept_call(part, self.on_call, self.on_elsewhere))
+        else:
+            self._stack.enter_context(intercept_method(part, "step", self.on_step, self.on_elsewhere))
+            self._stack.enter_context(intercept_method(part, "set_timesteps", self.on_set_timesteps))
 
     def _replaced(self) -> list[str]:
         """Which of its networks and schedulers the pipeline has replaced since they were last seen."""
-        now = vars(self.pipe)
-        return [name for name, part in self._parts.items() if now.get(name) is not part]
+        return [name for name, part in self._parts.items() if _part(self.pipe, name) is not part]
 
-    # The two hooks
+    # The hooks
+
+    def on_set_timesteps(self, scheduler: Any, set_timesteps: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for `scheduler.set_timesteps`."""
+        if self._is_own(sys._getframe(2)):
+            self._began = True
+            if (clock := self._clocks.get(id(scheduler))) is not None:
+                clock.begins_anew = True
+        return set_timesteps(*args, **kwargs)
+
+    def on_elsewhere(self) -> None:
+        """Called where a part of the pipeline is called in a thread in which no run is in front of it."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, DiffusionPipeline | ModularPipeline):
+                self._ran_elsewhere |= caller is self.pipe
+                return
+            frame = frame.f_back
 
     def on_call(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for a call of the denoiser."""
@@ -181,6 +231,7 @@ class Run:
         denoiser, self._active = self._active, None
         if denoiser is None:
             self._check_seen(timestep)
+            args, kwargs = self._again(taken, args, kwargs)
             return step(*args, **kwargs)
         if not {"model_output", "sample"} <= given.keys():
             raise UnsupportedPipeline(
@@ -206,11 +257,28 @@ class Run:
         finally:
             for each in self._denoisers.values():
                 each.end_step()
+        if guided is output:
+            self._handed = None
+            return step(*args, **kwargs)
         if isinstance(guided, Stepped):
+            self._handed = Handed(output.clone(), guided.guided)
             return guided.result
-        if guided is not output:
-            args, kwargs = with_argument(taken, args, kwargs, "model_output", guided)
+        self._handed = Handed(output.clone(), lambda: guided)
+        args, kwargs = with_argument(taken, args, kwargs, "model_output", guided)
         return step(*args, **kwargs)
+
+    def _again(self, taken: Collection[str], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of a further step on an evaluation that was used before, say after a preview of the sample."""
+        if self._handed is None:
+            return args, kwargs
+        output = by_name(taken, args, kwargs).get("model_output")
+        if not (isinstance(output, Tensor) and torch.equal(output, self._handed.output)):
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} called scheduler.step again, at step {len(self.report.steps) - 1}, with "
+                f"another prediction than before and without evaluating its network: what {self.rule} and "
+                f"{self.policy} make of it is not known; use CFG() with EveryStep(), or the pipeline without attach"
+            )
+        return with_argument(taken, args, kwargs, "model_output", self._handed.guided())
 
     # What must not be missed
 
@@ -225,11 +293,23 @@ class Run:
                 if isinstance(caller, DiffusionPipeline | ModularPipeline):
                     if caller is not self.pipe and not any(part is caller for part in vars(self.pipe).values()):
                         self._stranger = type(caller).__name__
+                        if self._has_called(frame):
+                            self._left_to = self._stranger
                         return False
                     self._own = frame  # read once: before Python 3.13 reading a frame's variables copies them all
                     break
             frame = frame.f_back
         return True
+
+    def _has_called(self, frame: FrameType) -> bool:
+        """Whether the pipeline's own code has called `frame`, and not somebody else's function that it was given."""
+        caller = frame.f_back
+        while caller is not None:
+            module = str(caller.f_globals.get("__name__"))
+            if not module.startswith(("torch.", "contextlib", "diffusers_guidance.")):
+                return caller.f_locals.get("self") is self.pipe
+            caller = caller.f_back
+        return False
 
     def _check_seen(self, timestep: Any) -> None:
         """Refuses a step before which no evaluation was seen, so that a plain result never passes for a guided one.
@@ -255,27 +335,42 @@ class Run:
             f"that was seen, so its guidance could not be found: {what}, or use the pipeline without attach"
         )
 
-    def _check_end(self) -> None:
+    def _check_end(self, result: Any) -> None:
         """Refuses a result whose guidance was not all that the report says."""
         if self._refusal is not None:
             raise self._refusal
-        if self._called and not self.report.steps:
+        name, steps = self.report.pipeline, len(self.report.steps)
+        if self._called and not steps:
             raise UnsupportedPipeline(
-                f"{self.report.pipeline} ran its denoiser, but never called scheduler.step afterwards, "
+                f"{name} ran its denoiser, but never called scheduler.step afterwards, "
                 "so its guidance could not be found; use it without attach"
             )
-        unseen = self._stranger or not self._denoisers or not self._taken
-        if unseen and not self.report.steps and self._guides:
-            other = f"a {self._stranger}, which is none" if self._stranger else "networks and schedulers that are none"
+        if not self._guides or (steps and not self._acts):
+            return
+        if self._ran_elsewhere:
             raise UnsupportedPipeline(
-                f"{self.report.pipeline} left its evaluations to {other} of its attributes, so its guidance could not "
+                f"{name} called its network or scheduler in another thread than it was called in, where it is not "
+                f"followed: {steps} of its steps were seen. Have it run in the thread that calls it, and call it in a "
+                "thread of its own instead; or use it without attach"
+            )
+        if self._left_to or (not steps and (self._stranger or not self._denoisers or not self._taken)):
+            other = self._left_to or self._stranger
+            other = f"a {other}, which is none" if other else "networks and schedulers that are none"
+            raise UnsupportedPipeline(
+                f"{name} left its evaluations to {other} of its attributes, so its guidance could not "
                 "be found; attach to the pipeline that has them"
             )
+        if not steps and not self._began:
+            raise UnsupportedPipeline(
+                f"{name} returned a {type(result).__name__}, and nothing was seen of its loop: no call of its networks "
+                f"({', '.join(each.name for each in self._denoisers.values())}), no step of a scheduler. Have its loop "
+                "run before it returns, in the thread and process it is called in; or use it without attach"
+            )
         for each in self._denoisers.values():
-            if each.formula is not None and len(each.outputs) > each.formula.calls and self._acts and self._guides:
+            if (left := each.unused) > 0:
                 raise UnsupportedPipeline(
-                    f"{self.report.pipeline} called {each.name} {len(each.outputs)} times after the last call of "
-                    f"scheduler.step that was seen, at step {len(self.report.steps) - 1}, so its guidance could not be "
+                    f"{name} called {each.name} {left} times after the last call of "
+                    f"scheduler.step that was seen, at step {steps - 1}, so its guidance could not be "
                     "found from there on: a scheduler must be an attribute of the pipeline; use it without attach"
                 )
 
@@ -290,6 +385,13 @@ class Run:
         """
         note = denoiser.whole
         denoiser.settle()
+        if denoiser.is_cut_short:
+            calls = denoiser.formula.calls if denoiser.formula is not None else 0
+            seen = (
+                f"it was called {len(denoiser.outputs)} times where it had been called {calls} times at each step, and "
+                "which prediction that is cannot be told from its arguments: use a policy that skips nothing, EveryStep"
+            )
+            raise self._unsupported(denoiser, output, seen)
         if not self._is_guided(denoiser, output):
             alone = Decision("conditional" if denoiser.nfe else "neither")
             self._record(denoiser, [alone] * output.shape[0], None, None, "no guidance at this step")
@@ -344,35 +446,42 @@ class Run:
         else:
             rule = self.rule.at(w, self._clock.steps - 1, space)
             fused = fuse() if space is not None and formula.is_direct and not any(unguided) else None
+            before = denoiser.momentum
+
+            def apply() -> tuple[Tensor, Tensor]:
+                guided, momentum = self._apply(formula, space, rule, before, unguided, c, u, sample)
+                return formula.view.emit(guided, output), momentum
+
             if fused is not None and space is not None:
-                result, denoiser.momentum = fused(c, u, denoiser.momentum, space.a, space.b, rule)
-                return Stepped(result)
-            guided = self._apply(denoiser, formula, space, rule, unguided, c, u, sample)
+                result, denoiser.momentum = fused(c, u, before, space.a, space.b, rule)
+                return Stepped(result, lambda: apply()[0])
+            guided, carried = apply()
+            if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
+                denoiser.momentum = carried
+            return guided
         return formula.view.emit(guided, output)
 
     def _apply(
         self,
-        denoiser: Denoiser,
         formula: Formula,
         space: Space | None,
         rule: Rule,
+        momentum: Tensor | None,
         unguided: list[bool],
         c: Tensor,
         u: Tensor,
         sample: Tensor,
-    ) -> Tensor:
-        """The rule in place of the pipeline's combination, in the rows that are guided."""
+    ) -> tuple[Tensor, Tensor]:
+        """The rule in place of the pipeline's combination, in the rows that are guided; and the new momentum."""
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         x = sample if sample.shape == c.shape else c
-        momentum = denoiser.momentum
         g, carried = kernels.guide(x, c, u, momentum, a, b, rule)
-        if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
-            before = torch.zeros_like(carried) if momentum is None else momentum
-            denoiser.momentum = pick(unguided, before, carried)
+        carried = pick(unguided, torch.zeros_like(carried) if momentum is None else momentum, carried)
         g = pick(unguided, c, g)
         finished = formula.finished(g, c, self._around(sample))
         # A prediction of zero may have been scaled by 0/0.
-        return finished.masked_fill((g == 0) & finished.isnan(), 0) if formula.finish else finished
+        finished = finished.masked_fill((g == 0) & finished.isnan(), 0) if formula.finish else finished
+        return finished, carried
 
     def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
@@ -392,7 +501,7 @@ class Run:
             if found.undetermined:
                 return False
             raise self._unsupported(denoiser, output, found.tried)
-        denoiser.formula, denoiser.shape = found.formula, denoiser.outputs[0].shape
+        denoiser.know(found.formula)
         loop = (each.history for each in self._denoisers.values() if each.clock is denoiser.clock)
         before = [history for history in loop if history is not None]
         denoiser.history = History.following(before, self._clock.steps - 1, found.formula.rows, denoiser.name)
@@ -667,13 +776,30 @@ def _evaluated(plan: list[Decision], both: list[bool]) -> list[str]:
 
 
 def _components(pipe: Any) -> Iterator[tuple[str, Any]]:
-    """The pipeline's schedulers, and every network of it that may be a denoiser (no text or image encoder is)."""
+    """Its schedulers, and every network that may be a denoiser (no text or image encoder is), by name.
+
+    Those of its stages too, pipelines themselves, which may have others: `decoder_pipe.scheduler`.
+    """
     from transformers import PreTrainedModel
 
-    seen = set()
-    for name, value in vars(pipe).items():
-        denoiser = isinstance(value, torch.nn.Module) and not isinstance(value, PreTrainedModel)
-        scheduler = callable(getattr(value, "step", None)) and hasattr(value, "set_timesteps")
-        if (denoiser or scheduler) and id(value) not in seen:
+    seen = {id(pipe)}
+    waiting = [("", pipe)]
+    while waiting:
+        path, owner = waiting.pop(0)
+        for name, value in vars(owner).items():
+            if id(value) in seen:
+                continue
             seen.add(id(value))
-            yield name, value
+            denoiser = isinstance(value, torch.nn.Module) and not isinstance(value, PreTrainedModel)
+            scheduler = callable(getattr(value, "step", None)) and hasattr(value, "set_timesteps")
+            if denoiser or scheduler:
+                yield path + name, value
+            elif isinstance(value, DiffusionPipeline):
+                waiting.append((f"{path}{name}.", value))
+
+
+def _part(pipe: Any, name: str) -> Any:
+    """What stands by a name of `_components` now."""
+    for each in name.split("."):
+        pipe = vars(pipe).get(each) if hasattr(pipe, "__dict__") else None
+    return pipe

@@ -27,7 +27,7 @@ from diffusers_guidance import (
     detach,
 )
 from diffusers_guidance.kernels.schedulers import use_fused_steps
-from diffusers_guidance.pipelines.intercept import intercept_step
+from diffusers_guidance.pipelines.intercept import intercept_method
 
 SD = PIPELINES["StableDiffusionPipeline"]  # one call of its UNet a step
 WAN = PIPELINES["WanPipeline"]  # two calls of its transformer
@@ -145,14 +145,14 @@ def test_a_step_is_intercepted_for_its_thread_alone():
     entered, left = threading.Event(), threading.Event()
 
     def other() -> None:
-        with intercept_step(scheduler, through("other")):
+        with intercept_method(scheduler, "step", through("other")):
             scheduler.step(1)
             entered.set()
             left.wait(60)
             scheduler.step(2)
 
     thread = threading.Thread(target=other)
-    with intercept_step(scheduler, through("outer")), intercept_step(scheduler, through("inner")):
+    with intercept_method(scheduler, "step", through("outer")), intercept_method(scheduler, "step", through("inner")):
         thread.start()
         entered.wait(60)
         assert scheduler.step(3) == (3,)
@@ -245,16 +245,22 @@ def small(cls: type) -> Any:
     return cls(unet, SD.build().scheduler)
 
 
-@pytest.mark.parametrize(
-    ("cls", "left_to"), [(Delegating, "a Loop, which is none"), (Outer, "networks and schedulers that are none")]
-)
 @each_pair
-def test_a_pipeline_that_leaves_its_evaluations_to_another_is_refused(cls, left_to, rule, policy):
-    pipe = small(cls)
+def test_a_pipeline_that_leaves_its_evaluations_to_another_is_refused(rule, policy):
+    pipe = small(Delegating)
     with attach(pipe, rule, policy):
-        with pytest.raises(UnsupportedPipeline, match=f"left its evaluations to {left_to} of its attributes"):
+        with pytest.raises(UnsupportedPipeline, match="left its evaluations to a Loop, which is none of its attributes"):
             pipe()
         assert torch.isfinite(pipe(guidance_scale=1.0)).all()
+
+
+@each_pair
+def test_a_pipeline_that_has_another_is_guided_through_it(rule, policy):
+    with attach(small(Loop), rule, policy) as handle:
+        expected = handle.pipe()
+    with attach(small(Outer), rule, policy) as outer:
+        assert torch.equal(outer.pipe(), expected)
+    assert [step.nfe for step in outer.report.steps] == [step.nfe for step in handle.report.steps]
 
 
 # Networks and schedulers that come and go

@@ -1,0 +1,566 @@
+"""Loops that somebody else wrote: they combine in place, use outputs again, yield, wait, and step more than once.
+
+Whatever a loop's spelling, it gives what the plain loop gives under the same rule and policy, or is refused.
+"""
+
+import asyncio
+import concurrent.futures
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from conformance import relative
+from tiny import PIPELINES, run
+from torch import Tensor
+
+from diffusers_guidance import (
+    APG,
+    CFG,
+    AdaptiveGuidance,
+    EveryStep,
+    Hold,
+    LinearAG,
+    Schedule,
+    StepAG,
+    UnsupportedPipeline,
+    attach,
+    calibrate,
+    handle_of,
+    search,
+)
+from diffusers_guidance.kernels.schedulers import use_fused_steps
+
+SD = PIPELINES["StableDiffusionPipeline"]
+STEPS = 6
+PAIRS = [
+    (CFG(), EveryStep()),
+    (CFG(), Hold(2)),
+    (CFG(), AdaptiveGuidance(0.5)),
+    (CFG(), Schedule(["both", "extrapolate", "both", "conditional", "both", "conditional"])),
+    (APG(norm_threshold=1.0), StepAG(0.7)),
+    (APG(norm_threshold=1.0, eta=0.5), EveryStep()),
+]
+each_pair = pytest.mark.parametrize(("rule", "policy"), PAIRS, ids=lambda part: type(part).__name__)
+
+
+class Loop(diffusers.DiffusionPipeline):
+    """The least that is a pipeline; what a step does is its argument's."""
+
+    def __init__(self, unet: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def loop(self, step: Callable, scale: float) -> Any:
+        self.scheduler.set_timesteps(STEPS)
+        x, texts = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(0)).split([1, 1])
+        x, texts = x[:, :, :, :5].contiguous(), texts[0, :2]
+        for t in self.scheduler.timesteps:
+            x = step(self, x, t, texts, scale)
+            yield x
+
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Tensor:
+        return list(self.loop(step, guidance_scale))[-1]
+
+
+def small(cls: type = Loop, scheduler: Any = None) -> Any:
+    pipe = SD.build()
+    return cls(pipe.unet, pipe.scheduler if scheduler is None else scheduler)
+
+
+def one_call(combine: Callable) -> Callable:
+    """A step of one call, [uncond, cond]."""
+
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        u, c = pipe.unet(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+        return pipe.scheduler.step(combine(u, c, scale), t, x, return_dict=False)[0]
+
+    return step
+
+
+def two_calls(combine: Callable, cond_first: bool) -> Callable:
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        order = (1, 0) if cond_first else (0, 1)
+        found = {i: pipe.unet(x, t, texts[i : i + 1], return_dict=False)[0] for i in order}
+        return pipe.scheduler.step(combine(found[0], found[1], scale), t, x, return_dict=False)[0]
+
+    return step
+
+
+def plain(u: Tensor, c: Tensor, s: float) -> Tensor:
+    return u + s * (c - u)
+
+
+def out(u: Tensor, c: Tensor, s: float) -> Tensor:
+    torch.sub(c, u, out=c)
+    return torch.add(u, c, alpha=s, out=u)
+
+
+IN_PLACE = {
+    "u += s (c - u)": lambda u, c, s: u.add_(s * (c - u)),
+    "u.add_(c.sub_(u).mul_(s))": lambda u, c, s: u.add_(c.sub_(u).mul_(s)),
+    "c.sub_(u).mul_(s).add_(u)": lambda u, c, s: c.sub_(u).mul_(s).add_(u),
+    "c.mul_(s).add_((1 - s) u)": lambda u, c, s: c.mul_(s).add_((1 - s) * u),
+    "u.lerp_(c, s)": lambda u, c, s: u.lerp_(c, s),
+    "out=": out,
+}
+
+
+def under(pipe: Any, rule: Any, policy: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    with attach(pipe, rule, policy) as handle:
+        return pipe(*args, **kwargs), handle.report
+
+
+def alike(a: Any, b: Any) -> None:
+    """The same result and the same evaluations, but for rounding."""
+    assert relative(a[0], b[0]) < 1e-5
+    assert [step.nfe for step in a[1].steps] == [step.nfe for step in b[1].steps]
+
+
+@pytest.mark.parametrize("combine", IN_PLACE.values(), ids=IN_PLACE)
+@each_pair
+def test_predictions_changed_in_place(combine, rule, policy):
+    pipe = small()
+    alike(under(pipe, rule, policy, one_call(combine)), under(pipe, rule, policy, one_call(plain)))
+    for cond_first in (True, False):
+        expected = under(pipe, rule, policy, two_calls(plain, cond_first))
+        alike(under(pipe, rule, policy, two_calls(combine, cond_first)), expected)
+
+
+@pytest.mark.parametrize("rule", [CFG(), APG(norm_threshold=1.0)], ids=repr)
+def test_outputs_that_are_used_again(rule):
+    """Engines and CUDA graphs write each output over the last one of its shape."""
+    pipe = SD.build()
+
+    def calibrated() -> Any:
+        return calibrate(pipe, [SD.call()["prompt"]], trajectories=2, num_inference_steps=STEPS, guidance_scale=4.0)
+
+    made = calibrated()
+    policies = [Hold(2), AdaptiveGuidance(0.5), LinearAG(made), search(made, nfe=8), EveryStep()]
+    expected = [under_run(pipe, rule, policy) for policy in policies]
+    own, buffers = pipe.unet.forward, {}
+
+    def forward(*args: Any, **kwargs: Any) -> tuple:
+        y = own(*args, **kwargs)[0]
+        return (buffers.setdefault(y.shape, torch.empty_like(y)).copy_(y),)
+
+    pipe.unet.forward = forward
+    for policy, (result, report) in zip(policies, expected, strict=True):
+        found, again = under_run(pipe, rule, policy)
+        assert torch.equal(found, result), policy
+        assert again.nfe == report.nfe
+    assert torch.equal(calibrated().moments("unet").gram, made.moments("unet").gram)
+
+
+def under_run(pipe: Any, rule: Any, policy: Any) -> tuple[Tensor, Any]:
+    with attach(pipe, rule, policy) as handle:
+        return run(pipe, SD, STEPS), handle.report
+
+
+# Calls that return before they have done their work
+
+
+class Yields(Loop):
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        yield from self.loop(step, guidance_scale)
+
+
+class Maps(Loop):
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        return map(torch.clone, self.loop(step, guidance_scale))
+
+
+class Awaits(Loop):
+    async def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        for x in self.loop(step, guidance_scale):
+            await asyncio.sleep(0)
+        return x
+
+
+class Streams(Loop):
+    async def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        for x in self.loop(step, guidance_scale):
+            await asyncio.sleep(0)
+            yield x
+
+
+class Returns(Loop):
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        return lambda: Loop.__call__(self, step, guidance_scale)
+
+
+def streamed(stream: Any) -> Tensor:
+    async def last() -> Tensor:
+        return [x async for x in stream][-1]
+
+    return asyncio.run(last())
+
+
+DEFERRED = [
+    (Yields, lambda made: list(made)[-1]),
+    (Maps, lambda made: list(made)[-1]),
+    (Awaits, asyncio.run),
+    (Streams, streamed),
+    (Returns, lambda made: made()),
+]
+
+
+@pytest.mark.parametrize(("cls", "get"), DEFERRED, ids=lambda each: getattr(each, "__name__", ""))
+@each_pair
+def test_a_call_that_returns_before_its_work_is_done(cls, get, rule, policy):
+    expected = under(small(), rule, policy, one_call(plain))
+    pipe = small(cls)
+    untouched = get(pipe(one_call(plain)))
+    with attach(pipe, rule, policy) as handle:
+        found = get(pipe(one_call(plain)))
+        alike((found, handle.report), expected)
+    assert not {"step", "set_timesteps", "__getstate__"} & set(vars(pipe.scheduler))
+    assert torch.equal(get(pipe(one_call(plain))), untouched)
+
+
+def test_what_is_done_between_two_stretches_is_no_part_of_the_run():
+    pipe, nfe = small(Yields), {}
+    for probe in (False, True):
+        with attach(pipe, CFG(), Hold(2)) as handle:
+            for _ in pipe(one_call(plain)):
+                if probe:
+                    pipe.unet(torch.zeros(2, 4, 5, 5), 1, torch.zeros(2, 5, 16))
+                    assert "step" not in vars(pipe.scheduler)
+            nfe[probe] = handle.report.nfe
+    assert nfe[True] == nfe[False] == 9
+
+
+class InThread(Loop):
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: Loop.__call__(self, step, guidance_scale)).result()
+
+
+class HalfInThread(Loop):
+    """Makes its last steps in a thread."""
+
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        made = self.loop(step, guidance_scale)
+        for _ in range(STEPS // 2):
+            next(made)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: list(self._rest(made))[-1]).result()
+
+    def _rest(self, made: Any) -> Any:
+        yield from made
+
+
+class Promises(Loop):
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        return self.pool.submit(lambda: Loop.__call__(self, step, guidance_scale))
+
+
+@pytest.mark.parametrize("cls", [InThread, HalfInThread, Promises])
+@pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
+def test_a_loop_in_another_thread_is_refused(cls, rule, policy):
+    pipe = small(cls)
+    with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match=r"another thread|nothing was seen"):
+        pipe(one_call(plain))
+
+
+def test_a_pipeline_of_another_class_is_attached_all_the_same():
+    class Mine(diffusers.StableDiffusionPipeline):
+        pass
+
+    pipe = SD.build()
+    expected, _ = under_run(pipe, CFG(), Hold(2))
+    with attach(pipe, CFG(), Hold(2)) as handle:
+        pipe.__class__ = Mine
+        assert torch.equal(run(pipe, SD, STEPS), expected)
+        assert handle.report.nfe == 9
+    assert type(pipe) is Mine
+
+
+def test_a_call_put_on_the_class_stays_there(monkeypatch):
+    class Mine(diffusers.StableDiffusionPipeline):
+        pass
+
+    pipe, other = SD.build(), SD.build()
+    pipe.__class__ = other.__class__ = Mine
+    expected, _ = under_run(pipe, CFG(), Hold(2))
+    calls = []
+    with attach(pipe, CFG(), Hold(2)) as handle, attach(other, CFG(), EveryStep()):
+        before = pipe.__class__.__call__
+
+        def logged(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(self)
+            return before(self, *args, **kwargs)
+
+        pipe.__class__.__call__ = logged
+        assert torch.equal(run(pipe, SD, STEPS), expected)
+        assert handle.report.nfe == 9
+        run(other, SD, STEPS)
+    run(pipe, SD, STEPS)
+    assert [each is pipe for each in calls] == [True, False, True]
+    assert Mine.__call__ is logged
+
+
+class Stages(Loop):
+    """Two stages; the second by Euler's rule in the loop itself, on a network of its own where there is one."""
+
+    def __init__(self, unet: Any, scheduler: Any, second: Any = None):
+        super().__init__(unet, scheduler)
+        if second is not None:
+            self.register_modules(second=second)
+
+    @torch.no_grad()
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Tensor:
+        x = super().__call__(step, guidance_scale)
+        texts = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+        for t in (300, 200, 100):
+            u, c = getattr(self, "second", self.unet)(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+            x = x - 0.1 * plain(u, c, guidance_scale)
+        return x
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
+def test_a_second_stage_without_a_scheduler_is_refused(own, rule, policy):
+    first, second = SD.build(), SD.build()
+    pipe = Stages(first.unet, first.scheduler, second.unet if own else None)
+    with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="3 times after the last call"):
+        pipe(one_call(plain))
+
+
+# Threads
+
+
+def test_threads_that_call_one_pipeline():
+    pipe = SD.build()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    jobs = [(scale, steps) for scale in (3.0, 5.0) for steps in (4, 6)]
+    for rule, policy in ((APG(norm_threshold=1.0), EveryStep()), (CFG(), Hold(2))):
+        with attach(pipe, rule, policy) as handle:
+
+            def job(scale: float, steps: int, handle: Any = handle) -> tuple[Tensor, Any]:
+                return run_in(pipe, scale, steps), handle.report
+
+            expected = [job(*each) for each in jobs]
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                found = [each.result() for each in [pool.submit(job, *each) for each in jobs]]
+        for (scale, steps), (result, report), (right, _) in zip(jobs, found, expected, strict=True):
+            assert torch.equal(result, right)
+            assert len(report.steps) == steps
+            assert report.steps[0].guidance_scale == scale
+
+
+def run_in(pipe: Any, scale: float, steps: int, seed: int = 0) -> Tensor:
+    arguments = SD.call() | {"guidance_scale": scale, "num_inference_steps": steps, "output_type": "latent"}
+    return pipe(**arguments, generator=torch.Generator().manual_seed(seed)).images
+
+
+@pytest.mark.parametrize(("rule", "policy"), [PAIRS[-1], PAIRS[3]], ids=lambda part: type(part).__name__)
+def test_a_scheduler_whose_timesteps_are_made_once_more_beside_a_run(rule, policy):
+    """As two pipelines do that share a scheduler without a state, in two threads."""
+    pipe = SD.build()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    expected, _ = under_run(pipe, rule, policy)
+
+    def meanwhile(pipe: Any, i: int, timestep: Any, kwargs: dict) -> dict:
+        thread = threading.Thread(target=pipe.scheduler.set_timesteps, args=(STEPS,))
+        thread.start()
+        thread.join()
+        return {}
+
+    with attach(pipe, rule, policy) as handle:
+        assert torch.equal(run(pipe, SD, STEPS, callback_on_step_end=meanwhile), expected)
+    assert len(handle.report.steps) == STEPS
+    assert [step.index for step in handle.report.steps] == list(range(STEPS))
+
+
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy])
+def test_a_copy_has_a_report_of_its_own(made):
+    pipe = SD.build()
+    with attach(pipe, CFG(), Hold(2)) as handle:
+        twin = made(pipe)
+        expected = run_in(pipe, 4.0, 6)
+        before = handle.report
+        assert torch.equal(run_in(twin, 4.0, 6), expected)
+        run_in(twin, 4.0, 4)
+        own = handle_of(twin)
+        assert own is not handle is handle_of(pipe)
+        assert len(own.report.steps) == 4
+        if made is copy.copy:  # a request's copy, whose report is asked of the one handle there is
+            assert handle.report is own.report
+        run_in(pipe, 4.0, 6)
+        assert len(own.report.steps) == 4 and len(handle.report.steps) == len(before.steps) == 6
+
+
+def test_a_pickled_pipeline_says_that_nothing_is_attached():
+    pipe = SD.build()
+    with attach(pipe), pytest.warns(UserWarning, match="attach again where it is loaded"):
+        twin = pickle.loads(pickle.dumps(pipe))
+    assert handle_of(twin) is None
+
+
+# Pipelines that stop guiding
+
+
+def stops(cond_first: bool, after: int, copies: bool = False) -> Callable:
+    """Two calls a step, until after some steps the conditional one is made alone."""
+    both, made = two_calls(plain, cond_first), []
+
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        made.append(t)
+        if len(made) <= after:
+            return both(pipe, x, t, texts.clone() if copies else texts, scale)
+        c = pipe.unet(x, t, (texts.clone() if copies else texts)[1:2], return_dict=False)[0]
+        return pipe.scheduler.step(c, t, x, return_dict=False)[0]
+
+    return step
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("after", [2, 3])
+@pytest.mark.parametrize("policy", [Hold(2), StepAG(0.4), AdaptiveGuidance(0.1), EveryStep()], ids=repr)
+def test_a_pipeline_that_stops_guiding(policy, after, copies):
+    pipe = small()
+    with attach(pipe, CFG(), policy) as first:
+        expected = pipe(stops(True, after, copies))
+    with attach(pipe, CFG(), policy) as handle:
+        assert relative(pipe(stops(False, after, copies)), expected) < 1e-6
+    assert [s.nfe for s in handle.report.steps] == [s.nfe for s in first.report.steps]
+    assert [s.evaluated for s in handle.report.steps[after:]] == [["conditional"]] * (STEPS - after)
+
+
+class Unmarked(torch.nn.Module):
+    """A network whose two calls have the same arguments: which is which is its own affair."""
+
+    def __init__(self, unet: Any):
+        super().__init__()
+        self.unet, self.conditional = unet, False
+
+    def forward(self, x: Tensor, t: Any, texts: Tensor) -> tuple:
+        return self.unet(x, t, texts[self.conditional : self.conditional + 1], return_dict=False)
+
+
+def test_a_lone_call_that_cannot_be_told_is_refused():
+    pipe = small()
+    pipe.unet = Unmarked(pipe.unet)
+
+    def step_until(after: int) -> Callable:
+        made: list[Any] = []
+
+        def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+            made.append(t)
+            y = []
+            for pipe.unet.conditional in (False, True) if len(made) <= after else (True,):
+                y.append(pipe.unet(x, t, texts)[0])
+            return pipe.scheduler.step(plain(y[0], y[-1], scale), t, x, return_dict=False)[0]
+
+        return step
+
+    untouched = pipe(step_until(3))
+    with attach(pipe, CFG(), StepAG(0.4)), pytest.raises(UnsupportedPipeline, match="which prediction that is"):
+        pipe(step_until(3))
+    with attach(pipe, CFG(), EveryStep()):
+        assert torch.equal(pipe(step_until(3)), untouched)
+
+
+class Sounding(torch.nn.Module):
+    """Puts out a sound beside its prediction."""
+
+    def __init__(self, unet: Any):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Any, texts: Tensor) -> tuple:
+        y = self.unet(x, t, texts, return_dict=False)[0]
+        return y, y.flatten(1)[:, :7] * 2
+
+
+@pytest.mark.parametrize("cond_first", [True, False])
+def test_what_is_put_out_beside_a_prediction_is_the_conditional_one_where_guidance_stops(cond_first):
+    pipe = small()
+    pipe.unet = Sounding(pipe.unet)
+
+    def step_with(overwritten: int) -> tuple[Callable, list[Tensor]]:
+        sounds: list[Tensor] = []
+
+        def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+            found = {i: pipe.unet(x, t, texts[i : i + 1]) for i in ((1, 0) if cond_first else (0, 1))}
+            if len(sounds) >= overwritten:
+                found[0] = found[1]
+            sounds.append(plain(found[0][1], found[1][1], scale))
+            return pipe.scheduler.step(plain(found[0][0], found[1][0], scale), t, x, return_dict=False)[0]
+
+        return step, sounds
+
+    step, expected = step_with(3)
+    picture = pipe(step)
+    step, sounds = step_with(STEPS)
+    with attach(pipe, CFG(), StepAG(0.5)) as handle:
+        assert relative(pipe(step), picture) < 1e-6
+    if cond_first:
+        assert handle.report.nfe == 9
+        assert max(relative(a, b) for a, b in zip(sounds, expected, strict=True)) < 1e-6
+    else:  # the sound of the call that comes first is not known without it: nothing is skipped
+        assert handle.report.nfe == 12
+
+
+# More than one step on an evaluation
+
+
+def previewed(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+    u, c = pipe.unet(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+    g = plain(u, c, scale)
+    preview = pipe.scheduler.step(g, t, x).pred_original_sample
+    pipe.previews.append(preview)
+    return pipe.scheduler.step(g, t, x, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@each_pair
+def test_a_preview_before_the_step(rule, policy, fused):
+    pipe = small(scheduler=diffusers.DDIMScheduler.from_config(SD.build().scheduler.config, clip_sample=False))
+    pipe.previews = []
+    with use_fused_steps(fused):
+        alike(under(pipe, rule, policy, previewed), under(pipe, rule, policy, one_call(plain)))
+    assert len(pipe.previews) == STEPS
+
+
+@pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
+def test_a_further_step_on_another_prediction_is_refused_under_a_rule(rule, policy):
+    def again(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        u, c = pipe.unet(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+        pipe.scheduler.step(plain(u, c, scale), t, x)
+        return pipe.scheduler.step(plain(u, c, 2 * scale), t, x, return_dict=False)[0]
+
+    pipe = small(scheduler=diffusers.DDIMScheduler.from_config(SD.build().scheduler.config))
+    untouched = pipe(again)
+    with attach(pipe, CFG(), EveryStep()):
+        assert torch.equal(pipe(again), untouched)
+    if not rule.is_plain:
+        with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="another prediction than before"):
+            pipe(again)
+
+
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copied_scheduler_steps_by_itself(made):
+    def beside(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        u, c = pipe.unet(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+        twin = made(pipe.scheduler)
+        assert not {"step", "set_timesteps", "__getstate__"} & set(vars(twin))
+        twin.step(plain(u, c, scale), t, x)
+        twin.set_timesteps(2)
+        return pipe.scheduler.step(plain(u, c, scale), t, x, return_dict=False)[0]
+
+    # Euler's counts its steps; what a solver of more than one step remembers, a shallow copy shares.
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(SD.build().scheduler.config)
+    pipe = small(scheduler=scheduler)
+    untouched = pipe(beside)
+    assert torch.equal(pipe(one_call(plain)), untouched)
+    for rule, policy in PAIRS:
+        expected, _ = under(pipe, rule, policy, one_call(plain))
+        assert torch.equal(under(pipe, rule, policy, beside)[0], expected)
