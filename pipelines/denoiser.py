@@ -233,6 +233,8 @@ class Denoiser:
         position = self.branch_of(args, kwargs)
         if position == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
+            if not self.outputs:  # it is on another batch than the one that is known
+                return output
             *before, cond = self.outputs
             self.given = batch.copied(output)
             for i, blank in enumerate(self.blanks):  # unconditional calls that came first wait for this one

@@ -177,9 +177,11 @@ class Maps(Loop):
 
 class Awaits(Loop):
     async def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        made = []
         for x in self.loop(step, guidance_scale):
             await asyncio.sleep(0)
-        return x
+            made.append(x)
+        return made[-1]
 
 
 class Streams(Loop):
