@@ -255,8 +255,8 @@ class Guider(BaseGuidance):
         similarity = run.remember(c, u, x, space) if evaluated else None
         run.record(step, self._denoiser, plan, evaluated, full=2, similarity=similarity, w=self._w)
         if run.policy.remembers:
-            history.cond.append(c)
-            history.uncond.append(u)
+            history.cond.append(c.clone())  # the loop may use its memory again
+            history.uncond.append(u.clone())
         if all(unguided):
             return c
         if run.rule.is_plain:

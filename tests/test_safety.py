@@ -180,25 +180,50 @@ def test_another_pipeline_within_a_callback_is_left_alone(rule, policy):
     assert torch.equal(inside[0], plain)
 
 
-def test_the_stages_of_a_combined_pipeline_are_its_own():
+def kandinsky() -> tuple[Any, list[Any], dict[str, Any]]:
     prior, decoder = (PIPELINES[name].build() for name in ("KandinskyV22PriorPipeline", "KandinskyV22Pipeline"))
     parts = {f"prior_{name}": part for name, part in prior.components.items()} | decoder.components
-    pipe = diffusers.KandinskyV22CombinedPipeline(**parts)
-    pipe.set_progress_bar_config(disable=True)
+    sizes = {"height": 64, "width": 64, "num_inference_steps": 4}
+    return diffusers.KandinskyV22CombinedPipeline(**parts), [decoder.unet, prior.prior], sizes
 
-    def go() -> torch.Tensor:
-        sizes = {"height": 64, "width": 64, "num_inference_steps": 4, "prior_num_inference_steps": 4}
+
+def cascade() -> tuple[Any, list[Any], dict[str, Any]]:
+    names = ("StableCascadePriorPipeline", "StableCascadeDecoderPipeline")
+    prior, decoder = (PIPELINES[name].build() for name in names)
+    parts = {f"prior_{name}": part for name, part in prior.components.items()} | decoder.components
+    calls = [PIPELINES[name].call() for name in names]
+    shared = {name: value for name, value in calls[0].items() if "prompt_embeds" in name}
+    sizes = {"height": 128, "width": 128, "num_inference_steps": 4, "decoder_guidance_scale": 3.0, **shared}
+    return diffusers.StableCascadeCombinedPipeline(**parts), [decoder.decoder, prior.prior], sizes
+
+
+@pytest.mark.parametrize("swapped", ["", "pipe", "stage"])
+@pytest.mark.parametrize("build", [kandinsky, cascade])
+def test_the_stages_of_a_combined_pipeline_are_its_own(build, swapped):
+    pipe, networks, sizes = build()
+    pipe.set_progress_bar_config(disable=True)
+    if swapped:  # what is put on the pipeline alone its stage goes without
+        owner = pipe if swapped == "pipe" else pipe.decoder_pipe
+        owner.scheduler = copy.deepcopy(owner.scheduler)
+
+    def go(**changes: Any) -> torch.Tensor:
+        prompt = {} if "prompt_embeds" in sizes else {"prompt": "a raccoon"}
+        given = {**sizes, **prompt, "prior_num_inference_steps": 4, "output_type": "latent", **changes}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return pipe("a raccoon", **sizes, generator=torch.Generator().manual_seed(0), output_type="latent").images
+            return pipe(**given, generator=torch.Generator().manual_seed(0)).images
 
     untouched = go()
-    with attach(pipe, CFG(), EveryStep()):
+    with attach(pipe, CFG(), EveryStep()) as handle:
         assert torch.equal(go(), untouched)
-    with attach(pipe, CFG(), Hold(2)) as handle, counting(decoder.unet, prior.prior) as count:
+        assert len(handle.report.steps) == 8
+    with attach(pipe, CFG(), Hold(2)) as handle, counting(*networks) as count:
         assert not torch.equal(go(), untouched)
-    assert count.total == handle.report.nfe < handle.report.nfe_full
-    assert {step.denoiser for step in handle.report.steps} == {"unet", "prior_prior"}
+    assert count.total == handle.report.nfe < handle.report.nfe_full == 16
+    assert len({step.denoiser for step in handle.report.steps}) == 2
+    with attach(pipe, APG(norm_threshold=1.0), EveryStep()) as handle:
+        assert relative(go(), untouched) > 1e-3
+    assert len(handle.report.steps) == 8
 
 
 class Loop(diffusers.DiffusionPipeline):
