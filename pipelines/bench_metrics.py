@@ -38,7 +38,12 @@ class Measure:
 
 
 MEASURES = (
-    Measure("psnr", "PSNR, dB", "peak signal to noise ratio to full CFG of the same scale, prompt and seed", "{:.1f}"),
+    Measure(
+        "psnr",
+        "PSNR, dB",
+        "peak signal to noise ratio to full CFG of the same scale, prompt and seed, the mean of the pictures' dB",
+        "{:.1f}",
+    ),
     Measure("ssim", "SSIM", "structural similarity to the same"),
     Measure("lpips", "LPIPS", "perceptual distance to the same (AlexNet)"),
     Measure("saturation", "saturation", "mean HSV saturation, 0 to 1"),

@@ -223,7 +223,7 @@ def _dozen(prompts: list[str]) -> list[str]:
 def _print_comparison(comparison: Comparison) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("rule + policy")
-    for title in ("scale", "NFEs", "saved", "s/image", "saturation", "PSNR to CFG"):
+    for title in ("scale", "NFEs", "saved", "s/image", "saturation", "mean PSNR to CFG"):
         table.add_column(title, justify="right")
     for result in comparison.results:
         psnr = comparison.psnr(result)

@@ -4,7 +4,6 @@ import functools
 import inspect
 import io
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from PIL import Image
 
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
+from diffusers_guidance.pipelines.fidelity import psnr
 from diffusers_guidance.pipelines.sizes import sized
 from diffusers_guidance.pipelines.texts import prompts_of
 from diffusers_guidance.policies import EveryStep, Policy
@@ -107,21 +107,20 @@ class Comparison:
         return None if found is result else found
 
     def psnr(self, result: Result) -> float | None:
-        """dB between a column and its reference over all pictures together; infinite where they are equal."""
+        """dB between a column's pictures and its reference's, the mean over pictures."""
         reference = self.reference(result)
         if reference is None:
             return None
         pairs = zip(result.pictures, reference.pictures, strict=True)
-        error = np.mean([np.mean((_floats(a) - _floats(b)) ** 2) for a, b in pairs])
-        return math.inf if error == 0 else float(-10 * np.log10(error))
+        return float(torch.cat([psnr(_tensor(a), _tensor(b)) for a, b in pairs]).mean())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain JSON types. An infinite PSNR is None beside a reference."""
+        """Everything but the pictures, as plain JSON types."""
         names = ("model", "pipeline", "scheduler", "device", "dtype", "prompts", "seeds", "steps", "negative")
         packages = ("diffusers-guidance", "diffusers", "transformers", "torch")
         columns = []
         for result in self.results:
-            reference, psnr = self.reference(result), self.psnr(result)
+            reference = self.reference(result)
             columns.append(
                 {
                     "name": result.name,
@@ -135,7 +134,7 @@ class Comparison:
                     "seconds_per_picture": result.seconds_per_picture,
                     "saturation": result.saturation,
                     "reference": reference.name if reference else None,
-                    "psnr": psnr if psnr is not None and math.isfinite(psnr) else None,
+                    "psnr": self.psnr(result),
                     "reports": [report.to_dict() for report in result.reports],
                 }
             )
@@ -169,8 +168,9 @@ class Comparison:
         return [folder / name for name in contents]
 
 
-def _floats(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+def _tensor(picture: Image.Image) -> torch.Tensor:
+    """(1, H, W, 3) from 0 to 1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float64) / 255)[None]
 
 
 # The run

@@ -187,7 +187,7 @@ def cheapest(rows: Sequence[Row], psnr: float) -> Row | None:
 def table(rows: Sequence[Row]) -> str:
     """All rows in Markdown, the cheapest first."""
     perceived = any(row.lpips is not None for row in rows)
-    lines = ["| NFEs | PSNR, dB | SSIM |" + " LPIPS |" * perceived + " policies | |"]
+    lines = ["| NFEs | mean PSNR, dB | SSIM |" + " LPIPS |" * perceived + " policies | |"]
     lines.append("|---:|---:|---:|" + "---:|" * perceived + "---|---|")
     for row in sorted(rows, key=lambda row: (row.nfe, -row.psnr)):
         cells = [f"{row.nfe:.2f}".removesuffix(".00"), f"{row.psnr:.2f}", f"{row.ssim:.4f}"]
