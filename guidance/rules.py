@@ -9,10 +9,14 @@ your own module and write that method; everything else (spaces, momentum, polici
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from diffusers_guidance.checks import is_number, is_whole
+import torch
+
+from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.kernels import Coefficients, Gram
+from diffusers_guidance.kernels.reference import gram
 from diffusers_guidance.spaces import Space
 
 
@@ -36,6 +40,7 @@ class Rule:
     """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised."""
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.guidance_scale is not None and not is_number(self.guidance_scale, 0):
             raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
 
@@ -146,6 +151,15 @@ class APG(Rule):
             raise ValueError(f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)")
         if self.reference_numel is not None and not is_whole(self.reference_numel, 1):
             raise ValueError(f"reference_numel={self.reference_numel!r}: a whole number above 0, or None")
+        if self.norm_dim is not None:
+            given = self.norm_dim
+            dims = tuple(given) if isinstance(given, list | tuple) else ()
+            if not dims or not all(is_whole(i) and i != 0 for i in dims) or len({*dims}) < len(dims):
+                raise ValueError(
+                    f"norm_dim={given!r}: one or more dimensions as whole numbers, such as (-3, -2, -1), each once and "
+                    "not the batch (0); or None for the whole sample"
+                )
+            object.__setattr__(self, "norm_dim", dims)
 
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
         if b == 0:  # no noise left: the prediction has no part in the denoised sample
@@ -282,6 +296,47 @@ class MagnitudeAware(Rule):
 
     def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
         return "magnitude_aware", (self.w, self.alpha)
+
+
+def settled(rule: Rule, guidance_scale: float, step: int = 0, space: Space | None = None) -> Rule:
+    """`rule.at(...)`, refused where it needs the denoised prediction without saying so: it would be given c for X.
+
+    Raises:
+        ValueError: its `needs_denoised` is False, but it has a momentum, or its coefficients look at X or m.
+    """
+    made = rule.at(guidance_scale, step, space)
+    if not rule.needs_denoised and (uses := _denoised_in(made)):
+        raise ValueError(f"{type(rule).__name__} {uses}, so its class must say `needs_denoised = True`")
+    return made
+
+
+def _denoised_in(rule: Rule) -> str:
+    """What of a rule asks for the denoised prediction; empty if nothing does."""
+    if rule.momentum:
+        return f"has a momentum of {rule.momentum:g}, in denoised space"
+    try:
+        return _looked_at(rule)
+    except TypeError:  # a rule that cannot be hashed
+        return _looked_at.__wrapped__(rule)
+
+
+@lru_cache(maxsize=64)
+def _looked_at(rule: Rule) -> str:
+    """What its coefficients make of X and m, found by a Gram matrix with and without numbers for them."""
+    numbers = torch.arange(6 * 16 * 8, dtype=torch.float64).mul(1.7).sin().view(6, 16, 8)
+    X, c, d, m, other_X, other_m = numbers
+    try:
+        made, other = (
+            [torch.as_tensor(k, dtype=torch.float64) for k in rule.coefficients(gram(*vectors), -0.7)]
+            for vectors in ((X, c, d, m), (other_X, c, d, other_m))
+        )
+    except Exception:  # what does not go with such numbers has its say at the real ones
+        return ""
+    for name, factor in (("X", made[0]), ("m", made[3])):
+        if (factor.nan_to_num() != 0).any():
+            return f"returns a factor of {name}, which is in denoised space"
+    same = all(torch.allclose(one, two, equal_nan=True) for one, two in zip(made, other, strict=True))
+    return "" if same else "looks at inner products with X or m, which are in denoised space"
 
 
 class Preset(NamedTuple):

@@ -140,7 +140,9 @@ def frontier_html(frontier: Frontier) -> str:
         f"<td>{_decibels(p.psnr, p is full)}</td><td>{p.seconds:.2f}</td><td>{p.saturation:.3f}</td></tr>"
         for p in frontier.points
     )
-    heads = "".join(f"<th scope='col'>{h}</th>" for h in ("", "NFEs", "saved", "mean PSNR", "s / picture", "saturation"))
+    heads = "".join(
+        f"<th scope='col'>{h}</th>" for h in ("", "NFEs", "saved", "mean PSNR", "s / picture", "saturation")
+    )
     plot = _svg(frontier_plot(frontier), "Fidelity to full CFG against network evaluations, by policy.")
     table = _table('class="dg-table"', heads, rows)
     return _figure(plot, "Up and to the left is better: nearer to full CFG for fewer network evaluations.") + table

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffusers_guidance.checks import plain
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
 from diffusers_guidance.pipelines.fidelity import psnr
@@ -201,7 +202,8 @@ def compare(
         warm_up: whether two untimed steps are run first, so that the first column is not charged for starting up.
         arguments: passed on to the pipeline's call, such as `height=512`.
     """
-    prompts = prompts_of(prompts)
+    prompts, seeds = prompts_of(prompts), plain(list(seeds))
+    steps, guidance_scale, batch = plain([steps, guidance_scale, batch])
     wanted = [Column.parse(column) if isinstance(column, str) else column for column in columns]
     if not prompts or not seeds or not wanted:
         raise ValueError("nothing to compare: there must be at least one prompt, one seed and one column")
@@ -217,7 +219,7 @@ def compare(
             _generate(pipe, batches[0], 2, arguments)
     results: list[Result] = []
     for column in wanted:
-        scale = guidance_scale if column.guidance_scale is None else column.guidance_scale
+        scale = guidance_scale if column.guidance_scale is None else plain(column.guidance_scale)
         with attach(pipe, column.rule, column.policy) as handle:
             handle.rule = replace(handle.rule, guidance_scale=scale)
             result = Result(column.name, handle.rule, handle.policy, scale, is_default=column.rule is None)

@@ -12,7 +12,6 @@ from diffusers_guidance.pipelines.texts import negatives_of, prompts_of
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.rules import CFG
 
-
 EQUAL = 100.0
 """dB of a picture that is its reference: what would be infinite has no part in a mean."""
 
