@@ -216,6 +216,17 @@ def test_calibrated_columns_run_and_come_closer_for_their_cost(tmp_path):
     assert held["psnr"] != fitted["psnr"] and max(held["psnr"], fitted["psnr"]) + 3 < found["psnr"]
 
 
+def test_numbers_of_numpy_and_torch_are_written_as_plain_ones(pipe):
+    column = Column("CFG", CFG(), EveryStep(), np.float32(4))
+    made = compare(
+        pipe, PAIR, [column, "Hold"], seeds=np.arange(1), steps=np.int64(2), guidance_scale=torch.tensor(5.0),
+        batch=np.int64(2), warm_up=False,
+    )  # fmt: skip
+    text = json.dumps(made.to_dict(), allow_nan=False)
+    assert json.loads(text)["steps"] == 2 and json.loads(text)["seeds"] == [0]
+    assert [column["guidance_scale"] for column in json.loads(text)["columns"]] == [4, 5]
+
+
 def test_cfg_is_the_pipeline_itself(pipe):
     ours = compare(pipe, PAIR, ["CFG@4"], seeds=[3], steps=3, negative="blurred").results[0]
     again = [torch.Generator().manual_seed(3) for _ in PAIR]

@@ -4,6 +4,11 @@
 those of the other rules' papers; they share nothing with the package.
 """
 
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from conformance import recorded
@@ -11,7 +16,9 @@ from tiny import PIPELINES, run
 from torch import Tensor
 
 from diffusers_guidance import APG, CFG, TCFG, CFGZeroStar, EveryStep, MagnitudeAware, StepAG, attach, kernels
-from diffusers_guidance.rules import PRESETS
+from diffusers_guidance.kernels import Coefficients
+from diffusers_guidance.pipelines.guider import Guider
+from diffusers_guidance.rules import PRESETS, Rule, settled
 
 SEED = int(torch.randint(2**31, ()))
 
@@ -217,7 +224,9 @@ def test_norm_dim_must_leave_the_batch_alone(draw):
 @pytest.mark.parametrize("norm_dim", [(7,), (-4,), (1, -2), (-3,)])
 def test_groups_that_the_prediction_does_not_have(norm_dim):
     c, u = torch.randn(2, 2, 3, 4)
-    with pytest.raises(ValueError, match=r"norm_dim=\(.*shape \(2, 3, 4\).*1 to 2 \(or -2 to -1\).*each once; 0 is the batch"):
+    with pytest.raises(
+        ValueError, match=r"norm_dim=\(.*shape \(2, 3, 4\).*1 to 2 \(or -2 to -1\).*each once; 0 is the batch"
+    ):
         kernels.guide(c, c, u, None, 1.0, -1.0, APG(5.0, norm_dim=norm_dim), backend="torch")
 
 
