@@ -106,8 +106,9 @@ class Clock:
         if len(values) != 1:  # a batch may come with one each, but they must be the same
             return -1
         (value,) = values
-        dtype = timestep.dtype if isinstance(timestep, Tensor) and timestep.dtype in _HALVES else None
-        tables = [self._rounded(each) for each in ((None, *_ROUNDINGS) if dtype is None else (dtype,))]
+        dtype = torch.as_tensor(timestep).dtype
+        roundings = (dtype,) if dtype in _HALVES else (None, *_ROUNDINGS) if dtype.is_floating_point else (None,)
+        tables = [self._rounded(each) for each in roundings]
         for start in (self._index + 1, 0):
             for table in tables:
                 if value in table[start:]:

@@ -82,6 +82,17 @@ def test_what_is_no_timestep_is_not_found():
         assert clock.timestep is None and clock.space is None
 
 
+@pytest.mark.parametrize("as_given", [int, lambda t: t.clone(), lambda t: t.expand(2).clone()])
+def test_whole_numbers_are_not_taken_for_rounded_ones(as_given):
+    """979 in bfloat16 is 980: who goes back to 980 means the 980 that has been."""
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(1000)
+    clock = Clock()
+    for t in (982, 981, 980, 980, 979):
+        clock.tick(scheduler, as_given(torch.tensor(t)))
+        assert clock.timestep == t
+
+
 # Stages
 
 
