@@ -8,8 +8,8 @@ that returns the factors of X, c, d and m in the guided prediction. To add a rul
 your own module and write that method; everything else (spaces, momentum, policies, pipelines) follows.
 """
 
+import copy
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -310,27 +310,33 @@ def settled(rule: Rule, guidance_scale: float, step: int = 0, space: Space | Non
     return made
 
 
+_asks: dict[tuple[type, str], str] = {}
+"""What has been found out about rules: by class and settings, so that none is kept."""
+
+
 def _denoised_in(rule: Rule) -> str:
     """What of a rule asks for the denoised prediction; empty if nothing does."""
     if rule.momentum:
         return f"has a momentum of {rule.momentum:g}, in denoised space"
-    try:
-        return _looked_at(rule)
-    except TypeError:  # a rule that cannot be hashed
-        return _looked_at.__wrapped__(rule)
+    known = type(rule), repr(rule)
+    if known not in _asks:
+        if len(_asks) > 255:
+            _asks.clear()
+        _asks[known] = _looked_at(rule)
+    return _asks[known]
 
 
-@lru_cache(maxsize=64)
 def _looked_at(rule: Rule) -> str:
-    """What its coefficients make of X and m, found by a Gram matrix with and without numbers for them."""
+    """What its coefficients make of X and m, found by a Gram matrix with two sets of numbers for them."""
     numbers = torch.arange(6 * 16 * 8, dtype=torch.float64).mul(1.7).sin().view(6, 16, 8)
     X, c, d, m, other_X, other_m = numbers
     try:
+        tried = [copy.deepcopy(rule) for _ in range(2)]  # which may keep count
         made, other = (
-            [torch.as_tensor(k, dtype=torch.float64) for k in rule.coefficients(gram(*vectors), -0.7)]
-            for vectors in ((X, c, d, m), (other_X, c, d, other_m))
+            [torch.as_tensor(k, dtype=torch.float64) for k in each.coefficients(gram(*vectors), -0.7)]
+            for each, vectors in zip(tried, ((X, c, d, m), (other_X, c, d, other_m)), strict=True)
         )
-    except Exception:  # what does not go with such numbers has its say at the real ones
+    except Exception:  # what does not go with such numbers, or cannot be copied, has its say at the real ones
         return ""
     for name, factor in (("X", made[0]), ("m", made[3])):
         if (factor.nan_to_num() != 0).any():

@@ -7,11 +7,12 @@ those of the other rules' papers; they share nothing with the package.
 import json
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conformance import recorded
+from conformance import recorded, relative
 from tiny import PIPELINES, run
 from torch import Tensor
 
@@ -300,6 +301,27 @@ def test_a_rule_that_forgets_to_say_that_it_needs_the_denoised_prediction(rule, 
         run(pipe, entry, 2)
     with attach(pipe, said):
         run(pipe, entry, 2)
+
+
+@dataclass(frozen=True)
+class Counted(Rule):
+    """Takes a scale of its own at each step, as the policy search does."""
+
+    scales: Any = ()
+
+    def coefficients(self, gram, b):
+        return Coefficients(0.0, 1.0, next(self.scales) - 1, 0.0)
+
+
+@pytest.mark.parametrize("given", [iter, lambda scales: (s for s in scales)])
+def test_finding_out_what_a_rule_needs_leaves_it_alone(given):
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    expected = run(pipe, entry, 3, guidance_scale=3.0)
+    scales = given([3.0] * 3)
+    with attach(pipe, Counted(scales=scales), EveryStep()):
+        assert relative(run(pipe, entry, 3), expected) < 1e-5
+    assert not list(scales)
 
 
 @pytest.mark.parametrize(
