@@ -223,7 +223,7 @@ def _dozen(prompts: list[str]) -> list[str]:
 def _print_comparison(comparison: Comparison) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("rule + policy")
-    for title in ("scale", "NFEs", "saved", "s/image", "saturation", "mean PSNR to CFG"):
+    for title in ("scale", "NFEs", "saved", "s/image", "saturation", "PSNR to CFG"):
         table.add_column(title, justify="right")
     for result in comparison.results:
         psnr = comparison.psnr(result)
@@ -237,6 +237,7 @@ def _print_comparison(comparison: Comparison) -> None:
             "" if psnr is None else f"{psnr:.1f} dB",
         )
     Console().print(table)
+    typer.echo("PSNR: the mean of the pictures' dB.")
 
 
 def _print_schedule(schedule: Schedule) -> None:

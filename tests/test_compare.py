@@ -148,7 +148,7 @@ def test_short():
     assert short(Schedule(["both"] * 40)) == "Schedule of 80 NFEs"
     assert short(LinearAG()) == "LinearAG, held"
     assert short(LinearAG(Calibration.load(CALIBRATIONS / "dpm-20-5.safetensors"))) == "LinearAG"
-    assert short(APG(7.0, norm_threshold=5, norm_dim=())) == "APG(norm_threshold=5, norm_dim=())"
+    assert short(APG(7.0, norm_threshold=5, norm_dim=(1,))) == "APG(norm_threshold=5, norm_dim=(1,))"
 
 
 # The run
