@@ -71,7 +71,7 @@ def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] |
 
 def group_numel(x: Tensor, norm_dim: Sequence[int] | None) -> int:
     """How many numbers of `x`, (B, ...), make a group."""
-    return math.prod(x.shape[i] for i in dims_of(x, norm_dim))
+    return math.prod([x.shape[i] for i in dims_of(x, norm_dim)])
 
 
 def dims_of(x: Tensor, norm_dim: Sequence[int] | None) -> tuple[int, ...]:
