@@ -110,7 +110,7 @@ class Policy:
         plain_fields(self)
 
     def plan(self, step: Step, history: History) -> list[Decision]:
-        """One decision per sample for the coming step."""
+        """One decision per sample for the coming step; what is none is refused by `planned`."""
         raise NotImplementedError
 
     def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:

@@ -37,7 +37,10 @@ class Rule:
     norm_dim = None  # type: tuple[int, ...] | None
     """The dimensions inner products run over; None: all but the batch."""
     needs_denoised = False
-    """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised."""
+    """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised.
+
+    One that does without saying so is refused at its first guided step.
+    """
 
     def __post_init__(self) -> None:
         plain_fields(self)
