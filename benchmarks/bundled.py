@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from diffusers_guidance import samples
+from diffusers_guidance.pipelines.loading import load_whole
 
 NAMES = ("dpm-20-5", "dpm-20-7.5", "ddim-20-5", "dpm-50-5", "ddim-50-5")
 OUT = Path(__file__).parents[1] / "docs" / "results" / "policies"
@@ -22,7 +23,7 @@ class Bundled:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self.pipe = StableDiffusionPipeline.from_pretrained(samples.MODEL)
+        self.pipe = load_whole(StableDiffusionPipeline, samples.MODEL)
         self.pipe.set_progress_bar_config(disable=True)
         self.config = self.pipe.scheduler.config
 

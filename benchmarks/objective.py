@@ -210,7 +210,7 @@ def markdown(name: str, found: dict) -> str:
     return "\n\n".join(
         [
             f"# The objective of the search, {name}",
-            f"PSNR in dB to full guidance; 12 prompts. {found['calibration']}.",
+            f"Mean PSNR in dB to full guidance; 12 prompts. {found['calibration']}.",
             f"Rank correlation with PSNR over {len(random_rows['rows'])} random schedules:",
             table(correlations),
             "What the minimisers measure:",

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from diffusers_guidance.checks import is_number, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.spaces import Space
 
@@ -52,11 +53,12 @@ class Fit:
     per_channel: bool = False
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.regressors not in ("all", "recent"):
             raise ValueError(f'regressors={self.regressors!r}: "all" or "recent"')
         if self.target not in ("delta", "uncond"):
             raise ValueError(f'target={self.target!r}: "delta" or "uncond"')
-        if not self.ridge >= 0:
+        if not is_number(self.ridge, 0):
             raise ValueError(f"ridge={self.ridge!r}: 0 or a small positive number")
 
 

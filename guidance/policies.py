@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffusers_guidance import kernels
 from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
-from diffusers_guidance.checks import is_number, is_whole
+from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch
 
 Action = Literal["both", "conditional", "extrapolate", "neither"]
@@ -106,8 +106,11 @@ class Policy:
     calibration = None  # type: Calibration | None
     """What the policy is fitted to; a run of anything else is refused at its first step."""
 
+    def __post_init__(self) -> None:
+        plain_fields(self)
+
     def plan(self, step: Step, history: History) -> list[Decision]:
-        """One decision per sample for the coming step."""
+        """One decision per sample for the coming step; what is none is refused by `planned`."""
         raise NotImplementedError
 
     def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:
@@ -123,6 +126,35 @@ class Policy:
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         """(cond, uncond), (rows, ...) each, where `plan` said "neither"."""
         raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
+
+
+def planned(policy: Policy, step: Step, history: History) -> list[Decision]:
+    """What `policy.plan` says of the coming step, once it is a plan.
+
+    Raises:
+        TypeError: it is not a list of one `Decision` a sample.
+        ValueError: it has another length than the batch, or a decision is none that can be carried out.
+    """
+    plan, said = policy.plan(step, history), f"{type(policy).__name__}.plan, at step {step.index},"
+    if not isinstance(plan, list | tuple) or isinstance(plan, Decision):
+        raise TypeError(
+            f"{said} returned {plan!r}: wanted is a list of one Decision for each of {history.rows} samples"
+        )
+    if len(plan) != history.rows:
+        raise ValueError(f"{said} returned {len(plan)} decisions for a batch of {history.rows}: wanted is one a sample")
+    for row, each in enumerate(plan):
+        if not isinstance(each, Decision) or not isinstance(each.why, str):
+            raise TypeError(
+                f'{said} returned {each!r} for sample {row}: wanted is a Decision, as Decision("both", "why")'
+            )
+        if not isinstance(each.action, str) or each.action not in NFES:
+            raise ValueError(f"{said} decided {each.action!r} for sample {row}: one of {', '.join(NFES)} can be done")
+        if each.action == "neither" and type(policy).predict is Policy.predict:
+            raise ValueError(
+                f'{said} decided "neither" for sample {row}, but {type(policy).__name__} has no estimate of both '
+                "predictions: give it a method `predict`, or decide otherwise"
+            )
+    return list(plan)
 
 
 def _everyone(history: History, action: Action, why: str = "") -> list[Decision]:
@@ -158,6 +190,7 @@ class AdaptiveGuidance(Policy):
     needs_denoised = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (is_number(self.threshold, 0, 1) and self.threshold > 0):
             raise ValueError(f"threshold={self.threshold!r}: a number above 0, up to 1")
         if self.space not in ("denoised", "noise"):
@@ -204,6 +237,7 @@ class Interval(Policy):
     by: Literal["fraction", "sigma"] = "fraction"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by not in ("fraction", "sigma"):
             raise ValueError(f'by={self.by!r}: "fraction" or "sigma"')
         top = 1.0 if self.by == "fraction" else float("inf")
@@ -237,6 +271,7 @@ class StepAG(Policy):
     p: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (is_number(self.p, 0, 1) and self.p > 0):
             raise ValueError(f"p={self.p!r}: a share of the steps above 0, up to 1")
 
@@ -261,6 +296,7 @@ class Hold(Policy):
     last: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_whole(self.period, 1):
             raise ValueError(f"period={self.period!r}: a whole number from 1 up")
         if not is_whole(self.warmup, 1):
@@ -289,6 +325,7 @@ class Schedule(Policy):
     fit: Fit = DELTAS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "actions", tuple(self.actions))
         if not self.actions:
             raise ValueError(f"actions={self.actions!r}: one of {', '.join(NFES)} for each step, so one at least")
@@ -374,6 +411,7 @@ class LinearAG(Policy):
     fit: Fit = UNCONDS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_calibration(self.calibration)
         if self.actions is not None:
             object.__setattr__(self, "actions", Schedule(self.actions, self.calibration, self.fit).actions)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusers_guidance.checks import plain
+
 
 @dataclass
 class StepReport:
@@ -135,8 +137,10 @@ def to_list(values: Tensor) -> list[float | None]:
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    numbers = {name: plain(value) for name, value in fields.items()}
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in numbers.items()
     }
 
 

@@ -8,11 +8,15 @@ that returns the factors of X, c, d and m in the guided prediction. To add a rul
 your own module and write that method; everything else (spaces, momentum, policies, pipelines) follows.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from diffusers_guidance.checks import is_number, is_whole
+import torch
+
+from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.kernels import Coefficients, Gram
+from diffusers_guidance.kernels.reference import gram
 from diffusers_guidance.spaces import Space
 
 
@@ -33,9 +37,13 @@ class Rule:
     norm_dim = None  # type: tuple[int, ...] | None
     """The dimensions inner products run over; None: all but the batch."""
     needs_denoised = False
-    """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised."""
+    """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised.
+
+    One that does without saying so is refused at its first guided step.
+    """
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.guidance_scale is not None and not is_number(self.guidance_scale, 0):
             raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
 
@@ -146,6 +154,15 @@ class APG(Rule):
             raise ValueError(f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)")
         if self.reference_numel is not None and not is_whole(self.reference_numel, 1):
             raise ValueError(f"reference_numel={self.reference_numel!r}: a whole number above 0, or None")
+        if self.norm_dim is not None:
+            given = self.norm_dim
+            dims = tuple(given) if isinstance(given, list | tuple) else ()
+            if not dims or not all(is_whole(i) and i != 0 for i in dims) or len({*dims}) < len(dims):
+                raise ValueError(
+                    f"norm_dim={given!r}: one or more dimensions as whole numbers, such as (-3, -2, -1), each once and "
+                    "not the batch (0); or None for the whole sample"
+                )
+            object.__setattr__(self, "norm_dim", dims)
 
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
         if b == 0:  # no noise left: the prediction has no part in the denoised sample
@@ -282,6 +299,53 @@ class MagnitudeAware(Rule):
 
     def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
         return "magnitude_aware", (self.w, self.alpha)
+
+
+def settled(rule: Rule, guidance_scale: float, step: int = 0, space: Space | None = None) -> Rule:
+    """`rule.at(...)`, refused where it needs the denoised prediction without saying so: it would be given c for X.
+
+    Raises:
+        ValueError: its `needs_denoised` is False, but it has a momentum, or its coefficients look at X or m.
+    """
+    made = rule.at(guidance_scale, step, space)
+    if not rule.needs_denoised and (uses := _denoised_in(made)):
+        raise ValueError(f"{type(rule).__name__} {uses}, so its class must say `needs_denoised = True`")
+    return made
+
+
+_asks: dict[tuple[type, str], str] = {}
+"""What has been found out about rules: by class and settings, so that none is kept."""
+
+
+def _denoised_in(rule: Rule) -> str:
+    """What of a rule asks for the denoised prediction; empty if nothing does."""
+    if rule.momentum:
+        return f"has a momentum of {rule.momentum:g}, in denoised space"
+    known = type(rule), repr(rule)
+    if known not in _asks:
+        if len(_asks) > 255:
+            _asks.clear()
+        _asks[known] = _looked_at(rule)
+    return _asks[known]
+
+
+def _looked_at(rule: Rule) -> str:
+    """What its coefficients make of X and m, found by a Gram matrix with two sets of numbers for them."""
+    numbers = torch.arange(6 * 16 * 8, dtype=torch.float64).mul(1.7).sin().view(6, 16, 8)
+    X, c, d, m, other_X, other_m = numbers
+    try:
+        tried = [copy.deepcopy(rule) for _ in range(2)]  # which may keep count
+        made, other = (
+            [torch.as_tensor(k, dtype=torch.float64) for k in each.coefficients(gram(*vectors), -0.7)]
+            for each, vectors in zip(tried, ((X, c, d, m), (other_X, c, d, other_m)), strict=True)
+        )
+    except Exception:  # what does not go with such numbers, or cannot be copied, has its say at the real ones
+        return ""
+    for name, factor in (("X", made[0]), ("m", made[3])):
+        if (factor.nan_to_num() != 0).any():
+            return f"returns a factor of {name}, which is in denoised space"
+    same = all(torch.allclose(one, two, equal_nan=True) for one, two in zip(made, other, strict=True))
+    return "" if same else "looks at inner products with X or m, which are in denoised space"
 
 
 class Preset(NamedTuple):

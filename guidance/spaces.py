@@ -296,6 +296,21 @@ def _starts_step(s: Any, i: int) -> bool:
     return i % getattr(s, "order", 1) == 0
 
 
+def starts_step(scheduler: Any, index: int) -> bool:
+    """Whether the coming `scheduler.step`, at this place in its table, is the first stage of a step, as it will count.
+
+    Some count from where a run begins, which for image to image is the middle of the table.
+    """
+    if hasattr(scheduler, "plms_timesteps"):
+        return _starts_step(scheduler, scheduler.counter)
+    if hasattr(scheduler, "order_list"):
+        # A step has no more stages than there are outputs before this one, of which the last is at the end.
+        order, before = scheduler.order_list[index], scheduler.model_outputs[::-1]
+        return next((k for k in range(order - 1, 0, -1) if before[k - 1] is not None), 0) == 0
+    first = getattr(scheduler, "state_in_first_order", None)
+    return first if isinstance(first, bool) else _starts_step(scheduler, index)
+
+
 def _config(s: Any, key: str, default: Any = None) -> Any:
     return (getattr(s, "config", None) or {}).get(key, default)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusers_guidance.kernels import programs
 from diffusers_guidance.kernels.coefficients import COEFFICIENTS
+from diffusers_guidance.kernels.reference import dims_of
 
 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
     raise ImportError("named tuples in kernels need triton 3.3 or newer")
@@ -54,11 +55,7 @@ class Layout(NamedTuple):
 def layout_of(cond: Tensor, norm_dim: Sequence[int] | None = None) -> Layout:
     """The dense layout that follows `cond`'s own order of dimensions, where the kernels can walk it."""
     shape = tuple(cond.shape)
-    normed = set(range(1, cond.ndim)) if norm_dim is None else {i % cond.ndim for i in norm_dim}
-    if 0 in normed or not normed:
-        raise ValueError(
-            f"norm_dim={norm_dim}: dimensions of a {cond.ndim}-D prediction, at least one, not the batch (0)"
-        )
+    normed = set(dims_of(cond, norm_dim))
     group_dims = tuple(i for i in range(cond.ndim) if i not in normed)
     present = cond.stride()
     order = sorted(range(cond.ndim), key=lambda i: -present[i])

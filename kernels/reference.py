@@ -14,6 +14,7 @@ elementwise, where inner products of (sample, cond, uncond) would square it.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -61,18 +62,29 @@ class Rule(Protocol):
 
 def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] | None = None) -> Gram:
     """Inner products of the four vectors, each (B, ...), over `norm_dim` (default: all but the batch)."""
-    dim = tuple(range(1, X.ndim)) if norm_dim is None else tuple(i % X.ndim for i in norm_dim)
-    if 0 in dim or not dim:
-        raise ValueError(f"norm_dim={norm_dim}: dimensions of a {X.ndim}-D prediction, at least one, not the batch (0)")
+    dim = dims_of(X, norm_dim)
     vectors = (X, c, d, m)
     products = [(p * q).sum(dim, keepdim=True) for i, p in enumerate(vectors) for q in vectors[i:]]
     sums = [p.sum(dim, keepdim=True) for p in vectors]
     return Gram._make([*products, *sums, group_numel(X, norm_dim)])
 
 
-def group_numel(x: Tensor, norm_dim: tuple[int, ...] | None) -> int:
+def group_numel(x: Tensor, norm_dim: Sequence[int] | None) -> int:
     """How many numbers of `x`, (B, ...), make a group."""
-    return math.prod(x.shape[1:] if norm_dim is None else (x.shape[i] for i in norm_dim))
+    return math.prod([x.shape[i] for i in dims_of(x, norm_dim)])
+
+
+def dims_of(x: Tensor, norm_dim: Sequence[int] | None) -> tuple[int, ...]:
+    """The dimensions of `x`, (B, ...), that a group spans, counted from 0."""
+    if norm_dim is None:
+        return tuple(range(1, x.ndim))
+    dims = tuple(i + x.ndim if i < 0 else i for i in norm_dim)
+    if not dims or len({*dims}) < len(dims) or not all(0 < i < x.ndim for i in dims):
+        raise ValueError(
+            f"norm_dim={tuple(norm_dim)}: of a prediction of shape {tuple(x.shape)} it may have the dimensions 1 to "
+            f"{x.ndim - 1} (or {1 - x.ndim} to -1), at least one and each once; 0 is the batch"
+        )
+    return dims
 
 
 def finite_coefficients(rule: Rule, g: Gram, b: float) -> Coefficients:
@@ -144,7 +156,8 @@ def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
     working = torch.promote_types(history.dtype, torch.float32)
     factors = coefficients.to(history.device, working)
     if factors.ndim == 1:
-        return torch.tensordot(factors, history.to(working), dims=1).to(history.dtype)
+        with torch.autocast(history.device.type, enabled=False):  # which would take a product of matrices down
+            return torch.tensordot(factors, history.to(working), dims=1).to(history.dtype)
     factors = factors.reshape(*factors.shape[:1], 1, *factors.shape[1:], *[1] * (history.ndim - 3))
     return (factors * history.to(working)).sum(0).to(history.dtype)
 

@@ -172,12 +172,12 @@ def _sigmas(scheduler: Any, timestep: Any) -> tuple[float, float] | None:
 
 
 _seen = WeakIdKeyDictionary()
+"""By a tensor of sigmas: its version, and its numbers."""
 
 
 def _numbers(sigmas: Tensor) -> list[float]:
     """The tensor's numbers, fetched once: flow matching keeps them on the device, and reading one waits for it."""
-    version, numbers = _seen.get(sigmas, (None, []))
-    if version != sigmas._version:
-        numbers = sigmas.tolist()
-        _seen[sigmas] = (sigmas._version, numbers)
-    return numbers
+    current = None if sigmas.is_inference() else sigmas._version  # inference tensors do not count their changes
+    if sigmas not in _seen or _seen[sigmas][0] != current:
+        _seen[sigmas] = (current, sigmas.tolist())
+    return _seen[sigmas][1]

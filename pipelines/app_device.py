@@ -15,6 +15,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app_settings import BUNDLED
+from diffusers_guidance.pipelines.loading import MissingWeights, load_whole
 
 R = TypeVar("R")
 Tell = Callable[[Any], None]
@@ -114,12 +115,14 @@ class Models:
 
     def _load(self, name: str) -> DiffusionPipeline:
         if name == BUNDLED:
-            pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(
-                samples.MODEL, local_files_only=True, **self._dtype
+            pipe: Any = load_whole(
+                diffusers.StableDiffusionPipeline, samples.MODEL, local_files_only=True, **self._dtype
             )
         else:
             try:
                 pipe = _load_checked(name, **self._dtype)
+            except MissingWeights:
+                raise
             except Exception as error:
                 log.warning("the model %r could not be loaded", name, exc_info=True)
                 raise ValueError(
@@ -140,8 +143,8 @@ def _load_checked(name: str, **dtype: Any) -> DiffusionPipeline:
     foreign = [key for key, value in config.items() if isinstance(value, list | tuple) and not _is_known(*value)]
     if foreign or not isinstance(config["_class_name"], str):
         raise ValueError(f"not all of it is diffusers' or transformers' own: {foreign or config['_class_name']}")
-    return AutoPipelineForText2Image.from_pretrained(
-        source, use_safetensors=True, local_files_only=folder.is_dir(), **dtype
+    return load_whole(
+        AutoPipelineForText2Image, source, use_safetensors=True, local_files_only=folder.is_dir(), **dtype
     )
 
 

@@ -4,7 +4,6 @@ import base64
 import inspect
 import io
 import itertools
-import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from PIL import Image
 from diffusers_guidance.pipelines.app_settings import Grid
 from diffusers_guidance.pipelines.app_work import Frontier, Outcome, Progress, estimates
 from diffusers_guidance.pipelines.compare import Comparison, Result
+from diffusers_guidance.pipelines.fidelity import EQUAL
 from diffusers_guidance.pipelines.fonts import lettering
 from diffusers_guidance.pipelines.texts import counted
 from diffusers_guidance.policies import LinearAG
@@ -140,7 +140,9 @@ def frontier_html(frontier: Frontier) -> str:
         f"<td>{_decibels(p.psnr, p is full)}</td><td>{p.seconds:.2f}</td><td>{p.saturation:.3f}</td></tr>"
         for p in frontier.points
     )
-    heads = "".join(f"<th scope='col'>{h}</th>" for h in ("", "NFEs", "saved", "PSNR", "s / picture", "saturation"))
+    heads = "".join(
+        f"<th scope='col'>{h}</th>" for h in ("", "NFEs", "saved", "mean PSNR", "s / picture", "saturation")
+    )
     plot = _svg(frontier_plot(frontier), "Fidelity to full CFG against network evaluations, by policy.")
     table = _table('class="dg-table"', heads, rows)
     return _figure(plot, "Up and to the left is better: nearer to full CFG for fewer network evaluations.") + table
@@ -155,7 +157,7 @@ def _table(attributes: str, head: str, body: str) -> str:
 
 
 def _is_known(psnr: float | None) -> bool:
-    return psnr is not None and math.isfinite(psnr)
+    return psnr is not None and psnr < EQUAL
 
 
 def _decibels(psnr: float | None, is_reference: bool) -> str:

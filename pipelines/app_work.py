@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -251,7 +250,7 @@ class Point:
     nfe: float
     """Per picture."""
     psnr: float | None
-    """dB; infinite where the pictures are the same, None for full CFG itself."""
+    """Mean over pictures in dB, `EQUAL` where they are the same; None for full CFG itself."""
     seconds: float
     """Per picture."""
     saturation: float
@@ -266,14 +265,8 @@ class Frontier:
     points: list[Point] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; an infinite PSNR is None."""
-        points = [asdict(point) | {"psnr": finite(point.psnr)} for point in self.points]
-        return {"settings": asdict(self.trial), "points": points}
-
-
-def finite(number: float | None) -> float | None:
-    """The number, None where it is not one."""
-    return number if number is not None and math.isfinite(number) else None
+        """As plain JSON types."""
+        return {"settings": asdict(self.trial), "points": [asdict(point) for point in self.points]}
 
 
 def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, str, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.arguments import by_name, parameters, with_argument
@@ -168,7 +168,12 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
             scheduler's cannot be turned into them.
     """
     if not isinstance(pipe, DiffusionPipeline):
-        raise TypeError(f"pipe is a {type(pipe).__name__}: attach takes a diffusers pipeline (DiffusionPipeline)")
+        instead = (
+            "a modular one takes its rule and policy as a guider, pipe.update_components(guider=Guider(rule, policy))"
+            if isinstance(pipe, ModularPipeline)
+            else "attach takes a diffusers pipeline (DiffusionPipeline)"
+        )
+        raise TypeError(f"pipe is a {type(pipe).__name__}: {instead}")
     handle = Handle(pipe, DEFAULT_RULE if rule is None else rule, DEFAULT_POLICY if policy is None else policy)
     detach(pipe)
     catch_call(pipe, handle._run)

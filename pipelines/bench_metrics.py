@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.bench_suite import Suite
 from diffusers_guidance.pipelines.fidelity import _lpips, psnr, ssim
+from diffusers_guidance.pipelines.loading import load_whole
 
 Record = dict[str, Any]
 RESAMPLINGS = 2000
@@ -38,7 +39,12 @@ class Measure:
 
 
 MEASURES = (
-    Measure("psnr", "PSNR, dB", "peak signal to noise ratio to full CFG of the same scale, prompt and seed", "{:.1f}"),
+    Measure(
+        "psnr",
+        "PSNR, dB",
+        "peak signal to noise ratio to full CFG of the same scale, prompt and seed, the mean of the pictures' dB",
+        "{:.1f}",
+    ),
     Measure("ssim", "SSIM", "structural similarity to the same"),
     Measure("lpips", "LPIPS", "perceptual distance to the same (AlexNet)"),
     Measure("saturation", "saturation", "mean HSV saturation, 0 to 1"),
@@ -179,7 +185,7 @@ def clip_scorer() -> Callable[[Tensor, Sequence[str]], Tensor]:
     """
     from transformers import CLIPModel, CLIPProcessor
 
-    model = CLIPModel.from_pretrained(CLIP, local_files_only=True, use_safetensors=True).eval()
+    model = load_whole(CLIPModel, CLIP, local_files_only=True, use_safetensors=True).eval()
     processor = CLIPProcessor.from_pretrained(CLIP, local_files_only=True)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_guidance.calibration import Calibration, Moments, gains
+from diffusers_guidance.checks import is_number, is_whole, plain
 from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
 from diffusers_guidance.pipelines.attach import borrowed
 from diffusers_guidance.pipelines.fingerprint import module_fingerprint, scheduler_fingerprint, setting
@@ -84,11 +85,26 @@ def calibrate(
     prompts, negative_prompts = prompts_of(prompts), prompts_of(negative_prompts)
     if not prompts or not negative_prompts:
         raise ValueError("prompts and negative_prompts: at least one of each (the empty one counts)")
+    trajectories, batch_size, num_inference_steps = plain([trajectories, batch_size, num_inference_steps])
+    for name, value in (
+        ("trajectories", trajectories),
+        ("batch_size", batch_size),
+        ("num_inference_steps", num_inference_steps),
+    ):
+        if not is_whole(value, 1):
+            raise ValueError(f"{name}={value!r}: a whole number from 1 up")
+    guidance_scale, seed, per_channel, share = plain([guidance_scale, seed, per_channel, tuple(share)])
+    if not is_number(guidance_scale, 0):
+        raise ValueError(f"guidance_scale={guidance_scale!r}: a number from 0 up")
+    if not is_whole(seed):
+        raise ValueError(f"seed={seed!r}: a whole number")
+    if not isinstance(per_channel, bool):
+        raise ValueError(f"per_channel={per_channel!r}: True or False")
+    if len(share) != 2 or not all(is_whole(each, 0) for each in share) or not share[0] < share[1]:
+        raise ValueError(f"share={share!r}: (k, n), whole numbers with 0 <= k < n")
+    if path is not None and Path(path).is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder: the calibration's file is wanted")
     k, n = share
-    if trajectories < 1 or batch_size < 1 or not 0 <= k < n:
-        raise ValueError(
-            f"trajectories={trajectories}, batch_size={batch_size}: 1 or more; share={share}: (k, n) with 0 <= k < n"
-        )
     plan = _plan(prompts, negative_prompts, seed, num_inference_steps, guidance_scale, per_channel, arguments)
     numbers = list(range(k, trajectories, n))
     turn = math.lcm(len(prompts), len(negative_prompts))
@@ -124,6 +140,7 @@ def _plan(
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """What all trajectories have in common, in plain values."""
+    steps, guidance_scale, seed, per_channel = plain([steps, guidance_scale, seed, per_channel])
     return {
         "prompts": hashlib.sha256(repr([*prompts, "", *negative_prompts]).encode()).hexdigest()[:16],
         "seed": seed,

@@ -1,12 +1,17 @@
 """Where in its scheduler's table of steps a run is, and with it the space of the coming prediction."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedScheduler
-from diffusers_guidance.spaces import Space, spaces
+from diffusers_guidance.spaces import Space, spaces, starts_step
+
+_HALVES = (torch.float16, torch.bfloat16)
+_ROUNDINGS = (torch.float32, *_HALVES)
+"""What timesteps may have been rounded to, the finest first."""
 
 
 class Clock:
@@ -46,6 +51,8 @@ class Clock:
         self.went_back = known and self._index <= before
         self.timestep = self._values[self._index] if known else None
         self.space = self._table[self._index] if known and self._table is not None else None
+        if self.space is not None and (starts := starts_step(scheduler, self._index)) != self.space.new_step:
+            self.space = self._as_counted(scheduler, self.space, starts)
         if self.count == 0:
             self.begin = max(self._index, 0)
             self.count = self.steps + len(self._values) - self.begin
@@ -82,6 +89,16 @@ class Clock:
         self._timesteps = made
         return True
 
+    def _as_counted(self, scheduler: Any, space: Space, starts: bool) -> Space | None:
+        """A space where the scheduler's own count of stages is another than the table's."""
+        if not hasattr(scheduler, "state_in_first_order"):
+            return replace(space, new_step=starts)
+        self.error = UnsupportedScheduler(  # whose stages have noise levels of their own
+            f"this run of {type(scheduler).__name__} began between the two stages of a step, at timestep "
+            f"{self.timestep:g}, so what its predictions mean is not known: begin at an even place in its timesteps"
+        )
+        return None
+
     def _read(self, scheduler: Any) -> None:
         if self._scheduler is not None:  # another loop
             self.steps = 0
@@ -95,18 +112,29 @@ class Clock:
             self._table, self.error = None, error
 
     def _search(self, timestep: Any) -> int:
-        """The table's next entry if it is this timestep, else the first later one, else the first at all."""
+        """The table's next entry if it is this timestep, else the first later one, else the first at all.
+
+        A loop may have rounded its timesteps to the dtype of its sample.
+        """
         if isinstance(timestep, Tensor) and (place := self._place(timestep)) is not None:
             return place
         values = set(torch.as_tensor(timestep).flatten().tolist()) if timestep is not None else set()
         if len(values) != 1:  # a batch may come with one each, but they must be the same
             return -1
         (value,) = values
-        following = self._index + 1
-        for candidates in (self._values[following:], self._values):
-            if value in candidates:
-                return candidates.index(value) + (following if candidates is not self._values else 0)
+        dtype = torch.as_tensor(timestep).dtype
+        roundings = (dtype,) if dtype in _HALVES else (None, *_ROUNDINGS) if dtype.is_floating_point else (None,)
+        tables = [self._rounded(each) for each in roundings]
+        for start in (self._index + 1, 0):
+            for table in tables:
+                if value in table[start:]:
+                    return table.index(value, start)
         return -1
+
+    def _rounded(self, dtype: torch.dtype | None) -> list[float]:
+        """The table's timesteps, as they are after a way through `dtype`."""
+        exact = torch.tensor(self._values, dtype=torch.float64)
+        return self._values if dtype is None else exact.to(dtype).tolist()
 
     def _place(self, timestep: Tensor) -> int | None:
         """Where in the table `timestep` is, if it is a piece of it, as loops take it; its value stays on its device."""

@@ -237,6 +237,7 @@ def _print_comparison(comparison: Comparison) -> None:
             "" if psnr is None else f"{psnr:.1f} dB",
         )
     Console().print(table)
+    typer.echo("PSNR: the mean of the pictures' dB.")
 
 
 def _print_schedule(schedule: Schedule) -> None:

@@ -4,7 +4,6 @@ import functools
 import inspect
 import io
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +17,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffusers_guidance.checks import plain
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
+from diffusers_guidance.pipelines.fidelity import psnr
 from diffusers_guidance.pipelines.sizes import sized
 from diffusers_guidance.pipelines.texts import prompts_of
 from diffusers_guidance.policies import EveryStep, Policy
@@ -107,21 +108,20 @@ class Comparison:
         return None if found is result else found
 
     def psnr(self, result: Result) -> float | None:
-        """dB between a column and its reference over all pictures together; infinite where they are equal."""
+        """dB between a column's pictures and its reference's, the mean over pictures."""
         reference = self.reference(result)
         if reference is None:
             return None
         pairs = zip(result.pictures, reference.pictures, strict=True)
-        error = np.mean([np.mean((_floats(a) - _floats(b)) ** 2) for a, b in pairs])
-        return math.inf if error == 0 else float(-10 * np.log10(error))
+        return float(torch.cat([psnr(_tensor(a), _tensor(b)) for a, b in pairs]).mean())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain JSON types. An infinite PSNR is None beside a reference."""
+        """Everything but the pictures, as plain JSON types."""
         names = ("model", "pipeline", "scheduler", "device", "dtype", "prompts", "seeds", "steps", "negative")
         packages = ("diffusers-guidance", "diffusers", "transformers", "torch")
         columns = []
         for result in self.results:
-            reference, psnr = self.reference(result), self.psnr(result)
+            reference = self.reference(result)
             columns.append(
                 {
                     "name": result.name,
@@ -135,7 +135,7 @@ class Comparison:
                     "seconds_per_picture": result.seconds_per_picture,
                     "saturation": result.saturation,
                     "reference": reference.name if reference else None,
-                    "psnr": psnr if psnr is not None and math.isfinite(psnr) else None,
+                    "psnr": self.psnr(result),
                     "reports": [report.to_dict() for report in result.reports],
                 }
             )
@@ -169,8 +169,9 @@ class Comparison:
         return [folder / name for name in contents]
 
 
-def _floats(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+def _tensor(picture: Image.Image) -> torch.Tensor:
+    """(1, H, W, 3) from 0 to 1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float64) / 255)[None]
 
 
 # The run
@@ -201,7 +202,8 @@ def compare(
         warm_up: whether two untimed steps are run first, so that the first column is not charged for starting up.
         arguments: passed on to the pipeline's call, such as `height=512`.
     """
-    prompts = prompts_of(prompts)
+    prompts, seeds = prompts_of(prompts), plain(list(seeds))
+    steps, guidance_scale, batch = plain([steps, guidance_scale, batch])
     wanted = [Column.parse(column) if isinstance(column, str) else column for column in columns]
     if not prompts or not seeds or not wanted:
         raise ValueError("nothing to compare: there must be at least one prompt, one seed and one column")
@@ -217,7 +219,7 @@ def compare(
             _generate(pipe, batches[0], 2, arguments)
     results: list[Result] = []
     for column in wanted:
-        scale = guidance_scale if column.guidance_scale is None else column.guidance_scale
+        scale = guidance_scale if column.guidance_scale is None else plain(column.guidance_scale)
         with attach(pipe, column.rule, column.policy) as handle:
             handle.rule = replace(handle.rule, guidance_scale=scale)
             result = Result(column.name, handle.rule, handle.policy, scale, is_default=column.rule is None)

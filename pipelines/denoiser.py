@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusers_guidance.pipelines import rows as batch
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.formula import Formula, exact
-from diffusers_guidance.policies import Decision, History, Policy, Step
+from diffusers_guidance.policies import Decision, History, Policy, Step, planned
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Denoiser:
         """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
         self.end_step()
         if self.formula is not None and self.history is not None:
-            plan = policy.plan(step, self.history)
+            plan = planned(policy, step, self.history)
             estimated = ("extrapolate", "neither") if self.puts_out_more else ()
             self.decisions = [Decision("both") if each.action in estimated else each for each in plan]
 

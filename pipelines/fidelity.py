@@ -12,6 +12,9 @@ from diffusers_guidance.pipelines.texts import negatives_of, prompts_of
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.rules import CFG
 
+EQUAL = 100.0
+"""dB of a picture that is its reference: what would be infinite has no part in a mean."""
+
 
 class Score(NamedTuple):
     """Means over pictures; PSNR in dB, SSIM and LPIPS to full guidance, NFEs of one sample."""
@@ -85,9 +88,12 @@ class Fidelity:
 
 
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """(N,) peak signal to noise ratio in dB of pictures (N, C, H, W) from 0 to 1; at most 100, for equal ones."""
+    """(N,) peak signal to noise ratio in dB of pictures (N, C, H, W) from 0 to 1; at most `EQUAL`.
+
+    That of several pictures is the mean of these, everywhere: one that differs much does not drown the others.
+    """
     error = (pictures - reference).square().flatten(1).mean(1)
-    return -10 * error.clamp(min=1e-10).log10()
+    return -10 * error.clamp(min=10 ** (-EQUAL / 10)).log10()
 
 
 def ssim(pictures: Tensor, reference: Tensor) -> Tensor:

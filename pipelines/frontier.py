@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.checks import plain
 from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.pipelines.calibrate import Progress
 from diffusers_guidance.pipelines.fidelity import Fidelity
@@ -94,6 +95,7 @@ def frontier(
     """
     if nfes is None:
         nfes = [round(2 * calibration.steps * share) for share in (0.25, 0.375, 0.5, 0.575, 0.625, 0.675, 0.75, 0.875)]
+    seeds, nfes = plain([list(seeds), list(nfes)])  # what is written is of plain numbers
     planned = _plan(pipe, calibration, search_prompts, sorted({*nfes}), stops, refine, nas)
     plan = list({row.label: row for row in planned}.values())  # two budgets may come to the same row
     about = _about(calibration, prompts, seeds, lpips)
@@ -187,7 +189,7 @@ def cheapest(rows: Sequence[Row], psnr: float) -> Row | None:
 def table(rows: Sequence[Row]) -> str:
     """All rows in Markdown, the cheapest first."""
     perceived = any(row.lpips is not None for row in rows)
-    lines = ["| NFEs | PSNR, dB | SSIM |" + " LPIPS |" * perceived + " policies | |"]
+    lines = ["| NFEs | mean PSNR, dB | SSIM |" + " LPIPS |" * perceived + " policies | |"]
     lines.append("|---:|---:|---:|" + "---:|" * perceived + "---|---|")
     for row in sorted(rows, key=lambda row: (row.nfe, -row.psnr)):
         cells = [f"{row.nfe:.2f}".removesuffix(".00"), f"{row.psnr:.2f}", f"{row.ssim:.4f}"]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers_guidance.checks import is_whole
+from diffusers_guidance.checks import is_whole, plain
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach import attach
 from diffusers_guidance.pipelines.bench_cells import environment
@@ -118,7 +118,7 @@ def generate(
         ValueError: files in `out` have the ids of these jobs, but were made otherwise.
     """
     parsed = Column.parse(column) if isinstance(column, str) else column
-    scale = guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale
+    steps, scale = plain([steps, guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale])
     made_with = {"model": fingerprint(model), "column": parsed.name, "scheduler": scheduler, "steps": steps,
                  "guidance_scale": scale, "dtype": dtype}  # fmt: skip
     if parsed.policy is not None and parsed.policy.calibration is not None:

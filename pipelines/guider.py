@@ -19,15 +19,15 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from diffusers_guidance import kernels
-from diffusers_guidance.checks import is_number
+from diffusers_guidance.checks import is_number, plain
 from diffusers_guidance.errors import CalibrationMismatch, GuidanceError, UnsupportedPipeline
 from diffusers_guidance.pipelines.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.fingerprint import setting
 from diffusers_guidance.pipelines.rows import pick
-from diffusers_guidance.policies import Decision, History, Policy, Step
+from diffusers_guidance.policies import Decision, History, Policy, Step, planned
 from diffusers_guidance.report import Report, StepReport, to_list
-from diffusers_guidance.rules import Rule
+from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.spaces import Space
 
 
@@ -62,6 +62,7 @@ class Guider(BaseGuidance):
         guidance_scale: float = 7.5,
         enabled: bool = True,
     ):
+        guidance_scale = plain(guidance_scale)
         if not is_number(guidance_scale, 0):
             raise ValueError(f"guidance_scale={guidance_scale!r}: a number from 0 up")
         super().__init__(enabled=enabled)
@@ -200,7 +201,7 @@ class Guider(BaseGuidance):
     def _planned(self, history: History) -> list[Decision]:
         """The policy's plan for the step; a loop evaluates something at every step, so "neither" becomes "both"."""
         assert self._run is not None
-        plan = self._run.policy.plan(self._coming_step(), history)
+        plan = planned(self._run.policy, self._coming_step(), history)
         return [Decision("both", why) if action == "neither" else Decision(action, why) for action, why in plan]
 
     def _settled_plan(self, run: "_Run", c: Tensor, evaluated: bool) -> list[Decision]:
@@ -263,7 +264,7 @@ class Guider(BaseGuidance):
             return pick(unguided, c, u + self._w * (c - u))
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         sample = c if x is None or space is None else x
-        g, carried = kernels.guide(sample, c, u, run.momentum, a, b, run.rule.at(self._w, step.index, space))
+        g, carried = kernels.guide(sample, c, u, run.momentum, a, b, settled(run.rule, self._w, step.index, space))
         if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
             before = torch.zeros_like(carried) if run.momentum is None else run.momentum
             run.momentum = pick(unguided, before, carried)

@@ -46,9 +46,9 @@ from diffusers_guidance.pipelines.formula import (
 )
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_method, is_inherited
 from diffusers_guidance.pipelines.rows import pick
-from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
+from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, planned
 from diffusers_guidance.report import Report, StepReport, to_list
-from diffusers_guidance.rules import Rule
+from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.spaces import Space
 
 _STEP = ("model_output", "timestep", "sample")
@@ -413,7 +413,7 @@ class Run:
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
             assert denoiser.formula is not None
             assert denoiser.history is not None
-            denoiser.decisions = self.policy.plan(self._step_of(denoiser, now=True), denoiser.history)
+            denoiser.decisions = planned(self.policy, self._step_of(denoiser, now=True), denoiser.history)
             evaluated = [True] * denoiser.formula.rows
         else:
             evaluated = denoiser.evaluates
@@ -444,7 +444,7 @@ class Run:
                 return output
             guided = pick(stray, formula.finished(c, c, self._around(sample)), formula.view.working(output))
         else:
-            rule = self.rule.at(w, self._clock.steps - 1, space)
+            rule = settled(self.rule, w, self._clock.steps - 1, space)
             fused = fuse() if space is not None and formula.is_direct and not any(unguided) else None
             before = denoiser.momentum
 

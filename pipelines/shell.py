@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.files import read_text
+from diffusers_guidance.pipelines.loading import load_whole
 from diffusers_guidance.pipelines.solvers import scheduler_of
 
 MODEL = str(samples.MODEL)
@@ -71,7 +72,8 @@ def load(model: str, scheduler: str | None, device: str | None, dtype: str | Non
     torch_dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # each warns of the other
     try:
-        pipe = DiffusionPipeline.from_pretrained(
+        pipe = load_whole(
+            DiffusionPipeline,
             folder if folder.is_dir() else model,
             **{name: torch_dtype},
             local_files_only=folder.is_dir(),

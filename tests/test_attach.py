@@ -418,3 +418,11 @@ def test_the_schedulers_step_can_be_fused_with_the_rule(name):
         assert not steps.outputs, "the scheduler's own step was called"
         assert handle.report.nfe == nfe
     assert conformance.relative(fused, apart) < 1e-5
+
+
+def test_a_modular_pipeline_is_sent_to_guider():
+    from diffusers import ModularPipeline
+
+    modular = object.__new__(ModularPipeline)
+    with pytest.raises(TypeError, match=r"pipe is a ModularPipeline.*guider=Guider\(rule, policy\)"):
+        attach(modular)

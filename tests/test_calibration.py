@@ -268,6 +268,40 @@ def test_interrupted_it_goes_on_where_it_stopped(pipe, tmp_path):
         calibration_of(changed, path=path)
 
 
+def test_numbers_of_numpy_and_torch_are_saved_as_plain_ones(pipe, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    whole = {"num_inference_steps": STEPS, "trajectories": 2, "seed": 3, "batch_size": 2, "share": (0, 1)}
+    plain = calibration_of(pipe, **whole, path=path)
+    for of in (np.int64, np.array, torch.tensor):
+        found = calibration_of(
+            pipe, **{name: (of(0), of(1)) if name == "share" else of(value) for name, value in whole.items()},
+            guidance_scale=np.float32(SCALE), per_channel=np.bool_(False), path=path,
+        )  # fmt: skip
+        assert found.setting == plain.setting and found.digest == plain.digest
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: a whole number"),
+        ({"num_inference_steps": torch.tensor([4])}, "num_inference_steps=tensor"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"guidance_scale": "5"}, "guidance_scale='5'"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"per_channel": "yes"}, "per_channel='yes'"),
+        ({"trajectories": 0}, "trajectories=0"),
+        ({"batch_size": "2"}, "batch_size='2'"),
+        ({"share": (2, 2)}, r"share=\(2, 2\)"),
+        ({"share": (0, 1, 2)}, r"share=\(0, 1, 2\)"),
+        ({"path": ""}, "is a folder"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_a_run_is_made(pipe, given, match):
+    with counting(pipe.unet) as count, pytest.raises(ValueError, match=match):
+        calibration_of(pipe, **given)
+    assert not count.rows
+
+
 def test_ray_workers_make_the_same(pipe, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'diffusers-guidance[ray]'")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

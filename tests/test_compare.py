@@ -30,7 +30,8 @@ from diffusers_guidance import (
 )
 from diffusers_guidance.pipelines import cli, spread
 from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
-from diffusers_guidance.pipelines.compare import Comparison, Result, _generate, compare
+from diffusers_guidance.pipelines.compare import Comparison, Result, _generate, _tensor, compare
+from diffusers_guidance.pipelines.fidelity import EQUAL, psnr
 from diffusers_guidance.pipelines.fonts import font_for, lettering, own_font
 from diffusers_guidance.pipelines.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
 from diffusers_guidance.report import Report, StepReport
@@ -147,7 +148,7 @@ def test_short():
     assert short(Schedule(["both"] * 40)) == "Schedule of 80 NFEs"
     assert short(LinearAG()) == "LinearAG, held"
     assert short(LinearAG(Calibration.load(CALIBRATIONS / "dpm-20-5.safetensors"))) == "LinearAG"
-    assert short(APG(7.0, norm_threshold=5, norm_dim=())) == "APG(norm_threshold=5, norm_dim=())"
+    assert short(APG(7.0, norm_threshold=5, norm_dim=(1,))) == "APG(norm_threshold=5, norm_dim=(1,))"
 
 
 # The run
@@ -213,6 +214,17 @@ def test_calibrated_columns_run_and_come_closer_for_their_cost(tmp_path):
     full, held, fitted, found = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["columns"]
     assert (full["nfe"], held["nfe"], fitted["nfe"], found["nfe"]) == (40, 25, 25, 25)
     assert held["psnr"] != fitted["psnr"] and max(held["psnr"], fitted["psnr"]) + 3 < found["psnr"]
+
+
+def test_numbers_of_numpy_and_torch_are_written_as_plain_ones(pipe):
+    column = Column("CFG", CFG(), EveryStep(), np.float32(4))
+    made = compare(
+        pipe, PAIR, [column, "Hold"], seeds=np.arange(1), steps=np.int64(2), guidance_scale=torch.tensor(5.0),
+        batch=np.int64(2), warm_up=False,
+    )  # fmt: skip
+    text = json.dumps(made.to_dict(), allow_nan=False)
+    assert json.loads(text)["steps"] == 2 and json.loads(text)["seeds"] == [0]
+    assert [column["guidance_scale"] for column in json.loads(text)["columns"]] == [4, 5]
 
 
 def test_cfg_is_the_pipeline_itself(pipe):
@@ -423,14 +435,25 @@ def test_saturation_and_psnr():
     assert result("grey", (90, 90, 90)).saturation == 0
     both = comparison(plain, same, near)
     assert both.psnr(plain) is None
-    assert both.psnr(same) == math.inf
+    assert both.psnr(same) == EQUAL
     assert both.psnr(near) == pytest.approx(10 * math.log10(3 * (255 / 25) ** 2))
     columns = both.to_dict()["columns"]
-    assert [column["psnr"] for column in columns] == [None, None, both.psnr(near)]
+    assert [column["psnr"] for column in columns] == [None, EQUAL, both.psnr(near)]
     assert [column["reference"] for column in columns] == [None, "CFG", "CFG"]
     assert comparison(near).psnr(near) is None
     rescaled = result("rescaled", (255, 0, 0), rule=CFG(5.0, rescale=0.7))
     assert comparison(rescaled, near).psnr(near) is None
+
+
+def test_psnr_of_several_pictures_is_the_mean_of_their_dB():
+    colours = [(250, 0, 0), (155, 0, 0), (255, 0, 0)]
+    plain, other = result("CFG", (255, 0, 0), count=3), result("Hold", (0, 0, 0), policy=Hold())
+    other.pictures = [Image.new("RGB", (96, 96), colour) for colour in colours]
+    each = [10 * math.log10(3 * (255 / off) ** 2) for off in (5, 100)]
+    assert comparison(plain, other).psnr(other) == pytest.approx((sum(each) + EQUAL) / 3)
+    # What frontiers and benchmarks call so, of the same pictures.
+    tensors = [torch.stack([_tensor(p)[0] for p in r.pictures]) for r in (other, plain)]
+    assert comparison(plain, other).psnr(other) == pytest.approx(float(psnr(*tensors).mean()))
 
 
 @pytest.mark.parametrize(

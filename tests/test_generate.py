@@ -5,8 +5,8 @@ import os
 import signal
 from collections import Counter
 
+import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,20 +23,18 @@ from diffusers_guidance.pipelines.spread import cluster, pipeline, spread
 MODEL = str(samples.MODEL)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as Ray's workers have, so that pictures agree bit for bit
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def two_workers():
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+def assert_same_picture(one, other):
+    """But for rounding, which goes by how many threads a process has: by two of 255 levels at most."""
+    first, second = (np.asarray(Image.open(file), dtype=int) for file in (one, other))
+    assert first.shape == second.shape and np.abs(first - second).max() <= 2
 
 
 def jobs_file(tmp_path, *lines):
@@ -192,7 +190,7 @@ def test_a_killed_worker_costs_its_own_cell_a_retry_and_nothing_else(two_workers
             other = by_key.pop(line["key"])
             assert other["nfe"] == line["nfe"]
             for name in line["pictures"]:
-                assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
+                assert_same_picture(tmp_path / "here" / name, tmp_path / "ray" / name)
     assert not by_key
 
 
@@ -202,7 +200,7 @@ def test_generate_on_ray_makes_the_same_pictures(two_workers, tmp_path):
         made = generate(jobs, tmp_path / folder, "Hold", model=MODEL, steps=3, batch=1, on_ray=on_ray)
         assert made == (3, 0)
     for job in jobs:
-        assert (tmp_path / "here" / f"{job.id}.png").read_bytes() == (tmp_path / "ray" / f"{job.id}.png").read_bytes()
+        assert_same_picture(tmp_path / "here" / f"{job.id}.png", tmp_path / "ray" / f"{job.id}.png")
 
 
 def test_what_the_work_raises_ends_it_and_the_cluster_in_use_stays(two_workers):

@@ -11,9 +11,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from tiny import PIPELINES, run
 
-from diffusers_guidance import kernels
-from diffusers_guidance.kernels.schedulers import fused_step, use_fused_steps
+from diffusers_guidance import EveryStep, attach, kernels
+from diffusers_guidance.kernels.schedulers import _numbers, fused_step, use_fused_steps
 from diffusers_guidance.rules import APG, CFG
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -150,3 +151,36 @@ def test_sigmas_are_fetched_once_and_again_when_they_change():
         assert fused_step(f, c, f.timesteps[0], x).update == first
         f.sigmas[1] = 0.25
         assert fused_step(f, c, f.timesteps[0], x).update.next[1] == 0.25 - f.sigmas[0].item()
+
+
+@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, DDIMScheduler])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_in_inference_mode_it_is_the_same_picture(cls, mode):
+    entry = PIPELINES["WanPipeline" if cls is FlowMatchEulerDiscreteScheduler else "StableDiffusionPipeline"]
+    pipe = entry.build()
+    pipe.scheduler = cls() if cls is FlowMatchEulerDiscreteScheduler else cls.from_config(pipe.scheduler.config)
+    found = []
+    for block in (torch.enable_grad, mode, mode):
+        with attach(pipe, APG(), EveryStep()), use_fused_steps(True), block():
+            found.append(run(pipe, entry, 4, batch=2))
+    with attach(pipe, APG(), EveryStep()), use_fused_steps(False), mode():
+        apart = run(pipe, entry, 4, batch=2)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert rms(found[1], apart) < 1e-5
+
+
+def test_numbers_of_an_inference_tensor_are_those_of_this_tensor():
+    with torch.inference_mode():
+        first, second = torch.tensor([2.0, 1.0]), torch.tensor([3.0, 1.0])
+    counted = torch.tensor([2.0, 1.0])
+    assert _numbers(first) == _numbers(first) == _numbers(counted) == [2, 1] and _numbers(second) == [3, 1]
+    counted[0] = 5
+    assert _numbers(counted) == [5, 1]
+
+
+def test_autocast_leaves_estimates_in_full_precision():
+    history = torch.randn(5, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    factors = torch.linspace(-1, 1, 5)
+    expected = kernels.extrapolate(history, factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernels.extrapolate(history, factors), expected)

@@ -1,19 +1,31 @@
 """Policies by themselves: what they plan from a history, what they estimate, and values that are refused."""
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from tiny import PIPELINES, run
 
 from diffusers_guidance import (
+    CFG,
     AdaptiveGuidance,
+    Decision,
     EveryStep,
+    Fit,
     History,
     Hold,
     Interval,
     LinearAG,
+    Policy,
     Schedule,
     Step,
     StepAG,
+    attach,
 )
+from diffusers_guidance.pipelines.guider import Guider
+from diffusers_guidance.policies import planned
 
 NAN = float("nan")
 
@@ -116,3 +128,91 @@ def test_the_held_difference_is_held_as_a_velocity():
 def test_bad_values_are_refused_by_name(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+# What is no plan, and numbers of numpy and torch
+
+
+@dataclass(frozen=True)
+class Says(Policy):
+    """Returns something else than a plan from the second step on."""
+
+    answer: Any = None
+
+    def plan(self, step, history):
+        return EveryStep().plan(step, history) if step.index == 0 else self.answer
+
+
+NO_PLANS = [
+    ([Decision("cond")] * 2, ValueError, "decided 'cond' for sample 0: one of both, conditional, extrapolate, neither"),
+    ([Decision("both"), Decision("extrapolat")], ValueError, "decided 'extrapolat' for sample 1"),
+    ([Decision(None)] * 2, ValueError, "decided None"),
+    ([Decision(["both"])] * 2, ValueError, r"decided \['both'\]"),
+    ([Decision("both")], ValueError, "returned 1 decisions for a batch of 2"),
+    ([Decision("both")] * 4, ValueError, "returned 4 decisions for a batch of 2"),
+    ([], ValueError, "returned 0 decisions"),
+    (["both", "both"], TypeError, "returned 'both' for sample 0"),
+    ([("both", ""), ("both", "")], TypeError, r"returned \('both', ''\) for sample 0"),
+    ([Decision("both", None)] * 2, TypeError, "for sample 0: wanted is a Decision"),
+    ("both", TypeError, "returned 'both': wanted is a list of one Decision for each of 2 samples"),
+    (Decision("both"), TypeError, "wanted is a list of one Decision for each of 2"),
+    (None, TypeError, "returned None"),
+    ({0: Decision("both")}, TypeError, "wanted is a list of one Decision"),
+    ([Decision("neither")] * 2, ValueError, "Says has no estimate of both predictions"),
+]
+
+
+@pytest.mark.parametrize(("answer", "error", "match"), NO_PLANS)
+def test_what_is_no_plan_is_refused(answer, error, match):
+    with pytest.raises(error, match=rf"Says.plan, at step 3, .*{match}"):
+        planned(Says(answer), Step(3, 5, None), History(2))
+
+
+def test_a_tuple_is_a_plan():
+    plan = (Decision("both"), Decision("conditional", "why"))
+    assert planned(Says(plan), Step(1, 5, None), History(2)) == list(plan)
+
+
+@pytest.mark.parametrize(
+    "answer", [[Decision("cond")] * 2, [Decision("extrapolat")] * 2, [Decision("both")], ["both"] * 2]
+)
+def test_a_pipeline_stops_at_what_is_no_plan(answer):
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    plain = run(pipe, entry, 3, batch=2)
+    with attach(pipe, policy=Says(answer)), pytest.raises((TypeError, ValueError), match=r"Says.plan, at step 1,"):
+        run(pipe, entry, 3, batch=2)
+    assert torch.equal(run(pipe, entry, 3, batch=2), plain)
+
+
+def test_a_guider_stops_at_what_is_no_plan():
+    guider, x = Guider(CFG(), Says([Decision("cond")])), torch.randn(1, 2)
+    guider.set_state(0, 3, torch.tensor(900))
+    guider(_evaluated(guider, x))
+    with pytest.raises(ValueError, match=r"Says.plan, at step 1, decided 'cond' for sample 0"):
+        guider.set_state(1, 3, torch.tensor(600))
+
+
+def _evaluated(guider: Guider, x: torch.Tensor) -> list:
+    batches = guider.prepare_inputs({"x": (x, -x)})
+    for batch in batches:
+        batch.noise_pred = batch.x
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("policy", "like"),
+    [
+        (lambda of: AdaptiveGuidance(of(0.5), patience=np.int64(2)), AdaptiveGuidance(0.5, patience=2)),
+        (lambda of: Interval(of(0.25), of(0.5)), Interval(0.25, 0.5)),
+        (lambda of: Interval.sigma(of(0.25), of(4.0)), Interval.sigma(0.25, 4.0)),
+        (lambda of: StepAG(of(0.5)), StepAG(0.5)),
+        (lambda of: Hold(np.int32(3), warmup=torch.tensor(2), last=np.bool_(True)), Hold(3, 2, True)),
+        (lambda of: Schedule(["both"], fit=Fit(ridge=of(0.5))), Schedule(["both"], fit=Fit(ridge=0.5))),
+    ],
+)
+@pytest.mark.parametrize("of", [np.float32, np.float64, np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_plain_ones(policy, like, of):
+    made = policy(of)
+    assert made == like and repr(made) == repr(like) and hash(made) == hash(like)
+    assert Guider(policy=made).config["policy"] == Guider(policy=like).config["policy"]

@@ -4,14 +4,22 @@
 those of the other rules' papers; they share nothing with the package.
 """
 
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from conformance import recorded
+from conformance import recorded, relative
 from tiny import PIPELINES, run
 from torch import Tensor
 
 from diffusers_guidance import APG, CFG, TCFG, CFGZeroStar, EveryStep, MagnitudeAware, StepAG, attach, kernels
-from diffusers_guidance.rules import PRESETS
+from diffusers_guidance.kernels import Coefficients
+from diffusers_guidance.pipelines.guider import Guider
+from diffusers_guidance.rules import PRESETS, Rule, settled
 
 SEED = int(torch.randint(2**31, ()))
 
@@ -214,11 +222,113 @@ def test_norm_dim_must_leave_the_batch_alone(draw):
         kernels.guide(x, c, u, None, 1.0, -1.0, APG(5.0, norm_dim=(-3, -1)), backend="torch")
 
 
-@pytest.mark.parametrize("norm_dim", [(), (0,), (0, 2)])
-def test_groups_within_a_sample_alone(norm_dim):
-    c, u = torch.randn(2, 3, 4, 5)
-    with pytest.raises(ValueError, match="at least one, not the batch"):
+@pytest.mark.parametrize("norm_dim", [(7,), (-4,), (1, -2), (-3,)])
+def test_groups_that_the_prediction_does_not_have(norm_dim):
+    c, u = torch.randn(2, 2, 3, 4)
+    with pytest.raises(
+        ValueError, match=r"norm_dim=\(.*shape \(2, 3, 4\).*1 to 2 \(or -2 to -1\).*each once; 0 is the batch"
+    ):
         kernels.guide(c, c, u, None, 1.0, -1.0, APG(5.0, norm_dim=norm_dim), backend="torch")
+
+
+@pytest.mark.parametrize("norm_dim", [(), (0,), (0, 2), (1, 1), (1.5,), (True, 2), 3, "12", ("a",), [[1]]])
+def test_groups_that_no_prediction_has_are_refused_when_made(norm_dim):
+    with pytest.raises(ValueError, match=r"norm_dim=.*each once and not the batch \(0\)"):
+        APG(5.0, norm_dim=norm_dim)
+
+
+@pytest.mark.parametrize("of", [np.float32, np.int64, np.float16, torch.tensor, np.array, Fraction], ids=str)
+def test_numbers_of_numpy_and_torch_are_plain_ones(of):
+    rules = APG(of(5), norm_threshold=of(3), eta=of(1), momentum=of(0), norm_dim=(np.int64(1), torch.tensor(-1)))
+    assert rules == APG(5, norm_threshold=3, eta=1, momentum=0, norm_dim=(1, -1))
+    given = [rules.w, rules.norm_threshold, rules.eta, rules.momentum, *rules.norm_dim]
+    assert {type(value) for value in given} <= {int, float}
+    assert json.loads(json.dumps(Guider(rules, guidance_scale=of(4)).config["rule"]))["guidance_scale"] == 5
+    assert type(Guider(rules, guidance_scale=of(4)).guidance_scale) in (int, float)
+    with pytest.raises(ValueError, match="guidance_scale"):
+        CFG(torch.tensor([5.0]))
+
+
+def test_lists_of_dimensions_are_tuples():
+    assert APG(norm_dim=[1, 2]) == APG(norm_dim=(1, 2)) and hash(APG(norm_dim=[1, 2]))
+
+
+@dataclass(frozen=True)
+class Scaled(Rule):
+    """Guides as one of three ways to need the denoised prediction has it."""
+
+    way: str = ""
+
+    def coefficients(self, gram, b):
+        if self.way == "branches on Xd":
+            return Coefficients(0.0, 1.0, torch.where(gram.Xd > 0, self.w, 1.0), 0.0)
+        if self.way == "divides by XX":
+            return Coefficients(0.0, 1.0, (self.w - 1) * gram.Xd / gram.XX, 0.0)
+        return Coefficients(float(self.way == "adds X"), 1.0, self.w - 1, float(self.way == "adds m"))
+
+
+@dataclass(frozen=True)
+class Says(Scaled):
+    needs_denoised = True
+
+
+@dataclass(frozen=True)
+class Carries(Scaled):
+    momentum = 0.5
+
+
+@pytest.mark.parametrize(
+    ("rule", "match"),
+    [
+        (Scaled(way="branches on Xd"), "Scaled looks at inner products with X or m"),
+        (Scaled(way="divides by XX"), "Scaled looks at inner products with X or m"),
+        (Scaled(way="adds X"), "Scaled returns a factor of X"),
+        (Scaled(way="adds m"), "Scaled returns a factor of m"),
+        (Carries(), "Carries has a momentum of 0.5"),
+    ],
+    ids=lambda part: getattr(part, "way", ""),
+)
+def test_a_rule_that_forgets_to_say_that_it_needs_the_denoised_prediction(rule, match):
+    with pytest.raises(ValueError, match=f"{match}.*`needs_denoised = True`"):
+        settled(rule, 5.0)
+    said = Says(way=rule.way)
+    assert settled(said, 5.0) == Says(5.0, rule.way)
+    assert settled(Scaled(), 5.0) == Scaled(5.0)
+    # In a pipeline, which says so at its first step.
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    with attach(pipe, rule), pytest.raises(ValueError, match=match):
+        run(pipe, entry, 2)
+    with attach(pipe, said):
+        run(pipe, entry, 2)
+
+
+@dataclass(frozen=True)
+class Counted(Rule):
+    """Takes a scale of its own at each step, as the policy search does."""
+
+    scales: Any = ()
+
+    def coefficients(self, gram, b):
+        return Coefficients(0.0, 1.0, next(self.scales) - 1, 0.0)
+
+
+@pytest.mark.parametrize("given", [iter, lambda scales: (s for s in scales)])
+def test_finding_out_what_a_rule_needs_leaves_it_alone(given):
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    expected = run(pipe, entry, 3, guidance_scale=3.0)
+    scales = given([3.0] * 3)
+    with attach(pipe, Counted(scales=scales), EveryStep()):
+        assert relative(run(pipe, entry, 3), expected) < 1e-5
+    assert not list(scales)
+
+
+@pytest.mark.parametrize(
+    "rule", [CFG(), CFG(rescale=0.7), APG(), CFGZeroStar(), CFGZeroStar(zero_init=0), TCFG(), MagnitudeAware()]
+)
+def test_the_rules_here_say_what_they_need(rule):
+    assert settled(rule, 5.0) == rule.at(5.0)
 
 
 def test_ace_steps_preset_is_what_its_pipeline_does(seed):

@@ -242,6 +242,10 @@ def test_an_unmodified_pipeline_loads_the_export(folder, tmp_path):
     for caption in ("a red apple", "", "A 3D Emoji of an unheard-of thing"):
         assert torch.equal(text_to_image.tokens(pipe.tokenizer, [caption]), text_to_image.tokens(tokenizer, [caption]))
     assert not [path for path in (tmp_path / "model").rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+    # Names that transformers 4 knows, and 5 reads too, of this one and of what ships.
+    for written in (tmp_path / "model", MODEL):
+        weights = load_file(written / "text_encoder" / "model.safetensors")
+        assert weights and all(name.startswith("text_model.") for name in weights)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusers_guidance.pipelines import fidelity
 from diffusers_guidance.samples.training import data
 from diffusers_guidance.samples.training.trainer import Plan, Trainer, start
 
@@ -105,7 +106,7 @@ def psnr(vae: nn.Module, pictures: Tensor) -> float:
     for part in pictures.split(16):
         true = (part.permute(0, 3, 1, 2).float() / 127.5 - 1).to(like)
         drawn = decode(vae, encode(vae, true)).clamp(-1, 1)
-        found.append(-10 * ((drawn.float() - true.float()) / 2).square().mean((1, 2, 3)).log10())
+        found.append(fidelity.psnr(drawn.float() / 2, true.float() / 2))  # from -0.5 to 0.5
     return float(torch.cat(found).mean())
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from diffusers_guidance import CFG, EveryStep, attach
 from diffusers_guidance.pipelines.bench_metrics import Retrieval
 from diffusers_guidance.pipelines.compare import compare
+from diffusers_guidance.pipelines.loading import load_whole
 from diffusers_guidance.samples import MODEL
 from diffusers_guidance.samples.training import data, embedding
 from diffusers_guidance.samples.training.data import Picture
@@ -54,7 +55,7 @@ SCHEDULERS = (
 
 def load(model: Path) -> StableDiffusionPipeline:
     """The pipeline as any user loads it, without its progress bar."""
-    pipe = StableDiffusionPipeline.from_pretrained(model, local_files_only=True)
+    pipe = load_whole(StableDiffusionPipeline, model, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

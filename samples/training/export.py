@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_guidance.samples.training import autoencoder, text_to_image
@@ -45,8 +45,15 @@ def write(made: StableDiffusionPipeline, vocabulary: Path, target: Path) -> None
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(target / part, ignore_errors=True)
     made.save_pretrained(target, safe_serialization=True)
+    _name_for_all(target / "text_encoder" / "model.safetensors")
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(vocabulary / name, target / "tokenizer" / name)
+
+
+def _name_for_all(file: Path) -> None:
+    """Renames a text encoder's weights as transformers 4 knows them, which 5 reads too, and no longer writes."""
+    prefix = "text_model."
+    save_file({prefix + name.removeprefix(prefix): t for name, t in load_file(file).items()}, file, {"format": "pt"})
 
 
 def export(folder: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
+from diffusers_guidance.pipelines.loading import load_whole
 from diffusers_guidance.samples import MODEL
 from diffusers_guidance.samples.training import autoencoder, text_to_image, trainer
 
@@ -34,11 +35,11 @@ def resume(model: Path, folder: Path) -> None:
     if there := [str(place) for place in places if (place / "state.json").exists()]:
         raise FileExistsError(f"checkpoints are there already: {', '.join(there)}; choose another folder")
 
-    vae, std = autoencoder.denormalised(AutoencoderKL.from_pretrained(model / "vae", local_files_only=True).float())
+    vae, std = autoencoder.denormalised(load_whole(AutoencoderKL, model / "vae", local_files_only=True).float())
     tokenizer = text_to_image.load_tokenizer(model / "tokenizer")
     made = text_to_image.TextToImage(tokenizer)
-    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", local_files_only=True)
-    unet = UNet2DConditionModel.from_pretrained(model / "unet", local_files_only=True)
+    text_encoder = load_whole(CLIPTextModel, model / "text_encoder", local_files_only=True)
+    unet = load_whole(UNet2DConditionModel, model / "unet", local_files_only=True)
     made.text_encoder.load_state_dict(text_encoder.state_dict())
     made.unet.load_state_dict(unet.state_dict())
 
