@@ -13,12 +13,14 @@ Everything a run learns dies with it. Its hooks are in place for the length of t
 pipeline does between calls (offloading, swapping schedulers, copying, saving) can lose or keep them.
 """
 
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from numbers import Real
 from types import FrameType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
@@ -38,12 +40,13 @@ from diffusers_guidance.pipelines.formula import (
     Formula,
     Residual,
     Scales,
-    identify,
     mixture,
     norm,
+    read,
     residual,
     views,
 )
+from diffusers_guidance.pipelines.identify import Sample, best, identify, solve
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_step, is_inherited
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step
@@ -53,6 +56,10 @@ from diffusers_guidance.spaces import Space
 
 _STEP = ("model_output", "timestep", "sample")
 """What schedulers' steps take, in diffusers' order; for one that does not say."""
+
+
+_ORDERS: WeakKeyDictionary[torch.nn.Module, dict[str, Formula]] = WeakKeyDictionary()
+"""By network and the pipeline's class, a formula that was found where the scale told both halves apart."""
 
 
 class Stepped(NamedTuple):
@@ -387,11 +394,13 @@ class Run:
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Finds the pipeline's formula; False while both predictions agree and any would fit."""
-        found = identify(denoiser.outputs, output, self._scales(), self._around(sample))
+        known = _ORDERS.get(denoiser.module, {}).get(self.report.pipeline)
+        found = identify(denoiser.outputs, output, self._scales(), self._around(sample), known)
         if found.formula is None:
             if found.undetermined:
                 return False
             raise self._unsupported(denoiser, output, found.tried)
+        self._keep_order(denoiser, found.formula)
         denoiser.formula, denoiser.shape = found.formula, denoiser.outputs[0].shape
         loop = (each.history for each in self._denoisers.values() if each.clock is denoiser.clock)
         before = [history for history in loop if history is not None]
@@ -399,6 +408,11 @@ class Run:
         known = [*filter(None, self.report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
         self.report.formula = "; ".join(dict.fromkeys(known))
         return True
+
+    def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
+        """Remembers which half is the conditional one, for scales at which that cannot be told."""
+        if formula.mixed != SOLVED and formula.w(formula.value) > 1:
+            _ORDERS.setdefault(denoiser.module, {})[self.report.pipeline] = formula
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
@@ -426,7 +440,10 @@ class Run:
     def _identify_anew(self, denoiser: Denoiser, output: Tensor, sample: Tensor, why: str) -> None:
         """Finds another formula for the same batch, once the known one is at an end, or says `why` there is none."""
         formula = denoiser.formula
-        again = identify(denoiser.outputs, output, self._scales(), self._around(sample)).formula
+        found = identify(denoiser.outputs, output, self._scales(), self._around(sample), formula)
+        again = found.formula
+        if again is None and found.undetermined:
+            return  # the output agrees with both predictions
         if formula is None or again is None or again.rows != formula.rows:
             raise self._unsupported(denoiser, output, why)
         denoiser.formula = again
@@ -450,21 +467,29 @@ class Run:
                     f"do something else to that of {self.rule}: {self._advice(denoiser)}use CFG() as the rule, with "
                     "any policy"
                 )
-            (alpha, *betas), fit = mixture(target, x, c, u) if guided else mixture(target, x, c)
+            few = Sample(target.shape)
+            (alpha, *betas), fit = mixture(*(few(t) for t in ((target, x, c, u) if guided else (target, x, c))))
             beta = sum(betas)
+            mixed = alpha * x + betas[0] * c + (betas[1] * u if guided else 0)
+            error = norm((mixed - target).nan_to_num(0, 0, 0))
             # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
-            allowed = max(fit.allowed, 1e-3 * norm(target.nan_to_num(0, 0, 0)))
-            found = Residual(torch.tensor([fit.error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
+            whole = norm(target.nan_to_num(0, 0, 0))
+            allowed = max(fit.allowed * math.sqrt(target.numel() / few(target).numel()), 1e-3 * whole)
+            found = Residual(torch.tensor([error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
             c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
         else:
-            s: Any = 1.0  # without guidance the scale has no part in it
+            s: Any = formula.value  # without guidance the scale has no part in it
             if formula.scale is not None:
-                s = self._scales()[formula.scale]()
+                live = formula.read(self._scales(), target)
+                s = s if live is None else live
+                denoiser.formula = formula = formula.at(s)
+                c, u = formula.cut(denoiser.outputs, around)
             elif guided:
-                s = formula.solve(c, u, target)
+                exactly = solve(formula, c, u, target) if formula.exact else None
+                s = best(formula, c, u, target) if exactly is None else exactly
             w = formula.w(s)
-            terms = formula.terms(c, around), formula.terms(u, around)
-            found = residual(formula.combine(c, u, s, around), target, *terms, s)
+            expected = formula.reproduce(denoiser.outputs, s, around)
+            found = formula.residual(expected, target, c, u, s, around)
             if isinstance(s, Tensor) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
                     f"{self.report.pipeline} guides parts of a prediction at scales of their own, but {self.rule} has "
@@ -516,7 +541,7 @@ class Run:
         """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
 
         def named(name: str) -> bool:
-            return "guidance_scale" in name or "cfg_scale" in name
+            return "guidance_scale" in name or "cfg_scale" in name or "pag_scale" in name
 
         here = {name: lambda name=name: getattr(self.pipe, name) for name in vars(self.pipe) if named(name)}
         return here | {n: lambda n=n: self.arguments[n] for n in self.arguments if named(n)}
@@ -527,7 +552,10 @@ class Run:
     def _option(self, name: str) -> float:
         """A number among the call's arguments, as the pipeline has it now."""
         value = getattr(self.pipe, f"_{name}", self.arguments.get(name))
-        return float(value) if isinstance(value, int | float) else 0.0
+        if isinstance(value, bool):
+            return float(value)
+        number = read(value, torch.empty(0))
+        return number if isinstance(number, float) else 0.0
 
     def _advice(self, denoiser: Denoiser) -> str:
         """What to turn off where a pipeline's treatment of its predictions is not understood."""
