@@ -54,6 +54,7 @@ from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule
 from diffusers_guidance.spaces import Space
 
+_AGREE = "both predictions agree to rounding"
 _STEP = ("model_output", "timestep", "sample")
 """What schedulers' steps take, in diffusers' order; for one that does not say."""
 
@@ -118,7 +119,6 @@ class Run:
         self._similarities: dict[int, Tensor] = {}
         """By step, (2, rows) each, on the host."""
         self._unread: list[Unread] = []
-        self._refusal: UnsupportedPipeline | None = None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -264,9 +264,7 @@ class Run:
 
     def _check_end(self) -> None:
         """Refuses a result whose guidance was not all that the report says."""
-        if self._refusal is not None:
-            raise self._refusal
-        if self._called and not self.report.steps:
+        if self._called and not self.report.steps and (self._taken or self._guides):
             raise UnsupportedPipeline(
                 f"{self.report.pipeline} ran its denoiser, but never called scheduler.step afterwards, "
                 "so its guidance could not be found; use it without attach"
@@ -297,7 +295,7 @@ class Run:
         """
         note = denoiser.whole
         denoiser.settle()
-        if not self._is_guided(denoiser, output):
+        if not self._is_guided(denoiser, output, sample):
             alone = Decision("conditional" if denoiser.nfe else "neither")
             self._record(denoiser, [alone] * output.shape[0], None, None, "no guidance at this step")
             return output
@@ -313,7 +311,7 @@ class Run:
         if denoiser.formula is None:
             if not self._identify(denoiser, output, sample):
                 same = [Decision("both")] * output.shape[0]
-                self._record(denoiser, same, None, None, "both predictions agree to rounding: nothing to identify yet")
+                self._record(denoiser, same, None, None, f"{_AGREE}: nothing to identify yet")
                 return output
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
             assert denoiser.formula is not None
@@ -381,16 +379,25 @@ class Run:
         # A prediction of zero may have been scaled by 0/0.
         return finished.masked_fill((g == 0) & finished.isnan(), 0) if formula.finish else finished
 
-    def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
+    def _is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
         y = denoiser.outputs[0] if denoiser.outputs else None
         if len(denoiser.outputs) != 1 or y is None or y.shape[0] > output.shape[0]:
             return True
         if getattr(self.pipe, "do_classifier_free_guidance", None) is False:
             return False
-        whole = (view for view in views(y.shape, output.shape) if not view.channels)
-        alone = (residual(view(y).to(output.dtype), output, output, output, 0.0) for view in whole)
-        return not any(found.fit(found.norms.tolist()).fits for found in alone)
+        few, x = Sample(output.shape), sample if sample.shape == output.shape else None
+        for view in views(y.shape, output.shape):
+            if view.channels:
+                continue
+            alone = view(y).to(output.dtype)
+            found = residual(alone, output, output, output, 0.0)
+            if found.fit(found.norms.tolist()).fits:
+                return False
+            # Or what one network predicts is turned into what the scheduler wants.
+            if x is not None and alone.shape == output.shape and mixture(*map(few, (output, x, alone)))[1].fits:
+                return False
+        return True
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Finds the pipeline's formula; False while both predictions agree and any would fit."""
@@ -489,7 +496,7 @@ class Run:
                 s = best(formula, c, u, target) if exactly is None else exactly
             w = formula.w(s)
             expected = formula.reproduce(denoiser.outputs, s, around)
-            found = formula.residual(expected, target, c, u, s, around)
+            found = formula.residual(expected, target, c, u, s, around, is_strict=self._acts)
             if isinstance(s, Tensor) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
                     f"{self.report.pipeline} guides parts of a prediction at scales of their own, but {self.rule} has "
@@ -635,11 +642,10 @@ class Run:
         unread = [each for each in self._unread if each.step < len(self.report.steps)]
         for each, (fit, similarity) in zip(unread, fetched(unread), strict=True):
             self._similarities[each.step] = similarity
-            if not fit.fits and self._refusal is None:
-                self._refusal = UnsupportedPipeline(
-                    f"the guidance of {self.report.pipeline} could not be verified, so its result is held back. Step "
-                    f"{each.step}: {_held(each.formula, fit)}. Use the pipeline without attach."
-                )
+            if not fit.fits:  # nothing was done in place of the pipeline's own guidance
+                step = self.report.steps[each.step]
+                step.guidance_scale = None
+                step.note = "; ".join(filter(None, [step.note, f"not verified: {_held(each.formula, fit)}"]))
         for i, similarity in self._similarities.items():
             step = self.report.steps[i]
             step.similarity, step.similarity_noise = (to_list(values) for values in similarity)
@@ -647,10 +653,22 @@ class Run:
             broken = [i for i, (was, known) in enumerate(pairs) if was == "both" and known is None]
             if broken and self._clock.error is None and step.sigma is not None:
                 step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
-        if self.report.steps and not self.report.formula:
-            self.report.note = "no classifier-free guidance in this call (a guidance scale of 1 or below?): left alone"
+        if not self.report.formula:
+            self.report.note = self._left_alone
         elif self._clock.error is not None:
             self.report.note = f"no similarities: {self._clock.error}"
+
+    @property
+    def _left_alone(self) -> str:
+        """Why no guidance was identified."""
+        if not self.report.steps:
+            return "no step of a scheduler: left alone" if self._called and not self._taken else ""
+        if any(_AGREE in step.note for step in self.report.steps):
+            return f"{_AGREE} at every step that evaluates two: left alone"
+        return (
+            "no classifier-free guidance in this call: one prediction of each sample a step, as without a negative "
+            "prompt or at a scale of 1 or below: left alone"
+        )
 
 
 def fetched(unread: Sequence[Seen | Unread]) -> list[tuple[Fit, Tensor]]:
