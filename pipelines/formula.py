@@ -456,6 +456,8 @@ class Formula:
 
     def reproduce(self, outputs: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler at its scale `s`, one row per sample."""
+        if self.branches == 2:
+            return self.combine(*self.cut(outputs, around), s, around)
         return self.combined([self.seen(part, around) for part in self.parts(outputs)], s, around)
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
@@ -511,6 +513,8 @@ class Formula:
         eps = max(torch.finfo(c.dtype).eps, torch.finfo(self.dtype).eps)
         if self.exact and self.is_stable and is_strict:
             noise, floor = 0.0, 0.0
+        elif self.exact and self.is_stable:
+            noise, floor = 0.0, eps / 16
         elif not self.needs_space and (self.finish or self.exact):  # it rounds nothing larger than what comes out
             noise, floor = 0.0, 4 * eps
         else:

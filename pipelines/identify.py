@@ -240,12 +240,10 @@ class _Search:
 
     def _shapes(self) -> str:
         n = len(self.outputs)
+        if n == 1 and self.outputs[0].shape[0] == self.output.shape[0]:
+            return "it evaluated one prediction of each sample, and the scheduler was given something else"
         if not list(_layouts(self.outputs)):
-            return (
-                f"its {n} calls are not two or three predictions of one shape"
-                if n > 1
-                else "one prediction of each sample was evaluated by it, and the scheduler was given something else"
-            )
+            return f"its outputs of {n} call{'s' if n > 1 else ''} are not two or three predictions of one shape"
         return "no part of the denoiser's output has the scheduler's shape"
 
     # What fits
@@ -265,21 +263,18 @@ class _Search:
         """Plainly combined at a scale that nobody can read, bit for bit."""
         for cond in range(2):
             w, fit = reading.solved(cond)
-            if not (fit.fits and math.isfinite(w)):
+            if not (fit.fits and w > -0.5):  # or it is the other half that it guides towards
                 continue
             formula = replace(reading.formula, cond_index=cond)
-            if not self._leads(formula, w):
-                continue
-            here = self.around.through(formula.view)
-            c, u = formula.cut(self.outputs, here)
+            c, u = formula.cut(self.outputs, self.around.through(formula.view))
             target = formula.view.working(self.output)
             for anchor in ANCHORS:
-                if anchor == "denoised":
-                    continue
                 tried = replace(formula, anchor=anchor)
-                s = solve(tried, c, u, target, reading.sample)
+                s = None if anchor == "denoised" else solve(tried, c, u, target, reading.sample)
                 if s is not None and self._confirms(tried, s):
-                    return self._exact(tried, s)
+                    if self._leads(tried, tried.w(s)):
+                        return self._exact(tried, s)
+                    break
         return None
 
     def _by_rounding(self, reading: Reading) -> Formula | None:
@@ -290,7 +285,7 @@ class _Search:
             fitting = list(self._finished(reading))
         ordered = [each for each in fitting if self._is_known(each[0])] or fitting
         distinct = [each for i, each in enumerate(ordered) if not any(_same(*each, *other) for other in ordered[:i])]
-        return self._chosen(distinct, self._close)
+        return self._chosen([each for each in distinct if self._fits_all(*each)], self._close)
 
     def _plainly(self, reading: Reading, cond: int) -> list[tuple[Formula, Scale]]:
         """`u + w (c - u)`, at a scale read by name if one is near, else at the one that explains the output best."""
@@ -395,9 +390,9 @@ class _Search:
 
         Between both halves either may be.
         """
-        if w >= 0.99 or self._is_known(formula):
+        if self._is_known(formula) or w == 1 or w > (1.001 if self.output.dtype == torch.float32 else 1.02):
             return w > 0
-        if w > 0.01 and not (self.known is not None and self.known.branches == formula.branches):
+        if w > 0 and not (self.known is not None and self.known.branches == formula.branches):
             self.doubts.append(f"{formula}, with w = {w:.4g}")
         return False
 
@@ -417,8 +412,12 @@ class _Search:
 
     def _fit_of_all(self, formula: Formula, s: Scale) -> Fit:
         here = self.around.through(formula.view)
-        parts = [formula.seen(part, here) for part in formula.parts(self.outputs)]
-        return _fit(formula, parts, formula.combined(parts, s, here), formula.view.working(self.output), s, here)
+        c, u = formula.cut(self.outputs, here)
+        expected = formula.reproduce(self.outputs, s, here)
+        found = formula.residual(expected, formula.view.working(self.output), c, u, s, here)
+        fit = found.fit(found.norms.tolist())
+        self._try(formula, formula.w(s), fit, norm(c - u))
+        return fit
 
     def _exact(self, formula: Formula, s: Scale) -> Formula:
         return replace(formula.at(s), exact=True, value=s)
