@@ -463,7 +463,8 @@ class Formula:
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """The same, of branches as the scheduler would get them."""
         if isinstance(s, tuple):
-            return TRIOS[self.anchor].combine(*(parts[i] for i in self.trio), *s).to(self.dtype)
+            c, a, b = (parts[i] for i in self.trio)
+            return TRIOS[self.anchor].combine(c, a, b, *s).to(self.dtype)
         return self.combine(parts[self.cond_index], self.away(parts), s, around)
 
     def combine(self, c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor:

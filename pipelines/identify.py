@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -295,7 +295,7 @@ class _Search:
         if not (fit.fits and math.isfinite(w) and fit.allowed < 0.1 * max(w, 1 - w) * size):
             return []
         near = max(1e-3 * abs(w), min(0.02 * abs(w), 4 * fit.error / size / math.sqrt(reading.target.numel())))
-        by_name = [
+        by_name: list[tuple[Formula, Scale]] = [
             (replace(formula, anchor=anchor, scale=label), s)
             for (label, s), anchor in itertools.product(self.live.items(), ("u", "c"))
             if isinstance(s, float) and abs(replace(formula, anchor=anchor).w(s) - w) <= near
@@ -307,11 +307,12 @@ class _Search:
     def _finished(self, reading: Reading) -> Iterator[tuple[Formula, Scale]]:
         """Treated in some way, at a scale read by name, which must make a difference that rounding does not."""
         for formula, s in _named(reading, self.live):
-            if not (formula.finish or formula.needs_space or isinstance(s, Tensor)) or isinstance(s, tuple):
+            if isinstance(s, tuple) or not (formula.finish or formula.needs_space or isinstance(s, Tensor)):
                 continue
             if formula.finish in _GLOBAL and not reading.sample.whole and reading.off(formula, s) > 1:
                 continue
-            parts, near, s_, target = reading.parts, reading.around, reading.sample.of(s), reading.target
+            parts, near, target = reading.parts, reading.around, reading.target
+            s_: Any = reading.sample.of(s)
             if formula.finish in _GLOBAL and not reading.sample.whole:
                 near = self.around.through(formula.view)
                 parts = [formula.seen(part, near) for part in formula.parts(self.outputs)]
@@ -470,13 +471,13 @@ def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample
                 return s
         return None
     for _ in range(4):
-        s = _bisected(made, c_, u_, t_, near, span)
-        if s is None:
+        found = _bisected(made, c_, u_, t_, near, span)
+        if found is None:
             return None
-        wrong = (made(c, u, s) != target) & torch.isfinite(target)
+        wrong = (made(c, u, found) != target) & torch.isfinite(target)
         places = wrong.flatten().nonzero().flatten()[:_SIZE]
         if not len(places):
-            return s
+            return found
         c_, u_, t_ = (torch.cat([few, all_.flatten()[places].cpu()]) for few, all_ in ((c_, c), (u_, u), (t_, target)))
     return None
 
@@ -552,8 +553,8 @@ def _named(reading: Reading, live: Mapping[str, float | Tensor]) -> Iterator[tup
             continue
         if not (is_plain or in_space or finish):
             continue
-        for label, s in live.items():
-            yield replace(formula, cond_index=cond, anchor=anchor, finish=finish, scale=label), s
+        for label, value in live.items():
+            yield replace(formula, cond_index=cond, anchor=anchor, finish=finish, scale=label), value
 
 
 def _finishes(around: Around) -> list[str]:

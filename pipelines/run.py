@@ -401,8 +401,8 @@ class Run:
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Finds the pipeline's formula; False while both predictions agree and any would fit."""
-        known = _ORDERS.get(denoiser.module, {}).get(self.report.pipeline)
-        found = identify(denoiser.outputs, output, self._scales(), self._around(sample), known)
+        before = _ORDERS.get(denoiser.module, {}).get(self.report.pipeline)
+        found = identify(denoiser.outputs, output, self._scales(), self._around(sample), before)
         if found.formula is None:
             if found.undetermined:
                 return False
@@ -410,8 +410,8 @@ class Run:
         self._keep_order(denoiser, found.formula)
         denoiser.formula, denoiser.shape = found.formula, denoiser.outputs[0].shape
         loop = (each.history for each in self._denoisers.values() if each.clock is denoiser.clock)
-        before = [history for history in loop if history is not None]
-        denoiser.history = History.following(before, self._clock.steps - 1, found.formula.rows, denoiser.name)
+        histories = [history for history in loop if history is not None]
+        denoiser.history = History.following(histories, self._clock.steps - 1, found.formula.rows, denoiser.name)
         known = [*filter(None, self.report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
         self.report.formula = "; ".join(dict.fromkeys(known))
         return True
