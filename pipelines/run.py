@@ -6,10 +6,10 @@
 
 Where a rule or a policy acts on what was found, the numbers that tell whether it is right are waited for at every
 step, with the similarities in the same transfer. Where nothing is changed (plain guidance at every step) and the
-pipeline's scale can be read, nothing is waited for before the end of the run, which then still raises if a step was
-not what it was taken for.
+pipeline's scale can be read, nothing is waited for before the end of the run; the report then says which steps were
+not what they were taken for.
 
-Everything a run learns dies with it. Its hooks are in place for the length of the call alone, so nothing a
+What a run learns of its samples dies with it; which half is the conditional one is remembered. Its hooks are in place for the length of the call alone, so nothing a
 pipeline does between calls (offloading, swapping schedulers, copying, saving) can lose or keep them.
 """
 
@@ -439,7 +439,12 @@ class Run:
             return seen
         (fit, similarity), *_ = fetched([seen])
         if not fit.fits:
-            self._identify_anew(denoiser, output, sample, _held(denoiser.formula, fit))
+            try:
+                self._identify_anew(denoiser, output, sample, _held(denoiser.formula, fit))
+            except UnsupportedPipeline:
+                if self._acts:
+                    raise
+                return seen  # nothing is done in its place: the report says that it was not verified
             seen = self._see(denoiser, output, sample, evaluated, unguided)
             (_, similarity), *_ = fetched([seen])
         return seen._replace(similarity=similarity, is_verified=True)

@@ -369,3 +369,17 @@ def test_a_pipeline_without_a_scheduler_is_left_alone():
     with attach(pipe, APG()) as handle:
         assert torch.equal(pipe(x), plain)
     assert "left alone" in handle.report.note
+
+
+def test_what_changes_nothing_is_not_withheld_where_a_step_cannot_be_explained():
+    """Its scale cannot be read, so that each step is verified at once; one of them is of another kind."""
+    pipe = loop(0.1)
+    pipe.scale = lambda step, given: given[0] if step != 3 else None
+    pipe.way = lambda c, u, w: u + w * (c - u) if w else c.sin() + u.roll(1, -1)
+    plain = pipe((3.3,))
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe((3.3,)), plain)
+    assert scales(handle) == [pytest.approx(3.3)] * 3 + [None] + [pytest.approx(3.3)] * 2
+    assert "not verified" in handle.report.steps[3].note
+    with attach(pipe, CFG(), Hold()), pytest.raises(UnsupportedPipeline, match="held until now"):
+        pipe((3.3,))
