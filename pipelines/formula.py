@@ -1,23 +1,21 @@
-"""Finding out how a pipeline turns its denoiser's outputs into the prediction it hands to the scheduler.
+"""How a pipeline turns its denoiser's outputs into the prediction it hands to the scheduler.
 
 Classifier-free guidance differs between pipelines in a handful of independent ways: one call on a batch of all
 branches or one call for each, in any order; which part of the output counts, in which layout and with which sign
-(`View`); `u + s (c - u)` or `c + s (c - u)`; in which precision; what the network predicts, where that is not what
-the scheduler wants (`NETWORKS`); and what is done to the result (`FINISHES`). `identify` searches their product for
-the one that reproduces the pipeline's own number, so no table of pipelines is needed and a wrong guess cannot pass:
-exact equality with the pipeline's live scale first, then with a scale solved for by least squares, equality up to
-rounding next. Residuals are measured against c - u, not against the prediction. Once a formula is known, checking it
-at a later step waits for nothing on the device: see `Residual`.
+(`View`); how the combination is written (`ANCHORS`, `TRIOS`), since each way rounds in a way of its own; in which
+precision; what the network predicts, where that is not what the scheduler wants (`NETWORKS`); and what is done to the
+result (`FINISHES`). A `Formula` is one choice of all of these. `identify` finds the one that reproduces a pipeline's
+own number, so no table of pipelines is needed.
 
-What is left is tried as a mixture `alpha * sample + beta * combination`, solved for at every step. That explains any
-one sample's rescaling too, which would be another one for another combination: enough to leave evaluations out, not
-to put a rule in the combination's place.
+A formula that gave the pipeline's number bit for bit must go on doing so; what rounding may do to any other is
+measured where it is found. Checking a formula at a later step waits for nothing on the device: see `Residual`.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -58,12 +56,16 @@ class View:
     channels: int = 0
 
     def __call__(self, y: Tensor) -> Tensor:
+        y = self.part(y)
+        return y if self.sign == 1 else -y
+
+    def part(self, y: Tensor) -> Tensor:
+        """The same, but for the sign."""
         if self.tokens:
             y = y.transpose(1, 2).unflatten(2, (-1, *self.shape[2:]))[:, :, -self.shape[1] :]
         if self.stop is not None:
             y = y.narrow(self.dim, self.start, self.stop - self.start)
-        y = y.reshape(-1, *self.shape)
-        return y if self.sign == 1 else -y
+        return y.reshape(-1, *self.shape)
 
     def working(self, t: Tensor) -> Tensor:
         """A tensor of the scheduler's, one row per sample."""
@@ -248,33 +250,85 @@ def _finishes(around: Around) -> list[str]:
     return [name for name in FINISHES if asked.get(name, True)]
 
 
-Scale = float | Tensor
-"""A pipeline's guidance scale; a tensor where one prediction is guided at several."""
+Scale = float | Tensor | tuple[float, float]
+"""A pipeline's guidance scale; a tensor where one prediction is guided at several, two where it has three branches."""
 
 
-def from_u(c: Tensor, u: Tensor, s: Scale) -> Tensor:
+def read(value: Any, output: Tensor) -> float | Tensor | None:
+    """A number, whatever its type, or a tensor of them that can be multiplied with `output`; None: neither."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1 and value.ndim == output.ndim:
+        fitting = all(n in (1, m) for n, m in zip(value.shape, output.shape, strict=True))
+        return value if fitting else None
+    if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def from_u(c: Tensor, u: Tensor, s: Any) -> Tensor:
     return u + s * (c - u)
 
 
-def from_c(c: Tensor, u: Tensor, s: Scale) -> Tensor:
+def from_c(c: Tensor, u: Tensor, s: Any) -> Tensor:
     return c + s * (c - u)
 
 
-def lerp(c: Tensor, u: Tensor, s: Scale) -> Tensor:
+def weighted(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return s * c + (1 - s) * u
+
+
+def weighted_from_c(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return (1 + s) * c - s * u
+
+
+def added(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return u + s * (c - u) if isinstance(s, Tensor) else torch.add(u, c - u, alpha=s)
+
+
+def lerp(c: Tensor, u: Tensor, s: Any) -> Tensor:
     return torch.lerp(u, c, s.to(u.dtype) if isinstance(s, Tensor) else s)
 
 
-def by_difference(c: Tensor, u: Tensor, s: Scale) -> Tensor:
+def by_difference(c: Tensor, u: Tensor, s: Any) -> Tensor:
     return c + (s - 1) * (c - u)
 
 
-ANCHORS: dict[str, Callable[[Tensor, Tensor, Scale], Tensor]] = {
+ANCHORS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "u": from_u,
     "c": from_c,
     "lerp": lerp,
     "denoised": by_difference,
+    "difference": by_difference,
+    "weighted": weighted,
+    "weighted from c": weighted_from_c,
+    "added": added,
 }
 """Ways to write a combination; each rounds in a way of its own."""
+
+
+FROM_C = ("c", "weighted from c")
+"""Those whose scale counts from 0: w = 1 + s."""
+
+
+class Trio(NamedTuple):
+    """A way to write a combination of three branches, c and two others, at two scales.
+
+    Args:
+        combine: the combination of (c, a, b) at (s, t).
+        weights: of (c, a, b) in it.
+    """
+
+    combine: Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+    weights: Callable[[float, float], tuple[float, float, float]]
+
+
+TRIOS = {
+    # InstructPix2Pix: a is guided by the image alone, b by nothing.
+    "image": Trio(lambda c, a, b, s, t: b + s * (c - a) + t * (a - b), lambda s, t: (s, t - s, 1 - t)),
+    # Perturbed attention: a is guided by nothing, b is perturbed.
+    "perturbed": Trio(lambda c, a, b, s, t: a + s * (c - a) + t * (c - b), lambda s, t: (s + t, 1 - s, -t)),
+}
 
 
 @dataclass(frozen=True)
@@ -289,8 +343,9 @@ class Formula:
         branches: how many predictions of a sample a guided step evaluates.
         cond_index: which of them is the conditional one.
         view: from a branch to the scheduler's prediction and back.
-        anchor: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`, where w = 1 + s; "lerp" for torch's;
-            "denoised" for the first of denoised predictions, which is also where it is finished (LTX-2).
+        anchor: how it is written, a line of ANCHORS: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`,
+            where w = 1 + s; "denoised" for the first of denoised predictions, which is also where it is finished
+            (LTX-2). Of three branches, one of TRIOS.
         upcast: whether c and u are taken to the scheduler's dtype before they are combined, or the result is.
         finish: what is done to the combination.
         scale: the name its scale is read by; None: solved for at every step.
@@ -298,6 +353,11 @@ class Formula:
         dtype: the scheduler's.
         weights: of the other branches in u, in their order; they sum to 1.
         mixed: what the network predicts, a line of NETWORKS; "": what the scheduler wants; or SOLVED.
+        second: the name of a trio's second scale.
+        trio: which branches are a trio's (c, a, b).
+        value: its scale where it was found.
+        noise: what rounding may do to it, as a share of the largest terms; 0: nothing, it holds bit for bit.
+        exact: whether it gave the output bit for bit where it was found.
     """
 
     batched: bool
@@ -312,6 +372,11 @@ class Formula:
     dtype: torch.dtype
     weights: tuple[float, ...] = (1.0,)
     mixed: str = ""
+    second: str | None = None
+    trio: tuple[int, ...] = ()
+    value: Scale = 1.0
+    noise: float = 0.0
+    exact: bool = False
 
     @property
     def calls(self) -> int:
@@ -334,18 +399,31 @@ class Formula:
         view = self.view
         return not self.finish and not view.frames and view.copies == 1 and not view.channels
 
+    def parts(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The branches of a step's outputs."""
+        return outputs[0].chunk(self.branches) if self.batched else outputs
+
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(cond, uncond) as the denoiser put them out, from a step's outputs."""
-        parts = outputs[0].chunk(self.branches) if self.batched else outputs
+        parts = self.parts(outputs)
+        cond = parts[self.cond_index]
+        return cond, self.away(parts).to(cond.dtype)
+
+    def away(self, parts: Sequence[Tensor]) -> Tensor:
+        """u, of all branches; of more than two in float32 at least."""
         others = [parts[i] for i in self.others]
         if len(others) == 1:
-            return parts[self.cond_index], others[0]
-        uncond = sum(weight * part for weight, part in zip(self.weights, others, strict=True))
-        return parts[self.cond_index], uncond  # type: ignore[return-value]
+            return others[0]
+        working = torch.promote_types(others[0].dtype, torch.float32)
+        uncond = sum(weight * part.to(working) for weight, part in zip(self.weights, others, strict=True))
+        return uncond  # type: ignore[return-value]
 
     def seen(self, half: Tensor, around: Around) -> Tensor:
         """A half as the scheduler would get it, one row per sample."""
-        y = self.view(half)
+        return self.treated(self.view(half), around)
+
+    def treated(self, y: Tensor, around: Around) -> Tensor:
+        """The same of what the view has been through."""
         if self.upcast:
             y = y.to(self.dtype)
         if self.mixed in NETWORKS:
@@ -358,6 +436,36 @@ class Formula:
         """(c, u) as the scheduler would get them, from a step's outputs."""
         cond, uncond = self.halves(outputs)
         return self.seen(cond, around), self.seen(uncond, around)
+
+    def at(self, s: Scale) -> "Formula":
+        """This formula where its scale is `s`: that of a trio has a part in u."""
+        if not isinstance(s, tuple):
+            return self
+        w, *weights = TRIOS[self.anchor].weights(*s)
+        by_branch = dict(zip(self.trio[1:], weights, strict=True))
+        # At w = 1 nothing of the others is left, and any u will do.
+        return replace(self, weights=tuple(by_branch[i] / (1 - w) for i in self.others) if w != 1 else (0.5, 0.5))
+
+    def read(self, scales: Scales, output: Tensor) -> Scale | None:
+        """Its scale, as the pipeline has it now; None where that cannot be told."""
+        found = [read(scales[name](), output) if name in scales else None for name in (self.scale, self.second) if name]
+        if self.second is None:
+            return found[0]
+        s, t = found
+        return (s, t) if isinstance(s, float) and isinstance(t, float) else None
+
+    def reproduce(self, outputs: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
+        """What the pipeline hands to the scheduler at its scale `s`, one row per sample."""
+        if self.branches == 2:
+            return self.combine(*self.cut(outputs, around), s, around)
+        return self.combined([self.seen(part, around) for part in self.parts(outputs)], s, around)
+
+    def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
+        """The same, of branches as the scheduler would get them."""
+        if isinstance(s, tuple):
+            c, a, b = (parts[i] for i in self.trio)
+            return TRIOS[self.anchor].combine(c, a, b, *s).to(self.dtype)
+        return self.combine(parts[self.cond_index], self.away(parts), s, around)
 
     def combine(self, c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler for (c, u) at its scale `s`, one row per sample."""
@@ -382,6 +490,11 @@ class Formula:
         """Whether it can only be followed where sample and space are known."""
         return self.anchor == "denoised" or self.mixed in NETWORKS
 
+    @property
+    def is_stable(self) -> bool:
+        """Whether the same numbers give the same bits in any layout: nothing is summed up, nothing fused."""
+        return not self.finish and not self.needs_space and self.anchor not in ("lerp", "added")
+
     def terms(self, y: Tensor, around: Around) -> Tensor:
         """`y`, one of `cut`, as large as what the pipeline computes with: so much may be lost to rounding."""
         if not self.needs_space:
@@ -390,17 +503,31 @@ class Formula:
         times = NETWORKS[self.mixed].mixing(space)[2] if self.mixed else 2 * abs(space.a / space.b)
         return y.abs() + times * x.abs()
 
+    def residual(
+        self, expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale, around: Around, is_strict: bool = True
+    ) -> "Residual":
+        """Compares what it makes of (c, u), of `cut`, with the pipeline's own; it allows what rounding may do.
+
+        Args:
+            is_strict: whether a formula that was exact must be so again; else it may be off in its last digits.
+        """
+        eps = max(torch.finfo(c.dtype).eps, torch.finfo(self.dtype).eps)
+        if self.exact and self.is_stable and is_strict:
+            noise, floor = 0.0, 0.0
+        elif self.exact and self.is_stable:
+            noise, floor = 0.0, eps / 16
+        elif not self.needs_space and (self.finish or self.exact):  # it rounds nothing larger than what comes out
+            noise, floor = 0.0, 4 * eps
+        else:
+            noise, floor = self.noise or torch.finfo(c.dtype).eps, 0.0
+        return residual(expected, output, self.terms(c, around), self.terms(u, around), s, noise, floor)
+
     def w(self, s: Scale) -> float:
         """The guidance scale that the pipeline's scale `s` amounts to, the largest where there are several."""
+        if isinstance(s, tuple):
+            return TRIOS[self.anchor].weights(*s)[0]
         largest = float(s.max() if isinstance(s, Tensor) else s)
-        return 1 + largest if self.anchor == "c" else largest
-
-    def solve(self, c: Tensor, u: Tensor, output: Tensor) -> float:
-        """The scale that explains `output` best; only where the combination is handed on as it is."""
-        c, u, output = (exact(t).nan_to_num(0, 0, 0) for t in (c, u, output))
-        d = c - u
-        origin = c if self.anchor == "c" else u
-        return float(((output - origin) * d).sum() / (d * d).sum())
+        return 1 + largest if self.anchor in FROM_C else largest
 
     def __str__(self) -> str:
         names = ["cond" if i == self.cond_index else "uncond" for i in range(self.branches)]
@@ -410,11 +537,10 @@ class Formula:
         finish = f", then {self.finish}" if self.finish else ""
         finish += ", mixed with the sample" if self.mixed else ""
         finish += f" to turn {self.mixed} into what the scheduler wants" if self.mixed in NETWORKS else ""
-        s = self.scale or "s"
+        s = self.scale if self.scale and not self.second else "s"
         combination = {
             "lerp": f"lerp(u, c, {s})",
-            "denoised": f"u + {s} (c - u) of denoised predictions",
-        }.get(self.anchor, f"{self.anchor} + {s} (c - u)")
+        }.get(self.anchor, f"{'c' if self.anchor in FROM_C else 'u'} + {s} (c - u)")
         return f"{calls}; {self.view}; {combination}{finish}"
 
 
@@ -439,14 +565,20 @@ class Residual(NamedTuple):
     norms: Tensor
     """(4,): of the error, of the output, of c and of u."""
     s: Scale
-    eps: float
+    noise: float
+    """What rounding may do, as a share of the largest terms."""
+    floor: float = 0.0
+    """And of the output alone."""
 
     def fit(self, norms: Sequence[float]) -> Fit:
         """The fit, from `norms` as they have been read."""
-        error, *terms = norms
-        largest = float(self.s.abs().max()) if isinstance(self.s, Tensor) else abs(self.s)
+        error, output, c, u = norms
+        s = self.s
+        largest = (
+            float(s.abs().max()) if isinstance(s, Tensor) else max(map(abs, s)) if isinstance(s, tuple) else abs(s)
+        )
         # Every order of operations rounds terms no larger than these, each by less than eps.
-        return Fit(error, self.eps * (terms[0] + largest * (terms[1] + terms[2])))
+        return Fit(error, self.noise * (output + largest * (c + u)) + self.floor * output)
 
 
 def exact(x: Tensor) -> Tensor:
@@ -455,22 +587,32 @@ def exact(x: Tensor) -> Tensor:
 
 
 def norm(x: Tensor) -> float:
-    return float(exact(x).norm())
+    """Over everything, in float32 where that is more."""
+    return float(_norm(x))
 
 
-def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale) -> Residual:
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def residual(
+    expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale, noise: float | None = None, floor: float = 0.0
+) -> Residual:
     """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype.
 
     What is not finite counts as zero, so that the same numbers must be broken in both, and the others agree.
+
+    Args:
+        noise: what rounding may do. Default: all that it can in the dtype of c.
     """
-    working = torch.promote_types(c.dtype, torch.float32)
-    eps = torch.finfo(c.dtype).eps
+    noise = torch.finfo(c.dtype).eps if noise is None else noise
     if expected.shape != output.shape:
-        return Residual(torch.tensor([float("inf"), 0, 0, 0]), s, eps)
+        return Residual(torch.tensor([float("inf"), 0, 0, 0]), s, noise, floor)
+    working = torch.promote_types(c.dtype, torch.float32)
     expected, output = (t.nan_to_num(0, 0, 0) for t in (expected, output))
     vectors = torch.stack([t.to(working) for t in (expected - output, output, c, u)])
     norms = torch.linalg.vector_norm(vectors.nan_to_num(0, 0, 0).flatten(1), dim=1)
-    return Residual(norms, s, eps)
+    return Residual(norms, s, noise, floor)
 
 
 def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Fit]:
@@ -489,193 +631,3 @@ def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Fit]:
     eps = torch.finfo(output.dtype).eps
     error = float((basis @ factors - y).norm())
     return factors.tolist(), Fit(error, 2 * eps * (float(y.norm()) + terms))
-
-
-class Identified(NamedTuple):
-    """`formula` None: the halves agree so far, and any formula would fit; or nothing fits (see `tried`)."""
-
-    formula: Formula | None
-    undetermined: bool
-    tried: str
-
-
-def _layouts(outputs: Sequence[Tensor], output: Tensor) -> list[tuple[bool, list[Tensor]]]:
-    """(batched, branches): how the step's calls may be split into branches."""
-    if len(outputs) == 1:
-        rows = outputs[0].shape[0]
-        return [(True, list(outputs[0].chunk(n))) for n in (2, 3) if rows % n == 0 and rows >= n]
-    if len(outputs) in (2, 3) and len({y.shape for y in outputs}) == 1:
-        return [(False, list(outputs))]
-    return []
-
-
-def identify(outputs: Sequence[Tensor], output: Tensor, scales: Scales, around: Around) -> Identified:
-    """Searches for the formula behind `output`, given the outputs of the step's denoiser calls."""
-    if not torch.stack([torch.isfinite(t).all() for t in (*outputs, output)]).all():
-        return _identify_finite(outputs, output, scales, around)
-    live: dict[str, Scale] = {}
-    for label, get in scales.items():
-        value = _scale(get(), output)
-        known = [other for other in live.values() if not isinstance(other, Tensor)]
-        if isinstance(value, Tensor) or (value is not None and value not in known):
-            live[label] = value
-    formulas = list(_formulas(outputs, output, around))
-    plain = [f for f in formulas if not f.finish and f.branches == 2 and f.anchor in ("u", "c")]
-    found = _search(formulas, outputs, output, live, around)
-    if found.formula is None and not found.undetermined:
-        mixed = [replace(f, mixed=network) for f in plain if _mixes(f, outputs, around) for network in NETWORKS]
-        known_mixture = _search(mixed, outputs, output, live, around).formula
-        found = found._replace(formula=known_mixture or _solved(plain, outputs, output, around))
-    return found
-
-
-def _search(
-    formulas: Sequence[Formula],
-    outputs: Sequence[Tensor],
-    output: Tensor,
-    live: Mapping[str, Scale],
-    around: Around,
-) -> Identified:
-    """The first formula that gives `output` exactly, else the first that does up to rounding."""
-    for formula in formulas:
-        here = around.through(formula.view)
-        c, u = formula.cut(outputs, here)
-        target = formula.view.working(output)
-        for label, s in live.items() if formula.branches == 2 else ():
-            equal = torch.equal(formula.combine(c, u, s, here), target)
-            if equal and formula.w(s) > 0 and _differ(c, u, ulps=0.25):
-                return Identified(replace(formula, scale=label), False, "")
-
-    best: tuple[float, str] = (float("inf"), "no part of the denoiser's output has the scheduler's shape")
-    close: Formula | None = None
-    undetermined = False
-    for formula in formulas:
-        here = around.through(formula.view)
-        c, u = formula.cut(outputs, here)
-        target = formula.view.working(output)
-        if not _differ(c, u):
-            undetermined = True
-            continue
-        size = norm(c - u)
-        candidates: list[tuple[str | None, Scale]] = [*(live.items() if formula.branches == 2 else ())]
-        if not formula.finish and formula.anchor in ("u", "c"):
-            candidates.append((None, formula.solve(c, u, target)))
-        for read_by, s in candidates:
-            compared = residual(
-                formula.combine(c, u, s, here), target, formula.terms(c, here), formula.terms(u, here), s
-            )
-            found = compared.fit(compared.norms.tolist())
-            named, w = replace(formula, scale=read_by), formula.w(s)
-            if found.equal and w > 0:
-                return Identified(named, False, "")
-            # Rounding must not hide a wrong formula; and a solved scale fits either order of the halves, of which
-            # the one that guides towards c is meant.
-            strength = w - 1 if formula.anchor == "c" else w
-            telling = found.allowed < 0.1 * strength * size and w >= 1
-            if found.fits and telling and (close is None or (close.scale is None and read_by is not None)):
-                close = named
-            off = found.error / size
-            best = min(best, (off, f"{named}, with w = {w:g}, is off by {off:.2g} |c - u|"))
-    if close is not None:
-        return Identified(close, False, "")
-    return Identified(None, undetermined and best[0] == float("inf"), best[1])
-
-
-def _formulas(outputs: Sequence[Tensor], output: Tensor, around: Around) -> Iterator[Formula]:
-    """Every formula that fits the shapes, plain ones first; the scales are left open."""
-    finishes = _finishes(around)
-    shape = None if around.sample is None else around.sample.shape
-    for batched, parts in _layouts(outputs, output):
-        for view in views(parts[0].shape, output.shape, shape):
-            target = view.working(output)
-            if view.copies > 1 and not torch.equal(view.emit(target, output), output):
-                continue
-            if view.channels:  # they must plainly come from one of the branches
-                rest = view.rest(output, output)[: parts[0].shape[0]]
-                if not any(torch.equal(view.rest(part, output), rest) for part in parts):
-                    continue
-            upcasts = (False, True) if parts[0].dtype != output.dtype else (False,)
-            anchors = [name for name in ANCHORS if name != "denoised" or around.through(view).fits(target)]
-            for finish, upcast, cond, anchor in itertools.product(finishes, upcasts, range(len(parts)), anchors):
-                if anchor == "denoised" and upcast != upcasts[-1]:  # there it makes no difference
-                    continue
-                formula = Formula(
-                    batched, len(parts), cond, view, anchor, upcast, finish, None, parts[0].shape[0], output.dtype
-                )
-                if len(parts) == 2:
-                    yield formula
-                elif not finish and anchor == "u":
-                    weights = _weights(formula, parts, target, around)
-                    if weights is not None:
-                        yield replace(formula, weights=weights)
-
-
-def _differ(c: Tensor, u: Tensor, ulps: float = 2.0) -> bool:
-    """Whether there is any guidance to be seen; where both are equal, every formula fits.
-
-    Where rounding is allowed for, `ulps` must exceed it. Exact equality tells formulas apart as soon as a good
-    part of the numbers differs at all, which is long before that in half precision.
-    """
-    return norm(c - u) > ulps * torch.finfo(c.dtype).eps * norm(c)
-
-
-def _identify_finite(outputs: Sequence[Tensor], output: Tensor, scales: Scales, around: Around) -> Identified:
-    """`identify` on those samples alone whose predictions are finite."""
-    rows, sample = output.shape[0], around.sample
-    if any(y.shape[0] % rows for y in outputs):
-        return Identified(None, False, "some of the predictions are not finite")
-    finite = torch.isfinite(output).flatten(1).all(1)
-    for y in outputs:
-        finite &= torch.isfinite(y).flatten(1).all(1).unflatten(0, (-1, rows)).all(0)
-    if not finite.any():
-        return Identified(None, True, "no prediction is finite")
-    kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
-    around = replace(around, sample=None if sample is None else sample[finite])
-    found = identify(kept, output[finite], scales, around)
-    whole = None if found.formula is None else replace(found.formula, rows=rows)
-    return found._replace(formula=whole)
-
-
-def _weights(formula: Formula, parts: Sequence[Tensor], target: Tensor, around: Around) -> tuple[float, ...] | None:
-    """The other branches' weights in u, if the output is an affine combination that guides towards `cond_index`."""
-    c, *others = (formula.seen(parts[i], around) for i in (formula.cond_index, *formula.others))
-    try:
-        factors, found = mixture(target - c, *(other - c for other in others))
-    except RuntimeError:  # equal branches leave the weights open
-        return None
-    total = sum(factors)  # 1 - w_c
-    # Each of the others must be pushed away from: what is left of IP2P's weights when the wrong branch is taken
-    # for the conditional one has another sign.
-    if not found.fits or total >= 0 or max(factors) > 1e-3 * abs(total):
-        return None
-    return tuple(factor / total for factor in factors)
-
-
-def _mixes(formula: Formula, outputs: Sequence[Tensor], around: Around) -> bool:
-    """Whether the sample can have been mixed in, in a way that is known."""
-    return around.through(formula.view).fits(formula.view(formula.halves(outputs)[0]))
-
-
-def _solved(formulas: Sequence[Formula], outputs: Sequence[Tensor], output: Tensor, around: Around) -> Formula | None:
-    """The first formula that explains `output` and guides towards c once the sample is mixed in."""
-    for formula in formulas:
-        here = around.through(formula.view)
-        c, u = formula.cut(outputs, here)
-        if formula.anchor != "u" or here.sample is None or here.sample.shape != c.shape or not _differ(c, u):
-            continue
-        (_, beta_c, beta_u), found = mixture(formula.view.working(output), here.sample, c, u)
-        beta = beta_c + beta_u
-        telling = found.allowed < 0.01 * abs(beta_u) * norm(c - u)
-        if found.fits and telling and beta != 0 and beta_c / beta >= 1:
-            return replace(formula, mixed=SOLVED)
-    return None
-
-
-def _scale(value: Any, output: Tensor) -> Scale | None:
-    """A number, or a tensor of them that can be multiplied with `output`; None: neither."""
-    if isinstance(value, Tensor) and value.is_floating_point() and 0 < value.ndim == output.ndim:
-        fitting = all(n in (1, m) for n, m in zip(value.shape, output.shape, strict=True))
-        return value if fitting else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value)

@@ -6,19 +6,21 @@
 
 Where a rule or a policy acts on what was found, the numbers that tell whether it is right are waited for at every
 step, with the similarities in the same transfer. Where nothing is changed (plain guidance at every step) and the
-pipeline's scale can be read, nothing is waited for before the end of the run, which then still raises if a step was
-not what it was taken for.
+pipeline's scale can be read, nothing is waited for before the end of the run; the report then says which steps were
+not what they were taken for.
 
-Everything a run learns dies with it. Its hooks are in place for the length of the call alone, so nothing a
+What a run learns of its samples dies with it; which half is the conditional one is remembered. Its hooks are in place for the length of the call alone, so nothing a
 pipeline does between calls (offloading, swapping schedulers, copying, saving) can lose or keep them.
 """
 
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from numbers import Real
 from types import FrameType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
@@ -38,12 +40,13 @@ from diffusers_guidance.pipelines.formula import (
     Formula,
     Residual,
     Scales,
-    identify,
     mixture,
     norm,
+    read,
     residual,
     views,
 )
+from diffusers_guidance.pipelines.identify import Sample, best, identify, solve
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_method, is_inherited
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, planned
@@ -51,8 +54,13 @@ from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.spaces import Space
 
+_AGREE = "both predictions agree to rounding"
 _STEP = ("model_output", "timestep", "sample")
 """What schedulers' steps take, in diffusers' order; for one that does not say."""
+
+
+_ORDERS: WeakKeyDictionary[torch.nn.Module, dict[str, Formula]] = WeakKeyDictionary()
+"""By network and the pipeline's class, a formula that was found where the scale told both halves apart."""
 
 
 class Stepped(NamedTuple):
@@ -129,7 +137,6 @@ class Run:
         self._similarities: dict[int, Tensor] = {}
         """By step, (2, rows) each, on the host."""
         self._unread: list[Unread] = []
-        self._refusal: UnsupportedPipeline | None = None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -337,10 +344,8 @@ class Run:
 
     def _check_end(self, result: Any) -> None:
         """Refuses a result whose guidance was not all that the report says."""
-        if self._refusal is not None:
-            raise self._refusal
         name, steps = self.report.pipeline, len(self.report.steps)
-        if self._called and not steps:
+        if self._called and not steps and (self._taken or self._guides):
             raise UnsupportedPipeline(
                 f"{name} ran its denoiser, but never called scheduler.step afterwards, "
                 "so its guidance could not be found; use it without attach"
@@ -392,7 +397,7 @@ class Run:
                 "which prediction that is cannot be told from its arguments: use a policy that skips nothing, EveryStep"
             )
             raise self._unsupported(denoiser, output, seen)
-        if not self._is_guided(denoiser, output):
+        if not self._is_guided(denoiser, output, sample):
             alone = Decision("conditional" if denoiser.nfe else "neither")
             self._record(denoiser, [alone] * output.shape[0], None, None, "no guidance at this step")
             return output
@@ -408,7 +413,7 @@ class Run:
         if denoiser.formula is None:
             if not self._identify(denoiser, output, sample):
                 same = [Decision("both")] * output.shape[0]
-                self._record(denoiser, same, None, None, "both predictions agree to rounding: nothing to identify yet")
+                self._record(denoiser, same, None, None, f"{_AGREE}: nothing to identify yet")
                 return output
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
             assert denoiser.formula is not None
@@ -483,31 +488,47 @@ class Run:
         finished = finished.masked_fill((g == 0) & finished.isnan(), 0) if formula.finish else finished
         return finished, carried
 
-    def _is_guided(self, denoiser: Denoiser, output: Tensor) -> bool:
+    def _is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
         y = denoiser.outputs[0] if denoiser.outputs else None
         if len(denoiser.outputs) != 1 or y is None or y.shape[0] > output.shape[0]:
             return True
         if getattr(self.pipe, "do_classifier_free_guidance", None) is False:
             return False
-        whole = (view for view in views(y.shape, output.shape) if not view.channels)
-        alone = (residual(view(y).to(output.dtype), output, output, output, 0.0) for view in whole)
-        return not any(found.fit(found.norms.tolist()).fits for found in alone)
+        few, x = Sample(output.shape), sample if sample.shape == output.shape else None
+        for view in views(y.shape, output.shape):
+            if view.channels:
+                continue
+            alone = view(y).to(output.dtype)
+            found = residual(alone, output, output, output, 0.0)
+            if found.fit(found.norms.tolist()).fits:
+                return False
+            # Or what one network predicts is turned into what the scheduler wants.
+            if x is not None and alone.shape == output.shape and mixture(*map(few, (output, x, alone)))[1].fits:
+                return False
+        return True
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Finds the pipeline's formula; False while both predictions agree and any would fit."""
-        found = identify(denoiser.outputs, output, self._scales(), self._around(sample))
+        before = _ORDERS.get(denoiser.module, {}).get(self.report.pipeline)
+        found = identify(denoiser.outputs, output, self._scales(), self._around(sample), before)
         if found.formula is None:
             if found.undetermined:
                 return False
             raise self._unsupported(denoiser, output, found.tried)
+        self._keep_order(denoiser, found.formula)
         denoiser.know(found.formula)
         loop = (each.history for each in self._denoisers.values() if each.clock is denoiser.clock)
-        before = [history for history in loop if history is not None]
-        denoiser.history = History.following(before, self._clock.steps - 1, found.formula.rows, denoiser.name)
+        histories = [history for history in loop if history is not None]
+        denoiser.history = History.following(histories, self._clock.steps - 1, found.formula.rows, denoiser.name)
         known = [*filter(None, self.report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
         self.report.formula = "; ".join(dict.fromkeys(known))
         return True
+
+    def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
+        """Remembers which half is the conditional one, for scales at which that cannot be told."""
+        if formula.mixed != SOLVED and formula.w(formula.value) > 1:
+            _ORDERS.setdefault(denoiser.module, {})[self.report.pipeline] = formula
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
@@ -527,7 +548,12 @@ class Run:
             return seen
         (fit, similarity), *_ = fetched([seen])
         if not fit.fits:
-            self._identify_anew(denoiser, output, sample, _held(denoiser.formula, fit))
+            try:
+                self._identify_anew(denoiser, output, sample, _held(denoiser.formula, fit))
+            except UnsupportedPipeline:
+                if self._acts:
+                    raise
+                return seen  # nothing is done in its place: the report says that it was not verified
             seen = self._see(denoiser, output, sample, evaluated, unguided)
             (_, similarity), *_ = fetched([seen])
         return seen._replace(similarity=similarity, is_verified=True)
@@ -535,7 +561,10 @@ class Run:
     def _identify_anew(self, denoiser: Denoiser, output: Tensor, sample: Tensor, why: str) -> None:
         """Finds another formula for the same batch, once the known one is at an end, or says `why` there is none."""
         formula = denoiser.formula
-        again = identify(denoiser.outputs, output, self._scales(), self._around(sample)).formula
+        found = identify(denoiser.outputs, output, self._scales(), self._around(sample), formula)
+        again = found.formula
+        if again is None and found.undetermined:
+            return  # the output agrees with both predictions
         if formula is None or again is None or again.rows != formula.rows:
             raise self._unsupported(denoiser, output, why)
         denoiser.formula = again
@@ -559,21 +588,29 @@ class Run:
                     f"do something else to that of {self.rule}: {self._advice(denoiser)}use CFG() as the rule, with "
                     "any policy"
                 )
-            (alpha, *betas), fit = mixture(target, x, c, u) if guided else mixture(target, x, c)
+            few = Sample(target.shape)
+            (alpha, *betas), fit = mixture(*(few(t) for t in ((target, x, c, u) if guided else (target, x, c))))
             beta = sum(betas)
+            mixed = alpha * x + betas[0] * c + (betas[1] * u if guided else 0)
+            error = norm((mixed - target).nan_to_num(0, 0, 0))
             # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
-            allowed = max(fit.allowed, 1e-3 * norm(target.nan_to_num(0, 0, 0)))
-            found = Residual(torch.tensor([fit.error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
+            whole = norm(target.nan_to_num(0, 0, 0))
+            allowed = max(fit.allowed * math.sqrt(target.numel() / few(target).numel()), 1e-3 * whole)
+            found = Residual(torch.tensor([error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
             c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
         else:
-            s: Any = 1.0  # without guidance the scale has no part in it
+            s: Any = formula.value  # without guidance the scale has no part in it
             if formula.scale is not None:
-                s = self._scales()[formula.scale]()
+                live = formula.read(self._scales(), target)
+                s = s if live is None else live
+                denoiser.formula = formula = formula.at(s)
+                c, u = formula.cut(denoiser.outputs, around)
             elif guided:
-                s = formula.solve(c, u, target)
+                exactly = solve(formula, c, u, target) if formula.exact else None
+                s = best(formula, c, u, target) if exactly is None else exactly
             w = formula.w(s)
-            terms = formula.terms(c, around), formula.terms(u, around)
-            found = residual(formula.combine(c, u, s, around), target, *terms, s)
+            expected = formula.reproduce(denoiser.outputs, s, around)
+            found = formula.residual(expected, target, c, u, s, around, is_strict=self._acts)
             if isinstance(s, Tensor) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
                     f"{self.report.pipeline} guides parts of a prediction at scales of their own, but {self.rule} has "
@@ -625,7 +662,7 @@ class Run:
         """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
 
         def named(name: str) -> bool:
-            return "guidance_scale" in name or "cfg_scale" in name
+            return "guidance_scale" in name or "cfg_scale" in name or "pag_scale" in name
 
         here = {name: lambda name=name: getattr(self.pipe, name) for name in vars(self.pipe) if named(name)}
         return here | {n: lambda n=n: self.arguments[n] for n in self.arguments if named(n)}
@@ -636,7 +673,10 @@ class Run:
     def _option(self, name: str) -> float:
         """A number among the call's arguments, as the pipeline has it now."""
         value = getattr(self.pipe, f"_{name}", self.arguments.get(name))
-        return float(value) if isinstance(value, int | float) else 0.0
+        if isinstance(value, bool):
+            return float(value)
+        number = read(value, torch.empty(0))
+        return number if isinstance(number, float) else 0.0
 
     def _advice(self, denoiser: Denoiser) -> str:
         """What to turn off where a pipeline's treatment of its predictions is not understood."""
@@ -716,11 +756,10 @@ class Run:
         unread = [each for each in self._unread if each.step < len(self.report.steps)]
         for each, (fit, similarity) in zip(unread, fetched(unread), strict=True):
             self._similarities[each.step] = similarity
-            if not fit.fits and self._refusal is None:
-                self._refusal = UnsupportedPipeline(
-                    f"the guidance of {self.report.pipeline} could not be verified, so its result is held back. Step "
-                    f"{each.step}: {_held(each.formula, fit)}. Use the pipeline without attach."
-                )
+            if not fit.fits:  # nothing was done in place of the pipeline's own guidance
+                step = self.report.steps[each.step]
+                step.guidance_scale = None
+                step.note = "; ".join(filter(None, [step.note, f"not verified: {_held(each.formula, fit)}"]))
         for i, similarity in self._similarities.items():
             step = self.report.steps[i]
             step.similarity, step.similarity_noise = (to_list(values) for values in similarity)
@@ -728,10 +767,22 @@ class Run:
             broken = [i for i, (was, known) in enumerate(pairs) if was == "both" and known is None]
             if broken and self._clock.error is None and step.sigma is not None:
                 step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
-        if self.report.steps and not self.report.formula:
-            self.report.note = "no classifier-free guidance in this call (a guidance scale of 1 or below?): left alone"
+        if not self.report.formula:
+            self.report.note = self._left_alone
         elif self._clock.error is not None:
             self.report.note = f"no similarities: {self._clock.error}"
+
+    @property
+    def _left_alone(self) -> str:
+        """Why no guidance was identified."""
+        if not self.report.steps:
+            return "no step of a scheduler: left alone" if self._called and not self._taken else ""
+        if any(_AGREE in step.note for step in self.report.steps):
+            return f"{_AGREE} at every step that evaluates two: left alone"
+        return (
+            "no classifier-free guidance in this call: one prediction of each sample a step, as without a negative "
+            "prompt or at a scale of 1 or below: left alone"
+        )
 
 
 def fetched(unread: Sequence[Seen | Unread]) -> list[tuple[Fit, Tensor]]:

@@ -38,7 +38,7 @@ REFUSED = {
         "hands cond and uncond to the scheduler together, and guides what comes back",
     ),
     "SemanticStableDiffusionPipeline, an edit": (
-        r"no part of the denoiser's output has the scheduler's shape",
+        r"could not be verified.*is off by",
         "adds an edit where a mask, found anew at every step, wants it",
     ),
     "SkyReelsV2DiffusionForcingPipeline": (
@@ -46,7 +46,7 @@ REFUSED = {
         "steps every frame with a copied scheduler of its own",
     ),
     "StableDiffusionPipelineSafe": (
-        r"no part of the denoiser's output has the scheduler's shape",
+        r"could not be verified.*is off by",
         "guides away from a third branch where a mask, found anew at every step, wants it",
     ),
 }

@@ -1,0 +1,385 @@
+"""How a pipeline's own combination is identified: what is drawn is found as it was drawn, or refused.
+
+The truths are the numbers that each formula was made with.
+"""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
+from diffusers_guidance.pipelines.formula import Around
+from diffusers_guidance.pipelines.identify import identify
+
+WAYS = {
+    "u + w (c - u)": lambda c, u, w: u + w * (c - u),
+    "c + (w - 1) (c - u)": lambda c, u, w: c + (w - 1) * (c - u),
+    "lerp": lambda c, u, w: torch.lerp(u, c, w),
+    "w c + (1 - w) u": lambda c, u, w: w * c + (1 - w) * u,
+    "w c - (w - 1) u": lambda c, u, w: c * w - u * (w - 1),
+    "add": lambda c, u, w: torch.add(u, c - u, alpha=w),
+    "in float32": lambda c, u, w: (u.float() + w * (c.float() - u.float())).to(c.dtype),
+    "in float64": lambda c, u, w: (u.double() + w * (c.double() - u.double())).to(c.dtype),
+    "u - w u + w c": lambda c, u, w: u - w * u + w * c,
+}
+
+
+def rescaled(g, c, phi=0.7):
+    dim = list(range(1, c.ndim))
+    return phi * (g * (c.std(dim=dim, keepdim=True) / g.std(dim=dim, keepdim=True))) + (1 - phi) * g
+
+
+FINISHES = {
+    "": lambda g, c: g,
+    "norm of c": lambda g, c: g * (torch.norm(c, dim=-1, keepdim=True) / torch.norm(g, dim=-1, keepdim=True)),
+    "guidance_rescale": rescaled,
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def pair(apart, dtype=torch.float32, shape=(1, 4, 32, 32), seed=0):
+    """(c, u), so far apart as a share of their size."""
+    generator = torch.Generator().manual_seed(seed)
+    c = torch.randn(shape, generator=generator)
+    u = c + apart * torch.randn(shape, generator=generator)
+    return c.to(dtype), u.to(dtype)
+
+
+def found(parts, output, scales, batched=True, around=None, known=None):
+    read = {name: (lambda value=value: value) for name, value in scales.items()}
+    outputs = [torch.cat(parts)] if batched else list(parts)
+    return identify(outputs, output, read, around or Around(), known)
+
+
+@st.composite
+def formulas(draw):
+    small, large = st.floats(0.05, 0.95), st.floats(1.05, 15.0)
+    w = draw(st.one_of(large, large, large.map(lambda w: round(w, 1)), small, small, st.just(0.5)))
+    decoys = st.one_of(st.floats(0.0, 15.0), st.sampled_from([0.0, 1.0, 30.0, w / 2, 1.2 * w]))
+    return {
+        "w": w,
+        "way": draw(st.sampled_from(list(WAYS))),
+        "finish": draw(st.sampled_from(["", "", "", "norm of c", "guidance_rescale"])),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "apart": 10 ** draw(st.floats(-2.7, 0.0)),
+        "is_named": draw(st.booleans()),
+        "is_float32": draw(st.integers(0, 5)) == 0,
+        "cond": draw(st.integers(0, 1)),
+        "batched": draw(st.booleans()),
+        "shape": draw(st.sampled_from([(1, 4, 8, 8), (2, 4, 8, 16), (3, 24, 16), (1, 4, 3, 8, 8)])),
+        "decoys": draw(st.lists(decoys, max_size=3)),
+        "seed": draw(st.integers(0, 10**6)),
+    }
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(formulas())
+def test_what_is_drawn_is_found_as_it_was_drawn_or_refused(drawn):
+    w, cond = drawn["w"], drawn["cond"]
+    # A scale that nobody can read, beside a name that says exactly what is left of it to 1, cannot be told.
+    opposite = any(abs(decoy - (1 - w)) < 0.01 for decoy in drawn["decoys"])
+    assume(w > 1 or not opposite)
+    c, u = pair(drawn["apart"], drawn["dtype"], drawn["shape"], drawn["seed"])
+    output = FINISHES[drawn["finish"]](WAYS[drawn["way"]](c, u, w), c)
+    if drawn["is_float32"]:
+        output = output.float()
+    scales = {f"guidance_scale_{i}": decoy for i, decoy in enumerate(drawn["decoys"])}
+    if drawn["is_named"]:
+        scales["true_cfg_scale"] = w
+    around = Around(rescale=0.7 if drawn["finish"] == "guidance_rescale" else 0.0)
+    formula = found([c, u] if cond == 0 else [u, c], output, scales, drawn["batched"], around).formula
+    if formula is not None:
+        assert formula.cond_index == cond, f"halves swapped: {formula}"
+        assert formula.w(formula.value) == pytest.approx(w, rel=0.02), str(formula)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("u - w u + w c", "in float64", "in float32")])
+def test_a_named_scale_is_found_at_distances_of_real_models(way, dtype):
+    for apart in (0.002, 0.01, 0.05, 0.3):
+        for w in (1.5, 7.5, 12.0):
+            c, u = pair(apart, dtype, (1, 4, 32, 32))
+            formula = found([u, c], WAYS[way](c, u, w), {"guidance_scale": w, "embedded_guidance_scale": 3.5}).formula
+            assert (formula.cond_index, formula.scale, formula.exact) == (1, "guidance_scale", True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_that_nobody_can_read_is_solved_for_to_the_bit(dtype):
+    for apart in (0.01, 0.05, 0.3):
+        for w in (1.37, 4.3, 2 + math.cos(1), 11.9):
+            c, u = pair(apart, dtype, (1, 4, 32, 32))
+            formula = found([u, c], u + w * (c - u), {"guidance_scale": 7.5}).formula
+            assert (formula.cond_index, formula.scale, formula.exact) == (1, None, True)
+            assert formula.w(formula.value) == pytest.approx(w, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", ["u + w (c - u)", "lerp", "w c + (1 - w) u"])
+def test_between_both_halves_a_name_settles_which_is_the_conditional_one(way, dtype):
+    for cond in (0, 1):
+        for w in (0.1, 0.3, 0.4, 0.8):
+            c, u = pair(0.1, dtype)
+            parts = [c, u] if cond == 0 else [u, c]
+            output = WAYS[way](c, u, w)
+            formula = found(parts, output, {"guidance_scale": w}).formula
+            assert formula.cond_index == cond
+            assert formula.w(formula.value) == w
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_between_both_halves_what_nothing_tells_is_refused_in_a_true_sentence(batched):
+    c, u = pair(0.1)
+    for w in (0.3, 0.5, 0.7):
+        nothing = found([u, c], torch.lerp(u, c, w), {}, batched)
+        assert nothing.formula is None
+        assert not nothing.undetermined
+        assert "more than one formula fits" in nothing.tried
+    half = found([u, c], torch.lerp(u, c, 0.5), {"guidance_scale": 0.5}, batched)
+    assert half.formula is None
+    assert "w = 0.5" in half.tried
+    both = found([u, c], torch.lerp(u, c, 0.3), {"guidance_scale": 0.3, "true_cfg_scale": 0.7}, batched)
+    assert both.formula is None
+    assert "w = 0.3" in both.tried
+    assert "w = 0.7" in both.tried
+
+
+@pytest.mark.parametrize("cond", [0, 1])
+def test_the_order_found_at_another_scale_tells(cond):
+    c, u = pair(0.1)
+    parts = [c, u] if cond == 0 else [u, c]
+    known = found(parts, u + 5 * (c - u), {"guidance_scale": 5.0}).formula
+    for w in (0.3, 0.5, 0.7):
+        for scales in ({}, {"guidance_scale": w}):
+            formula = found(parts, u + w * (c - u), scales, known=known).formula
+            assert formula.cond_index == cond
+            assert formula.w(formula.value) == pytest.approx(w, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("apart", [0.005, 0.03, 0.3])
+def test_three_branches_at_distances_of_real_models(apart, dtype):
+    """InstructPix2Pix and perturbed attention."""
+    (c, a), (_, b) = pair(apart, dtype, (1, 4, 32, 32)), pair(0.7 * apart, dtype, (1, 4, 32, 32), seed=1)
+    b = (c.float() + b.float() - pair(0.0, dtype, (1, 4, 32, 32), seed=1)[0].float()).to(dtype)
+    for s, t in ((7.5, 1.5), (1.5, 1.0), (3.0, 5.0), (4.0, 4.0)):
+        formula = found(
+            [c, a, b], b + s * (c - a) + t * (a - b), {"guidance_scale": s, "image_guidance_scale": t}
+        ).formula
+        assert formula.cond_index == 0
+        assert formula.w(formula.value) == pytest.approx(s)
+        assert formula.weights == pytest.approx(((t - s) / (1 - s), (1 - t) / (1 - s)))
+        formula = found([a, c, b], a + s * (c - a) + t * (c - b), {"guidance_scale": s, "pag_scale": t}).formula
+        assert formula.cond_index == 1
+        assert formula.w(formula.value) == pytest.approx(s + t)
+        assert formula.weights == pytest.approx(((1 - s) / (1 - s - t), -t / (1 - s - t)))
+
+
+def test_where_both_halves_agree_the_output_must_agree_with_them():
+    c, _ = pair(0.0)
+    assert found([c, c], c + 0 * c, {"guidance_scale": 5.0}).undetermined
+    wrong = found([c, c], c + 0.1 * c.roll(1, -1), {"guidance_scale": 5.0})
+    assert not wrong.undetermined
+    assert wrong.formula is None
+
+
+def test_a_search_at_the_size_of_videos_takes_a_moment():
+    c, u = pair(0.05, torch.float32, (1, 16, 21, 90, 160))
+    for way in ("u + w (c - u)", "w c + (1 - w) u", "u - w u + w c"):
+        output = WAYS[way](c, u, 5.0)
+        began = time.process_time()
+        assert found([u, c], output, {"guidance_scale": 5.0}).formula.cond_index == 1
+        assert time.process_time() - began < 1.0, "it took seconds, up to 36"
+
+
+# Whole runs
+
+
+class Net(nn.Module):
+    """Predictions that lie `apart` from one another."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.apart = apart
+        self.config = type("Config", (), {})()
+        self.register_buffer("weight", torch.zeros(1))
+
+    def forward(self, x, t, context):
+        return ((x + self.apart * torch.tanh(x.flip(-1) * 3) * context.view(-1, 1, 1, 1)).to(x.dtype),)
+
+
+class Loop(DiffusionPipeline):
+    """A loop of one's own, guided at `scale(step, guidance_scale)` as `way` says."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.way, self.scale = WAYS["u + w (c - u)"], lambda step, scale: scale
+
+    @torch.no_grad()
+    def __call__(self, guidance_scale=7.0, dtype=torch.float32):
+        self.scheduler.set_timesteps(6)
+        x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for i, t in enumerate(self.scheduler.timesteps):
+            x_in = self.scheduler.scale_model_input(x, t).to(dtype)
+            u, c = self.unet(torch.cat([x_in] * 2), t, torch.tensor([0.0, 1.0], dtype=dtype))[0].chunk(2)
+            x = self.scheduler.step(self.way(c, u, self.scale(i, guidance_scale)), t, x)[0].to(dtype)
+        return x
+
+
+def loop(apart=0.05):
+    return Loop(Net(apart), EulerDiscreteScheduler())
+
+
+def scales(handle):
+    return [step.guidance_scale for step in handle.report.steps]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "scale", [np.float32(7), np.int64(7), np.float64(7), torch.tensor(7.0), torch.tensor([7])], ids=repr
+)
+def test_a_scale_that_is_a_number_of_another_type_is_read_like_a_float(scale, dtype):
+    for apart in (0.002, 0.05):
+        pipe = loop(apart)
+        with attach(pipe, APG(), EveryStep()) as handle:
+            expected = pipe(7.0, dtype)
+            assert scales(handle) == [7.0] * 6
+            result = pipe(scale, dtype)
+            assert scales(handle) == [7.0] * 6
+        assert torch.equal(result, expected)
+
+
+def test_a_rule_with_a_scale_of_another_type():
+    pipe = loop(0.005)
+    with attach(pipe, CFG(guidance_scale=np.float32(7)), Hold()) as handle:
+        result = pipe(3.0, torch.bfloat16)
+    assert scales(handle) == [7.0] * 6
+    with attach(pipe, CFG(guidance_scale=7.0), Hold()):
+        assert torch.equal(pipe(3.0, torch.bfloat16), result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("apart", [0.01, 0.05, 0.3])
+def test_a_scale_that_changes_by_step_out_of_sight_is_followed(apart, dtype):
+    pipe = loop(apart)
+    pipe.scale = lambda step, scale: 1 + 6 * math.cos(step / 5)
+    plain = pipe(7.0, dtype)
+    expected = [pytest.approx(1 + 6 * math.cos(step / 5), rel=0.02) for step in range(6)]
+    with attach(pipe, APG(eta=1.0, norm_threshold=None, momentum=0.0), EveryStep()) as handle:
+        pipe(7.0, dtype)
+    assert scales(handle) == expected
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe(7.0, dtype), plain)
+    assert scales(handle)[0] == 7.0
+    assert scales(handle)[1:] == [None] * 5, "what was not verified is not said to be so"
+    assert all("not verified" in step.note for step in handle.report.steps[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("really", "said"), [(2.5, 7.5), (5.0, 3.0)])
+def test_the_number_that_explains_the_output_wins_over_the_name(really, said, dtype):
+    """A callback changes what is called a guidance scale, but the loop goes on with its own."""
+    for apart in (0.02, 0.1):
+        pipe = loop(apart)
+
+        def scale(step, given, pipe=pipe):
+            if step == 3:
+                pipe._guidance_scale = said
+            return given
+
+        pipe.scale, pipe._guidance_scale = scale, really
+        with attach(pipe, APG(), EveryStep()) as handle:
+            expected = pipe(really, dtype)
+        assert scales(handle) == [pytest.approx(really, rel=0.02)] * 6
+        del pipe._guidance_scale
+        pipe.scale = lambda step, given: given
+        with attach(pipe, APG(), EveryStep()):
+            assert torch.equal(pipe(really, dtype), expected)
+
+
+def test_the_order_is_remembered_from_run_to_run():
+    pipe = loop(0.1)
+    pipe.scale = lambda step, given: given[0]
+    with attach(pipe, CFG(), Hold()) as handle:
+        with pytest.raises(UnsupportedPipeline, match="more than one formula fits"):
+            pipe((0.3,))
+        pipe((3.0,))
+        pipe((0.3,))
+    assert "[uncond, cond]" in handle.report.formula
+    assert scales(handle) == [pytest.approx(0.3, rel=1e-4)] * 6
+
+
+class Unguided(Loop):
+    """One prediction a step, of which the scheduler gets `turned(sample, prediction)`."""
+
+    @torch.no_grad()
+    def __call__(self, guidance_scale=4.5, other=None):
+        self.scheduler.set_timesteps(4)
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in self.scheduler.timesteps:
+            more = None if other is None else other(x.roll(1, -1), t, torch.zeros(2))[0]
+            y = self.unet(x, t, torch.ones(2))[0]
+            x = self.scheduler.step(self.turned(x, y, more), t, x)[0]
+        return x
+
+
+def test_calls_without_guidance_are_left_alone():
+    """As Sana Sprint's and the latent upscaler's, whose predictions are turned into what the scheduler wants."""
+    pipe = Unguided(Net(0.3), EulerDiscreteScheduler())
+    for turned in (lambda x, y, _: y, lambda x, y, _: 0.3 * x - 1.7 * y, lambda x, y, _: (x - y) / 0.4):
+        pipe.turned = turned
+        plain = pipe()
+        with attach(pipe, APG()) as handle:
+            assert torch.equal(pipe(), plain)
+        assert "one prediction of each sample a step" in handle.report.note
+
+
+def test_two_networks_a_step_are_refused_in_a_true_sentence():
+    pipe, other = Unguided(Net(0.3), EulerDiscreteScheduler()), Net(0.5)
+    pipe.register_modules(other=other)
+    pipe.turned = lambda x, y, more: more + 4.5 * (y - more)
+    with (
+        attach(pipe, APG()),
+        pytest.raises(UnsupportedPipeline, match="evaluated one prediction of each sample") as refused,
+    ):
+        pipe(other=other)
+    assert "scheduler's shape" not in str(refused.value)
+
+
+def test_a_pipeline_without_a_scheduler_is_left_alone():
+    """As LTX's latent upsampler."""
+
+    class Upsampler(DiffusionPipeline):
+        def __init__(self, latent_upsampler):
+            super().__init__()
+            self.register_modules(latent_upsampler=latent_upsampler)
+
+        def __call__(self, x):
+            return self.latent_upsampler(x, 0, torch.ones(1))[0]
+
+    pipe, x = Upsampler(Net(0.3)), torch.randn(1, 4, 8, 8)
+    plain = pipe(x)
+    with attach(pipe, APG()) as handle:
+        assert torch.equal(pipe(x), plain)
+    assert "left alone" in handle.report.note
+
+
+def test_what_changes_nothing_is_not_withheld_where_a_step_cannot_be_explained():
+    """Its scale cannot be read, so that each step is verified at once; one of them is of another kind."""
+    pipe = loop(0.1)
+    pipe.scale = lambda step, given: given[0] if step != 3 else None
+    pipe.way = lambda c, u, w: u + w * (c - u) if w else c.sin() + u.roll(1, -1)
+    plain = pipe((3.3,))
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe((3.3,)), plain)
+    assert scales(handle) == [pytest.approx(3.3)] * 3 + [None] + [pytest.approx(3.3)] * 2
+    assert "not verified" in handle.report.steps[3].note
+    with attach(pipe, CFG(), Hold()), pytest.raises(UnsupportedPipeline, match="held until now"):
+        pipe((3.3,))
