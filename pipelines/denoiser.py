@@ -357,26 +357,24 @@ class Denoiser:
             return ""
         why = f"because of {', '.join(names)}"
         if needs_all_branches(self.module):
-            self.whole = "its attention processors need all branches to be there: the batch is left whole"
-            return self.whole
-        alone = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))
-        whole = batch.prediction(output)
-        assert whole is not None
-        for self.reading in _readings(args, kwargs, n * groups, alone)[:trials]:
-            if self._fits(call, args, kwargs, whole, alone):
-                break
-            if self.watch.found:
-                self._keep_whole()
-                return self.whole
-        else:
             self.whole = f"no part of the batch can be evaluated on its own, {why}"
             return self.whole
-        if crossing and formula.batched and n > 1:  # what looks across the batch may need partners of the same kind
-            mixed, _ = _kept(formula, [i < n // 2 for i in range(n)])
-            self.splits = self._fits(call, args, kwargs, whole, mixed)
-            if not self.splits:
-                return f"samples are left out only all at once, {why}"
-        return f"a part of the batch was tried on its own, {why}"
+        whole = batch.prediction(output)
+        assert whole is not None
+        parts = [[formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))]
+        if crossing and formula.batched and n > 1:  # one row may look at another of its sample, or at its place
+            parts.insert(0, _kept(formula, [i < n // 2 for i in range(n)])[0])
+        for part in parts:
+            for self.reading in _readings(args, kwargs, n * groups, part)[:trials]:
+                if self._fits(call, args, kwargs, whole, part):
+                    self.splits = part is parts[0]
+                    how = "a part of the batch was tried on its own" if self.splits else "samples stop all at once"
+                    return f"{how}, {why}"
+                if self.watch.found:
+                    self._keep_whole()
+                    return self.whole
+        self.whole = f"no part of the batch can be evaluated on its own, {why}"
+        return self.whole
 
     def _fits(self, call: Callable, args: tuple, kwargs: dict, whole: Tensor, index: list[int]) -> bool:
         """Whether the rows `index` alone give what they gave as a part of the `whole`; leaves no trace."""
@@ -393,8 +391,12 @@ class Denoiser:
             return False
         self.watch.restore()
         expected = exact(batch.take(whole, rows, index, _OUTPUT))
-        close = max(1e-4, 2 * torch.finfo(whole.dtype).eps) * float(expected.norm())
-        if part is None or part.shape != expected.shape or not float((exact(part) - expected).norm()) <= close:
+        if part is None or part.shape != expected.shape:
+            return False
+        found = exact(part)
+        same = (found == expected) | (found.isnan() & expected.isnan())  # a broken sample stays one
+        off = (found - expected).masked_fill(same, 0).norm()
+        if not off <= max(1e-4, 2 * torch.finfo(whole.dtype).eps) * expected.nan_to_num(0, 0, 0).norm():
             return False
         self.known_parts.add(len(index))
         return True
@@ -411,7 +413,8 @@ class Denoiser:
         total = formula.rows * formula.branches
         if _rows(args, kwargs) != total:
             return
-        kept, source = _kept(formula, [False] * formula.rows)
+        some = formula.rows // 2 if self.watch.takes_part else 0
+        kept, source = _kept(formula, [i < some for i in range(formula.rows)])
         expected = batch.take(whole, total, [kept[i] for i in source])
         for self.reading in _readings(args, kwargs, total, kept)[:_TRIALS]:
             try:

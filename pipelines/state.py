@@ -35,6 +35,8 @@ _LIMIT = 20_000
 """Objects within reach of foreign code that are looked at."""
 _EFFECTS = {"append", "appendleft", "extend", "add", "update", "put", "write", "print", "info", "debug", "record"}
 """What is called for its effect: a hook that returns what these return returns nothing."""
+_MOVES = {"SWAP", "ROT_TWO", "POP_TOP", "END_FOR", "CACHE"}
+"""What comes between a value and its return, out of a loop say."""
 
 
 class Misfit(RuntimeError):
@@ -112,7 +114,7 @@ def found_on(parts: list[tuple[str, nn.Module]]) -> list[Foreign]:
             found += [Foreign(f"the hook {type(h).__name__}", h, part) for h in _registered(own) if is_foreign(h)]
         processor = own.get("processor") or own["_modules"].get("processor")
         if processor is not None and (is_foreign(processor) or is_foreign(type(processor).__call__)):
-            found.append(Foreign(f"the attention processor {_called(processor)}", processor, part))
+            found.append(Foreign(f"one of its attention processors ({_called(processor)})", processor, part))
     return found
 
 
@@ -385,7 +387,8 @@ def may_return(hook: Any) -> bool:
         if each.opname == "RETURN_VALUE" and before is not None:
             returned.append((before, line))
         line = [*line, each.argval]
-        before = each
+        if each.opname not in _MOVES:
+            before = each
 
     def nothing(value: dis.Instruction, line: list[Any]) -> bool:
         if value.opname.startswith("CALL"):
