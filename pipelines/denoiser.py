@@ -361,20 +361,23 @@ class Denoiser:
             return self.whole
         whole = batch.prediction(output)
         assert whole is not None
-        parts = [[formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))]
-        if crossing and formula.batched and n > 1:  # one row may look at another of its sample, or at its place
-            parts.insert(0, _kept(formula, [i < n // 2 for i in range(n)])[0])
-        for part in parts:
-            for self.reading in _readings(args, kwargs, n * groups, part)[:trials]:
-                if self._fits(call, args, kwargs, whole, part):
-                    self.splits = part is parts[0]
-                    how = "a part of the batch was tried on its own" if self.splits else "samples stop all at once"
-                    return f"{how}, {why}"
-                if self.watch.found:
-                    self._keep_whole()
-                    return self.whole
-        self.whole = f"no part of the batch can be evaluated on its own, {why}"
-        return self.whole
+        alone = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))
+        for self.reading in _readings(args, kwargs, n * groups, alone)[:trials]:
+            if self._fits(call, args, kwargs, whole, alone):
+                break
+            if self.watch.found:
+                self._keep_whole()
+                return self.whole
+        else:
+            self.whole = f"no part of the batch can be evaluated on its own, {why}"
+            return self.whole
+        if crossing and formula.batched and n > 1:
+            half, other = n // 2, formula.others[0]
+            torn = [other * n + i for i in range(n - half, n)] + [formula.cond_index * n + i for i in range(half)]
+            self.splits = self._fits(call, args, kwargs, whole, sorted(torn))  # no row has a row of its sample
+        if not self.splits:
+            return f"samples are left out only all at once, {why}"
+        return f"a part of the batch was tried on its own, {why}"
 
     def _fits(self, call: Callable, args: tuple, kwargs: dict, whole: Tensor, index: list[int]) -> bool:
         """Whether the rows `index` alone give what they gave as a part of the `whole`; leaves no trace."""
@@ -411,10 +414,9 @@ class Denoiser:
             return
         ((call, args, kwargs, whole),) = self.inputs
         total = formula.rows * formula.branches
-        if _rows(args, kwargs) != total:
+        if _rows(args, kwargs) != total or (self.watch.takes_part and formula.rows > 1):
             return
-        some = formula.rows // 2 if self.watch.takes_part else 0
-        kept, source = _kept(formula, [i < some for i in range(formula.rows)])
+        kept, source = _kept(formula, [False] * formula.rows)
         expected = batch.take(whole, total, [kept[i] for i in source])
         for self.reading in _readings(args, kwargs, total, kept)[:_TRIALS]:
             try:
