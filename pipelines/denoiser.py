@@ -70,14 +70,15 @@ class Denoiser:
 
     @cached_property
     def _stateful(self) -> tuple[bool, list[str]]:
-        return stateful_hooks(self.module)
+        return stateful_hooks(self.watch.parts)
 
     def begin_step(self, policy: Policy, step: Step) -> None:
         """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
         self.end_step()
         vars(self).pop("_stateful", None)  # hooks come and go between steps
         if self.formula is not None and self.history is not None:
-            self._keep_whole()
+            if not isinstance(policy, EveryStep):
+                self._keep_whole()
             plan = policy.plan(step, self.history)
             estimated = ("extrapolate", "neither") if self.puts_out_more else ()
             self.decisions = [Decision("both") if each.action in estimated else each for each in plan]
@@ -143,15 +144,16 @@ class Denoiser:
 
     def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
-        if not isinstance(policy, EveryStep) and self.watch.look():
+        if isinstance(policy, EveryStep):
+            return self._run(policy, step, call, args, kwargs)
+        if self.watch.look():
             call = partial(self.watch.call, call)
         if not self.nfe_full:  # nothing of this step is missing yet
             self._keep_whole()
-        try:
-            return self._run(policy, step, call, args, kwargs)
-        finally:
-            if self.nfe == self.nfe_full:
-                self._keep_whole()
+        output = self._run(policy, step, call, args, kwargs)
+        if self.nfe == self.nfe_full:
+            self._keep_whole()
+        return output
 
     def _keep_whole(self) -> None:
         """From now on evaluates everything, where the network was found to keep state."""
@@ -308,7 +310,8 @@ class Denoiser:
 
     def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
         """A part of the batch that was tried for the first time does not fit: from now on nothing is left out."""
-        if tried in self.known_parts or self.follower_cut or is_out_of_memory(error):
+        fits = tried in self.known_parts or self.follower_cut
+        if fits or is_out_of_memory(error) or error is self.watch.raised:
             raise error
         self.whole = f"no part of the batch can be evaluated on its own ({error})"
         if self.watch.found:
@@ -371,7 +374,7 @@ class Denoiser:
         else:
             self.whole = f"no part of the batch can be evaluated on its own, {why}"
             return self.whole
-        if crossing and formula.batched and n > 1:
+        if self.watch.takes_part and formula.batched and n > 1:
             half, other = n // 2, formula.others[0]
             torn = [other * n + i for i in range(n - half, n)] + [formula.cond_index * n + i for i in range(half)]
             self.splits = self._fits(call, args, kwargs, whole, sorted(torn))  # no row has a row of its sample
@@ -389,7 +392,7 @@ class Denoiser:
             with torch.random.fork_rng(devices):
                 part = batch.prediction(self._call_part(call, args, kwargs, rows, index))
         except _MISFITS as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or error is self.watch.raised:
                 raise
             return False
         self.watch.restore()
@@ -422,7 +425,7 @@ class Denoiser:
             try:
                 found = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
             except _MISFITS as error:
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or error is self.watch.raised:
                     raise
                 continue
             self.watch.restore()

@@ -112,7 +112,7 @@ def found_on(parts: list[tuple[str, nn.Module]]) -> list[Foreign]:
             what = f"the replaced forward of {type(part).__name__}"
             found += [Foreign(what, f, part) for f in _replaced(own) if is_foreign(f)]
             found += [Foreign(f"the hook {type(h).__name__}", h, part) for h in _registered(own) if is_foreign(h)]
-        processor = own.get("processor") or own["_modules"].get("processor")
+        processor = getattr(part, "processor", None) if "processor" in own or "processor" in own["_modules"] else None
         if processor is not None and (is_foreign(processor) or is_foreign(type(processor).__call__)):
             found.append(Foreign(f"one of its attention processors ({_called(processor)})", processor, part))
     return found
@@ -130,9 +130,9 @@ def _registered(own: dict) -> list[Any]:
     return list(own["_diffusers_hook"].hooks.values()) if "_diffusers_hook" in own else []
 
 
-def stateful_hooks(module: nn.Module) -> tuple[bool, list[str]]:
+def stateful_hooks(parts: list[tuple[str, nn.Module]]) -> tuple[bool, list[str]]:
     """Of diffusers' hooks: whether some keep tensors of the batch, and the names of those that count their calls."""
-    stateful = [type(h) for part in module.modules() for h in _registered(part.__dict__) if h._is_stateful]
+    stateful = [type(h) for _, part in parts for h in _registered(part.__dict__) if h._is_stateful]
     counting = [each.__name__ for each in stateful if each.__module__ not in _TOLERANT]
     return bool(stateful), list(dict.fromkeys(counting))
 
@@ -407,6 +407,8 @@ class Watch:
     """Why its calls must be made as they would be without us, in words; empty where nothing was found."""
     takes_part: dict[str, None] = field(default_factory=dict)
     """Foreign code that had a part in the network's output, in words."""
+    raised: BaseException | None = None
+    """What came out of a forward hook that only looks on: somebody wants the run to end."""
     is_settled: bool = False
     """Whether the step is over at which parts of the batch are tried."""
     _on: list[Foreign] = field(default_factory=list)
@@ -414,12 +416,12 @@ class Watch:
     _memory: Memory | None = None
 
     @cached_property
-    def _parts(self) -> list[tuple[str, nn.Module]]:
+    def parts(self) -> list[tuple[str, nn.Module]]:
         return list(self.module.named_modules())
 
     def look(self) -> bool:
         """Sees what is on the network now; False where there is nothing."""
-        self._on, self._hooks = found_on(self._parts), list(self._all_hooks())
+        self._on, self._hooks = found_on(self.parts), list(self._all_hooks())
         for each in self._on:
             self._takes_part(each.what)
         return bool(self._on or self._hooks)
@@ -431,7 +433,7 @@ class Watch:
 
     def _all_hooks(self) -> Iterator[tuple[Foreign, dict, int]]:
         """Foreign forward hooks, each with where it is."""
-        tables = [(part, part.__dict__[name]) for _, part in self._parts for name in _HOOKS if part.__dict__[name]]
+        tables = [(part, part.__dict__[name]) for _, part in self.parts for name in _HOOKS if part.__dict__.get(name)]
         for part, table in [*tables, *((None, each) for each in _GLOBAL_HOOKS)]:
             for number, hook in table.items():
                 if is_foreign(hook):
@@ -478,7 +480,12 @@ class Watch:
 
     def _seeing(self, hook: Foreign, *given: Any) -> Any:
         before = _versions(given)
-        returned = hook.code(*given)
+        try:
+            returned = hook.code(*given)
+        except BaseException as error:
+            if hook.what not in self.takes_part:
+                self.raised = error
+            raise
         if returned is not None or before != _versions(given):
             self._takes_part(hook.what)
         return returned
