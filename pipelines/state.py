@@ -374,14 +374,16 @@ def _bytes(state: bytes) -> Tensor:
 # Hooks
 
 
-def may_return(hook: Any) -> bool:
-    """Whether a forward hook that has returned nothing may yet return something, as far as its code tells."""
+def may_act(hook: Any) -> bool:
+    """Whether a forward hook that has only looked on may yet return or change something, as far as its code tells."""
     while isinstance(hook, types.MethodType | partial) or hasattr(hook, "__wrapped__"):
         hook = getattr(hook, "__wrapped__", None) or getattr(hook, "__func__", None) or hook.func
     if not hasattr(hook, "__code__"):
         hook = type(hook).__call__
+    if not hasattr(hook, "__code__"):
+        return False
     returned, line, before = [], [], None  # of each return: what it returns, and the names on its line
-    for each in dis.get_instructions(hook) if hasattr(hook, "__code__") else ():
+    for each in dis.get_instructions(hook):
         if each.starts_line:
             line = []
         if each.opname == "RETURN_VALUE" and before is not None:
@@ -395,7 +397,8 @@ def may_return(hook: Any) -> bool:
             return len(returned) == 1 or any(name in _EFFECTS for name in line if isinstance(name, str))
         return value.opname == "LOAD_CONST" and value.argval is None
 
-    return not all(nothing(*each) for each in returned)
+    writes = any(name.endswith("_") and hasattr(Tensor, name) for name in hook.__code__.co_names)
+    return writes or not all(nothing(*each) for each in returned)
 
 
 @dataclass
@@ -441,7 +444,7 @@ class Watch:
 
     def call(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
         """`call(*args, **kwargs)`, of which is found out whether it changes what the next call gives."""
-        hooks = [h for h, *_ in self._hooks if h.what in self.takes_part or may_return(h.code)]
+        hooks = [h for h, *_ in self._hooks if h.what in self.takes_part or may_act(h.code)]
         if self._memory is None or self._memory.changed:  # between calls is none of the network's
             self._memory = Memory(self._on + hooks)
         random = self._random()
