@@ -382,7 +382,9 @@ def may_act(hook: Any) -> bool:
         hook = type(hook).__call__
     if not hasattr(hook, "__code__"):
         return False
-    returned, line, before = [], [], None  # of each return: what it returns, and the names on its line
+    returned: list[tuple[dis.Instruction, list[Any]]] = []  # what each return returns, and what is on its line
+    line: list[Any] = []
+    before = None
     for each in dis.get_instructions(hook):
         if each.starts_line:
             line = []
