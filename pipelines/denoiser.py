@@ -160,7 +160,7 @@ class Denoiser:
         if self.formula is None or self.whole:
             return
         if names := self._stateful[1]:
-            self.whole = f"{', '.join(names)} counts the calls: the batch is left whole; {_WAY_OUT}"
+            self.whole = f"a cache counts the calls ({', '.join(names)}): the batch is left whole; {_WAY_OUT}"
         elif self.watch.found:
             self.whole = f"{self.watch.found}: the batch is left whole; {_WAY_OUT}"
 
@@ -277,6 +277,7 @@ class Denoiser:
         formula = leader.formula
         assert formula is not None
         total = formula.rows * formula.branches
+        self.whole = self.whole or self.watch.found
         if self.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
             output = call(*args, **kwargs)
             if asked != total:  # the leader's batch may be another one from now on
@@ -285,9 +286,14 @@ class Denoiser:
         if leader.skips:
             return batch.copied(self.template)
         kept, source = _kept(formula, leader.evaluates)
-        output = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
-        if _shapes(output) != _shapes(self.template):
-            self.whole = f"{self.name} puts out something else for a part of the batch"
+        try:
+            output = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
+            if _shapes(output) != _shapes(self.template):
+                raise Misfit(f"{self.name} puts out something else for a part of the batch")
+        except _MISFITS as error:
+            if is_out_of_memory(error) or error is self.watch.raised:
+                raise
+            self.whole = str(error)
             return call(*args, **kwargs)
         leader.follower_cut = True
         return output

@@ -425,7 +425,10 @@ class Watch:
         return list(self.module.named_modules())
 
     def look(self) -> bool:
-        """Sees what is on the network now; False where there is nothing."""
+        """Sees what is on the network now; False where there is nothing to find out."""
+        if self.found:
+            self._memory = None
+            return False
         self._on, self._hooks = found_on(self.parts), list(self._all_hooks())
         for each in self._on:
             self._takes_part(each.what)

@@ -572,6 +572,33 @@ def test_a_failing_part_leaves_no_trace():
     assert "on its own" in report.steps[0].note
 
 
+def test_a_controlnet_that_keeps_state():
+    """It works ahead of its network, and is asked for everything, as the network is not."""
+    entry = PIPELINES["StableDiffusionControlNetPipeline"]
+
+    def go(policy: Any = None) -> Any:
+        pipe = entry.build()
+        own, n = pipe.controlnet.forward, [0]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            n[0] += 1
+            down, middle = own(*args, **kwargs)
+            return [each / n[0] for each in down], middle / n[0]
+
+        pipe.controlnet.forward = forward
+        if policy is None:
+            with overwritten(pipe, entry, 2):
+                return run(pipe, entry, STEPS, 2)
+        with attach(pipe, CFG(), policy) as handle, counting(pipe.controlnet) as count:
+            result = run(pipe, entry, STEPS, 2)
+        return result, handle.report, count.rows
+
+    result, report, rows = go(Until(2))
+    assert relative(result, go()) < 1e-5
+    assert rows == [4] * STEPS
+    assert report.saved > 0
+
+
 # A timestep that comes first
 
 
