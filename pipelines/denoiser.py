@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from diffusers_guidance.pipelines import rows as batch
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.formula import Formula, exact
-from diffusers_guidance.policies import Decision, History, Policy, Step, planned
+from diffusers_guidance.pipelines.state import Misfit, Watch, is_out_of_memory, stateful_hooks
+from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, planned
 
 
 @dataclass
@@ -39,8 +40,10 @@ class Denoiser:
     """Why no part of the batch can be taken, if so."""
     puts_out_more: bool = False
     """Whether its output holds more than the prediction (the sound of a video), of which there are no estimates."""
-    in_doubt: bool = False
-    """Whether it is open how a part of the batch is taken."""
+    splits: bool = True
+    """Whether rows of some samples can be left out, and not of others."""
+    known_parts: set[int] = field(default_factory=set)
+    """How many rows of the batch have been evaluated on their own, and well."""
     leader: "Denoiser | None" = None
     """Of a network that works ahead of a denoiser, row by row, such as a ControlNet: that denoiser."""
     shape: torch.Size | None = None
@@ -60,18 +63,29 @@ class Denoiser:
     nfe_full: int = 0
 
     @cached_property
+    def watch(self) -> Watch:
+        """Over what others have put on the network."""
+        return Watch(self.module)
+
+    @property
     def keeps_state(self) -> bool:
         """Whether one of diffusers' stateful hooks (FirstBlockCache, FasterCache) is installed somewhere in it.
 
         Such a hook keeps tensors of the batch from call to call.
         """
-        registries = (getattr(part, "_diffusers_hook", None) for part in self.module.modules())
-        return any(hook._is_stateful for r in registries if r is not None for hook in r.hooks.values())
+        return self._stateful[0]
+
+    @cached_property
+    def _stateful(self) -> tuple[bool, list[str]]:
+        return stateful_hooks(self.watch.parts)
 
     def begin_step(self, policy: Policy, step: Step) -> None:
         """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
         self.end_step()
+        vars(self).pop("_stateful", None)  # hooks come and go between steps
         if self.formula is not None and self.history is not None:
+            if not isinstance(policy, EveryStep):
+                self._keep_whole()
             plan = planned(policy, step, self.history)
             estimated = ("extrapolate", "neither") if self.puts_out_more else ()
             self.decisions = [Decision("both") if each.action in estimated else each for each in plan]
@@ -93,7 +107,9 @@ class Denoiser:
         """Forgets the batch it has known, but not the coming step's evaluations."""
         self.formula = self.history = self.momentum = None
         self.marks = []
-        self.whole, self.in_doubt = "", False
+        self.whole, self.splits = "", True
+        self.known_parts.clear()
+        vars(self).pop("watch", None)
 
     def settle(self) -> None:
         """At the end of a step: which of its calls were the step's.
@@ -151,7 +167,7 @@ class Denoiser:
             return [False] * len(self.decisions)
         both = [decision.action in ("both", "neither") for decision in self.decisions]
         # A cache would meet rows it has not seen; leaving out a whole call is what its contexts are for.
-        uncut = self.keeps_state and (self.formula.batched or any(both))
+        uncut = (self.keeps_state and self.formula.batched) or (any(both) and (self.keeps_state or not self.splits))
         # The sound of a row that is skipped is the conditional one's, which must be there.
         early = self.puts_out_more and not self.formula.batched and self.formula.cond_index > 0
         return [True] * len(both) if self.whole or uncut or early else both
@@ -164,6 +180,27 @@ class Denoiser:
 
     def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
+        if isinstance(policy, EveryStep):
+            return self._run(policy, step, call, args, kwargs)
+        if self.watch.look():
+            call = partial(self.watch.call, call)
+        if not self.nfe_full:  # nothing of this step is missing yet
+            self._keep_whole()
+        output = self._run(policy, step, call, args, kwargs)
+        if self.nfe == self.nfe_full:
+            self._keep_whole()
+        return output
+
+    def _keep_whole(self) -> None:
+        """From now on evaluates everything, where the network was found to keep state."""
+        if self.formula is None or self.whole:
+            return
+        if names := self._stateful[1]:
+            self.whole = f"a cache counts the calls ({', '.join(names)}): the batch is left whole; {_WAY_OUT}"
+        elif self.watch.found:
+            self.whole = f"{self.watch.found}: the batch is left whole; {_WAY_OUT}"
+
+    def _run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         asked = _rows(args, kwargs)
         if self.leader is not None and self.leader.decisions is not None:
             return self._run_ahead(self.leader, asked, call, args, kwargs)
@@ -286,6 +323,7 @@ class Denoiser:
         formula = leader.formula
         assert formula is not None
         total = formula.rows * formula.branches
+        self.whole = self.whole or self.watch.found
         if self.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
             output = call(*args, **kwargs)
             if asked != total:  # the leader's batch may be another one from now on
@@ -294,23 +332,42 @@ class Denoiser:
         if leader.skips:
             return batch.copied(self.template)
         kept, source = _kept(formula, leader.evaluates)
-        output = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
-        if _shapes(output) != _shapes(self.template):
-            self.whole = f"{self.name} puts out something else for a part of the batch"
+        try:
+            output = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
+            if _shapes(output) != _shapes(self.template):
+                raise Misfit(f"{self.name} puts out something else for a part of the batch")
+        except _MISFITS as error:
+            if is_out_of_memory(error) or error is self.watch.raised:
+                raise
+            self.whole = str(error)
             return call(*args, **kwargs)
         leader.follower_cut = True
         return output
 
     def _call_part(self, call: Callable, args: tuple, kwargs: dict, rows: int, index: list[int]) -> Any:
-        """The call on the rows `index` alone."""
+        """The call on the rows `index` alone; where they give no such part of an output, nothing has happened."""
         part_args, part_kwargs = batch.take((args, dict(kwargs)), rows, index, self.reading)
-        return call(*part_args, **part_kwargs)
+        found = self.watch.found
+        try:
+            output = call(*part_args, **part_kwargs)
+            y = batch.prediction(output)
+            if y is not None and self.shape is not None and y.shape[0] * rows != self.shape[0] * len(index):
+                raise Misfit(f"{len(index)} rows were sent, and {y.shape[0]} came back")
+            if self.watch.found and not found:
+                raise Misfit(self.watch.found)
+        except BaseException:
+            self.watch.restore()
+            raise
+        return output
 
     def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
-        """Cut in the wrong place, the arguments no longer fit together: from now on nothing is left out."""
-        if not self.in_doubt or self.follower_cut:
+        """A part of the batch that was tried for the first time does not fit: from now on nothing is left out."""
+        fits = tried in self.known_parts or self.follower_cut
+        if fits or is_out_of_memory(error) or error is self.watch.raised:
             raise error
         self.whole = f"no part of the batch can be evaluated on its own ({error})"
+        if self.watch.found:
+            self.whole = f"{self.watch.found}: the batch is left whole; {_WAY_OUT}"
         output = call(*args, **kwargs)
         self._note(batch.prediction(output), tried + rows, rows)
         return output
@@ -332,6 +389,8 @@ class Denoiser:
         assert formula is not None
         self.template = self.inputs[-1][3]
         self.puts_out_more = batch.puts_out_more(self.template)
+        self.watch.is_settled = True
+        self._keep_whole()
         if self.whole:
             return self.whole
         if self.keeps_state:
@@ -345,27 +404,60 @@ class Denoiser:
         trials = _TRIALS if names else 1
         if groups > 2:
             names.append("its third branch")  # perturbed attention, say, needs all branches to be there
-        if mixes_rows(self.module):
-            names.append("its attention processors")
+        crossing = [*self.watch.takes_part]
+        if looks_across(self.module) and not crossing:
+            crossing = ["its attention processors"]
+        names += crossing
         if not names:
             return ""
-        self.in_doubt = True
-        index = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))
+        why = f"because of {', '.join(names)}"
+        if needs_all_branches(self.module):
+            self.whole = f"no part of the batch can be evaluated on its own, {why}"
+            return self.whole
         whole = batch.prediction(output)
         assert whole is not None
-        expected = exact(whole[index])
-        close = max(1e-4, 2 * torch.finfo(whole.dtype).eps) * float(expected.norm())
-        why = f"because of {', '.join(names)}"
-        for self.reading in _readings(args, kwargs, n * groups, index)[:trials]:
-            self.nfe += len(index)
-            try:
-                part = batch.prediction(self._call_part(call, args, kwargs, n * groups, index))
-            except _MISFITS:
-                continue
-            if part is not None and part.shape == expected.shape and float((exact(part) - expected).norm()) <= close:
-                return f"a part of the batch was tried on its own, {why}"
-        self.whole = f"no part of the batch can be evaluated on its own, {why}"
-        return self.whole
+        alone = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))
+        for self.reading in _readings(args, kwargs, n * groups, alone)[:trials]:
+            if self._fits(call, args, kwargs, whole, alone):
+                break
+            if self.watch.found:
+                self._keep_whole()
+                return self.whole
+        else:
+            self.whole = f"no part of the batch can be evaluated on its own, {why}"
+            return self.whole
+        if self.watch.takes_part and formula.batched and n > 1:
+            half, other = n // 2, formula.others[0]
+            torn = [other * n + i for i in range(n - half, n)] + [formula.cond_index * n + i for i in range(half)]
+            self.splits = self._fits(call, args, kwargs, whole, sorted(torn))  # no row has a row of its sample
+        if not self.splits:
+            return f"samples are left out only all at once, {why}"
+        return f"a part of the batch was tried on its own, {why}"
+
+    def _fits(self, call: Callable, args: tuple, kwargs: dict, whole: Tensor, index: list[int]) -> bool:
+        """Whether the rows `index` alone give what they gave as a part of the `whole`; leaves no trace."""
+        assert self.formula is not None
+        rows = self.formula.rows * (self.formula.branches if self.formula.batched else 1)
+        devices = [whole.device] if whole.device.type == "cuda" else []
+        self.nfe += len(index)
+        try:
+            with torch.random.fork_rng(devices):
+                part = batch.prediction(self._call_part(call, args, kwargs, rows, index))
+        except _MISFITS as error:
+            if is_out_of_memory(error) or error is self.watch.raised:
+                raise
+            return False
+        self.watch.restore()
+        expected = exact(batch.take(whole, rows, index, _OUTPUT))
+        if part is None or part.shape != expected.shape:
+            return False
+        found = exact(part)
+        same = (found == expected) | (found.isnan() & expected.isnan())  # a broken sample stays one
+        off = (found - expected).masked_fill(same, 0).norm()
+        if not off <= max(1e-4, 2 * torch.finfo(whole.dtype).eps) * expected.nan_to_num(0, 0, 0).norm():
+            return False
+        self.known_parts.add(len(index))
+        return True
 
     def follow(self, leader: "Denoiser") -> None:
         """On the identifying step: whether it worked ahead of `leader`, on the same rows and each by itself.
@@ -373,19 +465,22 @@ class Denoiser:
         One evaluation of the conditional rows alone tells, whose output must be that of the whole.
         """
         formula, self.leader = leader.formula, None
-        if formula is None or len(self.inputs) != 1 or self.keeps_state:
+        if formula is None or len(self.inputs) != 1 or self.keeps_state or self.watch.found:
             return
         ((call, args, kwargs, whole),) = self.inputs
         total = formula.rows * formula.branches
-        if _rows(args, kwargs) != total:
+        if _rows(args, kwargs) != total or (self.watch.takes_part and formula.rows > 1):
             return
         kept, source = _kept(formula, [False] * formula.rows)
         expected = batch.take(whole, total, [kept[i] for i in source])
         for self.reading in _readings(args, kwargs, total, kept)[:_TRIALS]:
             try:
                 found = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
-            except _MISFITS:
+            except _MISFITS as error:
+                if is_out_of_memory(error) or error is self.watch.raised:
+                    raise
                 continue
+            self.watch.restore()
             if _shapes(found) == _shapes(whole) and _close(found, expected):
                 self.leader, self.template, self.whole = leader, whole, ""
                 return
@@ -394,13 +489,24 @@ class Denoiser:
 _OUTPUT = batch.Reading(elements=True, folded=False, second=False)
 _TRIALS = 2
 """How many ways to take a part of a batch are tried at most: what cannot be skipped must not cost much either."""
-_MISFITS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+_MISFITS = (Exception,)
+"""What a network may raise that was made for another batch: in its own words, by whatever class."""
+_WAY_OUT = "take it off while attached, or use EveryStep()"
 
 
-def mixes_rows(module: torch.nn.Module) -> bool:
-    """Whether its attention processors may look across the batch: PAG's, and all but those of diffusers.models."""
-    processors = (type(part.processor) for part in module.modules() if getattr(part, "processor", None) is not None)
+def _processors(module: torch.nn.Module) -> list[type]:
+    return [type(part.processor) for part in module.modules() if getattr(part, "processor", None) is not None]
+
+
+def looks_across(module: torch.nn.Module) -> bool:
+    """Whether its attention processors may look across the batch: all may but those of diffusers.models."""
+    processors = _processors(module)
     return any("PAG" in each.__name__ or not each.__module__.startswith("diffusers.models") for each in processors)
+
+
+def needs_all_branches(module: torch.nn.Module) -> bool:
+    """Whether one of its branches is a perturbed one, which its attention processors find by its place."""
+    return any("PAG" in each.__name__ for each in _processors(module))
 
 
 def _kept(formula: Formula, evaluates: list[bool]) -> tuple[list[int], list[int]]:
@@ -443,12 +549,15 @@ def _close(tree: Any, other: Any) -> bool:
 
 
 def _sample(args: tuple, kwargs: dict) -> Tensor | list[Tensor] | None:
-    """The first argument of a denoiser call that has rows."""
-    for value in (*args, *kwargs.values()):
-        tensor = isinstance(value, Tensor) and value.ndim > 0
-        if tensor or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
-            return value
-    return None
+    """The first argument of a denoiser call that has rows; a timestep, which has one dimension, only for want of it."""
+
+    def has_rows(value: Any, dims: int) -> bool:
+        if isinstance(value, list):
+            return bool(value) and isinstance(value[0], Tensor)
+        return isinstance(value, Tensor) and value.ndim >= dims
+
+    values = (*args, *kwargs.values())
+    return next((value for dims in (2, 1) for value in values if has_rows(value, dims)), None)
 
 
 def _rows(args: tuple, kwargs: dict) -> int:
