@@ -19,9 +19,10 @@ def plain(value: Any) -> Any:
 
 
 def plain_fields(part: Any) -> None:
-    """Does this to the fields of a frozen dataclass that is being made."""
+    """Does this to the fields of a frozen dataclass that is being made; a list stays the one that was given."""
     for field in fields(part):
-        object.__setattr__(part, field.name, plain(getattr(part, field.name)))
+        if not isinstance(value := getattr(part, field.name), list):
+            object.__setattr__(part, field.name, plain(value))
 
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_guidance.checks import is_number, is_whole, plain_fields
+from diffusers_guidance.checks import is_number, is_whole, plain, plain_fields
 from diffusers_guidance.kernels import Coefficients, Gram
 from diffusers_guidance.kernels.reference import gram
 from diffusers_guidance.spaces import Space
@@ -156,7 +156,7 @@ class APG(Rule):
             raise ValueError(f"reference_numel={self.reference_numel!r}: a whole number above 0, or None")
         if self.norm_dim is not None:
             given = self.norm_dim
-            dims = tuple(given) if isinstance(given, list | tuple) else ()
+            dims = plain(tuple(given)) if isinstance(given, list | tuple) else ()
             if not dims or not all(is_whole(i) and i != 0 for i in dims) or len({*dims}) < len(dims):
                 raise ValueError(
                     f"norm_dim={given!r}: one or more dimensions as whole numbers, such as (-3, -2, -1), each once and "

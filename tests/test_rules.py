@@ -5,7 +5,7 @@ those of the other rules' papers; they share nothing with the package.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -251,6 +251,17 @@ def test_numbers_of_numpy_and_torch_are_plain_ones(of):
 
 def test_lists_of_dimensions_are_tuples():
     assert APG(norm_dim=[1, 2]) == APG(norm_dim=(1, 2)) and hash(APG(norm_dim=[1, 2]))
+    assert repr(APG(norm_dim=[np.int64(1), torch.tensor(2)])) == repr(APG(norm_dim=(1, 2)))
+
+
+@dataclass(frozen=True)
+class Noted(CFG):
+    seen: list = field(default_factory=list)
+
+
+def test_a_list_stays_the_one_that_was_given():
+    seen = [torch.tensor(1.0)]
+    assert Noted(seen=seen).at(5.0).seen is seen
 
 
 @dataclass(frozen=True)
