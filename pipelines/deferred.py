@@ -54,7 +54,7 @@ def _stretches(made: Any, within: Within, finish: Finish) -> Generator[Any, Any,
             made.close()
             raise
         except BaseException as error:
-            resume, value = made.throw, error  # type: ignore[assignment]
+            resume, value = made.throw, error
     finish(result)
     return result
 
@@ -63,7 +63,7 @@ async def _awaited(made: Any, within: Within, finish: Finish) -> Any:
     return await types.coroutine(_stretches)(made, within, finish)
 
 
-async def _asynchronous(made: AsyncGenerator, within: Within, finish: Finish) -> AsyncGenerator:
+async def _asynchronous(made: Any, within: Within, finish: Finish) -> AsyncGenerator:
     try:
         while True:
             try:

@@ -38,10 +38,10 @@ class _Transparent(type):
         return super().__getattribute__(name)
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        setattr(cls._diffusers_guidance_original, name, value)  # type: ignore[attr-defined]
+        setattr(cls._diffusers_guidance_original, name, value)
 
     def __delattr__(cls, name: str) -> None:
-        delattr(cls._diffusers_guidance_original, name)  # type: ignore[attr-defined]
+        delattr(cls._diffusers_guidance_original, name)
 
 
 @functools.cache  # one per metaclass
@@ -99,8 +99,9 @@ def _is_catching(cls: type) -> bool:
 def catch_call(obj: Any, handler: Handler) -> None:
     """Routes every `obj(...)` through `handler` until `release_call(obj)`; a second handler replaces the first."""
     vars(obj)[_HANDLER] = handler
-    if not _is_catching(type(obj)):
-        obj.__class__ = _catching(type(obj))
+    cls: Any = type(obj)
+    if not _is_catching(cls):
+        obj.__class__ = _catching(cls)
 
 
 def release_call(obj: Any) -> None:
