@@ -9,8 +9,9 @@ step, with the similarities in the same transfer. Where nothing is changed (plai
 pipeline's scale can be read, nothing is waited for before the end of the run; the report then says which steps were
 not what they were taken for.
 
-What a run learns of its samples dies with it; which half is the conditional one is remembered. Its hooks are in place for the length of the call alone, so nothing a
-pipeline does between calls (offloading, swapping schedulers, copying, saving) can lose or keep them.
+What a run learns of its samples dies with it; which half is the conditional one is remembered. Its hooks are in
+place for the length of the call alone, so nothing a pipeline does between calls (offloading, swapping schedulers,
+copying, saving) can lose or keep them.
 """
 
 import math
