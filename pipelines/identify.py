@@ -358,12 +358,14 @@ class _Search:
                     if found is not None or self.doubts:
                         return found
         for cond in range(2):
-            c, u = reading.parts[cond], reading.parts[1 - cond]
+            formula = replace(reading.formula, cond_index=cond)
+            cut = formula.cut(self.outputs, self.around.through(formula.view))
+            c, u = (reading.sample(half) for half in cut)
             (_, beta_c, beta_u), fit = mixture(reading.target, reading.around.sample, c, u)
             beta = beta_c + beta_u
             telling = fit.allowed < 0.01 * abs(beta_u) * norm(c - u)
             if fit.fits and telling and beta != 0 and beta_c / beta >= 1:
-                return replace(reading.formula, cond_index=cond, mixed=SOLVED)
+                return replace(formula, mixed=SOLVED)
         return None
 
     # What tells
