@@ -686,6 +686,11 @@ class Run:
         if len({y.shape for y in denoiser.outputs}) > 1:
             more = "skip-layer, spatio-temporal or self-attention guidance, modality isolation"
             advice.append(f"turn off what calls {denoiser.name} once more at a step ({more})")
+        if denoiser.blanks:
+            advice.append(
+                f"use the first output of {denoiser.name} without copying it before the second call (what was skipped "
+                "is filled in there), or make the conditional call first"
+            )
         return "".join(f"{each}, or " for each in advice)
 
     def _space(self, c: Tensor, sample: Tensor) -> Space | None:

@@ -436,6 +436,20 @@ def test_a_pipeline_that_stops_guiding(policy, after, copies):
     assert [s.evaluated for s in handle.report.steps[after:]] == [["conditional"]] * (STEPS - after)
 
 
+def test_an_unconditional_prediction_that_was_copied_before_it_was_known():
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        u = pipe.unet(x, t, texts[:1], return_dict=False)[0].clone()
+        c = pipe.unet(x, t, texts[1:], return_dict=False)[0]
+        return pipe.scheduler.step(plain(u, c, scale), t, x, return_dict=False)[0]
+
+    pipe = small()
+    with attach(pipe, CFG(), Hold(2)), pytest.raises(UnsupportedPipeline, match="without copying it before the second"):
+        pipe(step)
+    untouched = pipe(step)
+    with attach(pipe, CFG(), EveryStep()):
+        assert torch.equal(pipe(step), untouched)
+
+
 class Unmarked(torch.nn.Module):
     """A network whose two calls have the same arguments: which is which is its own affair."""
 
