@@ -17,11 +17,12 @@ neighbouring steps move it the same way. So i is handed
 Everything here is a linear combination of at most three evaluated predictions: no more are kept.
 
 Which steps to skip follows from the same model. Skipped between two evaluated ones, a steps after the first and b
-before the second, D_j is known up to a variance of about (a b / (a + b))^p, which the picture feels by the square of
+before the second, D_j is known up to a variance of about (a b / (a + b))^p, which the picture feels by
 
-    gain_j rho_j^(2/3) = (1 - rho' / rho) rho^(1/6)        (rho: noise over signal, a prime: at the next step)
+    gain_j rho_j^(5/6) = (1 - rho' / rho) rho^(1/3)        (rho: noise over signal, a prime: at the next step)
 
-The sum of these over all skipped steps is least along a shortest path.
+The power of rho is what orders measured pictures. Errors of neighbours add up, those of different gaps do not: the sum
+over all gaps of the squared sum within each is least along a shortest path.
 """
 
 import math
@@ -90,7 +91,7 @@ def denoised_gains(table: tuple[Space, ...]) -> tuple[float, ...]:
 
 @lru_cache(maxsize=64)
 def pattern(count: int, evaluations: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
-    """By step, whether it is evaluated: the first, the last, and of the others those that are the costliest to skip.
+    """By step, whether it is evaluated: the first, the last two, and of the others those that are costliest to skip.
 
     No more steps are skipped in a row than the budget makes necessary: none twice while half of them may be evaluated.
 
@@ -102,14 +103,22 @@ def pattern(count: int, evaluations: int, table: tuple[Space, ...] = ()) -> tupl
     evaluations = max(min(evaluations, count), min(count, 2))
     if evaluations == count:
         return (True,) * count
-    weight = torch.tensor(_weights(table) if len(table) == count else [1.0] * count, dtype=torch.float64)
+    weight = _weights(table) if len(table) == count else [1.0] * count
+    if evaluations < 4:
+        return _cheapest(weight, evaluations)
+    return (*_cheapest(weight[:-1], evaluations - 1), True)  # what was off before the last step, it can hardly repay
+
+
+def _cheapest(weight: Sequence[float], evaluations: int) -> tuple[bool, ...]:
+    """Which steps to evaluate, the first and the last among them, so that skipping the others costs the least."""
+    count, weights = len(weight), torch.tensor(weight, dtype=torch.float64)
     furthest = math.ceil((count - 1) / (evaluations - 1))  # from one evaluated step to the next
     costs = torch.zeros(furthest + 1, count, dtype=torch.float64)  # [g, i]: of skipping the g - 1 steps before i
     for g in range(2, furthest + 1):
         for a in range(1, g):
-            costs[g, g:] += weight[a : a + count - g] * (a * (g - a) / g) ** ROUGHNESS
-    # least[i]: of reaching step i with so many evaluations; the last step is reached with all of them.
-    least = torch.full((count,), math.inf, dtype=torch.float64)
+            costs[g, g:] += weights[a : a + count - g].sqrt() * (a * (g - a) / g) ** (ROUGHNESS / 2)
+    costs = costs.square()  # errors between two evaluated steps point the same way
+    least = torch.full((count,), math.inf, dtype=torch.float64)  # [i]: of reaching i with so many evaluations
     least[0] = 0
     gaps = []
     for _ in range(evaluations - 1):
@@ -117,11 +126,11 @@ def pattern(count: int, evaluations: int, table: tuple[Space, ...] = ()) -> tupl
         for g in range(1, furthest + 1):
             reached[g, g:] = least[: count - g] + costs[g, g:]
         least, gap = reached.min(0)
-        gaps.append(gap)
+        gaps.append(gap.tolist())
     chosen, at = [False] * count, count - 1
     for gap in reversed(gaps):
         chosen[at] = True
-        at -= int(gap[at])
+        at -= gap[at]
     chosen[0] = True
     return tuple(chosen)
 
@@ -130,7 +139,7 @@ def _weights(table: tuple[Space, ...]) -> list[float]:
     """By step, the squared part an error of its denoised prediction has, times how strongly that moves there."""
     rho = [space.noise / space.signal if space.signal else math.inf for space in table]
     found = [
-        gain**2 * r ** (4 / 3) if 0 < r < math.inf else 0.0 for gain, r in zip(denoised_gains(table), rho, strict=True)
+        gain**2 * r ** (5 / 3) if 0 < r < math.inf else 0.0 for gain, r in zip(denoised_gains(table), rho, strict=True)
     ]
     # What is not known (pure noise) is taken to be worth the most.
     return [weight if weight > 0 else max(found) or 1.0 for weight in found]
