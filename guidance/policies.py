@@ -13,8 +13,9 @@ in a run is always evaluated in full, because the pipeline's guidance is identif
 anything else then decides only how the step is used. To add a policy, subclass `Policy` and write `plan`.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from diffusers_guidance import kernels
 from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
 from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch
+from diffusers_guidance.forecast import combined, denoised_gains, forecast, pattern, repayment
+from diffusers_guidance.spaces import Space
 
 Action = Literal["both", "conditional", "extrapolate", "neither"]
 NFES: dict[str, int] = {"both": 2, "conditional": 1, "extrapolate": 1, "neither": 0}
@@ -45,13 +48,15 @@ class Step:
     """The coming evaluation: its number in this run, how many there are, and the scheduler's noise level.
 
     A two-stage solver such as Heun makes two evaluations a step; each counts. `velocity` is the prediction's
-    factor in `v` (see `Space.velocity`), 1 where it is not known.
+    factor in `v` (see `Space.velocity`), 1 where it is not known. `table` has the spaces of all steps of the run, and
+    is empty where they are not known.
     """
 
     index: int
     count: int
     sigma: float | None
     velocity: float = 1.0
+    table: tuple[Space, ...] = ()
 
 
 @dataclass
@@ -74,6 +79,10 @@ class History:
     """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
     uncond: list[Tensor] = field(default_factory=list)
     """Likewise the unconditional ones; where a sample's was left out, what stood in for it."""
+    guided: dict[int, Tensor] = field(default_factory=dict)
+    """By step: the last guided predictions, as a policy that `hands` keeps them."""
+    skipped: list[int] = field(default_factory=list)
+    """The steps since the last of these."""
 
     @classmethod
     def following(cls, others: Iterable["History"], steps: int, rows: int, denoiser: str) -> "History":
@@ -86,6 +95,7 @@ class History:
         for other in others:
             if other.rows == rows and len(other.similarity["noise"]) <= steps:
                 made.similarity = {space: list(values) for space, values in other.similarity.items()}
+                made.guided, made.skipped = dict(other.guided), list(other.skipped)
         return made
 
     def agreement(self, space: str) -> Tensor:
@@ -103,6 +113,9 @@ class Policy:
     """Whether `plan` looks at similarities, and so needs a scheduler whose predictions can be denoised."""
     remembers = False
     """Whether `estimate` looks back on all predictions of the run, which then are kept in the history."""
+    hands = False
+    """Whether the scheduler is handed what `hand` makes of a step's guided prediction, whatever rule and pipeline did.
+    Where such a policy evaluates neither prediction, nothing is asked of `predict`."""
     calibration = None  # type: Calibration | None
     """What the policy is fitted to; a run of anything else is refused at its first step."""
 
@@ -126,6 +139,27 @@ class Policy:
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         """(cond, uncond), (rows, ...) each, where `plan` said "neither"."""
         raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
+
+    def hand(self, step: Step, history: History, guided: Tensor | None, sample: Tensor | None) -> "Handed":
+        """What the scheduler is handed, of a policy that `hands`.
+
+        Args:
+            step: the one that is about to be taken.
+            history: where `guided` and `skipped` are this method's to keep.
+            guided: what was evaluated and guided; None where nothing was.
+            sample: the scheduler's, of the prediction's shape; None where none can be denoised with it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} hands on what was evaluated")
+
+
+class Handed(NamedTuple):
+    """What a scheduler is handed, and what the report says about it."""
+
+    prediction: Tensor
+    note: str = ""
+    sizes: Tensor | None = None
+    """(2,), on the device: relative to the denoised prediction, by how much the forecasts before this step had been
+    off on average, and how much of it the step repays."""
 
 
 def planned(policy: Policy, step: Step, history: History) -> list[Decision]:
@@ -307,6 +341,87 @@ class Hold(Policy):
         if step.index < self.warmup or along % self.period == 0:
             return _everyone(history, "both")
         return _everyone(history, "extrapolate", f"held between every {self.period} steps")
+
+
+@dataclass(frozen=True)
+class Forecast(Policy):
+    """Skips whole evaluations, forecasts what they would have guided with, and repays what that was off by.
+
+    Needs no calibration. Which steps are evaluated follows from the noise levels and the budget: the first, the last,
+    and those that would be the costliest to skip; none are skipped twice in a row while the budget allows it
+    (`forecast.pattern`). A skipped step is handed an estimate from the last two evaluated guided predictions, as
+    denoised samples; the next evaluated one is handed its own and a repayment (`forecast.repayment`). What is
+    forecast is the guided prediction itself, so any rule and any pipeline's own formula go with it.
+
+    Where a scheduler's predictions cannot be denoised, they are forecast as they are, and nothing is repaid.
+
+    Args:
+        save: the share of the NFEs to save, at least, from 0 to below 1; but the first and the last step are evaluated.
+        nfe: instead, the NFEs of one sample at most, two for each step that is evaluated; 4 or more.
+    """
+
+    save: float = 0.25
+    _: KW_ONLY
+    nfe: int | None = None
+
+    hands = True
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.save, 0) and self.save < 1):
+            raise ValueError(f"save={self.save!r}: a share of the NFEs from 0 to below 1")
+        if self.nfe is not None and not is_whole(self.nfe, 4):
+            raise ValueError(f"nfe={self.nfe!r}: a whole number from 4 up (the first and the last step), or None")
+
+    def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
+        """By step of a run of so many, whether it is evaluated."""
+        evaluations = math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // 2
+        return pattern(count, evaluations, table)
+
+    def plan(self, step: Step, history: History) -> list[Decision]:
+        return _everyone(history, "both" if self.pattern(step.count, step.table)[step.index] else "neither")
+
+    def hand(self, step: Step, history: History, guided: Tensor | None, sample: Tensor | None) -> Handed:
+        space = step.table[step.index] if step.table and sample is not None else None
+        known = history.guided
+        if guided is None:
+            history.skipped.append(step.index)
+            combination = forecast([*known], step.index)
+            return Handed(
+                _predicted(combined(known, combination), sample, space), f"forecast from {_named(combination)}"
+            )
+        if any(each.shape != guided.shape for each in known.values()):  # other samples, or larger ones
+            known.clear()
+            history.skipped.clear()
+        skipped, history.skipped = history.skipped, []
+        known[step.index] = now = _denoised(guided, sample, space)
+        while len(known) > 3:
+            del known[min(known)]
+        if not skipped or space is None or space.b == 0:
+            return Handed(guided)
+        gain = denoised_gains(step.table)
+        repaid = combined(known, repayment([*known], skipped, gain))
+        # Of equal gains a repayment is the sum of what is now known to have been missing.
+        off = combined(known, repayment([*known], skipped, [1.0] * len(gain))) / len(skipped)
+        sizes = torch.stack([off.norm(), repaid.norm()]) / now.norm()
+        return Handed((guided + repaid / space.b).to(guided.dtype), f"repays {_named(skipped)}", sizes)
+
+
+def _named(steps: Iterable[int]) -> str:
+    steps = [*steps]
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+
+
+def _denoised(guided: Tensor, sample: Tensor | None, space: Space | None) -> Tensor:
+    """A guided prediction as it is remembered: denoised where that is known; always a copy, at least float32."""
+    working = guided.to(torch.promote_types(guided.dtype, torch.float32), copy=True)
+    return working if space is None or sample is None else space.a * sample.to(working.dtype) + space.b * working
+
+
+def _predicted(denoised: Tensor, sample: Tensor | None, space: Space | None) -> Tensor:
+    """The prediction that denoises to it."""
+    if space is None or sample is None:
+        return denoised
+    return (denoised - space.a * sample.to(denoised.dtype)) / (space.b or 1.0)  # of a prediction without effect, any
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffusers_guidance.checks import plain
@@ -33,6 +34,11 @@ class StepReport:
     guidance_scale: float | None = None
     denoiser: str = ""
     note: str = ""
+    off: float | None = None
+    """How far the forecasts that are repaid here had been off on average, as far as is known now: relative to the denoised
+    prediction, of a batch as a whole."""
+    repaid: float | None = None
+    """How large the repayment is, likewise."""
 
 
 @dataclass
@@ -129,6 +135,14 @@ class Report:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+
+def tell_repayments(report: Report, sizes: dict[int, Tensor]) -> None:
+    """Fills in, by step, how far forecasts had been off and how much is repaid: (2,) each, in one transfer."""
+    for i, (off, repaid) in zip(sizes, torch.stack([*sizes.values()]).tolist(), strict=True):
+        step = report.steps[i]
+        step.off, step.repaid = (None if math.isnan(value) else value for value in (off, repaid))
+        step.note += f": they were off by {off:.2g}, repaid is {repaid:.2g} of the denoised prediction"
 
 
 def to_list(values: Tensor) -> list[float | None]:

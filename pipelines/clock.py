@@ -62,6 +62,11 @@ class Clock:
         """So many of the table's."""
         return self._values[begin : begin + count]
 
+    def table(self, count: int) -> tuple[Space, ...]:
+        """The spaces of a run of `count` evaluations, from its first on; empty where they are not all known."""
+        found = self._table[self.begin : self.begin + count] if self._table is not None else ()
+        return found if len(found) == count else ()
+
     @property
     def next(self) -> Space | None:
         """The space of the evaluation after the last one."""

@@ -51,6 +51,9 @@ class Denoiser:
     follower_cut: bool = False
     """Whether such a network left out rows at this step, so that they can no longer be asked for."""
 
+    held: list[Tensor] = field(default_factory=list)
+    """What was put out at the last step that was evaluated, of a policy that `hands`."""
+
     decisions: list[Decision] | None = None
     inputs: list[tuple[Callable, tuple, dict, Any]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -152,6 +155,10 @@ class Denoiser:
         """Whether none of the step's evaluations is on that batch."""
         return all(y.shape != self.shape for y in self.outputs)
 
+    def hold(self) -> None:
+        """Keeps what was put out at this step, to put it out again where nothing is evaluated."""
+        self.held = [y.detach().clone() for y in self.outputs]
+
     def end_step(self) -> None:
         self.decisions, self.follower_cut = None, False
         self.inputs, self.outputs, self.strays, self.blanks = [], [], [], []
@@ -234,6 +241,10 @@ class Denoiser:
 
     def _run_nothing(self, formula: Formula, policy: Policy, step: Step, args: tuple, kwargs: dict) -> Any:
         assert self.history is not None
+        if policy.hands:  # what is put out has no part in what the scheduler is handed
+            y = self.held[len(self.outputs)].clone()
+            self._note(y, 0, len(y))
+            return batch.with_prediction(self.template, y)
         cond, uncond = policy.predict(step, self.history)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
         y = torch.cat(branches) if formula.batched else branches[self.branch_of(args, kwargs)].clone()

@@ -51,7 +51,7 @@ from diffusers_guidance.pipelines.identify import Sample, best, identify, solve
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_method, is_inherited
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, planned
-from diffusers_guidance.report import Report, StepReport, to_list
+from diffusers_guidance.report import Report, StepReport, tell_repayments, to_list
 from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.spaces import Space
 
@@ -138,6 +138,8 @@ class Run:
         self._similarities: dict[int, Tensor] = {}
         """By step, (2, rows) each, on the host."""
         self._unread: list[Unread] = []
+        self._sizes: dict[int, Tensor] = {}
+        """By step, of forecasts' errors and repayments, still on the device."""
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -262,6 +264,8 @@ class Run:
 
         try:
             guided = self._guide(denoiser, output, sample, fuse)
+            if self.policy.hands and not isinstance(guided, Stepped):
+                guided = self._hand(denoiser, guided, sample)
         finally:
             for each in self._denoisers.values():
                 each.end_step()
@@ -444,6 +448,8 @@ class Run:
         self._remember(denoiser, space, similarity, evaluated)
         self._record(denoiser, plan, evaluated, similarity if is_verified else None, note, w)
 
+        if self.policy.hands and not denoiser.nfe:  # nothing new to combine
+            return output
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, evaluated, strict=True)]
             if not any(stray):
@@ -451,7 +457,8 @@ class Run:
             guided = pick(stray, formula.finished(c, c, self._around(sample)), formula.view.working(output))
         else:
             rule = settled(self.rule, w, self._clock.steps - 1, space)
-            fused = fuse() if space is not None and formula.is_direct and not any(unguided) else None
+            rides = space is not None and formula.is_direct and not any(unguided) and not self.policy.hands
+            fused = fuse() if rides else None
             before = denoiser.momentum
 
             def apply() -> tuple[Tensor, Tensor]:
@@ -466,6 +473,25 @@ class Run:
                 denoiser.momentum = carried
             return guided
         return formula.view.emit(guided, output)
+
+    def _hand(self, denoiser: Denoiser, guided: Tensor, sample: Tensor) -> Tensor:
+        """What the policy hands to the scheduler, once the step has been guided; see `Policy.hands`."""
+        history, formula = denoiser.history, denoiser.formula
+        if history is None or formula is None or not self.report.steps:
+            return guided
+        g, x = formula.view.working(guided), formula.view.working(sample)
+        known = self._clock.space is not None and x.shape == g.shape
+        evaluated = denoiser.nfe > 0
+        step = self._step_of(denoiser, now=True)
+        found = self.policy.hand(step, history, g if evaluated else None, x if known else None)
+        if evaluated:
+            denoiser.hold()
+        if found.note:
+            recorded = self.report.steps[-1]
+            recorded.note = "; ".join(filter(None, [recorded.note, found.note]))
+        if found.sizes is not None:
+            self._sizes[len(self.report.steps) - 1] = found.sizes
+        return guided if found.prediction is g else formula.view.emit(found.prediction.to(guided.dtype), guided)
 
     def _apply(
         self,
@@ -657,7 +683,8 @@ class Run:
             return Step(index, max(count, index + 1), None)
         # How the sample will be mixed in is not known before the step: what is held is what the network puts out.
         velocity = 1.0 if formula is not None and formula.mixed else space.velocity
-        return Step(index, max(count, index + 1), space.sigma, velocity)
+        count = max(count, index + 1)
+        return Step(index, count, space.sigma, velocity, clock.table(count))
 
     def _scales(self) -> Scales:
         """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
@@ -773,6 +800,8 @@ class Run:
             broken = [i for i, (was, known) in enumerate(pairs) if was == "both" and known is None]
             if broken and self._clock.error is None and step.sigma is not None:
                 step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
+        if self._sizes:
+            tell_repayments(self.report, self._sizes)
         if not self.report.formula:
             self.report.note = self._left_alone
         elif self._clock.error is not None:
