@@ -183,7 +183,7 @@ def planned(policy: Policy, step: Step, history: History) -> list[Decision]:
             )
         if not isinstance(each.action, str) or each.action not in NFES:
             raise ValueError(f"{said} decided {each.action!r} for sample {row}: one of {', '.join(NFES)} can be done")
-        if each.action == "neither" and type(policy).predict is Policy.predict:
+        if each.action == "neither" and not policy.hands and type(policy).predict is Policy.predict:
             raise ValueError(
                 f'{said} decided "neither" for sample {row}, but {type(policy).__name__} has no estimate of both '
                 "predictions: give it a method `predict`, or decide otherwise"
