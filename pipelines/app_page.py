@@ -101,7 +101,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
                 list(PRESETS),
                 value=next(iter(PRESETS)),
                 label="Guidance",
-                info="APG takes the burn out of high scales; AG and Hold save evaluations.",
+                info="APG takes the burn out of high scales; AG and Forecast save evaluations.",
                 elem_classes="dg-choices",
             )
             controls.add("guidance_scale")

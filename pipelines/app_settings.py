@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from diffusers_guidance.pipelines.attach import DEFAULT_POLICY
 from diffusers_guidance.pipelines.columns import POLICIES as POLICY_TYPES
 from diffusers_guidance.pipelines.columns import RULES as RULE_TYPES
-from diffusers_guidance.policies import EveryStep, Policy
+from diffusers_guidance.policies import EveryStep, Forecast, Hold, Policy
 from diffusers_guidance.rules import APG, CFG, Rule
 
 BUNDLED = "bundled"
@@ -54,7 +53,7 @@ COMPARISONS = {
 PRESETS = {
     "APG + AG": ("APG", "AdaptiveGuidance"),
     "APG": ("APG", "EveryStep"),
-    "Hold": ("CFG", "Hold"),
+    "Forecast": ("CFG", "Forecast"),
     "Plain CFG": ("CFG", "EveryStep"),
 }
 """Pairs of rule and policy to start from; the page opens with the first."""
@@ -221,11 +220,10 @@ class Generation(Form):
     start: float = setting(0.1, Number("Start", 0, 1, 0.05, "Guide from this share of the steps."))
     stop: float = setting(0.6, Number("Stop", 0, 1, 0.05, "Guide up to this share of the steps."))
     p: float = setting(0.5, Number("Share", 0.05, 1, 0.05, "Guide in this first share of the steps."))
-    period: int = setting(
-        DEFAULT_POLICY.period, Number("Period", 1, 10, info="Steps from one full evaluation to the next.")
-    )
-    warmup: int = setting(DEFAULT_POLICY.warmup, Number("Warm-up", 1, 20, info="First steps, evaluated in full."))
-    last: bool = setting(DEFAULT_POLICY.last, Flag("The last step in full", "Periods count back from it."))
+    save: float = setting(Forecast.save, Number("Save", 0, 0.75, 0.05, "The share of the evaluations to skip."))
+    period: int = setting(Hold.period, Number("Period", 1, 10, info="Steps from one full evaluation to the next."))
+    warmup: int = setting(Hold.warmup, Number("Warm-up", 1, 20, info="First steps, evaluated in full."))
+    last: bool = setting(Hold.last, Flag("The last step in full", "Periods count back from it."))
     compare_with_plain: bool = setting(True, Flag("Compare with plain CFG", "The same seed again, without us."))
     model: str = setting(BUNDLED, MODEL)
 

@@ -203,7 +203,7 @@ def test_benchmark(client):
     assert full["nfe"] == 8
     assert full["psnr"] is None
     assert len(others) > 8
-    assert others[-1]["name"] == "default: CFG + Hold"
+    assert others[-1]["name"] == "default: CFG + Forecast"
     assert others[-1]["nfe"] == 6 and others[-1]["psnr"] > 10
     json.dumps(figures, allow_nan=False)
     assert all(point["nfe"] <= 8 for point in others)

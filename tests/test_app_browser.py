@@ -172,13 +172,14 @@ def test_presets_and_their_knobs(visit):
     page = visit()
     open_up(page, "Rule and policy")
     expect(page.get_by_role("spinbutton", name=re.compile("Momentum"))).to_be_visible()
-    page.get_by_role("radio", name="Hold", exact=True).check()
+    page.get_by_role("radio", name="Forecast", exact=True).check()
     expect(page.get_by_role("spinbutton", name=re.compile("Momentum"))).to_be_hidden()
     expect(page.get_by_role("spinbutton", name=re.compile("Rescale"))).to_be_visible()
+    expect(page.get_by_role("spinbutton", name=re.compile("Save"))).to_be_visible()
     page.get_by_label("Policy", exact=True).click()
     page.get_by_role("option", name="AdaptiveGuidance").click()
     expect(page.get_by_role("spinbutton", name=re.compile("Threshold", re.IGNORECASE)).last).to_be_visible()
-    expect(page.get_by_role("radio", name="Hold", exact=True)).not_to_be_checked()
+    expect(page.get_by_role("radio", name="Forecast", exact=True)).not_to_be_checked()
     shoot(page, "knobs")
 
 
