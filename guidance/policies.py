@@ -191,6 +191,34 @@ def planned(policy: Policy, step: Step, history: History) -> list[Decision]:
     return list(plan)
 
 
+def estimated(policy: Policy, step: Step, history: History, cond: Tensor) -> Tensor:
+    """What `policy.estimate` says, once it is an estimate of `cond`'s other half.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has another shape.
+    """
+    found = policy.estimate(step, history, cond)
+    return _like(found, cond.shape, f"{type(policy).__name__}.estimate, at step {step.index},")
+
+
+def predicted(policy: Policy, step: Step, history: History) -> tuple[Tensor, Tensor]:
+    """What `policy.predict` says, once it is a pair of predictions of one shape; raises as `estimated`."""
+    found, said = policy.predict(step, history), f"{type(policy).__name__}.predict, at step {step.index},"
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise TypeError(f"{said} returned a {type(found).__name__}: wanted is a pair of tensors, (cond, uncond)")
+    shape = torch.Size(getattr(history.delta, "shape", getattr(found[0], "shape", ())))
+    return _like(found[0], shape, said), _like(found[1], shape, said)
+
+
+def _like(found: Any, shape: torch.Size, said: str) -> Tensor:
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{said} returned a {type(found).__name__}: wanted is a tensor of shape {tuple(shape)}")
+    if found.shape != shape:
+        raise ValueError(f"{said} returned a tensor of shape {tuple(found.shape)}: wanted is {tuple(shape)}")
+    return found
+
+
 def _everyone(history: History, action: Action, why: str = "") -> list[Decision]:
     return [Decision(action, why)] * history.rows
 

@@ -330,22 +330,31 @@ def _denoised_in(rule: Rule) -> str:
 
 
 def _looked_at(rule: Rule) -> str:
-    """What its coefficients make of X and m, found by a Gram matrix with two sets of numbers for them."""
+    """What its coefficients make of X, m and b, found by inner products with several sets of numbers for them."""
     numbers = torch.arange(6 * 16 * 8, dtype=torch.float64).mul(1.7).sin().view(6, 16, 8)
     X, c, d, m, other_X, other_m = numbers
+
+    def made(X: torch.Tensor, m: torch.Tensor, b: float) -> list[torch.Tensor]:
+        tried = copy.deepcopy(rule)  # which may keep count
+        return [torch.as_tensor(k, dtype=torch.float64) for k in tried.coefficients(gram(X, c, d, m), b)]
+
     try:
-        tried = [copy.deepcopy(rule) for _ in range(2)]  # which may keep count
-        made, other = (
-            [torch.as_tensor(k, dtype=torch.float64) for k in each.coefficients(gram(*vectors), -0.7)]
-            for each, vectors in zip(tried, ((X, c, d, m), (other_X, c, d, other_m)), strict=True)
-        )
+        found = {b: made(X, m, b) for b in (-0.7, -0.1, 0.7)}
+        others = [(found[b], made(size * other_X, size * other_m, b)) for b in (-0.7, 0.7) for size in (1e-3, 1.0, 1e3)]
     except Exception:  # what does not go with such numbers, or cannot be copied, has its say at the real ones
         return ""
-    for name, factor in (("X", made[0]), ("m", made[3])):
-        if (factor.nan_to_num() != 0).any():
+
+    def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+        return all(torch.allclose(a, b, equal_nan=True) for a, b in zip(one, two, strict=True))
+
+    for name, place in (("X", 0), ("m", 3)):
+        if any((factors[place].nan_to_num() != 0).any() for factors in found.values()):
             return f"returns a factor of {name}, which is in denoised space"
-    same = all(torch.allclose(one, two, equal_nan=True) for one, two in zip(made, other, strict=True))
-    return "" if same else "looks at inner products with X or m, which are in denoised space"
+    if not all(same(*pair) for pair in others):
+        return "looks at inner products with X or m, which are in denoised space"
+    if not all(same(found[-0.7], each) for each in found.values()):
+        return "looks at b, the way to denoised space"
+    return ""
 
 
 class Preset(NamedTuple):

@@ -131,13 +131,16 @@ class Handle:
         run = Run(self.pipe, self.rule, self.policy, arguments)
         with self._stretch(run):
             result = work()
-        if not run.report.steps:
-            again = functools.partial(self._guided, arguments)
-            later = deferred(result, lambda: self._stretch(run), run.finish, again)
-            if later is not None:
-                return later
-        run.finish(result)
+        again = functools.partial(self._guided, arguments)
+        later = deferred(result, lambda: self._stretch(run), lambda result: self._finish(run, result), again)
+        if later is not None:
+            return later
+        self._finish(run, result)
         return result
+
+    def _finish(self, run: Run, result: Any) -> None:
+        self._heard(run.report)  # another run may have come in between, in a callback
+        run.finish(result)
 
     @contextmanager
     def _stretch(self, run: Run) -> Iterator[None]:

@@ -70,7 +70,7 @@ class Clock:
     @property
     def next(self) -> Space | None:
         """The space of the evaluation after the last one."""
-        if self._table is None or not 0 <= self._index + 1 < len(self._table):
+        if self._table is None or not 0 <= self._index < len(self._table) - 1:
             return None
         return self._table[self._index + 1]
 

@@ -1,7 +1,8 @@
 """Calls that return before they have done their work: what they return does it under a watch of its own.
 
-A generator, a coroutine, an asynchronous generator or a function stands for the work to come. `deferred` puts another
-of its kind in its place, which steps `within` a context for each stretch of work, and tells `finish` when all is done.
+A generator, a coroutine, an asynchronous generator or a function stands for the work to come, by itself or within a
+tuple, list or dict. `deferred` puts another of its kind in its place, which steps `within` a context for each stretch
+of work, and tells `finish` when all is done.
 """
 
 import functools
@@ -31,6 +32,14 @@ def deferred(made: Any, within: Within, finish: Finish, again: Callable[[Callabl
         return _stretches(made if inspect.isgenerator(made) else _generator(made), within, finish)
     if isinstance(made, types.FunctionType | types.MethodType | functools.partial):
         return lambda *args, **kwargs: again(lambda: made(*args, **kwargs))
+    if type(made) in (tuple, list):
+        parts = [deferred(each, within, finish, again) for each in made]
+        if any(part is not None for part in parts):
+            return type(made)(old if new is None else new for old, new in zip(made, parts, strict=True))
+    if type(made) is dict:
+        later = {key: deferred(each, within, finish, again) for key, each in made.items()}
+        if any(each is not None for each in later.values()):
+            return made | {key: each for key, each in later.items() if each is not None}
     return None
 
 

@@ -12,7 +12,7 @@ from diffusers_guidance.pipelines import rows as batch
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.formula import Formula, exact
 from diffusers_guidance.pipelines.state import Misfit, Watch, is_out_of_memory, stateful_hooks
-from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, planned
+from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, estimated, planned, predicted
 
 
 @dataclass
@@ -62,6 +62,10 @@ class Denoiser:
     """What the pipeline was given for unconditional calls that came first, to be filled in by the conditional one."""
     given: Any = None
     """The step's whole conditional output, where calls are made one after another."""
+    is_told: bool = False
+    """Whether a call's arguments told at this step which branch it was for."""
+    is_open: bool = False
+    """Whether they did not at this step's first call, so that all is evaluated."""
     nfe: int = 0
     nfe_full: int = 0
 
@@ -129,18 +133,17 @@ class Denoiser:
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether a step made fewer calls than expected, of which some was skipped and may be the conditional one."""
+        """Whether a step made fewer calls than expected, and one that was skipped may be the only one that counts."""
         formula = self.formula
-        if formula is None or formula.batched or formula.cond_index == 0 or self.marks:
+        if formula is None or formula.batched or formula.cond_index == 0 or len(self.outputs) >= formula.calls:
             return False
-        return len(self.outputs) < formula.calls and self.nfe < self.nfe_full
+        return self.nfe < self.nfe_full and (bool(self.blanks) or not self.is_told)
 
     @property
     def unused(self) -> int:
-        """Calls since the last step, if they are more than a single one that may have served something else."""
+        """Calls since the last step; of a network that has no part in guidance, if they look like a loop's."""
         if self.formula is not None:
-            pending = len(self.outputs) + len(self.strays)
-            return pending if pending > self.formula.calls else 0
+            return len(self.outputs) + len(self.strays)
         shapes = [(_sample(args, kwargs), batch.prediction(output)) for _, args, kwargs, output in self.inputs]
         alike = [x for x, y in shapes if isinstance(x, Tensor) and y is not None and _same_kind(x, y)]
         return len(alike) if len(alike) > 1 else 0
@@ -162,7 +165,7 @@ class Denoiser:
     def end_step(self) -> None:
         self.decisions, self.follower_cut = None, False
         self.inputs, self.outputs, self.strays, self.blanks = [], [], [], []
-        self.given = None
+        self.given, self.is_told, self.is_open = None, False, False
         self.nfe = self.nfe_full = 0
 
     @property
@@ -177,13 +180,14 @@ class Denoiser:
         uncut = (self.keeps_state and self.formula.batched) or (any(both) and (self.keeps_state or not self.splits))
         # The sound of a row that is skipped is the conditional one's, which must be there.
         early = self.puts_out_more and not self.formula.batched and self.formula.cond_index > 0
-        return [True] * len(both) if self.whole or uncut or early else both
+        return [True] * len(both) if self.whole or uncut or early or self.is_open else both
 
     @property
     def skips(self) -> bool:
         """Whether nothing at all is evaluated at this step."""
         plan = self.decisions
-        return plan is not None and not (self.whole or self.keeps_state) and all(d.action == "neither" for d in plan)
+        whole = self.whole or self.keeps_state or self.is_open
+        return plan is not None and not whole and all(d.action == "neither" for d in plan)
 
     def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
@@ -215,19 +219,28 @@ class Denoiser:
         expected = 0 if formula is None else formula.rows * (formula.branches if formula.batched else 1)
         if plan is None or formula is None or all(self.evaluates) or asked != expected:
             return self._run_whole(call, args, kwargs, asked)
+        branch = 0 if formula.batched else self.branch_of(args, kwargs)
+        if branch is None:
+            self.is_open = True
+            return self._run_whole(call, args, kwargs, asked)
         if self.skips:
-            return self._run_nothing(formula, policy, step, args, kwargs)
+            return self._run_nothing(formula, policy, step, branch)
         if formula.batched:
             return self._run_batched(formula, policy, step, call, args, kwargs)
-        return self._run_sequential(formula, policy, step, call, args, kwargs)
+        return self._run_sequential(formula, policy, step, branch, call, args, kwargs)
 
-    def branch_of(self, args: tuple, kwargs: dict) -> int:
+    def branch_of(self, args: tuple, kwargs: dict) -> int | None:
         """Which branch a call of one branch is for: by its arguments, where they tell, else by its place in the step.
 
-        A pipeline that stops guiding goes on with the conditional call alone, whichever came first before.
+        A pipeline that stops guiding goes on with the conditional call alone, whichever came first before: what its
+        arguments do not tell of a step's first call is open, None.
         """
         found = [i for i, mark in enumerate(self.marks) if batch.carries(mark, (args, kwargs))]
-        return found[0] if len(found) == 1 else len(self.outputs)
+        if len(found) == 1:
+            self.is_told = True
+            return found[0]
+        place = len(self.outputs)
+        return None if self.marks and place == 0 else place
 
     def _run_whole(self, call: Callable, args: tuple, kwargs: dict, asked: int, tried: int = 0) -> Any:
         output = call(*args, **kwargs)
@@ -239,15 +252,15 @@ class Denoiser:
         self._note(y, tried + asked, asked)
         return output
 
-    def _run_nothing(self, formula: Formula, policy: Policy, step: Step, args: tuple, kwargs: dict) -> Any:
+    def _run_nothing(self, formula: Formula, policy: Policy, step: Step, branch: int) -> Any:
         assert self.history is not None
         if policy.hands:  # what is put out has no part in what the scheduler is handed
             y = self.held[len(self.outputs)].clone()
             self._note(y, 0, len(y))
             return batch.with_prediction(self.template, y)
-        cond, uncond = policy.predict(step, self.history)
+        cond, uncond = predicted(policy, step, self.history)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
-        y = torch.cat(branches) if formula.batched else branches[self.branch_of(args, kwargs)].clone()
+        y = torch.cat(branches) if formula.batched else branches[branch].clone()
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
 
@@ -275,11 +288,10 @@ class Denoiser:
         return output
 
     def _run_sequential(
-        self, formula: Formula, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict
+        self, formula: Formula, policy: Policy, step: Step, branch: int, call: Callable, args: tuple, kwargs: dict
     ) -> Any:
         n = formula.rows
-        position = self.branch_of(args, kwargs)
-        if position == formula.cond_index:
+        if branch == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
             if not self.outputs:  # it is on another batch than the one that is known
                 return output
@@ -326,7 +338,7 @@ class Denoiser:
         guess = [decision.action == "extrapolate" for decision in self.decisions]
         if not any(guess):
             return uncond
-        estimate = policy.estimate(step, self.history, cond).to(cond.dtype)
+        estimate = estimated(policy, step, self.history, cond).to(cond.dtype)
         return batch.pick(guess, estimate, uncond)
 
     def _run_ahead(self, leader: "Denoiser", asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:

@@ -25,7 +25,7 @@ from diffusers_guidance.pipelines.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.fingerprint import setting
 from diffusers_guidance.pipelines.rows import pick
-from diffusers_guidance.policies import Decision, History, Policy, Step, planned
+from diffusers_guidance.policies import Decision, History, Policy, Step, estimated, planned
 from diffusers_guidance.report import Report, StepReport, to_list
 from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.spaces import Space
@@ -252,7 +252,7 @@ class Guider(BaseGuidance):
         unguided = [decision.action == "conditional" for decision in plan]
         if u is None:
             guessed = any(decision.action == "extrapolate" for decision in plan)
-            u = pick(unguided, c, run.policy.estimate(step, history, c).to(c.dtype)) if guessed else c
+            u = pick(unguided, c, estimated(run.policy, step, history, c).to(c.dtype)) if guessed else c
         similarity = run.remember(c, u, x, space) if evaluated else None
         run.record(step, self._denoiser, plan, evaluated, full=2, similarity=similarity, w=self._w)
         if run.policy.remembers:

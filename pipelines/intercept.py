@@ -29,23 +29,65 @@ Handler = Callable[[Any, Call, tuple, dict], Any]
 
 
 class _Transparent(type):
-    """Has a catching class be its original for whoever reads or changes it: what is put on the class of an attached
-    pipeline is put on its own, for all pipelines of that class and for good."""
+    """Has a catching class be its original for whoever changes it: what is put on the class of an attached pipeline is
+    put on its own, for all pipelines of that class and for good. So what is read there must be safe to put back."""
 
     def __getattribute__(cls, name: str) -> Any:
-        if name == "__call__":  # Python itself looks the method up elsewhere
-            return type.__getattribute__(cls, "_diffusers_guidance_original").__call__
+        original = type.__getattribute__(cls, "__dict__").get(_ORIGINAL)
+        if name == "__call__" and original is not None:  # Python itself looks the method up elsewhere
+            return _through(original.__call__)
         return super().__getattribute__(name)
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        setattr(cls._diffusers_guidance_original, name, value)
+        original = vars(cls).get(_ORIGINAL)
+        super().__setattr__(name, value) if original is None else setattr(original, name, value)
 
     def __delattr__(cls, name: str) -> None:
-        delattr(cls._diffusers_guidance_original, name)
+        original = vars(cls).get(_ORIGINAL)
+        super().__delattr__(name) if original is None else delattr(original, name)
+
+
+_ORIGINAL = "_diffusers_guidance_original"
+_inside = threading.local()
+
+
+def _through(call: Any) -> Any:
+    """A class's `call` as whoever asks the class of a caught object for it gets it: it goes through the handler too."""
+
+    @functools.wraps(call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _calls()[-1:] == [id(self)]:  # the handler is about to make it
+            return call(self, *args, **kwargs)
+        return _handled(self, call, args, kwargs)
+
+    return __call__
+
+
+def _handled(obj: Any, call: Any, args: tuple, kwargs: dict) -> Any:
+    """`call(obj, ...)` by the handler of `obj`."""
+    handler = handler_of(obj)
+    if handler is None:  # another thread has just released it
+        return call(obj, *args, **kwargs)
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        _calls().append(id(obj))
+        try:
+            return call(obj, *args, **kwargs)
+        finally:
+            _calls().pop()
+
+    return handler(obj, own, args, kwargs)
+
+
+def _calls() -> list[int]:
+    """The objects whose own call is being made in this thread, by their ids, the innermost last."""
+    return vars(_inside).setdefault("calls", [])
 
 
 @functools.cache  # one per metaclass
 def _transparent(meta: type) -> type:
+    if issubclass(meta, _Transparent):
+        return meta
     return _Transparent if meta is type else type(meta.__name__, (_Transparent, meta), {})
 
 
@@ -53,9 +95,9 @@ def _transparent(meta: type) -> type:
 def _catching(cls: Any) -> type:
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(cls.__call__, self)
-        handler = handler_of(self)  # None: another thread has just released it
-        return call(*args, **kwargs) if handler is None else handler(self, call, args, kwargs)
+        if type(self) is not catching:  # of a class that somebody has made of this one
+            return cls.__call__(self, *args, **kwargs)
+        return _handled(self, cls.__call__, args, kwargs)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "__class__" and handler_of(self) is not None and not _is_catching(value):
@@ -87,13 +129,13 @@ def _catching(cls: Any) -> type:
         # Copies stay caught, and copying would go by __reduce_ex__; a class with its own ways knows better.
         if getattr(cls, method.__name__, None) is getattr(object, method.__name__, None):
             namespace[method.__name__] = method
-    namespace |= {"_diffusers_guidance_original": cls, "__qualname__": cls.__qualname__}
+    namespace |= {_ORIGINAL: cls, "__qualname__": cls.__qualname__}
     catching = _transparent(type(cls))(cls.__name__, (cls,), namespace)
     return catching
 
 
 def _is_catching(cls: type) -> bool:
-    return "_diffusers_guidance_original" in vars(cls)
+    return _ORIGINAL in vars(cls)
 
 
 def catch_call(obj: Any, handler: Handler) -> None:

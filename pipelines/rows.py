@@ -157,9 +157,16 @@ def prediction(output: Any) -> Tensor | None:
 
 
 def puts_out_more(output: Any) -> bool:
-    """Whether a denoiser's output holds another tensor beside its prediction; a cache, nested, is none."""
+    """Whether a denoiser's output holds another tensor of numbers beside its prediction.
+
+    A cache is none: it is nested deeper than a prediction's fellow would be.
+    """
     parts = tuple(output.values()) if isinstance(output, dict) else output
-    return isinstance(parts, tuple) and any(isinstance(part, Tensor) for part in parts[1:])
+    if isinstance(parts, tuple | list) and len(parts) == 1 and isinstance(parts[0], tuple | list | dict):
+        return puts_out_more(parts[0])
+    beside = parts[1:] if isinstance(parts, tuple) else ()
+    shallow = [each.values() if isinstance(each, dict) else each for each in beside if isinstance(each, list | dict)]
+    return any(isinstance(each, Tensor) for each in (*beside, *itertools.chain(*shallow)))
 
 
 def copied(tree: Any) -> Any:
@@ -203,17 +210,16 @@ def marks(calls: Sequence[Any]) -> list[dict[str, Tensor]]:
         return all(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
 
     telling = [name for name in sorted(shared) if differ(name)]
-    return [{name: each[name] for name in telling} for each in named] if telling else []
+    return [{name: each[name].clone() for name in telling} for each in named] if telling else []
 
 
 def carries(mark: dict[str, Tensor], call: Any) -> bool:
-    """Whether a call has all of a mark's tensors; numbers are compared only where the tensors are other ones."""
+    """Whether a call has all of a mark's tensors."""
     given = dict(_named(call))
 
     def same(a: Tensor, b: Tensor | None) -> bool:
-        if b is None or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-            return False
-        return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)
+        alike = b is not None and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        return alike and torch.equal(a, b)  # type: ignore[arg-type]
 
     return all(same(tensor, given.get(name)) for name, tensor in mark.items())
 

@@ -114,6 +114,8 @@ class Run:
         """What is stepped in front of, while the pipeline runs."""
         self._parts: dict[str, Any] = {}
         """The pipeline's networks and schedulers by name, as they were last seen."""
+        self._stages: dict[int, Any] = {}
+        """The pipelines that this one has."""
         self._denoisers: dict[int, Denoiser] = {}
         self._active: Denoiser | None = None
         self._called = False
@@ -130,11 +132,11 @@ class Run:
         """The last other pipeline that called a network of this one."""
         self._left_to: str | None = None
         """The last of those that this one called itself."""
-        self._began = False
-        """Whether it has set its scheduler's timesteps."""
         self._ran_elsewhere = False
         """Whether a method of the pipeline has called its parts from another thread."""
         self._handed: Handed | None = None
+        self._last: Denoiser | None = None
+        """Whose evaluation the last step was on."""
         self._similarities: dict[int, Tensor] = {}
         """By step, (2, rows) each, on the host."""
         self._unread: list[Unread] = []
@@ -169,7 +171,12 @@ class Run:
         """Steps in front of the networks and schedulers that the pipeline has now, unless that is done."""
         if self._parts and not self._replaced():
             return
-        before, self._parts = self._parts, dict(_components(self.pipe))
+        before, self._parts = self._parts, {}
+        for name, part in _components(self.pipe):
+            if isinstance(part, DiffusionPipeline):
+                self._stages[id(part)] = part
+            else:
+                self._parts[name] = part
         for name, part in self._parts.items():
             if id(part) in self._denoisers or id(part) in self._taken:
                 continue
@@ -198,10 +205,8 @@ class Run:
 
     def on_set_timesteps(self, scheduler: Any, set_timesteps: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `scheduler.set_timesteps`."""
-        if self._is_own(sys._getframe(2)):
-            self._began = True
-            if (clock := self._clocks.get(id(scheduler))) is not None:
-                clock.begins_anew = True
+        if self._is_own(sys._getframe(2)) and (clock := self._clocks.get(id(scheduler))) is not None:
+            clock.begins_anew = True
         return set_timesteps(*args, **kwargs)
 
     def on_elsewhere(self) -> None:
@@ -218,6 +223,7 @@ class Run:
         """Stands for a call of the denoiser."""
         if not self._is_own(sys._getframe(2)):
             return call(*args, **kwargs)
+        self._check_pending()
         self._meet()
         denoiser = self._denoisers[id(module)]
         planned = denoiser.leader or denoiser  # whose plan this call follows
@@ -241,6 +247,7 @@ class Run:
         denoiser, self._active = self._active, None
         if denoiser is None:
             self._check_seen(timestep)
+            self._follow(scheduler, timestep)
             args, kwargs = self._again(taken, args, kwargs)
             return step(*args, **kwargs)
         if not {"model_output", "sample"} <= given.keys():
@@ -249,7 +256,7 @@ class Run:
                 "guidance is found by a model_output and a sample; use it without attach"
             )
         output, sample = given["model_output"], given["sample"]
-        self._timestep = timestep
+        self._timestep, self._last = timestep, denoiser
         self._clock = denoiser.clock = self._clocks.setdefault(id(scheduler), Clock())
         self._clock.tick(scheduler, timestep)
         if self._clock.went_back and self._acts:
@@ -290,7 +297,17 @@ class Run:
                 f"another prediction than before and without evaluating its network: what {self.rule} and "
                 f"{self.policy} make of it is not known; use CFG() with EveryStep(), or the pipeline without attach"
             )
-        return with_argument(taken, args, kwargs, "model_output", self._handed.guided())
+        return with_argument(taken, args, kwargs, "model_output", self._handed.guided().to(output.dtype))
+
+    def _follow(self, scheduler: Any, timestep: Any) -> None:
+        """Of two schedulers that step on one evaluation, one for a preview, the pipeline's `scheduler` is the run's."""
+        last = self._last
+        if last is None or scheduler is not self._parts.get("scheduler") or not _same(timestep, self._timestep):
+            return
+        clock = self._clocks.setdefault(id(scheduler), Clock())
+        if last.clock is not clock:
+            clock.tick(scheduler, timestep)
+            self._clock = last.clock = clock
 
     # What must not be missed
 
@@ -303,7 +320,7 @@ class Run:
             if frame.f_code.co_name == "__call__":
                 caller = frame.f_locals.get("self")
                 if isinstance(caller, DiffusionPipeline | ModularPipeline):
-                    if caller is not self.pipe and not any(part is caller for part in vars(self.pipe).values()):
+                    if caller is not self.pipe and id(caller) not in self._stages:
                         self._stranger = type(caller).__name__
                         if self._has_called(frame):
                             self._left_to = self._stranger
@@ -314,14 +331,29 @@ class Run:
         return True
 
     def _has_called(self, frame: FrameType) -> bool:
-        """Whether the pipeline's own code has called `frame`, and not somebody else's function that it was given."""
+        """Whether the pipeline itself has called `frame`, and not a callback that it was given."""
+        given = [each for each in self.arguments.values() if callable(each)]
+        codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in given} - {None}
         caller = frame.f_back
         while caller is not None:
-            module = str(caller.f_globals.get("__name__"))
-            if not module.startswith(("torch.", "contextlib", "diffusers_guidance.")):
-                return caller.f_locals.get("self") is self.pipe
+            owner = caller.f_locals.get("self")
+            if owner is self.pipe:
+                return True
+            if caller.f_code in codes or any(owner is each for each in given):
+                return False
             caller = caller.f_back
         return False
+
+    def _check_pending(self) -> None:
+        """Refuses to go on where a scheduler has come between an evaluation and its step, which was not seen then."""
+        pending = [each.name for each in self._denoisers.values() if each.formula is not None and each.outputs]
+        if not (pending and self._acts):
+            return
+        if replaced := [name for name in self._replaced() if not isinstance(self._parts[name], torch.nn.Module)]:
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} replaced its {' and '.join(replaced)} at step {len(self.report.steps)}, after "
+                f"its {' and '.join(pending)} was evaluated, so the step was not seen: replace it before the evaluation"
+            )
 
     def _check_seen(self, timestep: Any) -> None:
         """Refuses a step before which no evaluation was seen, so that a plain result never passes for a guided one.
@@ -331,7 +363,7 @@ class Run:
         again = self.report.steps and _same(timestep, self._timestep)
         replaced = self._replaced()
         self._meet()
-        if again or not self._guides:
+        if again or not self._may_guide:
             return
         if replaced:
             what = f"its {' and '.join(replaced)} was replaced while it ran: replace it before the call"
@@ -355,7 +387,7 @@ class Run:
                 f"{name} ran its denoiser, but never called scheduler.step afterwards, "
                 "so its guidance could not be found; use it without attach"
             )
-        if not self._guides or (steps and not self._acts):
+        if not self._may_guide or (steps and not self._acts):
             return
         if self._ran_elsewhere:
             raise UnsupportedPipeline(
@@ -363,21 +395,25 @@ class Run:
                 f"followed: {steps} of its steps were seen. Have it run in the thread that calls it, and call it in a "
                 "thread of its own instead; or use it without attach"
             )
-        if self._left_to or (not steps and (self._stranger or not self._denoisers or not self._taken)):
+        unseen = self._stranger or (self._guides and not (self._denoisers and self._taken))
+        if self._left_to or (not steps and unseen):
             other = self._left_to or self._stranger
             other = f"a {other}, which is none" if other else "networks and schedulers that are none"
             raise UnsupportedPipeline(
                 f"{name} left its evaluations to {other} of its attributes, so its guidance could not "
                 "be found; attach to the pipeline that has them"
             )
-        if not steps and not self._began:
+        if not steps and self._taken and not getattr(self.pipe, "_interrupt", False):
             raise UnsupportedPipeline(
                 f"{name} returned a {type(result).__name__}, and nothing was seen of its loop: no call of its networks "
                 f"({', '.join(each.name for each in self._denoisers.values())}), no step of a scheduler. Have its loop "
                 "run before it returns, in the thread and process it is called in; or use it without attach"
             )
         for each in self._denoisers.values():
-            if (left := each.unused) > 0:
+            left = each.unused
+            # What a rule was to change must not be left plain; a single call may have served something else.
+            single = each.formula is not None and left <= each.formula.calls
+            if left and not (single and self.rule.is_plain and not self.policy.hands):
                 raise UnsupportedPipeline(
                     f"{name} called {each.name} {left} times after the last call of "
                     f"scheduler.step that was seen, at step {steps - 1}, so its guidance could not be "
@@ -662,13 +698,18 @@ class Run:
         return not (self.rule.is_plain and type(self.policy) is EveryStep)
 
     @property
-    def _guides(self) -> bool:
-        """Whether the pipeline says that it does classifier-free guidance just now."""
+    def _guides(self) -> bool | None:
+        """Whether the pipeline says that it does classifier-free guidance just now; None where it says nothing."""
         says = getattr(self.pipe, "do_classifier_free_guidance", None)
         if isinstance(says, bool):
             return says
-        scales = (get() for get in self._scales().values())
-        return any(isinstance(s, Real | Tensor) and float(torch.as_tensor(s).max()) > 1 for s in scales)
+        scales = [s for get in self._scales().values() if isinstance(s := get(), Real | Tensor)]
+        return any(float(torch.as_tensor(s).max()) > 1 for s in scales) if scales else None
+
+    @property
+    def _may_guide(self) -> bool:
+        """Whether what is not seen may be guidance that something else was to stand for."""
+        return bool(self._guides) or (self._guides is None and self._acts)
 
     def _step_of(self, denoiser: Denoiser, now: bool = False) -> Step:
         """The denoiser's coming evaluation by its scheduler's clock, or the one that shows now."""
@@ -862,30 +903,40 @@ def _evaluated(plan: list[Decision], both: list[bool]) -> list[str]:
 
 
 def _components(pipe: Any) -> Iterator[tuple[str, Any]]:
-    """Its schedulers, and every network that may be a denoiser (no text or image encoder is), by name.
+    """Its schedulers, every network that may be a denoiser (no text or image encoder is), and its stages, by name.
 
-    Those of its stages too, pipelines themselves, which may have others: `decoder_pipe.scheduler`.
+    Stages are pipelines themselves, and may have other parts: `decoder_pipe.scheduler`. Lists and dicts count.
     """
     from transformers import PreTrainedModel
 
     seen = {id(pipe)}
-    waiting = [("", pipe)]
+    waiting = [("", vars(pipe))]
     while waiting:
-        path, owner = waiting.pop(0)
-        for name, value in vars(owner).items():
+        path, parts = waiting.pop(0)
+        for name, value in parts.items():
             if id(value) in seen:
                 continue
             seen.add(id(value))
             denoiser = isinstance(value, torch.nn.Module) and not isinstance(value, PreTrainedModel)
             scheduler = callable(getattr(value, "step", None)) and hasattr(value, "set_timesteps")
-            if denoiser or scheduler:
-                yield path + name, value
-            elif isinstance(value, DiffusionPipeline):
-                waiting.append((f"{path}{name}.", value))
+            stage = isinstance(value, DiffusionPipeline)
+            if denoiser or scheduler or stage:
+                yield f"{path}{name}", value
+            if stage:
+                waiting.append((f"{path}{name}.", vars(value)))
+            elif isinstance(value, list | tuple | dict) and len(value) < 100 and name != "_internal_dict":
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                waiting.append((f"{path}{name}.", {str(key): each for key, each in items}))
 
 
 def _part(pipe: Any, name: str) -> Any:
     """What stands by a name of `_components` now."""
+    found = pipe
     for each in name.split("."):
-        pipe = vars(pipe).get(each) if hasattr(pipe, "__dict__") else None
-    return pipe
+        if isinstance(found, list | tuple):
+            found = found[int(each)] if int(each) < len(found) else None
+        elif isinstance(found, dict):
+            found = next((value for key, value in found.items() if str(key) == each), None)
+        else:
+            found = vars(found).get(each) if hasattr(found, "__dict__") else None
+    return found
