@@ -58,6 +58,15 @@ class Clock:
             self.count = self.steps + len(self._values) - self.begin
         self.steps += 1
 
+    def expects(self, scheduler: Any, timestep: Any) -> bool:
+        """Whether a step of `scheduler` at this timestep would be the next one of its table; at first, one of them."""
+        table = getattr(scheduler, "timesteps", None)
+        if table is None or timestep is None:
+            return False
+        values, at = torch.as_tensor(table).flatten().tolist(), torch.as_tensor(timestep).flatten().tolist()
+        following = self._index + 1
+        return at[0] in (values[following : following + 1] if following else values)
+
     def timesteps(self, begin: int, count: int) -> list[float]:
         """So many of the table's."""
         return self._values[begin : begin + count]

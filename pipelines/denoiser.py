@@ -572,12 +572,12 @@ def _close(tree: Any, other: Any) -> bool:
 
 
 def _sample(args: tuple, kwargs: dict) -> Tensor | list[Tensor] | None:
-    """The first argument of a denoiser call that has rows; a timestep, which has one dimension, only for want of it."""
+    """The first argument of a denoiser call that has rows; a timestep, one number or one a row, only for want of it."""
 
     def has_rows(value: Any, dims: int) -> bool:
         if isinstance(value, list):
             return bool(value) and isinstance(value[0], Tensor)
-        return isinstance(value, Tensor) and value.ndim >= dims
+        return isinstance(value, Tensor) and value.ndim >= dims and (dims == 1 or value.numel() > len(value))
 
     values = (*args, *kwargs.values())
     return next((value for dims in (2, 1) for value in values if has_rows(value, dims)), None)

@@ -257,8 +257,9 @@ class Run:
             )
         output, sample = given["model_output"], given["sample"]
         self._timestep, self._last = timestep, denoiser
-        self._clock = denoiser.clock = self._clocks.setdefault(id(scheduler), Clock())
-        self._clock.tick(scheduler, timestep)
+        owner = self._owner(denoiser, scheduler, timestep)
+        self._clock = denoiser.clock = self._clocks.setdefault(id(owner), Clock())
+        self._clock.tick(owner, timestep)
         if self._clock.went_back and self._acts:
             raise UnsupportedPipeline(
                 f"{self.report.pipeline} steps more than once at timestep {self._clock.timestep:g}: each of its views "
@@ -299,8 +300,17 @@ class Run:
             )
         return with_argument(taken, args, kwargs, "model_output", self._handed.guided().to(output.dtype))
 
+    def _owner(self, denoiser: Denoiser, scheduler: Any, timestep: Any) -> Any:
+        """Whose step this is: where two schedulers step on one evaluation, one for a preview, the pipeline's own."""
+        own = self._parts.get("scheduler", scheduler)
+        if own is scheduler:
+            return scheduler
+        clocks = [self._clocks.get(id(each), Clock()) for each in (own, scheduler)]
+        at_home, here = (clock.expects(each, timestep) for clock, each in zip(clocks, (own, scheduler), strict=True))
+        return own if at_home and (not here or denoiser.clock is clocks[0]) else scheduler
+
     def _follow(self, scheduler: Any, timestep: Any) -> None:
-        """Of two schedulers that step on one evaluation, one for a preview, the pipeline's `scheduler` is the run's."""
+        """Of a further step on an evaluation: has the run go by it, if it is the pipeline's own scheduler's."""
         last = self._last
         if last is None or scheduler is not self._parts.get("scheduler") or not _same(timestep, self._timestep):
             return

@@ -237,6 +237,108 @@ def test_what_is_done_between_two_stretches_is_no_part_of_the_run():
     assert nfe[True] == nfe[False] == 9
 
 
+class Tuples(Loop):
+    """Sets its timesteps, and returns its loop among other things."""
+
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        self.scheduler.set_timesteps(STEPS)
+        return self.loop(step, guidance_scale), {"steps": STEPS}
+
+
+class Begins(Loop):
+    """Makes its first steps, and returns the rest."""
+
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        made = self.loop(step, guidance_scale)
+        next(made), next(made)
+        return made
+
+
+class Drafts(Loop):
+    """Makes a whole run first, and returns the real one."""
+
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        Loop.__call__(self, step, guidance_scale)
+        return lambda: Loop.__call__(self, step, guidance_scale)
+
+
+@pytest.mark.parametrize(
+    ("cls", "get"),
+    [(Tuples, lambda made: list(made[0])[-1]), (Begins, lambda made: list(made)[-1]), (Drafts, lambda made: made())],
+)
+@each_pair
+def test_a_call_whose_work_is_but_begun(cls, get, rule, policy):
+    expected = under(small(), rule, policy, one_call(plain))
+    with attach(small(cls), rule, policy) as handle:
+        found = get(handle.pipe(one_call(plain)))
+        alike((found, handle.report), expected)
+
+
+class Lazy(Loop):
+    def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        self.scheduler.set_timesteps(STEPS)
+
+        class Pictures:
+            __iter__ = lambda _: self.loop(step, guidance_scale)  # noqa: E731
+
+        return Pictures()
+
+
+class Awaited(Loop):
+    async def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        self.scheduler.set_timesteps(STEPS)
+        return await asyncio.to_thread(Loop.__call__, self, step, guidance_scale)
+
+
+class Renamed(Loop):
+    """Its scale has another name than scales have."""
+
+    def __call__(self, step: Callable, strength: float = 4.0) -> Any:
+        return self.begun(step, strength)
+
+
+class Helped(Renamed):
+    def begun(self, step: Callable, strength: float) -> Any:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: list(self.loop(step, strength))[-1]).result()
+
+
+class Forwarding(Renamed):
+    def begun(self, step: Callable, strength: float) -> Any:
+        def straight(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+            u, c = pipe.unet.forward(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+            return pipe.scheduler.step(plain(u, c, scale), t, x, return_dict=False)[0]
+
+        return list(self.loop(straight, strength))[-1]
+
+
+@pytest.mark.parametrize("cls", [Lazy, Awaited, Helped, Forwarding])
+@pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
+def test_a_loop_of_which_nothing_is_seen_is_refused(cls, rule, policy):
+    pipe = small(cls)
+    with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match=r"was seen|were seen|another thread"):
+        made = pipe(one_call(plain))
+        if asyncio.iscoroutine(made):
+            asyncio.run(made)
+
+
+class Staged(diffusers.DiffusionPipeline):
+    """Has its stages in a list, and its network in a dict."""
+
+    def __init__(self, unet: Any, scheduler: Any):
+        super().__init__()
+        self.stages, self.networks = [Loop(unet, scheduler)], {"picture": unet}
+
+    def __call__(self, step: Callable, strength: float = 4.0) -> Tensor:
+        return self.stages[0](step, strength)
+
+
+@each_pair
+def test_stages_and_networks_in_containers_are_followed(rule, policy):
+    expected = under(small(), rule, policy, one_call(plain))
+    alike(under(small(Staged), rule, policy, one_call(plain)), expected)
+
+
 class InThread(Loop):
     def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -308,6 +410,52 @@ def test_a_call_put_on_the_class_stays_there(monkeypatch):
     assert Mine.__call__ is logged
 
 
+def test_a_class_made_of_an_attached_pipelines_class():
+    pipe = small()
+    expected, _ = under(pipe, CFG(), Hold(2), one_call(plain))
+    with attach(pipe, CFG(), Hold(2)) as handle:
+
+        class Mixed(pipe.__class__):
+            tag = 1
+
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return super().__call__(*args, **kwargs)
+
+        Mixed.other = 2
+        assert not hasattr(Loop, "other")
+        pipe.__class__ = Mixed
+        assert torch.equal(pipe(one_call(plain)), expected)
+        assert handle.report.nfe == 9 and len(handle.report.steps) == STEPS
+    assert type(pipe) is Mixed
+
+
+def test_a_call_by_the_class():
+    pipe = small()
+    expected, _ = under(pipe, CFG(), Hold(2), one_call(plain))
+    with attach(pipe, CFG(), Hold(2)) as handle:
+        assert torch.equal(type(pipe).__call__(pipe, one_call(plain)), expected)
+        assert handle.report.nfe == 9
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_report_after_a_run_within_the_run(copied):
+    pipe = SD.build()
+    _, report = under_run(pipe, CFG(), Hold(2))
+    with attach(pipe, CFG(), Hold(2)) as handle:
+
+        def preview(pipe: Any, i: int, timestep: Any, kwargs: dict) -> dict:
+            other = copy.copy(pipe) if copied else pipe
+            other.scheduler, kept = copy.deepcopy(other.scheduler), other.scheduler
+            if i == 2:
+                run_in(other, 4.0, 3)
+            other.scheduler = kept
+            return {}
+
+        run(pipe, SD, STEPS, callback_on_step_end=preview)
+    assert len(handle.report.steps) == STEPS
+    assert handle.report.nfe == report.nfe
+
+
 class Stages(Loop):
     """Two stages; the second by Euler's rule in the loop itself, on a network of its own where there is one."""
 
@@ -333,6 +481,40 @@ def test_a_second_stage_without_a_scheduler_is_refused(own, rule, policy):
     pipe = Stages(first.unet, first.scheduler, second.unet if own else None)
     with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="3 times after the last call"):
         pipe(one_call(plain))
+
+
+@pytest.mark.parametrize("rule", [CFG(), APG(norm_threshold=1.0)], ids=repr)
+def test_a_last_step_by_hand(rule):
+    def by_hand(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        u, c = pipe.unet(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+        if t == pipe.scheduler.timesteps[-1]:
+            return x - plain(u, c, scale)
+        return pipe.scheduler.step(plain(u, c, scale), t, x, return_dict=False)[0]
+
+    pipe = small()
+    if rule.is_plain:  # what the loop does itself is plain guidance
+        untouched = pipe(by_hand)
+        assert torch.equal(under(pipe, rule, EveryStep(), by_hand)[0], untouched)
+    else:
+        with attach(pipe, rule, EveryStep()), pytest.raises(UnsupportedPipeline, match="after the last call"):
+            pipe(by_hand)
+
+
+@each_pair
+def test_a_scheduler_that_comes_between_evaluation_and_step(rule, policy):
+    def replacing(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        u, c = pipe.unet(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+        if t == pipe.scheduler.timesteps[2]:
+            pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        return pipe.scheduler.step(plain(u, c, scale), t, x, return_dict=False)[0]
+
+    pipe = small()
+    if rule.is_plain and isinstance(policy, EveryStep):
+        untouched = pipe(replacing)
+        assert torch.equal(under(pipe, rule, policy, replacing)[0], untouched)
+    else:
+        with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="replace it before the evaluation"):
+            pipe(replacing)
 
 
 # Threads
@@ -450,6 +632,62 @@ def test_an_unconditional_prediction_that_was_copied_before_it_was_known():
         assert torch.equal(pipe(step), untouched)
 
 
+@pytest.mark.parametrize("lone", ["noised", "positional", "clipped"])
+@pytest.mark.parametrize("policy", [StepAG(0.2), Hold(2), AdaptiveGuidance(0.1)], ids=repr)
+def test_a_lone_call_with_other_arguments(policy, lone):
+    """The conditional texts change from step to step, or are passed otherwise: then all is evaluated, or told apart."""
+
+    def step_of(cond_first: bool) -> Callable:
+        made: list[Any] = []
+
+        def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+            made.append(t)
+            positive = texts[1:2]
+            if lone == "noised":
+                noise = torch.randn(positive.shape, generator=torch.Generator().manual_seed(len(made)))
+                positive = positive + 0.1 * noise
+
+            def conditional(alone: bool) -> Tensor:
+                given = positive[:, :3] if alone and lone == "clipped" else positive
+                if alone and lone == "positional":
+                    return pipe.unet(x, t, given).sample
+                return pipe.unet(x, t, encoder_hidden_states=given).sample
+
+            def unconditional() -> Tensor:
+                return pipe.unet(x, t, encoder_hidden_states=texts[:1]).sample
+
+            if len(made) > 3:
+                g = conditional(True)
+            elif cond_first:
+                c, u = conditional(False), unconditional()
+                g = plain(u, c, scale)
+            else:
+                u, c = unconditional(), conditional(False)
+                g = plain(u, c, scale)
+            return pipe.scheduler.step(g, t, x, return_dict=False)[0]
+
+        return step
+
+    pipe = small()
+    expected, _ = under(pipe, CFG(), policy, step_of(True))
+    found, report = under(pipe, CFG(), policy, step_of(False))
+    assert relative(found, expected) < 1e-6
+    assert all(step.nfe == 1 for step in report.steps[3:])
+
+
+@pytest.mark.parametrize("policy", [StepAG(0.4), Hold(2)], ids=repr)
+def test_a_lone_unconditional_call_is_refused(policy):
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        u = pipe.unet(x, t, texts[:1], return_dict=False)[0]
+        if t == pipe.scheduler.timesteps[-1]:
+            return pipe.scheduler.step(u, t, x, return_dict=False)[0]
+        c = pipe.unet(x, t, texts[1:2], return_dict=False)[0]
+        return pipe.scheduler.step(plain(u, c, scale), t, x, return_dict=False)[0]
+
+    with attach(small(), CFG(), policy) as handle, pytest.raises(UnsupportedPipeline, match="which prediction that is"):
+        handle.pipe(step)
+
+
 class Unmarked(torch.nn.Module):
     """A network whose two calls have the same arguments: which is which is its own affair."""
 
@@ -525,6 +763,49 @@ def test_what_is_put_out_beside_a_prediction_is_the_conditional_one_where_guidan
         assert handle.report.nfe == 12
 
 
+def nested(y: Tensor, z: Tensor, how: str) -> Any:
+    return {"dict": (y, {"sound": z}), "tuple": ((y, z),), "list": (y, [z])}[how]
+
+
+@pytest.mark.parametrize("how", ["dict", "tuple", "list"])
+@pytest.mark.parametrize("policy", [StepAG(0.5), Hold(2)], ids=repr)
+def test_a_sound_that_is_nested(policy, how):
+    """A sound is the conditional one, or evaluated; never that of another step."""
+
+    class Network(Sounding):
+        def forward(self, x: Tensor, t: Any, texts: Tensor) -> Any:
+            return nested(*super().forward(x, t, texts), how)
+
+    pipe = small()
+    pipe.unet = Network(pipe.unet)
+    sounds: dict[str, list[Tensor]] = {}
+
+    def step_to(name: str, guided: int = STEPS) -> Callable:
+        heard = sounds.setdefault(name, [])
+
+        def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+            found = []
+            for i in (0, 1):
+                output = pipe.unet(x, t, texts[i : i + 1])
+                output = output[0] if how == "tuple" else output
+                beside = output[1]
+                found.append((output[0], beside["sound"] if how == "dict" else beside[0] if how == "list" else beside))
+            if len(heard) >= guided:
+                found[0] = found[1]
+            heard.append(plain(found[0][1], found[1][1], scale))
+            return pipe.scheduler.step(plain(found[0][0], found[1][0], scale), t, x, return_dict=False)[0]
+
+        return step
+
+    expected = pipe(step_to("truth", 3 if isinstance(policy, StepAG) else STEPS))
+    with attach(pipe, CFG(), policy):
+        assert relative(pipe(step_to("found")), expected) < 1e-6
+    if isinstance(policy, Hold):
+        assert all(map(torch.equal, sounds["found"], sounds["truth"]))
+    else:  # the picture stops being guided; its sound, all of which is evaluated, goes on
+        assert all(map(torch.equal, sounds["found"][:3], sounds["truth"][:3]))
+
+
 # More than one step on an evaluation
 
 
@@ -544,6 +825,25 @@ def test_a_preview_before_the_step(rule, policy, fused):
     with use_fused_steps(fused):
         alike(under(pipe, rule, policy, previewed), under(pipe, rule, policy, one_call(plain)))
     assert len(pipe.previews) == STEPS
+
+
+@pytest.mark.parametrize("always", [True, False])
+@each_pair
+def test_a_preview_by_another_scheduler(rule, policy, always):
+    own = diffusers.DPMSolverMultistepScheduler.from_config(SD.build().scheduler.config)
+
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        u, c = pipe.unet(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
+        g = plain(u, c, scale)
+        if always or t == pipe.scheduler.timesteps[3]:
+            pipe.preview.step(g, t, x)
+        return pipe.scheduler.step(g, t, x, return_dict=False)[0]
+
+    pipe = small(scheduler=own)
+    expected = under(pipe, rule, policy, one_call(plain))
+    pipe.preview = diffusers.DDIMScheduler.from_config(own.config, clip_sample=False)
+    pipe.preview.set_timesteps(STEPS)
+    alike(under(pipe, rule, policy, step), expected)
 
 
 @pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
