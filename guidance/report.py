@@ -33,8 +33,8 @@ class StepReport:
     denoiser: str = ""
     note: str = ""
     off: float | None = None
-    """How far the forecasts that are repaid here had been off on average, as far as is known now: relative to the denoised
-    prediction, of a batch as a whole."""
+    """How far the forecasts that are repaid here had been off on average, as far as is known now: relative to the
+    denoised prediction, of a batch as a whole."""
     repaid: float | None = None
     """How large the repayment is, likewise."""
 
