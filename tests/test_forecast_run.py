@@ -4,11 +4,12 @@ import pytest
 import torch
 from conformance import STEPS, denoisers, recorded, relative
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from test_guider import Pair
+from test_guider import CLASSIC, FAMILIES, Pair
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import APG, CFG, EveryStep, Forecast, attach, samples
 from diffusers_guidance.pipelines.fidelity import Fidelity
+from diffusers_guidance.pipelines.guider import Guider
 from diffusers_guidance.spaces import spaces
 
 NAMES = [
@@ -105,7 +106,7 @@ def test_pictures_are_much_closer_than_those_of_fewer_steps(bundled):
     assert found.psnr > fidelity(EveryStep(), num_inference_steps=15).psnr + 8
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "WanPipeline", "WanPipeline, two experts"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_guider_skips_whole_steps_as_attach_does(name):
     pair = Pair(name)
     policy = Forecast(0.4)
@@ -115,11 +116,32 @@ def test_a_guider_skips_whole_steps_as_attach_does(name):
     with counting(*pair.denoisers) as count:
         found = pair.run()
     assert len(found.outputs) == len(expected.outputs)
-    for output, reference in zip(found.outputs, expected.outputs, strict=True):
-        assert relative(output, reference) < 1e-3
+    if name != "QwenImagePipeline":  # its loop gives what the guider returns another norm, that of the prediction held
+        for output, reference in zip(found.outputs, expected.outputs, strict=True):
+            assert relative(output, reference) < 1e-3
     reports = [guider.report for guider in guiders]
     assert sum(report.nfe for report in reports) == count.total == handle.report.nfe
     assert any(step.evaluated == ["neither"] for report in reports for step in report.steps)
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_a_guider_of_a_classic_pipeline_skips_whole_steps(name):
+    if not PIPELINES[name].available:
+        pytest.skip(f"this diffusers has no {name}")
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    with attach(pipe, CFG(), Forecast(0.4)) as handle, recorded(pipe.scheduler) as expected:
+        run(pipe, entry, STEPS)
+    guiders = [Guider(CFG(), Forecast(0.4), guidance_scale=4.0) for _ in range(2)]
+    theirs = [key for key in ("guider", "ocr_guider") if hasattr(pipe, key)]
+    for key, guider in zip(theirs, guiders, strict=False):
+        setattr(pipe, key, guider)
+    with counting(*denoisers(pipe, entry)) as count, recorded(pipe.scheduler) as found:
+        run(pipe, entry, STEPS)
+    made = sum(guider.report.nfe for guider in guiders if guider._run is not None)
+    assert made == count.total == handle.report.nfe < handle.report.nfe_full
+    for output, reference in zip(found.outputs, expected.outputs, strict=True):
+        assert relative(output, reference) < 1e-3
 
 
 def test_without_guidance_nothing_is_skipped(bundled):
