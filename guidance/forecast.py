@@ -36,7 +36,9 @@ from diffusers_guidance.calibration import gains
 from diffusers_guidance.spaces import Space
 
 ROUGHNESS = 1.4
-"""p: over p steps a guided prediction moves by p^(ROUGHNESS / 2)."""
+"""p: over t steps a guided prediction moves by about t^(p/2)."""
+
+_HOST: dict = {"dtype": torch.float64, "device": "cpu"}
 
 Combination = dict[int, float]
 """Factors of evaluated steps' predictions, by step."""
@@ -45,11 +47,11 @@ Combination = dict[int, float]
 @lru_cache(maxsize=4096)
 def estimate(steps: tuple[int, ...], at: int, roughness: float = ROUGHNESS) -> Combination:
     """The best estimate of step `at` from the predictions of `steps`."""
-    n, known = len(steps), torch.tensor(steps, dtype=torch.float64)
-    system = torch.ones(n + 1, n + 1, dtype=torch.float64)
+    n, known = len(steps), torch.tensor(steps, **_HOST)
+    system = torch.ones(n + 1, n + 1, **_HOST)
     system[:n, :n] = (known[:, None] - known).abs() ** roughness
     system[n, n] = 0
-    wanted = torch.cat([(known - at).abs() ** roughness, torch.ones(1, dtype=torch.float64)])
+    wanted = torch.cat([(known - at).abs() ** roughness, torch.ones(1, **_HOST)])
     return dict(zip(steps, torch.linalg.solve(system, wanted)[:n].tolist(), strict=True))
 
 
@@ -111,18 +113,18 @@ def pattern(count: int, evaluations: int, table: tuple[Space, ...] = ()) -> tupl
 
 def _cheapest(weight: Sequence[float], evaluations: int) -> tuple[bool, ...]:
     """Which steps to evaluate, the first and the last among them, so that skipping the others costs the least."""
-    count, weights = len(weight), torch.tensor(weight, dtype=torch.float64)
+    count, weights = len(weight), torch.tensor(weight, **_HOST)
     furthest = math.ceil((count - 1) / (evaluations - 1))  # from one evaluated step to the next
-    costs = torch.zeros(furthest + 1, count, dtype=torch.float64)  # [g, i]: of skipping the g - 1 steps before i
+    costs = torch.zeros(furthest + 1, count, **_HOST)  # [g, i]: of skipping the g - 1 steps before i
     for g in range(2, furthest + 1):
         for a in range(1, g):
             costs[g, g:] += weights[a : a + count - g].sqrt() * (a * (g - a) / g) ** (ROUGHNESS / 2)
     costs = costs.square()  # errors between two evaluated steps point the same way
-    least = torch.full((count,), math.inf, dtype=torch.float64)  # [i]: of reaching i with so many evaluations
+    least = torch.full((count,), math.inf, **_HOST)  # [i]: of reaching i with so many evaluations
     least[0] = 0
     gaps = []
     for _ in range(evaluations - 1):
-        reached = torch.full((furthest + 1, count), math.inf, dtype=torch.float64)
+        reached = torch.full((furthest + 1, count), math.inf, **_HOST)
         for g in range(1, furthest + 1):
             reached[g, g:] = least[: count - g] + costs[g, g:]
         least, gap = reached.min(0)

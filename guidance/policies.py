@@ -406,7 +406,8 @@ class Forecast(Policy):
         return pattern(count, evaluations, table)
 
     def plan(self, step: Step, history: History) -> list[Decision]:
-        return _everyone(history, "both" if self.pattern(step.count, step.table)[step.index] else "neither")
+        chosen = self.pattern(step.count, step.table)[step.index]
+        return _everyone(history, "both" if chosen or not history.guided else "neither")
 
     def hand(self, step: Step, history: History, guided: Tensor | None, sample: Tensor | None) -> Handed:
         space = step.table[step.index] if step.table and sample is not None else None

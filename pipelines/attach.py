@@ -14,7 +14,7 @@ from diffusers_guidance.pipelines.arguments import by_name, parameters, with_arg
 from diffusers_guidance.pipelines.deferred import deferred
 from diffusers_guidance.pipelines.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.run import Run
-from diffusers_guidance.policies import Hold, Policy
+from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
 
@@ -24,9 +24,9 @@ Where it has both, `guidance_scale` is the one embedded in a distilled model."""
 
 
 DEFAULT_RULE = CFG()
-DEFAULT_POLICY = Hold()
-"""The picture one knows, for a quarter of the NFEs less: of the pairs that save as much and need no calibration the one
-closest to full guidance on the bundled model (README, "What it saves")."""
+DEFAULT_POLICY = Forecast()
+"""The picture one knows, for a quarter of the NFEs less, in whole evaluations: of the pairs that save as much and need
+no calibration the one closest to full guidance on the bundled model (docs/forecast.md)."""
 
 
 class Handle:
@@ -159,7 +159,7 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
     Args:
         pipe: any diffusers pipeline that does classifier-free guidance.
         rule: how both predictions become one. Default: `DEFAULT_RULE`, the pipeline's own guidance.
-        policy: which predictions are evaluated. Default: `DEFAULT_POLICY`, a `Hold`.
+        policy: which predictions are evaluated. Default: `DEFAULT_POLICY`, a `Forecast`.
 
     Returns:
         A handle with the report of the last run; attaching again replaces it.

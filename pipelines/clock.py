@@ -71,9 +71,13 @@ class Clock:
         """So many of the table's."""
         return self._values[begin : begin + count]
 
-    def table(self, count: int) -> tuple[Space, ...]:
-        """The spaces of a run of `count` evaluations, from its first on; empty where they are not all known."""
-        found = self._table[self.begin : self.begin + count] if self._table is not None else ()
+    def table(self, count: int, before: int = 0) -> tuple[Space, ...]:
+        """The spaces of a run of `count` evaluations; empty where they are not all known.
+
+        The run's first is `before` entries before the first that this clock has seen.
+        """
+        begin = self.begin - before
+        found = self._table[begin : begin + count] if self._table is not None and begin >= 0 else ()
         return found if len(found) == count else ()
 
     @property

@@ -26,7 +26,7 @@ from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.fingerprint import setting
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, History, Policy, Step, estimated, planned
-from diffusers_guidance.report import Report, StepReport, to_list
+from diffusers_guidance.report import Report, StepReport, tell_repayments, to_list
 from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.spaces import Space
 
@@ -155,6 +155,8 @@ class Guider(BaseGuidance):
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
         """The guided prediction, from the batches of `prepare_inputs` with a `noise_pred` each."""
+        if not data:
+            return self._forecast()
         return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
@@ -170,6 +172,9 @@ class Guider(BaseGuidance):
             n = self._tokens(pred_cond)
             c, u = pred_cond[:, :n], None if pred_uncond is None else pred_uncond[:, :n]
             pred = self._guide(run, self._settled_plan(run, c, u is not None), c, u)
+            if run.policy.hands:
+                run.held = pred_cond.clone()
+                pred = run.hand(self._coming_step(), pred, self._loop.latents)
             if n < pred_cond.shape[1]:
                 pred = torch.cat([pred, pred_cond[:, n:]], 1)
         self._loop = _Loop(None, None)
@@ -177,17 +182,32 @@ class Guider(BaseGuidance):
 
     # How it is answered
 
+    def _forecast(self) -> GuiderOutput:
+        """What stands in where nothing was evaluated; the conditional prediction is the last one there was."""
+        run, plan = self._run, self._plan
+        assert run is not None and plan is not None and run.held is not None
+        step, held = self._coming_step(), run.held
+        run.record(step, self._denoiser, plan, evaluated=False, full=2, w=self._w)
+        n = self._tokens(held)
+        pred = run.hand(step, None, self._loop.latents).to(held.dtype)
+        if n < held.shape[1]:
+            pred = torch.cat([pred, held[:, n:]], 1)
+        self._loop = _Loop(None, None)
+        return GuiderOutput(pred=pred, pred_cond=held.clone(), pred_uncond=None)
+
     @property
     def _w(self) -> float:
         return self.guidance_scale if self.rule.guidance_scale is None else self.rule.guidance_scale
 
     def _evaluations(self) -> list[tuple[int, str]]:
         plan = self._plan
+        if self.num_conditions == 2 and plan is not None and all(d.action == "neither" for d in plan):
+            return []
         skips = self.num_conditions == 1 or (plan is not None and all(d.action != "both" for d in plan))
         return list(enumerate(self._input_predictions))[: 1 if skips else 2]
 
     def _noted(self, batches: list[Any]) -> list[Any]:
-        conditions = batches[0].as_dict().values()
+        conditions = batches[0].as_dict().values() if batches else ()
         self._batches = {len(v) for v in conditions if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim)}
         return batches
 
@@ -195,13 +215,17 @@ class Guider(BaseGuidance):
         assert self._run is not None
         clock = self._run.clock
         count = self._run.first + clock.count if clock.count else self._num_inference_steps
-        known = () if clock.space is None else (clock.space.sigma, clock.space.velocity)
-        return Step(self._step, max(count, self._step + 1), *(known or (None,)))
+        count = max(count, self._step + 1)
+        if clock.space is None:
+            return Step(self._step, count, None)
+        return Step(self._step, count, clock.space.sigma, clock.space.velocity, clock.table(count, self._run.first))
 
     def _planned(self, history: History) -> list[Decision]:
-        """The policy's plan for the step; a loop evaluates something at every step, so "neither" becomes "both"."""
+        """The policy's plan for the step: "neither" becomes "both" unless all it takes is a forecast to hand on."""
         assert self._run is not None
         plan = planned(self._run.policy, self._coming_step(), history)
+        if self._run.policy.hands and all(each.action == "neither" for each in plan):
+            return plan
         return [Decision("both", why) if action == "neither" else Decision(action, why) for action, why in plan]
 
     def _settled_plan(self, run: "_Run", c: Tensor, evaluated: bool) -> list[Decision]:
@@ -217,7 +241,7 @@ class Guider(BaseGuidance):
             self._plan = self._planned(run.history)
         assert self._plan is not None
         # An estimate is not needed where the real thing was evaluated after all.
-        return [Decision("both") if evaluated and d.action == "extrapolate" else d for d in self._plan]
+        return [Decision("both") if evaluated and d.action in ("extrapolate", "neither") else d for d in self._plan]
 
     def _histories(self, run: "_Run") -> list[History]:
         """Those of the loop's guiders, one for each denoiser."""
@@ -301,6 +325,21 @@ class _Run:
     momentum: Tensor | None = None
     similarities: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     """By place in the report, those not yet brought to the host."""
+    held: Tensor | None = None
+    """The last conditional prediction, of a policy that `hands`."""
+    sizes: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    """By place in the report, of forecasts' errors and repayments, those not yet brought to the host."""
+
+    def hand(self, step: Step, guided: Tensor | None, x: Tensor | None) -> Tensor:
+        """What the policy hands to the scheduler at a step that has been recorded; see `Policy.hands`."""
+        assert self.history is not None and self.held is not None
+        known = x is not None and self.clock.space is not None and (guided is None or x.shape == guided.shape)
+        found = self.policy.hand(step, self.history, guided, x if known else None)
+        recorded = self.report.steps[-1]
+        recorded.note = "; ".join(filter(None, [recorded.note, found.note]))
+        if found.sizes is not None:
+            self.sizes[len(self.report.steps) - 1] = found.sizes
+        return found.prediction
 
     def remember(self, c: Tensor, u: Tensor, x: Tensor | None, space: Space | None) -> tuple[Tensor, Tensor]:
         """Keeps what policies look back on, and returns the similarities (NaN where unknown)."""
@@ -327,6 +366,7 @@ class _Run:
         w: float | None = None,
     ) -> None:
         rows = len(plan)
+        nothing = all(decision.action == "neither" for decision in plan)
         if similarity is not None:
             self.similarities[len(self.report.steps)] = similarity
         self.report.steps.append(
@@ -334,11 +374,11 @@ class _Run:
                 index=step.index,
                 timestep=self.clock.timestep,
                 sigma=step.sigma,
-                evaluated=["both" if evaluated else "conditional"] * rows,
+                evaluated=["both" if evaluated else "neither" if nothing else "conditional"] * rows,
                 action=[decision.action for decision in plan],
                 similarity=[None] * rows,
                 similarity_noise=[None] * rows,
-                nfe=rows * (1 + evaluated),
+                nfe=0 if nothing else rows * (1 + evaluated),
                 nfe_full=rows * full,
                 guidance_scale=w,
                 denoiser=denoiser,
@@ -353,6 +393,9 @@ class _Run:
                 step = self.report.steps[i]
                 step.similarity, step.similarity_noise = (to_list(values) for values in pair)
             self.similarities.clear()
+        if self.sizes:
+            tell_repayments(self.report, self.sizes)
+            self.sizes.clear()
         if self.clock.error is not None:
             self.report.note = f"no similarities: {self.clock.error}"
         return self.report

@@ -525,6 +525,11 @@ class Run:
         history, formula = denoiser.history, denoiser.formula
         if history is None or formula is None or not self.report.steps:
             return guided
+        recorded = self.report.steps[-1]
+        if recorded.guidance_scale is None:  # no guidance at this step: nothing to forecast it from, nor from it
+            history.guided.clear()
+            history.skipped.clear()
+            return guided
         g, x = formula.view.working(guided), formula.view.working(sample)
         known = self._clock.space is not None and x.shape == g.shape
         evaluated = denoiser.nfe > 0
@@ -532,9 +537,7 @@ class Run:
         found = self.policy.hand(step, history, g if evaluated else None, x if known else None)
         if evaluated:
             denoiser.hold()
-        if found.note:
-            recorded = self.report.steps[-1]
-            recorded.note = "; ".join(filter(None, [recorded.note, found.note]))
+        recorded.note = "; ".join(filter(None, [recorded.note, found.note]))
         if found.sizes is not None:
             self._sizes[len(self.report.steps) - 1] = found.sizes
         return guided if found.prediction is g else formula.view.emit(found.prediction.to(guided.dtype), guided)
