@@ -2,8 +2,9 @@
 
     python benchmarks/forecast.py [ddim-20-5 ...]
 
-Settings are scheduler-steps-guidance scale. 16 held-out prompts and a seed; each row is written as it is made, and
-those that are there are not made again. The mean of the pictures' PSNR to full guidance, of CFG in fewer steps too.
+Settings are scheduler-steps-guidance scale. 16 held-out prompts and a seed, none of which had a part in any choice (the
+first eight prompts had been looked at, with another seed); each row is written as it is made, and those that are there
+are not made again. The mean of the pictures' PSNR to full guidance, of CFG in fewer steps too.
 """
 
 import json
@@ -19,7 +20,7 @@ from diffusers_guidance.pipelines.fidelity import Fidelity
 from diffusers_guidance.pipelines.files import write
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "forecast"
-SEED = 4321
+SEED = 97531
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -28,7 +29,7 @@ SCHEDULERS = {
     "ancestral": "EulerAncestralDiscreteScheduler",
 }
 NAMES = (
-    "ddim-20-5", "dpm-20-5", "unipc-20-5", "euler-20-5", "ddim-50-5", "ddim-20-7.5", "dpm-20-7.5", "ancestral-20-5",
+    "ddim-20-5", "euler-20-5", "dpm-20-5", "unipc-20-5", "ddim-20-7.5", "dpm-20-7.5", "ddim-50-5", "ancestral-20-5",
     "dpm-50-5", "unipc-20-7.5", "euler-20-7.5",
 )  # fmt: skip
 BUDGETS = {20: (30, 26, 20), 50: (58, 40, 30)}
@@ -46,7 +47,7 @@ class Setting:
 
     @cached_property
     def fidelity(self) -> Fidelity:
-        texts = prompts(samples.HELDOUT_PROMPTS)[:16]
+        texts = prompts(samples.HELDOUT_PROMPTS)[8:]
         call = {"num_inference_steps": self.steps, "guidance_scale": self.scale}
         return Fidelity(self.bundled.pipe, texts, (SEED,), **call)
 

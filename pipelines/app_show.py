@@ -25,7 +25,7 @@ from diffusers_guidance.report import Report
 
 INK = "#123457"
 """Stands for the colour of the page's text; no other colour may be the same."""
-COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444")
+COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444", "#86198f")
 
 
 # Numbers
@@ -120,7 +120,7 @@ def frontier_plot(frontier: Frontier) -> Figure:
     axes = figure.add_subplot(xlabel="network evaluations per picture", ylabel="PSNR to full CFG, dB")
     families = list(dict.fromkeys(point.family for point in frontier.points[1:]))
     # Every family looks its own way, whatever their number; points that coincide are all seen.
-    looks = zip(families, itertools.cycle(COLOURS), itertools.cycle("XosD^*v"), range(10, 3, -1), strict=False)
+    looks = zip(families, itertools.cycle(COLOURS), itertools.cycle("XosD^*vP"), itertools.count(10, -1), strict=False)
     for family, colour, marker, size in looks:
         known = sorted((p.nfe, p.psnr) for p in frontier.points if p.family == family and _is_known(p.psnr))
         if known:

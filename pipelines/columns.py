@@ -17,7 +17,7 @@ from diffusers_guidance.pipelines.search import search
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, LinearAG, Policy, Schedule
 from diffusers_guidance.rules import CFG, Rule
 
-COLUMNS = ("CFG", "CFG@15", 'APG.preset("normalised")@15', "AG", "LinearAG", "default")
+COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.preset("normalised")@15')
 """What `compare` shows unless asked for something else."""
 
 BUNDLED = tuple("APG(norm_threshold=6, eta=0.5)+AG@15" if "APG" in column else column for column in COLUMNS)

@@ -49,7 +49,7 @@ def compare_command(
         typer.Option(
             help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12", '
             '"search(25, calibration=FILE)"; "default" is what attach(pipe) chooses. Repeatable.',
-            show_default=f"{', '.join(BUNDLED)}; on another model with {COLUMNS[2]}",
+            show_default=f"{', '.join(BUNDLED)}; on another model with {COLUMNS[-1]}",
         ),
     ] = None,
     seed: Seeds = None,
