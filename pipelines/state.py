@@ -2,11 +2,13 @@
 
 A part of a batch can stand for the whole, and a call can be skipped, only where the network is the same function at
 every call. Networks of diffusers are. What people put on them may not be: a step cache in a replaced `forward`, an
-attention processor that counts its calls, a forward hook with a bank of tensors. A `Watch` finds such code, looks at
-everything that it can remember before and after each call, and can put it back as it was.
+attention processor that counts its calls, a forward hook with a bank of tensors. `scan` finds such code, a `Memory`
+is all that it can remember, and a `Watch` compares its memory before and after each call.
+
+What changes is state, but for buffers: CUDA graphs and engines copy what they are given into tensors of their own,
+and write what they put out into one. What is set for the first time may belong to either, and is looked at again.
 """
 
-import dis
 import sys
 import types
 from collections import deque
@@ -15,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from io import IOBase
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,25 +28,20 @@ _KNOWN |= {"huggingface_hub", "torchao", "bitsandbytes", "numpy", "triton", "xfo
 """Packages whose code is known to be the same function at every call, but for diffusers' stateful hooks."""
 _TOLERANT = ("diffusers.hooks.first_block_cache", "diffusers.hooks.text_kv_cache")
 """Hooks that keep tensors by cache context, and count nothing: one half's calls may be skipped."""
+_PLACES = frozenset({"forward", "_diffusers_hook", "processor"})
+"""Attributes of a module that may be others' code."""
 _INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_hf_hook", "_diffusers_hook"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Attributes of a module that no cache is in."""
 _GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
+_FUNCTIONS = (types.FunctionType, types.MethodType, partial)
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _LIMIT = 20_000
 """Objects within reach of foreign code that are looked at."""
-_EFFECTS = {"append", "appendleft", "extend", "add", "update", "put", "write", "print", "info", "debug", "record"}
-"""What is called for its effect: a hook that returns what these return returns nothing."""
-_MOVES = {"SWAP", "ROT_TWO", "POP_TOP", "END_FOR", "CACHE"}
-"""What comes between a value and its return, out of a loop say."""
+_COPIED = 1 << 20
+"""Numbers of a tensor of which a copy is kept; larger ones may be weights."""
 
 
-class Misfit(RuntimeError):
-    """What a part of the batch gave cannot stand for the same part of the whole."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a call failed for want of memory, by whatever name."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
+# Which code is foreign
 
 
 class Foreign(NamedTuple):
@@ -55,23 +51,28 @@ class Foreign(NamedTuple):
     """In words, for the report."""
     code: Any
     owner: nn.Module | None
-    """The module whose attributes it may write to; None of a hook, which is found out by itself."""
+    """The module whose attributes it may write to; None of a global hook."""
+    table: Any = None
+    """Where a forward hook is registered, and by which number."""
+    number: int = 0
 
 
-# Which code is foreign
+@dataclass
+class Finds:
+    """What is on a network."""
+
+    code: list[Foreign] = field(default_factory=list)
+    hooks: list[Foreign] = field(default_factory=list)
+    """Forward hooks, of which only their calls tell whether they do anything."""
+    stateful: list[Any] = field(default_factory=list)
+    """Hooks of diffusers that keep tensors of the batch."""
 
 
 def _home(code: Any) -> str:
     """The package that a function, a class or an object is of; a wrapper may have taken on another's name."""
     if isinstance(code, types.FunctionType):
         return str(code.__globals__.get("__name__") or "torch").partition(".")[0]
-    if isinstance(code, types.MethodType):
-        return _home(code.__func__)
     return str((code if isinstance(code, type) else type(code)).__module__).partition(".")[0]
-
-
-def _is_known(code: Any) -> bool:
-    return _home(code) in _KNOWN
 
 
 def is_foreign(code: Any, depth: int = 6) -> bool:
@@ -79,328 +80,261 @@ def is_foreign(code: Any, depth: int = 6) -> bool:
     if isinstance(code, types.MethodType):
         return is_foreign(code.__func__, depth) or is_foreign(code.__self__)
     if isinstance(code, partial):
-        return any(is_foreign(each, depth - 1) for each in (code.func, *code.args) if callable(each) and depth)
-    if not _is_known(code):
-        return True
-    if not isinstance(code, types.FunctionType) or not depth:
-        return False
+        return depth > 0 and any(is_foreign(each, depth - 1) for each in (code.func, *code.args) if callable(each))
+    if _home(code) not in _KNOWN or not isinstance(code, types.FunctionType) or not depth:
+        return _home(code) not in _KNOWN
     if hasattr(code, "_torchdynamo_orig_callable"):  # whatever compiles it is no part of it
         return is_foreign(code._torchdynamo_orig_callable, depth - 1)
-    inner = (_content(cell) for cell in code.__closure__ or ())
-    return any(is_foreign(each, depth - 1) for each in inner if isinstance(each, _CALLABLES))
+    return any(is_foreign(each, depth - 1) for each in _contents(code) if isinstance(each, _FUNCTIONS))
 
 
-_CALLABLES = (types.FunctionType, types.MethodType, partial)
+def _contents(function: types.FunctionType) -> list[Any]:
+    return [value for cell in function.__closure__ or () for value in _held(cell).values()]
 
 
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing yet
-        return None
+def scan(parts: Iterable[nn.Module]) -> Finds:
+    """What is on a network, given all its parts: thousands, most of which have nothing."""
+    finds, tables = Finds(), [(None, table) for table in _GLOBAL_HOOKS]
+    foreign: dict[type, bool] = {}
+    for part in parts:
+        own, cls = part.__dict__, part.__class__
+        if cls not in foreign:
+            foreign[cls] = is_foreign(cls) or is_foreign(cls.forward)
+        if foreign[cls]:
+            finds.code.append(Foreign(f"the forward of {cls.__name__}", cls.forward, part))
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            tables += [(part, own["_forward_hooks"]), (part, own["_forward_pre_hooks"])]
+        if not _PLACES.isdisjoint(own) or "processor" in own["_modules"]:
+            _scan_places(part, own, finds)
+    for owner, table in tables:
+        hooks = [(number, hook) for number, hook in table.items() if is_foreign(hook)]
+        finds.hooks += [Foreign(f"the forward hook {_called(h)}", h, owner, table, number) for number, h in hooks]
+    return finds
 
 
-def found_on(parts: list[tuple[str, nn.Module]]) -> list[Foreign]:
-    """All foreign code on a network, given all its parts by name, but for forward hooks."""
-    found = []
-    classes = {cls: is_foreign(cls) or is_foreign(cls.forward) for cls in {type(part) for _, part in parts}}
-    for _, part in parts:
-        own = part.__dict__
-        if classes[type(part)]:
-            found.append(Foreign(f"the forward of {type(part).__name__}", type(part).forward, part))
-        if "forward" in own or "_diffusers_hook" in own:
-            what = f"the replaced forward of {type(part).__name__}"
-            found += [Foreign(what, f, part) for f in _replaced(own) if is_foreign(f)]
-            found += [Foreign(f"the hook {type(h).__name__}", h, part) for h in _registered(own) if is_foreign(h)]
-        processor = getattr(part, "processor", None) if "processor" in own or "processor" in own["_modules"] else None
-        if processor is not None and (is_foreign(processor) or is_foreign(type(processor).__call__)):
-            found.append(Foreign(f"one of its attention processors ({_called(processor)})", processor, part))
-    return found
+def _scan_places(part: nn.Module, own: dict, finds: Finds) -> None:
+    """What is in the place of a module's `forward`, also beneath hooks of accelerate and diffusers; its processor."""
+    forwards = [own[name] for name in ("forward", "_old_forward") if name in own]
+    if (registry := own.get("_diffusers_hook")) is not None:
+        forwards += [f for each in registry._fn_refs for f in (each.forward, each.original_forward) if f is not None]
+        hooks = list(registry.hooks.values())
+        finds.code += [Foreign(f"the hook {_called(each)}", each, part) for each in hooks if is_foreign(each)]
+        finds.stateful += [each for each in hooks if each._is_stateful]
+    what = f"the replaced forward of {type(part).__name__}"
+    finds.code += [Foreign(what, each, part) for each in forwards if is_foreign(each)]
+    processor = own.get("processor", own["_modules"].get("processor"))
+    if processor is not None and (is_foreign(processor) or is_foreign(type(processor).__call__)):
+        finds.code.append(Foreign(f"one of its attention processors ({_called(processor)})", processor, part))
 
 
-def _replaced(own: dict) -> Iterator[Any]:
-    """What stands in the place of a module's `forward`, also beneath the hooks of accelerate and diffusers."""
-    yield from (own[name] for name in ("forward", "_old_forward") if name in own)
-    for reference in own["_diffusers_hook"]._fn_refs if "_diffusers_hook" in own else ():
-        yield from (each for each in (reference.forward, reference.original_forward) if each is not None)
-
-
-def _registered(own: dict) -> list[Any]:
-    """Hooks of diffusers' kind on a module."""
-    return list(own["_diffusers_hook"].hooks.values()) if "_diffusers_hook" in own else []
-
-
-def stateful_hooks(parts: list[tuple[str, nn.Module]]) -> tuple[bool, list[str]]:
-    """Of diffusers' hooks: whether some keep tensors of the batch, and the names of those that count their calls."""
-    stateful = [type(h) for _, part in parts for h in _registered(part.__dict__) if h._is_stateful]
-    counting = [each.__name__ for each in stateful if each.__module__ not in _TOLERANT]
-    return bool(stateful), list(dict.fromkeys(counting))
+def _called(code: Any) -> str:
+    return str(getattr(code, "__name__", type(code).__name__))
 
 
 # What it remembers
 
 
-class _Slot(NamedTuple):
-    """One thing that can be changed: whose it is, how to read it, how to write it, and what was read."""
+def _held(thing: Any) -> dict[Any, Any]:
+    """What a thing holds that may change, by key."""
+    if isinstance(thing, dict):
+        return {k: v for k, v in thing.items() if k not in _INTERNAL}
+    if isinstance(thing, list | deque):
+        return dict(enumerate(thing))
+    if isinstance(thing, set):
+        return {id(each): each for each in thing}
+    if isinstance(thing, np.ndarray):
+        return {"numbers": thing.tobytes()}
+    if isinstance(thing, torch.Generator):
+        return {"state": thing.get_state().numpy().tobytes()}
+    if isinstance(thing, types.FunctionType):
+        names, spaces = _globals(thing)
+        return {(i, name): space[name] for i, space in enumerate(spaces) for name in names & space.keys()}
+    if isinstance(thing, type):
+        own = {k: v for k, v in vars(thing).items() if k == "__call__" or not k.startswith("__")}
+        return own if _home(thing) not in _KNOWN else {k: v for k, v in own.items() if not hasattr(v, "__get__")}
+    if hasattr(type(thing), "__next__") and not isinstance(thing, IOBase):
+        return {"position": object()}  # it cannot be seen
+    declared = [vars(cls).get("__slots__", ()) for cls in type(thing).__mro__]
+    names = {name for each in declared for name in ([each] if isinstance(each, str) else each) if name[:2] != "__"}
+    names |= {"cell_contents"} if isinstance(thing, types.CellType) else set()
+    return {name: getattr(thing, name) for name in names if hasattr(thing, name)}
 
-    whose: str
-    read: Callable[[], Any]
-    write: Callable[[Any], Any]
-    saved: Any
 
-    @property
-    def is_changed(self) -> bool:
-        return _differ(self.read(), self.saved)
+def _put_back(thing: Any, was: dict[Any, Any]) -> None:
+    """Makes a thing hold what it held."""
+    now = _held(thing)
+    if isinstance(thing, dict):
+        for key in now.keys() - was.keys():
+            del thing[key]
+        thing.update(was)
+    elif isinstance(thing, list | deque | set):
+        thing.clear()
+        (thing.update if isinstance(thing, set) else thing.extend)(was.values())
+    elif isinstance(thing, np.ndarray):
+        thing[...] = np.frombuffer(was["numbers"], thing.dtype).reshape(thing.shape)
+    elif isinstance(thing, torch.Generator):
+        thing.set_state(torch.frombuffer(bytearray(was["state"]), dtype=torch.uint8))
+    elif isinstance(thing, types.FunctionType):
+        for (i, name), value in was.items():
+            _globals(thing)[1][i][name] = value
+    elif not hasattr(type(thing), "__next__"):
+        kind = type if isinstance(thing, type) else object  # past a __setattr__ of their own
+        for name in now.keys() - was.keys():
+            kind.__delattr__(thing, name)
+        for name in (name for name in was if name not in now or now[name] is not was[name]):
+            kind.__setattr__(thing, name, was[name])
 
 
-def _differ(now: Any, saved: Any) -> bool:
-    if now is saved:
-        return False
-    if type(now) is not type(saved):
-        return True
-    if isinstance(now, _PLAIN):
-        return bool(now != saved) and not (now != now and saved != saved)  # NaN is as it was
-    if isinstance(now, _Items):
-        return len(now.items) != len(saved.items) or any(map(_differ, now.items, saved.items))
-    if isinstance(now, tuple):
-        return len(now) != len(saved) or any(map(_differ, now, saved))
-    return True
+def _globals(function: types.FunctionType) -> tuple[set[str], list[dict]]:
+    """The names that a function may look up, and where: its module, and others' modules that it names."""
+    codes, names, space = [function.__code__], set(), function.__globals__
+    while codes:
+        code = codes.pop()
+        names |= {*code.co_names}
+        codes += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    modules = [space[name] for name in sorted(names & space.keys()) if isinstance(space[name], types.ModuleType)]
+    return names, [space, *(vars(each) for each in modules if each.__name__.partition(".")[0] not in _KNOWN)]
 
 
-class _Items:
-    """What is in a container, in order."""
+def _reach(thing: Any) -> list[Any]:
+    """What else is in reach of a thing, beside what it holds."""
+    if isinstance(thing, types.FunctionType):
+        return [*(thing.__closure__ or ()), thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
+    if isinstance(thing, types.MethodType | partial | staticmethod | classmethod):
+        names = ("__self__", "__func__", "func", "args", "keywords")
+        return [getattr(thing, name) for name in names if hasattr(thing, name)]
+    if isinstance(thing, nn.Module):
+        return [vars(thing), thing._buffers, *type(thing).__mro__, *thing.children()]
+    if isinstance(thing, type):
+        return list(thing.__mro__)
+    return [getattr(thing, "__dict__", None), *type(thing).__mro__]
 
-    def __init__(self, items: Iterable[Any]):
-        self.items = tuple(items)
+
+class _Numbers(NamedTuple):
+    whose: Foreign
+    tensor: Tensor
+    state: tuple
+    """Changes with its numbers."""
+    copy: Tensor | None
 
 
 class Memory:
-    """All that `roots` can remember, as it is just now."""
+    """All that `roots` can remember, as it is just now; without copies of the tensors of those that do not act.
 
-    def __init__(self, roots: list[Foreign]):
-        self._slots: list[_Slot] = []
-        self._seen: dict[int, Any] = {}
-        """What was looked at; kept, so that none of their numbers comes back."""
-        self._queue: deque[Any] = deque()
-        self._whose = ""
-        for root in roots:
-            self._whose = root.what
-            self._queue.append(root.code)
-            if root.owner is not None:
-                self._attributes(root.owner)
-                self._class(type(root.owner))
-            while self._queue and len(self._seen) <= _LIMIT:
-                self._look(self._queue.popleft())
-        self.unseen = self._whose if self._queue else ""
+    Tensors at the addresses `outputs` are told by their numbers, since CUDA graphs write without leaving a trace.
+    """
+
+    def __init__(self, roots: list[Foreign], acts: Callable[[Foreign], bool], outputs: frozenset[int]):
+        self.held: list[tuple[Foreign, Any, dict]] = []
+        self.tensors: dict[int, _Numbers] = {}
+        self.unseen: list[Foreign] = []
         """Whose memory is too large to be looked at."""
+        self._seen: dict[int, Any] = {}  # what was looked at, by number; kept, so that none comes back
+        for root in sorted(roots, key=acts, reverse=True):
+            queue = deque([root.code])
+            if root.owner is not None:
+                queue += [vars(root.owner), root.owner._buffers, *type(root.owner).__mro__]
+            while queue and len(self._seen) <= _LIMIT:
+                thing = queue.popleft()
+                if id(thing) in self._seen or isinstance(thing, (*_PLAIN, nn.Parameter, types.ModuleType)):
+                    continue
+                self._seen[id(thing)] = thing
+                if isinstance(thing, Tensor):
+                    self._add_tensor(thing, root, acts(root), outputs)
+                else:
+                    queue += self._add(thing, root)
+            self.unseen += [root] if queue else []
 
-    @property
-    def changed(self) -> str:
-        """Whose memory is another one by now, in words; empty where all is as it was."""
-        return next((slot.whose for slot in self._slots if slot.is_changed), "")
+    def _add(self, thing: Any, whose: Foreign) -> list[Any]:
+        """Looks at a thing; what is to be looked at next."""
+        if isinstance(thing, tuple):
+            return list(thing)
+        known = _home(thing) in _KNOWN
+        if known and isinstance(thing, types.FunctionType):
+            return [each for each in _contents(thing) if isinstance(each, _FUNCTIONS)]
+        if known and isinstance(thing, nn.Module):
+            return [vars(thing), thing._buffers]
+        if known and not isinstance(thing, _OPEN):
+            if not isinstance(thing, type) and not hasattr(type(thing), "__next__"):
+                # Somebody may write to a pipeline.
+                thing = {} if _home(thing) in sys.stdlib_module_names else getattr(thing, "__dict__", {})
+            self.held.append((whose, thing, _held(thing)))
+            return []
+        self.held.append((whose, thing, _held(thing)))
+        return [*self.held[-1][2].values(), *_reach(thing)]
 
-    def restore(self) -> None:
-        """Puts back what has changed."""
-        for slot in self._slots:
-            if slot.is_changed:
-                slot.write(slot.saved)
+    def _add_tensor(self, tensor: Tensor, whose: Foreign, acts: bool, outputs: frozenset[int]) -> None:
+        is_output, unversioned = _address(tensor) in outputs, tensor.is_inference()
+        state = (None if unversioned else tensor._version, _sum(tensor) if is_output or unversioned else None)
+        copy = tensor.detach().clone() if acts and (is_output or tensor.numel() <= _COPIED) else None
+        self.tensors[id(tensor)] = _Numbers(whose, tensor, state, copy)
 
-    def _slot(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> Any:
-        saved = read()
-        self._slots.append(_Slot(self._whose, read, write, saved))
-        return saved
-
-    def _is_new(self, thing: Any) -> bool:
-        new = id(thing) not in self._seen
-        self._seen[id(thing)] = thing
-        return new
-
-    def _look(self, thing: Any) -> None:
-        if isinstance(thing, (*_PLAIN, nn.Parameter, types.ModuleType)) or not self._is_new(thing):
-            return
-        known = _is_known(thing)
-        if isinstance(thing, Tensor):
-            self._tensor(thing)
-        elif isinstance(thing, torch.Generator):
-            self._slot(lambda: _state(thing), lambda state: thing.set_state(_bytes(state)))
-        elif isinstance(thing, types.FunctionType):
-            self._function(thing)
-        elif isinstance(thing, types.MethodType):
-            self._queue += [thing.__self__, thing.__func__]
-        elif isinstance(thing, partial):
-            self._queue += [thing.func, *thing.args, *thing.keywords.values()]
-        elif isinstance(thing, staticmethod | classmethod):
-            self._queue.append(thing.__func__)
-        elif isinstance(thing, property):
-            self._queue += [each for each in (thing.fget, thing.fset) if each is not None]
-        elif isinstance(thing, type):
-            self._class(thing)
-        elif isinstance(thing, dict):
-            self._dict(thing)
-        elif isinstance(thing, list | deque):
-            self._queue += self._slot(lambda: _Items(thing), partial(_refill, thing)).items
-        elif isinstance(thing, set):
-            self._slot(lambda: _Items(sorted(thing, key=id)), partial(_refill, thing))
-        elif isinstance(thing, tuple):
-            self._queue += thing
-        elif isinstance(thing, nn.Module):
-            self._attributes(thing)
-            if not known:
-                self._queue += [type(thing), *thing.children()]
-        elif isinstance(thing, np.ndarray):
-            self._slot(
-                thing.tobytes, lambda was: np.copyto(thing, np.frombuffer(was, thing.dtype).reshape(thing.shape))
-            )
-        elif isinstance(thing, count):
-            self._slot(lambda: repr(thing), lambda was: None)
-        elif hasattr(type(thing), "__next__") and not isinstance(thing, IOBase):
-            self._slot(object, lambda was: None)  # how far it has come cannot be seen
-        elif not known or isinstance(thing, types.SimpleNamespace):
-            self._object(thing)
-        elif isinstance(getattr(thing, "__dict__", None), dict) and _home(thing) not in sys.stdlib_module_names:
-            self._dict(vars(thing), follow=False)  # somebody may write to a pipeline
-
-    def _tensor(self, tensor: Tensor) -> None:
-        copy = tensor.detach().clone() if tensor.numel() <= 1 << 26 else None
-
-        def read() -> int:
-            if not tensor.is_inference():
-                return int(tensor._version)
-            return int(copy is not None and not torch.equal(tensor, copy))
-
-        def write(was: int) -> None:
-            if copy is not None:
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(copy)
-
-        self._slot(read, write)
-
-    def _function(self, function: types.FunctionType) -> None:
-        known = _is_known(function)
-        for cell in function.__closure__ or ():
-            content = self._slot(partial(_content, cell), partial(setattr, cell, "cell_contents"))
-            if not known or isinstance(content, _CALLABLES):
-                self._queue.append(content)
-        if known:
-            return
-        self._queue += (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        self._dict(function.__dict__)
-        names = set(_names(function.__code__))
-        for space in (function.__globals__, *_own_modules(function.__globals__, names)):
-            for name in names & space.keys():
-                write = partial(space.__setitem__, name)
-                self._queue.append(self._slot(partial(space.get, name), write))
-
-    def _class(self, cls: type) -> None:
-        """What is written to classes; and the methods of those that are foreign."""
-        for each in cls.__mro__:
-            if each in (object, nn.Module, Tensor) or (each is not cls and not self._is_new(each)):
-                continue
-            known = _is_known(each)
-
-            def attributes(each: type = each, known: bool = known) -> _Items:
-                own = [(k, v) for k, v in vars(each).items() if k == "__call__" or not k.startswith("__")]
-                return _Items((k, v) for k, v in own if not (known and (callable(v) or hasattr(type(v), "__get__"))))
-
-            def write(was: _Items, each: type = each, read: Callable[[], _Items] = attributes) -> None:
-                kept = dict(was.items)
-                for name in dict(read().items).keys() - kept.keys():
-                    delattr(each, name)
-                for name, value in kept.items():
-                    if vars(each).get(name) is not value:
-                        setattr(each, name, value)
-
-            self._queue += [value for _, value in self._slot(attributes, write).items]
-
-    def _attributes(self, module: nn.Module) -> None:
-        if self._is_new(vars(module)):
-            self._dict(vars(module), _INTERNAL)
-            self._dict(module._buffers)
-
-    def _object(self, thing: Any) -> None:
-        if isinstance(getattr(thing, "__dict__", None), dict):
-            self._dict(vars(thing))
-        for name in (name for cls in type(thing).__mro__ for name in _slots_of(cls)):
-            write = partial(object.__setattr__, thing, name)
-            self._queue.append(self._slot(partial(getattr, thing, name, None), write))
-        self._queue.append(type(thing))
-
-    def _dict(self, mapping: dict, without: frozenset[str] = frozenset(), follow: bool = True) -> None:
-        def read() -> _Items:
-            return _Items((k, v) for k, v in mapping.items() if k not in without)
-
-        def write(was: _Items) -> None:
-            kept = dict(was.items)
-            for key in [key for key in mapping if key not in without and key not in kept]:
-                del mapping[key]
-            mapping.update(kept)
-
-        saved = self._slot(read, write)
-        if follow:
-            self._queue += [value for _, value in saved.items]
+    def restore(self, acts: Callable[[Foreign], bool]) -> None:
+        """Puts back what has changed; but what those have seen that only look on has happened."""
+        for whose, thing, was in self.held:
+            if acts(whose) and any(_changes(was, _held(thing))):
+                _put_back(thing, was)
+        for _, tensor, _, copy in self.tensors.values():
+            if copy is not None and not torch.equal(tensor, copy):
+                _fill(tensor, copy)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+_OPEN = (dict, list, deque, set, np.ndarray, torch.Generator, types.CellType, types.MethodType, partial)
+_OPEN += (staticmethod, classmethod, types.SimpleNamespace)
+"""What of known packages may hold others' things."""
 
 
-def _slots_of(cls: type) -> tuple[str, ...]:
-    slots = vars(cls).get("__slots__", ())
-    return tuple(n for n in ((slots,) if isinstance(slots, str) else slots) if not n.startswith("__"))
+def _changes(was: dict, now: dict) -> Iterator[tuple[Any, Any]]:
+    """What is held now that was not, each after what it was."""
+    for key in {**was, **now}:
+        if _differ(now.get(key), was.get(key)):
+            yield was.get(key), now.get(key)
 
 
-def _own_modules(space: dict, names: set[str]) -> list[dict]:
-    """The variables of modules, of no known package, that are among `names`."""
-    modules = [space[name] for name in names & space.keys() if isinstance(space[name], types.ModuleType)]
-    return [vars(each) for each in modules if each.__name__.partition(".")[0] not in _KNOWN]
+def _differ(now: Any, was: Any) -> bool:
+    if now is was or type(now) is not type(was):
+        return now is not was
+    if isinstance(now, tuple):
+        return len(now) != len(was) or any(map(_differ, now, was))
+    return not isinstance(now, _PLAIN) or bool(now != was and not (now != now and was != was))  # NaN is as it was
 
 
-def _refill(container: Any, was: _Items) -> None:
-    container.clear()
-    (container.update if isinstance(container, set) else container.extend)(was.items)
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
-def _state(generator: torch.Generator) -> bytes:
-    return bytes(generator.get_state().numpy().tobytes())
+def _sum(tensor: Tensor) -> complex:
+    return complex(tensor.detach().to(torch.complex128).sum().item())
 
 
-def _bytes(state: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+def _fill(tensor: Tensor, value: Any) -> None:
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)
 
 
-# Hooks
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors and numbers of a call."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, int | float) and not isinstance(tree, bool):
+        yield torch.tensor(tree)
+    elif isinstance(tree, dict | list | tuple):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(each)
 
 
-def may_act(hook: Any) -> bool:
-    """Whether a forward hook that has only looked on may yet return or change something, as far as its code tells."""
-    while isinstance(hook, types.MethodType | partial) or hasattr(hook, "__wrapped__"):
-        hook = getattr(hook, "__wrapped__", None) or getattr(hook, "__func__", None) or hook.func
-    if not hasattr(hook, "__code__"):
-        hook = type(hook).__call__
-    if not hasattr(hook, "__code__"):
-        return False
-    returned: list[tuple[dis.Instruction, list[Any]]] = []  # what each return returns, and what is on its line
-    line: list[Any] = []
-    before = None
-    for each in dis.get_instructions(hook):
-        if each.starts_line:
-            line = []
-        if each.opname == "RETURN_VALUE" and before is not None:
-            returned.append((before, line))
-        line = [*line, each.argval]
-        if each.opname not in _MOVES:
-            before = each
+def _is_among(tensor: Tensor, given: list[Tensor]) -> bool:
+    """Whether its numbers are those of one of `given`, in another dtype perhaps, and with rows to spare."""
+    for each in given:
+        part = tensor[: len(each)] if 0 < tensor.ndim == each.ndim else tensor
+        number = each.reshape(()) if each.numel() == 1 else each
+        comparable = part.numel() and number.shape in (part.shape, ())
+        if comparable and torch.equal(part, number.to(part).expand_as(part)):
+            return True
+    return False
 
-    def nothing(value: dis.Instruction, line: list[Any]) -> bool:
-        if value.opname.startswith("CALL"):
-            return len(returned) == 1 or any(name in _EFFECTS for name in line if isinstance(name, str))
-        return value.opname == "LOAD_CONST" and value.argval is None
 
-    writes = any(name.endswith("_") and hasattr(Tensor, name) for name in hook.__code__.co_names)
-    return writes or not all(nothing(*each) for each in returned)
+# A call
 
 
 @dataclass
@@ -412,100 +346,139 @@ class Watch:
     """Why its calls must be made as they would be without us, in words; empty where nothing was found."""
     takes_part: dict[str, None] = field(default_factory=dict)
     """Foreign code that had a part in the network's output, in words."""
+    in_doubt: bool = False
+    """Whether something was set for the first time, or written that may be a buffer: to be called once more."""
     raised: BaseException | None = None
     """What came out of a forward hook that only looks on: somebody wants the run to end."""
     is_settled: bool = False
     """Whether the step is over at which parts of the batch are tried."""
-    _on: list[Foreign] = field(default_factory=list)
-    _hooks: list[tuple[Foreign, dict, int]] = field(default_factory=list)
+    finds: Finds = field(default_factory=Finds)
     _memory: Memory | None = None
+    """As it was before the last call."""
+    _outputs: frozenset[int] = frozenset()
+    """Where the last output is."""
+    _once_more: bool = False
+    _acting: set[int] = field(default_factory=set)
+    """Forward hooks that have done something, by number."""
 
     @cached_property
-    def parts(self) -> list[tuple[str, nn.Module]]:
-        return list(self.module.named_modules())
+    def _parts(self) -> list[nn.Module]:
+        return list(self.module.modules())
 
-    def look(self) -> bool:
-        """Sees what is on the network now; False where there is nothing to find out."""
-        if self.found:
-            self._memory = None
-            return False
-        self._on, self._hooks = found_on(self.parts), list(self._all_hooks())
-        for each in self._on:
+    @property
+    def counting(self) -> str:
+        """The names of those of diffusers' hooks that count their calls."""
+        names = (type(each).__name__ for each in self.finds.stateful if type(each).__module__ not in _TOLERANT)
+        return ", ".join(dict.fromkeys(names))
+
+    def scan(self) -> None:
+        """Sees what is on the network now."""
+        self.finds = scan(self._parts)
+        for each in self.finds.code:
             self._takes_part(each.what)
-        return bool(self._on or self._hooks)
 
     def _takes_part(self, what: str) -> None:
         if self.is_settled and what not in self.takes_part:
             self.found = self.found or f"{what} came in after the first guided step"
         self.takes_part[what] = None
 
-    def _all_hooks(self) -> Iterator[tuple[Foreign, dict, int]]:
-        """Foreign forward hooks, each with where it is."""
-        tables = [(part, part.__dict__[name]) for _, part in self.parts for name in _HOOKS if part.__dict__.get(name)]
-        for part, table in [*tables, *((None, each) for each in _GLOBAL_HOOKS)]:
-            for number, hook in table.items():
-                if is_foreign(hook):
-                    yield Foreign(f"the forward hook {_called(hook)}", hook, part), table, number
+    def _acts(self, foreign: Foreign) -> bool:
+        return foreign.table is None or id(foreign.code) in self._acting
 
-    def call(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        """`call(*args, **kwargs)`, of which is found out whether it changes what the next call gives."""
-        hooks = [h for h, *_ in self._hooks if h.what in self.takes_part or may_act(h.code)]
-        if self._memory is None or self._memory.changed:  # between calls is none of the network's
-            self._memory = Memory(self._on + hooks)
-        random = self._random()
+    def over(self, call: Callable) -> Callable:
+        """`call`, under watch where there is anything to find out."""
+        is_plain = self.found or not (self.finds.code or self.finds.hooks)
+        return call if is_plain else partial(self._call, call)
+
+    def _call(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._memory, random = self._now(), self._random()
         with self._in_front_of_hooks():
             output = call(*args, **kwargs)
-        if changed := self._memory.changed or self._memory.unseen:
-            self.found = self.found or f"{changed} keeps state from call to call"
-        elif random != self._random():
+        outputs = [*_tensors(output)]
+        self._compare(self._memory, [*_tensors((args, kwargs)), *outputs], outputs)
+        self._outputs = frozenset(map(_address, outputs))
+        if random != self._random():
             self.found = self.found or "random numbers are drawn at every call"
         return output
+
+    def _now(self) -> Memory:
+        return Memory(self.finds.code + self.finds.hooks, self._acts, self._outputs)
+
+    def _compare(self, before: Memory, given: list[Tensor], outputs: list[Tensor]) -> None:
+        """Takes in what a call has changed: state, or what may be a buffer's."""
+        state, doubt = [*before.unseen], []
+        for whose, thing, saved in before.held:
+            for was, now in _changes(saved, _held(thing)):
+                first = was is None and (isinstance(now, bool) or not isinstance(now, int | float))
+                flag = isinstance(was, bool) and isinstance(now, bool) and not self.is_settled
+                (doubt if (first or flag) and not self._once_more else state).append(whose)
+        addresses = {_address(each) for each in outputs}
+        for number, (whose, tensor, now, _) in self._now().tensors.items():
+            was = before.tensors[number].state if number in before.tensors else None
+            is_output = _address(tensor) in addresses
+            if was != now:
+                (doubt if is_output or _is_among(tensor, given) else state).append(whose)
+            elif _is_among(tensor, outputs) and not (is_output and was[1] is None):  # else a graph may have written it
+                state.append(whose)  # the output is one of an earlier call
+        self.in_doubt |= any(map(self._acts, doubt))
+        for whose in filter(self._acts, state):
+            self.found = self.found or f"{whose.what} keeps state from call to call"
+
+    @contextmanager
+    def once_more(self) -> Iterator[None]:
+        """For a call that is made again, to which nothing may be new, nor the last output's numbers matter.
+
+        Leaves no trace.
+        """
+        memory, self._once_more = self._now(), True
+        for _, tensor, _, copy in memory.tensors.values():
+            if copy is not None and _address(tensor) in self._outputs:
+                _fill(tensor, torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0))
+        try:
+            yield
+        finally:
+            self._once_more = False
+            memory.restore(self._acts)
 
     def restore(self) -> None:
         """Leaves no trace of the last call."""
         if self._memory is not None:
-            self._memory.restore()
+            self._memory.restore(self._acts)
 
     def _random(self) -> list[bytes]:
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         generators = [torch.default_generator]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])
-        return [_state(each) for each in generators]
+        return [each.get_state().numpy().tobytes() for each in generators]
 
     @contextmanager
     def _in_front_of_hooks(self) -> Iterator[None]:
         """Sees which hooks return something, or change what they are given."""
-        placed = [(table, number, hook.code, partial(self._seeing, hook)) for hook, table, number in self._hooks]
-        for table, number, _, seeing in placed:
-            table[number] = seeing
+        hooks = [hook for hook in self.finds.hooks if hook.table.get(hook.number) is hook.code]
+        placed = [(hook, partial(self._seeing, hook)) for hook in hooks]
+        for hook, seeing in placed:
+            hook.table[hook.number] = seeing
         try:
             yield
         finally:
-            for table, number, hook, seeing in placed:
-                if table.get(number) is seeing:  # else it has taken itself off
-                    table[number] = hook
+            for hook, seeing in placed:
+                if hook.table.get(hook.number) is seeing:  # else it has taken itself off
+                    hook.table[hook.number] = hook.code
 
     def _seeing(self, hook: Foreign, *given: Any) -> Any:
         before = _versions(given)
         try:
             returned = hook.code(*given)
         except BaseException as error:
-            if hook.what not in self.takes_part:
+            if not self._acts(hook):
                 self.raised = error
             raise
         if returned is not None or before != _versions(given):
+            self._acting.add(id(hook.code))
             self._takes_part(hook.what)
         return returned
 
 
-def _called(code: Any) -> str:
-    return str(getattr(code, "__name__", type(code).__name__))
-
-
 def _versions(tree: Any) -> list[Any]:
-    if isinstance(tree, Tensor):
-        return [str(tree.sum().item()) if tree.is_inference() else tree._version]
-    if isinstance(tree, dict | list | tuple):
-        return [v for each in (tree.values() if isinstance(tree, dict) else tree) for v in _versions(each)]
-    return []
+    return [_sum(each) if each.is_inference() else each._version for each in _tensors(tree)]

@@ -280,7 +280,7 @@ def late(net: Any, calls: int) -> None:
     net.forward = forward
 
 
-BOTH = [counted, on_itself, by_a_global, in_place, by_an_iterator, block, hooked, hooked_in_place, bank, random]
+BOTH = [counted, on_itself, by_a_global, in_place, by_an_iterator, block, bank, random]
 CASES = [(SD, put) for put in (*BOTH, wrapped, bound, by_subclass, processors)] + [(WAN, put) for put in BOTH]
 
 
@@ -293,6 +293,18 @@ def test_what_keeps_state_is_left_whole(entry, put, batch):
     assert report.nfe == report.nfe_full  # a trial would have left its trace
     assert "EveryStep()" in report.steps[0].note
     assert ("keeps state" in report.steps[0].note) is (put is not random)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("put", [hooked, hooked_in_place])
+@pytest.mark.parametrize("entry", [SD, WAN], ids=lambda entry: entry.name)
+def test_hooks_that_act_late(entry, put, batch):
+    """They are found when they do something for the first time, which undoes a part of the batch that was on its way."""
+    reference = expected(entry, put, batch)
+    result, report = found(entry, put, batch, Until(2))
+    assert relative(result, reference) < 1e-5
+    assert report.nfe - report.nfe_full in (0, batch)
+    assert "came in after the first guided step" in report.steps[-1].note
 
 
 def test_state_that_begins_late():
