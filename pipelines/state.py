@@ -28,8 +28,6 @@ _KNOWN |= {"huggingface_hub", "torchao", "bitsandbytes", "numpy", "triton", "xfo
 """Packages whose code is known to be the same function at every call, but for diffusers' stateful hooks."""
 _TOLERANT = ("diffusers.hooks.first_block_cache", "diffusers.hooks.text_kv_cache")
 """Hooks that keep tensors by cache context, and count nothing: one half's calls may be skipped."""
-_PLACES = frozenset({"forward", "_diffusers_hook", "processor"})
-"""Attributes of a module that may be others' code."""
 _INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_hf_hook", "_diffusers_hook"}
 """Attributes of a module that no cache is in."""
 _GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
@@ -95,25 +93,38 @@ def _contents(function: types.FunctionType) -> list[Any]:
 def scan(parts: Iterable[nn.Module]) -> Finds:
     """What is on a network, given all its parts: thousands, most of which have nothing."""
     finds, tables = Finds(), [(None, table) for table in _GLOBAL_HOOKS]
-    foreign: dict[type, bool] = {}
+    classes = _ByClass("forward")
+    processors = _ByClass("__call__")
     for part in parts:
         own, cls = part.__dict__, part.__class__
-        if cls not in foreign:
-            foreign[cls] = is_foreign(cls) or is_foreign(cls.forward)
-        if foreign[cls]:
+        if classes[cls]:
             finds.code.append(Foreign(f"the forward of {cls.__name__}", cls.forward, part))
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             tables += [(part, own["_forward_hooks"]), (part, own["_forward_pre_hooks"])]
-        if not _PLACES.isdisjoint(own) or "processor" in own["_modules"]:
-            _scan_places(part, own, finds)
+        if "forward" in own or "_diffusers_hook" in own:
+            _scan_forwards(part, own, finds)
+        processor = own["processor"] if "processor" in own else own["_modules"].get("processor")
+        if processor is not None and (processors[processor.__class__] or is_foreign(processor)):
+            finds.code.append(Foreign(f"one of its attention processors ({_called(processor)})", processor, part))
     for owner, table in tables:
         hooks = [(number, hook) for number, hook in table.items() if is_foreign(hook)]
         finds.hooks += [Foreign(f"the forward hook {_called(h)}", h, owner, table, number) for number, h in hooks]
     return finds
 
 
-def _scan_places(part: nn.Module, own: dict, finds: Finds) -> None:
-    """What is in the place of a module's `forward`, also beneath hooks of accelerate and diffusers; its processor."""
+class _ByClass(dict[type, bool]):
+    """Whether a class, or the method of it that is called, is foreign."""
+
+    def __init__(self, method: str):
+        self.method = method
+
+    def __missing__(self, cls: type) -> bool:
+        self[cls] = is_foreign(cls) or is_foreign(getattr(cls, self.method))
+        return self[cls]
+
+
+def _scan_forwards(part: nn.Module, own: dict, finds: Finds) -> None:
+    """What is in the place of a module's `forward`, also beneath hooks of accelerate and diffusers."""
     forwards = [own[name] for name in ("forward", "_old_forward") if name in own]
     if (registry := own.get("_diffusers_hook")) is not None:
         forwards += [f for each in registry._fn_refs for f in (each.forward, each.original_forward) if f is not None]
@@ -122,9 +133,6 @@ def _scan_places(part: nn.Module, own: dict, finds: Finds) -> None:
         finds.stateful += [each for each in hooks if each._is_stateful]
     what = f"the replaced forward of {type(part).__name__}"
     finds.code += [Foreign(what, each, part) for each in forwards if is_foreign(each)]
-    processor = own.get("processor", own["_modules"].get("processor"))
-    if processor is not None and (is_foreign(processor) or is_foreign(type(processor).__call__)):
-        finds.code.append(Foreign(f"one of its attention processors ({_called(processor)})", processor, part))
 
 
 def _called(code: Any) -> str:
@@ -356,7 +364,7 @@ class Watch:
     _memory: Memory | None = None
     """As it was before the last call."""
     _outputs: frozenset[int] = frozenset()
-    """Where the last output is."""
+    """Where outputs were put."""
     _once_more: bool = False
     _acting: set[int] = field(default_factory=set)
     """Forward hooks that have done something, by number."""
@@ -396,7 +404,7 @@ class Watch:
             output = call(*args, **kwargs)
         outputs = [*_tensors(output)]
         self._compare(self._memory, [*_tensors((args, kwargs)), *outputs], outputs)
-        self._outputs = frozenset(map(_address, outputs))
+        self._outputs |= {_address(each) for each in outputs}
         if random != self._random():
             self.found = self.found or "random numbers are drawn at every call"
         return output
