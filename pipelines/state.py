@@ -311,8 +311,8 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
-def _sum(tensor: Tensor) -> complex:
-    return complex(tensor.detach().to(torch.complex128).sum().item())
+def _sum(tensor: Tensor) -> str:
+    return str(tensor.detach().to(torch.complex128).sum().item())  # NaN is as it was
 
 
 def _fill(tensor: Tensor, value: Any) -> None:
