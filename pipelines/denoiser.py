@@ -405,7 +405,7 @@ class Denoiser:
         self.puts_out_more = batch.puts_out_more(self.template)
         n, groups = formula.rows, formula.branches if formula.batched else 1
         call, args, kwargs, output = self.inputs[0 if formula.batched else formula.others[0]]
-        if self.watch.in_doubt and not self.watch.found:
+        if self.watch.in_doubt and not (self.watch.found or self.keeps_state):
             self.nfe += n * groups
             self._call_again(call, args, kwargs, output)
         self.watch.is_settled = True

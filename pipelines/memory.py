@@ -191,7 +191,9 @@ def address(tensor: Tensor) -> int:
 
 
 def total(tensor: Tensor) -> str:
-    return str(tensor.detach().to(torch.complex128).sum().item())  # NaN is as it was
+    """Its sum in words, of which even NaN is like NaN."""
+    kind = torch.complex128 if tensor.is_complex() else torch.float64
+    return str(tensor.detach().sum(dtype=None if tensor.device.type == "mps" else kind).item())
 
 
 def fill(tensor: Tensor, value: Any) -> None:

@@ -103,11 +103,11 @@ class Watch:
                 (doubt if (first or flag) and not self._once_more else state).append(whose)
         addresses = {address(each) for each in outputs}
         for number, (whose, tensor, now, _) in self._now().tensors.items():
-            was = before.tensors[number].state if number in before.tensors else None
+            earlier = before.tensors.get(number)
             is_output = address(tensor) in addresses
-            if was != now:
+            if earlier is None or earlier.state != now:
                 (doubt if is_output or is_among(tensor, given) else state).append(whose)
-            elif is_among(tensor, outputs) and not (is_output and was[1] is None):  # else a graph may have written it
+            elif is_among(tensor, outputs) and not (is_output and now[1] is None):  # else a graph may have written it
                 state.append(whose)  # the output is one of an earlier call
         self.in_doubt |= any(map(self._acts, doubt))
         for whose in filter(self._acts, state):
