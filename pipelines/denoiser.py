@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,8 +11,12 @@ from torch import Tensor
 from diffusers_guidance.pipelines import rows as batch
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.formula import Formula, exact
-from diffusers_guidance.pipelines.state import Misfit, Watch, is_out_of_memory, stateful_hooks
+from diffusers_guidance.pipelines.state import Watch
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, estimated, planned, predicted
+
+
+class Misfit(RuntimeError):
+    """What a part of the batch gave cannot stand for the same part of the whole."""
 
 
 @dataclass
@@ -55,6 +59,8 @@ class Denoiser:
     """What was put out at the last step that was evaluated, of a policy that `hands`."""
 
     decisions: list[Decision] | None = None
+    is_scanned: bool = False
+    """Whether what others have put on the network was looked for at this step."""
     inputs: list[tuple[Callable, tuple, dict, Any]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     strays: list[Tensor] = field(default_factory=list)
@@ -80,19 +86,12 @@ class Denoiser:
 
         Such a hook keeps tensors of the batch from call to call.
         """
-        return self._stateful[0]
-
-    @cached_property
-    def _stateful(self) -> tuple[bool, list[str]]:
-        return stateful_hooks(self.watch.parts)
+        return bool(self.watch.finds.stateful)
 
     def begin_step(self, policy: Policy, step: Step) -> None:
         """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
         self.end_step()
-        vars(self).pop("_stateful", None)  # hooks come and go between steps
         if self.formula is not None and self.history is not None:
-            if not isinstance(policy, EveryStep):
-                self._keep_whole()
             plan = planned(policy, step, self.history)
             estimated = ("extrapolate", "neither") if self.puts_out_more else ()
             self.decisions = [Decision("both") if each.action in estimated else each for each in plan]
@@ -160,10 +159,10 @@ class Denoiser:
 
     def hold(self) -> None:
         """Keeps what was put out at this step, to put it out again where nothing is evaluated."""
-        self.held = [y.detach().clone() for y in self.outputs]
+        self.held = self.outputs  # copies as they are
 
     def end_step(self) -> None:
-        self.decisions, self.follower_cut = None, False
+        self.decisions, self.follower_cut, self.is_scanned = None, False, False
         self.inputs, self.outputs, self.strays, self.blanks = [], [], [], []
         self.given, self.is_told, self.is_open = None, False, False
         self.nfe = self.nfe_full = 0
@@ -193,23 +192,30 @@ class Denoiser:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
         if isinstance(policy, EveryStep):
             return self._run(policy, step, call, args, kwargs)
-        if self.watch.look():
-            call = partial(self.watch.call, call)
+        if not self.is_scanned and self._may_skip:
+            self.is_scanned = True
+            self.watch.scan()
         if not self.nfe_full:  # nothing of this step is missing yet
             self._keep_whole()
-        output = self._run(policy, step, call, args, kwargs)
+        output = self._run(policy, step, self.watch.over(call), args, kwargs)
         if self.nfe == self.nfe_full:
             self._keep_whole()
         return output
 
+    @property
+    def _may_skip(self) -> bool:
+        """Whether what is on the network matters at this step: it skips something, or finds out what can be skipped."""
+        leader = self.leader or self
+        if leader.decisions is None or leader.formula is None:
+            return not self.watch.is_settled
+        return not all(leader.evaluates)
+
     def _keep_whole(self) -> None:
         """From now on evaluates everything, where the network was found to keep state."""
-        if self.formula is None or self.whole:
-            return
-        if names := self._stateful[1]:
-            self.whole = f"a cache counts the calls ({', '.join(names)}): the batch is left whole; {_WAY_OUT}"
-        elif self.watch.found:
-            self.whole = f"{self.watch.found}: the batch is left whole; {_WAY_OUT}"
+        counting = self.watch.counting
+        why = f"a cache counts the calls ({counting})" if counting else self.watch.found
+        if why and self.formula is not None and not self.whole:
+            self.whole = f"{why}: the batch is left whole; {_WAY_OUT}"
 
     def _run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
         asked = _rows(args, kwargs)
@@ -271,7 +277,7 @@ class Denoiser:
         kept, source = _kept(formula, self.evaluates)
         try:
             part = self._call_part(call, args, kwargs, total, kept)
-        except _MISFITS as error:
+        except Exception as error:
             return self._give_up(error, call, args, kwargs, total, len(kept))
         output = batch.take(part, len(kept), source, _OUTPUT)
         y = batch.prediction(output)
@@ -307,7 +313,7 @@ class Denoiser:
         if wanted:
             try:
                 part = self._call_part(call, args, kwargs, n, wanted)
-            except _MISFITS as error:
+            except Exception as error:
                 return self._give_up(error, call, args, kwargs, n, len(wanted))
             place = {row: i for i, row in enumerate(wanted)}
             part = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], _OUTPUT)
@@ -359,8 +365,8 @@ class Denoiser:
             output = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
             if _shapes(output) != _shapes(self.template):
                 raise Misfit(f"{self.name} puts out something else for a part of the batch")
-        except _MISFITS as error:
-            if is_out_of_memory(error) or error is self.watch.raised:
+        except Exception as error:
+            if not self._is_misfit(error):
                 raise
             self.whole = str(error)
             return call(*args, **kwargs)
@@ -378,19 +384,27 @@ class Denoiser:
                 raise Misfit(f"{len(index)} rows were sent, and {y.shape[0]} came back")
             if self.watch.found and not found:
                 raise Misfit(self.watch.found)
-        except BaseException:
-            self.watch.restore()
+        except Exception as error:
+            if error is not self.watch.raised:
+                self.watch.restore()
             raise
         return output
 
+    def _is_misfit(self, error: Exception) -> bool:
+        """Whether a network may say by this, in whatever words, that it was made for another batch.
+
+        Not for want of memory, nor where a hook that only looks on ends the run.
+        """
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
+        return not out_of_memory and error is not self.watch.raised
+
     def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
         """A part of the batch that was tried for the first time does not fit: from now on nothing is left out."""
-        fits = tried in self.known_parts or self.follower_cut
-        if fits or is_out_of_memory(error) or error is self.watch.raised:
+        self._keep_whole()
+        fits = tried in self.known_parts and not self.watch.found
+        if fits or self.follower_cut or not self._is_misfit(error):
             raise error
-        self.whole = f"no part of the batch can be evaluated on its own ({error})"
-        if self.watch.found:
-            self.whole = f"{self.watch.found}: the batch is left whole; {_WAY_OUT}"
+        self.whole = self.whole or f"no part of the batch can be evaluated on its own ({error})"
         output = call(*args, **kwargs)
         self._note(batch.prediction(output), tried + rows, rows)
         return output
@@ -412,14 +426,17 @@ class Denoiser:
         assert formula is not None
         self.template = self.inputs[-1][3]
         self.puts_out_more = batch.puts_out_more(self.template)
+        n, groups = formula.rows, formula.branches if formula.batched else 1
+        call, args, kwargs, output = self.inputs[0 if formula.batched else formula.others[0]]
+        if self.watch.in_doubt and not (self.watch.found or self.keeps_state):
+            self.nfe += n * groups
+            self._call_again(call, args, kwargs, output)
         self.watch.is_settled = True
         self._keep_whole()
         if self.whole:
             return self.whole
         if self.keeps_state:
             return "its hooks keep state: the batch is left whole"
-        call, args, kwargs, output = self.inputs[0 if formula.batched else formula.others[0]]
-        n, groups = formula.rows, formula.branches if formula.batched else 1
         if groups == 1 and n == 1:
             return ""
         names = batch.doubts((args, dict(kwargs)), n * groups, groups)
@@ -457,17 +474,28 @@ class Denoiser:
             return f"samples are left out only all at once, {why}"
         return f"a part of the batch was tried on its own, {why}"
 
+    def _call_again(self, call: Callable, args: tuple, kwargs: dict, output: Any) -> None:
+        """Makes the identifying step's call once more, where it cannot be told yet whether the network keeps state."""
+        try:
+            with self.watch.once_more(), torch.random.fork_rng(_devices(output)):
+                same = _close(call(*args, **kwargs), output)
+        except Exception as error:
+            if not self._is_misfit(error):
+                raise
+            same = False
+        if not same:
+            self.watch.found = self.watch.found or f"{self.name} gives something else when called once more"
+
     def _fits(self, call: Callable, args: tuple, kwargs: dict, whole: Tensor, index: list[int]) -> bool:
         """Whether the rows `index` alone give what they gave as a part of the `whole`; leaves no trace."""
         assert self.formula is not None
         rows = self.formula.rows * (self.formula.branches if self.formula.batched else 1)
-        devices = [whole.device] if whole.device.type == "cuda" else []
         self.nfe += len(index)
         try:
-            with torch.random.fork_rng(devices):
-                part = batch.prediction(self._call_part(call, args, kwargs, rows, index))
-        except _MISFITS as error:
-            if is_out_of_memory(error) or error is self.watch.raised:
+            with torch.random.fork_rng(_devices(whole)):
+                part = batch.copied(batch.prediction(self._call_part(call, args, kwargs, rows, index)))
+        except Exception as error:
+            if not self._is_misfit(error):
                 raise
             return False
         self.watch.restore()
@@ -488,9 +516,14 @@ class Denoiser:
         One evaluation of the conditional rows alone tells, whose output must be that of the whole.
         """
         formula, self.leader = leader.formula, None
-        if formula is None or len(self.inputs) != 1 or self.keeps_state or self.watch.found:
+        if formula is None or len(self.inputs) != 1 or self.keeps_state:
             return
         ((call, args, kwargs, whole),) = self.inputs
+        if self.watch.in_doubt and not self.watch.found:
+            self._call_again(call, args, kwargs, whole)
+        self.watch.is_settled = True
+        if self.watch.found:
+            return
         total = formula.rows * formula.branches
         if _rows(args, kwargs) != total or (self.watch.takes_part and formula.rows > 1):
             return
@@ -499,8 +532,8 @@ class Denoiser:
         for self.reading in _readings(args, kwargs, total, kept)[:_TRIALS]:
             try:
                 found = batch.take(self._call_part(call, args, kwargs, total, kept), len(kept), source)
-            except _MISFITS as error:
-                if is_out_of_memory(error) or error is self.watch.raised:
+            except Exception as error:
+                if not self._is_misfit(error):
                     raise
                 continue
             self.watch.restore()
@@ -512,8 +545,6 @@ class Denoiser:
 _OUTPUT = batch.Reading(elements=True, folded=False, second=False)
 _TRIALS = 2
 """How many ways to take a part of a batch are tried at most: what cannot be skipped must not cost much either."""
-_MISFITS = (Exception,)
-"""What a network may raise that was made for another batch: in its own words, by whatever class."""
 _WAY_OUT = "take it off while attached, or use EveryStep()"
 
 
@@ -560,6 +591,11 @@ def _same_kind(sample: Tensor, prediction: Tensor) -> bool:
 
 def _shapes(tree: Any) -> list[torch.Size]:
     return [tensor.shape for tensor in batch.tensors(tree)]
+
+
+def _devices(tree: Any) -> list[torch.device]:
+    """Where random numbers may have been drawn for an output, beside the CPU."""
+    return list({tensor.device for tensor in batch.tensors(tree) if tensor.device.type == "cuda"})
 
 
 def _close(tree: Any, other: Any) -> bool:

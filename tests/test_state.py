@@ -280,7 +280,7 @@ def late(net: Any, calls: int) -> None:
     net.forward = forward
 
 
-BOTH = [counted, on_itself, by_a_global, in_place, by_an_iterator, block, hooked, hooked_in_place, bank, random]
+BOTH = [counted, on_itself, by_a_global, in_place, by_an_iterator, block, bank, random]
 CASES = [(SD, put) for put in (*BOTH, wrapped, bound, by_subclass, processors)] + [(WAN, put) for put in BOTH]
 
 
@@ -293,6 +293,18 @@ def test_what_keeps_state_is_left_whole(entry, put, batch):
     assert report.nfe == report.nfe_full  # a trial would have left its trace
     assert "EveryStep()" in report.steps[0].note
     assert ("keeps state" in report.steps[0].note) is (put is not random)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("put", [hooked, hooked_in_place])
+@pytest.mark.parametrize("entry", [SD, WAN], ids=lambda entry: entry.name)
+def test_hooks_that_act_late(entry, put, batch):
+    """They are found when they first do something; a part of the batch that was on its way is undone."""
+    reference = expected(entry, put, batch)
+    result, report = found(entry, put, batch, Until(2))
+    assert relative(result, reference) < 1e-5
+    assert report.nfe - report.nfe_full in (0, batch)
+    assert "came in after the first guided step" in report.steps[-1].note
 
 
 def test_state_that_begins_late():
@@ -356,6 +368,205 @@ def test_hooks_that_only_look_on_do_not_hinder(entry):
     result, report = found(entry, put, 2, Until(2))
     assert relative(result, reference) < 1e-5
     assert report.nfe == 2 * (2 * 2) + 2 * 2  # and nothing was tried
+
+
+# Caches that keep nothing but what the network was given and put out
+
+
+def sample(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def now(args: tuple, kwargs: dict) -> float:
+    return float(torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).max())
+
+
+def branch(kwargs: dict) -> float:
+    return float(kwargs["encoder_hidden_states"].sum())
+
+
+def last_output(net: Any, calls: int) -> None:
+    """Gives its last output again at low noise, in a tensor of the network's."""
+    own, state = net.forward, {"kept": None}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = sample(args, kwargs)
+        if now(args, kwargs) > 600 or state["kept"] is None or len(state["kept"]) != len(x):
+            state["kept"] = first(own(*args, **kwargs))
+        return (state["kept"],)
+
+    net.forward = forward
+
+
+def last_output_of_each(net: Any, calls: int) -> None:
+    """One for each batch size and prompt, and a copy of it."""
+    own, kept = net.forward, {}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = sample(args, kwargs)
+        key = (len(x), branch(kwargs))
+        if now(args, kwargs) > 600 or key not in kept:
+            kept[key] = first(own(*args, **kwargs))
+        return (kept[key].clone(),)
+
+    net.forward = forward
+
+
+def last_output_in_place(net: Any, calls: int) -> None:
+    """In a buffer that it writes to only where it evaluates."""
+    own, buffers = net.forward, {}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = sample(args, kwargs)
+        key = (len(x), branch(kwargs))
+        if now(args, kwargs) > 600 or key not in buffers:
+            y = first(own(*args, **kwargs))
+            buffers.setdefault(key, torch.empty_like(y)).copy_(y)
+        return (buffers[key],)
+
+    net.forward = forward
+
+
+def smoothed(net: Any, calls: int) -> None:
+    """A mean over the steps, in the buffer that is put out."""
+    own, buffers = net.forward, {}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = sample(args, kwargs)
+        y = first(own(*args, **kwargs))
+        return (buffers.setdefault((len(x), branch(kwargs)), y.clone()).mul_(0.5).add_(y, alpha=0.5),)
+
+    net.forward = forward
+
+
+def where_it_is_like_the_last(net: Any, calls: int) -> None:
+    """Its last output for a sample like the last, both in buffers."""
+    own, kept = net.forward, {}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = sample(args, kwargs)
+        key = (len(x), branch(kwargs))
+        if key in kept and relative(x, kept[key][0]) < 2:
+            return (kept[key][1].clone(),)
+        y = first(own(*args, **kwargs))
+        last = kept.setdefault(key, (torch.empty_like(x), torch.empty_like(y)))
+        last[0].copy_(x)
+        last[1].copy_(y)
+        return (y,)
+
+    net.forward = forward
+
+
+LAST = [last_output, last_output_of_each, last_output_in_place, smoothed, where_it_is_like_the_last]
+
+
+@pytest.mark.parametrize("policy", [Until(2), Until(1)], ids=repr)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("put", LAST)
+@pytest.mark.parametrize("entry", [SD, WAN], ids=lambda entry: entry.name)
+def test_caches_of_the_last_output(entry, put, batch, policy):
+    """In a buffer of its own they are like an engine until they give the same again, and are then found at once."""
+    policy = Until(2) if put is last_output_in_place else policy
+    reference = expected(entry, put, batch, policy.first)
+    result, report = found(entry, put, batch, policy)
+    assert relative(result, reference) < 1e-5
+    assert "EveryStep()" in report.steps[-1].note
+    assert report.steps[-1].nfe == report.steps[-1].nfe_full
+
+
+# Buffers
+
+
+def outputs_in_buffers(net: Any, calls: int) -> None:
+    """As engines put out; one for each prompt, where a pipeline calls for one after another."""
+    own, buffers = net.forward, {}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        y = first(own(*args, **kwargs))
+        return (buffers.setdefault((y.shape, branch(kwargs)), torch.empty_like(y)).copy_(y),)
+
+    net.forward = forward
+
+
+def outputs_in_one_buffer(net: Any, calls: int) -> None:
+    """Room for the largest batch, of which a part is put out."""
+    own, room = net.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        y = first(own(*args, **kwargs))
+        if not room:
+            room.append(torch.zeros(2 * len(y), *y.shape[1:]))
+        return (room[0][: len(y)].copy_(y),)
+
+    net.forward = forward
+
+
+class Graphed:
+    """Captures the network for each batch size as CUDA graphs do, whose writes leave no trace at the tensor."""
+
+    def __init__(self, own: Callable):
+        self.own, self.captured, self.graphs, self.pool = own, False, {}, None
+
+    def __call__(self, x: Any, timestep: Any = None, encoder_hidden_states: Any = None, **rest: Any) -> Any:
+        given = [x, torch.as_tensor(timestep), encoder_hidden_states]
+        if x.shape not in self.graphs:
+            self.graphs[x.shape] = [each.clone() for each in given], first(self.own(*given, **rest)).clone()
+            self.captured, self.pool = True, self.pool or object()
+        inputs, output = self.graphs[x.shape]
+        for static, each in zip(inputs, given, strict=True):
+            static.copy_(each)
+        output.data.copy_(first(self.own(*inputs, **rest)))
+        return (output,)
+
+
+def graphed(net: Any, calls: int) -> None:
+    net.forward = Graphed(net.forward)
+
+
+def inputs_in_buffers(net: Any, calls: int) -> None:
+    """Room for the largest batch, and half precision for the prompts."""
+    own, room, called = net.forward, {}, {"yet": False}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for name, kind in ("sample", torch.float32), ("encoder_hidden_states", torch.bfloat16):
+            each = kwargs[name] if name in kwargs else sample(args, kwargs)
+            buffer = room.setdefault(name, torch.zeros(9, *each.shape[1:], dtype=kind))
+            buffer[: len(each)].copy_(each)
+        called["yet"] = True
+        return own(*args, **kwargs)
+
+    net.forward = forward
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("entry", "put"),
+    [(SD, outputs_in_one_buffer), (SD, graphed)]
+    + [(entry, put) for entry in (SD, WAN) for put in (outputs_in_buffers, inputs_in_buffers)],
+    ids=lambda each: getattr(each, "name", None) or each.__name__,
+)
+def test_buffers_are_no_state(entry, put, batch):
+    policies = [Until(2), Hold(2)]
+    plain = [found(entry, lambda net, calls: None, batch, policy) for policy in policies]
+    pipe = entry.build()
+    net = network(pipe, entry)
+    put(net, 1)
+    # Buffers are made in the first run and there in the next.
+    for policy, (result, report) in zip(policies, plain, strict=True):
+        with attach(pipe, CFG(), policy) as handle:
+            assert torch.equal(run(pipe, entry, STEPS, batch), result)
+        again = handle.report
+        assert [step.nfe for step in again.steps][1:] == [step.nfe for step in report.steps][1:]
+        assert "keeps state" not in str(again)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_buffers_in_inference_mode(inference):
+    result, _ = found(SD, lambda net, calls: None, 2, Hold(2))
+    with torch.inference_mode(inference):
+        again, report = found(SD, graphed, 2, Hold(2))
+    assert torch.equal(again, result)
+    assert [step.nfe for step in report.steps][1:] == [2, 4, 2]
 
 
 # Hooks of diffusers

@@ -1,0 +1,117 @@
+"""Which code on a network is none of its authors': replaced forwards, processors, hooks; and diffusers' own hooks."""
+
+import sys
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+KNOWN = {"torch", "diffusers", "diffusers_guidance", "transformers", "accelerate", "peft", "safetensors"}
+KNOWN |= {"huggingface_hub", "torchao", "bitsandbytes", "numpy", "triton", "xformers", *sys.stdlib_module_names}
+"""Packages whose code is known to be the same function at every call, but for diffusers' stateful hooks."""
+FUNCTIONS = (types.FunctionType, types.MethodType, partial)
+_GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
+
+
+class Foreign(NamedTuple):
+    """Code on a network that is none of its authors'."""
+
+    what: str
+    """In words, for the report."""
+    code: Any
+    owner: nn.Module | None
+    """The module whose attributes it may write to; None of a global hook."""
+    table: Any = None
+    """Where a forward hook is registered, and by which number."""
+    number: int = 0
+
+
+@dataclass
+class Finds:
+    """What is on a network."""
+
+    code: list[Foreign] = field(default_factory=list)
+    hooks: list[Foreign] = field(default_factory=list)
+    """Forward hooks, of which only their calls tell whether they do anything."""
+    stateful: list[Any] = field(default_factory=list)
+    """Hooks of diffusers that keep tensors of the batch."""
+
+
+def home(code: Any) -> str:
+    """The package that a function, a class or an object is of; a wrapper may have taken on another's name."""
+    if isinstance(code, types.FunctionType):
+        return str(code.__globals__.get("__name__") or "torch").partition(".")[0]
+    return str((code if isinstance(code, type) else type(code)).__module__).partition(".")[0]
+
+
+def is_foreign(code: Any, depth: int = 6) -> bool:
+    """Whether a callable is, or through wrappers of known packages calls, code of others."""
+    if isinstance(code, types.MethodType):
+        return is_foreign(code.__func__, depth) or is_foreign(code.__self__)
+    if isinstance(code, partial):
+        return depth > 0 and any(is_foreign(each, depth - 1) for each in (code.func, *code.args) if callable(each))
+    if home(code) not in KNOWN or not isinstance(code, types.FunctionType) or not depth:
+        return home(code) not in KNOWN
+    if hasattr(code, "_torchdynamo_orig_callable"):  # whatever compiles it is no part of it
+        return is_foreign(code._torchdynamo_orig_callable, depth - 1)
+    return any(is_foreign(each, depth - 1) for each in contents(code) if isinstance(each, FUNCTIONS))
+
+
+def contents(function: types.FunctionType) -> list[Any]:
+    """What a function has taken from where it was made."""
+    cells = function.__closure__ or ()
+    return [cell.cell_contents for cell in cells if hasattr(cell, "cell_contents")]
+
+
+def scan(parts: Iterable[nn.Module]) -> Finds:
+    """What is on a network, given all its parts: thousands, most of which have nothing."""
+    finds = Finds()
+    tables: list[tuple[nn.Module | None, Any]] = [(None, table) for table in _GLOBAL_HOOKS]
+    classes = _ByClass("forward")
+    processors = _ByClass("__call__")
+    for part in parts:
+        own, cls = part.__dict__, part.__class__
+        if classes[cls]:
+            finds.code.append(Foreign(f"the forward of {cls.__name__}", cls.forward, part))
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            tables += [(part, own["_forward_hooks"]), (part, own["_forward_pre_hooks"])]
+        if "forward" in own or "_diffusers_hook" in own:
+            _scan_forwards(part, own, finds)
+        processor = own["processor"] if "processor" in own else own["_modules"].get("processor")
+        if processor is not None and (processors[processor.__class__] or is_foreign(processor)):
+            finds.code.append(Foreign(f"one of its attention processors ({_called(processor)})", processor, part))
+    for owner, table in tables:
+        hooks = [(number, hook) for number, hook in table.items() if is_foreign(hook)]
+        finds.hooks += [Foreign(f"the forward hook {_called(h)}", h, owner, table, number) for number, h in hooks]
+    return finds
+
+
+class _ByClass(dict[type, bool]):
+    """Whether a class, or the method of it that is called, is foreign."""
+
+    def __init__(self, method: str):
+        self.method = method
+
+    def __missing__(self, cls: type) -> bool:
+        self[cls] = is_foreign(cls) or is_foreign(getattr(cls, self.method))
+        return self[cls]
+
+
+def _scan_forwards(part: nn.Module, own: dict, finds: Finds) -> None:
+    """What is in the place of a module's `forward`, also beneath hooks of accelerate and diffusers."""
+    forwards = [own[name] for name in ("forward", "_old_forward") if name in own]
+    if (registry := own.get("_diffusers_hook")) is not None:
+        forwards += [f for each in registry._fn_refs for f in (each.forward, each.original_forward) if f is not None]
+        hooks = list(registry.hooks.values())
+        finds.code += [Foreign(f"the hook {_called(each)}", each, part) for each in hooks if is_foreign(each)]
+        finds.stateful += [each for each in hooks if each._is_stateful]
+    what = f"the replaced forward of {type(part).__name__}"
+    finds.code += [Foreign(what, each, part) for each in forwards if is_foreign(each)]
+
+
+def _called(code: Any) -> str:
+    return str(getattr(code, "__name__", type(code).__name__))
