@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -68,6 +68,8 @@ class Denoiser:
     """What the pipeline was given for unconditional calls that came first, to be filled in by the conditional one."""
     given: Any = None
     """The step's whole conditional output, where calls are made one after another."""
+    skipped: Callable[[], Any] | None = None
+    """The step's last call that was skipped."""
     is_told: bool = False
     """Whether a call's arguments told at this step which branch it was for."""
     is_open: bool = False
@@ -157,6 +159,16 @@ class Denoiser:
         """Whether none of the step's evaluations is on that batch."""
         return all(y.shape != self.shape for y in self.outputs)
 
+    def make_up(self) -> Tensor | None:
+        """Makes the call that was skipped after all; None where there was none."""
+        if self.skipped is None:
+            return None
+        y = batch.prediction(self.skipped())
+        self.skipped = None
+        if y is not None:
+            self.nfe += len(y)
+        return y
+
     def hold(self) -> None:
         """Keeps what was put out at this step, to put it out again where nothing is evaluated."""
         self.held = self.outputs  # copies as they are
@@ -164,7 +176,8 @@ class Denoiser:
     def end_step(self) -> None:
         self.decisions, self.follower_cut, self.is_scanned = None, False, False
         self.inputs, self.outputs, self.strays, self.blanks = [], [], [], []
-        self.given, self.is_told, self.is_open = None, False, False
+        self.given = self.skipped = None
+        self.is_told = self.is_open = False
         self.nfe = self.nfe_full = 0
 
     @property
@@ -230,6 +243,7 @@ class Denoiser:
             self.is_open = True
             return self._run_whole(call, args, kwargs, asked)
         if self.skips:
+            self.skipped = partial(call, *args, **kwargs)
             return self._run_nothing(formula, policy, step, branch)
         if formula.batched:
             return self._run_batched(formula, policy, step, call, args, kwargs)
@@ -261,7 +275,7 @@ class Denoiser:
     def _run_nothing(self, formula: Formula, policy: Policy, step: Step, branch: int) -> Any:
         assert self.history is not None
         if policy.hands:  # what is put out has no part in what the scheduler is handed
-            y = self.held[len(self.outputs)].clone()
+            y = self.held[branch].clone()
             self._note(y, 0, len(y))
             return batch.with_prediction(self.template, y)
         cond, uncond = predicted(policy, step, self.history)

@@ -449,6 +449,7 @@ class Run:
             )
             raise self._unsupported(denoiser, output, seen)
         if not self._is_guided(denoiser, output, sample):
+            output = self._made_up(denoiser, output, sample)
             alone = Decision("conditional" if denoiser.nfe else "neither")
             self._record(denoiser, [alone] * output.shape[0], None, None, "no guidance at this step")
             return output
@@ -519,6 +520,15 @@ class Run:
                 denoiser.momentum = carried
             return guided
         return formula.view.emit(guided, output)
+
+    def _made_up(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Tensor:
+        """The prediction of a step without guidance whose only call was skipped, to be forecast, as it should be."""
+        y = denoiser.make_up() if self.policy.hands else None
+        formula = denoiser.formula
+        if y is None or formula is None:
+            return output
+        seen = formula.seen(y, self._around(formula.view.working(sample)))
+        return formula.view.emit(seen.to(output.dtype), output)
 
     def _hand(self, denoiser: Denoiser, guided: Tensor, sample: Tensor) -> Tensor:
         """What the policy hands to the scheduler, once the step has been guided; see `Policy.hands`."""

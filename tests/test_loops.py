@@ -23,6 +23,7 @@ from diffusers_guidance import (
     CFG,
     AdaptiveGuidance,
     EveryStep,
+    Forecast,
     Hold,
     LinearAG,
     Schedule,
@@ -40,6 +41,7 @@ STEPS = 6
 PAIRS = [
     (CFG(), EveryStep()),
     (CFG(), Hold(2)),
+    (CFG(), Forecast(0.5)),
     (CFG(), AdaptiveGuidance(0.5)),
     (CFG(), Schedule(["both", "extrapolate", "both", "conditional", "both", "conditional"])),
     (APG(norm_threshold=1.0), StepAG(0.7)),
@@ -141,7 +143,7 @@ def test_outputs_that_are_used_again(rule):
         return calibrate(pipe, [SD.call()["prompt"]], trajectories=2, num_inference_steps=STEPS, guidance_scale=4.0)
 
     made = calibrated()
-    policies = [Hold(2), AdaptiveGuidance(0.5), LinearAG(made), search(made, nfe=8), EveryStep()]
+    policies = [Hold(2), Forecast(0.5), AdaptiveGuidance(0.5), LinearAG(made), search(made, nfe=8), EveryStep()]
     expected = [under_run(pipe, rule, policy) for policy in policies]
     own, buffers = pipe.unet.forward, {}
 
@@ -609,7 +611,7 @@ def stops(cond_first: bool, after: int, copies: bool = False) -> Callable:
 
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("after", [2, 3])
-@pytest.mark.parametrize("policy", [Hold(2), StepAG(0.4), AdaptiveGuidance(0.1), EveryStep()], ids=repr)
+@pytest.mark.parametrize("policy", [Hold(2), StepAG(0.4), AdaptiveGuidance(0.1), EveryStep(), Forecast(0.5)], ids=repr)
 def test_a_pipeline_that_stops_guiding(policy, after, copies):
     pipe = small()
     with attach(pipe, CFG(), policy) as first:
@@ -635,7 +637,7 @@ def test_an_unconditional_prediction_that_was_copied_before_it_was_known():
 
 
 @pytest.mark.parametrize("lone", ["noised", "positional", "clipped"])
-@pytest.mark.parametrize("policy", [StepAG(0.2), Hold(2), AdaptiveGuidance(0.1)], ids=repr)
+@pytest.mark.parametrize("policy", [StepAG(0.2), Hold(2), AdaptiveGuidance(0.1), Forecast(0.5)], ids=repr)
 def test_a_lone_call_with_other_arguments(policy, lone):
     """The conditional texts change from step to step, or are passed otherwise: then all is evaluated, or told apart."""
 
