@@ -317,9 +317,9 @@ class Denoiser:
                 return output
             *before, cond = self.outputs
             self.given = batch.copied(output)
-            for i, blank in enumerate(self.blanks):  # unconditional calls that came first wait for this one
+            for i, waiting in enumerate(self.blanks):  # unconditional calls that came first wait for this one
                 self.outputs[i] = self._fill(policy, step, cond, self._merge(cond, before[i]))
-                blank.copy_(self.outputs[i])
+                waiting.copy_(self.outputs[i])
             return output
 
         wanted = [i for i, both in enumerate(self.evaluates) if both]

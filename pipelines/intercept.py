@@ -92,7 +92,7 @@ def _transparent(meta: type) -> type:
 
 
 @functools.cache  # one subclass per class
-def _catching(cls: Any) -> type:
+def _catching(cls: type) -> Any:
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if type(self) is not catching:  # of a class that somebody has made of this one
@@ -158,7 +158,7 @@ def handler_of(obj: Any) -> Handler | None:
     return vars(obj).get(_HANDLER)
 
 
-class Watch(NamedTuple):
+class _Hook(NamedTuple):
     """Who steps in front of a method."""
 
     handler: Handler
@@ -176,14 +176,14 @@ class _StandIn:
         self.obj, self.method, self.kept = obj, method, kept
         self.original: Call = getattr(obj, method) if kept is None else kept
         functools.update_wrapper(self, self.original, updated=())  # with its signature, at which pipelines look
-        self.watches: dict[int, list[Watch]] = {}
+        self.hooks: dict[int, list[_Hook]] = {}
         """By thread, the innermost last."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        here = self.watches.get(threading.get_ident())
+        here = self.hooks.get(threading.get_ident())
         if here:
             return here[-1].handler(self.obj, self.original, args, kwargs)
-        for others in [*self.watches.values()]:
+        for others in [*self.hooks.values()]:
             for other in others[-1:]:
                 other.elsewhere()
         return self.original(*args, **kwargs)
@@ -222,7 +222,7 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def _intercept(obj: Any, attribute: str, method: str, watch: Watch) -> Iterator[None]:
+def _intercept(obj: Any, attribute: str, method: str, hook: _Hook) -> Iterator[None]:
     """Routes the calling thread's calls of `obj`'s `method` through a handler, by a stand-in in its `attribute`."""
     thread = threading.get_ident()
     with _lock:
@@ -234,15 +234,15 @@ def _intercept(obj: Any, attribute: str, method: str, watch: Watch) -> Iterator[
             there = vars(obj)[attribute] = _StandIn(obj, method, there if own else None)
             if not isinstance(obj, torch.nn.Module):  # whose copies come without it as it is
                 vars(obj)["__getstate__"] = _Bare(obj)
-        there.watches.setdefault(thread, []).append(watch)
+        there.hooks.setdefault(thread, []).append(hook)
     try:
         yield
     finally:
         with _lock:
-            there.watches[thread].remove(watch)
-            if not there.watches[thread]:
-                del there.watches[thread]
-            if not there.watches and vars(obj).get(attribute) is there:
+            there.hooks[thread].remove(hook)
+            if not there.hooks[thread]:
+                del there.hooks[thread]
+            if not there.hooks and vars(obj).get(attribute) is there:
                 del vars(obj)[attribute]
                 if there.kept is not None:
                     vars(obj)[attribute] = there.kept
@@ -263,11 +263,11 @@ def intercept_call(
 
     Calls from threads in which nobody routes it are told to `elsewhere`.
     """
-    return _intercept(module, "_compiled_call_impl", "_call_impl", Watch(handler, elsewhere))
+    return _intercept(module, "_compiled_call_impl", "_call_impl", _Hook(handler, elsewhere))
 
 
 def intercept_method(
     obj: Any, method: str, handler: Handler, elsewhere: Callable[[], None] = lambda: None
 ) -> AbstractContextManager[None]:
     """Likewise `obj.method(...)`, of a scheduler."""
-    return _intercept(obj, method, method, Watch(handler, elsewhere))
+    return _intercept(obj, method, method, _Hook(handler, elsewhere))
