@@ -142,7 +142,7 @@ def tell_repayments(report: Report, sizes: dict[int, Tensor]) -> None:
     for i, (off, repaid) in zip(sizes, torch.stack([*sizes.values()]).tolist(), strict=True):
         step = report.steps[i]
         step.off, step.repaid = (None if math.isnan(value) else value for value in (off, repaid))
-        step.note += f": they were off by {off:.2g}, repaid is {repaid:.2g} of the denoised prediction"
+        step.note += f": off by {off:.2g}, repaid {repaid:.2g}, of the denoised prediction"
 
 
 def to_list(values: Tensor) -> list[float | None]:
