@@ -80,6 +80,10 @@ class View:
         rest = t[:, self.channels : of.shape[1]].to(of.dtype)
         return rest if t is of or self.sign == 1 else -rest
 
+    def holds(self, output: Tensor) -> bool:
+        """Whether all of the scheduler's `output` is told by one row per sample: copies must be equal."""
+        return self.copies == 1 or torch.equal(self.emit(self.working(output), output), output)
+
     def emit(self, prediction: Tensor, output: Tensor) -> Tensor:
         """A working prediction as the scheduler holds `output`."""
         if self.frames:

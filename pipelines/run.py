@@ -558,16 +558,16 @@ class Run:
             return True
         if getattr(self.pipe, "do_classifier_free_guidance", None) is False:
             return False
-        few, x = Sample(output.shape), sample if sample.shape == output.shape else None
         for view in views(y.shape, output.shape):
-            if view.channels:
+            if view.channels or not view.holds(output):
                 continue
-            alone = view(y).to(output.dtype)
-            found = residual(alone, output, output, output, 0.0)
+            alone, target = view(y).to(output.dtype), view.working(output)
+            found = residual(alone, target, target, target, 0.0)
             if found.fit(found.norms.tolist()).fits:
                 return False
             # Or what one network predicts is turned into what the scheduler wants.
-            if x is not None and alone.shape == output.shape and mixture(*map(few, (output, x, alone)))[1].fits:
+            few, x = Sample(target.shape), view.working(sample) if sample.shape == output.shape else None
+            if x is not None and alone.shape == target.shape and mixture(*map(few, (target, x, alone)))[1].fits:
                 return False
         return True
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from tiny import PIPELINES, run
 from torch import nn
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
@@ -339,6 +340,52 @@ def test_calls_without_guidance_are_left_alone():
         with attach(pipe, APG()) as handle:
             assert torch.equal(pipe(), plain)
         assert "one prediction of each sample a step" in handle.report.note
+
+
+class UnguidedFrames(DiffusionPipeline):
+    """One prediction a step of a video, whose frames the scheduler holds as rows, or twice over."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, guidance_scale=1.0, held="frames"):
+        self.scheduler.set_timesteps(4)
+        x = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in self.scheduler.timesteps:
+            y = self.unet(x, t, torch.ones(2))[0]
+            if held == "frames":
+                y, x = (each.transpose(1, 2).flatten(0, 1) for each in (y, x))
+                x = self.scheduler.step(y, t, x)[0].unflatten(0, (2, 3)).transpose(1, 2)
+            else:
+                x = self.scheduler.step(torch.cat([y] * 2), t, torch.cat([x] * 2))[0][:2]
+        return x
+
+
+class VideoNet(Net):
+    def forward(self, x, t, context):
+        return ((x + self.apart * torch.tanh(x.flip(-1) * 3) * context.view(-1, 1, 1, 1, 1)).to(x.dtype),)
+
+
+@pytest.mark.parametrize("held", ["frames", "twice"])
+def test_videos_without_guidance_are_left_alone_however_the_scheduler_holds_them(held):
+    pipe = UnguidedFrames(VideoNet(0.3), EulerDiscreteScheduler())
+    plain = pipe(held=held)
+    for rule, policy in ((CFG(), EveryStep()), (APG(), Hold())):
+        with attach(pipe, rule, policy) as handle:
+            assert torch.equal(pipe(held=held), plain)
+        assert "one prediction of each sample a step" in handle.report.note
+
+
+@pytest.mark.parametrize("name", ["TextToVideoSDPipeline", "VideoToVideoSDPipeline"])
+def test_video_pipelines_at_a_scale_of_one_are_left_alone(name):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    plain = run(pipe, entry, 3, 1, guidance_scale=1.0)
+    with attach(pipe, APG()) as handle:
+        assert torch.equal(run(pipe, entry, 3, 1, guidance_scale=1.0), plain)
+    assert "one prediction of each sample a step" in handle.report.note
 
 
 def test_two_networks_a_step_are_refused_in_a_true_sentence():
