@@ -18,7 +18,6 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from numbers import Real
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -703,8 +702,10 @@ class Run:
         says = getattr(self.pipe, "do_classifier_free_guidance", None)
         if isinstance(says, bool):
             return says
-        scales = [s for get in self._scales().values() if isinstance(s := get(), Real | Tensor)]
-        return any(float(torch.as_tensor(s).max()) > 1 for s in scales) if scales else None
+        values = [get() for get in self._scales().values()]
+        scales = [read(value, value if isinstance(value, Tensor) else torch.empty(0)) for value in values]
+        known = [s for s in scales if s is not None]
+        return any(float(s.max() if isinstance(s, Tensor) else s) > 1 for s in known) if known else None
 
     @property
     def _may_guide(self) -> bool:

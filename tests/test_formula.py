@@ -5,6 +5,7 @@ The truths are the numbers that each formula was made with.
 
 import math
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -244,17 +245,30 @@ def scales(handle):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "scale", [np.float32(7), np.int64(7), np.float64(7), torch.tensor(7.0), torch.tensor([7])], ids=repr
+    "scale",
+    [np.float32(7), np.int64(7), np.float64(7), torch.tensor(7.0), torch.tensor([7]), Fraction(7)],
+    ids=repr,
 )
 def test_a_scale_that_is_a_number_of_another_type_is_read_like_a_float(scale, dtype):
     for apart in (0.002, 0.05):
         pipe = loop(apart)
+        pipe.scale = lambda step, scale: float(scale) if isinstance(scale, Fraction) else scale
         with attach(pipe, APG(), EveryStep()) as handle:
             expected = pipe(7.0, dtype)
             assert scales(handle) == [7.0] * 6
             result = pipe(scale, dtype)
             assert scales(handle) == [7.0] * 6
         assert torch.equal(result, expected)
+
+
+def test_a_scale_that_torch_cannot_read_is_one_where_the_call_ends_too():
+    """Its steps were seen as without guidance, say: whether that may be is asked of the scale."""
+    pipe = Unguided(Net(0.3), EulerDiscreteScheduler())
+    pipe.turned = lambda x, y, _: y
+    plain = pipe(1.0)
+    for scale in (Fraction(15, 2), Fraction(1), [7.5, 3.0], "7.5"):
+        with attach(pipe, APG()):
+            assert torch.equal(pipe(scale), plain)
 
 
 def test_a_rule_with_a_scale_of_another_type():
