@@ -59,7 +59,7 @@ _STEP = ("model_output", "timestep", "sample")
 """What schedulers' steps take, in diffusers' order; for one that does not say."""
 
 
-_ORDERS: WeakKeyDictionary[torch.nn.Module, dict[str, Formula]] = WeakKeyDictionary()
+_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Formula]] = WeakKeyDictionary()
 """By network and the pipeline's class, a formula that was found where the scale told both halves apart."""
 
 
@@ -491,6 +491,11 @@ class Run:
                 return output
             guided = pick(stray, formula.finished(c, c, self._around(sample)), formula.view.working(output))
         else:
+            if w < 0:
+                raise UnsupportedPipeline(
+                    f"{self.report.pipeline} guides at a scale of {w:.4g} at step {len(self.report.steps) - 1}: "
+                    f"{self.rule} needs one from 0 up at every step; use CFG(), or call the pipeline with such a scale"
+                )
             rule = settled(self.rule, w, self._clock.steps - 1, space)
             rides = space is not None and formula.is_direct and not any(unguided) and not self.policy.hands
             fused = fuse() if rides else None
@@ -572,7 +577,7 @@ class Run:
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Finds the pipeline's formula; False while both predictions agree and any would fit."""
-        before = _ORDERS.get(denoiser.module, {}).get(self.report.pipeline)
+        before = _ORDERS.get(denoiser.module, {}).get(type(self.pipe))
         found = identify(denoiser.outputs, output, self._scales(), self._around(sample), before)
         if found.formula is None:
             if found.undetermined:
@@ -590,7 +595,7 @@ class Run:
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales at which that cannot be told."""
         if formula.mixed != SOLVED and formula.w(formula.value) > 1:
-            _ORDERS.setdefault(denoiser.module, {})[self.report.pipeline] = formula
+            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.pipe)] = formula
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""

@@ -3,6 +3,7 @@
 The truths are the numbers that each formula was made with.
 """
 
+import itertools
 import math
 import time
 from fractions import Fraction
@@ -235,6 +236,26 @@ class Loop(DiffusionPipeline):
         return x
 
 
+def loop_class(order):
+    """Such a class made anew, with its halves in this order."""
+
+    class Ordered(Loop):
+        @torch.no_grad()
+        def __call__(self, guidance_scale=7.0):
+            self.scheduler.set_timesteps(6)
+            x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+            w = guidance_scale[0] if isinstance(guidance_scale, tuple) else guidance_scale
+            for t in self.scheduler.timesteps:
+                x_in = self.scheduler.scale_model_input(x, t)
+                context = torch.tensor([{"u": 0.0, "c": 1.0}[half] for half in self.order])
+                halves = dict(zip(self.order, self.unet(torch.cat([x_in] * 2), t, context)[0].chunk(2), strict=True))
+                x = self.scheduler.step(self.way(halves["c"], halves["u"], w), t, x)[0]
+            return x
+
+    Ordered.order = order
+    return Ordered
+
+
 def loop(apart=0.05):
     return Loop(Net(apart), EulerDiscreteScheduler())
 
@@ -329,6 +350,53 @@ def test_the_order_is_remembered_from_run_to_run():
         pipe((0.3,))
     assert "[uncond, cond]" in handle.report.formula
     assert scales(handle) == [pytest.approx(0.3, rel=1e-4)] * 6
+
+
+def test_a_class_that_was_made_anew_does_not_inherit_an_order():
+    """As a cell of a notebook that is run again, with the halves the other way round."""
+    net = Net(0.1)
+    first = loop_class(["u", "c"])(net, EulerDiscreteScheduler())
+    with attach(first, CFG(), Hold()):
+        first((3.0,))
+        first((0.3,))
+    again = loop_class(["c", "u"])(net, EulerDiscreteScheduler())
+    with attach(again, CFG(), Hold()) as handle:
+        with pytest.raises(UnsupportedPipeline, match="more than one formula fits"):
+            again((0.3,))
+        again((3.0,))
+        again((0.3,))
+    assert "[cond, uncond]" in handle.report.formula
+
+
+def test_a_name_that_fits_exactly_goes_before_the_order_that_is_known():
+    """Of a class that orders its halves by an argument."""
+    net = Net(0.1)
+    pipe = loop_class(["u", "c"])(net, EulerDiscreteScheduler())
+    for order, scale in itertools.product((["c", "u"], ["u", "c"]), (3.0, 0.3, 0.8)):
+        pipe.order = order
+        with attach(pipe, CFG(), Hold()) as handle:
+            pipe(scale)
+        assert ("[cond, uncond]" in handle.report.formula) == (order == ["c", "u"])
+        assert scales(handle) == [scale] * 6
+
+
+@pytest.mark.parametrize("scale", [lambda step, _: -1.0, lambda step, _: [5.0, 4.0, 2.0, 0.0, -1.0, -2.0][step]])
+def test_rules_refuse_a_negative_scale_in_a_sentence(scale):
+    pipe = loop(0.1)
+
+    def shown(step, given):
+        pipe._guidance_scale = scale(step, given)
+        return pipe._guidance_scale
+
+    pipe.scale = shown
+    for rule in (APG(), CFG(rescale=0.5)):
+        with attach(pipe, rule, EveryStep()):
+            with pytest.raises(UnsupportedPipeline, match=r"at a scale of -1 at step \d: .* from 0 up"):
+                pipe()
+    plain = pipe()
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe(), plain)
+    assert scales(handle) == [scale(step, None) for step in range(6)]
 
 
 class Unguided(Loop):
