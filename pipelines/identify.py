@@ -10,7 +10,9 @@ order, the first that succeeds:
 
 Two formulas may fit that take different halves for the conditional one: `u + s (c - u)` is `c + (1 - s) (u - c)`, and
 with 0 < s < 1 either half may be meant. A scale that is read by name and fits in one order settles it, and so does the
-order found at another scale; otherwise it is said, and no formula is chosen.
+order found at another scale; otherwise it is said, and no formula is chosen. At s = 1 and s = 0 the output is one half
+as it is: which of them that is, a later step tells. A scale that nobody can read is taken to be above 0, and once the
+order is known to contradict that, it is said.
 """
 
 import itertools
@@ -47,8 +49,12 @@ _GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
 """Finishes by a number of a sample as a whole."""
 
 
+AGREE = "both predictions agree to rounding"
+SINGLE = "the output is one of both predictions as it is, as at a scale of 0 or 1"
+
+
 class Identified(NamedTuple):
-    """`formula` None: the halves agree so far, and any formula would fit; or none fits, or two do (see `tried`)."""
+    """`formula` None: any would fit so far, or either half may be meant; or none fits, or two do (see `tried`)."""
 
     formula: Formula | None
     undetermined: bool
@@ -185,13 +191,17 @@ class _Search:
         self.doubts: list[str] = []
         self.open = False
         """Whether several scales fit."""
+        self.single = False
+        """Whether the output is one of both halves, and nothing tells which."""
+        self.against = ""
+        """What the order that is known does not go with."""
         self.tried: tuple[float, str] = (math.inf, "")
 
     def found(self) -> Identified:
         for reading in self._read():
             if formula := self._by_name(reading):
                 return Identified(formula, False, "")
-            if self.doubts or self.open:
+            if self._is_in_doubt:
                 return self._in_doubt()
             self.readings.append(reading)
         if not self.readings:
@@ -208,10 +218,12 @@ class _Search:
             for reading in readings:
                 if formula := step(reading):
                     return Identified(formula, False, "")
-            if self.doubts or self.open:
+                if self.single:
+                    return self._in_doubt()
+            if self._is_in_doubt:
                 return self._in_doubt()
         if any(_agrees(reading) for reading in self.readings):
-            return Identified(None, True, "")
+            return Identified(None, True, AGREE)
         return Identified(None, False, self.tried[1] or "no combination of the denoiser's outputs gives that")
 
     # What there is
@@ -263,8 +275,8 @@ class _Search:
         """Plainly combined at a scale that nobody can read, bit for bit."""
         for cond in range(2):
             w, fit = reading.solved(cond)
-            if not (fit.fits and w > -0.5):  # or it is the other half that it guides towards
-                continue
+            if not fit.fits or (w < -0.5 and not self._is_known(replace(reading.formula, cond_index=cond))):
+                continue  # or it is the other half that it guides towards
             formula = replace(reading.formula, cond_index=cond)
             c, u = formula.cut(self.outputs, self.around.through(formula.view))
             target = formula.view.working(self.output)
@@ -355,7 +367,7 @@ class _Search:
                 raw = [formula.treated(y, reading.around) for y in reading.parts]
                 mixed = replace(reading, formula=formula, parts=raw)
                 for found in (self._by_name(mixed), self._by_rounding(mixed)):
-                    if found is not None or self.doubts:
+                    if found is not None or self._is_in_doubt:
                         return found
         for cond in range(2):
             formula = replace(reading.formula, cond_index=cond)
@@ -374,30 +386,48 @@ class _Search:
         self, fitting: Sequence[tuple[Formula, Scale]], how: Callable[[Formula, Scale], Formula]
     ) -> Formula | None:
         """The one that fits; where several do that mean something else, that is kept in mind."""
+        if fitting and all(self._is_single(formula, formula.w(s)) for formula, s in fitting):
+            self.single = True
+            return None
         if len(fitting) > 1:
             self.open = len({formula.cond_index for formula, _ in fitting}) == 1
             self.doubts = [f"{formula}, with w = {formula.w(s):.4g}" for formula, s in fitting]
             return None
         return how(*fitting[0]) if fitting else None
 
-    def _is_known(self, formula: Formula) -> bool:
+    def _knows(self, formula: Formula) -> bool:
+        """Whether an order was found before, of branches laid out like this."""
         known = self.known
-        return (
-            known is not None
-            and (known.batched, known.branches) == (formula.batched, formula.branches)
-            and known.cond_index == formula.cond_index
-        )
+        return known is not None and (known.batched, known.branches) == (formula.batched, formula.branches)
+
+    def _is_known(self, formula: Formula) -> bool:
+        return self._knows(formula) and self.known is not None and self.known.cond_index == formula.cond_index
+
+    @property
+    def _rounding(self) -> float:
+        """How far a scale that was solved for may be off."""
+        return 0.001 if self.output.dtype == torch.float32 else 0.02
+
+    def _is_single(self, formula: Formula, w: float) -> bool:
+        """Whether the output is one of two halves, and their order is not known."""
+        return formula.branches == 2 and not self._knows(formula) and min(abs(w), abs(w - 1)) <= self._rounding
 
     def _leads(self, formula: Formula, w: float) -> bool:
         """Whether c is the half that is meant where the scale was solved for: guidance is towards it.
 
-        Between both halves either may be.
+        Between both halves either may be, and at one of them a later step tells. An order that is known is kept to,
+        or nothing is chosen.
         """
-        if self._is_known(formula) or w == 1 or w > (1.001 if self.output.dtype == torch.float32 else 1.02):
-            return w > 0
-        if w > 0 and not (self.known is not None and self.known.branches == formula.branches):
+        if self._is_single(formula, w):
+            self.single = True
+            return False
+        if self._knows(formula):
+            if self._is_known(formula) and w < -self._rounding:
+                self.against = turned(formula, w)
+            return self._is_known(formula) and w >= -self._rounding
+        if 0 < w < 1:
             self.doubts.append(f"{formula}, with w = {w:.4g}")
-        return False
+        return w > 1
 
     def _is_guided(self, formula: Formula, reading: Reading, s: Scale) -> bool:
         """Whether there is enough to be seen of what the formula says: a good part of the numbers differs."""
@@ -442,11 +472,28 @@ class _Search:
         off = fit.error / size if size else math.inf
         self.tried = min(self.tried, (off, f"{formula}, with w = {w:g}, is off by {off:.2g} |c - u|"))
 
+    @property
+    def _is_in_doubt(self) -> bool:
+        return bool(self.single or self.against or self.doubts or self.open)
+
     def _in_doubt(self) -> Identified:
+        if self.single:
+            return Identified(None, True, SINGLE)
+        if self.against:
+            return Identified(None, False, self.against)
         several = f"more than one formula fits: {'; or '.join(self.doubts)}"
         if not self.open:
             several += ". With a guidance scale above 1 it can be told which of them is the conditional prediction"
         return Identified(None, self.open, several)
+
+
+def turned(formula: Formula, w: float) -> str:
+    """Says that a scale that was solved for is below 0 in the order that was known until then."""
+    return (
+        f"{formula} held until now, but here with w = {w:.4g}, or with w = {1 - w:.4g} if the other half is the "
+        "conditional one, and which of both is true cannot be told: call the scale guidance_scale, so that it can be "
+        "read"
+    )
 
 
 def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample | None = None) -> float | None:

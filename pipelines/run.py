@@ -46,7 +46,7 @@ from diffusers_guidance.pipelines.formula import (
     residual,
     views,
 )
-from diffusers_guidance.pipelines.identify import Sample, best, identify, solve
+from diffusers_guidance.pipelines.identify import SINGLE, Sample, best, identify, solve, turned
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_method, is_inherited
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, planned
@@ -54,7 +54,9 @@ from diffusers_guidance.report import Report, StepReport, tell_repayments, to_li
 from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.spaces import Space
 
-_AGREE = "both predictions agree to rounding"
+_NOT_YET = ": nothing to identify yet"
+_ROUNDING = 0.02
+"""How far below 0 a scale that was solved for may come out, whatever the dtype."""
 _STEP = ("model_output", "timestep", "sample")
 """What schedulers' steps take, in diffusers' order; for one that does not say."""
 
@@ -92,6 +94,8 @@ class Seen(NamedTuple):
     """(2, rows): of the denoised predictions and of the noise; NaN where unknown."""
     is_verified: bool = False
     """Whether the residual was waited for and fits; then the similarity is on the host."""
+    doubt: str = ""
+    """Why it may be another formula although the residual fits."""
 
 
 class Unread(NamedTuple):
@@ -451,9 +455,9 @@ class Run:
             )
             raise self._unsupported(denoiser, output, seen)
         if denoiser.formula is None:
-            if not self._identify(denoiser, output, sample):
+            if reason := self._identify(denoiser, output, sample):
                 same = [Decision("both")] * output.shape[0]
-                self._record(denoiser, same, None, None, f"{_AGREE}: nothing to identify yet")
+                self._record(denoiser, same, None, None, f"{reason}{_NOT_YET}")
                 return output
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
             assert denoiser.formula is not None
@@ -469,7 +473,7 @@ class Run:
             for decision, was in zip(denoiser.decisions, evaluated, strict=True)
         ]
         unguided = [decision.action == "conditional" for decision in plan]
-        c, u, w, sample, space, residual, similarity, is_verified = self._verify(
+        c, u, w, sample, space, residual, similarity, is_verified, doubt = self._verify(
             denoiser, output, sample, evaluated, unguided
         )
         formula, history = denoiser.formula, denoiser.history
@@ -481,7 +485,8 @@ class Run:
         if not is_verified:
             self._unread.append(Unread(len(self.report.steps), formula, residual, similarity))
         self._remember(denoiser, space, similarity, evaluated)
-        self._record(denoiser, plan, evaluated, similarity if is_verified else None, note, w)
+        note = "; ".join(filter(None, [note, doubt and f"not verified: {doubt}"]))
+        self._record(denoiser, plan, evaluated, similarity if is_verified else None, note, None if doubt else w)
 
         if self.policy.hands and not denoiser.nfe:  # nothing new to combine
             return output
@@ -575,13 +580,13 @@ class Run:
                 return False
         return True
 
-    def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
-        """Finds the pipeline's formula; False while both predictions agree and any would fit."""
+    def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> str:
+        """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
         before = _ORDERS.get(denoiser.module, {}).get(type(self.pipe))
         found = identify(denoiser.outputs, output, self._scales(), self._around(sample), before)
         if found.formula is None:
             if found.undetermined:
-                return False
+                return found.tried
             raise self._unsupported(denoiser, output, found.tried)
         self._keep_order(denoiser, found.formula)
         denoiser.know(found.formula)
@@ -590,7 +595,7 @@ class Run:
         denoiser.history = History.following(histories, self._clock.steps - 1, found.formula.rows, denoiser.name)
         known = [*filter(None, self.report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
         self.report.formula = "; ".join(dict.fromkeys(known))
-        return True
+        return ""
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales at which that cannot be told."""
@@ -614,13 +619,17 @@ class Run:
         if not self._acts and denoiser.formula is not None and denoiser.formula.is_read:
             return seen
         (fit, similarity), *_ = fetched([seen])
-        if not fit.fits:
+        formula = denoiser.formula
+        assert formula is not None
+        is_turned = formula.scale is None and any(evaluated) and seen.w < -_ROUNDING
+        doubt = turned(formula, seen.w) if is_turned else ""
+        if doubt or not fit.fits:
             try:
-                self._identify_anew(denoiser, output, sample, _held(denoiser.formula, fit))
+                self._identify_anew(denoiser, output, sample, doubt or _held(formula, fit))
             except UnsupportedPipeline:
                 if self._acts:
                     raise
-                return seen  # nothing is done in its place: the report says that it was not verified
+                return seen._replace(doubt=doubt)  # nothing is done in its place: the report says so
             seen = self._see(denoiser, output, sample, evaluated, unguided)
             (_, similarity), *_ = fetched([seen])
         return seen._replace(similarity=similarity, is_verified=True)
@@ -630,7 +639,7 @@ class Run:
         formula = denoiser.formula
         found = identify(denoiser.outputs, output, self._scales(), self._around(sample), formula)
         again = found.formula
-        if again is None and found.undetermined:
+        if again is None and found.undetermined and found.tried != SINGLE:
             return  # the output agrees with both predictions
         if formula is None or again is None or again.rows != formula.rows:
             raise self._unsupported(denoiser, output, why)
@@ -859,8 +868,9 @@ class Run:
         """Why no guidance was identified."""
         if not self.report.steps:
             return "no step of a scheduler: left alone" if self._called and not self._taken else ""
-        if any(_AGREE in step.note for step in self.report.steps):
-            return f"{_AGREE} at every step that evaluates two: left alone"
+        reasons = dict.fromkeys(step.note.split(_NOT_YET)[0] for step in self.report.steps if _NOT_YET in step.note)
+        if reasons:
+            return f"{' or '.join(reasons)}, at every step that evaluates two: left alone"
         return (
             "no classifier-free guidance in this call: one prediction of each sample a step, as without a negative "
             "prompt or at a scale of 1 or below: left alone"

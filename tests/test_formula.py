@@ -223,7 +223,7 @@ class Loop(DiffusionPipeline):
     def __init__(self, unet, scheduler):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.way, self.scale = WAYS["u + w (c - u)"], lambda step, scale: scale
+        self.way, self.scale = WAYS["u + w (c - u)"], lambda step, w: w[0] if isinstance(w, tuple) else w
 
     @torch.no_grad()
     def __call__(self, guidance_scale=7.0, dtype=torch.float32):
@@ -241,15 +241,15 @@ def loop_class(order):
 
     class Ordered(Loop):
         @torch.no_grad()
-        def __call__(self, guidance_scale=7.0):
+        def __call__(self, guidance_scale=7.0, dtype=torch.float32):
             self.scheduler.set_timesteps(6)
-            x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-            w = guidance_scale[0] if isinstance(guidance_scale, tuple) else guidance_scale
-            for t in self.scheduler.timesteps:
-                x_in = self.scheduler.scale_model_input(x, t)
-                context = torch.tensor([{"u": 0.0, "c": 1.0}[half] for half in self.order])
+            x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+            for i, t in enumerate(self.scheduler.timesteps):
+                x_in = self.scheduler.scale_model_input(x, t).to(dtype)
+                context = torch.tensor([{"u": 0.0, "c": 1.0}[half] for half in self.order], dtype=dtype)
                 halves = dict(zip(self.order, self.unet(torch.cat([x_in] * 2), t, context)[0].chunk(2), strict=True))
-                x = self.scheduler.step(self.way(halves["c"], halves["u"], w), t, x)[0]
+                w = self.scale(i, guidance_scale)
+                x = self.scheduler.step(self.way(halves["c"], halves["u"], w), t, x)[0].to(dtype)
             return x
 
     Ordered.order = order
@@ -397,6 +397,81 @@ def test_rules_refuse_a_negative_scale_in_a_sentence(scale):
     with attach(pipe, CFG(), EveryStep()) as handle:
         assert torch.equal(pipe(), plain)
     assert scales(handle) == [scale(step, None) for step in range(6)]
+
+
+HIDDEN = ["u + w (c - u)", "lerp", "w c + (1 - w) u", "w c - (w - 1) u", "c + (w - 1) (c - u)"]
+"""Ways that a scale is hidden in."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", HIDDEN)
+@pytest.mark.parametrize("order", [["u", "c"], ["c", "u"]], ids="".join)
+@pytest.mark.parametrize("warm", [(1.0, 1.0, 3.0, 5.0, 5.0, 5.0), (0.0, 0.0, 5.0, 5.0, 5.0, 5.0)], ids=str)
+def test_a_scale_that_warms_up_out_of_sight_is_found_once_it_can_be_told(warm, order, way, dtype):
+    for rule, policy in ((CFG(), EveryStep()), (APG(), EveryStep()), (CFG(), Hold())):
+        pipe = loop_class(order)(Net(0.3), EulerDiscreteScheduler())
+        pipe.way, pipe.scale = WAYS[way], lambda step, scale: warm[step]
+        plain = pipe((0.0,), dtype)
+        with attach(pipe, rule, policy) as handle:
+            result = pipe((0.0,), dtype)
+        assert scales(handle) == [None] * 2 + [pytest.approx(w, rel=0.02) for w in warm[2:]]
+        assert all("nothing to identify yet" in step.note for step in handle.report.steps[:2])
+        assert ("[cond, uncond]" in handle.report.formula) == (order == ["c", "u"])
+        assert torch.equal(result, plain) == (policy == EveryStep() and rule == CFG())
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0])
+def test_a_scale_that_stays_at_a_half_is_left_alone_and_said(w):
+    pipe = loop(0.3)
+    plain = pipe((w,))
+    with attach(pipe, APG()) as handle:
+        assert torch.equal(pipe((w,)), plain)
+    assert "one of both predictions as it is" in handle.report.note
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_scale_that_rises_from_zero_in_sight_is_found_too(named):
+    pipe = loop(0.3)
+
+    def shown(step, given):
+        w = [0.0, 2.0, 4.0, 4.0, 4.0, 4.0][step]
+        if named:
+            pipe._guidance_scale = w
+        return w
+
+    pipe.scale = shown
+    with attach(pipe, APG(), EveryStep()) as handle:
+        pipe((1.0,))
+    assert scales(handle) == [None] + [pytest.approx(w) for w in (2.0, 4.0, 4.0, 4.0, 4.0)]
+    assert "[uncond, cond]" in handle.report.formula
+
+
+@pytest.mark.parametrize("way", HIDDEN)
+@pytest.mark.parametrize("w", [-1.0, -0.3])
+def test_a_hidden_scale_below_zero_is_refused_where_the_order_is_known(w, way):
+    pipe = loop(0.1)
+    pipe.way, pipe.scale = WAYS[way], lambda step, given: given[0]
+    with attach(pipe, CFG(), Hold()):
+        pipe((5.0,))
+        with pytest.raises(UnsupportedPipeline, match=f"with w = {w:g}, or with w = {1 - w:g} if the other half"):
+            pipe((w,))
+    pipe.scale = lambda step, given: [5.0, 3.0, 1.0, 0.0, w, w][step]
+    with attach(pipe, CFG(), Hold()), pytest.raises(UnsupportedPipeline, match=f"with w = {w:g}, or"):
+        pipe((0.0,))
+    plain = pipe((0.0,))
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe((0.0,)), plain)
+    assert scales(handle) == [pytest.approx(s, abs=1e-5) for s in (5.0, 3.0, 1.0, 0.0)] + [None] * 2
+    assert "if the other half" in handle.report.steps[4].note
+
+
+def test_a_hidden_scale_that_turns_from_below_zero_to_above_is_not_guided_at_a_wrong_one():
+    """At first the other half is taken for the conditional one: w = 2 is guidance towards it."""
+    pipe = loop(0.1)
+    pipe.scale = lambda step, given: [-1.0, -1.0, 5.0, 5.0, 5.0, 5.0][step]
+    for rule in (CFG(), APG()):
+        with attach(pipe, rule, Hold()), pytest.raises(UnsupportedPipeline, match="with w = 5 if the other half"):
+            pipe((0.0,))
 
 
 class Unguided(Loop):
