@@ -244,9 +244,12 @@ class _Search:
                 x = here.sample
                 near = replace(here, sample=sample(x) if x is not None and x.shape == target.shape else None)
                 seen = [view.sign * sample(view.part(part)) for part in parts]
-                for upcast in (False, True) if parts[0].dtype != output.dtype else (False,):
+                ways = (
+                    [(False, False), (True, False), (False, True)] if parts[0].dtype != output.dtype else [(False,) * 2]
+                )
+                for upcast, widens in ways:
                     rows, n = parts[0].shape[0], len(parts)
-                    formula = Formula(batched, n, 0, view, "u", upcast, "", None, rows, output.dtype)
+                    formula = Formula(batched, n, 0, view, "u", upcast, "", None, rows, output.dtype, widens=widens)
                     treated = [formula.treated(y, near) for y in seen]
                     yield Reading(formula, treated, sample(target), near, sample)
 
@@ -280,9 +283,9 @@ class _Search:
             formula = replace(reading.formula, cond_index=cond)
             c, u = formula.cut(self.outputs, self.around.through(formula.view))
             target = formula.view.working(self.output)
-            for anchor in ANCHORS:
+            for anchor in _MONOTONE + _SUMS:
                 tried = replace(formula, anchor=anchor)
-                s = None if anchor == "denoised" else solve(tried, c, u, target, reading.sample)
+                s = solve(tried, c, u, target, reading.sample)
                 if s is not None and self._confirms(tried, s):
                     if self._leads(tried, tried.w(s)):
                         return self._exact(tried, s)
@@ -499,8 +502,16 @@ def turned(formula: Formula, w: float) -> str:
 def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample | None = None) -> float | None:
     """The scale at which a plain formula gives `target` bit for bit, from c and u of `cut`; None: there is none.
 
-    Rounding is monotone, so that a scale too small for one number and too large for another never fits.
+    The scale at which it did so before is tried first. Rounding is monotone, so that a scale too small for one number
+    and too large for another never fits.
     """
+
+    def made(c: Tensor, u: Tensor, s: float) -> Tensor:
+        return formula.anchored(c, u, s).to(formula.dtype)
+
+    before = formula.value
+    if formula.exact and isinstance(before, float) and not ((made(c, u, before) != target) & target.isfinite()).any():
+        return before
     sample = Sample(target.shape) if sample is None else sample
     near, span = best(formula, c, u, target, sample), 0.02
     c_, u_, t_ = (sample(t).flatten() for t in (c, u, target))
@@ -508,19 +519,9 @@ def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample
     c_, u_, t_ = c_[finite], u_[finite], t_[finite]
     if not math.isfinite(near) or not len(t_):
         return None
-
-    def made(c: Tensor, u: Tensor, s: float) -> Tensor:
-        return ANCHORS[formula.anchor](c, u, s).to(formula.dtype)
-
-    if formula.anchor not in ("u", "c"):
-        rounded = dict.fromkeys(float(f"{near:.{digits}g}") for digits in range(1, 7))
-        for s in rounded:
-            off = span * max(abs(s), 0.1)
-            if torch.equal(made(c_, u_, s), t_) and not any(torch.equal(made(c_, u_, s + x), t_) for x in (-off, off)):
-                return s
-        return None
+    search = _bisected if formula.anchor in _MONOTONE else _narrowed
     for _ in range(4):
-        found = _bisected(made, c_, u_, t_, near, span)
+        found = search(made, c_, u_, t_, near, span)
         if found is None:
             return None
         wrong = (made(c, u, found) != target) & torch.isfinite(target)
@@ -528,6 +529,55 @@ def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample
         if not len(places):
             return found
         c_, u_, t_ = (torch.cat([few, all_.flatten()[places].cpu()]) for few, all_ in ((c_, c), (u_, u), (t_, target)))
+    return None
+
+
+_MONOTONE = ("u", "c", "lerp", "added", "in float32")
+"""Anchors of which each number rises or falls with the scale, however it is rounded."""
+_SUMS = ("weighted",)
+"""Those of which only both terms do, `s c` and `(1 - s) u`. All others are one of these at another scale."""
+
+
+def _narrowed(
+    made: Callable[[Tensor, Tensor, float], Tensor], c: Tensor, u: Tensor, target: Tensor, near: float, span: float
+) -> float | None:
+    """A scale at which a sum of two terms gives `target`, if none further than `span` of itself away does too.
+
+    Between two scales each term lies between what it is at both, and so does the rounded sum: where that leaves out
+    one number of the target, none of the scales between fits.
+    """
+    zero = torch.zeros_like(c)
+
+    def fits(s: float) -> bool:
+        return torch.equal(made(c, u, s), target)
+
+    def may_fit(low: float, high: float) -> bool:
+        ends = [(made(c, zero, s), made(zero, u, s)) for s in (low, high)]
+        least, most = (
+            sum(pick(*terms) for terms in zip(*ends, strict=True)) for pick in (torch.minimum, torch.maximum)
+        )
+        least, most, there = (t.to(c.dtype) for t in (least, most, target))  # rounded where the sum may be
+        return bool(((least <= there) & (there <= most)).all())
+
+    def is_telling(s: float) -> bool:
+        off = span * max(abs(s), 0.1)
+        return not (fits(s - off) or fits(s + off))
+
+    for s in dict.fromkeys(float(f"{near:.{digits}g}") for digits in range(1, 7)):
+        if fits(s):
+            return s if is_telling(s) else None
+    reach = 0.1 * max(abs(near), 1.0)
+    waiting = [(near - reach, near + reach)]
+    for _ in range(400):
+        if not waiting:
+            return None
+        low, high = waiting.pop()
+        middle = (low + high) / 2
+        if fits(middle):
+            return middle if is_telling(middle) else None
+        if may_fit(low, high):
+            halves = [(low, middle), (middle, high)]
+            waiting += halves[::-1] if near < middle else halves  # the last is searched first
     return None
 
 

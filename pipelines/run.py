@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -684,6 +685,8 @@ class Run:
             elif guided:
                 exactly = solve(formula, c, u, target) if formula.exact else None
                 s = best(formula, c, u, target) if exactly is None else exactly
+                if exactly is not None:
+                    denoiser.formula = formula = replace(formula, value=s)
             w = formula.w(s)
             expected = formula.reproduce(denoiser.outputs, s, around)
             found = formula.residual(expected, target, c, u, s, around, is_strict=self._acts)

@@ -474,6 +474,54 @@ def test_a_hidden_scale_that_turns_from_below_zero_to_above_is_not_guided_at_a_w
             pipe((0.0,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["w c + (1 - w) u", "w c - (w - 1) u", "lerp", "in float32", "add"])
+def test_a_hidden_scale_is_solved_for_in_half_precision_however_it_is_written(way, dtype):
+    for apart, w in itertools.product((0.02, 0.3), (4.37, 7.5)):
+        pipe = loop(apart)
+        pipe.way = WAYS[way]
+        plain = pipe((w,), dtype)
+        with attach(pipe, CFG(), Hold()) as handle:
+            pipe((w,), dtype)
+        assert scales(handle) == [pytest.approx(w, rel=0.02)] * 6
+        with attach(pipe, APG(eta=1.0, norm_threshold=None, momentum=0.0), EveryStep()) as handle:
+            pipe((w,), dtype)
+        assert scales(handle) == [pytest.approx(w, rel=0.02)] * 6
+        with attach(pipe, CFG(), EveryStep()) as handle:
+            assert torch.equal(pipe((w,), dtype), plain)
+        assert scales(handle) == [pytest.approx(w, rel=0.02)] * 6
+
+
+@pytest.mark.parametrize("way", ["w c + (1 - w) u", "lerp"])
+def test_a_hidden_ramp_is_followed_in_half_precision_however_it_is_written(way):
+    pipe = loop(0.1)
+    ramp = [7.5 - 1.1 * step + 0.0123456 * step**2 for step in range(6)]
+    pipe.way, pipe.scale = WAYS[way], lambda step, given: ramp[step]
+    with attach(pipe, CFG(), Hold()) as handle:
+        pipe((0.0,), torch.bfloat16)
+    told = [w for w, step in zip(scales(handle), handle.report.steps, strict=True) if step.nfe > 1]
+    known = [w for w, step in zip(ramp, handle.report.steps, strict=True) if step.nfe > 1]
+    assert told == [pytest.approx(w, rel=0.02) for w in known]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["u + w (c - u)", "w c + (1 - w) u", "c + (w - 1) (c - u)", "w c - (w - 1) u"])
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 1, 1)], ids=str)
+def test_a_scale_of_one_element_widens_what_it_multiplies(shape, way, dtype):
+    """A tensor of dimensions takes a half-precision difference to its own dtype, as a number does not."""
+    for apart in (0.004, 0.3):
+        for given in (torch.full(shape, 7.3), (torch.full(shape, 7.3),)):
+            pipe = loop(apart)
+            pipe.way = WAYS[way]
+            plain = pipe(given, dtype)
+            with attach(pipe, CFG(), EveryStep()) as handle:
+                assert torch.equal(pipe(given, dtype), plain)
+            assert scales(handle) == [pytest.approx(7.3, rel=1e-2)] * 6
+            with attach(pipe, APG(), EveryStep()) as handle:
+                pipe(given, dtype)
+            assert scales(handle) == [pytest.approx(7.3, rel=1e-2)] * 6
+
+
 class Unguided(Loop):
     """One prediction a step, of which the scheduler gets `turned(sample, prediction)`."""
 
