@@ -45,6 +45,7 @@ from diffusers_guidance.pipelines.formula import (
 
 _SIZE = 8192
 """About how many numbers a search is decided on."""
+_NOTHING = "no sum of the denoiser's outputs, each times a number, was found to give that"
 _GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
 """Finishes by a number of a sample as a whole."""
 
@@ -224,7 +225,7 @@ class _Search:
                 return self._in_doubt()
         if any(_agrees(reading) for reading in self.readings):
             return Identified(None, True, AGREE)
-        return Identified(None, False, self.tried[1] or "no combination of the denoiser's outputs gives that")
+        return Identified(None, False, self._several() or self.tried[1] or _NOTHING)
 
     # What there is
 
@@ -257,9 +258,24 @@ class _Search:
         n = len(self.outputs)
         if n == 1 and self.outputs[0].shape[0] == self.output.shape[0]:
             return "it evaluated one prediction of each sample, and the scheduler was given something else"
+        each, left = divmod(self.outputs[0].shape[0], self.output.shape[0])
+        if n == 1 and each > 3 and not left:
+            return f"it evaluated {each} predictions of each sample in one call: combinations of two or three are known"
         if not list(_layouts(self.outputs)):
             return f"its outputs of {n} call{'s' if n > 1 else ''} are not two or three predictions of one shape"
         return "no part of the denoiser's output has the scheduler's shape"
+
+    def _several(self) -> str:
+        """What is seen of three branches where none is the one that all guidance is towards."""
+        for reading in self.readings:
+            weights, fit = mixture(reading.target, *reading.parts)
+            if reading.formula.branches == 3 and fit.fits:
+                seen = ", ".join(f"{weight:.4g}" for weight in weights)
+                return (
+                    f"the output is the sum of its three predictions times {seen}: that is not guidance towards one of "
+                    "them and away from the others"
+                )
+        return ""
 
     # What fits
 
@@ -472,6 +488,8 @@ class _Search:
         return self.output.dtype if formula.upcast else self.outputs[0].dtype
 
     def _try(self, formula: Formula, w: float, fit: Fit, size: float) -> None:
+        if w < 0.5:  # then the other half explains as much, and guidance is rather towards that
+            return
         off = fit.error / size if size else math.inf
         self.tried = min(self.tried, (off, f"{formula}, with w = {w:g}, is off by {off:.2g} |c - u|"))
 

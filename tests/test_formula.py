@@ -390,9 +390,9 @@ def test_rules_refuse_a_negative_scale_in_a_sentence(scale):
 
     pipe.scale = shown
     for rule in (APG(), CFG(rescale=0.5)):
-        with attach(pipe, rule, EveryStep()):
-            with pytest.raises(UnsupportedPipeline, match=r"at a scale of -1 at step \d: .* from 0 up"):
-                pipe()
+        match = r"at a scale of -1 at step \d: .* from 0 up"
+        with attach(pipe, rule, EveryStep()), pytest.raises(UnsupportedPipeline, match=match):
+            pipe()
     plain = pipe()
     with attach(pipe, CFG(), EveryStep()) as handle:
         assert torch.equal(pipe(), plain)
@@ -510,15 +510,15 @@ def test_a_hidden_ramp_is_followed_in_half_precision_however_it_is_written(way):
 def test_a_scale_of_one_element_widens_what_it_multiplies(shape, way, dtype):
     """A tensor of dimensions takes a half-precision difference to its own dtype, as a number does not."""
     for apart in (0.004, 0.3):
-        for given in (torch.full(shape, 7.3), (torch.full(shape, 7.3),)):
+        for scale in (torch.full(shape, 7.3), (torch.full(shape, 7.3),)):
             pipe = loop(apart)
             pipe.way = WAYS[way]
-            plain = pipe(given, dtype)
+            plain = pipe(scale, dtype)
             with attach(pipe, CFG(), EveryStep()) as handle:
-                assert torch.equal(pipe(given, dtype), plain)
+                assert torch.equal(pipe(scale, dtype), plain)
             assert scales(handle) == [pytest.approx(7.3, rel=1e-2)] * 6
             with attach(pipe, APG(), EveryStep()) as handle:
-                pipe(given, dtype)
+                pipe(scale, dtype)
             assert scales(handle) == [pytest.approx(7.3, rel=1e-2)] * 6
 
 
@@ -591,6 +591,34 @@ def test_video_pipelines_at_a_scale_of_one_are_left_alone(name):
     with attach(pipe, APG()) as handle:
         assert torch.equal(run(pipe, entry, 3, 1, guidance_scale=1.0), plain)
     assert "one prediction of each sample a step" in handle.report.note
+
+
+@pytest.mark.parametrize("parts", [4, 5])
+def test_more_than_three_branches_are_refused_in_a_true_sentence(parts):
+    c, u = pair(0.3)
+    branches = [u, c, *[c.roll(i, -1) for i in range(1, parts - 1)]]
+    refused = found(branches, u + 5 * (c - u) + branches[2] - branches[3], {"guidance_scale": 5.0})
+    assert f"evaluated {parts} predictions of each sample" in refused.tried
+
+
+def test_two_positives_are_refused_in_a_true_sentence():
+    """Composable diffusion: guidance towards two branches."""
+    (c, u), (b, _) = pair(0.3), pair(0.3, seed=1)
+    for batched in (True, False):
+        refused = found([u, c, b], u + 5 * (0.6 * (c - u) + 0.4 * (b - u)), {"guidance_scale": 5.0}, batched)
+        assert refused.formula is None
+        assert "times -4, 3, 2: that is not guidance towards one" in refused.tried
+
+
+@pytest.mark.parametrize("cond", [0, 1])
+def test_what_is_refused_is_told_of_the_half_that_it_guides_towards(cond):
+    c, u = pair(0.3)
+    for finished in (lambda g: g.clamp(-1, 1), lambda g: FINISHES["norm of c"](g, c)):
+        refused = found([c, u] if cond == 0 else [u, c], finished(u + 5 * (c - u)), {})
+        assert refused.formula is None
+        assert f"[{', '.join(['cond', 'uncond'] if cond == 0 else ['uncond', 'cond'])}]" in refused.tried
+        assert "is off by" in refused.tried
+        assert "w = -" not in refused.tried
 
 
 def test_two_networks_a_step_are_refused_in_a_true_sentence():
