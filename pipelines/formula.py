@@ -80,6 +80,10 @@ class View:
         rest = t[:, self.channels : of.shape[1]].to(of.dtype)
         return rest if t is of or self.sign == 1 else -rest
 
+    def holds(self, output: Tensor) -> bool:
+        """Whether all of the scheduler's `output` is told by one row per sample: copies must be equal."""
+        return self.copies == 1 or torch.equal(self.emit(self.working(output), output), output)
+
     def emit(self, prediction: Tensor, output: Tensor) -> Tensor:
         """A working prediction as the scheduler holds `output`."""
         if self.frames:
@@ -294,6 +298,11 @@ def by_difference(c: Tensor, u: Tensor, s: Any) -> Tensor:
     return c + (s - 1) * (c - u)
 
 
+def in_float32(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    working = torch.promote_types(c.dtype, torch.float32)
+    return from_u(c.to(working), u.to(working), s)
+
+
 ANCHORS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "u": from_u,
     "c": from_c,
@@ -303,6 +312,7 @@ ANCHORS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "weighted": weighted,
     "weighted from c": weighted_from_c,
     "added": added,
+    "in float32": in_float32,
 }
 """Ways to write a combination; each rounds in a way of its own."""
 
@@ -358,6 +368,7 @@ class Formula:
         value: its scale where it was found.
         noise: what rounding may do to it, as a share of the largest terms; 0: nothing, it holds bit for bit.
         exact: whether it gave the output bit for bit where it was found.
+        widens: whether its scale is a tensor of one number in the scheduler's dtype, which products with it take.
     """
 
     batched: bool
@@ -377,6 +388,7 @@ class Formula:
     value: Scale = 1.0
     noise: float = 0.0
     exact: bool = False
+    widens: bool = False
 
     @property
     def calls(self) -> int:
@@ -471,7 +483,13 @@ class Formula:
         """What the pipeline hands to the scheduler for (c, u) at its scale `s`, one row per sample."""
         if self.anchor == "denoised":
             c, u = around.denoised(c), around.denoised(u)
-        return self._finished(ANCHORS[self.anchor](c, u, s), c, around)
+        return self._finished(self.anchored(c, u, s), c, around)
+
+    def anchored(self, c: Tensor, u: Tensor, s: Any) -> Tensor:
+        """The combination alone, of two halves as they are combined."""
+        if self.widens and not isinstance(s, Tensor):
+            s = torch.full((1,), s, dtype=self.dtype, device=c.device)
+        return ANCHORS[self.anchor](c, u, s)
 
     def finished(self, g: Tensor, c: Tensor, around: Around) -> Tensor:
         """The pipeline's own treatment of a combined prediction."""

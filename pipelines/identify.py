@@ -10,7 +10,9 @@ order, the first that succeeds:
 
 Two formulas may fit that take different halves for the conditional one: `u + s (c - u)` is `c + (1 - s) (u - c)`, and
 with 0 < s < 1 either half may be meant. A scale that is read by name and fits in one order settles it, and so does the
-order found at another scale; otherwise it is said, and no formula is chosen.
+order found at another scale; otherwise it is said, and no formula is chosen. At s = 1 and s = 0 the output is one half
+as it is: which of them that is, a later step tells. A scale that nobody can read is taken to be above 0, and once the
+order is known to contradict that, it is said.
 """
 
 import itertools
@@ -43,12 +45,17 @@ from diffusers_guidance.pipelines.formula import (
 
 _SIZE = 8192
 """About how many numbers a search is decided on."""
+_NOTHING = "no sum of the denoiser's outputs, each times a number, was found to give that"
 _GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
 """Finishes by a number of a sample as a whole."""
 
 
+AGREE = "both predictions agree to rounding"
+SINGLE = "the output is one of both predictions as it is, as at a scale of 0 or 1"
+
+
 class Identified(NamedTuple):
-    """`formula` None: the halves agree so far, and any formula would fit; or none fits, or two do (see `tried`)."""
+    """`formula` None: any would fit so far, or either half may be meant; or none fits, or two do (see `tried`)."""
 
     formula: Formula | None
     undetermined: bool
@@ -185,13 +192,17 @@ class _Search:
         self.doubts: list[str] = []
         self.open = False
         """Whether several scales fit."""
+        self.single = False
+        """Whether the output is one of both halves, and nothing tells which."""
+        self.against = ""
+        """What the order that is known does not go with."""
         self.tried: tuple[float, str] = (math.inf, "")
 
     def found(self) -> Identified:
         for reading in self._read():
             if formula := self._by_name(reading):
                 return Identified(formula, False, "")
-            if self.doubts or self.open:
+            if self._is_in_doubt:
                 return self._in_doubt()
             self.readings.append(reading)
         if not self.readings:
@@ -208,11 +219,13 @@ class _Search:
             for reading in readings:
                 if formula := step(reading):
                     return Identified(formula, False, "")
-            if self.doubts or self.open:
+                if self.single:
+                    return self._in_doubt()
+            if self._is_in_doubt:
                 return self._in_doubt()
         if any(_agrees(reading) for reading in self.readings):
-            return Identified(None, True, "")
-        return Identified(None, False, self.tried[1] or "no combination of the denoiser's outputs gives that")
+            return Identified(None, True, AGREE)
+        return Identified(None, False, self._several() or self.tried[1] or _NOTHING)
 
     # What there is
 
@@ -222,7 +235,7 @@ class _Search:
         for batched, parts in _layouts(self.outputs):
             for view in views(parts[0].shape, output.shape, shape):
                 target = view.working(output)
-                if view.copies > 1 and not torch.equal(view.emit(target, output), output):
+                if not view.holds(output):
                     continue
                 if view.channels:  # they must plainly come from one of the branches
                     rest = view.rest(output, output)[: parts[0].shape[0]]
@@ -232,9 +245,12 @@ class _Search:
                 x = here.sample
                 near = replace(here, sample=sample(x) if x is not None and x.shape == target.shape else None)
                 seen = [view.sign * sample(view.part(part)) for part in parts]
-                for upcast in (False, True) if parts[0].dtype != output.dtype else (False,):
+                ways = (
+                    [(False, False), (True, False), (False, True)] if parts[0].dtype != output.dtype else [(False,) * 2]
+                )
+                for upcast, widens in ways:
                     rows, n = parts[0].shape[0], len(parts)
-                    formula = Formula(batched, n, 0, view, "u", upcast, "", None, rows, output.dtype)
+                    formula = Formula(batched, n, 0, view, "u", upcast, "", None, rows, output.dtype, widens=widens)
                     treated = [formula.treated(y, near) for y in seen]
                     yield Reading(formula, treated, sample(target), near, sample)
 
@@ -242,9 +258,24 @@ class _Search:
         n = len(self.outputs)
         if n == 1 and self.outputs[0].shape[0] == self.output.shape[0]:
             return "it evaluated one prediction of each sample, and the scheduler was given something else"
+        each, left = divmod(self.outputs[0].shape[0], self.output.shape[0])
+        if n == 1 and each > 3 and not left:
+            return f"it evaluated {each} predictions of each sample in one call: combinations of two or three are known"
         if not list(_layouts(self.outputs)):
             return f"its outputs of {n} call{'s' if n > 1 else ''} are not two or three predictions of one shape"
         return "no part of the denoiser's output has the scheduler's shape"
+
+    def _several(self) -> str:
+        """What is seen of three branches where none is the one that all guidance is towards."""
+        for reading in self.readings:
+            weights, fit = mixture(reading.target, *reading.parts)
+            if reading.formula.branches == 3 and fit.fits:
+                seen = ", ".join(f"{weight:.4g}" for weight in weights)
+                return (
+                    f"the output is the sum of its three predictions times {seen}: that is not guidance towards one of "
+                    "them and away from the others"
+                )
+        return ""
 
     # What fits
 
@@ -263,14 +294,14 @@ class _Search:
         """Plainly combined at a scale that nobody can read, bit for bit."""
         for cond in range(2):
             w, fit = reading.solved(cond)
-            if not (fit.fits and w > -0.5):  # or it is the other half that it guides towards
-                continue
+            if not fit.fits or (w < -0.5 and not self._is_known(replace(reading.formula, cond_index=cond))):
+                continue  # or it is the other half that it guides towards
             formula = replace(reading.formula, cond_index=cond)
             c, u = formula.cut(self.outputs, self.around.through(formula.view))
             target = formula.view.working(self.output)
-            for anchor in ANCHORS:
+            for anchor in _MONOTONE + _SUMS:
                 tried = replace(formula, anchor=anchor)
-                s = None if anchor == "denoised" else solve(tried, c, u, target, reading.sample)
+                s = solve(tried, c, u, target, reading.sample)
                 if s is not None and self._confirms(tried, s):
                     if self._leads(tried, tried.w(s)):
                         return self._exact(tried, s)
@@ -355,7 +386,7 @@ class _Search:
                 raw = [formula.treated(y, reading.around) for y in reading.parts]
                 mixed = replace(reading, formula=formula, parts=raw)
                 for found in (self._by_name(mixed), self._by_rounding(mixed)):
-                    if found is not None or self.doubts:
+                    if found is not None or self._is_in_doubt:
                         return found
         for cond in range(2):
             formula = replace(reading.formula, cond_index=cond)
@@ -374,30 +405,48 @@ class _Search:
         self, fitting: Sequence[tuple[Formula, Scale]], how: Callable[[Formula, Scale], Formula]
     ) -> Formula | None:
         """The one that fits; where several do that mean something else, that is kept in mind."""
+        if fitting and all(self._is_single(formula, formula.w(s)) for formula, s in fitting):
+            self.single = True
+            return None
         if len(fitting) > 1:
             self.open = len({formula.cond_index for formula, _ in fitting}) == 1
             self.doubts = [f"{formula}, with w = {formula.w(s):.4g}" for formula, s in fitting]
             return None
         return how(*fitting[0]) if fitting else None
 
-    def _is_known(self, formula: Formula) -> bool:
+    def _knows(self, formula: Formula) -> bool:
+        """Whether an order was found before, of branches laid out like this."""
         known = self.known
-        return (
-            known is not None
-            and (known.batched, known.branches) == (formula.batched, formula.branches)
-            and known.cond_index == formula.cond_index
-        )
+        return known is not None and (known.batched, known.branches) == (formula.batched, formula.branches)
+
+    def _is_known(self, formula: Formula) -> bool:
+        return self._knows(formula) and self.known is not None and self.known.cond_index == formula.cond_index
+
+    @property
+    def _rounding(self) -> float:
+        """How far a scale that was solved for may be off."""
+        return 0.001 if self.output.dtype == torch.float32 else 0.02
+
+    def _is_single(self, formula: Formula, w: float) -> bool:
+        """Whether the output is one of two halves, and their order is not known."""
+        return formula.branches == 2 and not self._knows(formula) and min(abs(w), abs(w - 1)) <= self._rounding
 
     def _leads(self, formula: Formula, w: float) -> bool:
         """Whether c is the half that is meant where the scale was solved for: guidance is towards it.
 
-        Between both halves either may be.
+        Between both halves either may be, and at one of them a later step tells. An order that is known is kept to,
+        or nothing is chosen.
         """
-        if self._is_known(formula) or w == 1 or w > (1.001 if self.output.dtype == torch.float32 else 1.02):
-            return w > 0
-        if w > 0 and not (self.known is not None and self.known.branches == formula.branches):
+        if self._is_single(formula, w):
+            self.single = True
+            return False
+        if self._knows(formula):
+            if self._is_known(formula) and w < -self._rounding:
+                self.against = turned(formula, w)
+            return self._is_known(formula) and w >= -self._rounding
+        if 0 < w < 1:
             self.doubts.append(f"{formula}, with w = {w:.4g}")
-        return False
+        return w > 1
 
     def _is_guided(self, formula: Formula, reading: Reading, s: Scale) -> bool:
         """Whether there is enough to be seen of what the formula says: a good part of the numbers differs."""
@@ -439,21 +488,48 @@ class _Search:
         return self.output.dtype if formula.upcast else self.outputs[0].dtype
 
     def _try(self, formula: Formula, w: float, fit: Fit, size: float) -> None:
+        if w < 0.5:  # then the other half explains as much, and guidance is rather towards that
+            return
         off = fit.error / size if size else math.inf
         self.tried = min(self.tried, (off, f"{formula}, with w = {w:g}, is off by {off:.2g} |c - u|"))
 
+    @property
+    def _is_in_doubt(self) -> bool:
+        return bool(self.single or self.against or self.doubts or self.open)
+
     def _in_doubt(self) -> Identified:
+        if self.single:
+            return Identified(None, True, SINGLE)
+        if self.against:
+            return Identified(None, False, self.against)
         several = f"more than one formula fits: {'; or '.join(self.doubts)}"
         if not self.open:
             several += ". With a guidance scale above 1 it can be told which of them is the conditional prediction"
         return Identified(None, self.open, several)
 
 
+def turned(formula: Formula, w: float) -> str:
+    """Says that a scale that was solved for is below 0 in the order that was known until then."""
+    return (
+        f"{formula} held until now, but here with w = {w:.4g}, or with w = {1 - w:.4g} if the other half is the "
+        "conditional one, and which of both is true cannot be told: call the scale guidance_scale, so that it can be "
+        "read"
+    )
+
+
 def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample | None = None) -> float | None:
     """The scale at which a plain formula gives `target` bit for bit, from c and u of `cut`; None: there is none.
 
-    Rounding is monotone, so that a scale too small for one number and too large for another never fits.
+    The scale at which it did so before is tried first. Rounding is monotone, so that a scale too small for one number
+    and too large for another never fits.
     """
+
+    def made(c: Tensor, u: Tensor, s: float) -> Tensor:
+        return formula.anchored(c, u, s).to(formula.dtype)
+
+    before = formula.value
+    if formula.exact and isinstance(before, float) and not ((made(c, u, before) != target) & target.isfinite()).any():
+        return before
     sample = Sample(target.shape) if sample is None else sample
     near, span = best(formula, c, u, target, sample), 0.02
     c_, u_, t_ = (sample(t).flatten() for t in (c, u, target))
@@ -461,19 +537,9 @@ def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample
     c_, u_, t_ = c_[finite], u_[finite], t_[finite]
     if not math.isfinite(near) or not len(t_):
         return None
-
-    def made(c: Tensor, u: Tensor, s: float) -> Tensor:
-        return ANCHORS[formula.anchor](c, u, s).to(formula.dtype)
-
-    if formula.anchor not in ("u", "c"):
-        rounded = dict.fromkeys(float(f"{near:.{digits}g}") for digits in range(1, 7))
-        for s in rounded:
-            off = span * max(abs(s), 0.1)
-            if torch.equal(made(c_, u_, s), t_) and not any(torch.equal(made(c_, u_, s + x), t_) for x in (-off, off)):
-                return s
-        return None
+    search = _bisected if formula.anchor in _MONOTONE else _narrowed
     for _ in range(4):
-        found = _bisected(made, c_, u_, t_, near, span)
+        found = search(made, c_, u_, t_, near, span)
         if found is None:
             return None
         wrong = (made(c, u, found) != target) & torch.isfinite(target)
@@ -481,6 +547,55 @@ def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample
         if not len(places):
             return found
         c_, u_, t_ = (torch.cat([few, all_.flatten()[places].cpu()]) for few, all_ in ((c_, c), (u_, u), (t_, target)))
+    return None
+
+
+_MONOTONE = ("u", "c", "lerp", "added", "in float32")
+"""Anchors of which each number rises or falls with the scale, however it is rounded."""
+_SUMS = ("weighted",)
+"""Those of which only both terms do, `s c` and `(1 - s) u`. All others are one of these at another scale."""
+
+
+def _narrowed(
+    made: Callable[[Tensor, Tensor, float], Tensor], c: Tensor, u: Tensor, target: Tensor, near: float, span: float
+) -> float | None:
+    """A scale at which a sum of two terms gives `target`, if none further than `span` of itself away does too.
+
+    Between two scales each term lies between what it is at both, and so does the rounded sum: where that leaves out
+    one number of the target, none of the scales between fits.
+    """
+    zero = torch.zeros_like(c)
+
+    def fits(s: float) -> bool:
+        return torch.equal(made(c, u, s), target)
+
+    def may_fit(low: float, high: float) -> bool:
+        ends = [(made(c, zero, s), made(zero, u, s)) for s in (low, high)]
+        least, most = (
+            sum(pick(*terms) for terms in zip(*ends, strict=True)) for pick in (torch.minimum, torch.maximum)
+        )
+        least, most, there = (t.to(c.dtype) for t in (least, most, target))  # rounded where the sum may be
+        return bool(((least <= there) & (there <= most)).all())
+
+    def is_telling(s: float) -> bool:
+        off = span * max(abs(s), 0.1)
+        return not (fits(s - off) or fits(s + off))
+
+    for s in dict.fromkeys(float(f"{near:.{digits}g}") for digits in range(1, 7)):
+        if fits(s):
+            return s if is_telling(s) else None
+    reach = 0.1 * max(abs(near), 1.0)
+    waiting = [(near - reach, near + reach)]
+    for _ in range(400):
+        if not waiting:
+            return None
+        low, high = waiting.pop()
+        middle = (low + high) / 2
+        if fits(middle):
+            return middle if is_telling(middle) else None
+        if may_fit(low, high):
+            halves = [(low, middle), (middle, high)]
+            waiting += halves[::-1] if near < middle else halves  # the last is searched first
     return None
 
 

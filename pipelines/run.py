@@ -18,7 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from numbers import Real
+from dataclasses import replace
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -47,7 +47,7 @@ from diffusers_guidance.pipelines.formula import (
     residual,
     views,
 )
-from diffusers_guidance.pipelines.identify import Sample, best, identify, solve
+from diffusers_guidance.pipelines.identify import SINGLE, Sample, best, identify, solve, turned
 from diffusers_guidance.pipelines.intercept import intercept_call, intercept_method, is_inherited
 from diffusers_guidance.pipelines.rows import pick
 from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, planned
@@ -55,12 +55,14 @@ from diffusers_guidance.report import Report, StepReport, tell_repayments, to_li
 from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.spaces import Space
 
-_AGREE = "both predictions agree to rounding"
+_NOT_YET = ": nothing to identify yet"
+_ROUNDING = 0.02
+"""How far below 0 a scale that was solved for may come out, whatever the dtype."""
 _STEP = ("model_output", "timestep", "sample")
 """What schedulers' steps take, in diffusers' order; for one that does not say."""
 
 
-_ORDERS: WeakKeyDictionary[torch.nn.Module, dict[str, Formula]] = WeakKeyDictionary()
+_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Formula]] = WeakKeyDictionary()
 """By network and the pipeline's class, a formula that was found where the scale told both halves apart."""
 
 
@@ -93,6 +95,8 @@ class Seen(NamedTuple):
     """(2, rows): of the denoised predictions and of the noise; NaN where unknown."""
     is_verified: bool = False
     """Whether the residual was waited for and fits; then the similarity is on the host."""
+    doubt: str = ""
+    """Why it may be another formula although the residual fits."""
 
 
 class Unread(NamedTuple):
@@ -463,9 +467,9 @@ class Run:
             )
             raise self._unsupported(denoiser, output, seen)
         if denoiser.formula is None:
-            if not self._identify(denoiser, output, sample):
+            if reason := self._identify(denoiser, output, sample):
                 same = [Decision("both")] * output.shape[0]
-                self._record(denoiser, same, None, None, f"{_AGREE}: nothing to identify yet")
+                self._record(denoiser, same, None, None, f"{reason}{_NOT_YET}")
                 return output
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
             assert denoiser.formula is not None
@@ -481,7 +485,7 @@ class Run:
             for decision, was in zip(denoiser.decisions, evaluated, strict=True)
         ]
         unguided = [decision.action == "conditional" for decision in plan]
-        c, u, w, sample, space, residual, similarity, is_verified = self._verify(
+        c, u, w, sample, space, residual, similarity, is_verified, doubt = self._verify(
             denoiser, output, sample, evaluated, unguided
         )
         formula, history = denoiser.formula, denoiser.history
@@ -493,7 +497,8 @@ class Run:
         if not is_verified:
             self._unread.append(Unread(len(self.report.steps), formula, residual, similarity))
         self._remember(denoiser, space, similarity, evaluated)
-        self._record(denoiser, plan, evaluated, similarity if is_verified else None, note, w)
+        note = "; ".join(filter(None, [note, doubt and f"not verified: {doubt}"]))
+        self._record(denoiser, plan, evaluated, similarity if is_verified else None, note, None if doubt else w)
 
         if self.policy.hands and not denoiser.nfe:  # nothing new to combine
             return output
@@ -503,6 +508,11 @@ class Run:
                 return output
             guided = pick(stray, formula.finished(c, c, self._around(sample)), formula.view.working(output))
         else:
+            if w < 0:
+                raise UnsupportedPipeline(
+                    f"{self.report.pipeline} guides at a scale of {w:.4g} at step {len(self.report.steps) - 1}: "
+                    f"{self.rule} needs one from 0 up at every step; use CFG(), or call the pipeline with such a scale"
+                )
             rule = settled(self.rule, w, self._clock.steps - 1, space)
             rides = space is not None and formula.is_direct and not any(unguided) and not self.policy.hands
             fused = fuse() if rides else None
@@ -581,26 +591,26 @@ class Run:
             return True
         if getattr(self.pipe, "do_classifier_free_guidance", None) is False:
             return False
-        few, x = Sample(output.shape), sample if sample.shape == output.shape else None
         for view in views(y.shape, output.shape):
-            if view.channels:
+            if view.channels or not view.holds(output):
                 continue
-            alone = view(y).to(output.dtype)
-            found = residual(alone, output, output, output, 0.0)
+            alone, target = view(y).to(output.dtype), view.working(output)
+            found = residual(alone, target, target, target, 0.0)
             if found.fit(found.norms.tolist()).fits:
                 return False
             # Or what one network predicts is turned into what the scheduler wants.
-            if x is not None and alone.shape == output.shape and mixture(*map(few, (output, x, alone)))[1].fits:
+            few, x = Sample(target.shape), view.working(sample) if sample.shape == output.shape else None
+            if x is not None and alone.shape == target.shape and mixture(*map(few, (target, x, alone)))[1].fits:
                 return False
         return True
 
-    def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
-        """Finds the pipeline's formula; False while both predictions agree and any would fit."""
-        before = _ORDERS.get(denoiser.module, {}).get(self.report.pipeline)
+    def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> str:
+        """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
+        before = _ORDERS.get(denoiser.module, {}).get(type(self.pipe))
         found = identify(denoiser.outputs, output, self._scales(), self._around(sample), before)
         if found.formula is None:
             if found.undetermined:
-                return False
+                return found.tried
             raise self._unsupported(denoiser, output, found.tried)
         self._keep_order(denoiser, found.formula)
         denoiser.know(found.formula)
@@ -609,12 +619,12 @@ class Run:
         denoiser.history = History.following(histories, self._clock.steps - 1, found.formula.rows, denoiser.name)
         known = [*filter(None, self.report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
         self.report.formula = "; ".join(dict.fromkeys(known))
-        return True
+        return ""
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales at which that cannot be told."""
         if formula.mixed != SOLVED and formula.w(formula.value) > 1:
-            _ORDERS.setdefault(denoiser.module, {})[self.report.pipeline] = formula
+            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.pipe)] = formula
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
@@ -633,13 +643,17 @@ class Run:
         if not self._acts and denoiser.formula is not None and denoiser.formula.is_read:
             return seen
         (fit, similarity), *_ = fetched([seen])
-        if not fit.fits:
+        formula = denoiser.formula
+        assert formula is not None
+        is_turned = formula.scale is None and any(evaluated) and seen.w < -_ROUNDING
+        doubt = turned(formula, seen.w) if is_turned else ""
+        if doubt or not fit.fits:
             try:
-                self._identify_anew(denoiser, output, sample, _held(denoiser.formula, fit))
+                self._identify_anew(denoiser, output, sample, doubt or _held(formula, fit))
             except UnsupportedPipeline:
                 if self._acts:
                     raise
-                return seen  # nothing is done in its place: the report says that it was not verified
+                return seen._replace(doubt=doubt)  # nothing is done in its place: the report says so
             seen = self._see(denoiser, output, sample, evaluated, unguided)
             (_, similarity), *_ = fetched([seen])
         return seen._replace(similarity=similarity, is_verified=True)
@@ -649,7 +663,7 @@ class Run:
         formula = denoiser.formula
         found = identify(denoiser.outputs, output, self._scales(), self._around(sample), formula)
         again = found.formula
-        if again is None and found.undetermined:
+        if again is None and found.undetermined and found.tried != SINGLE:
             return  # the output agrees with both predictions
         if formula is None or again is None or again.rows != formula.rows:
             raise self._unsupported(denoiser, output, why)
@@ -694,6 +708,8 @@ class Run:
             elif guided:
                 exactly = solve(formula, c, u, target) if formula.exact else None
                 s = best(formula, c, u, target) if exactly is None else exactly
+                if exactly is not None:
+                    denoiser.formula = formula = replace(formula, value=s)
             w = formula.w(s)
             expected = formula.reproduce(denoiser.outputs, s, around)
             found = formula.residual(expected, target, c, u, s, around, is_strict=self._acts)
@@ -726,8 +742,10 @@ class Run:
         says = getattr(self.pipe, "do_classifier_free_guidance", None)
         if isinstance(says, bool):
             return says
-        scales = [s for get in self._scales().values() if isinstance(s := get(), Real | Tensor)]
-        return any(float(torch.as_tensor(s).max()) > 1 for s in scales) if scales else None
+        values = [get() for get in self._scales().values()]
+        scales = [read(value, value if isinstance(value, Tensor) else torch.empty(0)) for value in values]
+        known = [s for s in scales if s is not None]
+        return any(float(s.max() if isinstance(s, Tensor) else s) > 1 for s in known) if known else None
 
     @property
     def _may_guide(self) -> bool:
@@ -876,8 +894,9 @@ class Run:
         """Why no guidance was identified."""
         if not self.report.steps:
             return "no step of a scheduler: left alone" if self._called and not self._taken else ""
-        if any(_AGREE in step.note for step in self.report.steps):
-            return f"{_AGREE} at every step that evaluates two: left alone"
+        reasons = dict.fromkeys(step.note.split(_NOT_YET)[0] for step in self.report.steps if _NOT_YET in step.note)
+        if reasons:
+            return f"{' or '.join(reasons)}, at every step that evaluates two: left alone"
         return (
             "no classifier-free guidance in this call: one prediction of each sample a step, as without a negative "
             "prompt or at a scale of 1 or below: left alone"

@@ -3,8 +3,10 @@
 The truths are the numbers that each formula was made with.
 """
 
+import itertools
 import math
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from tiny import PIPELINES, run
 from torch import nn
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
@@ -220,7 +223,7 @@ class Loop(DiffusionPipeline):
     def __init__(self, unet, scheduler):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.way, self.scale = WAYS["u + w (c - u)"], lambda step, scale: scale
+        self.way, self.scale = WAYS["u + w (c - u)"], lambda step, w: w[0] if isinstance(w, tuple) else w
 
     @torch.no_grad()
     def __call__(self, guidance_scale=7.0, dtype=torch.float32):
@@ -233,6 +236,26 @@ class Loop(DiffusionPipeline):
         return x
 
 
+def loop_class(order):
+    """Such a class made anew, with its halves in this order."""
+
+    class Ordered(Loop):
+        @torch.no_grad()
+        def __call__(self, guidance_scale=7.0, dtype=torch.float32):
+            self.scheduler.set_timesteps(6)
+            x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+            for i, t in enumerate(self.scheduler.timesteps):
+                x_in = self.scheduler.scale_model_input(x, t).to(dtype)
+                context = torch.tensor([{"u": 0.0, "c": 1.0}[half] for half in self.order], dtype=dtype)
+                halves = dict(zip(self.order, self.unet(torch.cat([x_in] * 2), t, context)[0].chunk(2), strict=True))
+                w = self.scale(i, guidance_scale)
+                x = self.scheduler.step(self.way(halves["c"], halves["u"], w), t, x)[0].to(dtype)
+            return x
+
+    Ordered.order = order
+    return Ordered
+
+
 def loop(apart=0.05):
     return Loop(Net(apart), EulerDiscreteScheduler())
 
@@ -243,17 +266,30 @@ def scales(handle):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "scale", [np.float32(7), np.int64(7), np.float64(7), torch.tensor(7.0), torch.tensor([7])], ids=repr
+    "scale",
+    [np.float32(7), np.int64(7), np.float64(7), torch.tensor(7.0), torch.tensor([7]), Fraction(7)],
+    ids=repr,
 )
 def test_a_scale_that_is_a_number_of_another_type_is_read_like_a_float(scale, dtype):
     for apart in (0.002, 0.05):
         pipe = loop(apart)
+        pipe.scale = lambda step, scale: float(scale) if isinstance(scale, Fraction) else scale
         with attach(pipe, APG(), EveryStep()) as handle:
             expected = pipe(7.0, dtype)
             assert scales(handle) == [7.0] * 6
             result = pipe(scale, dtype)
             assert scales(handle) == [7.0] * 6
         assert torch.equal(result, expected)
+
+
+def test_a_scale_that_torch_cannot_read_is_one_where_the_call_ends_too():
+    """Its steps were seen as without guidance, say: whether that may be is asked of the scale."""
+    pipe = Unguided(Net(0.3), EulerDiscreteScheduler())
+    pipe.turned = lambda x, y, _: y
+    plain = pipe(1.0)
+    for scale in (Fraction(15, 2), Fraction(1), [7.5, 3.0], "7.5"):
+        with attach(pipe, APG()):
+            assert torch.equal(pipe(scale), plain)
 
 
 def test_a_rule_with_a_scale_of_another_type():
@@ -316,6 +352,176 @@ def test_the_order_is_remembered_from_run_to_run():
     assert scales(handle) == [pytest.approx(0.3, rel=1e-4)] * 6
 
 
+def test_a_class_that_was_made_anew_does_not_inherit_an_order():
+    """As a cell of a notebook that is run again, with the halves the other way round."""
+    net = Net(0.1)
+    first = loop_class(["u", "c"])(net, EulerDiscreteScheduler())
+    with attach(first, CFG(), Hold()):
+        first((3.0,))
+        first((0.3,))
+    again = loop_class(["c", "u"])(net, EulerDiscreteScheduler())
+    with attach(again, CFG(), Hold()) as handle:
+        with pytest.raises(UnsupportedPipeline, match="more than one formula fits"):
+            again((0.3,))
+        again((3.0,))
+        again((0.3,))
+    assert "[cond, uncond]" in handle.report.formula
+
+
+def test_a_name_that_fits_exactly_goes_before_the_order_that_is_known():
+    """Of a class that orders its halves by an argument."""
+    net = Net(0.1)
+    pipe = loop_class(["u", "c"])(net, EulerDiscreteScheduler())
+    for order, scale in itertools.product((["c", "u"], ["u", "c"]), (3.0, 0.3, 0.8)):
+        pipe.order = order
+        with attach(pipe, CFG(), Hold()) as handle:
+            pipe(scale)
+        assert ("[cond, uncond]" in handle.report.formula) == (order == ["c", "u"])
+        assert scales(handle) == [scale] * 6
+
+
+@pytest.mark.parametrize("scale", [lambda step, _: -1.0, lambda step, _: [5.0, 4.0, 2.0, 0.0, -1.0, -2.0][step]])
+def test_rules_refuse_a_negative_scale_in_a_sentence(scale):
+    pipe = loop(0.1)
+
+    def shown(step, given):
+        pipe._guidance_scale = scale(step, given)
+        return pipe._guidance_scale
+
+    pipe.scale = shown
+    for rule in (APG(), CFG(rescale=0.5)):
+        match = r"at a scale of -1 at step \d: .* from 0 up"
+        with attach(pipe, rule, EveryStep()), pytest.raises(UnsupportedPipeline, match=match):
+            pipe()
+    plain = pipe()
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe(), plain)
+    assert scales(handle) == [scale(step, None) for step in range(6)]
+
+
+HIDDEN = ["u + w (c - u)", "lerp", "w c + (1 - w) u", "w c - (w - 1) u", "c + (w - 1) (c - u)"]
+"""Ways that a scale is hidden in."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", HIDDEN)
+@pytest.mark.parametrize("order", [["u", "c"], ["c", "u"]], ids="".join)
+@pytest.mark.parametrize("warm", [(1.0, 1.0, 3.0, 5.0, 5.0, 5.0), (0.0, 0.0, 5.0, 5.0, 5.0, 5.0)], ids=str)
+def test_a_scale_that_warms_up_out_of_sight_is_found_once_it_can_be_told(warm, order, way, dtype):
+    for rule, policy in ((CFG(), EveryStep()), (APG(), EveryStep()), (CFG(), Hold())):
+        pipe = loop_class(order)(Net(0.3), EulerDiscreteScheduler())
+        pipe.way, pipe.scale = WAYS[way], lambda step, scale: warm[step]
+        plain = pipe((0.0,), dtype)
+        with attach(pipe, rule, policy) as handle:
+            result = pipe((0.0,), dtype)
+        assert scales(handle) == [None] * 2 + [pytest.approx(w, rel=0.02) for w in warm[2:]]
+        assert all("nothing to identify yet" in step.note for step in handle.report.steps[:2])
+        assert ("[cond, uncond]" in handle.report.formula) == (order == ["c", "u"])
+        assert torch.equal(result, plain) == (policy == EveryStep() and rule == CFG())
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0])
+def test_a_scale_that_stays_at_a_half_is_left_alone_and_said(w):
+    pipe = loop(0.3)
+    plain = pipe((w,))
+    with attach(pipe, APG()) as handle:
+        assert torch.equal(pipe((w,)), plain)
+    assert "one of both predictions as it is" in handle.report.note
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_scale_that_rises_from_zero_in_sight_is_found_too(named):
+    pipe = loop(0.3)
+
+    def shown(step, given):
+        w = [0.0, 2.0, 4.0, 4.0, 4.0, 4.0][step]
+        if named:
+            pipe._guidance_scale = w
+        return w
+
+    pipe.scale = shown
+    with attach(pipe, APG(), EveryStep()) as handle:
+        pipe((1.0,))
+    assert scales(handle) == [None] + [pytest.approx(w) for w in (2.0, 4.0, 4.0, 4.0, 4.0)]
+    assert "[uncond, cond]" in handle.report.formula
+
+
+@pytest.mark.parametrize("way", HIDDEN)
+@pytest.mark.parametrize("w", [-1.0, -0.3])
+def test_a_hidden_scale_below_zero_is_refused_where_the_order_is_known(w, way):
+    pipe = loop(0.1)
+    pipe.way, pipe.scale = WAYS[way], lambda step, given: given[0]
+    with attach(pipe, CFG(), Hold()):
+        pipe((5.0,))
+        with pytest.raises(UnsupportedPipeline, match=f"with w = {w:g}, or with w = {1 - w:g} if the other half"):
+            pipe((w,))
+    pipe.scale = lambda step, given: [5.0, 3.0, 1.0, 0.0, w, w][step]
+    with attach(pipe, CFG(), Hold()), pytest.raises(UnsupportedPipeline, match=f"with w = {w:g}, or"):
+        pipe((0.0,))
+    plain = pipe((0.0,))
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe((0.0,)), plain)
+    assert scales(handle) == [pytest.approx(s, abs=1e-5) for s in (5.0, 3.0, 1.0, 0.0)] + [None] * 2
+    assert "if the other half" in handle.report.steps[4].note
+
+
+def test_a_hidden_scale_that_turns_from_below_zero_to_above_is_not_guided_at_a_wrong_one():
+    """At first the other half is taken for the conditional one: w = 2 is guidance towards it."""
+    pipe = loop(0.1)
+    pipe.scale = lambda step, given: [-1.0, -1.0, 5.0, 5.0, 5.0, 5.0][step]
+    for rule in (CFG(), APG()):
+        with attach(pipe, rule, Hold()), pytest.raises(UnsupportedPipeline, match="with w = 5 if the other half"):
+            pipe((0.0,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["w c + (1 - w) u", "w c - (w - 1) u", "lerp", "in float32", "add"])
+def test_a_hidden_scale_is_solved_for_in_half_precision_however_it_is_written(way, dtype):
+    for apart, w in itertools.product((0.02, 0.3), (4.37, 7.5)):
+        pipe = loop(apart)
+        pipe.way = WAYS[way]
+        plain = pipe((w,), dtype)
+        with attach(pipe, CFG(), Hold()) as handle:
+            pipe((w,), dtype)
+        assert scales(handle) == [pytest.approx(w, rel=0.02)] * 6
+        with attach(pipe, APG(eta=1.0, norm_threshold=None, momentum=0.0), EveryStep()) as handle:
+            pipe((w,), dtype)
+        assert scales(handle) == [pytest.approx(w, rel=0.02)] * 6
+        with attach(pipe, CFG(), EveryStep()) as handle:
+            assert torch.equal(pipe((w,), dtype), plain)
+        assert scales(handle) == [pytest.approx(w, rel=0.02)] * 6
+
+
+@pytest.mark.parametrize("way", ["w c + (1 - w) u", "lerp"])
+def test_a_hidden_ramp_is_followed_in_half_precision_however_it_is_written(way):
+    pipe = loop(0.1)
+    ramp = [7.5 - 1.1 * step + 0.0123456 * step**2 for step in range(6)]
+    pipe.way, pipe.scale = WAYS[way], lambda step, given: ramp[step]
+    with attach(pipe, CFG(), Hold()) as handle:
+        pipe((0.0,), torch.bfloat16)
+    told = [w for w, step in zip(scales(handle), handle.report.steps, strict=True) if step.nfe > 1]
+    known = [w for w, step in zip(ramp, handle.report.steps, strict=True) if step.nfe > 1]
+    assert told == [pytest.approx(w, rel=0.02) for w in known]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["u + w (c - u)", "w c + (1 - w) u", "c + (w - 1) (c - u)", "w c - (w - 1) u"])
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 1, 1)], ids=str)
+def test_a_scale_of_one_element_widens_what_it_multiplies(shape, way, dtype):
+    """A tensor of dimensions takes a half-precision difference to its own dtype, as a number does not."""
+    for apart in (0.004, 0.3):
+        for scale in (torch.full(shape, 7.3), (torch.full(shape, 7.3),)):
+            pipe = loop(apart)
+            pipe.way = WAYS[way]
+            plain = pipe(scale, dtype)
+            with attach(pipe, CFG(), EveryStep()) as handle:
+                assert torch.equal(pipe(scale, dtype), plain)
+            assert scales(handle) == [pytest.approx(7.3, rel=1e-2)] * 6
+            with attach(pipe, APG(), EveryStep()) as handle:
+                pipe(scale, dtype)
+            assert scales(handle) == [pytest.approx(7.3, rel=1e-2)] * 6
+
+
 class Unguided(Loop):
     """One prediction a step, of which the scheduler gets `turned(sample, prediction)`."""
 
@@ -339,6 +545,80 @@ def test_calls_without_guidance_are_left_alone():
         with attach(pipe, APG()) as handle:
             assert torch.equal(pipe(), plain)
         assert "one prediction of each sample a step" in handle.report.note
+
+
+class UnguidedFrames(DiffusionPipeline):
+    """One prediction a step of a video, whose frames the scheduler holds as rows, or twice over."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, guidance_scale=1.0, held="frames"):
+        self.scheduler.set_timesteps(4)
+        x = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in self.scheduler.timesteps:
+            y = self.unet(x, t, torch.ones(2))[0]
+            if held == "frames":
+                y, x = (each.transpose(1, 2).flatten(0, 1) for each in (y, x))
+                x = self.scheduler.step(y, t, x)[0].unflatten(0, (2, 3)).transpose(1, 2)
+            else:
+                x = self.scheduler.step(torch.cat([y] * 2), t, torch.cat([x] * 2))[0][:2]
+        return x
+
+
+class VideoNet(Net):
+    def forward(self, x, t, context):
+        return ((x + self.apart * torch.tanh(x.flip(-1) * 3) * context.view(-1, 1, 1, 1, 1)).to(x.dtype),)
+
+
+@pytest.mark.parametrize("held", ["frames", "twice"])
+def test_videos_without_guidance_are_left_alone_however_the_scheduler_holds_them(held):
+    pipe = UnguidedFrames(VideoNet(0.3), EulerDiscreteScheduler())
+    plain = pipe(held=held)
+    for rule, policy in ((CFG(), EveryStep()), (APG(), Hold())):
+        with attach(pipe, rule, policy) as handle:
+            assert torch.equal(pipe(held=held), plain)
+        assert "one prediction of each sample a step" in handle.report.note
+
+
+@pytest.mark.parametrize("name", ["TextToVideoSDPipeline", "VideoToVideoSDPipeline"])
+def test_video_pipelines_at_a_scale_of_one_are_left_alone(name):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    plain = run(pipe, entry, 3, 1, guidance_scale=1.0)
+    with attach(pipe, APG()) as handle:
+        assert torch.equal(run(pipe, entry, 3, 1, guidance_scale=1.0), plain)
+    assert "one prediction of each sample a step" in handle.report.note
+
+
+@pytest.mark.parametrize("parts", [4, 5])
+def test_more_than_three_branches_are_refused_in_a_true_sentence(parts):
+    c, u = pair(0.3)
+    branches = [u, c, *[c.roll(i, -1) for i in range(1, parts - 1)]]
+    refused = found(branches, u + 5 * (c - u) + branches[2] - branches[3], {"guidance_scale": 5.0})
+    assert f"evaluated {parts} predictions of each sample" in refused.tried
+
+
+def test_two_positives_are_refused_in_a_true_sentence():
+    """Composable diffusion: guidance towards two branches."""
+    (c, u), (b, _) = pair(0.3), pair(0.3, seed=1)
+    for batched in (True, False):
+        refused = found([u, c, b], u + 5 * (0.6 * (c - u) + 0.4 * (b - u)), {"guidance_scale": 5.0}, batched)
+        assert refused.formula is None
+        assert "times -4, 3, 2: that is not guidance towards one" in refused.tried
+
+
+@pytest.mark.parametrize("cond", [0, 1])
+def test_what_is_refused_is_told_of_the_half_that_it_guides_towards(cond):
+    c, u = pair(0.3)
+    for finished in (lambda g: g.clamp(-1, 1), lambda g: FINISHES["norm of c"](g, c)):
+        refused = found([c, u] if cond == 0 else [u, c], finished(u + 5 * (c - u)), {})
+        assert refused.formula is None
+        assert f"[{', '.join(['cond', 'uncond'] if cond == 0 else ['uncond', 'cond'])}]" in refused.tried
+        assert "is off by" in refused.tried
+        assert "w = -" not in refused.tried
 
 
 def test_two_networks_a_step_are_refused_in_a_true_sentence():
