@@ -6,7 +6,7 @@ it decides for every sample of the batch, on its own, between
     both           evaluate the conditional and the unconditional prediction
     conditional    evaluate the conditional one alone and use it unguided
     extrapolate    evaluate the conditional one alone and guide with an estimate of the other
-    neither        evaluate nothing and guide with estimates of both
+    neither        evaluate nothing and guide with estimates of both, or with a forecast of the guided prediction
 
 It keeps no state: all memory is in the `History`, which belongs to one run. The first step a denoiser takes
 in a run is always evaluated in full, because the pipeline's guidance is identified there; a plan for
@@ -24,7 +24,7 @@ from torch import Tensor
 from diffusers_guidance import kernels
 from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
 from diffusers_guidance.checks import is_number, is_whole, plain_fields
-from diffusers_guidance.errors import CalibrationMismatch
+from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
 from diffusers_guidance.forecast import combined, denoised_gains, forecast, pattern, repayment
 from diffusers_guidance.spaces import Space
 
@@ -81,6 +81,8 @@ class History:
     """Likewise the unconditional ones; where a sample's was left out, what stood in for it."""
     guided: dict[int, Tensor] = field(default_factory=dict)
     """By step: the last guided predictions, as a policy that `hands` keeps them."""
+    is_denoised: bool = False
+    """Whether these are denoised samples; else they are as the scheduler takes them."""
     skipped: list[int] = field(default_factory=list)
     """The steps since the last of these."""
 
@@ -96,6 +98,7 @@ class History:
             if other.rows == rows and len(other.similarity["noise"]) <= steps:
                 made.similarity = {space: list(values) for space, values in other.similarity.items()}
                 made.guided, made.skipped = dict(other.guided), list(other.skipped)
+                made.is_denoised = other.is_denoised
         return made
 
     def agreement(self, space: str) -> Tensor:
@@ -385,7 +388,8 @@ class Forecast(Policy):
 
     Args:
         save: the share of the NFEs to save, at least, from 0 to below 1; but the first and the last step are evaluated.
-        nfe: instead, the NFEs of one sample at most, two for each step that is evaluated; 4 or more.
+        nfe: instead, the NFEs of one sample at most, two for each step that is evaluated; 4 or more. Beyond them go
+            steps that a run must evaluate: a second denoiser's first, and the next after steps without guidance.
     """
 
     save: float = 0.25
@@ -395,6 +399,7 @@ class Forecast(Policy):
     hands = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (is_number(self.save, 0) and self.save < 1):
             raise ValueError(f"save={self.save!r}: a share of the NFEs from 0 to below 1")
         if self.nfe is not None and not is_whole(self.nfe, 4):
@@ -407,20 +412,27 @@ class Forecast(Policy):
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         chosen = self.pattern(step.count, step.table)[step.index]
-        return _everyone(history, "both" if chosen or not history.guided else "neither")
+        known = history.guided and history.is_denoised == bool(step.table)
+        return _everyone(history, "both" if chosen or not known else "neither")
 
     def hand(self, step: Step, history: History, guided: Tensor | None, sample: Tensor | None) -> Handed:
         space = step.table[step.index] if step.table and sample is not None else None
         known = history.guided
+        if guided is None and history.is_denoised != (space is not None):
+            raise UnsupportedScheduler(
+                f"step {step.index} was to be forecast, but the scheduler was replaced just before, and only one of both "
+                "has predictions that can be denoised: replace it before the run, or use another policy"
+            )
         if guided is None:
             history.skipped.append(step.index)
             combination = forecast([*known], step.index)
             return Handed(
                 _predicted(combined(known, combination), sample, space), f"forecast from {_named(combination)}"
             )
-        if any(each.shape != guided.shape for each in known.values()):  # other samples, or larger ones
-            known.clear()
+        if history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values()):
+            known.clear()  # of another scheduler, or of other samples
             history.skipped.clear()
+        history.is_denoised = space is not None
         skipped, history.skipped = history.skipped, []
         known[step.index] = now = _denoised(guided, sample, space)
         while len(known) > 3:

@@ -37,8 +37,10 @@ class Clock:
         self._values: list[float] = []
         self._table: tuple[Space, ...] | None = None
         self._index = -1
-        self.steps = steps
-        """Evaluations made so far."""
+        self.steps = self.before = steps
+        """Evaluations made so far; and those that another scheduler had made."""
+        self.loops = 0
+        """Loops begun."""
 
     def tick(self, scheduler: Any, timestep: Any) -> None:
         """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
@@ -119,7 +121,8 @@ class Clock:
 
     def _read(self, scheduler: Any) -> None:
         if self._scheduler is not None:  # another loop
-            self.steps = 0
+            self.steps = self.before = 0
+        self.loops += 1
         self.begins_anew = False
         self._scheduler, self._timesteps = scheduler, scheduler.timesteps
         self._values = [float(t) for t in scheduler.timesteps.tolist()]

@@ -36,6 +36,10 @@ class Denoiser:
     momentum: Tensor | None = None
     clock: Clock | None = None
     """That of the scheduler which its predictions go to."""
+    loop: int = 0
+    """Which of the clock's loops it was in."""
+    sample_shape: torch.Size | None = None
+    """Of the samples that it was last evaluated on."""
     reading: batch.Reading = batch.READINGS[0]
     """How a part of the batch is taken from a call's arguments."""
     marks: list[dict[str, Tensor]] = field(default_factory=list)
@@ -239,6 +243,8 @@ class Denoiser:
         if plan is None or formula is None or all(self.evaluates) or asked != expected:
             return self._run_whole(call, args, kwargs, asked)
         branch = 0 if formula.batched else self.branch_of(args, kwargs)
+        if self.skips and self.sample_shape != _sample_shape(args, kwargs):  # a callback has made them larger, say
+            branch = None
         if branch is None:
             self.is_open = True
             return self._run_whole(call, args, kwargs, asked)
@@ -267,6 +273,7 @@ class Denoiser:
         y = batch.prediction(output)
         if y is None:
             self.whole = f"{self.name} is also called for something else than a prediction"
+        self.sample_shape = _sample_shape(args, kwargs)
         if self.formula is None or (y is not None and y.shape != self.shape):
             self.inputs.append((call, args, kwargs, batch.copied(output)))
         self._note(y, tried + asked, asked)
@@ -430,11 +437,14 @@ class Denoiser:
         self.nfe += evaluated
         self.nfe_full += asked
 
-    def try_parts(self) -> str:
+    def try_parts(self, cuts: bool) -> str:
         """On the identifying step: makes sure that a part of the batch gives what the whole gave.
 
         Costs evaluations only where an argument's shape leaves open how it is to be cut. Returns a note for
         the report.
+
+        Args:
+            cuts: whether parts are to be evaluated; a policy that skips whole calls alone needs none.
         """
         formula = self.formula
         assert formula is not None
@@ -451,7 +461,7 @@ class Denoiser:
             return self.whole
         if self.keeps_state:
             return "its hooks keep state: the batch is left whole"
-        if groups == 1 and n == 1:
+        if not cuts or (groups == 1 and n == 1):
             return ""
         names = batch.doubts((args, dict(kwargs)), n * groups, groups)
         names += [name for name, value in kwargs.items() if "cache" in name and value is not None]
@@ -631,6 +641,11 @@ def _sample(args: tuple, kwargs: dict) -> Tensor | list[Tensor] | None:
 
     values = (*args, *kwargs.values())
     return next((value for dims in (2, 1) for value in values if has_rows(value, dims)), None)
+
+
+def _sample_shape(args: tuple, kwargs: dict) -> torch.Size | None:
+    sample = _sample(args, kwargs)
+    return sample.shape if isinstance(sample, Tensor) else None
 
 
 def _rows(args: tuple, kwargs: dict) -> int:

@@ -168,6 +168,9 @@ class Guider(BaseGuidance):
             alone = [Decision("conditional", "no guidance: disabled, or at a scale of 1")] * len(pred_cond)
             run.record(self._coming_step(), self._denoiser, alone, evaluated=False, full=1)
             pred = pred_cond
+            if run.history is not None:  # nothing to forecast it from, nor from it
+                run.history.guided.clear()
+                run.history.skipped.clear()
         else:
             n = self._tokens(pred_cond)
             c, u = pred_cond[:, :n], None if pred_uncond is None else pred_uncond[:, :n]

@@ -231,7 +231,8 @@ class Run:
         self._meet()
         denoiser = self._denoisers[id(module)]
         planned = denoiser.leader or denoiser  # whose plan this call follows
-        if planned.clock is not None and planned.clock.ran_out and not planned.nfe_full:
+        clock = planned.clock
+        if clock is not None and not planned.nfe_full and (clock.ran_out or clock.loops != planned.loop):
             planned.restart()
         step = self._step_of(planned)
         if planned.decisions is None and not planned.nfe_full:  # the first call since the last step
@@ -264,6 +265,7 @@ class Run:
         owner = self._owner(denoiser, scheduler, timestep)
         self._clock = denoiser.clock = self._clocks.setdefault(id(owner), Clock())
         self._clock.tick(owner, timestep)
+        denoiser.loop = self._clock.loops
         if self._clock.went_back and self._acts:
             raise UnsupportedPipeline(
                 f"{self.report.pipeline} steps more than once at timestep {self._clock.timestep:g}: each of its views "
@@ -322,6 +324,7 @@ class Run:
         if last.clock is not clock:
             clock.tick(scheduler, timestep)
             self._clock = last.clock = clock
+            last.loop = clock.loops
 
     # What must not be missed
 
@@ -550,7 +553,10 @@ class Run:
             history.guided.clear()
             history.skipped.clear()
             return guided
-        g, x = formula.view.working(guided), formula.view.working(sample)
+        view = formula.view
+        if view.channels:  # of the sample's channels all are forecast, guided or not
+            view = replace(view, channels=min(sample.shape[1], guided.shape[1]))
+        g, x = view.working(guided), view.working(sample)
         known = self._clock.space is not None and x.shape == g.shape
         evaluated = denoiser.nfe > 0
         step = self._step_of(denoiser, now=True)
@@ -560,7 +566,7 @@ class Run:
         recorded.note = "; ".join(filter(None, [recorded.note, found.note]))
         if found.sizes is not None:
             self._sizes[len(self.report.steps) - 1] = found.sizes
-        return guided if found.prediction is g else formula.view.emit(found.prediction.to(guided.dtype), guided)
+        return guided if found.prediction is g else view.emit(found.prediction.to(guided.dtype), guided)
 
     def _apply(
         self,
@@ -628,7 +634,7 @@ class Run:
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
-        note = denoiser.try_parts()
+        note = denoiser.try_parts(cuts=not self.policy.hands)
         if denoiser.formula is not None and denoiser.formula.batched and not (denoiser.whole or denoiser.keeps_state):
             for other in self._denoisers.values():
                 if other is not denoiser:
@@ -766,7 +772,7 @@ class Run:
         # How the sample will be mixed in is not known before the step: what is held is what the network puts out.
         velocity = 1.0 if formula is not None and formula.mixed else space.velocity
         count = max(count, index + 1)
-        return Step(index, count, space.sigma, velocity, clock.table(count))
+        return Step(index, count, space.sigma, velocity, clock.table(count, clock.before))
 
     def _scales(self) -> Scales:
         """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""

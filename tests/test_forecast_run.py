@@ -1,5 +1,8 @@
 """`Forecast` in pipelines: exact until it skips, each row by itself, close to full guidance, under any rule."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from conformance import STEPS, denoisers, recorded, relative
@@ -7,7 +10,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from test_guider import CLASSIC, FAMILIES, Pair
 from tiny import PIPELINES, counting, run
 
-from diffusers_guidance import APG, CFG, EveryStep, Forecast, attach, samples
+from diffusers_guidance import APG, CFG, EveryStep, Forecast, UnsupportedScheduler, attach, samples
+from diffusers_guidance.forecast import estimate
 from diffusers_guidance.pipelines.fidelity import Fidelity
 from diffusers_guidance.pipelines.guider import Guider
 from diffusers_guidance.spaces import spaces
@@ -158,3 +162,142 @@ def test_without_guidance_nothing_is_skipped(bundled):
 def test_bad_budgets_are_refused(given, said):
     with pytest.raises(ValueError, match=said):
         Forecast(**given)
+
+
+# What needs no part of a batch, and what changes in mid-run
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusion3PAGPipeline"])
+def test_branches_that_need_one_another_are_skipped_together(name):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    with attach(pipe, policy=Forecast(0.4)) as handle, counting(*denoisers(pipe, entry)) as count:
+        run(pipe, entry, 6)
+    assert [step.nfe > 0 for step in handle.report.steps].count(False) == 3
+    assert count.total == handle.report.nfe == handle.report.nfe_full // 2
+
+
+def test_a_network_of_one_batch_size_needs_no_trial():
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    own = pipe.unet.forward
+
+    def forward(sample, *args, **kwargs):
+        if len(sample) != 2:
+            raise RuntimeError("compiled for two")
+        return own(sample, *args, **kwargs)
+
+    with attach(pipe, policy=Forecast(nfe=6)):
+        expected = run(pipe, entry, 6)
+    pipe.unet.forward = forward
+    with attach(pipe, policy=Forecast(nfe=6)) as handle:
+        assert torch.equal(run(pipe, entry, 6), expected)
+    assert handle.report.nfe == 6
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_scheduler_swapped_for_its_like_changes_nothing(name, after):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    if name == "StableDiffusionPipeline":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+
+    def swap(pipe, i, timestep, kwargs):
+        if i == after:
+            pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        return {}
+
+    with attach(pipe, policy=Forecast(0.4)) as handle:
+        expected = run(pipe, entry, 8)
+        evaluated = [step.nfe for step in handle.report.steps]
+        assert torch.equal(run(pipe, entry, 8, callback_on_step_end=swap), expected)
+    assert [step.nfe for step in handle.report.steps] == evaluated
+
+
+class Odd(DDIMScheduler):
+    """Its predictions mean nothing that is known."""
+
+    def add_noise(self, *args, **kwargs):
+        return super().add_noise(*args, **kwargs) * 1.5
+
+
+@pytest.mark.parametrize("after", range(9))
+def test_denoised_and_other_predictions_are_never_mixed(after):
+    """A scheduler swapped for one of another kind: what comes next is evaluated, or refused if it was skipped."""
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+
+    def swap(pipe, i, timestep, kwargs):
+        if i == after:
+            pipe.scheduler, before = Odd.from_config(pipe.scheduler.config), pipe.scheduler
+            pipe.scheduler.set_timesteps(len(before.timesteps))
+        return {}
+
+    with attach(pipe, policy=Forecast(0.4)) as handle:
+        run(pipe, entry, 10)
+        skips = handle.report.steps[after + 1].nfe == 0
+        if skips:
+            with pytest.raises(UnsupportedScheduler, match=f"step {after + 1} was to be forecast"):
+                run(pipe, entry, 10, callback_on_step_end=swap)
+        else:
+            run(pipe, entry, 10, callback_on_step_end=swap)
+            assert handle.report.steps[after + 1].evaluated == ["both"]
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_samples_made_larger_before_a_step_that_would_be_skipped(name):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    for after in range(5):
+
+        def grow(pipe, i, timestep, kwargs, after=after):
+            x = kwargs["latents"]
+            return {"latents": torch.nn.functional.interpolate(x, scale_factor=2)} if i == after else {}
+
+        size = run(pipe, entry, 6, callback_on_step_end=grow).shape
+        with attach(pipe, policy=Forecast(0.4)) as handle:
+            assert run(pipe, entry, 6, callback_on_step_end=grow).shape == size
+        assert handle.report.steps[after + 1].evaluated == ["both"]
+
+
+def test_a_second_loop_of_two_experts_knows_nothing_of_the_first():
+    entry = PIPELINES["WanPipeline, two experts"]
+    pipe = entry.build()
+
+    class Twice(type(pipe)):
+        def __call__(self, *args, **kwargs):
+            first = copy.deepcopy(kwargs)
+            super().__call__(*args, **first)
+            return super().__call__(*args, **kwargs)
+
+    for rule in (CFG(), APG(norm_threshold=1.0)):
+        with attach(pipe, rule, Forecast(0.4)):
+            expected = run(pipe, entry, 8)
+        pipe.__class__ = Twice
+        with attach(pipe, rule, Forecast(0.4)):
+            assert torch.equal(run(pipe, entry, 8), expected)
+        pipe.__class__ = Twice.__mro__[1]
+
+
+def test_all_channels_of_a_sample_are_forecast():
+    """Lumina guides three of four channels; what the scheduler is handed is the forecast of all four."""
+    entry = PIPELINES["LuminaPipeline"]
+    pipe = entry.build()
+    with attach(pipe, policy=Forecast(0.4)) as handle, recorded(pipe.scheduler) as found:
+        run(pipe, entry, 6)
+    skipped = [step.index for step in handle.report.steps if step.evaluated == ["neither"]]
+    sigmas = [float(pipe.scheduler.sigmas[i]) for i in range(6)]
+    D = {i: x.double() - s * y.double() for i, (x, y, s) in
+         enumerate(zip(found.samples, found.outputs, sigmas, strict=True))}  # fmt: skip
+    first = skipped[0]
+    expected = sum(factor * D[i] for i, factor in estimate(tuple(range(first))[-2:], first).items())
+    assert relative(D[first], expected) < 1e-4
+
+
+def test_numbers_of_any_type_are_plain():
+    assert repr(Forecast(np.float32(0.5))) == repr(Forecast(0.5))
+    assert Forecast(nfe=torch.tensor(20)) == Forecast(nfe=20)
+    guider = Guider(policy=Forecast(nfe=np.int64(20)))
+    assert Guider.from_config(guider.config).policy == Forecast(nfe=20)
