@@ -95,7 +95,8 @@ def denoised_gains(table: tuple[Space, ...]) -> tuple[float, ...]:
 def pattern(count: int, evaluations: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
     """By step, whether it is evaluated: the first, the last two, and of the others those that are costliest to skip.
 
-    No more steps are skipped in a row than the budget makes necessary: none twice while a little more than half may be evaluated.
+    No more steps are skipped in a row than the budget makes necessary: none twice while a little more than half may be
+    evaluated.
 
     Args:
         count: steps of the run.

@@ -420,8 +420,8 @@ class Forecast(Policy):
         known = history.guided
         if guided is None and history.is_denoised != (space is not None):
             raise UnsupportedScheduler(
-                f"step {step.index} was to be forecast, but the scheduler was replaced just before, and only one of both "
-                "has predictions that can be denoised: replace it before the run, or use another policy"
+                f"step {step.index} was to be forecast, but the scheduler was replaced just before, and only one of "
+                "both has predictions that can be denoised: replace it before the run, or use another policy"
             )
         if guided is None:
             history.skipped.append(step.index)

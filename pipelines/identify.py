@@ -352,7 +352,11 @@ class _Search:
             fit = _fit(formula, parts, expected, target, s_, near)
             self._try(formula, formula.w(s), fit, norm(parts[0] - parts[1]))
             other = norm(formula.combined(parts, 1.1 * s_, near) - expected)
-            if fit.fits and 2 * fit.allowed < other and self._fits_all(formula, s):
+            if not (fit.fits and 2 * fit.allowed < other):
+                continue
+            # Where a scale beside it fits better, it only happens to be near the one that is used.
+            beside = (norm(formula.combined(parts, f * s_, near) - target) for f in (0.99, 1.01))
+            if fit.error <= min(beside) and self._fits_all(formula, s):
                 yield formula, s
 
     def _by_weights(self, reading: Reading) -> Formula | None:
