@@ -576,7 +576,8 @@ def _narrowed(
     def may_fit(low: float, high: float) -> bool:
         ends = [(made(c, zero, s), made(zero, u, s)) for s in (low, high)]
         least, most = (
-            sum(pick(*terms) for terms in zip(*ends, strict=True)) for pick in (torch.minimum, torch.maximum)
+            torch.stack([pick(*terms) for terms in zip(*ends, strict=True)]).sum(0)
+            for pick in (torch.minimum, torch.maximum)
         )
         least, most, there = (t.to(c.dtype) for t in (least, most, target))  # rounded where the sum may be
         return bool(((least <= there) & (there <= most)).all())

@@ -612,7 +612,8 @@ class Run:
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> str:
         """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
-        before = _ORDERS.get(denoiser.module, {}).get(type(self.pipe))
+        orders = _ORDERS.get(denoiser.module)
+        before = None if orders is None else orders.get(type(self.pipe))
         found = identify(denoiser.outputs, output, self._scales(), self._around(sample), before)
         if found.formula is None:
             if found.undetermined:
