@@ -10,7 +10,7 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
 
-from diffusers_guidance.pipelines.app import main  # noqa: E402
+from diffusers_guidance.pipelines.app.serve import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

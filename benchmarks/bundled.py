@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from diffusers_guidance import samples
-from diffusers_guidance.pipelines.loading import load_whole
+from diffusers_guidance.pipelines.support.loading import load_whole
 
 NAMES = ("dpm-20-5", "dpm-20-7.5", "ddim-20-5", "dpm-50-5", "ddim-50-5")
 OUT = Path(__file__).parents[1] / "docs" / "results" / "policies"

@@ -23,8 +23,8 @@ import diffusers
 import torch
 
 from diffusers_guidance import CFG, EveryStep, attach
-from diffusers_guidance.pipelines.bench_cells import environment
-from diffusers_guidance.pipelines.files import write
+from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.pipelines.support.machine import environment
 
 STEPS = 10
 WIDTH = 768

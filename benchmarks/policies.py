@@ -12,7 +12,17 @@ import sys
 from bundled import NAMES, OUT, Bundled, named, prompts, report
 
 from diffusers_guidance import Calibration, CalibrationMismatch, samples
-from diffusers_guidance.pipelines.frontier import OTHERS, OURS, SEARCHED, best_at, cheapest, frontier, plot, read, table
+from diffusers_guidance.pipelines.search.frontier import (
+    OTHERS,
+    OURS,
+    SEARCHED,
+    best_at,
+    cheapest,
+    frontier,
+    plot,
+    read,
+    table,
+)
 
 SEED = 4321
 BUDGETS = (0.625, 0.75, 0.875)

@@ -15,11 +15,11 @@ from diffusers_guidance.errors import (
     UnsupportedPipeline,
     UnsupportedScheduler,
 )
-from diffusers_guidance.pipelines.attach import Handle, attach, detach, handle_of
-from diffusers_guidance.pipelines.calibrate import calibrate
-from diffusers_guidance.pipelines.guider import Guider
-from diffusers_guidance.pipelines.nas import search_nas
-from diffusers_guidance.pipelines.search import search
+from diffusers_guidance.pipelines.attach.attach import Handle, attach, detach, handle_of
+from diffusers_guidance.pipelines.attach.guider import Guider
+from diffusers_guidance.pipelines.search.calibrate import calibrate
+from diffusers_guidance.pipelines.search.nas import search_nas
+from diffusers_guidance.pipelines.search.search import search
 from diffusers_guidance.policies import (
     AdaptiveGuidance,
     Decision,

@@ -30,10 +30,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from diffusers_guidance import samples
-from diffusers_guidance.pipelines import app_show, app_work
-from diffusers_guidance.pipelines.app_device import Device, Models, Stopped
-from diffusers_guidance.pipelines.app_page import WAITING
-from diffusers_guidance.pipelines.app_settings import (
+from diffusers_guidance.pipelines.app import show as app_show
+from diffusers_guidance.pipelines.app import work as app_work
+from diffusers_guidance.pipelines.app.device import Device, Models, Stopped
+from diffusers_guidance.pipelines.app.page import WAITING
+from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
     KNOBS,
     OWN,
@@ -45,7 +46,7 @@ from diffusers_guidance.pipelines.app_settings import (
     Trial,
     knobs_of,
 )
-from diffusers_guidance.pipelines.compare import Result
+from diffusers_guidance.pipelines.pictures.compare import Result
 from diffusers_guidance.policies import EveryStep, Hold, LinearAG
 from diffusers_guidance.rules import CFG
 
@@ -60,7 +61,7 @@ def app(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        from diffusers_guidance.pipelines.app_page import launch
+        from diffusers_guidance.pipelines.app.page import launch
 
         page, studio = launch(mcp=HAS_MCP, welcome=False)
         yield page, studio
@@ -597,7 +598,7 @@ def test_a_device_passes_errors_on_and_goes_on():
 
 WORKING_AT_THE_END = """
 import torch
-from diffusers_guidance.pipelines.app_device import Device
+from diffusers_guidance.pipelines.app.device import Device
 
 def endless(tell):
     numbers = torch.randn(700, 700)
@@ -657,7 +658,8 @@ def test_the_command_passes_its_options_on(monkeypatch):
     import typer
     from typer.testing import CliRunner
 
-    from diffusers_guidance.pipelines import app, app_page
+    from diffusers_guidance.pipelines.app import page as app_page
+    from diffusers_guidance.pipelines.app import serve as app
 
     class Page:
         share_url, local_url = None, "http://127.0.0.1:1234/"
@@ -682,7 +684,7 @@ def test_the_command_passes_its_options_on(monkeypatch):
 def test_an_address_where_it_cannot_listen_is_named_by_its_options():
     from typer.testing import CliRunner
 
-    from diffusers_guidance.pipelines import cli
+    from diffusers_guidance.pipelines.shell import cli
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -698,7 +700,7 @@ def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "from diffusers_guidance.pipelines.cli import main; main()"
+    code = "from diffusers_guidance.pipelines.shell.cli import main; main()"
     command = [sys.executable, "-u", "-c", code, "app", "--port", str(port)]
     environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     environment.pop("GRADIO_TEMP_DIR", None)

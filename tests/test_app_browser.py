@@ -61,7 +61,7 @@ def address(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        from diffusers_guidance.pipelines.app_page import launch
+        from diffusers_guidance.pipelines.app.page import launch
 
         page, _ = launch()
         yield page.local_url

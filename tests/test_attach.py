@@ -330,7 +330,7 @@ def test_a_controlnet_leaves_out_what_its_network_does(name, monkeypatch):
     with attach(pipe, CFG(), EveryStep()), counting(pipe.controlnet) as count:
         run(pipe, entry, 4, 3)
     assert count.rows == [6] * 4
-    monkeypatch.setattr("diffusers_guidance.pipelines.denoiser.Denoiser.follow", lambda self, leader: None)
+    monkeypatch.setattr("diffusers_guidance.pipelines.attach.denoiser.Denoiser.follow", lambda self, leader: None)
     for policy, result in zip(policies, found, strict=True):
         with attach(pipe, CFG(), policy), counting(pipe.controlnet) as count:
             whole = run(pipe, entry, 4, 3)
@@ -405,7 +405,7 @@ def test_one_step_half_precision_and_wrong_arguments():
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
 def test_the_schedulers_step_can_be_fused_with_the_rule(name):
     """Forced here in torch; on a GPU it is what happens. DDIM and flow-matching Euler, APG with momentum."""
-    from diffusers_guidance.kernels.schedulers import use_fused_steps
+    from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 
     entry = PIPELINES[name]
     pipe = entry.build()

@@ -16,11 +16,9 @@ from typer.testing import CliRunner
 
 from diffusers_guidance import APG, CFG, Calibration, CFGZeroStar, EveryStep, GuidanceError, attach, kernels, samples
 from diffusers_guidance.effective import Watched
-from diffusers_guidance.pipelines import bench as engine
-from diffusers_guidance.pipelines import cli
-from diffusers_guidance.pipelines.bench import Results, bench
-from diffusers_guidance.pipelines.bench_cells import _effective, possible_saving
-from diffusers_guidance.pipelines.bench_metrics import (
+from diffusers_guidance.pipelines.bench import run as engine
+from diffusers_guidance.pipelines.bench.cells import _effective, possible_saving
+from diffusers_guidance.pipelines.bench.metrics import (
     MEASURES,
     Retrieval,
     Scorers,
@@ -33,11 +31,13 @@ from diffusers_guidance.pipelines.bench_metrics import (
     saturation,
     summarise,
 )
-from diffusers_guidance.pipelines.bench_metrics import Figure as Interval
-from diffusers_guidance.pipelines.bench_report import _name, html, markdown
-from diffusers_guidance.pipelines.bench_suite import JUDGED, SUITE, Suite, fingerprint
-from diffusers_guidance.pipelines.columns import Column
-from diffusers_guidance.pipelines.spread import pipeline
+from diffusers_guidance.pipelines.bench.metrics import Figure as Interval
+from diffusers_guidance.pipelines.bench.report import _name, html, markdown
+from diffusers_guidance.pipelines.bench.run import Results, bench
+from diffusers_guidance.pipelines.bench.suite import JUDGED, SUITE, Suite, fingerprint
+from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.shell import cli
+from diffusers_guidance.pipelines.support.ray import pipeline
 
 TEXT = """
 model: bundled
@@ -278,7 +278,7 @@ def test_strength_is_said_as_the_pipeline_counts_its_scale(suite):
 def test_a_column_that_cannot_run_is_left_out_by_name_and_the_others_are_done(suite, tmp_path):
     from dataclasses import replace
 
-    from diffusers_guidance.pipelines.bench_suite import Timing
+    from diffusers_guidance.pipelines.bench.suite import Timing
 
     searched = tuple(entry for entry in suite.columns if entry.search or entry.name == "CFG")
     little = replace(suite, columns=searched, steps=20, seeds=(1,), prompts=("a rocket",), timing=Timing(), targets=())

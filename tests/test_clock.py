@@ -8,8 +8,8 @@ import torch
 from tiny import PIPELINES, run
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, Interval, UnsupportedScheduler, attach
-from diffusers_guidance.pipelines.clock import Clock
-from diffusers_guidance.spaces import spaces
+from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.attach.schedulers import spaces
 
 STEPS = 6
 HALVES = (torch.float16, torch.bfloat16)

@@ -28,12 +28,13 @@ from diffusers_guidance import (
     Schedule,
     search,
 )
-from diffusers_guidance.pipelines import cli, spread
-from diffusers_guidance.pipelines.columns import COLUMNS, Column, short
-from diffusers_guidance.pipelines.compare import Comparison, Result, _generate, _tensor, compare
-from diffusers_guidance.pipelines.fidelity import EQUAL, psnr
-from diffusers_guidance.pipelines.fonts import font_for, lettering, own_font
-from diffusers_guidance.pipelines.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
+from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column, short
+from diffusers_guidance.pipelines.pictures.compare import Comparison, Result, _generate, _tensor, compare
+from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own_font
+from diffusers_guidance.pipelines.pictures.measures import EQUAL, psnr
+from diffusers_guidance.pipelines.pictures.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
+from diffusers_guidance.pipelines.shell import cli
+from diffusers_guidance.pipelines.support import ray as spread
 from diffusers_guidance.report import Report, StepReport
 from diffusers_guidance.samples import CALIBRATIONS, MODEL, PROMPTS
 
@@ -390,7 +391,7 @@ def test_an_interrupt_says_whether_the_command_goes_on(arguments, said, monkeypa
 def test_command_without_its_packages(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, cli.__name__)
-    from diffusers_guidance.pipelines.cli import main
+    from diffusers_guidance.pipelines.shell.cli import main
 
     with pytest.raises(SystemExit) as stop:
         main()

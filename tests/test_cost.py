@@ -12,7 +12,7 @@ from tiny import PIPELINES, run
 from torch import Tensor
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, UnsupportedPipeline, attach
-from diffusers_guidance.pipelines.formula import Formula
+from diffusers_guidance.pipelines.attach.formula import Formula
 
 STEPS = 6
 WAITS = {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_guidance.forecast import combined, denoised_gains, estimate, forecast, pattern, repayment
-from diffusers_guidance.spaces import spaces
+from diffusers_guidance.pipelines.attach.schedulers import spaces
 
 
 def table(steps: int = 20, **config):

@@ -12,9 +12,9 @@ from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import APG, CFG, EveryStep, Forecast, UnsupportedScheduler, attach, samples
 from diffusers_guidance.forecast import estimate
-from diffusers_guidance.pipelines.fidelity import Fidelity
-from diffusers_guidance.pipelines.guider import Guider
-from diffusers_guidance.spaces import spaces
+from diffusers_guidance.pipelines.attach.guider import Guider
+from diffusers_guidance.pipelines.attach.schedulers import spaces
+from diffusers_guidance.pipelines.pictures.measures import Fidelity
 
 NAMES = [
     "StableDiffusionPipeline",

@@ -18,8 +18,8 @@ from tiny import PIPELINES, run
 from torch import nn
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
-from diffusers_guidance.pipelines.formula import Around
-from diffusers_guidance.pipelines.identify import identify
+from diffusers_guidance.pipelines.attach.formula import Around
+from diffusers_guidance.pipelines.attach.identify import identify
 
 WAYS = {
     "u + w (c - u)": lambda c, u, w: u + w * (c - u),

@@ -11,14 +11,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusers_guidance import samples
-from diffusers_guidance.pipelines import bench as engine
-from diffusers_guidance.pipelines import cli
-from diffusers_guidance.pipelines import generate as generating
-from diffusers_guidance.pipelines.bench import bench
-from diffusers_guidance.pipelines.bench_cells import run_cell
-from diffusers_guidance.pipelines.bench_suite import Suite
-from diffusers_guidance.pipelines.generate import generate, read_jobs
-from diffusers_guidance.pipelines.spread import cluster, pipeline, spread
+from diffusers_guidance.pipelines.bench import run as engine
+from diffusers_guidance.pipelines.bench.cells import run_cell
+from diffusers_guidance.pipelines.bench.run import bench
+from diffusers_guidance.pipelines.bench.suite import Suite
+from diffusers_guidance.pipelines.pictures import generate as generating
+from diffusers_guidance.pipelines.pictures.generate import generate, read_jobs
+from diffusers_guidance.pipelines.shell import cli
+from diffusers_guidance.pipelines.support.ray import cluster, pipeline, spread
 
 MODEL = str(samples.MODEL)
 
@@ -136,7 +136,7 @@ def test_a_wrong_line_is_named_before_anything_is_made(tmp_path, line, message):
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from diffusers_guidance.pipelines import files
+    from diffusers_guidance.pipelines.support import files
 
     files.write(tmp_path / "a.json", b"old")
 

@@ -33,8 +33,8 @@ from diffusers_guidance import (
     UnsupportedPipeline,
     attach,
 )
-from diffusers_guidance.pipelines.attach import DEFAULT_POLICY, DEFAULT_RULE
-from diffusers_guidance.pipelines.guider import Guider
+from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
+from diffusers_guidance.pipelines.attach.guider import Guider
 
 STEPS = 5
 

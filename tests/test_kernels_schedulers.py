@@ -14,7 +14,7 @@ from diffusers import (
 from tiny import PIPELINES, run
 
 from diffusers_guidance import EveryStep, attach, kernels
-from diffusers_guidance.kernels.schedulers import _numbers, fused_step, use_fused_steps
+from diffusers_guidance.pipelines.attach.fused import _numbers, fused_step, use_fused_steps
 from diffusers_guidance.rules import APG, CFG
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

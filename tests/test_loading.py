@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, PreTrainedModel
 from typer.testing import CliRunner
 
-from diffusers_guidance.pipelines import cli
-from diffusers_guidance.pipelines.app_device import Models
-from diffusers_guidance.pipelines.loading import MissingWeights, load_whole
+from diffusers_guidance.pipelines.app.device import Models
+from diffusers_guidance.pipelines.shell import cli
+from diffusers_guidance.pipelines.support.loading import MissingWeights, load_whole
 from diffusers_guidance.samples import MODEL
 
 TEXT = "text_encoder/model.safetensors"

@@ -34,7 +34,7 @@ from diffusers_guidance import (
     handle_of,
     search,
 )
-from diffusers_guidance.kernels.schedulers import use_fused_steps
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 
 SD = PIPELINES["StableDiffusionPipeline"]
 STEPS = 6

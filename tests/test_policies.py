@@ -24,7 +24,7 @@ from diffusers_guidance import (
     StepAG,
     attach,
 )
-from diffusers_guidance.pipelines.guider import Guider
+from diffusers_guidance.pipelines.attach.guider import Guider
 from diffusers_guidance.policies import planned
 
 NAN = float("nan")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusers_guidance import APG, CFG, TCFG, CFGZeroStar, EveryStep, MagnitudeAware, StepAG, attach, kernels
 from diffusers_guidance.kernels import Coefficients
-from diffusers_guidance.pipelines.guider import Guider
+from diffusers_guidance.pipelines.attach.guider import Guider
 from diffusers_guidance.rules import PRESETS, Rule, settled
 
 SEED = int(torch.randint(2**31, ()))

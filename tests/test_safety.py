@@ -26,8 +26,8 @@ from diffusers_guidance import (
     attach,
     detach,
 )
-from diffusers_guidance.kernels.schedulers import use_fused_steps
-from diffusers_guidance.pipelines.intercept import intercept_method
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
+from diffusers_guidance.pipelines.attach.intercept import intercept_method
 
 SD = PIPELINES["StableDiffusionPipeline"]  # one call of its UNet a step
 WAN = PIPELINES["WanPipeline"]  # two calls of its transformer
@@ -480,7 +480,7 @@ def test_the_users_exception_is_not_hidden_by_the_report(monkeypatch):
     def broken(unread: Any) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr("diffusers_guidance.pipelines.run.fetched", broken)
+    monkeypatch.setattr("diffusers_guidance.pipelines.attach.run.fetched", broken)
     pipe = SD.build()
 
     def fail(pipe: Any, kwargs: dict) -> None:

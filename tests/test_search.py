@@ -24,10 +24,10 @@ from diffusers_guidance import (
     search_nas,
 )
 from diffusers_guidance.calibration import Calibration, Moments, combinations
-from diffusers_guidance.pipelines.calibrate import gram
-from diffusers_guidance.pipelines.fidelity import Fidelity, psnr, ssim
-from diffusers_guidance.pipelines.frontier import OURS, Row, best_at, frontier, plot
-from diffusers_guidance.pipelines.nas import Mixture, _run, checkpointed
+from diffusers_guidance.pipelines.pictures.measures import Fidelity, psnr, ssim
+from diffusers_guidance.pipelines.search.calibrate import gram
+from diffusers_guidance.pipelines.search.frontier import OURS, Row, best_at, frontier, plot
+from diffusers_guidance.pipelines.search.nas import Mixture, _run, checkpointed
 from diffusers_guidance.policies import NFES, published
 from diffusers_guidance.schedules import climb, even, predicted_error, shortlist
 
@@ -437,7 +437,7 @@ def test_best_at_a_budget_interpolates_within_a_series():
 
 
 def command(*arguments):
-    from diffusers_guidance.pipelines import cli
+    from diffusers_guidance.pipelines.shell import cli
 
     return CliRunner().invoke(cli.make_app(), [str(argument) for argument in arguments], terminal_width=200)
 

@@ -18,7 +18,8 @@ from diffusers.utils import is_scipy_available
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedScheduler
-from diffusers_guidance.spaces import Space, spaces
+from diffusers_guidance.pipelines.attach.schedulers import spaces
+from diffusers_guidance.spaces import Space
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers on NumPy, and on deprecated schedulers
 

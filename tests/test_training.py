@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusers_guidance.pipelines.bench_metrics import Retrieval
+from diffusers_guidance.pipelines.bench.metrics import Retrieval
 from diffusers_guidance.samples import MODEL, PROMPTS
 from diffusers_guidance.samples.training import (
     autoencoder,

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusers_guidance.pipelines import fidelity
+from diffusers_guidance.pipelines.pictures import measures as fidelity
 from diffusers_guidance.samples.training import data
 from diffusers_guidance.samples.training.trainer import Plan, Trainer, start
 

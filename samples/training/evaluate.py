@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusers_guidance import CFG, EveryStep, attach
-from diffusers_guidance.pipelines.bench_metrics import Retrieval
-from diffusers_guidance.pipelines.compare import compare
-from diffusers_guidance.pipelines.loading import load_whole
+from diffusers_guidance.pipelines.bench.metrics import Retrieval
+from diffusers_guidance.pipelines.pictures.compare import compare
+from diffusers_guidance.pipelines.support.loading import load_whole
 from diffusers_guidance.samples import MODEL
 from diffusers_guidance.samples.training import data, embedding
 from diffusers_guidance.samples.training.data import Picture

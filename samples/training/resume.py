@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from diffusers_guidance.pipelines.loading import load_whole
+from diffusers_guidance.pipelines.support.loading import load_whole
 from diffusers_guidance.samples import MODEL
 from diffusers_guidance.samples.training import autoencoder, text_to_image, trainer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_guidance.pipelines.compare import compare
+from diffusers_guidance.pipelines.pictures.compare import compare
 from diffusers_guidance.samples import MODEL
 from diffusers_guidance.samples.training import data, evaluate
 

@@ -1,0 +1,184 @@
+"""The page's controls, made from the forms of `app_settings`, and how the page and its clients follow the work."""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import gradio as gr
+import torch
+
+from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.app.device import Models
+from diffusers_guidance.pipelines.app.settings import BUNDLED, Flag, Form, Number, OneOf, Side, SomeOf
+from diffusers_guidance.pipelines.app.show import note
+from diffusers_guidance.pipelines.app.work import Progress, sides_of
+
+R = TypeVar("R")
+log = logging.getLogger(__name__)
+
+ON_DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
+"""Shared by all events that use the device, so that there is one queue, seen by all who wait in it."""
+
+
+class Controls:
+    """The controls of one form, laid out in whatever order the page likes."""
+
+    def __init__(self, form: type[Form], models: Models):
+        self.form, self.models = form, models
+        self.made: dict[str, Any] = {}
+
+    def add(self, *names: str, **changes: Any) -> None:
+        kinds, defaults = self.form.kinds(), self.form.defaults()
+        for name in names:
+            if name == "model":
+                self.made[name] = self._model()
+                continue
+            given = changes | ({"choices": self._sides()} if isinstance(kinds[name], Side) else {})
+            self.made[name] = component(kinds[name], defaults[name], elem_id=f"{self.form.__name__}-{name}", **given)
+
+    def _sides(self, model: str = BUNDLED) -> list[tuple[str, int]]:
+        """Sides to choose from: those of the bundled model, round ones for a user's own, which is not loaded yet."""
+        sides = sides_of(self.models.get(BUNDLED)) if model == BUNDLED else range(128, 2049, 64)
+        return [("the model's own", 0), *((str(side), side) for side in sides)]
+
+    def sides_follow_the_model(self) -> None:
+        """Has another model offer its own sides, and start from its own size."""
+        sides = [self[name] for name, kind in self.form.kinds().items() if isinstance(kind, Side)]
+        self["model"].input(
+            lambda model: [gr.update(choices=self._sides(model), value=0) for _ in sides], self["model"], sides,
+            queue=False, api_visibility="private", show_progress="hidden",
+        )  # fmt: skip
+
+    def _model(self) -> Any:
+        kind = self.form.kinds()["model"]
+        named = [name for name in self.models.allowed if name != "*"]
+        return gr.Dropdown(
+            [BUNDLED, *named], value=BUNDLED, label=kind.label, info=kind.info, visible=bool(self.models.allowed),
+            allow_custom_value="*" in self.models.allowed,
+        )  # fmt: skip
+
+    def __getitem__(self, name: str) -> Any:
+        return self.made[name]
+
+    @property
+    def inputs(self) -> list[Any]:
+        """All of them, in the form's own order."""
+        return [self.made[name] for name in self.form.kinds()]
+
+    def read(self, values: Sequence[Any]) -> Any:
+        return self.form(**dict(zip(self.form.kinds(), values, strict=True)))
+
+
+def component(kind: Any, value: Any, **changes: Any) -> Any:
+    """The control for a setting. What it sends reaches the forms as it is, and is checked there."""
+    given = {"label": kind.label, "info": kind.info or None, "value": value} | changes
+    match kind:
+        case Side():
+            made = gr.Dropdown(**given | {"info": None})
+            return _described(made, {"type": "integer", "description": kind.info})
+        case Number() if kind.high - kind.low > 10_000:
+            return gr.Number(minimum=kind.low, maximum=kind.high, precision=0, **given)
+        case Number():
+            return gr.Slider(kind.low, kind.high, step=kind.step, precision=0 if kind.whole else None, **given)
+        case Flag():
+            return gr.Checkbox(**given)
+        case OneOf():
+            return gr.Dropdown(list(kind.choices), **given)
+        case SomeOf():
+            choices = [(choice if isinstance(choice, str) else f"{choice:g}", choice) for choice in kind.choices]
+            made = gr.CheckboxGroup(choices, **given | {"value": list(value)})
+            json_type = "string" if isinstance(kind.choices[0], str) else "number"
+            return _described(made, {"type": "array", "items": {"type": json_type, "enum": list(kind.choices)}})
+        case _:
+            return gr.Textbox(max_length=kind.longest, **given)
+
+
+def _described(made: Any, schema: dict[str, Any]) -> Any:
+    """A control that tells clients the JSON type it takes; Gradio would say that all choices are strings."""
+    made.api_info = lambda: schema
+    return made
+
+
+# Following the work
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Has every error reach the user as a sentence, and what nobody foresaw the server's log."""
+    try:
+        yield
+    except (ValueError, GuidanceError) as error:
+        raise gr.Error(str(error), print_exception=False) from None
+    except torch.OutOfMemoryError:
+        raise gr.Error("Out of memory: fewer or smaller pictures, please.", print_exception=False) from None
+    except Exception:
+        log.exception("a request failed")
+        message = "Something went wrong here, not with what you asked; the server's log knows more."
+        raise gr.Error(message, print_exception=False) from None
+
+
+def reporting(status: Any) -> Callable[[Callable], Callable]:
+    """Has an event of the page leave the sentence of an error in `status`, where it stays once the alert is gone."""
+
+    def decorated(event: Callable) -> Callable:
+        @functools.wraps(event)
+        def reported(*values: Any) -> Iterator[dict[Any, Any]]:
+            try:
+                with sentences():
+                    yield from event(*values)
+            except gr.Error as error:
+                yield {status: note(error.message)}
+                raise
+
+        return reported
+
+    return decorated
+
+
+def relayed(work: Generator[Progress, None, R], updates: Callable[[Progress], Any]) -> Generator[Any, None, R]:
+    """Yields the page's updates for every news of `work`, and returns its result; closing this closes that."""
+    try:
+        while True:
+            yield updates(next(work))
+    except StopIteration as stopped:
+        return stopped.value
+    finally:
+        work.close()
+
+
+def quietly(work: Generator[Progress, None, R], outputs: int) -> Generator[Any, None, R]:
+    """The same for clients, who are shown nothing before the end, but may cancel at any time."""
+    return relayed(work, lambda news: tuple(gr.skip() for _ in range(outputs)))
+
+
+def finished(work: Generator[Any, None, R]) -> R:
+    while True:
+        try:
+            next(work)
+        except StopIteration as stopped:
+            return stopped.value
+
+
+# Endpoints
+
+
+def endpoint(controls: Controls, function: Callable, outputs: list[Any]) -> None:
+    """Offers the generator `function(form)` to clients under its own name, with the form's fields as parameters."""
+    kinds, defaults = controls.form.kinds(), controls.form.defaults()
+
+    def call(*values: Any) -> Iterator[Any]:
+        with sentences():
+            yield from function(controls.read(values))
+
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, keyword, default=defaults[name]) for name in kinds]
+    words = [f"    {name}: {kind.label}. {kind.info}".rstrip() for name, kind in kinds.items()]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__name__ = function.__name__
+    call.__doc__ = "\n".join([function.__doc__ or "", "", "Args:", *words])
+    gr.Button(visible=False).click(
+        call, controls.inputs, outputs, api_name=function.__name__, preprocess=False, **ON_DEVICE
+    )

@@ -1,0 +1,156 @@
+"""The device of the app: one thread that does one thing at a time, and the models it does it with."""
+
+import atexit
+import logging
+import queue
+import re
+import threading
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+from diffusers_guidance import samples
+from diffusers_guidance.pipelines.app.settings import BUNDLED
+from diffusers_guidance.pipelines.support.loading import MissingWeights, load_whole
+
+R = TypeVar("R")
+Tell = Callable[[Any], None]
+"""tell(news): passes news on to whoever waits; raises `Stopped` where nobody does any more."""
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(BaseException):
+    """Nobody waits for this work any more. Not an `Exception`, so that no pipeline takes it for its own."""
+
+
+class Device:
+    """Runs jobs in a thread of its own, in the order they come in, never two at once; until the interpreter ends."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            self._jobs.get()()
+
+    def close(self) -> None:
+        """Stops the job at hand the next time it tells something, drops the others, and waits for that.
+
+        An interpreter that ends while its thread is in a kernel aborts the process.
+        """
+        self._closed.set()
+        self._jobs.put(lambda: None)
+        self._thread.join()
+
+    def run(self, job: Callable[[Tell], R]) -> Generator[Any, None, R]:
+        """Yields what `job` tells, the latest news only, and returns its result.
+
+        Closing the generator stops the job the next time it tells something, and drops it if it has not begun.
+        """
+        news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        stopped = threading.Event()
+
+        def tell(item: Any) -> None:
+            if stopped.is_set() or self._closed.is_set():
+                raise Stopped
+            news.put(("news", item))
+
+        def work() -> None:
+            try:
+                if not stopped.is_set():
+                    news.put(("result", job(tell)))
+            except BaseException as error:  # whatever it was, it belongs to the one who waits
+                news.put(("error", error))
+
+        self._jobs.put(work)
+        try:
+            while True:
+                kind, value = news.get()
+                while kind == "news" and not news.empty():
+                    kind, value = news.get()
+                if kind == "error":
+                    raise value
+                if kind == "result":
+                    return value
+                yield value
+        finally:
+            stopped.set()
+
+
+class Models:
+    """The bundled pipeline, and one of the user's own where the server allows that.
+
+    Args:
+        allowed: names and folders that may be loaded; "*" allows all.
+    """
+
+    def __init__(self, allowed: Sequence[str] = ()):
+        self.allowed = tuple(allowed)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = accelerator.type if accelerator else "cpu"
+        self._pipes: dict[str, DiffusionPipeline] = {}
+
+    def get(self, name: str) -> DiffusionPipeline:
+        """The pipeline of that name, loaded if need be; a `ValueError` says in a sentence why not."""
+        if name != BUNDLED and name not in self.allowed and "*" not in self.allowed:
+            raise ValueError(f"The model {name!r} is not one this server allows (see its option --allow-models).")
+        if name not in self._pipes:
+            self._pipes = {key: pipe for key, pipe in self._pipes.items() if key == BUNDLED}  # one guest at a time
+            self._pipes[name] = self._load(name)
+        return self._pipes[name]
+
+    @property
+    def _dtype(self) -> dict[str, Any]:
+        """How to load weights: as they are on a CPU, else in half precision."""
+        return {} if self.device == "cpu" else {"torch_dtype": torch.float16}
+
+    def _load(self, name: str) -> DiffusionPipeline:
+        if name == BUNDLED:
+            pipe: Any = load_whole(
+                diffusers.StableDiffusionPipeline, samples.MODEL, local_files_only=True, **self._dtype
+            )
+        else:
+            try:
+                pipe = _load_checked(name, **self._dtype)
+            except MissingWeights:
+                raise
+            except Exception as error:
+                log.warning("the model %r could not be loaded", name, exc_info=True)
+                raise ValueError(
+                    f"The model {name!r} could not be loaded: it must be a text-to-image pipeline that diffusers "
+                    "knows, with weights in safetensors."
+                ) from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self.device)
+
+
+def _load_checked(name: str, **dtype: Any) -> DiffusionPipeline:
+    """A text-to-image pipeline made of nothing but diffusers' and transformers' own classes, from safetensors."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
+        raise ValueError("neither a folder nor owner/name")
+    source = str(folder) if folder.is_dir() else name
+    config = AutoPipelineForText2Image.load_config(source)
+    foreign = [key for key, value in config.items() if isinstance(value, list | tuple) and not _is_known(*value)]
+    if foreign or not isinstance(config["_class_name"], str):
+        raise ValueError(f"not all of it is diffusers' or transformers' own: {foreign or config['_class_name']}")
+    return load_whole(
+        AutoPipelineForText2Image, source, use_safetensors=True, local_files_only=folder.is_dir(), **dtype
+    )
+
+
+def _is_known(library: Any = None, name: Any = None, *rest: Any) -> bool:
+    """Whether a part of a pipeline is a class of diffusers or transformers, and not one that looks for others."""
+    if library is None:
+        return True  # an optional part that is not there
+    own = library == "diffusers" or hasattr(diffusers.pipelines, str(library))
+    return own or (library == "transformers" and not str(name).startswith("Auto"))

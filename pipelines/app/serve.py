@@ -1,0 +1,71 @@
+"""The command that serves the app: `diffusers-guidance app`, or `python app.py` in a checkout."""
+
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import tempfile
+from typing import Annotated
+
+import typer
+
+
+def main() -> None:
+    """Entry point of `app.py`."""
+    typer.run(serve)
+
+
+def serve(
+    port: Annotated[int, typer.Option(envvar="GRADIO_SERVER_PORT", min=1, max=65535)] = 7860,
+    host: Annotated[
+        str, typer.Option(envvar="GRADIO_SERVER_NAME", help="0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    allow_models: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A folder or a name on the Hugging Face hub that users may load, or * for all; safetensors "
+            "only. Repeatable.",
+            show_default="the bundled model alone",
+        ),
+    ] = None,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Be an MCP server as well.")] = False,
+    share: Annotated[bool, typer.Option("--share", help="Make a public address through gradio.live.")] = False,
+) -> None:
+    """Serve the page: generate, compare and benchmark with guidance."""
+    if mcp and importlib.util.find_spec("mcp") is None:
+        typer.secho("--mcp needs one more package: pip install 'gradio[mcp]'", fg="red", err=True)
+        raise typer.Exit(1)
+    _check_address(host, port)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an end like any other, that leaves no pictures behind
+    with tempfile.TemporaryDirectory(prefix="diffusers-guidance-") as outputs:
+        os.environ["GRADIO_TEMP_DIR"] = outputs  # its own, so that no other app's files are within reach
+        try:
+            from diffusers_guidance.pipelines.shell.common import quiet
+
+            quiet()
+            from diffusers_guidance.pipelines.app.page import launch
+        except ImportError as error:
+            typer.secho(f"{error}; the app needs a few more packages: pip install 'diffusers-guidance[app]'", err=True)
+            raise typer.Exit(1) from None
+        try:
+            page, _ = launch(host, port, allow_models or (), mcp, share)
+        except OSError as error:
+            typer.secho(f"Error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
+        typer.echo(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.")
+        page.block_thread()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Says at once, and by the options' names, where the page cannot listen."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":  # elsewhere it would allow what is in use
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        typer.secho(f"Error: --host {host}, --port {port}: {error.strerror}; choose another", fg="red", err=True)
+        raise typer.Exit(1) from None

@@ -1,0 +1,426 @@
+"""The work behind the app's three buttons: generate, compare, benchmark. Knows pipelines, not pages."""
+
+import functools
+import inspect
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from diffusers_guidance import samples
+from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.pipelines.app.device import Device, Models, Tell
+from diffusers_guidance.pipelines.app.settings import BUNDLED, SCHEDULERS, Generation, Grid, Trial
+from diffusers_guidance.pipelines.attach.attach import attach
+from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
+from diffusers_guidance.pipelines.pictures.compare import Comparison, Result, compare
+from diffusers_guidance.pipelines.pictures.sizes import own_size, sized
+from diffusers_guidance.pipelines.pictures.solvers import scheduler_of
+from diffusers_guidance.policies import EveryStep, LinearAG, Policy
+from diffusers_guidance.rules import CFG
+
+R = TypeVar("R")
+
+
+@dataclass
+class Progress:
+    """How far a piece of work is; `pictures` is what can be seen of it."""
+
+    what: str
+    done: int
+    total: int
+    pictures: list[Image.Image] | None = None
+    so_far: Any = None
+
+
+# Generate
+
+
+@dataclass
+class Outcome:
+    """What "Generate" made: with the chosen pair, with plain CFG if wanted, and the code for it."""
+
+    settings: Generation
+    guided: Result
+    plain: Result | None
+    code: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the pictures, as plain JSON types."""
+        plain = {"plain": _measured(self.plain)} if self.plain else {}
+        reports = {"report": self.guided.reports[0].to_dict()}
+        return {"settings": asdict(self.settings)} | _measured(self.guided) | plain | reports | {"code": self.code}
+
+
+def _measured(result: Result) -> dict[str, Any]:
+    names = ("nfe", "nfe_full", "saved", "seconds", "saturation")
+    return {name: getattr(result, name) for name in names}
+
+
+def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outcome:
+    """Runs the pipeline under the chosen rule and policy, after that by itself if the settings ask for it."""
+    plain_pair = CFG(), EveryStep()
+    with scheduled(pipe, settings.scheduler):
+        pair = settings.make_rule(pipe), policy_of(pipe, settings)
+        code = reproduce(pipe, settings)
+        guided = _take(pipe, settings, f"{settings.rule} + {settings.policy}{estimates(pair[1])}", *pair, tell)
+        plain = None
+        if settings.compare_with_plain and pair != plain_pair:
+            plain = _take(pipe, settings, "Plain CFG", *plain_pair, tell)
+    for result in filter(None, (guided, plain)):
+        for seed, picture in zip(settings.seeds, result.pictures, strict=True):
+            made = asdict(settings) | {"seed": seed, "batch_size": 1}
+            if result is plain:
+                made |= {"rule": "CFG", "policy": "EveryStep", "rescale": 0.0}
+            label(picture, {"settings": made, "nfe": result.nfe, "nfe_full": result.nfe_full})
+    return Outcome(settings, guided, plain, code)
+
+
+def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell) -> Result:
+    """One call of the pipeline, watched."""
+
+    def on_step(done: int, total: int, denoised: Tensor | None) -> None:
+        tell(Progress(name, done, total, preview(denoised)))
+
+    preview = Preview(pipe)
+    tell(Progress(name, 0, settings.steps))
+    result = Result(name, rule, policy, settings.guidance_scale)
+    with attach(pipe, rule, policy) as handle, watched(pipe, on_step):
+        start = time.perf_counter()
+        result.pictures = list(pipe(**call_of(pipe, settings)).images)
+        result.seconds = time.perf_counter() - start - preview.seconds
+    result.reports = [handle.report]
+    return result
+
+
+def policy_of(pipe: Any, settings: Generation) -> Policy:
+    """The chosen policy; LinearAG with a bundled calibration that was made for just this, where there is one."""
+    name = fitting_calibration(pipe, settings)
+    if settings.policy == LinearAG.__name__ and name is not None:
+        return LinearAG(Calibration.load(calibration_file(name)))
+    return settings.make_policy()
+
+
+def fitting_calibration(pipe: Any, settings: Generation | Trial) -> str | None:
+    """The name of the bundled calibration for the model, scheduler, steps and scale, if there is one."""
+    if settings.model != BUNDLED:
+        return None
+    asked = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    return next((name for name, (scheduler, call) in _calibrated().items()
+                 if scheduler == type(pipe.scheduler).__name__ and call == asked), None)  # fmt: skip
+
+
+@functools.cache
+def _calibrated() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Scheduler and call of every bundled calibration."""
+    made = {name: Calibration.load(calibration_file(name)) for name in bundled_calibrations()}
+    return {name: (each.setting["scheduler"]["class"], each.call) for name, each in made.items()}
+
+
+def estimates(policy: Policy) -> str:
+    """What stands in for evaluations that LinearAG leaves out, as said beside its name."""
+    if not isinstance(policy, LinearAG):
+        return ""
+    return ", held" if policy.calibration is None else ", fitted"
+
+
+def call_of(pipe: Any, settings: Generation) -> dict[str, Any]:
+    """The arguments of the pipeline's call."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
+    # The noise is drawn on the CPU, so that every device makes the same picture.
+    generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+    call: dict[str, Any] = {"prompt": settings.prompt}
+    if settings.negative_prompt or scale == "true_cfg_scale":  # which guides only beside a negative prompt
+        call["negative_prompt"] = settings.negative_prompt
+    call |= {scale: settings.guidance_scale, "num_inference_steps": settings.steps}
+    for name in ("width", "height"):
+        if getattr(settings, name):
+            side, sides = getattr(settings, name), sides_of(pipe)
+            if side not in sides:
+                raise ValueError(
+                    f"{name}={side}: for this model from {sides[0]} to {sides[-1]} pixels in steps of 8, please."
+                )
+            call[name] = side
+    call = sized(pipe, call)
+    if settings.batch_size > 1:
+        call["num_images_per_prompt"] = settings.batch_size
+    return call | {"generator": generators if settings.batch_size > 1 else generators[0]}
+
+
+def sides_of(pipe: Any) -> range:
+    """The widths and heights, in pixels, that a pipeline's pictures may have here: from half to twice its own."""
+    own = max(own_size(pipe) or (1024,))
+    return range(own // 16 * 8, 2 * own + 1, 8)
+
+
+def reproduce(pipe: Any, settings: Generation) -> str:
+    """A script that makes the same pictures, bit for bit on the same machine."""
+    cls, scheduler = type(pipe).__name__, SCHEDULERS[settings.scheduler]
+    bundled = settings.model == BUNDLED
+    load = ["MODEL" if bundled else json.dumps(settings.model, ensure_ascii=False)]
+    load += ["local_files_only=True"] if bundled else ["use_safetensors=True"]
+    load += [] if pipe.dtype == torch.float32 else [f"torch_dtype={pipe.dtype}"]
+    device = "" if pipe.device.type == "cpu" else f'.to("{pipe.device.type}")'
+    rule, policy = settings.make_rule(pipe), policy_of(pipe, settings)
+    used = [rule, policy, *filter(None, [policy.calibration])]
+    names = ", ".join([*sorted({type(part).__name__ for part in used}), "attach"])
+    written = _written(policy)
+    if policy.calibration is not None:
+        file = f"{fitting_calibration(pipe, settings)}.safetensors"
+        written = f'{type(policy).__name__}(Calibration.load(CALIBRATIONS / "{file}"))'
+
+    many = settings.batch_size > 1
+    arguments = call_of(pipe, settings).items()
+    call = {name: json.dumps(value, ensure_ascii=False) for name, value in arguments if name != "generator"}
+    call["generator"] = (
+        f"[torch.Generator().manual_seed(seed) for seed in {settings.seeds}]"
+        if many
+        else f"torch.Generator().manual_seed({settings.seed})"
+    )
+    lines = ["import torch", f"from diffusers import {', '.join(sorted(filter(None, [scheduler, cls])))}", ""]
+    lines += [f"from diffusers_guidance import {names}"]
+    own = ["CALIBRATIONS"] * (policy.calibration is not None) + ["MODEL"] * bundled
+    lines += [f"from diffusers_guidance.samples import {', '.join(own)}"] if own else []
+    lines += ["", f"pipe = {cls}.from_pretrained({', '.join(load)}){device}"]
+    lines += [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
+    lines += [f"handle = attach(pipe, rule={_written(rule)}, policy={written})", "images = pipe("]
+    lines += [f"    {name}={value}," for name, value in call.items()]
+    lines += [").images", "print(handle.report)", "for number, image in enumerate(images):"]
+    lines += ['    image.save(f"picture-{number}.png")']
+    return "\n".join(lines) + "\n"
+
+
+def _written(part: Any) -> str:
+    """A rule or policy as one writes it."""
+    return f"{type(part).__name__}({arguments(part)})"
+
+
+# Compare
+
+
+def columns_of(pipe: Any, grid: Grid) -> list[Column]:
+    """One per picture, scales within rules within policies."""
+    return [
+        Column(f"{rule} + {policy} @ {scale:g}", made.make_rule(pipe), policy_of(pipe, made), scale)
+        for policy in grid.policies
+        for rule in grid.rules
+        for scale in grid.scales
+        for made in [Generation(rule=rule, policy=policy, guidance_scale=scale, steps=grid.steps, model=grid.model)]
+    ]
+
+
+def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
+    """The pictures of the grid; after each one, all there are so far are told."""
+    comparison: Comparison | None = None
+    with scheduled(pipe, grid.scheduler):
+        columns = columns_of(pipe, grid)
+        for number, column in enumerate(columns):
+            on_step = _step_of(tell, column.name, number, len(columns), comparison)
+            new = compare(
+                pipe, [grid.prompt], [column], seeds=[grid.seed], steps=grid.steps,
+                negative=grid.negative_prompt or None, warm_up=not number, progress=on_step,
+            )  # fmt: skip
+            if comparison is not None:
+                new.results[:0] = comparison.results
+            comparison = new
+    assert comparison is not None
+    return comparison
+
+
+# Benchmark
+
+
+@dataclass
+class Point:
+    """One way of making the pictures: its cost, and how near it comes to full CFG."""
+
+    family: str
+    name: str
+    nfe: float
+    """Per picture."""
+    psnr: float | None
+    """Mean over pictures in dB, `EQUAL` where they are the same; None for full CFG itself."""
+    seconds: float
+    """Per picture."""
+    saturation: float
+
+
+@dataclass
+class Frontier:
+    """What the benchmark measured so far."""
+
+    trial: Trial
+    steps: int
+    points: list[Point] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"settings": asdict(self.trial), "points": [asdict(point) for point in self.points]}
+
+
+def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, str, int]]:
+    """(family, column, steps) of every way of saving that is measured against full CFG.
+
+    Args:
+        calibration: the name of one that fits; without it LinearAG holds, and nothing can be searched.
+    """
+    named = f"calibration={calibration!r}"
+    linear = ("LinearAG", f"LinearAG({named})", steps) if calibration else ("LinearAG, held", "LinearAG", steps)
+    searched = [("search", f"search({round(share * 2 * steps)}, {named})", steps) for share in (0.5, 0.625, 0.75)]
+    fewer = sorted({max(2, round(share * steps)) for share in (0.5, 0.65, 0.8)} - {steps})
+    return [
+        *(("fewer steps of CFG", "CFG", few) for few in fewer),
+        *(("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})", steps) for t in (0.95, 0.98, 0.99, 0.995)),
+        *(("Interval", f"Interval(0.0, {stop})", steps) for stop in (0.3, 0.5, 0.7)),
+        *(("Hold", f"Hold({period})", steps) for period in (2, 3, 4)),
+        *(("Forecast", f"Forecast({save})", steps) for save in (0.35, 0.5)),
+        linear,
+        *(searched if calibration else ()),
+        ("attach(pipe)", "default", steps),
+    ]
+
+
+def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> Frontier:
+    """Network evaluations against fidelity to full CFG, for every way of saving them."""
+    lines = samples.PROMPTS.read_text(encoding="utf-8").splitlines()
+    prompts = [line for line in lines if line and not line.startswith("#")][: trial.prompts]
+    frontier = Frontier(trial, trial.steps)
+    reference: Comparison | None = None
+    with scheduled(pipe, trial.scheduler):
+        runs = [("CFG", "CFG", trial.steps), *contestants(trial.steps, fitting_calibration(pipe, trial))]
+        for number, (family, column, steps) in enumerate(runs):
+            made = compare(
+                pipe, prompts, [column], seeds=[trial.seed], steps=steps, guidance_scale=trial.guidance_scale,
+                warm_up=not number, progress=_step_of(tell, column, number, len(runs), frontier),
+            )  # fmt: skip
+            psnr = None
+            if reference is None:
+                reference = made
+            else:
+                made.results.insert(0, reference.results[0])
+                psnr = made.psnr(made.results[1])
+            result = made.results[-1]
+            name = f"CFG, {steps} steps" if column == "CFG" else result.label if result.is_default else column
+            frontier.points.append(
+                Point(family, name, result.nfe / len(prompts), psnr, result.seconds_per_picture, result.saturation)
+            )
+    return frontier
+
+
+def _step_of(tell: Tell, what: str, number: int, count: int, so_far: Any) -> Callable[[str, int, int], None]:
+    """A progress callback of `compare` for its run `number` of `count`."""
+
+    def progress(_: str, done: int, total: int) -> None:
+        tell(Progress(f"{what}, {number + 1} of {count}", number * total + done, count * total, so_far=so_far))
+
+    return progress
+
+
+# Around a call of the pipeline
+
+
+@contextmanager
+def scheduled(pipe: Any, name: str) -> Iterator[None]:
+    """Puts the scheduler of that name in place, and the pipeline's own back at the end."""
+    own = pipe.scheduler
+    if SCHEDULERS[name]:
+        pipe.scheduler = scheduler_of(own, SCHEDULERS[name])
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+@contextmanager
+def watched(pipe: Any, on_step: Callable[[int, int, Tensor | None], None]) -> Iterator[None]:
+    """Calls `on_step(done, total, denoised)` after every step of the scheduler; what it raises ends the run."""
+    scheduler, own = pipe.scheduler, pipe.scheduler.step
+    clock, done = Clock(), 0
+
+    @functools.wraps(own)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        given = inspect.signature(own).bind(*args, **kwargs).arguments
+        clock.tick(scheduler, given.get("timestep"))
+        output, sample, space = given["model_output"], given["sample"], clock.space
+        known = space is not None and output.shape == sample.shape
+        denoised = space.a * sample + space.b * output if space is not None and known else None
+        result = own(*args, **kwargs)
+        done += 1
+        on_step(done, max(clock.count, done), denoised)
+        return result
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+class Preview:
+    """Decodes denoised latents into small pictures, for at most a fifth of the time a run takes."""
+
+    largest = 384
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self.seconds = 0.0
+        self._begin = time.perf_counter()
+
+    def __call__(self, denoised: Tensor | None) -> list[Image.Image] | None:
+        start = time.perf_counter()
+        if denoised is None or denoised.ndim != 4 or self.seconds > 0.2 * (start - self._begin):
+            return None
+        vae: Any = getattr(self.pipe, "vae", None)
+        factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
+        if factor is None or vae.config.latent_channels != denoised.shape[1]:
+            return None  # packed or otherwise its own affair
+        latents = denoised / factor + (getattr(vae.config, "shift_factor", None) or 0)
+        decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        pictures = self.pipe.image_processor.postprocess(decoded, output_type="pil")
+        for picture in pictures:
+            picture.thumbnail((self.largest, self.largest))
+            label(picture, {})
+        self.seconds += time.perf_counter() - start
+        return pictures
+
+
+def label(picture: Image.Image, facts: dict[str, Any]) -> None:
+    """Has a picture carry its settings, as PNG metadata once it is saved.
+
+    With the moment in it no two files are the same: Gradio names files by what is in them, and would write anew
+    one that somebody else is being sent.
+    """
+    made = {"version": version("diffusers-guidance"), "made": datetime.now(timezone.utc).isoformat()}
+    picture.info["diffusers-guidance"] = json.dumps(made | facts)
+
+
+class Studio:
+    """The work above, one piece at a time on one device, for whoever asks."""
+
+    def __init__(self, allow_models: Sequence[str] = ()):
+        self.models = Models(allow_models)
+        self.device = Device()
+
+    def generate(self, settings: Generation) -> Generator[Progress, None, Outcome]:
+        return self._run(generate, settings.settled())
+
+    def compare(self, grid: Grid) -> Generator[Progress, None, Comparison]:
+        return self._run(compare_grid, grid)
+
+    def benchmark(self, trial: Trial) -> Generator[Progress, None, Frontier]:
+        return self._run(benchmark, trial)
+
+    def _run(self, job: Callable[..., R], form: Any) -> Generator[Progress, None, R]:
+        return self.device.run(lambda tell: job(self.models.get(form.model), form, tell))

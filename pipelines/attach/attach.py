@@ -1,0 +1,217 @@
+"""`attach` and `detach`: a rule and a policy on a pipeline that stays the user's own."""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import DiffusionPipeline, ModularPipeline
+
+from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
+from diffusers_guidance.pipelines.attach.deferred import deferred
+from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of, release_call
+from diffusers_guidance.pipelines.attach.run import Run
+from diffusers_guidance.policies import Forecast, Policy
+from diffusers_guidance.report import Report
+from diffusers_guidance.rules import CFG, Rule
+
+_SCALES = ("true_cfg_scale", "guidance_scale")
+"""Arguments that set the scale of classifier-free guidance; the first a pipeline has is meant.
+Where it has both, `guidance_scale` is the one embedded in a distilled model."""
+
+
+DEFAULT_RULE = CFG()
+DEFAULT_POLICY = Forecast()
+"""The picture one knows, for a quarter of the NFEs less, in whole evaluations: of the pairs that save as much and need
+no calibration the one closest to full guidance on the bundled model (docs/forecast.md)."""
+
+
+class Handle:
+    """What `attach` returns. Also a context manager, which detaches at the end."""
+
+    def __init__(self, pipe: DiffusionPipeline, rule: Rule, policy: Policy, original: "Handle | None" = None):
+        self.pipe = pipe
+        self.rule = rule
+        self.policy = policy
+        self._original = original
+        """Of a copied pipeline: the handle of what it was copied from, which hears of its reports."""
+        self._turn = threading.RLock()
+        """Whose turn it is: a pipeline has one scheduler, which is in one run at a time."""
+        self._last: Report | None = None
+        self._here = threading.local()
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the next run; may be set at any time."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule={rule!r}: an instance of a rule, such as APG() or CFG()")
+        self._rule = rule
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the next run; may be set at any time."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy={policy!r}: an instance of a policy, such as AdaptiveGuidance() or EveryStep()")
+        self._policy = policy
+
+    @property
+    def report(self) -> Report:
+        """What the last run evaluated and saved; that of an interrupted run ends where it was interrupted.
+
+        The last run of the thread that asks, if it has made one; copies of the pipeline count, and have a handle of
+        their own too (`handle_of`).
+        """
+        report = getattr(self._here, "report", self._last)
+        if report is None:
+            raise GuidanceError("no report yet: call the pipeline first")
+        return report
+
+    def detach(self) -> None:
+        """Leaves the pipeline as it was before `attach`; once is enough, twice is no harm."""
+        if _handle_of(self.pipe) is self:
+            release_call(self.pipe)
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"Handle({type(self.pipe).__name__}, rule={self.rule}, policy={self.policy})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied, it is the handle of the copied pipeline."""
+        return {"pipe": self.pipe, "_rule": self.rule, "_policy": self.policy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["pipe"], state["_rule"], state["_policy"])  # type: ignore[misc]
+
+    def _heard(self, report: Report) -> None:
+        self._last = self._here.report = report
+        if self._original is not None:
+            self._original._heard(report)
+
+    def _run(self, pipe: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for `pipe(...)`."""
+        if pipe is not self.pipe:
+            handle = handle_of(pipe)
+            assert handle is not None
+            return handle._run(pipe, call, args, kwargs)
+        try:
+            inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
+        except TypeError:
+            return call(*args, **kwargs)  # Python's own words for a wrong argument
+        taken = parameters(type(pipe), "__call__")
+        if self.rule.guidance_scale is not None:
+            scale = next((name for name in _SCALES if name in taken), None)
+            if scale is None:
+                raise ValueError(
+                    f"{self.rule} sets guidance_scale, but {type(pipe).__name__} takes neither of {_SCALES}: "
+                    "leave it None and set the scale the pipeline's own way"
+                )
+            args, kwargs = with_argument(taken, args, kwargs, scale, self.rule.guidance_scale)
+        defaults = {name: value for name, value in taken.items() if value is not inspect.Parameter.empty}
+        arguments = defaults | by_name(taken, args, kwargs)
+        return self._guided(arguments, lambda: call(*args, **kwargs))
+
+    def _guided(self, arguments: dict[str, Any], work: Callable[[], Any]) -> Any:
+        """What `work` returns, done under a run; where it has only begun by then, the rest too."""
+        run = Run(self.pipe, self.rule, self.policy, arguments)
+        with self._stretch(run):
+            result = work()
+        again = functools.partial(self._guided, arguments)
+        later = deferred(result, lambda: self._stretch(run), lambda result: self._finish(run, result), again)
+        if later is not None:
+            return later
+        self._finish(run, result)
+        return result
+
+    def _finish(self, run: Run, result: Any) -> None:
+        self._heard(run.report)  # another run may have come in between, in a callback
+        run.finish(result)
+
+    @contextmanager
+    def _stretch(self, run: Run) -> Iterator[None]:
+        with self._turn, run.hooks():
+            self._heard(run.report)
+            yield
+
+
+def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | None = None) -> Handle:
+    """Has every later call of `pipe` guided by `rule` under `policy`, until `detach`.
+
+    The pipeline is called as before: same arguments, callbacks and guidance scale, any scheduler. On the first
+    step of each call its own guidance is identified and verified, and again at every step. Other pipelines that share
+    its parts are left alone, also while it runs, in callbacks or other threads.
+
+    Args:
+        pipe: any diffusers pipeline that does classifier-free guidance.
+        rule: how both predictions become one. Default: `DEFAULT_RULE`, the pipeline's own guidance.
+        policy: which predictions are evaluated. Default: `DEFAULT_POLICY`, a `Forecast`.
+
+    Returns:
+        A handle with the report of the last run; attaching again replaces it.
+
+    Raises:
+        TypeError: not a diffusers pipeline, or not a rule or policy.
+        UnsupportedPipeline: from the call, where its guidance cannot be verified; it says what was seen.
+        UnsupportedScheduler: from the call, where the rule or policy needs denoised predictions and the
+            scheduler's cannot be turned into them.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        instead = (
+            "a modular one takes its rule and policy as a guider, pipe.update_components(guider=Guider(rule, policy))"
+            if isinstance(pipe, ModularPipeline)
+            else "attach takes a diffusers pipeline (DiffusionPipeline)"
+        )
+        raise TypeError(f"pipe is a {type(pipe).__name__}: {instead}")
+    handle = Handle(pipe, DEFAULT_RULE if rule is None else rule, DEFAULT_POLICY if policy is None else policy)
+    detach(pipe)
+    catch_call(pipe, handle._run)
+    return handle
+
+
+@contextmanager
+def borrowed(pipe: DiffusionPipeline, rule: Rule, policy: Policy) -> Iterator[Handle]:
+    """`attach` for the length of a block; what was attached before is afterwards."""
+    handle, before = Handle(pipe, rule, policy), handler_of(pipe)
+    catch_call(pipe, handle._run)
+    try:
+        yield handle
+    finally:
+        if before is None:
+            release_call(pipe)
+        else:
+            catch_call(pipe, before)
+
+
+def detach(pipe: DiffusionPipeline) -> None:
+    """Leaves `pipe` as it was before `attach`; nothing happens where nothing is attached."""
+    if _handle_of(pipe) is not None:  # of a copy it is the original's handle, which stays on the original
+        release_call(pipe)
+
+
+def handle_of(pipe: Any) -> Handle | None:
+    """The handle of what is attached to `pipe`, or to what it was copied from; None where nothing is."""
+    handle = _handle_of(pipe)
+    if handle is None or handle.pipe is pipe:
+        return handle
+    own = Handle(pipe, handle.rule, handle.policy, handle)
+    catch_call(pipe, own._run)
+    return own
+
+
+def _handle_of(pipe: Any) -> Handle | None:
+    return getattr(handler_of(pipe), "__self__", None)

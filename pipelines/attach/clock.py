@@ -1,0 +1,169 @@
+"""Where in its scheduler's table of steps a run is, and with it the space of the coming prediction."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.errors import UnsupportedScheduler
+from diffusers_guidance.pipelines.attach.schedulers import spaces, starts_step
+from diffusers_guidance.spaces import Space
+
+_HALVES = (torch.float16, torch.bfloat16)
+_ROUNDINGS = (torch.float32, *_HALVES)
+"""What timesteps may have been rounded to, the finest first."""
+
+
+class Clock:
+    """Follows one run through one scheduler's timesteps; reads the table once, searches it only where it must.
+
+    `steps` are those that a scheduler has made in whose place this one has come.
+    """
+
+    def __init__(self, steps: int = 0) -> None:
+        self.error: UnsupportedScheduler | None = None
+        self.space: Space | None = None
+        self.timestep: float | None = None
+        self.count = 0
+        """Evaluations this run makes, as far as the scheduler's table tells."""
+        self.begin = 0
+        """The place in the table of the run's first: image to image begins later."""
+        self.went_back = False
+        """Whether the last step was not further on than the one before it."""
+        self.begins_anew = False
+        """Whether the run itself has set its scheduler's timesteps since the last step."""
+        self._scheduler: Any = None
+        self._timesteps: Any = None
+        self._values: list[float] = []
+        self._table: tuple[Space, ...] | None = None
+        self._index = -1
+        self.steps = self.before = steps
+        """Evaluations made so far; and those that another scheduler had made."""
+        self.loops = 0
+        """Loops begun."""
+
+    def tick(self, scheduler: Any, timestep: Any) -> None:
+        """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
+        if not self._goes_on(scheduler):
+            self._read(scheduler)
+        before = self._index
+        index = getattr(scheduler, "step_index", None)
+        self._index = self._search(timestep) if index is None else int(index)
+        known = 0 <= self._index < len(self._values)
+        self.went_back = known and self._index <= before
+        self.timestep = self._values[self._index] if known else None
+        self.space = self._table[self._index] if known and self._table is not None else None
+        if self.space is not None and (starts := starts_step(scheduler, self._index)) != self.space.new_step:
+            self.space = self._as_counted(scheduler, self.space, starts)
+        if self.count == 0:
+            self.begin = max(self._index, 0)
+            self.count = self.steps + len(self._values) - self.begin
+        self.steps += 1
+
+    def expects(self, scheduler: Any, timestep: Any) -> bool:
+        """Whether a step of `scheduler` at this timestep would be the next one of its table; at first, one of them."""
+        table = getattr(scheduler, "timesteps", None)
+        if table is None or timestep is None:
+            return False
+        values, at = torch.as_tensor(table).flatten().tolist(), torch.as_tensor(timestep).flatten().tolist()
+        following = self._index + 1
+        return at[0] in (values[following : following + 1] if following else values)
+
+    def timesteps(self, begin: int, count: int) -> list[float]:
+        """So many of the table's."""
+        return self._values[begin : begin + count]
+
+    def table(self, count: int, before: int = 0) -> tuple[Space, ...]:
+        """The spaces of a run of `count` evaluations; empty where they are not all known.
+
+        The run's first is `before` entries before the first that this clock has seen.
+        """
+        begin = self.begin - before
+        found = self._table[begin : begin + count] if self._table is not None and begin >= 0 else ()
+        return found if len(found) == count else ()
+
+    @property
+    def next(self) -> Space | None:
+        """The space of the evaluation after the last one."""
+        if self._table is None or not 0 <= self._index < len(self._table) - 1:
+            return None
+        return self._table[self._index + 1]
+
+    @property
+    def ran_out(self) -> bool:
+        """Whether the coming evaluation belongs to another loop: the table is at its end, or was made anew."""
+        if self._scheduler is None:
+            return False
+        return not self._goes_on(self._scheduler) or 0 <= len(self._values) - 1 <= self._index
+
+    def _goes_on(self, scheduler: Any) -> bool:
+        """Whether the loop's table is the scheduler's still; a run beside it may have made the same one once more."""
+        made = scheduler.timesteps
+        if made is self._timesteps:
+            return True
+        before = self._timesteps
+        if self.begins_anew or before is None or scheduler is not self._scheduler or len(made) != len(before):
+            return False
+        if self._index + 1 >= len(self._values) or [float(t) for t in made.tolist()] != self._values:
+            return False
+        self._timesteps = made
+        return True
+
+    def _as_counted(self, scheduler: Any, space: Space, starts: bool) -> Space | None:
+        """A space where the scheduler's own count of stages is another than the table's."""
+        if not hasattr(scheduler, "state_in_first_order"):
+            return replace(space, new_step=starts)
+        self.error = UnsupportedScheduler(  # whose stages have noise levels of their own
+            f"this run of {type(scheduler).__name__} began between the two stages of a step, at timestep "
+            f"{self.timestep:g}, so what its predictions mean is not known: begin at an even place in its timesteps"
+        )
+        return None
+
+    def _read(self, scheduler: Any) -> None:
+        if self._scheduler is not None:  # another loop
+            self.steps = self.before = 0
+        self.loops += 1
+        self.begins_anew = False
+        self._scheduler, self._timesteps = scheduler, scheduler.timesteps
+        self._values = [float(t) for t in scheduler.timesteps.tolist()]
+        self._index, self.count = -1, 0
+        try:
+            self._table = spaces(scheduler)
+        except UnsupportedScheduler as error:
+            self._table, self.error = None, error
+
+    def _search(self, timestep: Any) -> int:
+        """The table's next entry if it is this timestep, else the first later one, else the first at all.
+
+        A loop may have rounded its timesteps to the dtype of its sample.
+        """
+        if isinstance(timestep, Tensor) and (place := self._place(timestep)) is not None:
+            return place
+        values = set(torch.as_tensor(timestep).flatten().tolist()) if timestep is not None else set()
+        if len(values) != 1:  # a batch may come with one each, but they must be the same
+            return -1
+        (value,) = values
+        dtype = torch.as_tensor(timestep).dtype
+        roundings = (dtype,) if dtype in _HALVES else (None, *_ROUNDINGS) if dtype.is_floating_point else (None,)
+        tables = [self._rounded(each) for each in roundings]
+        for start in (self._index + 1, 0):
+            for table in tables:
+                if value in table[start:]:
+                    return table.index(value, start)
+        return -1
+
+    def _rounded(self, dtype: torch.dtype | None) -> list[float]:
+        """The table's timesteps, as they are after a way through `dtype`."""
+        exact = torch.tensor(self._values, dtype=torch.float64)
+        return self._values if dtype is None else exact.to(dtype).tolist()
+
+    def _place(self, timestep: Tensor) -> int | None:
+        """Where in the table `timestep` is, if it is a piece of it, as loops take it; its value stays on its device."""
+        table = self._timesteps
+        if not isinstance(table, Tensor) or (any(timestep.stride()) and timestep.numel() != 1):
+            return None
+        if timestep.dtype != table.dtype or timestep.untyped_storage().data_ptr() != table.untyped_storage().data_ptr():
+            return None
+        place, between = divmod(int(timestep.storage_offset()) - int(table.storage_offset()), table.stride(0) or 1)
+        return place if between == 0 and 0 <= place < len(self._values) else None

@@ -1,0 +1,480 @@
+"""`Guider`: a rule and a policy as a guider of diffusers, for Modular Diffusers and pipelines with a `guider`.
+
+A denoising loop asks its guider, step by step, which conditions to evaluate (`prepare_inputs`, where the policy
+skips) and what to make of their predictions (`forward`, where the rule combines). It says which step and timestep
+it is at, but not with which scheduler and sample, without which nothing can be denoised: these are looked up
+among the loop's own variables, see `_loop_of`.
+"""
+
+import dataclasses
+import json
+import sys
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.guiders import BaseGuidance
+from diffusers.guiders.guider_utils import GuiderOutput
+from torch import Tensor
+
+from diffusers_guidance import kernels
+from diffusers_guidance.checks import is_number, plain
+from diffusers_guidance.errors import CalibrationMismatch, GuidanceError, UnsupportedPipeline
+from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
+from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.attach.fingerprint import setting
+from diffusers_guidance.pipelines.attach.rows import pick
+from diffusers_guidance.policies import Decision, History, Policy, Step, estimated, planned
+from diffusers_guidance.report import Report, StepReport, tell_repayments, to_list
+from diffusers_guidance.rules import Rule, settled
+from diffusers_guidance.spaces import Space
+
+
+class Guider(BaseGuidance):
+    """A rule and a policy in the place of diffusers' guiders.
+
+        pipe.update_components(guider=Guider(APG(), AdaptiveGuidance(), guidance_scale=12))  # Modular Diffusers
+        pipe.guider = Guider(APG(), AdaptiveGuidance(), guidance_scale=12)  # HunyuanVideo 1.5, HunyuanImage 2.1
+
+    A guider cannot evaluate a part of a batch. The policy decides for every sample as it does under `attach`, but
+    the unconditional half is left out only once no sample needs it; a sample that has stopped before the others
+    is used unguided all the same.
+
+    Args:
+        rule: how both predictions become one. Default: `DEFAULT_RULE`, as of `attach`.
+        policy: which predictions are evaluated. Default: `DEFAULT_POLICY`.
+        guidance_scale: w in `u + w (c - u)` for a rule that leaves it None; 7.5 as in diffusers' guiders. To a
+            scale that is meant for `use_original_formulation`, which counts from 0, add 1.
+        enabled: False evaluates and uses the conditional prediction alone.
+
+    The configuration is plain JSON. Rule and policy may also be given as they stand there, and are rebuilt by
+    their names from the subclasses of `Rule` and `Policy` that have been imported. What JSON cannot hold (a
+    calibration) is named there as missing, and has to be given again: `Guider.from_config(config, policy=...)`.
+    """
+
+    _input_predictions = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (the base class asks for a list)
+
+    def __init__(
+        self,
+        rule: Rule | dict[str, Any] | None = None,
+        policy: Policy | dict[str, Any] | None = None,
+        guidance_scale: float = 7.5,
+        enabled: bool = True,
+    ):
+        guidance_scale = plain(guidance_scale)
+        if not is_number(guidance_scale, 0):
+            raise ValueError(f"guidance_scale={guidance_scale!r}: a number from 0 up")
+        super().__init__(enabled=enabled)
+        self.rule = DEFAULT_RULE if rule is None else _rebuilt(Rule, rule)
+        self.policy = DEFAULT_POLICY if policy is None else _rebuilt(Policy, policy)
+        self.guidance_scale = guidance_scale
+        self.register_to_config(guidance_scale=guidance_scale, enabled=enabled)
+        self._run: _Run | None = None
+        self._loop = _Loop(None, None)
+        self._denoiser = ""
+        self._plan: list[Decision] | None = None
+        self._batches: set[int] = set()
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the next run; may be set at any time."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule={rule!r}: an instance of a rule, such as APG() or CFG()")
+        self._rule = rule
+        self.register_to_config(rule=_plain(rule))
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the next run; may be set at any time."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy={policy!r}: an instance of a policy, such as AdaptiveGuidance() or EveryStep()")
+        self._policy = policy
+        self.register_to_config(policy=_plain(policy))
+
+    @property
+    def report(self) -> Report:
+        """What the last run evaluated and saved; that of an interrupted run ends where it was interrupted."""
+        if self._run is None:
+            raise GuidanceError("no report yet: call the pipeline first")
+        return self._run.finished_report()
+
+    # What a loop asks, in the order it does
+
+    @property
+    def num_conditions(self) -> int:
+        """Conditions to prepare for a run, of which a step may evaluate fewer.
+
+        The same at every step: pipelines ask before a run, to know whether to encode the negative prompt, and the
+        answer must not depend on where the last run ended.
+        """
+        return 2 if self._enabled and self._w != 1 else 1
+
+    @property
+    def is_conditional(self) -> bool:
+        return self._count_prepared == 1
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+        """Begins a step: finds out where the loop is and plans it."""
+        following = None if self._step is None else self._step + 1
+        super().set_state(step, num_inference_steps, timestep)
+        self._loop = _loop_of(self, sys._getframe(1))
+        scheduler = getattr(self._loop.pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if self._run is None or step != following or timesteps is not self._run.timesteps:
+            name = type(self._loop.pipe).__name__ if self._loop.pipe is not None else ""
+            self._run = _Run(Report(name, repr(self.rule), repr(self.policy)), self.rule, self.policy, timesteps, step)
+        if scheduler is not None:
+            self._run.clock.tick(scheduler, timestep)
+        # The first step is evaluated in full, as it is under `attach`, and planned when the batch is known.
+        history = self._run.history
+        self._plan = None if history is None else self._planned(history)
+
+    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
+        """The inputs of each evaluation this step makes, the conditional one first."""
+        return self._noted([self._prepare_batch(data, i, name) for i, name in self._evaluations()])
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+        """The same, the inputs given by their names in `data`."""
+        prepare = self._prepare_batch_from_block_state
+        return self._noted([prepare(input_fields, data, i, name) for i, name in self._evaluations()])
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        """Called before every evaluation."""
+        super().prepare_models(denoiser)
+        parts = {} if self._loop.pipe is None else vars(self._loop.pipe)
+        self._denoiser = next((name for name, part in parts.items() if part is denoiser), "")
+
+    def __call__(self, data: list[Any]) -> GuiderOutput:
+        """The guided prediction, from the batches of `prepare_inputs` with a `noise_pred` each."""
+        if not data:
+            return self._forecast()
+        return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        """The guided prediction, from what was evaluated."""
+        run = self._run
+        if run is None:
+            raise GuidanceError("a guider's set_state has to be called before every step")
+        if self.num_conditions == 1:
+            alone = [Decision("conditional", "no guidance: disabled, or at a scale of 1")] * len(pred_cond)
+            run.record(self._coming_step(), self._denoiser, alone, evaluated=False, full=1)
+            pred = pred_cond
+            if run.history is not None:  # nothing to forecast it from, nor from it
+                run.history.guided.clear()
+                run.history.skipped.clear()
+        else:
+            n = self._tokens(pred_cond)
+            c, u = pred_cond[:, :n], None if pred_uncond is None else pred_uncond[:, :n]
+            pred = self._guide(run, self._settled_plan(run, c, u is not None), c, u)
+            if run.policy.hands:
+                run.held = pred_cond.clone()
+                pred = run.hand(self._coming_step(), pred, self._loop.latents)
+            if n < pred_cond.shape[1]:
+                pred = torch.cat([pred, pred_cond[:, n:]], 1)
+        self._loop = _Loop(None, None)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    # How it is answered
+
+    def _forecast(self) -> GuiderOutput:
+        """What stands in where nothing was evaluated; the conditional prediction is the last one there was."""
+        run, plan = self._run, self._plan
+        assert run is not None and plan is not None and run.held is not None
+        step, held = self._coming_step(), run.held
+        run.record(step, self._denoiser, plan, evaluated=False, full=2, w=self._w)
+        n = self._tokens(held)
+        pred = run.hand(step, None, self._loop.latents).to(held.dtype)
+        if n < held.shape[1]:
+            pred = torch.cat([pred, held[:, n:]], 1)
+        self._loop = _Loop(None, None)
+        return GuiderOutput(pred=pred, pred_cond=held.clone(), pred_uncond=None)
+
+    @property
+    def _w(self) -> float:
+        return self.guidance_scale if self.rule.guidance_scale is None else self.rule.guidance_scale
+
+    def _evaluations(self) -> list[tuple[int, str]]:
+        plan = self._plan
+        if self.num_conditions == 2 and plan is not None and all(d.action == "neither" for d in plan):
+            return []
+        skips = self.num_conditions == 1 or (plan is not None and all(d.action != "both" for d in plan))
+        return list(enumerate(self._input_predictions))[: 1 if skips else 2]
+
+    def _noted(self, batches: list[Any]) -> list[Any]:
+        conditions = batches[0].as_dict().values() if batches else ()
+        self._batches = {len(v) for v in conditions if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim)}
+        return batches
+
+    def _coming_step(self) -> Step:
+        assert self._run is not None
+        clock = self._run.clock
+        count = self._run.first + clock.count if clock.count else self._num_inference_steps
+        count = max(count, self._step + 1)
+        if clock.space is None:
+            return Step(self._step, count, None)
+        return Step(self._step, count, clock.space.sigma, clock.space.velocity, clock.table(count, self._run.first))
+
+    def _planned(self, history: History) -> list[Decision]:
+        """The policy's plan for the step: "neither" becomes "both" unless all it takes is a forecast to hand on."""
+        assert self._run is not None
+        plan = planned(self._run.policy, self._coming_step(), history)
+        if self._run.policy.hands and all(each.action == "neither" for each in plan):
+            return plan
+        return [Decision("both", why) if action == "neither" else Decision(action, why) for action, why in plan]
+
+    def _settled_plan(self, run: "_Run", c: Tensor, evaluated: bool) -> list[Decision]:
+        """The step's plan, now that its predictions are there."""
+        if self._batches and len(c) not in self._batches:
+            raise UnsupportedPipeline(
+                f"{run.report.pipeline} guides a prediction of shape {tuple(c.shape)} from conditions for a batch of "
+                f"{' or '.join(map(str, sorted(self._batches)))}: which of its numbers make a sample is not known"
+            )
+        if run.history is None:
+            run.history = History.following(self._histories(run), run.first, len(c), self._denoiser)
+            self._check_calibration(run)
+            self._plan = self._planned(run.history)
+        assert self._plan is not None
+        # An estimate is not needed where the real thing was evaluated after all.
+        return [Decision("both") if evaluated and d.action in ("extrapolate", "neither") else d for d in self._plan]
+
+    def _histories(self, run: "_Run") -> list[History]:
+        """Those of the loop's guiders, one for each denoiser."""
+        parts = () if self._loop.pipe is None else vars(self._loop.pipe).values()
+        runs = [part._run for part in parts if isinstance(part, Guider) and part._run is not None]
+        return [each.history for each in runs if each.history is not None and each.timesteps is run.timesteps]
+
+    def _check_calibration(self, run: "_Run") -> None:
+        """Refuses a calibrated policy that was made for something else than this loop's pipeline."""
+        calibration, pipe = run.policy.calibration, self._loop.pipe
+        if calibration is None:
+            return
+        if pipe is None or not self._denoiser:
+            raise CalibrationMismatch(f"{calibration!r}: no pipeline in reach of this loop to compare it with")
+        begin = max(run.clock.begin - run.first, 0)
+        timesteps = run.clock.timesteps(begin, self._coming_step().count)
+        found = setting(pipe, self._denoiser, self._w, timesteps)
+        del found["pipeline"]  # a modular pipeline has classes of its own
+        calibration.check(found)
+
+    def _tokens(self, c: Tensor) -> int:
+        """How many of the prediction's tokens are the sample's: Qwen-Image-Edit cuts the reference's off later."""
+        x = self._loop.latents
+        longer = x is not None and x.ndim == c.ndim == 3 and x.shape[1] < c.shape[1]
+        return x.shape[1] if x is not None and longer else c.shape[1]
+
+    def _guide(self, run: "_Run", plan: list[Decision], c: Tensor, u: Tensor | None) -> Tensor:
+        step, history, evaluated = self._coming_step(), run.history, u is not None
+        assert history is not None
+        x = self._loop.latents
+        space = self._space(run, c, x)
+        unguided = [decision.action == "conditional" for decision in plan]
+        if u is None:
+            guessed = any(decision.action == "extrapolate" for decision in plan)
+            u = pick(unguided, c, estimated(run.policy, step, history, c).to(c.dtype)) if guessed else c
+        similarity = run.remember(c, u, x, space) if evaluated else None
+        run.record(step, self._denoiser, plan, evaluated, full=2, similarity=similarity, w=self._w)
+        if run.policy.remembers:
+            history.cond.append(c.clone())  # the loop may use its memory again
+            history.uncond.append(u.clone())
+        if all(unguided):
+            return c
+        if run.rule.is_plain:
+            return pick(unguided, c, u + self._w * (c - u))
+        a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
+        sample = c if x is None or space is None else x
+        g, carried = kernels.guide(sample, c, u, run.momentum, a, b, settled(run.rule, self._w, step.index, space))
+        if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
+            before = torch.zeros_like(carried) if run.momentum is None else run.momentum
+            run.momentum = pick(unguided, before, carried)
+        return pick(unguided, c, g)
+
+    def _space(self, run: "_Run", c: Tensor, x: Tensor | None) -> Space | None:
+        """The step's space, if the rule and the policy can do without; else an error says why there is none."""
+        space = run.clock.space if x is not None and x.shape == c.shape else None
+        if space is None and (run.rule.needs_denoised or run.policy.needs_denoised):
+            if run.clock.error is not None:
+                raise run.clock.error
+            seen = "no latents" if x is None else f"latents of shape {tuple(x.shape)}"
+            raise UnsupportedPipeline(
+                f"the loop of {run.report.pipeline or 'an unknown pipeline'} has {seen} and a prediction of shape "
+                f"{tuple(c.shape)} at timestep {run.clock.timestep}: no denoised prediction can be formed for "
+                f"{run.rule} and {run.policy}; choose ones that need none, such as CFG and Hold"
+            )
+        return space
+
+
+@dataclasses.dataclass
+class _Run:
+    """What one run has seen so far."""
+
+    report: Report
+    rule: Rule
+    policy: Policy
+    timesteps: Any
+    """The scheduler's; they are made anew for every run."""
+    first: int
+    """The first step that asked this guider: Wan 2.2's second guider comes in late."""
+    clock: Clock = dataclasses.field(default_factory=Clock)
+    history: History | None = None
+    momentum: Tensor | None = None
+    similarities: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    """By place in the report, those not yet brought to the host."""
+    held: Tensor | None = None
+    """The last conditional prediction, of a policy that `hands`."""
+    sizes: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    """By place in the report, of forecasts' errors and repayments, those not yet brought to the host."""
+
+    def hand(self, step: Step, guided: Tensor | None, x: Tensor | None) -> Tensor:
+        """What the policy hands to the scheduler at a step that has been recorded; see `Policy.hands`."""
+        assert self.history is not None and self.held is not None
+        known = x is not None and self.clock.space is not None and (guided is None or x.shape == guided.shape)
+        found = self.policy.hand(step, self.history, guided, x if known else None)
+        recorded = self.report.steps[-1]
+        recorded.note = "; ".join(filter(None, [recorded.note, found.note]))
+        if found.sizes is not None:
+            self.sizes[len(self.report.steps) - 1] = found.sizes
+        return found.prediction
+
+    def remember(self, c: Tensor, u: Tensor, x: Tensor | None, space: Space | None) -> tuple[Tensor, Tensor]:
+        """Keeps what policies look back on, and returns the similarities (NaN where unknown)."""
+        assert self.history is not None
+        unknown = torch.full((len(c),), torch.nan, device=c.device)
+        found = (unknown, unknown)
+        if space is not None and x is not None:
+            pairs = ((space.a, space.b), (space.p, space.q))
+            found = tuple(kernels.similarity(x, c, u, *pair).float() for pair in pairs)  # type: ignore[assignment]
+        for name, values in zip(("denoised", "noise"), found, strict=True):
+            self.history.similarity[name].append(values)
+        self.history.delta = c - u
+        self.history.velocity = torch.full((len(c),), 1.0 if space is None else space.velocity, device=c.device)
+        return found
+
+    def record(
+        self,
+        step: Step,
+        denoiser: str,
+        plan: list[Decision],
+        evaluated: bool,
+        full: int,
+        similarity: tuple[Tensor, Tensor] | None = None,
+        w: float | None = None,
+    ) -> None:
+        rows = len(plan)
+        nothing = all(decision.action == "neither" for decision in plan)
+        if similarity is not None:
+            self.similarities[len(self.report.steps)] = similarity
+        self.report.steps.append(
+            StepReport(
+                index=step.index,
+                timestep=self.clock.timestep,
+                sigma=step.sigma,
+                evaluated=["both" if evaluated else "neither" if nothing else "conditional"] * rows,
+                action=[decision.action for decision in plan],
+                similarity=[None] * rows,
+                similarity_noise=[None] * rows,
+                nfe=0 if nothing else rows * (1 + evaluated),
+                nfe_full=rows * full,
+                guidance_scale=w,
+                denoiser=denoiser,
+                note="; ".join(dict.fromkeys(decision.why for decision in plan if decision.why)),
+            )
+        )
+
+    def finished_report(self) -> Report:
+        if self.similarities:
+            found = torch.stack([torch.stack(pair) for pair in self.similarities.values()]).cpu()  # all at once
+            for i, pair in zip(self.similarities, found, strict=True):
+                step = self.report.steps[i]
+                step.similarity, step.similarity_noise = (to_list(values) for values in pair)
+            self.similarities.clear()
+        if self.sizes:
+            tell_repayments(self.report, self.sizes)
+            self.sizes.clear()
+        if self.clock.error is not None:
+            self.report.note = f"no similarities: {self.clock.error}"
+        return self.report
+
+
+class _Loop(NamedTuple):
+    """Where a guider is used: the pipeline it belongs to and the sample as the scheduler has it."""
+
+    pipe: Any
+    latents: Tensor | None
+
+
+def _loop_of(guider: Guider, frame: FrameType | None) -> _Loop:
+    """Searches the callers for the pipeline that has this guider, and the latents beside it.
+
+    Every loop, modular or not, has its pipeline as a local variable, and its latents either as one (`latents`) or
+    as an attribute of its block state. What else is in reach is looked at only to be told apart from them.
+    """
+    while frame is not None:
+        names = frame.f_locals
+        for value in names.values():
+            if isinstance(value, DiffusionPipeline | ModularPipeline) and any(
+                component is guider for component in vars(value).values()
+            ):
+                latents = names.get("latents", getattr(names.get("block_state"), "latents", None))
+                return _Loop(value, latents if isinstance(latents, Tensor) else None)
+        frame = frame.f_back
+    return _Loop(None, None)
+
+
+Part = TypeVar("Part", Rule, Policy)
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """A rule or a policy as plain JSON: its name and its fields."""
+    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    return json.loads(json.dumps({"name": _name(type(part)), **fields}, default=_plain_field))
+
+
+def _plain_field(value: Any) -> dict[str, Any]:
+    """A field's own fields, or if JSON cannot hold them, what is missing."""
+    try:
+        return json.loads(json.dumps(dataclasses.asdict(value)))
+    except TypeError:
+        return {"missing": type(value).__name__}
+
+
+def _rebuilt(base: type[Part], saved: Part | dict[str, Any]) -> Part:
+    """The rule or policy that `_plain` made `saved` of."""
+    if not isinstance(saved, dict):
+        return saved
+    known = {_name(cls): cls for cls in _subclasses(base)}
+    name = saved.get("name")
+    if name not in known:
+        raise ValueError(f"no {base.__name__.lower()} is named {name!r}: one of {', '.join(sorted(known))}")
+    cls, fields = known[name], {key: value for key, value in saved.items() if key != "name"}
+    for field in dataclasses.fields(cls):
+        value = fields.get(field.name)
+        if isinstance(value, dict) and "missing" in value:
+            raise ValueError(
+                f"the {value['missing']} of {name} is not in the configuration: give the {base.__name__.lower()} again"
+            )
+        if isinstance(value, dict):
+            fields[field.name] = type(getattr(cls, field.name))(**value)  # as its default is
+        if isinstance(value, list):
+            fields[field.name] = tuple(value)
+    return cls(**fields)
+
+
+def _name(cls: type) -> str:
+    """By which a configuration knows a class: those of other packages with their module, so that none is mistaken."""
+    return (
+        cls.__qualname__ if cls.__module__.startswith("diffusers_guidance.") else f"{cls.__module__}.{cls.__qualname__}"
+    )
+
+
+def _subclasses(base: type) -> list[type]:
+    children: list[type] = base.__subclasses__()
+    return [cls for child in children for cls in (*_subclasses(child), child)]

@@ -1,0 +1,273 @@
+"""A diffusers scheduler's steps as `Space`s: read off its numbers, and confirmed by its own arithmetic.
+
+Levels are believed only where the scheduler's step, its `add_noise` or its `scale_noise` uses the same. What cannot
+be read off is declared in one table, `_DECLARED`; the rest is refused. `_DECODERS` has a line for each type of
+prediction.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.errors import UnsupportedScheduler
+from diffusers_guidance.spaces import Space
+
+
+class _Levels(NamedTuple):
+    signal: Tensor
+    noise: Tensor
+    sigma: Tensor
+
+
+def _preserving(signal: Tensor, noise: Tensor) -> _Levels:
+    return _Levels(signal, noise, (noise / signal).abs())
+
+
+def _alphas_cumprod(alphas_cumprod: Tensor) -> _Levels:
+    return _preserving(alphas_cumprod.double().sqrt(), (1 - alphas_cumprod.double()).sqrt())
+
+
+def _exploding(sigma: Tensor) -> _Levels:
+    return _Levels(torch.ones_like(sigma), sigma, sigma)
+
+
+def _flow(sigma: Tensor) -> _Levels:
+    return _Levels(1 - sigma, sigma, sigma)
+
+
+def _per_step(s: Any, numbers: Tensor) -> Tensor:
+    return numbers[: len(s.timesteps)].to(torch.float64, copy=True)
+
+
+def _ddim_inverse(s: Any) -> _Levels:
+    # Inversion adds noise: the sample is one step cleaner than the timestep that the model is told.
+    steps = s.config.num_train_timesteps
+    t = (s.timesteps - steps // s.num_inference_steps).clamp(max=steps - 1)
+    return _alphas_cumprod(torch.where(t < 0, s.initial_alpha_cumprod, s.alphas_cumprod[t.clamp(min=0)]))
+
+
+def _discrete_sigmas(s: Any) -> _Levels:
+    return _exploding(s.discrete_sigmas[(s.timesteps * (len(s.timesteps) - 1)).long()].double())
+
+
+def _trigonometric(s: Any) -> _Levels:
+    t = s.timesteps.double()
+    return _preserving(t.cos(), s.config.sigma_data * t.sin())
+
+
+class _Declared(NamedTuple):
+    levels: Callable[[Any], _Levels] | None = None
+    """None: read off the scheduler's numbers and verified."""
+    prediction: str | None = None
+    """A line of `_DECODERS`, with a minus for its negative; None: `config.prediction_type`."""
+    second_stage: Callable[[Any, Tensor], Tensor] | None = None
+    """Of a two-stage solver: where its second stages evaluate, given its sigmas at all stages."""
+
+
+# Looked up by class name along the MRO: covers subclasses, imports no scheduler.
+_DECLARED = {
+    "CMStochasticIterativeScheduler": _Declared(prediction="consistency"),
+    "DDIMInverseScheduler": _Declared(_ddim_inverse),
+    "DDPMWuerstchenScheduler": _Declared(
+        lambda s: _alphas_cumprod(s._alpha_cumprod(s.timesteps, s.timesteps.device)), "epsilon"
+    ),
+    "DPMSolverSDEScheduler": _Declared(second_stage=lambda s, sigma: (sigma[:-1:2] * sigma[1::2]).sqrt()),
+    "FlowMapEulerDiscreteScheduler": _Declared(prediction="flow_prediction"),
+    "FlowMatchEulerDiscreteScheduler": _Declared(prediction="flow_prediction"),
+    "FlowMatchHeunDiscreteScheduler": _Declared(None, "flow_prediction", lambda s, sigma: sigma[1::2]),
+    "FlowMatchLCMScheduler": _Declared(prediction="flow_prediction"),
+    "HeliosDMDScheduler": _Declared(lambda s: _flow(_per_step(s, s.sigmas)), "flow_prediction"),
+    "HeunDiscreteScheduler": _Declared(second_stage=lambda s, sigma: sigma[1::2]),
+    "IPNDMScheduler": _Declared(lambda s: _preserving(_per_step(s, s.alphas), _per_step(s, s.betas)), "v_prediction"),
+    "KDPM2AncestralDiscreteScheduler": _Declared(second_stage=lambda s, _: _per_step(s, s.sigmas_interpol)[:-1:2]),
+    "KDPM2DiscreteScheduler": _Declared(second_stage=lambda s, _: _per_step(s, s.sigmas_interpol)[1::2]),
+    "LTXEulerAncestralRFScheduler": _Declared(lambda s: _flow(_per_step(s, s.sigmas)), "flow_prediction"),
+    "MiniMaxH3Scheduler": _Declared(prediction="-flow_prediction"),
+    "RePaintScheduler": _Declared(lambda s: _alphas_cumprod(s.alphas_cumprod[s.timesteps]), "epsilon"),
+    "SCMScheduler": _Declared(_trigonometric),
+    "ScoreSdeVeScheduler": _Declared(_discrete_sigmas, "score"),
+}
+
+
+def _velocity(s: Tensor, n: Tensor, d: float) -> tuple:
+    # y = (s d eps - n x0 / d) / h, at a right angle to x / h in the plane of x0 / d and eps. With d = 1 it is
+    # v (arXiv 2202.00512, app. D), also where s = 1 and the variance explodes; with d = sigma_data, -F of EDM
+    # (arXiv 2206.00364, table 1).
+    h = torch.hypot(s * d, n)
+    return s * d**2 / h**2, -n * d / h, n / h**2, s * d / h
+
+
+# (a, b, p, q) of every type of prediction y, for signal s, noise n and the data's standard deviation d.
+_DECODERS: dict[str, Callable[[Tensor, Tensor, float], tuple]] = {
+    "epsilon": lambda s, n, d: (1 / s, -n / s, 0.0, 1.0),  # y = eps
+    "sample": lambda s, n, d: (0.0, 1.0, 1 / n, -s / n),  # y = x0
+    "original_sample": lambda s, n, d: (0.0, 1.0, 1 / n, -s / n),
+    "v_prediction": _velocity,
+    "flow_prediction": lambda s, n, d: (1.0, -n, 1.0, s),  # y = eps - x0, where s + n = 1
+    "trigflow": lambda s, n, d: (s, -n / d, n / d**2, s / d),  # y = d v, where s = cos t, n = d sin t
+    "score": lambda s, n, d: (1 / s, n**2 / s, 0.0, -n),  # y = -eps / n
+}
+
+# Zero where the levels are such that the scheduler's own formula for the type is the one above.
+_PREMISES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "v_prediction": lambda s, n, d: (torch.hypot(s, n) - 1) * (s - 1),
+    "flow_prediction": lambda s, n, d: s + n - 1,
+    "trigflow": lambda s, n, d: torch.hypot(s, n / d) - 1,
+}
+
+
+def spaces(scheduler: Any) -> tuple[Space, ...]:
+    """One `Space` per entry of `scheduler.timesteps`, to be asked for after every `set_timesteps`.
+
+    In a pyramid (Helios), which sets timesteps anew for each stage, x0 is the sample that the stage leads to.
+    Leaves the scheduler as it is. Raises `UnsupportedScheduler` where its predictions' meaning is uncertain.
+    """
+    try:
+        return _solve(scheduler)
+    except UnsupportedScheduler:
+        raise
+    except Exception as error:  # of whatever object plays the scheduler
+        _refuse(scheduler, f"its noise levels could not be read or confirmed ({error!r})", error)
+
+
+def _solve(scheduler: Any) -> tuple[Space, ...]:
+    if getattr(scheduler, "timesteps", None) is None:
+        _refuse(scheduler, "it has no timesteps yet, call set_timesteps first")
+    s = _on_host(scheduler)
+    declared = next((_DECLARED[c.__name__] for c in type(s).__mro__ if c.__name__ in _DECLARED), _Declared())
+    levels = declared.levels(s) if declared.levels else _read(s, declared)
+    coefficients = _decode(s, declared, levels)
+    if not coefficients[:2].isfinite().all():
+        _refuse(s, "a sample without signal (zero terminal SNR) cannot be denoised from such a prediction")
+    rows = torch.cat([coefficients, torch.stack(levels)]).T.tolist()
+    return tuple(Space(*[*row, _starts_step(s, i)]) for i, row in enumerate(rows))
+
+
+def _on_host(scheduler: Any) -> Any:
+    """A shallow copy with its numbers on the host: one transfer, none where it counts its steps in sigmas there."""
+    s = copy.copy(scheduler)
+    names = ("sigmas", "sigmas_interpol", "timesteps", "alphas_cumprod")
+    numbers = {name: t for name in names if isinstance(t := getattr(s, name, None), Tensor)}
+    away = {name: t for name, t in numbers.items() if t.device.type != "cpu"}
+    if "sigmas" in numbers and not away.keys() & {"sigmas", "sigmas_interpol"} and hasattr(s, "set_begin_index"):
+        if "timesteps" in away:
+            s.timesteps = torch.arange(len(s.timesteps))  # their number is all that counts
+    elif away:
+        parts = torch.cat([t.flatten() for t in away.values()]).cpu().split([t.numel() for t in away.values()])
+        for (name, t), part in zip(away.items(), parts, strict=True):
+            setattr(s, name, part.to(t.dtype))
+    return s
+
+
+def _read(s: Any, declared: _Declared) -> _Levels:
+    """Levels from `sigmas` or `alphas_cumprod`, confirmed by the scheduler itself."""
+    if isinstance(getattr(s, "sigmas", None), Tensor):
+        sigma = _per_step(s, s.sigmas)
+        if getattr(s, "order", 1) > 1 and declared.second_stage is None:
+            _refuse(s, f"where the later stages of its steps (order={s.order}) evaluate is not known")
+        if declared.second_stage:
+            sigma[1::2] = declared.second_stage(s, sigma)
+        if hasattr(s, "_sigma_to_alpha_sigma_t"):
+            # The step itself asks this, whatever add_noise does (SASolverScheduler's goes by timesteps).
+            signal, noise = s._sigma_to_alpha_sigma_t(sigma)
+            return _Levels(signal.double().expand_as(sigma), noise, sigma)
+        levels = _flow(sigma) if hasattr(s, "scale_noise") else _exploding(sigma)
+    elif isinstance(getattr(s, "alphas_cumprod", None), Tensor):
+        levels = _alphas_cumprod(s.alphas_cumprod[s.timesteps.long()])
+    else:
+        _refuse(s, "it has neither sigmas nor alphas_cumprod")
+    _verify(s, levels)
+    # An inverted flow runs from noise at time 0 to data at 1 (Mochi's), which scale_noise does not know of.
+    return _flow(1 - levels.sigma) if _is_inverted(s) else levels
+
+
+def _verify(s: Any, levels: _Levels) -> None:
+    """Add noise to the probes (x0, eps) = (1, 0) and (0, 1) at the first, a middle and the last step."""
+    starts = [i for i in range(len(s.timesteps)) if _starts_step(s, i)]
+    x0 = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
+    for i in {starts[0], starts[len(starts) // 2], starts[-1]}:
+        s._begin_index, s._step_index = i, None  # of the copy
+        t = s.timesteps[i].expand(2)
+        x = s.scale_noise(x0, t, 1 - x0) if hasattr(s, "scale_noise") else s.add_noise(x0, 1 - x0, t)
+        mix, expected = x.flatten().double(), torch.stack([levels.signal[i], levels.noise[i]])
+        if not torch.allclose(mix, expected, rtol=1e-4, atol=1e-4):
+            _refuse(s, f"at step {i} it mixes x0 and noise by {mix.tolist()}, not by {expected.tolist()}")
+
+
+def _decode(s: Any, declared: _Declared, levels: _Levels) -> Tensor:
+    """Rows a, b, p, q over the steps."""
+    signal, noise, _ = levels
+    name = _prediction(s, declared)
+    if name == "consistency":
+        # arXiv 2303.01469 (eq. 5, app. C): b = 0 at sigma_min, compared in the float32 that sigmas are kept in.
+        a, b = s.get_scalings_for_boundary_condition(noise)
+        b = b * (noise.float() != s.config.sigma_min)
+        return torch.stack([a, b, (1 - a) / noise, -b / noise])
+    sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
+    if name not in _DECODERS:
+        _refuse(s, "its type of prediction is not known")
+    d = s.config.sigma_data if name == "trigflow" or hasattr(s, "precondition_outputs") else 1.0
+    if name in _PREMISES and _PREMISES[name](signal, noise, d).abs().max() > 1e-5:
+        _refuse(s, f"{name} does not go with its noise levels")
+    a, b, p, q = (torch.as_tensor(k).double().expand_as(signal) for k in _DECODERS[name](signal, noise, d))
+    return torch.stack([a, sign * b, p, sign * q])
+
+
+def _prediction(s: Any, declared: _Declared) -> str:
+    # `from_config` carries foreign keys along: a declaration counts more, save in a subclass that has the choice.
+    choice = type(s).__name__ not in _DECLARED and "prediction_type" in inspect.signature(type(s)).parameters
+    if declared.prediction and not choice:
+        return declared.prediction if not _is_inverted(s) else f"-{declared.prediction}"
+    name = str(_config(s, "prediction_type"))
+    # The EDM schedulers call F "epsilon", and -F "v_prediction".
+    return "-v_prediction" if name == "epsilon" and hasattr(s, "precondition_outputs") else name
+
+
+def _is_inverted(s: Any) -> bool:
+    """Whether flow time rises: `FlowMatchEulerDiscreteScheduler(invert_sigmas=True)`."""
+    if not hasattr(s, "scale_noise") or s.sigmas[-1] <= s.sigmas[0]:
+        return False
+    if _config(s, "stochastic_sampling", True):
+        _refuse(s, "its step does not heed invert_sigmas")
+    return True
+
+
+def _starts_step(s: Any, i: int) -> bool:
+    if hasattr(s, "plms_timesteps"):
+        # PNDM from its first timestep: Runge-Kutta steps of four stages or a Heun step, then one stage each.
+        return i != 1 if s.config.skip_prk_steps else i >= len(s.prk_timesteps) or i % 4 == 0
+    if hasattr(s, "order_list"):
+        # DPMSolverSinglestepScheduler: 1, 2, 3 are the stages of a third-order step.
+        return s.order_list[i] == 1
+    return i % getattr(s, "order", 1) == 0
+
+
+def starts_step(scheduler: Any, index: int) -> bool:
+    """Whether the coming `scheduler.step`, at this place in its table, is the first stage of a step, as it will count.
+
+    Some count from where a run begins, which for image to image is the middle of the table.
+    """
+    if hasattr(scheduler, "plms_timesteps"):
+        return _starts_step(scheduler, scheduler.counter)
+    if hasattr(scheduler, "order_list"):
+        # A step has no more stages than there are outputs before this one, of which the last is at the end.
+        order, before = scheduler.order_list[index], scheduler.model_outputs[::-1]
+        return next((k for k in range(order - 1, 0, -1) if before[k - 1] is not None), 0) == 0
+    first = getattr(scheduler, "state_in_first_order", None)
+    return first if isinstance(first, bool) else _starts_step(scheduler, index)
+
+
+def _config(s: Any, key: str, default: Any = None) -> Any:
+    return (getattr(s, "config", None) or {}).get(key, default)
+
+
+def _refuse(s: Any, why: str, cause: Exception | None = None) -> NoReturn:
+    raise UnsupportedScheduler(
+        f"{type(s).__name__} with prediction_type={_config(s, 'prediction_type')!r}: {why}. Supported are "
+        f"{', '.join(_DECODERS)} predictions of schedulers whose sigmas or alphas_cumprod their own "
+        f"add_noise or scale_noise confirms, and {', '.join(_DECLARED)}."
+    ) from cause

@@ -1,0 +1,173 @@
+"""What of a network lives from call to call: diffusers' stateful hooks, and what code that others put on it remembers.
+
+A part of a batch can stand for the whole, and a call can be skipped, only where the network is the same function at
+every call. Networks of diffusers are. What people put on them may not be: a step cache in a replaced `forward`, an
+attention processor that counts its calls, a forward hook with a bank of tensors. A `Watch` compares what such code
+(`foreign.py`) can remember (`memory.py`) before and after each call.
+
+What changes is state, but for buffers: CUDA graphs and engines copy what they are given into tensors of their own,
+and write what they put out into one. What is set for the first time may belong to either, and is looked at again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_guidance.pipelines.attach.foreign import Finds, Foreign, scan
+from diffusers_guidance.pipelines.attach.memory import Memory, address, changes, fill, held, is_among, tensors, total
+
+_TOLERANT = ("diffusers.hooks.first_block_cache", "diffusers.hooks.text_kv_cache")
+"""Hooks that keep tensors by cache context, and count nothing: one half's calls may be skipped."""
+
+
+@dataclass
+class Watch:
+    """Over one network in one run: whether what others have put on it keeps state, and which of it takes part."""
+
+    module: nn.Module
+    found: str = ""
+    """Why its calls must be made as they would be without us, in words; empty where nothing was found."""
+    takes_part: dict[str, None] = field(default_factory=dict)
+    """Foreign code that had a part in the network's output, in words."""
+    in_doubt: bool = False
+    """Whether something was set for the first time, or written that may be a buffer: to be called once more."""
+    raised: BaseException | None = None
+    """What came out of a forward hook that only looks on: somebody wants the run to end."""
+    is_settled: bool = False
+    """Whether the step is over at which parts of the batch are tried."""
+    finds: Finds = field(default_factory=Finds)
+    _memory: Memory | None = None
+    """As it was before the last call."""
+    _outputs: frozenset[int] = frozenset()
+    """Where outputs were put."""
+    _once_more: bool = False
+    _acting: set[int] = field(default_factory=set)
+    """Forward hooks that have done something, by number."""
+
+    @cached_property
+    def _parts(self) -> list[nn.Module]:
+        return list(self.module.modules())
+
+    @property
+    def counting(self) -> str:
+        """The names of those of diffusers' hooks that count their calls."""
+        names = (type(each).__name__ for each in self.finds.stateful if type(each).__module__ not in _TOLERANT)
+        return ", ".join(dict.fromkeys(names))
+
+    def scan(self) -> None:
+        """Sees what is on the network now."""
+        self.finds = scan(self._parts)
+        for each in self.finds.code:
+            self._takes_part(each.what)
+
+    def _takes_part(self, what: str) -> None:
+        if self.is_settled and what not in self.takes_part:
+            self.found = self.found or f"{what} came in after the first guided step"
+        self.takes_part[what] = None
+
+    def _acts(self, foreign: Foreign) -> bool:
+        return foreign.table is None or id(foreign.code) in self._acting
+
+    def over(self, call: Callable) -> Callable:
+        """`call`, under watch where there is anything to find out."""
+        is_plain = self.found or not (self.finds.code or self.finds.hooks)
+        return call if is_plain else partial(self._call, call)
+
+    def _call(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._memory, random = self._now(), self._random()
+        with self._in_front_of_hooks():
+            output = call(*args, **kwargs)
+        outputs = [*tensors(output)]
+        self._compare(self._memory, [*tensors((args, kwargs)), *outputs], outputs)
+        self._outputs |= {address(each) for each in outputs}
+        if random != self._random():
+            self.found = self.found or "random numbers are drawn at every call"
+        return output
+
+    def _now(self) -> Memory:
+        return Memory(self.finds.code + self.finds.hooks, self._acts, self._outputs)
+
+    def _compare(self, before: Memory, given: list[Tensor], outputs: list[Tensor]) -> None:
+        """Takes in what a call has changed: state, or what may be a buffer's."""
+        state: list[Foreign] = [*before.unseen]
+        doubt: list[Foreign] = []
+        for whose, thing, saved in before.held:
+            for was, now in changes(saved, held(thing)):
+                first = was is None and (isinstance(now, bool) or not isinstance(now, int | float))
+                flag = isinstance(was, bool) and isinstance(now, bool) and not self.is_settled
+                (doubt if (first or flag) and not self._once_more else state).append(whose)
+        addresses = {address(each) for each in outputs}
+        for number, (whose, tensor, now, _) in self._now().tensors.items():
+            earlier = before.tensors.get(number)
+            is_output = address(tensor) in addresses
+            if earlier is None or earlier.state != now:
+                (doubt if is_output or is_among(tensor, given) else state).append(whose)
+            elif is_among(tensor, outputs) and not (is_output and now[1] is None):  # else a graph may have written it
+                state.append(whose)  # the output is one of an earlier call
+        self.in_doubt |= any(map(self._acts, doubt))
+        for whose in filter(self._acts, state):
+            self.found = self.found or f"{whose.what} keeps state from call to call"
+
+    @contextmanager
+    def once_more(self) -> Iterator[None]:
+        """For a call that is made again, to which nothing may be new, nor the last output's numbers matter.
+
+        Leaves no trace.
+        """
+        memory, self._once_more = self._now(), True
+        for _, tensor, _, copy in memory.tensors.values():
+            if copy is not None and address(tensor) in self._outputs:
+                fill(tensor, torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0))
+        try:
+            yield
+        finally:
+            self._once_more = False
+            memory.restore(self._acts)
+
+    def restore(self) -> None:
+        """Leaves no trace of the last call."""
+        if self._memory is not None:
+            self._memory.restore(self._acts)
+
+    def _random(self) -> list[bytes]:
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        return [each.get_state().numpy().tobytes() for each in generators]
+
+    @contextmanager
+    def _in_front_of_hooks(self) -> Iterator[None]:
+        """Sees which hooks return something, or change what they are given."""
+        hooks = [hook for hook in self.finds.hooks if hook.table.get(hook.number) is hook.code]
+        placed = [(hook, partial(self._seeing, hook)) for hook in hooks]
+        for hook, seeing in placed:
+            hook.table[hook.number] = seeing
+        try:
+            yield
+        finally:
+            for hook, seeing in placed:
+                if hook.table.get(hook.number) is seeing:  # else it has taken itself off
+                    hook.table[hook.number] = hook.code
+
+    def _seeing(self, hook: Foreign, *given: Any) -> Any:
+        before = _versions(given)
+        try:
+            returned = hook.code(*given)
+        except BaseException as error:
+            if not self._acts(hook):
+                self.raised = error
+            raise
+        if returned is not None or before != _versions(given):
+            self._acting.add(id(hook.code))
+            self._takes_part(hook.what)
+        return returned
+
+
+def _versions(tree: Any) -> list[Any]:
+    return [total(each) if each.is_inference() else each._version for each in tensors(tree)]

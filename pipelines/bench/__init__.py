@@ -1,0 +1,1 @@
+"""The benchmark: what is saved and what it costs."""

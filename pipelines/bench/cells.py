@@ -1,0 +1,274 @@
+"""What one cell of a benchmark does, on whatever machine it runs: make pictures, or take the time."""
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_guidance.effective import Watched
+from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.attach.attach import DEFAULT_RULE, attach
+from diffusers_guidance.pipelines.attach.run import _components
+from diffusers_guidance.pipelines.bench.suite import Cell, Suite
+from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.pictures.compare import _generate
+from diffusers_guidance.pipelines.pictures.solvers import scheduler_of
+from diffusers_guidance.pipelines.support.machine import environment
+from diffusers_guidance.pipelines.support.ray import pipeline
+from diffusers_guidance.policies import EveryStep
+from diffusers_guidance.rules import CFG
+
+
+@dataclass
+class Done:
+    """A finished cell: its line of the results, and its pictures as PNG files."""
+
+    record: dict[str, Any]
+    environment: dict[str, Any]
+    pictures: list[bytes] = field(default_factory=list)
+
+
+def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) -> Done:
+    """Runs a cell from nothing but its arguments, so that any process gives the same.
+
+    A column that this pipeline cannot run is no error: the record says under "left out" why.
+    """
+    pipe = pipeline(suite.model, device, dtype)
+    own = pipe.scheduler
+    pipe.scheduler = scheduler_of(own, cell.scheduler)
+    try:
+        entry = suite.entry(cell.column)
+        column = suite.column(entry, cell.effective)
+        run = {"effective": _effective, "pictures": _pictures, "rate": _rate, "timing": _timing}[cell.kind]
+        record, pictures = run(pipe, suite, cell, column)
+    except GuidanceError as error:
+        record, pictures = {"left out": f"{type(error).__name__}: {error}"}, []
+    finally:
+        pipe.scheduler = own
+    place = {"kind": cell.kind, "scheduler": type(scheduler_of(own, cell.scheduler)).__name__, "column": cell.column}
+    return Done(place | record, environment(pipe), pictures)
+
+
+# Pictures
+
+
+def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+    """All prompts with the cell's seed."""
+    steps, scale = suite.entry(cell.column).steps or suite.steps, suite.scale(column)
+    jobs = [(prompt, cell.seed) for prompt in suite.prompts]
+    made: list[bytes] = []
+    nfe: list[float] = []
+    seconds = 0.0
+    with attach(pipe, column.rule, column.policy) as handle:
+        handle.rule = replace(handle.rule, guidance_scale=scale)
+        for start in range(0, len(jobs), cell.batch):
+            part = jobs[start : start + cell.batch]
+            began = time.perf_counter()
+            pictures = _generate(pipe, part, steps, {"negative_prompt": suite.negative})
+            seconds += time.perf_counter() - began
+            nfe += handle.report.nfe_by_sample
+            made += [_png(picture) for picture in pictures]
+        rule, policy = repr(handle.rule), repr(handle.policy)
+        plain = handle.rule.is_plain and isinstance(handle.policy, EveryStep)
+    return {
+        "rule": rule, "policy": policy, "plain": plain and cell.effective is None, "guidance_scale": scale,
+        "steps": steps, "seed": cell.seed, "nfe": nfe, "seconds": seconds,
+    }, made  # fmt: skip
+
+
+def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+    """The effective guidance scale of the column's rule where every step is guided, over all prompts."""
+    rule = column.rule if column.rule is not None else DEFAULT_RULE
+    watched = Watched(suite.scale(column), rule=rule)
+    jobs = [(prompt, cell.seed) for prompt in suite.prompts]
+    with attach(pipe, watched, EveryStep()) as handle:
+        for start in range(0, len(jobs), cell.batch):
+            part = jobs[start : start + cell.batch]
+            _generate(pipe, part, suite.steps, {"negative_prompt": suite.negative})
+    # In the pipeline's own words: some count their scale from 0, so that theirs is w - 1.
+    w = next(step.guidance_scale for step in handle.report.steps if step.guidance_scale is not None)
+    scale = watched.mean - (w - suite.scale(column))
+    return {"seed": cell.seed, "effective": watched.mean, "guidance_scale": scale}, []
+
+
+def _png(picture: Any) -> bytes:
+    content = io.BytesIO()
+    picture.convert("RGB").save(content, "PNG")
+    return content.getvalue()
+
+
+# Time
+
+
+class Rates:
+    """Evaluations and seconds of the denoiser in a step with guidance and in one without: the pipeline's own."""
+
+    def __init__(self, pipe: Any, suite: Suite, batch: int):
+        self.pipe, self.suite, self.batch = pipe, suite, batch
+        self.scales = {"guided": suite.guidance_scale, "unguided": 1.0}
+        self.evaluations: dict[str, float] = {}
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in self.scales}
+        """Per step, a number for each round."""
+
+    def round(self, keep: bool = True) -> None:
+        """Takes the time of both once."""
+        jobs, negative = _few(self.suite, self.batch), {"negative_prompt": self.suite.negative}
+        for kind, scale in self.scales.items():
+            rule = CFG(guidance_scale=scale)
+            with attach(self.pipe, rule, EveryStep()) as handle, _denoiser_clock(self.pipe) as clock:
+                _generate(self.pipe, jobs, self.suite.steps, negative)
+            steps = len(handle.report.steps)
+            self.evaluations[kind] = handle.report.nfe / max(1, steps)
+            if keep:
+                self.seconds[kind].append(sum(clock) / steps)
+
+    @property
+    def tell(self) -> bool:
+        """Whether scale 1 is no guidance, so that they say what a skipped evaluation takes."""
+        return self.evaluations["unguided"] < self.evaluations["guided"]
+
+
+def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+    """Evaluations a second at the whole batch and at the half that is left without guidance, alternately."""
+    rates = Rates(pipe, suite, cell.batch)
+    for round in range(suite.timing.rounds + 1):
+        rates.round(keep=round > 0)  # the first warms up
+    if not rates.tell:
+        raise GuidanceError(f"{type(pipe).__name__} guides at scale 1 too: what a skipped evaluation takes is unknown")
+    step = {kind: _quantiles(seconds) for kind, seconds in rates.seconds.items()}
+    per_second = {kind: rates.evaluations[kind] / step[kind]["median"] for kind in step}
+    return {
+        "batch": cell.batch, "evaluations": rates.evaluations, "seconds_per_step": step,
+        "evaluations_per_second": per_second,
+    }, []  # fmt: skip
+
+
+def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+    """Seconds of a call, in turns with the baseline's, so that drift cancels.
+
+    Each turn gives a ratio; and the saving that was possible in that turn, from the denoiser's own times in it.
+    """
+    rates = Rates(pipe, suite, cell.batch)
+    base = suite.column(suite.entry(suite.baseline))
+    taken: dict[str, list[float]] = {"baseline": [], "column": []}
+    peak: dict[str, int | None] = {}
+    rows: dict[str, list[int]] = {}
+    for round in range(suite.timing.rounds + 1):
+        pair = [("baseline", base, suite.baseline), ("column", column, cell.column)]
+        for kind, each, name in pair if round % 2 else reversed(pair):
+            steps = suite.entry(name).steps or suite.steps
+            with attach(pipe, each.rule, each.policy) as handle, _peak_memory(pipe) as memory:
+                handle.rule = replace(handle.rule, guidance_scale=suite.scale(each))
+                _synchronize(pipe)
+                began = time.perf_counter()
+                _generate(pipe, _few(suite, cell.batch), steps, {"negative_prompt": suite.negative})
+                _synchronize(pipe)
+                seconds = time.perf_counter() - began
+            if round:
+                taken[kind].append(seconds)
+                peak[kind] = _most(peak.get(kind), memory)
+                rows[kind] = [step.nfe for step in handle.report.steps]
+        rates.round(keep=round > 0)
+    possible = [
+        possible_saving(rows, rates.evaluations, {kind: seconds[i] for kind, seconds in rates.seconds.items()}, whole)
+        for i, whole in enumerate(taken["baseline"]) if rates.tell
+    ]  # fmt: skip
+    ratios = [own / other for own, other in zip(taken["column"], taken["baseline"], strict=True)]
+    return {
+        "batch": cell.batch, "seconds": _quantiles(taken["column"], cell.batch), "rows": rows,
+        "baseline_seconds": _quantiles(taken["baseline"], cell.batch), "ratio": _quantiles(ratios), "ratios": ratios,
+        "possible": possible, "peak_memory": peak,
+    }, []  # fmt: skip
+
+
+def possible_saving(
+    rows: dict[str, list[int]], evaluations: dict[str, float], seconds: dict[str, float], whole: float
+) -> float:
+    """The share of a baseline call's seconds that skipped evaluations can save, if nothing else gets cheaper.
+
+    Args:
+        rows: evaluations at each step, of the "baseline" and of the "column".
+        evaluations, seconds: of the denoiser in a "guided" and in an "unguided" step.
+        whole: seconds of the baseline's call.
+    """
+    # Between the two sizes measured, linearly: where only some samples of a batch skip.
+    sizes = [0.0, evaluations["unguided"], evaluations["guided"]]
+    times = [0.0, seconds["unguided"], seconds["guided"]]
+    took = {kind: float(np.interp(rows[kind], sizes, times).sum()) for kind in ("baseline", "column")}
+    return (took["baseline"] - took["column"]) / whole
+
+
+def _few(suite: Suite, count: int) -> list[tuple[str, int]]:
+    return [(suite.prompts[i % len(suite.prompts)], suite.seeds[0] + i) for i in range(count)]
+
+
+def _quantiles(values: list[float], divisor: int = 1) -> dict[str, float]:
+    """Median, 20 and 80 %."""
+    low, middle, high = np.quantile(np.asarray(values) / divisor, [0.2, 0.5, 0.8])
+    return {"median": float(middle), "p20": float(low), "p80": float(high)}
+
+
+def _synchronize(pipe: Any) -> None:
+    if pipe.device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+@contextmanager
+def _denoiser_clock(pipe: Any) -> Iterator[list[float]]:
+    """Seconds of every call of the denoiser inside the block."""
+    clock: list[float] = []
+    began: list[float] = []
+    hooks: list[Any] = []
+
+    def before(module: Any, args: Any) -> None:
+        _synchronize(pipe)
+        began.append(time.perf_counter())
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        _synchronize(pipe)
+        clock.append(time.perf_counter() - began.pop())
+
+    for _, component in _components(pipe):
+        # The decoder is a network too, but is called by its methods.
+        if isinstance(component, torch.nn.Module):
+            hooks += [component.register_forward_pre_hook(before), component.register_forward_hook(after)]
+    try:
+        yield clock
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _peak_memory(pipe: Any) -> Iterator[Callable[[], int | None]]:
+    """A function that says the most bytes in use inside the block; None where that cannot be known."""
+    if pipe.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield torch.cuda.max_memory_allocated
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+    except OSError:
+        yield lambda: None
+        return
+    yield _high_water
+
+
+def _high_water() -> int | None:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = next((line.split() for line in lines if line.startswith("VmHWM")), None)
+    return int(found[1]) * 1024 if found else None
+
+
+def _most(before: int | None, memory: Callable[[], int | None]) -> int | None:
+    now = memory()
+    return before if now is None else max(now, before or 0)
+
+
+# Where it ran

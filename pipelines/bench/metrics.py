@@ -1,0 +1,477 @@
+"""From a benchmark's lines and pictures to its figures: each a mean over prompts and seeds with its 95 % interval."""
+
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.bench.suite import Suite
+from diffusers_guidance.pipelines.pictures.measures import _lpips, psnr, ssim
+from diffusers_guidance.pipelines.support.loading import load_whole
+
+Record = dict[str, Any]
+RESAMPLINGS = 2000
+NOTHING = 0.01
+"""A share of the seconds that is too little to have a share of."""
+CLIP = "openai/clip-vit-base-patch16"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of pictures: how it is called, said and shown."""
+
+    name: str
+    title: str
+    about: str
+    format: str = "{:.3f}"
+
+
+MEASURES = (
+    Measure(
+        "psnr",
+        "PSNR, dB",
+        "peak signal to noise ratio to full CFG of the same scale, prompt and seed, the mean of the pictures' dB",
+        "{:.1f}",
+    ),
+    Measure("ssim", "SSIM", "structural similarity to the same"),
+    Measure("lpips", "LPIPS", "perceptual distance to the same (AlexNet)"),
+    Measure("saturation", "saturation", "mean HSV saturation, 0 to 1"),
+    Measure("contrast", "contrast", "standard deviation of the luma, 0 to 0.5"),
+    Measure("clipped", "clipped", "share of pixels with a channel, but not all three, at 0 or 255", "{:.1%}"),
+    Measure("clip_score", "CLIP score", f"100 times the cosine of picture and prompt ({CLIP})", "{:.2f}"),
+    Measure(
+        "retrieval", "retrieval", "share of pictures whose nearest real picture is of the prompt's concept", "{:.1%}"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean and the 95 % interval around it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: np.ndarray) -> Figure:
+    """Of (seeds, prompts) values: bootstrap that draws seeds and prompts anew, for both were chosen by chance.
+
+    Owen (2007), "The pigeonhole bootstrap"; on the cautious side.
+    """
+    means = _resampled(values)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Figure(float(values.mean()), float(low), float(high))
+
+
+def relative(values: np.ndarray, reference: np.ndarray) -> Figure:
+    """How much larger one mean is than another over the same seeds and prompts, drawn together; 0.1 is 10 %."""
+    low, high = np.quantile(_resampled(values) / _resampled(reference) - 1, [0.025, 0.975])
+    return Figure(float(values.mean() / reference.mean() - 1), float(low), float(high))
+
+
+def difference(values: np.ndarray, reference: np.ndarray) -> Figure:
+    """By how much, likewise."""
+    return interval(values - reference)
+
+
+def _resampled(values: np.ndarray) -> np.ndarray:
+    seeds, prompts = values.shape
+    generator = np.random.default_rng(0)
+    rows = generator.integers(seeds, size=(RESAMPLINGS, seeds))
+    columns = generator.integers(prompts, size=(RESAMPLINGS, prompts))
+    return values[rows[:, :, None], columns[:, None, :]].mean((1, 2))
+
+
+# Measures of pictures: (N, 3, H, W) from 0 to 1 to (N,)
+
+
+def saturation(pictures: Tensor) -> Tensor:
+    """HSV saturation."""
+    high, low = pictures.amax(1), pictures.amin(1)
+    return ((high - low) / high.clamp(min=1e-8)).flatten(1).mean(1)
+
+
+def contrast(pictures: Tensor) -> Tensor:
+    luma = torch.einsum("nchw,c->nhw", pictures, torch.tensor([0.299, 0.587, 0.114]))
+    return luma.flatten(1).std(1, correction=0)
+
+
+def clipped(pictures: Tensor) -> Tensor:
+    """White and black, such as a plain background, count as no clipping."""
+    at_end = (pictures <= 0.25 / 255) | (pictures >= 1 - 0.25 / 255)
+    plain = (pictures <= 0.25 / 255).all(1) | (pictures >= 1 - 0.25 / 255).all(1)
+    return (at_end.any(1) & ~plain).flatten(1).float().mean(1)
+
+
+# Measures that need weights
+
+
+class Retrieval:
+    """Whether the real picture nearest to a generated one is of the concept that the prompt names.
+
+    Lies beside a model as `retrieval.safetensors`, if it has one: `network.*`, the weights of
+    `samples.training.embedding.Embedding`, trained apart from the generator; `pool` (N, D), the vectors of real
+    pictures; and in the metadata `concepts`, a JSON list of N names.
+
+    Args:
+        embed: Pictures (B, H, W, 3) uint8 to vectors of length 1 (B, D).
+    """
+
+    FILE = "retrieval.safetensors"
+
+    def __init__(self, embed: Callable[[Tensor], Tensor], pool: Tensor, concepts: Sequence[str]):
+        if len(pool) != len(concepts):
+            raise ValueError(f"{len(pool)} vectors in the pool, {len(concepts)} concepts: one for each, please")
+        self.embed, self.pool, self.concepts = embed, pool, list(concepts)
+
+    @classmethod
+    def load(cls, file: Path) -> "Retrieval":
+        """Reads what `save` wrote.
+
+        Raises:
+            OSError: no such file.
+        """
+        with safe_open(file, "pt") as content:
+            tensors = {name: content.get_tensor(name).float() for name in content.keys()}  # noqa: SIM118 (not a mapping)
+            concepts = json.loads(content.metadata()["concepts"])
+        embedding = importlib.import_module("diffusers_guidance.samples.training.embedding")
+        weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
+        network = embedding.Embedding(len(weights["concept.weight"]))
+        network.load_state_dict(weights)
+        network.eval()
+        return cls(lambda pictures: embedding.embed(network, pictures), tensors["pool"], concepts)
+
+    @staticmethod
+    def save(file: Path, network: torch.nn.Module, pool: Tensor, concepts: Sequence[str]) -> None:
+        """Writes it in float16."""
+        tensors = {f"network.{name}": t for name, t in network.state_dict().items()} | {"pool": pool}
+        halves = {name: t.half().contiguous() for name, t in tensors.items()}
+        save_file(halves, file, {"concepts": json.dumps(list(concepts))})
+
+    def concept(self, prompt: str) -> str | None:
+        """The longest concept whose words the prompt has, one after the other."""
+        said = f" {' '.join(prompt.lower().replace(',', ' ').split())} "
+        return max((c for c in set(self.concepts) if f" {c.lower()} " in said), key=len, default=None)
+
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(N,) 1 or 0; NaN where the prompt names no concept of the pool."""
+        whole = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        nearest = (self.embed(whole) @ self.pool.T).argmax(1).tolist()
+        wanted = [self.concept(prompt) for prompt in prompts]
+        found = [math.nan if c is None else float(self.concepts[n] == c) for n, c in zip(nearest, wanted, strict=True)]
+        return torch.tensor(found)
+
+
+def clip_scorer() -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """CLIP score (Hessel et al. 2021) from weights that are on this machine; downloads nothing.
+
+    Straight from the model: torchmetrics 1.9 does not know what CLIP returns since transformers 5.
+
+    Raises:
+        OSError: they are not.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = load_whole(CLIPModel, CLIP, local_files_only=True, use_safetensors=True).eval()
+    processor = CLIPProcessor.from_pretrained(CLIP, local_files_only=True)
+
+    @torch.no_grad()
+    def score(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        pixels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        found = []
+        for pixel, text in zip(pixels, prompts, strict=True):
+            given = processor(
+                text=[text], images=[Image.fromarray(pixel.numpy())], return_tensors="pt", truncation=True
+            )
+            seen = model(**given)
+            cosine = torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)
+            found.append(100 * cosine.clamp(min=0)[0])
+        return torch.stack(found)
+
+    return score
+
+
+def lpips_scorer() -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS from weights that are on this machine; downloads nothing.
+
+    Raises:
+        OSError: they are not.
+        ImportError: torchvision, which has the network, is not installed.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        raise ImportError("torchvision is not installed")
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    if not list(checkpoints.glob("alexnet-*.pth")):
+        raise OSError("AlexNet's weights are not on this machine")
+    network = _lpips()
+
+    def score(pictures: Tensor, reference: Tensor) -> Tensor:
+        pairs = zip(pictures.split(1), reference.split(1), strict=True)
+        return torch.stack([network(*pair).detach() for pair in pairs])
+
+    return score
+
+
+@dataclass
+class Scorers:
+    """The measures that need weights; None, and a reason in `left_out`, where they are not to be had."""
+
+    lpips: Callable[[Tensor, Tensor], Tensor] | None
+    clip_score: Callable[[Tensor, Sequence[str]], Tensor] | None
+    retrieval: Retrieval | None
+    left_out: dict[str, str]
+
+    @classmethod
+    def find(cls, model: str) -> "Scorers":
+        makers: dict[str, Callable[[], Any]] = {
+            "lpips": lpips_scorer,
+            "clip_score": clip_scorer,
+            "retrieval": lambda: Retrieval.load(Path(model) / Retrieval.FILE),
+        }
+        found: dict[str, Any] = dict.fromkeys(makers)
+        left_out = {}
+        for name, make in makers.items():
+            try:
+                found[name] = make()
+            except (OSError, ImportError) as error:
+                words = " ".join(str(error).split())
+                left_out[name] = {
+                    "clip_score": f"the weights of {CLIP} are not on this machine",
+                    "retrieval": f"{Path(model).name} has no {Retrieval.FILE}" if "No such file" in words else words,
+                }.get(name, words)
+        return cls(**found, left_out=left_out)
+
+
+# Columns
+
+
+@dataclass
+class Row:
+    """One column under one scheduler, all its figures; values are (seeds, prompts)."""
+
+    name: str
+    scheduler: str
+    rule: str
+    policy: str
+    guidance_scale: float
+    steps: int
+    nfe: Figure
+    saved: float
+    reference: str | None
+    """The column of full CFG that fidelity is measured to; None where there is none, or it is that itself."""
+    values: dict[str, np.ndarray]
+    figures: dict[str, Figure]
+    pictures: list[list[Path]]
+
+
+@dataclass
+class TimingRow:
+    """One column's time at one batch size, beside what its skipped evaluations could have saved."""
+
+    name: str
+    batch: int
+    seconds: dict[str, float]
+    baseline_seconds: dict[str, float]
+    ratio: dict[str, float]
+    saved: float
+    possible: float | None
+    shares: dict[str, float] | None
+    """Of the possible saving, by run and turn: 20 and 80 %; None where nothing could be saved."""
+    peak: int | None
+    baseline_peak: int | None
+
+    @property
+    def share_of_possible(self) -> float | None:
+        return self.saved / self.possible if self.possible and self.possible > NOTHING else None
+
+
+@dataclass
+class Verdict:
+    """A target of the suite, what came out, and whether that meets it (None: not measured)."""
+
+    column: str
+    measure: str
+    wanted: str
+    found: str
+    met: bool | None
+
+
+@dataclass
+class Summary:
+    """Everything the report shows."""
+
+    suite: Suite
+    rows: list[Row]
+    timings: list[TimingRow]
+    rates: list[Record]
+    effective: list[Record]
+    environments: list[Record]
+    left_out: dict[str, str]
+    verdicts: list[Verdict]
+
+    @property
+    def measures(self) -> list[Measure]:
+        """Those that were measured of any column."""
+        return [m for m in MEASURES if any(m.name in row.figures for row in self.rows)]
+
+
+def summarise(suite: Suite, lines: Sequence[Record], out: Path, scorers: Scorers | None = None) -> Summary:
+    """The figures of a suite from `bench`'s lines and the pictures in `out`.
+
+    Raises:
+        GuidanceError: there is nothing to compare with, for the baseline could not be run.
+    """
+    scorers = scorers or Scorers.find(suite.model)
+    left_out = {_title(name): why for name, why in scorers.left_out.items()}
+    if scorers.retrieval is not None:
+        nameless = [prompt for prompt in suite.prompts if scorers.retrieval.concept(prompt) is None]
+        left_out |= {
+            f"retrieval of {prompt!r}": "it names no concept that the pool has pictures of" for prompt in nameless
+        }
+    for line in lines:
+        if "left out" in line:
+            left_out |= {what: line["left out"] for what in _missing(suite, line)}
+    done = [line for line in lines if "left out" not in line]
+    rows = []
+    for scheduler in dict.fromkeys(line["scheduler"] for line in done if line["kind"] == "pictures"):
+        mine = [line for line in done if line["kind"] == "pictures" and line["scheduler"] == scheduler]
+        if any(line["column"] == suite.baseline for line in mine):
+            rows += _rows(suite, mine, out, scorers)
+    if not rows:
+        why = [line["left out"] for line in lines if line.get("column") == suite.baseline and "left out" in line]
+        raise GuidanceError(f"the baseline, {suite.baseline}, could not be run: {why[0] if why else 'it made nothing'}")
+    rates = [line for line in done if line["kind"] == "rate"]
+    timings = [_timing(line) for line in done if line["kind"] == "timing"]
+    summary = Summary(
+        suite, rows, timings, rates, [line for line in done if line["kind"] == "effective"],
+        [line for line in done if line["kind"] == "environment"], left_out, [],
+    )  # fmt: skip
+    summary.verdicts = [_verdict(target, summary) for target in suite.targets]
+    return summary
+
+
+def _missing(suite: Suite, line: Record) -> list[str]:
+    """What is missing from the report because a cell was left out."""
+    where = f", {line['scheduler']}" if len(suite.schedulers) > 1 else ""
+    if line["kind"] in ("rate", "timing"):
+        what = "" if line["kind"] == "timing" else ", seconds of a half batch"
+        return [f"{line['column']}{what}, at batch {line['batch']}"]
+    if line["kind"] == "effective":
+        return [f"{entry.name}{where}" for entry in suite.columns if entry.as_strong_as == line["column"]]
+    if line["column"] == suite.baseline and where:
+        return [f"all columns{where}"]  # there is nothing to compare with
+    return [f"{line['column']}{where}"]
+
+
+def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> list[Row]:
+    columns = {name: sorted((r for r in lines if r["column"] == name), key=lambda r: suite.seeds.index(r["seed"]))
+               for name in dict.fromkeys(r["column"] for r in lines)}  # fmt: skip
+    pictures = {name: _read([out / file for r in own for file in r["pictures"]]) for name, own in columns.items()}
+    full = {own[0]["guidance_scale"]: name for name, own in reversed(columns.items())
+            if own[0]["plain"] and own[0]["steps"] == suite.steps}  # fmt: skip
+    cost = np.mean([r["nfe"] for r in columns[suite.baseline]])
+    shape = (len(suite.seeds), len(suite.prompts))
+    rows = []
+    for name in [entry.name for entry in suite.columns if entry.name in columns]:
+        own, first, shown = columns[name], columns[name][0], pictures[name]
+        reference = full.get(first["guidance_scale"])
+        reference = None if reference == name else reference
+        scores = {"saturation": saturation(shown), "contrast": contrast(shown), "clipped": clipped(shown)}
+        if reference is not None:
+            scores |= {"psnr": psnr(shown, pictures[reference]), "ssim": ssim(shown, pictures[reference])}
+            if scorers.lpips is not None:
+                scores["lpips"] = scorers.lpips(shown, pictures[reference])
+        texts = list(suite.prompts) * len(suite.seeds)
+        for measure in ("clip_score", "retrieval"):
+            scorer = getattr(scorers, measure)
+            if scorer is not None:
+                scores[measure] = scorer(shown, texts)
+        values = {measure: score.double().numpy().reshape(shape) for measure, score in scores.items()}
+        values = {measure: v[:, ~np.isnan(v).any(0)] for measure, v in values.items() if not np.isnan(v).any(0).all()}
+        nfe = np.array([r["nfe"] for r in own])
+        rows.append(
+            Row(
+                name,
+                first["scheduler"],
+                first["rule"],
+                first["policy"],
+                first["guidance_scale"],
+                first["steps"],
+                interval(nfe),
+                float(1 - nfe.mean() / cost),
+                reference,
+                values,
+                {measure: interval(v) for measure, v in values.items()},
+                [[out / file for file in r["pictures"]] for r in own],
+            )
+        )
+    return rows
+
+
+def _read(files: Sequence[Path]) -> Tensor:
+    """(N, 3, H, W) from 0 to 1."""
+    arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def _timing(line: Record) -> TimingRow:
+    """The saving that was had, and the one that the denoiser's own times at whole and half batches allow."""
+    possible = float(np.median(line["possible"])) if line["possible"] else None
+    shares = None
+    if possible is not None and possible > NOTHING:
+        # Over the median of the possible: in a single turn that may be nothing.
+        low, high = np.quantile([(1 - ratio) / possible for ratio in line["ratios"]], [0.2, 0.8])
+        shares = {"p20": float(low), "p80": float(high)}
+    return TimingRow(
+        line["column"], line["batch"], line["seconds"], line["baseline_seconds"], line["ratio"],
+        1 - line["ratio"]["median"], possible, shares, line["peak_memory"]["column"], line["peak_memory"]["baseline"],
+    )  # fmt: skip
+
+
+def _title(name: str) -> str:
+    return next((measure.title for measure in MEASURES if measure.name == name), name)
+
+
+def _verdict(target: dict[str, Any], summary: Summary) -> Verdict:
+    name, measure = target["column"], target["measure"]
+    row = next((row for row in summary.rows if row.name == name), None)
+    if "of" in target:
+        of = next((other for other in summary.rows if other.name == target["of"]), None)
+        points = "within_points" in target
+        allowed = target["within_points" if points else "within"]
+        wanted = f"within {100 * allowed:g} {'points' if points else '%'} of {target['of']}"
+        if row is None or of is None or measure not in row.values or measure not in of.values:
+            return Verdict(name, _title(measure), wanted, "not measured", None)
+        change = (difference if points else relative)(row.values[measure], of.values[measure])
+        unit = "points" if points else "%"
+        found = f"{100 * change.mean:+.1f} {unit} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+        return Verdict(name, _title(measure), wanted, found, abs(change.mean) <= allowed)
+    least = target["at_least"]
+    if measure == "share_of_possible":
+        known = [(t.share_of_possible, t.shares, t.batch) for t in summary.timings if t.name == name and t.shares]
+        found = ", ".join(f"{share:.0%} ({range_['p20']:.0%} to {range_['p80']:.0%}) at batch {batch}"
+                          for share, range_, batch in known)  # fmt: skip
+        met = all(share is not None and share >= least for share, _, _ in known) if known else None
+        return Verdict(name, "time saved of what is possible", f"at least {least:.0%}", found or "not measured", met)
+    if measure == "saved":
+        found = "not measured" if row is None else f"{row.saved:.1%}"
+        return Verdict(name, "NFEs saved", f"at least {least:.0%}", found, None if row is None else row.saved >= least)
+    figure = row.figures.get(measure) if row is not None else None
+    if figure is None:
+        return Verdict(name, _title(measure), f"at least {least:g}", "not measured", None)
+    show = next(m.format for m in MEASURES if m.name == measure).format
+    found = f"{show(figure.mean)} ({show(figure.low)} to {show(figure.high)})"
+    return Verdict(name, _title(measure), f"at least {least:g}", found, figure.mean >= least)

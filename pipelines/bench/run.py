@@ -1,0 +1,144 @@
+"""The benchmark's engine: which cells are left to do, doing them here or on Ray, and keeping what they gave.
+
+`results.jsonl` has a line for each finished cell and for each environment one ran in. A line is written when all its
+pictures are; so whatever is interrupted leaves finished cells and nothing else, and the next call does the others.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusers_guidance.pipelines.bench.cells import Done, run_cell
+from diffusers_guidance.pipelines.bench.suite import Cell, Suite, fingerprint
+from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.pipelines.support.machine import machine
+from diffusers_guidance.pipelines.support.ray import spread
+
+Progress = Callable[[str, int, int], None]
+"""progress(what is running, cells done, in all)"""
+
+
+def bench(
+    suite: Suite,
+    out: Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    on_ray: bool = False,
+    resources: dict[str, float] | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Does the suite's cells that `out` does not hold yet; returns the lines of all its cells, environments first.
+
+    Args:
+        out: folder of results.jsonl and pictures/; cells of other suites in it are left alone.
+        device, dtype: as of the command line's; None chooses.
+        on_ray: whether on the Ray cluster of `spread.cluster()`. What is timed is never timed beside other work.
+        resources: of a cell on Ray, see `spread`.
+
+    Raises:
+        ValueError: the suite names something that does not exist.
+        GuidanceError: never for one column's sake, whose lines then say what was left out and why.
+    """
+    results = Results(out / "results.jsonl")
+    key = functools.partial(
+        Cell.key, suite=suite, model=fingerprint(suite.model), device=device or "", dtype=dtype or "",
+        machine=machine(device),
+    )  # fmt: skip
+    total = len(suite.effective_cells()) + len(suite.picture_cells()) + len(suite.timing_cells())
+    mine: list[dict[str, Any]] = []
+
+    def work(cell: Cell) -> Done:
+        return run_cell(suite, cell, device, dtype)
+
+    def do(cells: Sequence[Cell], at_once: int | None = None) -> None:
+        found = {cell: results.found(key(cell)) for cell in cells}
+        mine.extend(record for record in found.values() if record is not None)
+        left = [cell for cell, record in found.items() if record is None]
+        for n, cell in enumerate(left[:1]):
+            _tell(progress, cell, len(mine) + n, total)
+        for cell, done in spread(work, left, on_ray=on_ray, resources=resources, at_once=at_once):
+            _tell(progress, cell, len(mine) + 1, total)
+            mine.append(_keep(results, out, key(cell), cell, done))
+
+    do(suite.effective_cells())
+    strength = {(r["scheduler_asked"], r["column"]): r.get("guidance_scale") for r in mine}
+    cells = []
+    for cell in suite.picture_cells():
+        wanted = suite.entry(cell.column).as_strong_as
+        scale = strength[cell.scheduler, wanted] if wanted else None
+        if wanted is None or scale is not None:
+            cells.append(replace(cell, effective=scale))
+        else:
+            total -= 1  # what it was to be as strong as was left out, by name
+    do(cells)
+    do(suite.timing_cells(), at_once=1)
+    used = {record["environment"] for record in mine}
+    return [line for n, line in results.environments.items() if n in used] + mine
+
+
+def _keep(results: "Results", out: Path, key: str, cell: Cell, done: Done) -> dict[str, Any]:
+    files = [f"pictures/{key}/{n:03}.png" for n in range(len(done.pictures))]
+    for file, content in zip(files, done.pictures, strict=True):
+        write(out / file, content)
+    record = {"key": key, **done.record, "scheduler_asked": cell.scheduler}
+    return results.add(record | ({"pictures": files} if files else {}), done.environment)
+
+
+class Results:
+    """A file of JSON lines that is only ever added to; the torn last line of a killed run is cut off."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.cells: dict[str, dict[str, Any]] = {}
+        self.environments: dict[int, dict[str, Any]] = {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = file.read_bytes() if file.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write(file, whole)
+        for number, line in enumerate(whole.decode().splitlines(), 1):
+            try:
+                record = json.loads(line)
+                if record["kind"] == "environment":
+                    self.environments[record["id"]] = record
+                else:
+                    self.cells[record["key"]] = record
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}, line {number}: no result of a benchmark; move the file away") from None
+
+    def found(self, key: str) -> dict[str, Any] | None:
+        """The finished cell of that key; None where it has yet to be done, or its pictures are no longer there."""
+        record = self.cells.get(key)
+        lost = record is not None and not all(
+            (self.file.parent / name).is_file() for name in record.get("pictures", ())
+        )
+        return None if lost else record
+
+    def add(self, record: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+        """Writes the line of a finished cell, after its environment's if that is a new one."""
+        ran = {"kind": "environment", **environment}
+        found = next((n for n, other in self.environments.items() if other == ran | {"id": n}), None)
+        if found is None:
+            found = len(self.environments)
+            self.environments[found] = ran | {"id": found}
+            self._append(self.environments[found])
+        record |= {"environment": found}
+        self._append(record)
+        self.cells[record["key"]] = record
+        return record
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _tell(progress: Progress | None, cell: Cell, done: int, total: int) -> None:
+    if progress is not None:
+        progress(f"{cell.kind}: {cell.column}", done, total)

@@ -1,0 +1,331 @@
+"""A benchmark's suite: one readable YAML file, and the cells of work it stands for."""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from diffusers_guidance import samples
+from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.checks import is_number, is_whole
+from diffusers_guidance.pipelines.pictures.columns import Column, calibration_file
+from diffusers_guidance.pipelines.search.search import search
+from diffusers_guidance.pipelines.shell.common import read_lines
+from diffusers_guidance.pipelines.support.files import read_text
+from diffusers_guidance.rules import CFG
+
+SUITE = samples.MODEL.parent / "suites" / "emoji.yaml"
+"""That of the bundled model."""
+
+JUDGED = ("saved", "share_of_possible", "psnr", "ssim", "lpips", "saturation", "contrast", "clipped", "clip_score",
+          "retrieval")  # fmt: skip
+"""What a target may be about: shares of NFEs and of the time that was possible, and the measures of pictures."""
+
+Count = Annotated[int, "from 1 up"]
+Seed = Annotated[int, "from 0 up"]
+
+_WANTED = {
+    str: "a text",
+    float: "a number from 0 up",
+    Count: "a whole number from 1 up",
+    Seed: "a whole number from 0 up",
+}
+"""In words, the kinds of single values that fields of a suite have."""
+
+
+def fields_of(cls: type, given: Any, where: str) -> dict[str, Any]:
+    """What a file says of a dataclass' fields, each as the field's type has it: lists as tuples.
+
+    Raises:
+        ValueError: something is unknown or of another kind; the message names the field, the value and what is wanted.
+    """
+    kinds = get_type_hints(cls, include_extras=True)
+    if not isinstance(given, dict) or not set(given) <= set(kinds):
+        raise ValueError(f"{where.removesuffix(': ')}: {given!r}; some of {', '.join(kinds)}, by name")
+    return {name: _as(kinds[name], value, f"{where}{name}") for name, value in given.items()}
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    parts = get_args(kind)
+    if type(None) in parts:
+        return None if value is None else _as(parts[0], value, where)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return value if isinstance(value, kind) else kind(**fields_of(kind, value, f"{where}: "))
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: {value!r}; a list, such as [{value}]")
+        return tuple(_as(parts[0], each, where) for each in value)
+    if kind in _WANTED and not _is(kind, value):
+        raise ValueError(f"{where}: {value!r}; {_WANTED[kind]}")
+    return value
+
+
+def _is(kind: Any, value: Any) -> bool:
+    if kind is str:
+        return isinstance(value, str)
+    if kind is float:
+        return is_number(value, 0)
+    return is_whole(value, 1 if kind == Count else 0) and value < 2**63
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One column of a suite; see the comments in `samples/suites/emoji.yaml`."""
+
+    name: str
+    pair: str = "CFG"
+    steps: Count | None = None
+    search: Count | None = None
+    as_strong_as: str | None = None
+
+    @classmethod
+    def read(cls, name: str, given: Any, beside: Path) -> "Entry":
+        where = f"columns: {name!r}"
+        if not isinstance(given, str | dict) or not given or "name" in given:
+            raise ValueError(f"{where} is {given!r}; write a pair such as AG or APG@15, or some of its parts by name")
+        given = fields_of(cls, {"pair": given} if isinstance(given, str) else given, f"{where}: ")
+        entry = cls(name, **given)
+        if ("pair" in given and (entry.search or entry.as_strong_as)) or (entry.search and entry.as_strong_as):
+            raise ValueError(f"columns: {name!r} has more than one of pair, search and as_strong_as")
+        Column.parse(entry.pair, beside)
+        return entry
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Which columns are timed, at which batch sizes, and how many times."""
+
+    columns: tuple[str, ...] = ()
+    batches: tuple[Count, ...] = (1,)
+    rounds: Count = 7
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured; read from a file by `Suite.read`."""
+
+    model: str
+    prompts: tuple[str, ...]
+    columns: tuple[Entry, ...]
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    steps: Count = 20
+    guidance_scale: float = 5.0
+    schedulers: tuple[str | None, ...] = (None,)
+    batch: Count = 8
+    negative: str | None = None
+    calibration: str | None = None
+    baseline: str = "CFG"
+    timing: Timing = field(default_factory=Timing)
+    targets: tuple[dict[str, Any], ...] = ()
+    held_out: bool = False
+    """Whether the prompts were compared with those that something was fitted to."""
+    name: str = "suite"
+    folder: str = "."
+    """Where its file lies; what its columns name is looked for there."""
+
+    @classmethod
+    def read(cls, file: Path = SUITE) -> "Suite":
+        """The suite in a YAML file; what it names is looked for beside it.
+
+        Raises:
+            ValueError: something is missing, unknown or of the wrong kind; the message says what.
+        """
+        try:
+            given = yaml.safe_load(read_text(file))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+        known = (set(cls.__dataclass_fields__) - {"name", "held_out", "folder"}) | {"held_out_from"}
+        if not isinstance(given, dict):
+            raise ValueError(f"{file}: no values by name. A suite has {', '.join(sorted(known))}")
+        missing, unknown = {"model", "prompts", "columns"} - set(given), {str(name) for name in set(given) - known}
+        if missing or unknown:
+            what = [f"{', '.join(sorted(names))} {verb}" for names, verb in ((missing, "missing"), (unknown, "unknown"))
+                    if names]  # fmt: skip
+            raise ValueError(f"{file}: {'; '.join(what)}. A suite has {', '.join(sorted(known))}")
+        try:
+            return cls._from(given, file)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    @classmethod
+    def _from(cls, given: dict[str, Any], file: Path) -> "Suite":
+        beside = file.parent
+        seen = set(read_lines(beside / str(given.pop("held_out_from")))) if "held_out_from" in given else None
+        if isinstance(given["prompts"], str):
+            listed = beside / given["prompts"]
+            if not listed.is_file():
+                raise ValueError(f"prompts: {given['prompts']!r} names no file; write [{given['prompts']}] for a list")
+            given["prompts"] = read_lines(listed)
+        if not isinstance(given["columns"], dict) or not given["columns"]:
+            raise ValueError(f"columns: {given['columns']!r}; each by a name, such as {{fewer steps: StepAG(0.5)}}")
+        given["columns"] = [Entry.read(str(name), value, beside) for name, value in given["columns"].items()]
+        suite = cls(
+            **fields_of(cls, given, ""), name=file.stem, held_out=seen is not None, folder=str(beside.resolve())
+        )
+        if both := sorted(set(suite.prompts) & (seen or set())):
+            raise ValueError(f"prompts: {both[0]!r} is not held out")
+        model = str(samples.MODEL) if suite.model == "bundled" else suite.model
+        suite = replace(suite, model=str(beside / model) if (beside / model).is_dir() else model)
+        if suite.calibration is not None:
+            suite = replace(suite, calibration=str(calibration_file(suite.calibration, beside).resolve()))
+        suite._check()
+        return suite
+
+    def _check(self) -> None:
+        for target in self.targets:
+            _check_target(target)
+        names = [entry.name for entry in self.columns]
+        used = [self.baseline, *self.timing.columns]
+        used += [t[k] for t in self.targets for k in ("column", "of") if k in t]
+        used += [entry.as_strong_as for entry in self.columns if entry.as_strong_as]
+        for name in used:
+            if name not in names:
+                raise ValueError(f"there is no column {name!r}, which is used elsewhere; there are {', '.join(names)}")
+        for name in (self.baseline, *self.timing.columns):
+            if self.entry(name).as_strong_as:
+                raise ValueError(f"column {name!r} is as strong as another: it can be neither baseline nor timed")
+        for name in ("prompts", "seeds", "schedulers"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}: {list(values)!r}; at least one, and each once")
+        if any(entry.search for entry in self.columns) and self.calibration is None:
+            raise ValueError("columns that search need a calibration")
+
+    def entry(self, name: str) -> Entry:
+        return next(entry for entry in self.columns if entry.name == name)
+
+    def column(self, entry: Entry, effective: float | None = None) -> Column:
+        """The pair of an entry; `effective` is the scale measured of the column it is to be as strong as."""
+        if entry.as_strong_as is not None:
+            return Column(entry.name, CFG(), Column.parse("CFG").policy, effective)
+        if entry.search is not None:
+            assert self.calibration is not None
+            return Column(entry.name, CFG(), _searched(self.calibration, entry.search))
+        return _parsed(entry.pair, self.folder)
+
+    def scale(self, column: Column) -> float:
+        return self.guidance_scale if column.guidance_scale is None else column.guidance_scale
+
+    # Cells
+
+    def effective_cells(self) -> list["Cell"]:
+        """One for each column that another is to be as strong as, and each scheduler."""
+        wanted = dict.fromkeys(entry.as_strong_as for entry in self.columns if entry.as_strong_as)
+        return [self._cell("effective", s, name, seed=self.seeds[0]) for s in self.schedulers for name in wanted]
+
+    def picture_cells(self) -> list["Cell"]:
+        return [
+            self._cell("pictures", scheduler, entry.name, seed=seed)
+            for scheduler in self.schedulers
+            for seed in self.seeds
+            for entry in self.columns
+        ]
+
+    def timing_cells(self) -> list["Cell"]:
+        """The cost of a half batch, then the columns, at each batch size; of the first scheduler."""
+        first = self.schedulers[0]
+        cells = []
+        for batch in self.timing.batches if self.timing.columns else ():
+            cells.append(self._cell("rate", first, self.baseline, batch=batch))
+            cells += [self._cell("timing", first, name, batch=batch) for name in self.timing.columns]
+        return cells
+
+    def _cell(self, kind: str, scheduler: str | None, column: str, seed: int = 0, batch: int | None = None) -> "Cell":
+        return Cell(kind, scheduler, column, seed, batch or self.batch)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A piece of work that is done whole or not at all."""
+
+    kind: str
+    """"effective", "pictures", "rate" or "timing"."""
+    scheduler: str | None
+    column: str
+    seed: int
+    batch: int
+    effective: float | None = None
+    """The scale measured of the column that this one is to be as strong as."""
+
+    def key(self, suite: Suite, model: str, device: str, dtype: str, machine: str = "") -> str:
+        """Names the cell and all that its result depends on, so that nothing else is taken for it.
+
+        Args:
+            model: its `fingerprint`.
+            device, dtype: as asked for.
+            machine: what seconds depend on besides.
+        """
+        entry = suite.entry(self.column)
+        settings = [suite.steps, suite.guidance_scale, suite.negative, list(suite.prompts)]
+        calibration = _content(suite.calibration) if entry.search and suite.calibration else None
+        if not entry.search and (policy := suite.column(entry).policy) is not None and policy.calibration is not None:
+            calibration = policy.calibration.digest
+        timed = [suite.timing.rounds, machine, asdict(suite.entry(suite.baseline))]
+        of = [
+            *(version(package) for package in ("diffusers-guidance", "diffusers", "torch")),
+            asdict(self),
+            asdict(entry),
+            settings,
+            calibration,
+            timed if self.kind in ("rate", "timing") else None,
+            model,
+            device,
+            dtype,
+        ]
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: str) -> str:
+    """Tells models in a folder apart, by their files' names, sizes, beginnings and ends; of the hub's, the name.
+
+    What lies beside a pipeline's components and their index (a card, an evaluation) is no part of it.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model
+    digest = hashlib.sha256()
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")]
+    for file in sorted(path for path in files if path.parent != folder or path.name == "model_index.json"):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            start = content.read(2**16)
+            content.seek(max(0, size - 2**16))
+            digest.update(f"{file.relative_to(folder)} {size}".encode() + start + content.read())
+    return digest.hexdigest()[:16]
+
+
+def _check_target(target: Any) -> None:
+    """Refuses what could not be judged once everything has run."""
+    kinds = ({"at_least"}, {"within", "of"}, {"within_points", "of"})
+    asked = set(target) - {"column", "measure"} if isinstance(target, dict) else set()
+    if asked not in kinds or not {"column", "measure"} <= set(target):
+        raise ValueError(
+            f"targets: {target!r}; write a column, a measure, and at_least, or within and of, or within_points and of"
+        )
+    if target["measure"] not in JUDGED:
+        raise ValueError(f"targets: there is no measure {target['measure']!r}; there are {', '.join(JUDGED)}")
+    if "of" in target and target["measure"] in JUDGED[:2]:
+        raise ValueError(f"targets: {target['measure']} of {target['column']} is no figure to stay within: at_least")
+    for name in asked - {"of"}:
+        if isinstance(target[name], bool) or not isinstance(target[name], int | float):
+            raise ValueError(f"targets: {name} of {target['column']} is {target[name]!r}; a number")
+
+
+@functools.cache
+def _searched(calibration: str, nfe: int) -> Any:
+    return search(Calibration.load(Path(calibration)), nfe)
+
+
+@functools.cache
+def _parsed(pair: str, folder: str) -> Column:
+    return Column.parse(pair, Path(folder))
+
+
+@functools.cache
+def _content(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Making pictures, measuring them, showing them side by side."""

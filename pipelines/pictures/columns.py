@@ -1,0 +1,189 @@
+"""Columns: a rule, a policy and a guidance scale as one types them, and as one reads them."""
+
+import ast
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import diffusers_guidance as package
+from diffusers_guidance import samples
+from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.search.search import search
+from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, LinearAG, Policy, Schedule
+from diffusers_guidance.rules import CFG, Rule
+
+COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.preset("normalised")@15')
+"""What `compare` shows unless asked for something else."""
+
+BUNDLED = tuple("APG(norm_threshold=6, eta=0.5)+AG@15" if "APG" in column else column for column in COLUMNS)
+"""The same on the bundled model, for which APG has been set: docs/results/apg.md."""
+
+_PUBLIC = [getattr(package, name) for name in package.__all__]
+RULES: list[type] = [c for c in _PUBLIC if inspect.isclass(c) and issubclass(c, Rule) and c is not Rule]
+POLICIES: list[type] = [c for c in _PUBLIC if inspect.isclass(c) and issubclass(c, Policy) and c is not Policy]
+
+
+def searched(
+    nfe: int | None = None,
+    *,
+    calibration: Calibration | None = None,
+    error: float | None = None,
+    skip: bool = True,
+) -> Schedule:
+    """`search` as columns have it: the budget first, and the calibration by name."""
+    if not isinstance(calibration, Calibration):
+        raise ValueError(f"search needs a calibration, by its file or as one of {', '.join(bundled_calibrations())}")
+    return search(calibration, nfe, error=error, skip=skip)
+
+
+def calibration_file(name: str, beside: Path = Path()) -> Path:
+    """That of a calibration: a path, seen from `beside`, or the name of one of the bundled model's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    file = beside / Path(name).expanduser()
+    if file.is_file():
+        return file
+    if name in bundled_calibrations():
+        return samples.CALIBRATIONS / f"{name}.safetensors"
+    raise ValueError(f"calibration={name!r}: no such file; the bundled model has {', '.join(bundled_calibrations())}")
+
+
+def bundled_calibrations() -> list[str]:
+    """The names of the bundled model's."""
+    return sorted(file.stem for file in samples.CALIBRATIONS.glob("*.safetensors"))
+
+
+_BY_NAME: dict[str, Callable[..., Any]] = {c.__name__.lower(): c for c in [*RULES, *POLICIES]}
+_BY_NAME |= {"ag": AdaptiveGuidance, "search": searched}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A rule under a policy at a guidance scale (None: that of the whole comparison).
+
+    Without rule and policy it is the pair that `attach(pipe)` chooses.
+    """
+
+    name: str
+    rule: Rule | None = None
+    policy: Policy | None = None
+    guidance_scale: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, beside: Path = Path()) -> "Column":
+        """Reads a rule, a policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12".
+
+        A missing rule is CFG, a missing policy EveryStep; "default" is what `attach(pipe)` chooses. Arguments
+        are Python literals; nothing is evaluated. A calibration is given by its file, seen from `beside`, or by the
+        name of a bundled one: 'LinearAG(calibration="dpm-20-5")', 'search(25, calibration="mine.safetensors")'.
+        """
+        try:
+            terms = [_split_scale(text, term) for term in _terms(ast.parse(text.strip(), mode="eval").body)]
+        except SyntaxError:
+            raise _unread(text, "it cannot be read") from None
+        scales = [scale for _, scale in terms if scale is not None]
+        if [ast.unparse(node).lower() for node, _ in terms] == ["default"]:
+            return cls(text, guidance_scale=scales[0] if scales else None)
+        built = [_build(text, node, beside) for node, _ in terms]
+        rules = [part for part in built if isinstance(part, Rule)]
+        policies = [part for part in built if isinstance(part, Policy)]
+        scales += [rule.guidance_scale for rule in rules if rule.guidance_scale is not None]
+        if max(len(rules), len(policies), len(scales)) > 1:
+            raise _unread(text, "a column has one rule, one policy and one guidance scale at most")
+        rule, policy = (rules or [CFG()])[0], (policies or [EveryStep()])[0]
+        return cls(text, rule, policy, scales[0] if scales else None)
+
+
+def _terms(node: ast.expr) -> list[ast.expr]:
+    """The terms of a sum."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_terms(node.left), *_terms(node.right)]
+    return [node]
+
+
+def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, float | None]:
+    """What stands before the @, and the number after it."""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)):
+        return node, None
+    try:
+        scale = float(ast.literal_eval(node.right))
+    except (ValueError, TypeError):
+        scale = math.nan
+    if not 0 <= scale < math.inf:
+        raise _unread(text, f"the guidance scale {ast.unparse(node.right)} must be a number from 0 up")
+    return node.left, scale
+
+
+def _build(text: str, node: ast.expr, beside: Path) -> Any:
+    """The rule or policy that `Name`, `Name(arguments)` or `Name.method(arguments)` stands for."""
+    given = node if isinstance(node, ast.Call) else None
+    target = given.func if given else node
+    method = target.attr if isinstance(target, ast.Attribute) else None
+    target = target.value if isinstance(target, ast.Attribute) else target
+    if not isinstance(target, ast.Name):
+        raise _unread(text, f"{ast.unparse(node)} is neither a rule nor a policy")
+    found = _BY_NAME.get(target.id.lower())
+    if found is None:
+        raise _unread(text, f"there is no {target.id}")
+    make = found
+    if method is not None:
+        if method.startswith("_") or not isinstance(inspect.getattr_static(found, method, None), classmethod):
+            raise _unread(text, f"{found.__name__} has no {method}")
+        make = getattr(found, method)
+    try:
+        args = [ast.literal_eval(arg) for arg in given.args] if given else []
+        named = {str(k.arg): ast.literal_eval(k.value) for k in given.keywords} if given else {}
+    except (ValueError, TypeError):
+        wanted = "numbers, strings, tuples, lists, None, True or False"
+        raise ValueError(f"column {text!r}: the arguments of {found.__name__} must be {wanted}") from None
+    signature = inspect.signature(make)
+    try:
+        bound = signature.bind(*args, **named)
+        if isinstance(name := bound.arguments.get("calibration"), str):
+            bound.arguments["calibration"] = Calibration.load(calibration_file(name, beside))
+        return make(*bound.args, **bound.kwargs)
+    except (ValueError, GuidanceError) as error:
+        raise ValueError(f"column {text!r}: {error}") from None
+    except TypeError:
+        called = ast.unparse(given.func if given else node)
+        raise ValueError(f"column {text!r}: {ast.unparse(node)} does not fit {called}{signature}") from None
+
+
+def _unread(text: str, why: str) -> ValueError:
+    rules, policies = (", ".join(c.__name__ for c in kind) for kind in (RULES, POLICIES))
+    return ValueError(
+        f"column {text!r}: {why}. Write RULE, POLICY or RULE+POLICY, then @SCALE if you like: "
+        '"APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12", "search(25, calibration=FILE)", "default". '
+        f"Rules: {rules}. Policies: {policies} (AG is AdaptiveGuidance)."
+    )
+
+
+def arguments(part: Rule | Policy, but: Sequence[str] = ()) -> str:
+    """The arguments of a rule or policy that are not its defaults, without its guidance scale."""
+    return ", ".join(
+        f"{field.name}={getattr(part, field.name)!r}"
+        for field in fields(part)
+        if field.name not in ("guidance_scale", *but) and getattr(part, field.name) != field.default
+    )
+
+
+def changes(part: Rule | Policy) -> str:
+    """The same, cut if very long, and without a calibration."""
+    return textwrap.shorten(arguments(part, but=("calibration",)), 60, placeholder=" …")
+
+
+def short(part: Rule | Policy) -> str:
+    """A rule or policy much as one would write it, without its guidance scale and what it is calibrated with."""
+    if isinstance(part, Schedule):
+        return f"Schedule of {part.nfe} NFEs"
+    given = changes(part)
+    title = type(part).__name__ + (f"({given})" if given else "")
+    # What the paper extrapolates is fitted to a calibration; without one, the last difference is held.
+    return f"{title}, held" if isinstance(part, LinearAG) and part.calibration is None else title

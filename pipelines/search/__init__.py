@@ -1,0 +1,1 @@
+"""Finding policies: calibrations, searches, and the frontier they reach."""

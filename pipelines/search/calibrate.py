@@ -1,0 +1,325 @@
+"""`calibrate`: runs a pipeline under full guidance and keeps how its predictions go together.
+
+Every trajectory follows from its number alone (prompt, negative prompt, seed), so an interrupted calibration goes
+on where it stopped, and shares made on several machines add up to the whole.
+"""
+
+import functools
+import hashlib
+import inspect
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from diffusers_guidance.calibration import Calibration, Moments, gains
+from diffusers_guidance.checks import is_number, is_whole, plain
+from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
+from diffusers_guidance.pipelines.attach.attach import borrowed
+from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprint, scheduler_fingerprint, setting
+from diffusers_guidance.pipelines.attach.schedulers import spaces
+from diffusers_guidance.pipelines.pictures.texts import negatives_of, prompts_of
+from diffusers_guidance.policies import Decision, EveryStep, History, Step
+from diffusers_guidance.rules import CFG
+
+Progress = Callable[[str, int, int], None]
+"""progress(what is running, done, in all)"""
+
+
+@dataclass(frozen=True)
+class Recorder(EveryStep):
+    """Full guidance that leaves the histories of the run's denoisers in `histories`."""
+
+    histories: dict[str, tuple[int, History]] = field(default_factory=dict, repr=False)
+    """By the denoiser's name: the run's step at which its history begins, and the history."""
+
+    remembers = True
+
+    def plan(self, step: Step, history: History) -> list[Decision]:
+        self.histories.setdefault(history.denoiser, (step.index, history))
+        return super().plan(step, history)
+
+
+def calibrate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    negative_prompts: Sequence[str] = ("",),
+    trajectories: int = 200,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 5.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    per_channel: bool = False,
+    share: tuple[int, int] = (0, 1),
+    path: str | Path | None = None,
+    progress: Progress | None = None,
+    **arguments: Any,
+) -> Calibration:
+    """Runs `pipe` with full guidance over prompts and seeds, and keeps the predictions' Gram matrices.
+
+    Args:
+        pipe: a diffusers pipeline with the scheduler that is to be used later; what is attached to it stays so, idle.
+        prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
+        negative_prompts: all of them in turn; name those that will be used, for the fit to serve them too.
+        trajectories: how many runs of one sample.
+        num_inference_steps, guidance_scale: of the runs to be made later; others need another calibration.
+        batch_size: trajectories made at once.
+        per_channel: a Gram matrix for every channel (dimension 1 of the predictions), for `Fit(per_channel=True)`.
+        share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
+        path: where to save it, after every batch; what is found there is gone on with.
+        progress: called as progress(what, done, in all).
+        arguments: more of the pipeline's own, such as `height`.
+
+    Raises:
+        CalibrationMismatch: what lies at `path` was made with another model or other settings.
+        UnsupportedPipeline: the pipeline does no classifier-free guidance that could be identified.
+    """
+    prompts, negative_prompts = prompts_of(prompts), prompts_of(negative_prompts)
+    if not prompts or not negative_prompts:
+        raise ValueError("prompts and negative_prompts: at least one of each (the empty one counts)")
+    trajectories, batch_size, num_inference_steps = plain([trajectories, batch_size, num_inference_steps])
+    for name, value in (
+        ("trajectories", trajectories),
+        ("batch_size", batch_size),
+        ("num_inference_steps", num_inference_steps),
+    ):
+        if not is_whole(value, 1):
+            raise ValueError(f"{name}={value!r}: a whole number from 1 up")
+    guidance_scale, seed, per_channel, share = plain([guidance_scale, seed, per_channel, tuple(share)])
+    if not is_number(guidance_scale, 0):
+        raise ValueError(f"guidance_scale={guidance_scale!r}: a number from 0 up")
+    if not is_whole(seed):
+        raise ValueError(f"seed={seed!r}: a whole number")
+    if not isinstance(per_channel, bool):
+        raise ValueError(f"per_channel={per_channel!r}: True or False")
+    if len(share) != 2 or not all(is_whole(each, 0) for each in share) or not share[0] < share[1]:
+        raise ValueError(f"share={share!r}: (k, n), whole numbers with 0 <= k < n")
+    if path is not None and Path(path).is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder: the calibration's file is wanted")
+    k, n = share
+    plan = _plan(prompts, negative_prompts, seed, num_inference_steps, guidance_scale, per_channel, arguments)
+    numbers = list(range(k, trajectories, n))
+    turn = math.lcm(len(prompts), len(negative_prompts))
+    done = _resume(path, pipe, plan, share)
+    found = 0 if done is None else done.trajectories
+    while found < len(numbers):
+        if progress is not None:
+            progress("calibrating", found, len(numbers))
+        batch = numbers[found : found + batch_size]
+        texts = [prompts[i % len(prompts)] for i in batch]
+        negatives = [negative_prompts[(i + i // turn) % len(negative_prompts)] for i in batch]
+        seeds = [seed + i for i in batch]
+        part = _run(pipe, texts, negatives, seeds, num_inference_steps, guidance_scale, per_channel, arguments)
+        part.setting.update(calibrated={**plan, "share": list(share)})
+        done = part if done is None else done + part
+        found += len(batch)
+        if path is not None:
+            done.save(path)
+    if progress is not None:
+        progress("calibrating", found, len(numbers))
+    if done is None:
+        raise ValueError(f"share={share} of {trajectories} trajectories is empty: at most {trajectories} shares")
+    return done
+
+
+def _plan(
+    prompts: Sequence[str],
+    negative_prompts: Sequence[str],
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    per_channel: bool,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """What all trajectories have in common, in plain values."""
+    steps, guidance_scale, seed, per_channel = plain([steps, guidance_scale, seed, per_channel])
+    return {
+        "prompts": hashlib.sha256(repr([*prompts, "", *negative_prompts]).encode()).hexdigest()[:16],
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": float(guidance_scale),
+        "arguments": repr([(name, _told(value)) for name, value in sorted(arguments.items())]),
+        "per_channel": per_channel,
+    }
+
+
+def _told(value: Any) -> Any:
+    """A value as its content alone tells it, not where in memory it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_told(each) for each in value)
+    if isinstance(value, dict):
+        return {name: _told(each) for name, each in value.items()}
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().float().numpy()
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):  # of numpy, and pictures
+        array = numpy.ascontiguousarray(value)
+        return f"{array.shape} {array.dtype} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+    return getattr(value, "__qualname__", value)
+
+
+def _run(
+    pipe: Any,
+    prompts: list[str],
+    negatives: list[str],
+    seeds: list[int],
+    steps: int,
+    guidance_scale: float,
+    per_channel: bool,
+    arguments: dict[str, Any],
+) -> Calibration:
+    """The calibration of one batch."""
+    call = {"prompt": prompts, "num_inference_steps": steps, "output_type": "latent", **arguments}
+    call |= negatives_of(pipe, negatives)
+    call["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+    recorder = Recorder()
+    with torch.no_grad(), borrowed(pipe, CFG(guidance_scale=guidance_scale), recorder) as handle:
+        pipe(**call)
+    if not recorder.histories:
+        raise GuidanceError(f"nothing to calibrate: {handle.report.note or 'no guided step was seen'}")
+
+    denoisers = {}
+    for name, (first, history) in recorder.histories.items():
+        if history.rows != len(prompts):
+            raise GuidanceError(f"{name} guided {history.rows} samples of {len(prompts)}: one picture a prompt, please")
+        own = len(history.cond)  # what comes before is another's, whom it took over from
+        similarity = {space: history.agreement(space)[-own:].T.contiguous() for space in ("denoised", "noise")}
+        products = gram(history.cond, history.uncond, per_channel)
+        if not products.isfinite().all():
+            raise GuidanceError(
+                f"the predictions of {name} for the seeds {seeds[0]} to {seeds[-1]} are not all finite: nothing can "
+                "be fitted to them: calibrate in another precision, or without these prompts"
+            )
+        denoisers[name] = Moments(first, products, similarity)
+    # The scale w of the formula; some pipelines call it by one less, and experts may have one each.
+    scales = {step.denoiser: step.guidance_scale for step in reversed(handle.report.steps) if step.guidance_scale}
+    made: dict[str, Any] = {}
+    table = [float(t) for t in pipe.scheduler.timesteps.tolist()]
+    ran = _within([step.timestep for step in handle.report.steps], table)
+    for name in denoisers:
+        found = setting(pipe, name, scales[name], table[ran])
+        made = found | {key: made.get(key, {}) | found[key] for key in ("denoisers", "guidance_scale")}
+    try:
+        made["gains"] = gains(spaces(pipe.scheduler))[ran]
+    except UnsupportedScheduler:
+        made["gains"] = [1.0] * len(made["timesteps"])
+    counts = {text: negatives.count(text) for text in dict.fromkeys(negatives)}
+    return Calibration(made, denoisers, counts)
+
+
+def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:
+    """Where in the scheduler's table a run was: image to image begins later, and some pipelines stop early."""
+    n = len(seen)
+    begins = (i for i in range(len(table) - n + 1) if list(table[i : i + n]) == list(seen))
+    begin = next(begins, None)
+    return slice(None) if begin is None else slice(begin, begin + n)
+
+
+def gram(cond: Sequence[Tensor], uncond: Sequence[Tensor], per_channel: bool = False) -> Tensor:
+    """(C, 2T, 2T) float64 inner products of T predictions c and of d = c - u, each (B, C, ...), summed over the batch.
+
+    C is 1, unless `per_channel`. On the host, a sample at a time.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(cond[0].shape[0]):
+        c = torch.stack([y[row] for y in cond]).cpu().double()  # (T, C, ...)
+        d = c - torch.stack([y[row] for y in uncond]).cpu().double()
+        p = torch.cat([c, d])
+        p = p.flatten(2).transpose(0, 1) if per_channel else p.flatten(1)[None]  # (C, 2T, numel)
+        total = total + p @ p.transpose(1, 2)
+    return total
+
+
+def _resume(path: str | Path | None, pipe: Any, plan: dict[str, Any], share: tuple[int, int]) -> Calibration | None:
+    """What an earlier call left at `path`, if it was made with the same pipeline and settings."""
+    if path is None or not Path(path).is_file():
+        return None
+    found = Calibration.load(path)
+    found.check(
+        {
+            "pipeline": type(pipe).__name__,
+            "denoisers": {name: module_fingerprint(getattr(pipe, name)) for name in found.denoisers},
+            "scheduler": scheduler_fingerprint(pipe.scheduler),
+            "calibrated": {**plan, "share": list(share)},
+        }
+    )
+    return found
+
+
+def calibrate_on_ray(
+    load: Callable[[], DiffusionPipeline],
+    prompts: Sequence[str],
+    *,
+    shares: int,
+    address: str | None = None,
+    resources: dict[str, float] | None = None,
+    trajectories: int = 200,
+    path: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Calibration:
+    """`calibrate` on the machines of a Ray cluster: its workers make shares, and the shares are added.
+
+    Args:
+        load: makes the pipeline, on a worker.
+        shares: into how many parts the work is cut, from one for each worker up.
+        address: of the cluster, such as "auto". Default: one started on this machine for as long as it takes.
+        resources: of a share, such as {"num_gpus": 1}. Default: {"num_cpus": 1}.
+        path: where to save it. Finished shares wait beside it; another call with the same arguments goes on with them.
+        settings: more of `calibrate`'s.
+
+    Raises:
+        ImportError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("calibrating on a Ray cluster needs it: pip install 'diffusers-guidance[ray]'") from error
+
+    if not 1 <= shares <= trajectories:
+        raise ValueError(f"shares={shares!r}: from 1 to {trajectories}, the number of trajectories")
+
+    def one(k: int) -> Calibration:
+        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), **settings)
+
+    waiting_at = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
+    parts = {k: Calibration.load(file) for k, file in enumerate(waiting_at) if file is not None and file.is_file()}
+    known = inspect.signature(calibrate).bind(None, prompts, **settings)
+    known.apply_defaults()
+    names = ("prompts", "negative_prompts", "seed", "num_inference_steps", "guidance_scale", "per_channel", "arguments")
+    plan = _plan(*(known.arguments[name] for name in names))
+    for k, part in parts.items():
+        part.check({"calibrated": {**plan, "share": [k, shares]}})
+    parts = {k: part for k, part in parts.items() if part.trajectories == len(range(k, trajectories, shares))}
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+    try:
+        remote = ray.remote(**(resources or {"num_cpus": 1}))(one)
+        running = {remote.remote(k): k for k in range(shares) if k not in parts}
+        while running:
+            if progress is not None:
+                progress("shares", len(parts), shares)
+            (ready,), _ = ray.wait(list(running))
+            k = running.pop(ready)
+            parts[k] = ray.get(ready)
+            if (file := waiting_at[k]) is not None:
+                parts[k].save(file)
+    finally:
+        if started:
+            ray.shutdown()
+    if progress is not None:
+        progress("shares", shares, shares)
+    total = functools.reduce(operator.add, (parts[k] for k in range(shares)))
+    if path is not None:
+        total.save(path)
+        for file in filter(None, waiting_at):
+            file.unlink()
+    return total

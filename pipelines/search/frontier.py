@@ -1,0 +1,260 @@
+"""The frontier: fidelity to full guidance against NFEs, for every way this package knows of saving them."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers import DiffusionPipeline
+
+from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.checks import plain
+from diffusers_guidance.errors import CalibrationMismatch
+from diffusers_guidance.pipelines.pictures.measures import Fidelity
+from diffusers_guidance.pipelines.search.calibrate import Progress
+from diffusers_guidance.pipelines.search.nas import search_nas
+from diffusers_guidance.pipelines.search.search import search
+from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Hold, Interval, LinearAG, Policy, Schedule, StepAG
+from diffusers_guidance.schedules import even
+
+FEWER = "CFG, fewer steps"
+STOP = "guidance stopped (StepAG, diffusers' cut-off)"
+INTERVAL = "Interval from 10 %"
+AG = "AG"
+HOLD = "Hold, evenly, first and last evaluated"
+PERIODIC = "Hold"
+PUBLISHED_HELD = "LinearAG's schedule, held"
+PUBLISHED = "LinearAG as published"
+NAS = "policy search of the paper (NAS)"
+CONDITIONAL = "LinearAG, evenly"
+SEARCHED_CONDITIONAL = "search(skip=False)"
+EVEN = "both skipped, evenly"
+SEARCHED = "search"
+REFINED = "search(refine=...)"
+OURS = (CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
+"""Those with fitted estimates other than the published one."""
+OTHERS = (FEWER, STOP, INTERVAL, AG, HOLD, PERIODIC, PUBLISHED_HELD, PUBLISHED, NAS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy as measured; `nfe` is of one sample, averaged where it differs."""
+
+    series: str
+    label: str
+    nfe: float
+    psnr: float
+    ssim: float
+    lpips: float | None = None
+
+
+class _Planned(NamedTuple):
+    """A row to be: its policy, which may take a search to make, and arguments of the pipeline that it changes."""
+
+    series: str
+    label: str
+    make: Callable[[], Policy]
+    changed: dict[str, Any]
+
+
+def frontier(
+    pipe: DiffusionPipeline,
+    calibration: Calibration,
+    prompts: Sequence[str],
+    *,
+    search_prompts: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    nfes: Sequence[int] | None = None,
+    stops: Sequence[int] | None = None,
+    refine: Sequence[int] = (),
+    nas: Sequence[int] = (),
+    batch_size: int = 16,
+    lpips: bool = False,
+    path: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Measures every kind of policy on prompts and seeds that took no part in calibrating and searching.
+
+    Args:
+        calibration: of this pipeline as it is set up.
+        prompts, seeds: to measure with.
+        search_prompts: for what searches by real runs.
+        nfes: budgets at which policies that have one are measured. Default: eight, from a quarter to 7/8 of full
+            guidance's NFEs.
+        stops: after how many steps guidance is stopped. Default: after each.
+        refine, nas: budgets at which to search by real runs, and by the paper's method.
+        lpips: whether to measure LPIPS too; see `Fidelity`.
+        path: JSON file to write after every row; rows found in it are not measured again.
+        progress: called as progress(what, done, in all).
+
+    Raises:
+        CalibrationMismatch: what lies at `path` was measured with another calibration, other prompts or seeds.
+    """
+    if nfes is None:
+        nfes = [round(2 * calibration.steps * share) for share in (0.25, 0.375, 0.5, 0.575, 0.625, 0.675, 0.75, 0.875)]
+    seeds, nfes = plain([list(seeds), list(nfes)])  # what is written is of plain numbers
+    planned = _plan(pipe, calibration, search_prompts, sorted({*nfes}), stops, refine, nas)
+    plan = list({row.label: row for row in planned}.values())  # two budgets may come to the same row
+    about = _about(calibration, prompts, seeds, lpips)
+    known = {row.label: row for row in ([] if path is None else read(path, about))}
+    rows: list[Row] = []
+    fidelity: Fidelity | None = None
+    for done, (series, label, make, changed) in enumerate(plan):
+        if progress is not None:
+            progress(label, done, len(plan))
+        if label not in known:
+            fidelity = fidelity or Fidelity(
+                pipe, prompts, seeds, **calibration.call, batch_size=batch_size, lpips=lpips
+            )
+            known[label] = Row(series, label, *fidelity(make(), **changed))
+        rows.append(known[label])
+        if path is not None:
+            _write(path, list(known.values()), about)  # those of other plans too
+    return rows
+
+
+def _plan(
+    pipe: DiffusionPipeline,
+    calibration: Calibration,
+    search_prompts: Sequence[str],
+    nfes: Iterable[int],
+    stops: Iterable[int] | None,
+    refine: Iterable[int],
+    nas: Iterable[int],
+) -> Iterator[_Planned]:
+    """Every row; searches run when their row does."""
+    count, steps = calibration.steps, calibration.call["num_inference_steps"]
+
+    def row(series: str, label: str, make: Callable[..., Policy], *args: Any, **changed: Any) -> _Planned:
+        return _Planned(series, label, partial(make, *args), changed)
+
+    for nfe in nfes:
+        fewer = max(1, round(steps * nfe / (2 * count)))
+        yield row(FEWER, f"{fewer} steps", EveryStep, num_inference_steps=fewer)
+        yield row(EVEN, f"{nfe // 2} both, evenly", Schedule, even(count, nfe // 2, "neither"), calibration)
+        yield row(SEARCHED, f"search({nfe})", search, calibration, nfe)
+        n = nfe - count
+        if n < 2:
+            continue
+        lag = max(1, round(0.1 * count))
+        if n + lag <= count:
+            yield row(INTERVAL, f"steps {lag} to {n + lag}", Interval, lag / count, (n + lag - 0.5) / count)
+        yield row(HOLD, f"held, {n} evenly", Schedule, even(count, n))
+        yield row(CONDITIONAL, f"fitted, {n} evenly", Schedule, even(count, n), calibration)
+        yield row(
+            SEARCHED_CONDITIONAL, f"search({nfe}, skip=False)", partial(search, skip=False), calibration, nfe
+        )  # fmt: skip
+        policy = AdaptiveGuidance.from_calibration(calibration, 1 - nfe / (2 * count))
+        yield row(
+            AG, f"threshold {policy.threshold:.5f}, {policy.space}", AdaptiveGuidance, policy.threshold, policy.space
+        )
+    for n in range(1, count) if stops is None else stops:
+        yield row(STOP, f"first {n} steps", StepAG, n / count)
+    for period, warmup, last in ((2, 1, False), (2, 1, True), (3, 1, True), (4, 1, True), (3, 3, True)):
+        label = f"period {period}, warmup {warmup}{', last' if last else ''}"
+        yield row(PERIODIC, label, Hold, period, warmup, last)
+    yield row(PUBLISHED_HELD, "published, held", LinearAG)
+    yield row(PUBLISHED, "published, fitted", LinearAG, calibration)
+    for nfe in refine:
+        make: Callable[..., Policy] = partial(search, refine=(pipe, search_prompts))
+        yield row(REFINED, f"search({nfe}, refine)", make, calibration, nfe)
+    for nfe in nas:
+        make = partial(search_nas, **calibration.call)
+        yield row(NAS, f"search_nas({nfe})", make, pipe, search_prompts, nfe)
+
+
+# What the rows say
+
+
+def best_at(rows: Sequence[Row], series: Sequence[str], nfe: float) -> tuple[float, str] | None:
+    """(PSNR, series) of the best of these series at a budget, each interpolated between its neighbouring rows."""
+    found = []
+    for name in series:
+        line = sorted((row.nfe, row.psnr) for row in rows if row.series == name)
+        found += [(psnr, name) for at, psnr in line if at == nfe]
+        for (a, low), (b, high) in itertools.pairwise(line):
+            if a < nfe < b:
+                found.append((low + (high - low) * (nfe - a) / (b - a), name))
+    return max(found, default=None)
+
+
+def cheapest(rows: Sequence[Row], psnr: float) -> Row | None:
+    """The row with the fewest NFEs of all that come within `psnr` dB of full guidance, or better."""
+    return min((row for row in rows if row.psnr >= psnr), key=lambda row: (row.nfe, -row.psnr), default=None)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows in Markdown, the cheapest first."""
+    perceived = any(row.lpips is not None for row in rows)
+    lines = ["| NFEs | mean PSNR, dB | SSIM |" + " LPIPS |" * perceived + " policies | |"]
+    lines.append("|---:|---:|---:|" + "---:|" * perceived + "---|---|")
+    for row in sorted(rows, key=lambda row: (row.nfe, -row.psnr)):
+        cells = [f"{row.nfe:.2f}".removesuffix(".00"), f"{row.psnr:.2f}", f"{row.ssim:.4f}"]
+        cells += [f"{row.lpips:.4f}"] if row.lpips is not None else []
+        series = f"**{row.series}**" if row.series in OURS else row.series
+        lines.append(f"| {' | '.join([*cells, series, row.label])} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
+    """PSNR to full guidance against NFEs, a line per series; ours drawn heavier."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full guidance (dB)")
+    axes.set_title(title)
+    for i, name in enumerate(dict.fromkeys(row.series for row in rows)):
+        line = sorted((row.nfe, row.psnr) for row in rows if row.series == name)
+        color = OURS.index(name) if name in OURS else 5 + OTHERS.index(name) % 5
+        axes.plot(
+            *zip(*line, strict=True), marker="osD^v<>Xp*hP"[i % 12], markersize=5, label=name, color=f"C{color}",
+            linewidth=2.4 if name in OURS else 1.2, linestyle="-" if name in OURS else "--",
+        )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, dpi=130)
+    return figure
+
+
+# Its file
+
+
+def read(path: str | Path, about: dict[str, Any] | None = None) -> list[Row]:
+    """The rows in a file that `frontier` wrote; none where there is no file."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text())
+        rows = found.pop("rows")
+    except (ValueError, KeyError) as error:
+        raise CalibrationMismatch(f"{path} is no frontier ({error!r}): choose another file, or delete it") from error
+    if about is not None and found != about:
+        raise CalibrationMismatch(
+            f"{path} holds a frontier measured with another calibration or other settings: choose another file, or "
+            "delete it"
+        )
+    return [Row(**row) for row in rows]
+
+
+def _write(path: str | Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(path.name + ".partial")
+    partial_file.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    partial_file.replace(path)
+
+
+def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int], lpips: bool) -> dict[str, Any]:
+    """What rows depend on."""
+    return {
+        "calibration": repr(calibration),
+        "digest": calibration.digest,
+        "gains": calibration.gains.tolist(),
+        "prompts": list(prompts),
+        "seeds": list(seeds),
+        "lpips": lpips,
+    }

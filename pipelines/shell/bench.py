@@ -1,0 +1,73 @@
+"""The subcommands `bench` and `generate` of `diffusers-guidance`."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffusers_guidance.pipelines.bench import report as bench_report
+from diffusers_guidance.pipelines.bench.metrics import summarise
+from diffusers_guidance.pipelines.bench.run import bench
+from diffusers_guidance.pipelines.bench.suite import SUITE, Suite
+from diffusers_guidance.pipelines.pictures.generate import generate, read_jobs
+from diffusers_guidance.pipelines.shell.common import MODEL, Device, Dtype, Model, Scheduler, reporting
+from diffusers_guidance.pipelines.support.ray import cluster
+
+Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster; started here if there is none.")]
+Address = Annotated[str | None, typer.Option(help='Of the Ray cluster to use with --ray: "auto", say.')]
+
+
+def bench_command(
+    suite: Annotated[
+        Path, typer.Option(help="YAML file of what to measure.", show_default="that of the bundled model")
+    ] = SUITE,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, pictures and report.html.")] = Path("out/bench"),
+    ray: Ray = False,
+    ray_address: Address = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """What rules and policies save on a model, in evaluations and in seconds, and what that costs in quality.
+
+    Interrupted, it goes on where it stopped.
+    """
+    with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
+        wanted = Suite.read(suite)
+        lines = bench(wanted, out, device=device, dtype=dtype, on_ray=ray, progress=progress)
+        summary = summarise(wanted, lines, out)
+        files = bench_report.save(summary, out)
+    for verdict in summary.verdicts:
+        mark = {True: "met", False: "NOT MET", None: "-"}[verdict.met]
+        typer.echo(f"{mark:8} {verdict.column}: {verdict.measure} {verdict.wanted}; found {verdict.found}")
+    for name, why in summary.left_out.items():
+        typer.echo(f"left out: {name} ({why})")
+    for file in files:
+        typer.echo(f"wrote {file}")
+
+
+def generate_command(
+    jobs: Annotated[
+        Path, typer.Argument(help='JSON lines: {"prompt": ..., "id"?, "seed"?, "negative_prompt"?} and more of a call.')
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for a picture and its metadata a line.")] = Path("out/generate"),
+    column: Annotated[
+        str, typer.Option(help='Rule + policy @ scale: "APG@12+AG", say, or "search(25, calibration=FILE)".')
+    ] = "default",
+    model: Model = MODEL,
+    scheduler: Scheduler = None,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    scale: Annotated[float, typer.Option(min=0, help="Guidance scale, where --column names none.")] = 5.0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 4,
+    ray: Ray = False,
+    ray_address: Address = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """A picture for every line of a JSONL file, with what made it beside it. Interrupted, it goes on."""
+    with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
+        made, had = generate(
+            read_jobs(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
+            batch=batch, device=device, dtype=dtype, on_ray=ray, progress=progress,
+        )  # fmt: skip
+    typer.echo(f"{made} pictures made, {had} were there already: {out}")

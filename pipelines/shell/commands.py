@@ -1,0 +1,246 @@
+"""The subcommands `compare`, `calibrate`, `search`, `search-nas` and `frontier` of `diffusers-guidance`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from diffusers_guidance import samples
+from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.pipelines.pictures.columns import BUNDLED, COLUMNS, Column
+from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
+from diffusers_guidance.pipelines.search.calibrate import calibrate, calibrate_on_ray
+from diffusers_guidance.pipelines.search.frontier import frontier, plot, table
+from diffusers_guidance.pipelines.search.nas import search_nas
+from diffusers_guidance.pipelines.search.search import search
+from diffusers_guidance.pipelines.shell.common import (
+    MODEL,
+    Device,
+    Dtype,
+    Model,
+    Scheduler,
+    Seed,
+    Seeds,
+    load,
+    read_lines,
+    reporting,
+)
+from diffusers_guidance.policies import Schedule
+from diffusers_guidance.schedules import predicted_error
+
+Calibrated = Annotated[Path, typer.Argument(help="A file made by `calibrate`.")]
+Prompts = Annotated[Path, typer.Option(help="Text file, one prompt a line.", show_default="the bundled ones")]
+Steps = Annotated[int, typer.Option(min=1)]
+
+
+def compare_command(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One row of pictures each.", show_default="those of --prompts")
+    ] = None,
+    prompts_file: Annotated[
+        Path, typer.Option("--prompts", help="Text file, one prompt a line.", show_default="the bundled ones")
+    ] = samples.PROMPTS,
+    model: Model = MODEL,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12", '
+            '"search(25, calibration=FILE)"; "default" is what attach(pipe) chooses. Repeatable.',
+            show_default=f"{', '.join(BUNDLED)}; on another model with {COLUMNS[-1]}",
+        ),
+    ] = None,
+    seed: Seeds = None,
+    steps: Steps = 20,
+    scale: Annotated[float, typer.Option(min=0, help="Guidance scale of columns that name none.")] = 5.0,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt of all pictures.")] = None,
+    scheduler: Scheduler = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures made at once; fewer need less memory.", show_default="all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for contact_sheet.png, similarity.png and compare.json.")] = Path(
+        "out/compare"
+    ),
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """The same prompts under several rules and policies, side by side: pictures, and what each column cost."""
+    with reporting() as progress:
+        columns = [Column.parse(text) for text in column or (BUNDLED if model == MODEL else COLUMNS)]
+        texts = list(prompts or read_lines(prompts_file))
+        out.mkdir(parents=True, exist_ok=True)  # now rather than after the pictures are made
+        comparison = compare(
+            load(model, scheduler, device, dtype), texts, columns, seeds=seed or [0], steps=steps,
+            guidance_scale=scale, negative=negative, batch=batch, progress=progress,
+        )  # fmt: skip
+        files = comparison.save(out)
+    _print_comparison(comparison)
+    for file in files:
+        typer.echo(f"wrote {file}")
+
+
+def calibrate_command(
+    out: Annotated[Path, typer.Argument(dir_okay=False, help="File to write; what is there already is gone on with.")],
+    prompts: Prompts = samples.CALIBRATION_PROMPTS,
+    model: Model = MODEL,
+    scheduler: Scheduler = None,
+    negative: Annotated[
+        list[str] | None, typer.Option(help="Negative prompts to be ready for; repeatable.", show_default="none")
+    ] = None,
+    trajectories: Annotated[int, typer.Option(min=1)] = 200,
+    steps: Steps = 20,
+    scale: Annotated[float, typer.Option(min=1)] = 5.0,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 8,
+    per_channel: Annotated[bool, typer.Option(help="A Gram matrix for each channel.")] = False,
+    ray: Annotated[int, typer.Option(min=0, help="Make it in so many shares on a Ray cluster; 0 is without.")] = 0,
+    ray_address: Annotated[
+        str | None, typer.Option(help='Of the cluster: "auto", say.', show_default="one on this machine")
+    ] = None,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each share.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Runs full guidance over prompts and seeds, and keeps how its predictions go together."""
+    with reporting(goes_on=True) as progress:
+        settings: dict[str, Any] = {
+            "negative_prompts": negative or [""],
+            "trajectories": trajectories,
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+            "seed": seed,
+            "batch_size": batch,
+            "per_channel": per_channel,
+            "path": out,
+            "progress": progress,
+        }
+        texts = read_lines(prompts)
+        if ray:
+            made = calibrate_on_ray(
+                lambda: load(model, scheduler, device, dtype), texts, shares=ray, address=ray_address,
+                resources={"num_gpus": ray_gpus} if ray_gpus else None, **settings,
+            )  # fmt: skip
+        else:
+            made = calibrate(load(model, scheduler, device, dtype), texts, **settings)
+    typer.echo(f"{made}\nwrote {out}, {out.stat().st_size / 1024:.0f} KiB")
+
+
+def search_command(
+    calibration: Calibrated,
+    nfe: Annotated[int | None, typer.Option(help="Network evaluations of one picture.")] = None,
+    error: Annotated[float | None, typer.Option(help="Instead: the most error predicted, 0.05 say.")] = None,
+    skip: Annotated[bool, typer.Option(help="Whether steps may evaluate nothing at all.")] = True,
+    refine: Annotated[bool, typer.Option(help="Let real runs on a dozen of --prompts decide; needs --model.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Schedules that --refine measures.")] = 24,
+    prompts: Prompts = samples.CALIBRATION_PROMPTS,
+    model: Model = MODEL,
+    scheduler: Scheduler = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """The best schedule of evaluations for a budget, or the cheapest for an error, from a calibration."""
+    with reporting() as progress:
+        made = Calibration.load(calibration)
+        real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts))) if refine else None
+        found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, progress=progress)
+    _print_schedule(found)
+    typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
+
+
+def search_nas_command(
+    nfe: Annotated[int, typer.Option(help="Network evaluations of one picture.")] = 30,
+    prompts: Prompts = samples.CALIBRATION_PROMPTS,
+    model: Model = MODEL,
+    scheduler: Scheduler = None,
+    steps: Annotated[int, typer.Option(min=2)] = 20,
+    scale: Annotated[float, typer.Option(min=1)] = 5.0,
+    iterations: Annotated[int, typer.Option(min=1)] = 60,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures of an iteration.")] = 2,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """The policy search of the Adaptive Guidance paper, by gradients through the sampler."""
+    with reporting() as progress:
+        found = search_nas(
+            load(model, scheduler, device, dtype), read_lines(prompts), nfe, num_inference_steps=steps,
+            guidance_scale=scale, iterations=iterations, batch_size=batch, progress=progress,
+        )  # fmt: skip
+    _print_schedule(found)
+
+
+def frontier_command(
+    calibration: Calibrated,
+    prompts: Annotated[
+        Path, typer.Option(help="Held-out prompts, one a line.", show_default="the bundled ones")
+    ] = samples.HELDOUT_PROMPTS,
+    search_prompts: Annotated[
+        Path,
+        typer.Option(help="For what searches by real runs: a dozen of them, evenly.", show_default="the bundled ones"),
+    ] = samples.CALIBRATION_PROMPTS,
+    model: Model = MODEL,
+    scheduler: Scheduler = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, max=2**63 - 1, help="Repeatable.", show_default="4321")
+    ] = None,
+    nfe: Annotated[list[int] | None, typer.Option(help="Budgets; repeatable.", show_default="eight of them")] = None,
+    refine: Annotated[list[int] | None, typer.Option(help="Budgets to search by real runs too; repeatable.")] = None,
+    nas: Annotated[list[int] | None, typer.Option(help="Budgets for the paper's search; repeatable.")] = None,
+    lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; downloads its weights unless they are here.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
+    out: Annotated[Path, typer.Option(help="Folder for frontier.json, .md and .png.")] = Path("out/frontier"),
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Fidelity to full guidance against NFEs, for every policy, on held-out prompts and seeds."""
+    with reporting(goes_on=True) as progress:
+        made = Calibration.load(calibration)
+        for option, budgets in (("--nfe", nfe), ("--refine", refine), ("--nas", nas)):
+            for budget in budgets or []:
+                if not 2 * len(made.denoisers) <= budget <= 2 * made.steps:
+                    least, most = 2 * len(made.denoisers), 2 * made.steps
+                    raise ValueError(
+                        f"{option} {budget}: from {least} to {most} network evaluations, as calibrated for"
+                    )
+        rows = frontier(
+            load(model, scheduler, device, dtype), made, read_lines(prompts), seeds=seed or [4321],
+            search_prompts=_dozen(read_lines(search_prompts)), nfes=nfe, refine=refine or [], nas=nas or [],
+            batch_size=batch, lpips=lpips, path=out / "frontier.json", progress=progress,
+        )  # fmt: skip
+        plot(rows, out / "frontier.png", repr(made))
+        (out / "frontier.md").write_text(table(rows))
+    typer.echo(table(rows))
+    for name in ("frontier.json", "frontier.md", "frontier.png"):
+        typer.echo(f"wrote {out / name}")
+
+
+def _dozen(prompts: list[str]) -> list[str]:
+    """Twelve of the prompts, or all of fewer, evenly: files tend to be sorted."""
+    return [prompts[i * len(prompts) // 12] for i in range(12)] if len(prompts) > 12 else prompts
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("rule + policy")
+    for title in ("scale", "NFEs", "saved", "s/image", "saturation", "PSNR to CFG"):
+        table.add_column(title, justify="right")
+    for result in comparison.results:
+        psnr = comparison.psnr(result)
+        table.add_row(
+            result.label,
+            f"{result.guidance_scale:g}",
+            str(result.nfe),
+            f"{result.saved:.0%}",
+            f"{result.seconds_per_picture:.2f}",
+            f"{result.saturation:.3f}",
+            "" if psnr is None else f"{psnr:.1f} dB",
+        )
+    Console().print(table)
+    typer.echo("PSNR: the mean of the pictures' dB.")
+
+
+def _print_schedule(schedule: Schedule) -> None:
+    typer.echo(" ".join(f"{i}:{action}" for i, action in enumerate(schedule.actions)))
+    typer.echo(f"{schedule.nfe} of {2 * len(schedule.actions)} NFEs")
+    typer.echo(json.dumps(list(schedule.actions)))

@@ -1,0 +1,1 @@
+"""What all of them need: files, loading, Ray, the machine."""

@@ -1,0 +1,83 @@
+"""Work spread over a Ray cluster, or done here piece by piece: one pipeline per worker, lost workers made good."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from diffusers import DiffusionPipeline
+
+from diffusers_guidance.pipelines.shell.common import load
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+RETRIES = 3
+"""How many times a piece is begun again whose worker was lost."""
+
+
+def spread(
+    work: Callable[[T], R], pieces: Sequence[T], *, on_ray: bool = False, resources: dict[str, float] | None = None,
+    at_once: int | None = None,
+) -> Iterator[tuple[T, R]]:  # fmt: skip
+    """(piece, work(piece)) as they are done: in order here, in any order on Ray.
+
+    A worker that dies costs the piece it was at another try (`RETRIES` at most) and nothing else. What `work`
+    raises ends the whole.
+
+    Args:
+        on_ray: whether on the cluster of `cluster()`, else in this process.
+        resources: of a piece, such as {"num_gpus": 1}. Default: a GPU where the cluster has some, else a CPU.
+        at_once: pieces at the same time at most; None for as many as the cluster has room for.
+    """
+    if not on_ray:
+        for piece in pieces:
+            yield piece, work(piece)
+        return
+    import ray
+
+    if resources is None:
+        resources = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    remote = ray.remote(max_retries=RETRIES, **resources)(work)
+    left = list(pieces)
+    running: dict[Any, T] = {}
+    try:
+        while left or running:
+            while left and len(running) < (at_once or len(pieces)):
+                piece = left.pop(0)
+                running[remote.remote(piece)] = piece
+            done, _ = ray.wait(list(running))
+            for reference in done:
+                yield running.pop(reference), ray.get(reference)
+    finally:
+        for reference in running:  # an interrupt leaves nothing running on the cluster
+            ray.cancel(reference, force=True)
+
+
+@contextlib.contextmanager
+def cluster(address: str | None = None) -> Iterator[None]:
+    """A Ray cluster for the block: the one at `address`, the one already in use, or one on this machine.
+
+    Raises:
+        ImportError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            "spreading work over a Ray cluster needs it: pip install 'diffusers-guidance[ray]'"
+        ) from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+@functools.lru_cache(maxsize=1)
+def pipeline(model: str, device: str | None, dtype: str | None) -> DiffusionPipeline:
+    """This process' pipeline: loaded once, and kept until another is asked for."""
+    return load(model, None, device, dtype)
