@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_guidance.effective import Watched
+from diffusers_guidance.effective import Strength
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_RULE, attach
-from diffusers_guidance.pipelines.attach.run import _components
+from diffusers_guidance.pipelines.attach.parts import components
 from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.compare import _generate
@@ -85,16 +85,17 @@ def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict
 def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
     """The effective guidance scale of the column's rule where every step is guided, over all prompts."""
     rule = column.rule if column.rule is not None else DEFAULT_RULE
-    watched = Watched(suite.scale(column), rule=rule)
+    strength = Strength()
     jobs = [(prompt, cell.seed) for prompt in suite.prompts]
-    with attach(pipe, watched, EveryStep()) as handle:
+    with attach(pipe, replace(rule, guidance_scale=suite.scale(column)), EveryStep()) as handle:
+        handle.observers.append(strength)
         for start in range(0, len(jobs), cell.batch):
             part = jobs[start : start + cell.batch]
             _generate(pipe, part, suite.steps, {"negative_prompt": suite.negative})
     # In the pipeline's own words: some count their scale from 0, so that theirs is w - 1.
     w = next(step.guidance_scale for step in handle.report.steps if step.guidance_scale is not None)
-    scale = watched.mean - (w - suite.scale(column))
-    return {"seed": cell.seed, "effective": watched.mean, "guidance_scale": scale}, []
+    scale = strength.mean - (w - suite.scale(column))
+    return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": scale}, []
 
 
 def _png(picture: Any) -> bytes:
@@ -234,7 +235,7 @@ def _denoiser_clock(pipe: Any) -> Iterator[list[float]]:
         _synchronize(pipe)
         clock.append(time.perf_counter() - began.pop())
 
-    for _, component in _components(pipe):
+    for _, component in components(pipe):
         # The decoder is a network too, but is called by its methods.
         if isinstance(component, torch.nn.Module):
             hooks += [component.register_forward_pre_hook(before), component.register_forward_hook(after)]
