@@ -45,6 +45,10 @@ from diffusers_guidance.pipelines.formula import (
 
 _SIZE = 8192
 """About how many numbers a search is decided on."""
+_FEW = 1 / 64
+"""The share of numbers that may round to another side where a formula is followed in all its operations."""
+MEETS = ("denoised", "own", "wants")
+"""What of a network's may be combined, the likely ones first; see `Formula.meets`."""
 _NOTHING = "no sum of the denoiser's outputs, each times a number, was found to give that"
 _GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
 """Finishes by a number of a sample as a whole."""
@@ -92,7 +96,8 @@ class Reading:
 
     Args:
         formula: of which order, anchor, finish and scale are open.
-        parts: the branches as the scheduler would get them.
+        parts: the branches as they are combined.
+        seen: the same as the scheduler would get them.
         target: the scheduler's own number.
         around: what it may depend on.
         sample: which numbers these are.
@@ -100,6 +105,7 @@ class Reading:
 
     formula: Formula
     parts: list[Tensor]
+    seen: list[Tensor]
     target: Tensor
     around: Around
     sample: Sample
@@ -114,7 +120,7 @@ class Reading:
             return 0.0
         if formula.is_stable:
             return math.inf
-        return _ratio(_fit(formula, self.parts, expected, self.target, s, self.around))
+        return _ratio(_fit(formula, self.seen, expected, self.target, s, self.around))
 
     def _off_by_a_factor(self, formula: Formula, s: Scale) -> float:
         """The same where only all numbers of a row tell by what it is multiplied."""
@@ -126,10 +132,10 @@ class Reading:
 
     def solved(self, cond: int) -> tuple[float, Fit]:
         """(w, fit): the w that explains the target best as `u + w (c - u)`, and how well it does."""
-        c, u, target = (exact(t) for t in (self.parts[cond], self.parts[1 - cond], self.target))
+        c, u, target = (exact(t) for t in (self.seen[cond], self.seen[1 - cond], self.target))
         d = c - u
         w = float(((target - u) * d).sum() / (d * d).sum())
-        fit = _fit(self.formula, self.parts, u + w * d, target, w, self.around)
+        fit = _fit(self.formula, self.seen, u + w * d, target, w, self.around)
         return w, fit
 
     def differs(self, ulps: float) -> bool:
@@ -139,7 +145,7 @@ class Reading:
     @property
     def size(self) -> float:
         """How far the branches are apart."""
-        return norm(self.parts[0] - self.parts[1])
+        return norm(self.seen[0] - self.seen[1])
 
 
 def _ratio(fit: Fit) -> float:
@@ -213,6 +219,8 @@ class _Search:
             (self._by_solving, [reading for reading in pairs if reading.differs(0.25)]),
             (self._by_rounding, apart),
             (self._by_weights, [reading for reading in self.readings if reading not in pairs]),
+            (self._by_network, apart),
+            (self._near_network, apart),
             (self._by_mixing, apart),
         )
         for step, readings in steps:
@@ -252,7 +260,7 @@ class _Search:
                     rows, n = parts[0].shape[0], len(parts)
                     formula = Formula(batched, n, 0, view, "u", upcast, "", None, rows, output.dtype, widens=widens)
                     treated = [formula.treated(y, near) for y in seen]
-                    yield Reading(formula, treated, sample(target), near, sample)
+                    yield Reading(formula, treated, treated, sample(target), near, sample)
 
     def _shapes(self) -> str:
         n = len(self.outputs)
@@ -342,15 +350,15 @@ class _Search:
                 continue
             if formula.finish in _GLOBAL and not reading.sample.whole and reading.off(formula, s) > 1:
                 continue
-            parts, near, target = reading.parts, reading.around, reading.target
+            parts, seen, near, target = reading.parts, reading.seen, reading.around, reading.target
             s_: Any = reading.sample.of(s)
             if formula.finish in _GLOBAL and not reading.sample.whole:
                 near = self.around.through(formula.view)
-                parts = [formula.seen(part, near) for part in formula.parts(self.outputs)]
+                parts = seen = [formula.seen(part, near) for part in formula.parts(self.outputs)]
                 target, s_ = formula.view.working(self.output), s
             expected = formula.combined(parts, s_, near)
-            fit = _fit(formula, parts, expected, target, s_, near)
-            self._try(formula, formula.w(s), fit, norm(parts[0] - parts[1]))
+            fit = _fit(formula, seen, expected, target, s_, near)
+            self._try(formula, formula.w(s), fit, norm(seen[0] - seen[1]))
             other = norm(formula.combined(parts, 1.1 * s_, near) - expected)
             if not (fit.fits and 2 * fit.allowed < other):
                 continue
@@ -380,18 +388,30 @@ class _Search:
                 found.append((formula, w))
         return self._chosen(found, self._close)
 
+    def _by_network(self, reading: Reading) -> Formula | None:
+        """With the sample mixed in, in a way that is known, bit for bit."""
+        return self._first(self._by_name, reading)
+
+    def _near_network(self, reading: Reading) -> Formula | None:
+        """The same up to rounding."""
+        return self._first(self._by_rounding, reading)
+
+    def _first(self, step: Callable[[Reading], Formula | None], reading: Reading) -> Formula | None:
+        """What `step` finds first where the network predicts something else than the scheduler wants."""
+        around = reading.around
+        for network, meets in itertools.product(NETWORKS, MEETS if around.fits(reading.target) else ()):
+            noise = _noise(reading.parts[0].dtype)
+            formula = replace(reading.formula, mixed=network, meets=meets, noise=noise)
+            parts, seen = ([how(y, around) for y in reading.parts] for how in (formula.treated, formula.handed))
+            found = step(replace(reading, formula=formula, parts=parts, seen=seen))
+            if found is not None or self._is_in_doubt:
+                return found
+        return None
+
     def _by_mixing(self, reading: Reading) -> Formula | None:
-        """With the sample mixed in, in a way that is known; or in one of which only the numbers are."""
+        """With the sample mixed in, in a way of which only the numbers are known."""
         if reading.around.sample is None:
             return None
-        if reading.around.fits(reading.target):
-            for network in NETWORKS:
-                formula = replace(reading.formula, mixed=network)
-                raw = [formula.treated(y, reading.around) for y in reading.parts]
-                mixed = replace(reading, formula=formula, parts=raw)
-                for found in (self._by_name(mixed), self._by_rounding(mixed)):
-                    if found is not None or self._is_in_doubt:
-                        return found
         for cond in range(2):
             formula = replace(reading.formula, cond_index=cond)
             cut = formula.cut(self.outputs, self.around.through(formula.view))
@@ -458,9 +478,15 @@ class _Search:
         return _differ(parts[formula.cond_index], formula.at(s).away(parts), ulps=0.25)
 
     def _confirms(self, formula: Formula, s: Scale) -> bool:
-        """Whether it gives all of the output, bit for bit."""
+        """Whether it gives all of the output, bit for bit.
+
+        Where the sample is mixed in, but for the few numbers that a factor's last digit rounds to another side.
+        """
         here = self.around.through(formula.view)
-        return torch.equal(formula.reproduce(self.outputs, s, here), formula.view.working(self.output))
+        made, output = formula.reproduce(self.outputs, s, here), formula.view.working(self.output)
+        if not formula.mixed:
+            return torch.equal(made, output)
+        return float((made != output).float().mean()) < _FEW and self._fits_all(formula, s)
 
     def _fits_all(self, formula: Formula, s: Scale) -> bool:
         """Whether it gives all of the output up to rounding."""
@@ -476,7 +502,7 @@ class _Search:
         return fit
 
     def _exact(self, formula: Formula, s: Scale) -> Formula:
-        return replace(formula.at(s), exact=True, value=s)
+        return replace(formula.at(s), exact=True, value=s, noise=formula.noise * math.sqrt(_FEW))
 
     def _close(self, formula: Formula, s: Scale) -> Formula:
         """With the rounding that was seen: no later step may be much further off."""
@@ -484,7 +510,7 @@ class _Search:
         share = max(2 * fit.error / fit.allowed, 0.125) if fit.allowed else 1.0
         seen = self.outputs[0].dtype
         is_half = torch.finfo(seen).bits < 32 and not formula.needs_space
-        noise = share * torch.finfo(self.dtype_of(formula)).eps if is_half else 0.0
+        noise = share * torch.finfo(self.dtype_of(formula)).eps if is_half else formula.noise
         return replace(formula, value=s, noise=noise)
 
     def dtype_of(self, formula: Formula) -> torch.dtype:
@@ -689,6 +715,11 @@ def _same(formula: Formula, s: Scale, other: Formula, of: Scale) -> bool:
     """Whether both mean the same: the same half at the same w."""
     w, v = formula.w(s), other.w(of)
     return formula.cond_index == other.cond_index and abs(w - v) <= 1e-3 * max(abs(w), abs(v))
+
+
+def _noise(dtype: torch.dtype) -> float:
+    """What rounding in it does beside that of a sample in float32; 0 where it is no more."""
+    return torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0
 
 
 def _layouts(outputs: Sequence[Tensor]) -> Iterator[tuple[bool, list[Tensor]]]:

@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import PIPELINES, run
@@ -663,3 +663,84 @@ def test_what_changes_nothing_is_not_withheld_where_a_step_cannot_be_explained()
     assert "not verified" in handle.report.steps[3].note
     with attach(pipe, CFG(), Hold()), pytest.raises(UnsupportedPipeline, match="held until now"):
         pipe((3.3,))
+
+
+# Predictions that are turned into others
+
+
+class Turning(nn.Module):
+    """Predictions that lie `apart` from one another, and neither of them along the sample."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.apart = apart
+        self.config = type("Config", (), {})()
+        self.register_buffer("weight", torch.zeros(1))
+
+    def forward(self, x, t, context):
+        base = torch.tanh(0.7 * x.roll(3, -1) + 0.4 * x + 0.2 * x.roll(1, 1))
+        return ((base + self.apart * torch.tanh(3 * x.flip(-1)) * context.view(-1, 1, 1, 1)).to(x.dtype),)
+
+
+class Turned(DiffusionPipeline):
+    """A loop whose network predicts something else than its scheduler wants: `turn(scheduler, i, t, x, y)`."""
+
+    def __init__(self, unet, scheduler, turn):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.turn = turn
+
+    @torch.no_grad()
+    def __call__(self, guidance_scale=5.0, dtype=torch.float32, before=True, full=False):
+        scheduler = self.scheduler
+        scheduler.set_timesteps(8)
+        x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+        x = (x * getattr(scheduler, "init_noise_sigma", 1)).to(torch.float32 if full else dtype)
+        for i, t in enumerate(scheduler.timesteps):
+            x_in = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            y = self.unet(torch.cat([x_in.to(dtype)] * 2), t, torch.tensor([0.0, 1.0], dtype=dtype))[0]
+            if before:
+                u, c = self.turn(scheduler, i, t, torch.cat([x] * 2), y).chunk(2)
+                y = u + guidance_scale * (c - u)
+            else:
+                u, c = y.chunk(2)
+                y = self.turn(scheduler, i, t, x, u + guidance_scale * (c - u))
+            x = scheduler.step(y, t, x)[0].to(x.dtype)
+        return x
+
+
+def velocity_of_x0(scheduler, i, t, x, y):
+    return (x - y) / scheduler.sigmas[i]
+
+
+def noise_of_x0(scheduler, i, t, x, y):
+    alpha = scheduler.alphas_cumprod[t]
+    return (x - alpha**0.5 * y) / (1 - alpha) ** 0.5
+
+
+def x0_of_edm(scheduler, i, t, x, y):
+    square = scheduler.sigmas[i] ** 2 + 1
+    return 1 / square * x + scheduler.sigmas[i] / square**0.5 * y
+
+
+TURNS = {
+    "x0 to flow": (FlowMatchEulerDiscreteScheduler, velocity_of_x0),
+    "x0 to noise": (DDIMScheduler, noise_of_x0),
+    "x0 to noise of Euler": (EulerDiscreteScheduler, velocity_of_x0),
+    "EDM": (lambda: EulerDiscreteScheduler(prediction_type="sample"), x0_of_edm),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before", [True, False], ids=["turned first", "combined first"])
+@pytest.mark.parametrize("turn", TURNS)
+def test_predictions_that_are_turned_into_others(turn, before, dtype):
+    made, how = TURNS[turn]
+    pipe = Turned(Turning(0.3), made(), how)
+    plain = pipe(5.0, dtype, before)
+    with attach(pipe, CFG(), EveryStep()):
+        assert torch.equal(pipe(5.0, dtype, before), plain)
+    with attach(pipe, APG(eta=1.0, norm_threshold=None, momentum=0.0), EveryStep()) as handle:
+        off = float((pipe(5.0, dtype, before).double() - plain.double()).norm() / plain.double().norm())
+    assert scales(handle) == [5.0] * 8
+    assert off < {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
