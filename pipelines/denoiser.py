@@ -154,6 +154,12 @@ class Denoiser:
         return len(alike) if len(alike) > 1 else 0
 
     @property
+    def halves(self) -> list[dict[str, Tensor]]:
+        """What both branches were made from, as long as no formula is known; see `rows.halves`."""
+        calls = [(args, kwargs) for _, args, kwargs, _ in self.inputs]
+        return batch.halves(calls, len(self.outputs[0])) if 0 < len(calls) < 3 else []
+
+    @property
     def fits(self) -> bool:
         """Whether the step's evaluations, `outputs`, are on the batch whose formula is known."""
         return all(y.shape == self.shape for y in self.outputs)

@@ -15,6 +15,7 @@ as it is: which of them that is, a later step tells. A scale that nobody can rea
 order is known to contradict that, it is said.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,21 +166,23 @@ def identify(
     scales: Scales,
     around: Around,
     known: Formula | None = None,
+    told: Callable[[], int | None] = lambda: None,
 ) -> Identified:
     """Searches for the formula behind `output`, given the outputs of the step's denoiser calls.
 
     Args:
         known: one found before, of the same network: its order tells where either half may be the conditional one.
+        told: asked first: which of both is, by what they were made from.
     """
     if not all(_is_finite(t) for t in (*outputs, output)):
-        return _identify_finite(outputs, output, scales, around, known)
+        return _identify_finite(outputs, output, scales, around, known, told)
     live: dict[str, float | Tensor] = {}
     for label, get in scales.items():
         value = read(get(), output)
         same = (isinstance(other, float) and other == value for other in live.values())
         if value is not None and (isinstance(value, Tensor) or not any(same)):
             live[label] = value
-    return _Search(outputs, output, live, around, known).found()
+    return _Search(outputs, output, live, around, known, told).found()
 
 
 class _Search:
@@ -192,8 +195,10 @@ class _Search:
         live: Mapping[str, float | Tensor],
         around: Around,
         known: Formula | None,
+        told: Callable[[], int | None],
     ) -> None:
         self.outputs, self.output, self.live, self.around, self.known = outputs, output, live, around, known
+        self.told = functools.cache(told)
         self.readings: list[Reading] = []
         self.doubts: list[str] = []
         self.open = False
@@ -295,8 +300,7 @@ class _Search:
                 continue
             if self._is_guided(formula, reading, s) and self._confirms(formula, s):
                 fitting.append((formula, s))
-        ordered = [each for each in fitting if self._is_known(each[0])] or fitting
-        return self._chosen(ordered, self._exact)
+        return self._chosen(self._ordered(fitting), self._exact)
 
     def _by_solving(self, reading: Reading) -> Formula | None:
         """Plainly combined at a scale that nobody can read, bit for bit."""
@@ -322,7 +326,7 @@ class _Search:
         fitting = [(formula, s) for each in found for formula, s in each]
         if not fitting:
             fitting = list(self._finished(reading))
-        ordered = [each for each in fitting if self._is_known(each[0])] or fitting
+        ordered = self._ordered(fitting)
         distinct = [each for i, each in enumerate(ordered) if not any(_same(*each, *other) for other in ordered[:i])]
         return self._chosen([each for each in distinct if self._fits_all(*each)], self._close)
 
@@ -438,13 +442,27 @@ class _Search:
             return None
         return how(*fitting[0]) if fitting else None
 
+    def _ordered(self, fitting: list[tuple[Formula, Scale]]) -> list[tuple[Formula, Scale]]:
+        """Those whose order is known, where there are any."""
+        some = [each for each in fitting if self._is_known(each[0])] if len(fitting) > 1 else []
+        return some or fitting
+
+    def _order(self, formula: Formula) -> int | None:
+        """Which of the formula's branches is the conditional one, as is told, or was found of ones laid out like it."""
+        told, known = self.told() if formula.branches == 2 else None, self.known
+        if (
+            told is None
+            and known is not None
+            and (known.batched, known.branches) == (formula.batched, formula.branches)
+        ):
+            return known.cond_index
+        return told
+
     def _knows(self, formula: Formula) -> bool:
-        """Whether an order was found before, of branches laid out like this."""
-        known = self.known
-        return known is not None and (known.batched, known.branches) == (formula.batched, formula.branches)
+        return self._order(formula) is not None
 
     def _is_known(self, formula: Formula) -> bool:
-        return self._knows(formula) and self.known is not None and self.known.cond_index == formula.cond_index
+        return self._order(formula) == formula.cond_index
 
     @property
     def _rounding(self) -> float:
@@ -453,7 +471,7 @@ class _Search:
 
     def _is_single(self, formula: Formula, w: float) -> bool:
         """Whether the output is one of two halves, and their order is not known."""
-        return formula.branches == 2 and not self._knows(formula) and min(abs(w), abs(w - 1)) <= self._rounding
+        return formula.branches == 2 and min(abs(w), abs(w - 1)) <= self._rounding and not self._knows(formula)
 
     def _leads(self, formula: Formula, w: float) -> bool:
         """Whether c is the half that is meant where the scale was solved for: guidance is towards it.
@@ -466,7 +484,8 @@ class _Search:
             return False
         if self._knows(formula):
             if self._is_known(formula) and w < -self._rounding:
-                self.against = turned(formula, w)
+                held = self.known is not None and self.known.cond_index == formula.cond_index
+                self.against = turned(formula, w) if held else _away(formula, w)
             return self._is_known(formula) and w >= -self._rounding
         if 0 < w < 1:
             self.doubts.append(f"{formula}, with w = {w:.4g}")
@@ -544,6 +563,14 @@ def turned(formula: Formula, w: float) -> str:
         f"{formula} held until now, but here with w = {w:.4g}, or with w = {1 - w:.4g} if the other half is the "
         "conditional one, and which of both is true cannot be told: call the scale guidance_scale, so that it can be "
         "read"
+    )
+
+
+def _away(formula: Formula, w: float) -> str:
+    """Says that what tells both halves apart is against a scale that was solved for."""
+    return (
+        f"{formula}, by what both predictions were made from, and with w = {w:.4g}, which guides away from the "
+        "conditional one: call the scale guidance_scale, so that it can be read"
     )
 
 
@@ -757,7 +784,12 @@ def _is_finite(t: Tensor) -> bool:
 
 
 def _identify_finite(
-    outputs: Sequence[Tensor], output: Tensor, scales: Scales, around: Around, known: Formula | None
+    outputs: Sequence[Tensor],
+    output: Tensor,
+    scales: Scales,
+    around: Around,
+    known: Formula | None,
+    told: Callable[[], int | None],
 ) -> Identified:
     """`identify` on those samples alone whose predictions are finite."""
     rows, sample = output.shape[0], around.sample
@@ -770,7 +802,7 @@ def _identify_finite(
         return Identified(None, True, "no prediction is finite")
     kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
     around = replace(around, sample=None if sample is None else sample[finite])
-    found = identify(kept, output[finite], scales, around, known)
+    found = identify(kept, output[finite], scales, around, known, told)
     whole = None if found.formula is None else replace(found.formula, rows=rows)
     return found._replace(formula=whole)
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.kernels.schedulers import FusedStep, fused_step
+from diffusers_guidance.pipelines import rows as batch
 from diffusers_guidance.pipelines.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.clock import Clock
 from diffusers_guidance.pipelines.denoiser import Denoiser
@@ -62,8 +63,16 @@ _STEP = ("model_output", "timestep", "sample")
 """What schedulers' steps take, in diffusers' order; for one that does not say."""
 
 
-_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Formula]] = WeakKeyDictionary()
-"""By network and the pipeline's class, a formula that was found where the scale told both halves apart."""
+class Order(NamedTuple):
+    """What is remembered of a formula that was found where the scale told both halves apart."""
+
+    formula: Formula
+    halves: list[dict[str, Tensor]]
+    """The first row of what (the unconditional, the conditional) one was made from."""
+
+
+_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Order]] = WeakKeyDictionary()
+"""By network and the pipeline's class."""
 
 
 class Stepped(NamedTuple):
@@ -612,13 +621,19 @@ class Run:
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> str:
         """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
-        orders = _ORDERS.get(denoiser.module)
-        before = None if orders is None else orders.get(type(self.pipe))
-        found = identify(denoiser.outputs, output, self._scales(), self._around(sample), before)
+        before = _ORDERS.get(denoiser.module, {}).get(type(self.pipe))
+        known, halves = (None, []) if before is None else before
+
+        def told() -> int | None:
+            return batch.conditional(denoiser.halves, self.arguments, halves) if self._acts else None
+
+        found = identify(denoiser.outputs, output, self._scales(), self._around(sample), known, told)
         if found.formula is None:
             if found.undetermined:
                 return found.tried
-            raise self._unsupported(denoiser, output, found.tried)
+            if self._acts or not self.report.steps:
+                raise self._unsupported(denoiser, output, found.tried)
+            return f"not verified: {found.tried}"  # nothing is done in its place: a result is not withheld for that
         self._keep_order(denoiser, found.formula)
         denoiser.know(found.formula)
         loop = (each.history for each in self._denoisers.values() if each.clock is denoiser.clock)
@@ -631,7 +646,10 @@ class Run:
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales at which that cannot be told."""
         if formula.mixed != SOLVED and formula.w(formula.value) > 1:
-            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.pipe)] = formula
+            halves = denoiser.halves if formula.branches == 2 else []
+            first = [{name: t[:1].clone() for name, t in each.items() if t.ndim} for each in halves]
+            order = Order(formula, first if formula.cond_index else first[::-1])
+            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.pipe)] = order
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
