@@ -80,6 +80,8 @@ class Denoiser:
     """Whether they did not at this step's first call, so that all is evaluated."""
     nfe: int = 0
     nfe_full: int = 0
+    aside: int = 0
+    """Rows evaluated for somebody else since the last step."""
 
     @cached_property
     def watch(self) -> Watch:
@@ -224,6 +226,11 @@ class Denoiser:
         if self.nfe == self.nfe_full:
             self._keep_whole()
         return output
+
+    def run_aside(self, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """A call that is no part of a step's prediction: evaluated as it is, and counted."""
+        self.aside += _rows(args, kwargs)
+        return call(*args, **kwargs)
 
     @property
     def _may_skip(self) -> bool:

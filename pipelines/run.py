@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -141,6 +141,8 @@ class Run:
         """Of the last step whose evaluation was seen."""
         self._own: FrameType | None = None
         """The pipeline's loop."""
+        callbacks = [each for name, each in arguments.items() if "callback" in name and callable(each)]
+        self._callbacks = {*map(_code, callbacks)} - {None}
         self._stranger: str | None = None
         """The last other pipeline that called a network of this one."""
         self._left_to: str | None = None
@@ -239,6 +241,8 @@ class Run:
         self._check_pending()
         self._meet()
         denoiser = self._denoisers[id(module)]
+        if self._is_aside(sys._getframe(2)):
+            return denoiser.run_aside(call, args, kwargs)
         planned = denoiser.leader or denoiser  # whose plan this call follows
         clock = planned.clock
         if clock is not None and not planned.nfe_full and (clock.ran_out or clock.loops != planned.loop):
@@ -275,11 +279,6 @@ class Run:
         self._clock = denoiser.clock = self._clocks.setdefault(id(owner), Clock())
         self._clock.tick(owner, timestep)
         denoiser.loop = self._clock.loops
-        if self._clock.went_back and self._acts:
-            raise UnsupportedPipeline(
-                f"{self.report.pipeline} steps more than once at timestep {self._clock.timestep:g}: each of its views "
-                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
-            )
 
         def fuse() -> FusedStep | None:
             # A step that somebody has put on the scheduler is to be called.
@@ -356,10 +355,18 @@ class Run:
             frame = frame.f_back
         return True
 
+    def _is_aside(self, frame: FrameType | None) -> bool:
+        """Whether a callback that the pipeline was given is calling: what it asks is no part of a step."""
+        while self._callbacks and frame is not None and frame is not self._own:
+            if frame.f_code in self._callbacks:
+                return True
+            frame = frame.f_back
+        return False
+
     def _has_called(self, frame: FrameType) -> bool:
         """Whether the pipeline itself has called `frame`, and not a callback that it was given."""
         given = [each for each in self.arguments.values() if callable(each)]
-        codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in given} - {None}
+        codes = {*map(_code, given)} - {None}
         caller = frame.f_back
         while caller is not None:
             owner = caller.f_locals.get("self")
@@ -469,6 +476,11 @@ class Run:
             alone = Decision("conditional" if denoiser.nfe else "neither")
             self._record(denoiser, [alone] * output.shape[0], None, None, "no guidance at this step")
             return output
+        if self._clock.went_back and self._acts:
+            raise UnsupportedPipeline(
+                f"{self.report.pipeline} steps more than once at timestep {self._clock.timestep:g}: each of its views "
+                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
+            )
         formula = denoiser.formula
         if formula is not None and denoiser.is_on_another_batch and denoiser.nfe >= denoiser.nfe_full:
             denoiser.forget()  # all of which was evaluated
@@ -883,13 +895,14 @@ class Run:
                 action=[decision.action for decision in plan],
                 similarity=[None] * len(plan),
                 similarity_noise=[None] * len(plan),
-                nfe=denoiser.nfe,
-                nfe_full=denoiser.nfe_full,
+                nfe=denoiser.nfe + denoiser.aside,
+                nfe_full=denoiser.nfe_full + denoiser.aside,
                 guidance_scale=w,
                 denoiser=denoiser.name,
                 note="; ".join(reasons),
             )
         )
+        denoiser.aside = 0
 
     def _finish_report(self) -> None:
         """Brings what is unread to the host, once, and says what a reader would wonder about."""
@@ -958,6 +971,12 @@ def _same(timestep: Any, other: Any) -> bool:
         return False
     first, second = (torch.as_tensor(each).flatten().tolist() for each in (timestep, other))
     return bool(first == second)
+
+
+def _code(function: Any) -> CodeType | None:
+    """What a frame of a callable runs."""
+    function = getattr(getattr(function, "func", function), "__func__", function)
+    return getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
 
 
 def _held(formula: Formula | None, fit: Fit) -> str:
