@@ -660,10 +660,9 @@ def residual(
     noise = torch.finfo(c.dtype).eps if noise is None else noise
     if expected.shape != output.shape:
         return Residual(torch.tensor([float("inf"), 0, 0, 0]), s, noise, floor)
-    working = torch.promote_types(c.dtype, torch.float32)
     expected, output = (t.nan_to_num(0, 0, 0) for t in (expected, output))
-    vectors = torch.stack([t.to(working) for t in (expected - output, output, c, u)])
-    norms = torch.linalg.vector_norm(vectors.nan_to_num(0, 0, 0).flatten(1), dim=1)
+    # Each in a pass of its own: what is large is not copied to be compared.
+    norms = torch.stack([_norm(t) for t in (expected - output, output, c.nan_to_num(0, 0, 0), u.nan_to_num(0, 0, 0))])
     return Residual(norms, s, noise, floor)
 
 
