@@ -117,3 +117,37 @@ def test_a_further_evaluation_in_mid_run_is_not_overlooked(rule):
         pytest.raises(UnsupportedPipeline, match=r"called 2 times.*turn off what calls transformer once more"),
     ):
         run(pipe, entry, 6, **{**call, "guidance_scale": 7.0, **further})
+
+
+def halved(entry, dtype):
+    """The pipeline and its arguments, networks and inputs in a half precision."""
+    pipe = entry.build()
+    for part in vars(pipe).values():
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype)
+    tensors = {name: value for name, value in entry.call().items() if isinstance(value, torch.Tensor)}
+    return pipe, {name: value.to(dtype) for name, value in tensors.items() if value.is_floating_point()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["PRXPixelPipeline", "Cosmos2TextToImagePipeline"])
+def test_mixed_with_the_sample_in_half_precision(name, dtype):
+    """Each operation of the pipeline rounds by more than both predictions may be apart."""
+    entry = PIPELINES[name]
+    pipe, call = halved(entry, dtype)
+    for steps in (4, 30):
+        plain = run(pipe, entry, steps, **call)
+        with attach(pipe, CFG(), EveryStep()) as handle:
+            assert torch.equal(run(pipe, entry, steps, **call), plain)
+        w = 5.0 if name.startswith("Cosmos") else 4.0
+        assert [step.guidance_scale for step in handle.report.steps] == [w] * steps
+        with attach(pipe, CFG(), Hold(1)):
+            assert torch.equal(run(pipe, entry, steps, **call), plain)
+    plain = run(pipe, entry, 4, **call)
+    with attach(pipe, LIKE_CFG, EveryStep()):
+        assert conformance.relative(run(pipe, entry, 4, **call), plain) < (0.03 if dtype == torch.bfloat16 else 0.004)
+    with conformance.overwritten(pipe, entry, 2):
+        expected = run(pipe, entry, 4, **call)
+    with attach(pipe, CFG(), StepAG(0.5)) as handle:
+        assert conformance.relative(run(pipe, entry, 4, **call), expected) < 1e-6
+    assert handle.report.nfe == 6

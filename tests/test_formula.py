@@ -7,11 +7,12 @@ import itertools
 import math
 import time
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import PIPELINES, run
@@ -663,3 +664,218 @@ def test_what_changes_nothing_is_not_withheld_where_a_step_cannot_be_explained()
     assert "not verified" in handle.report.steps[3].note
     with attach(pipe, CFG(), Hold()), pytest.raises(UnsupportedPipeline, match="held until now"):
         pipe((3.3,))
+
+
+# Predictions that are turned into others
+
+
+class Turning(nn.Module):
+    """Predictions that lie `apart` from one another, and neither of them along the sample."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.apart = apart
+        self.config = type("Config", (), {})()
+        self.register_buffer("weight", torch.zeros(1))
+
+    def forward(self, x, t, context):
+        base = torch.tanh(0.7 * x.roll(3, -1) + 0.4 * x + 0.2 * x.roll(1, 1))
+        return ((base + self.apart * torch.tanh(3 * x.flip(-1)) * context.view(-1, 1, 1, 1)).to(x.dtype),)
+
+
+class Turned(DiffusionPipeline):
+    """A loop whose network predicts something else than its scheduler wants: `turn(scheduler, i, t, x, y)`."""
+
+    def __init__(self, unet, scheduler, turn):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.turn = turn
+
+    @torch.no_grad()
+    def __call__(self, guidance_scale=5.0, dtype=torch.float32, before=True, full=False):
+        scheduler = self.scheduler
+        scheduler.set_timesteps(8)
+        x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+        x = (x * getattr(scheduler, "init_noise_sigma", 1)).to(torch.float32 if full else dtype)
+        for i, t in enumerate(scheduler.timesteps):
+            x_in = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            y = self.unet(torch.cat([x_in.to(dtype)] * 2), t, torch.tensor([0.0, 1.0], dtype=dtype))[0]
+            if before:
+                u, c = self.turn(scheduler, i, t, torch.cat([x] * 2), y).chunk(2)
+                y = u + guidance_scale * (c - u)
+            else:
+                u, c = y.chunk(2)
+                y = self.turn(scheduler, i, t, x, u + guidance_scale * (c - u))
+            x = scheduler.step(y, t, x)[0].to(x.dtype)
+        return x
+
+
+def velocity_of_x0(scheduler, i, t, x, y):
+    return (x - y) / scheduler.sigmas[i]
+
+
+def noise_of_x0(scheduler, i, t, x, y):
+    alpha = scheduler.alphas_cumprod[t]
+    return (x - alpha**0.5 * y) / (1 - alpha) ** 0.5
+
+
+def x0_of_edm(scheduler, i, t, x, y):
+    square = scheduler.sigmas[i] ** 2 + 1
+    return 1 / square * x + scheduler.sigmas[i] / square**0.5 * y
+
+
+TURNS = {
+    "x0 to flow": (FlowMatchEulerDiscreteScheduler, velocity_of_x0),
+    "x0 to noise": (DDIMScheduler, noise_of_x0),
+    "x0 to noise of Euler": (EulerDiscreteScheduler, velocity_of_x0),
+    "EDM": (lambda: EulerDiscreteScheduler(prediction_type="sample"), x0_of_edm),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before", [True, False], ids=["turned first", "combined first"])
+@pytest.mark.parametrize("turn", TURNS)
+def test_predictions_that_are_turned_into_others(turn, before, dtype):
+    made, how = TURNS[turn]
+    pipe = Turned(Turning(0.3), made(), how)
+    plain = pipe(5.0, dtype, before)
+    with attach(pipe, CFG(), EveryStep()):
+        assert torch.equal(pipe(5.0, dtype, before), plain)
+    with attach(pipe, APG(eta=1.0, norm_threshold=None, momentum=0.0), EveryStep()) as handle:
+        off = float((pipe(5.0, dtype, before).double() - plain.double()).norm() / plain.double().norm())
+    assert scales(handle) == [5.0] * 8
+    assert off < {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
+
+
+# Which half is the conditional one
+
+
+class Embedding(nn.Module):
+    """Predictions that go by a whole embedding of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = type("Config", (), {})()
+        self.register_buffer("weight", torch.zeros(1))
+
+    def forward(self, x, t, encoder_hidden_states):
+        along = encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1)
+        return (torch.tanh(x.roll(3, -1)) + 0.3 * torch.tanh(3 * x.flip(-1) + along),)
+
+
+class Ordering(DiffusionPipeline):
+    """A loop with its halves in any order, in one call or two, at a scale of its own that nobody can read."""
+
+    texts: ClassVar = {"": 0.3, "a fox": 1.4, "two owls": 2.7, "blurry": -1.1}
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def embed(self, text):
+        return self.texts[text] + 0.01 * torch.arange(12.0).view(1, 3, 4)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt="a fox",
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        order="uc",
+        calls=1,
+        hidden=0.7,
+        blank=False,
+    ):
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        c = torch.cat([self.embed(each) for each in prompts]) if prompt_embeds is None else prompt_embeds
+        u = torch.cat([self.embed(negative_prompt or "")] * len(c)) if negative_prompt_embeds is None else None
+        u = (torch.zeros_like(c) if blank else u) if u is not None else negative_prompt_embeds
+        self.scheduler.set_timesteps(6)
+        x = torch.randn(len(c), 4, 32, 32, generator=torch.Generator().manual_seed(0)) * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            x_in, halves = self.scheduler.scale_model_input(x, t), {"c": c, "u": u}
+            if calls == 1:
+                y = self.unet(torch.cat([x_in] * 2), t, torch.cat([halves[each] for each in order]))[0].chunk(2)
+            else:
+                y = [self.unet(x_in, t, halves[each])[0] for each in order]
+            half = dict(zip(order, y, strict=True))
+            x = self.scheduler.step(half["u"] + hidden * (half["c"] - half["u"]), t, x)[0]
+        return x
+
+
+GIVEN = {
+    "embeddings by name": lambda pipe: {
+        "prompt_embeds": pipe.embed("two owls"),
+        "negative_prompt_embeds": pipe.embed("blurry"),
+    },
+    "prompts that differ": lambda pipe: {"prompt": ["a fox", "two owls"], "negative_prompt": "blurry"},
+    "no text at all": lambda pipe: {"blank": True},
+    "the same negative prompt": lambda pipe: {"prompt": "two owls"},
+    "the same prompt": lambda pipe: {"negative_prompt": "blurry"},
+}
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("given", GIVEN)
+def test_what_the_halves_were_made_from_tells_which_is_the_conditional_one(given, calls):
+    """Of a class that orders by an argument, at scales that nobody can read."""
+    pipe = Ordering(Embedding(), EulerDiscreteScheduler())
+    call = GIVEN[given](pipe)
+    for order in ("uc", "cu"):
+        with attach(pipe, CFG(), Hold()):
+            pipe(order=order, calls=calls, hidden=5.0)
+        for turned, hidden in itertools.product(("uc", "cu"), (0.3, 0.7, 4.0)):
+            with attach(pipe, APG(), Hold(2)) as handle:
+                pipe(order=turned, calls=calls, hidden=hidden, **call)
+            names = ["cond", "uncond"] if turned == "cu" else ["uncond", "cond"]
+            assert ", ".join(names) in handle.report.formula or " then ".join(names) in handle.report.formula
+            assert scales(handle)[0] == pytest.approx(hidden, rel=1e-3)
+            plain = pipe(order=turned, calls=calls, hidden=hidden, **call)
+            with attach(pipe, CFG(), EveryStep()):
+                assert torch.equal(pipe(order=turned, calls=calls, hidden=hidden, **call), plain)
+
+
+@pytest.mark.parametrize("order", ["uc", "cu"])
+def test_a_negative_scale_that_nobody_can_read_is_no_guidance_towards_the_other_half(order):
+    for name in ("embeddings by name", "prompts that differ", "no text at all"):
+        pipe = Ordering(Embedding(), EulerDiscreteScheduler())
+        call = GIVEN[name](pipe) | {"order": order, "hidden": -0.8}
+        plain = pipe(**call)
+        for rule in (CFG(), APG()):
+            refused = pytest.raises(
+                UnsupportedPipeline, match=r"with w = -0\.8, which guides away from the conditional"
+            )
+            with attach(pipe, rule, Hold(2)), refused:
+                pipe(**call)
+        with attach(pipe, CFG(), EveryStep()):
+            assert torch.equal(pipe(**call), plain)
+
+
+def test_where_nothing_tells_it_is_refused():
+    pipe = Ordering(Embedding(), EulerDiscreteScheduler())
+    for order, hidden in itertools.product(("uc", "cu"), (0.3, 0.7)):
+        refused = pytest.raises(UnsupportedPipeline, match="more than one formula fits")
+        with attach(pipe, CFG(), Hold(2)), refused:
+            pipe(order=order, hidden=hidden)
+
+
+def test_what_changes_nothing_does_not_withhold_a_result_for_what_begins_in_mid_run():
+    pipe = loop(0.3)
+
+    def way(c, u, w):
+        return u + w * (c - u) + 0.2 * torch.sin(9 * c)  # which is no formula
+
+    pipe.way, pipe.scale = way, lambda step, w: w
+    with attach(pipe, CFG(), EveryStep()), pytest.raises(UnsupportedPipeline, match="Step 0"):
+        pipe(3.0)
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda x, t, context: forward(x, t, context * float(t < 900))  # both agree at first
+    pipe.way = lambda c, u, w: u + w * (c - u) + 0.2 * torch.sin(9 * (c - u)) * (c - u).abs()
+    plain = pipe(3.0)
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe(3.0), plain)
+    assert scales(handle) == [None] * 6
+    assert "not verified" in handle.report.steps[3].note
+    with attach(pipe, APG(), EveryStep()), pytest.raises(UnsupportedPipeline, match="could not be verified"):
+        pipe(3.0)

@@ -14,12 +14,14 @@ import pytest
 import torch
 from conformance import relative
 from tiny import PIPELINES, counting, run
+from torch import Tensor
 
 from diffusers_guidance import (
     APG,
     CFG,
     AdaptiveGuidance,
     EveryStep,
+    Forecast,
     Hold,
     StepAG,
     UnsupportedPipeline,
@@ -436,9 +438,9 @@ def test_samples_made_larger_in_mid_run(entry, rule, policy):
         assert torch.equal(found, untouched)
 
 
-def probe(pipe: Any, kwargs: dict, rows: int) -> None:
+def probe(pipe: Any, kwargs: dict, rows: int) -> Tensor:
     embeds = kwargs["prompt_embeds"][-rows:]
-    pipe.unet(kwargs["latents"].expand(rows, -1, -1, -1), 100, embeds, return_dict=False)
+    return pipe.unet(kwargs["latents"].expand(rows, -1, -1, -1), 100, embeds, return_dict=False)[0].clone()
 
 
 SEEN = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
@@ -464,16 +466,38 @@ def test_a_callback_may_ask_the_network_about_another_batch(rule, policy, batch)
 
 
 def test_a_callback_that_asks_about_the_same_batch():
-    """Is told from the step's own call where everything is evaluated, and refused where it is not."""
+    """Is told from the step's own call, and answered in full where the step itself skips something."""
     pipe = SD.build()
-    ask = at_step(2, lambda pipe, kwargs: probe(pipe, kwargs, 2))
-    for rule in (CFG(), APG()):
-        with attach(pipe, rule, EveryStep()):
+    answers: list[Tensor] = []
+    ask = at_step(2, lambda pipe, kwargs: answers.append(probe(pipe, kwargs, 2)))
+    for rule, policy in [(CFG(), EveryStep()), (APG(), EveryStep()), (CFG(), Hold(2)), (CFG(), Forecast(0.5))]:
+        with attach(pipe, rule, policy):
             expected = run(pipe, SD, STEPS)
             assert torch.equal(run(pipe, SD, STEPS, callback_on_step_end=ask, **SEEN), expected)
-    message = r"Step 3: unet put out \(2.*1 of them made its guidance until now.*outside callbacks"
-    with attach(pipe, CFG(), Hold(2)), pytest.raises(UnsupportedPipeline, match=message):
+            bound = functools.partial(Asking().ask)
+            assert torch.equal(run(pipe, SD, STEPS, callback_on_step_end=bound, **SEEN), expected)
+    with attach(pipe, CFG(), EveryStep()):
         run(pipe, SD, STEPS, callback_on_step_end=ask, **SEEN)
+    assert torch.equal(answers[0], answers[-1])
+    assert not torch.equal(*answers[2].chunk(2)), "the unconditional half of it was skipped"
+
+
+class Asking:
+    def ask(self, pipe: Any, i: int, timestep: Any, kwargs: dict) -> dict:
+        probe(pipe, kwargs, 2)
+        return {}
+
+
+def test_a_pipeline_of_many_views_without_guidance():
+    entry = PIPELINES["StableDiffusionPanoramaPipeline"]
+    pipe = entry.build()
+    plain = run(pipe, entry, 4, guidance_scale=1.0)
+    for rule, policy in ((APG(), EveryStep()), (CFG(), Hold(2))):
+        with attach(pipe, rule, policy) as handle:
+            assert torch.equal(run(pipe, entry, 4, guidance_scale=1.0), plain)
+        assert handle.report.nfe == handle.report.nfe_full
+        with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="a history of its own"):
+            run(pipe, entry, 4)
 
 
 def test_the_users_exception_is_not_hidden_by_the_report(monkeypatch):

@@ -85,6 +85,8 @@ class Denoiser:
     """Whether they did not at this step's first call, so that all is evaluated."""
     nfe: int = 0
     nfe_full: int = 0
+    aside: int = 0
+    """Rows evaluated for somebody else since the last step."""
 
     @cached_property
     def watch(self) -> Watch:
@@ -173,6 +175,12 @@ class Denoiser:
         return len(alike) if len(alike) > 1 else 0
 
     @property
+    def halves(self) -> list[dict[str, Tensor]]:
+        """What both branches were made from, as long as no formula is known; see `rows.halves`."""
+        calls = [(args, kwargs) for _, args, kwargs, _ in self.inputs]
+        return batch.halves(calls, len(self.outputs[0])) if 0 < len(calls) < 3 else []
+
+    @property
     def fits(self) -> bool:
         """Whether the step's evaluations, `outputs`, are on the batch whose formula is known."""
         return all(y.shape == self.shape for y in self.outputs)
@@ -237,6 +245,16 @@ class Denoiser:
         if self.nfe == self.nfe_full:
             self._keep_whole()
         return output
+
+    def take_cost(self) -> tuple[int, int]:
+        """Evaluations since the last step, and those the pipeline asked for; what somebody else asked for is in both."""
+        aside, self.aside = self.aside, 0
+        return self.nfe + aside, self.nfe_full + aside
+
+    def run_aside(self, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """A call that is no part of a step's prediction: evaluated as it is, and counted."""
+        self.aside += _rows(args, kwargs)
+        return call(*args, **kwargs)
 
     @property
     def _may_skip(self) -> bool:

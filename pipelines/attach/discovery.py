@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.attach import rows
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
@@ -29,8 +30,17 @@ from diffusers_guidance.steps import Action, Plan, Prediction, Step
 _ROUNDING = 0.02
 """How far below 0 a scale that was solved for may come out, whatever the dtype."""
 
-_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Formula]] = WeakKeyDictionary()
-"""By network and the pipeline's class, a formula that was found where the scale told both halves apart."""
+
+class Order(NamedTuple):
+    """What is remembered of a formula that was found where the scale told both halves apart."""
+
+    formula: Formula
+    halves: list[dict[str, Tensor]]
+    """The first row of what (the unconditional, the conditional) one was made from."""
+
+
+_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Order]] = WeakKeyDictionary()
+"""By network and the pipeline's class."""
 
 
 class Seen(NamedTuple):
@@ -83,14 +93,20 @@ class Discovery:
 
     def identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> str:
         """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
-        orders = _ORDERS.get(denoiser.module)
-        before = None if orders is None else orders.get(type(self.call.pipe))
+        before = _ORDERS.get(denoiser.module, {}).get(type(self.call.pipe))
+        known, halves = (None, []) if before is None else before
+
+        def told() -> int | None:
+            return rows.conditional(denoiser.halves, self.call.arguments, halves) if self.acts else None
+
         around = self.call.around(sample, clock.space)
-        found = identify(denoiser.outputs, output, self.call.scales, around, before)
+        found = identify(denoiser.outputs, output, self.call.scales, around, known, told)
         if found.formula is None:
             if found.undetermined:
                 return found.tried
-            raise self.unsupported(denoiser, output, found.tried)
+            if self.acts or not self.recording.report.steps:
+                raise self.unsupported(denoiser, output, found.tried)
+            return f"not verified: {found.tried}"  # nothing is done in its place: a result is not withheld for that
         self._keep_order(denoiser, found.formula)
         denoiser.know(found.formula)
         report = self.recording.report
@@ -101,7 +117,10 @@ class Discovery:
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales at which that cannot be told."""
         if formula.mixed != SOLVED and formula.w(formula.value) > 1:
-            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.call.pipe)] = formula
+            halves = denoiser.halves if formula.branches == 2 else []
+            first = [{name: t[:1].clone() for name, t in each.items() if t.ndim} for each in halves]
+            order = Order(formula, first if formula.cond_index else first[::-1])
+            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.call.pipe)] = order
 
     def verify(
         self,
@@ -224,7 +243,7 @@ class Discovery:
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = replace(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
         halves = formula.halves(denoiser.outputs)
-        prediction = Prediction(c, u, evaluated, halves, nfe=denoiser.nfe, nfe_full=denoiser.nfe_full)
+        prediction = Prediction(c, u, evaluated, halves)
         return Seen(step, prediction, found, denoiser.engine.similarity(step, prediction))
 
     def unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:

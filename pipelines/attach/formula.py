@@ -182,10 +182,33 @@ class Network(NamedTuple):
     Args:
         reads: (a, b) of denoised = a * sample + b * output, from sigma.
         least: the least that the pipeline divides by on the way from there to what the scheduler wants.
+        by_timestep: whether it divides by a timestep, which is where the sample is, and rounded with it there.
     """
 
-    reads: Callable[[float], tuple[float, float]]
+    reads: Callable[[Any], tuple[Any, Any]]
     least: float = 0.0
+    by_timestep: bool = False
+
+    def denoised(self, y: Tensor, around: Around) -> Tensor:
+        """What an output denoises to, rounded as pipelines do: in its own dtype, from a sigma in float32."""
+        x, space = around.known
+        working = torch.promote_types(x.dtype, torch.float32)
+        a, b = self.reads(torch.tensor(space.sigma, dtype=working))
+        return y if (a, b) == (0, 1) else (a * x + b * y.to(x.dtype)).to(y.dtype)
+
+    def predicted(self, denoised: Tensor, around: Around) -> Tensor:
+        """What the scheduler wants, for that."""
+        x, space = around.known
+        if (space.a, space.b) == (0, 1):
+            return denoised
+        way = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device if self.by_timestep else None}
+        if abs(space.a) > 1:  # as noise is found: (x - signal * denoised) / noise
+            signal, noise = torch.full((), 1 / space.a, **way), torch.full((), self._divisor(space) / space.a, **way)
+            return (signal * denoised - x) / noise
+        return (denoised - space.a * x) / torch.full((), self._divisor(space), **way)
+
+    def _divisor(self, space: Space) -> float:
+        return math.copysign(max(abs(space.b), self.least), space.b)
 
     def mixing(self, space: Space) -> tuple[float, float, float]:
         """(alpha, beta) of the scheduler's prediction, alpha * sample + beta * output: both denoise to the same.
@@ -193,16 +216,17 @@ class Network(NamedTuple):
         And how large the terms are, in samples, of which alpha * sample is what is left.
         """
         a, b = self.reads(space.sigma)
-        divisor = math.copysign(max(abs(space.b), self.least), space.b)
+        divisor = self._divisor(space)
         return (a - space.a) / divisor, b / divisor, (abs(a) + abs(space.a)) / abs(divisor)
 
 
 NETWORKS = {
-    "x0": Network(lambda sigma: (0.0, 1.0), 0.05),  # PRX in pixels
+    "x0": Network(lambda sigma: (0.0, 1.0), 0.05, by_timestep=True),  # PRX in pixels
+    "x0 as it is": Network(lambda sigma: (0.0, 1.0)),
     # Of x = x0 + sigma eps: F of EDM (arXiv 2206.00364, table 1, with sigma_data = 1), as the latent upscaler's; and
     # the velocity eps - x0 of x / (1 + sigma) = (1 - t) x0 + t eps, where t = sigma / (1 + sigma), as Cosmos 2's.
-    "EDM's F": Network(lambda sigma: (1 / (1 + sigma**2), sigma / math.hypot(1, sigma))),
-    "the rescaled sample's velocity": Network(lambda sigma: (1 / (1 + sigma), -sigma / (1 + sigma))),
+    "EDM's F": Network(lambda sigma: (1 / (sigma**2 + 1), sigma / (sigma**2 + 1) ** 0.5)),
+    "the rescaled sample's velocity": Network(lambda sigma: (1 - sigma / (sigma + 1), -(sigma / (sigma + 1)))),
 }
 
 SOLVED = "solved for"
@@ -363,6 +387,7 @@ class Formula:
         dtype: the scheduler's.
         weights: of the other branches in u, in their order; they sum to 1.
         mixed: what the network predicts, a line of NETWORKS; "": what the scheduler wants; or SOLVED.
+        meets: what is combined then: "denoised" predictions, the network's "own", or what the scheduler "wants".
         second: the name of a trio's second scale.
         trio: which branches are a trio's (c, a, b).
         value: its scale where it was found.
@@ -383,6 +408,7 @@ class Formula:
     dtype: torch.dtype
     weights: tuple[float, ...] = (1.0,)
     mixed: str = ""
+    meets: str = "denoised"
     second: str | None = None
     trio: tuple[int, ...] = ()
     value: Scale = 1.0
@@ -432,17 +458,26 @@ class Formula:
 
     def seen(self, half: Tensor, around: Around) -> Tensor:
         """A half as the scheduler would get it, one row per sample."""
-        return self.treated(self.view(half), around)
+        return self.handed(self.view(half), around)
+
+    def handed(self, y: Tensor, around: Around) -> Tensor:
+        """The same of what the view has been through; where the sample is mixed in, in float32 at least."""
+        if self.mixed not in NETWORKS:
+            return self.treated(y, around)
+        x, space = around.known
+        working = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        alpha, beta, _ = NETWORKS[self.mixed].mixing(space)
+        return alpha * x.to(working) + beta * y.to(working)
 
     def treated(self, y: Tensor, around: Around) -> Tensor:
-        """The same of what the view has been through."""
-        if self.upcast:
-            y = y.to(self.dtype)
-        if self.mixed in NETWORKS:
-            x, space = around.known
-            alpha, beta, _ = NETWORKS[self.mixed].mixing(space)
-            y = alpha * x + beta * y.to(x.dtype)
-        return y
+        """As it is combined with the other one."""
+        y = y.to(self.dtype) if self.upcast else y
+        if self.mixed in NETWORKS and self.meets != "own":
+            y = NETWORKS[self.mixed].denoised(y, around)
+        return self._wanted(y, around) if self.meets == "wants" else y
+
+    def _wanted(self, denoised: Tensor, around: Around) -> Tensor:
+        return NETWORKS[self.mixed].predicted(denoised, around)
 
     def cut(self, outputs: Sequence[Tensor], around: Around) -> tuple[Tensor, Tensor]:
         """(c, u) as the scheduler would get them, from a step's outputs."""
@@ -468,19 +503,18 @@ class Formula:
 
     def reproduce(self, outputs: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler at its scale `s`, one row per sample."""
-        if self.branches == 2:
-            return self.combine(*self.cut(outputs, around), s, around)
-        return self.combined([self.seen(part, around) for part in self.parts(outputs)], s, around)
+        return self.combined([self.treated(self.view(part), around) for part in self.parts(outputs)], s, around)
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
-        """The same, of branches as the scheduler would get them."""
+        """The same, of `treated` branches."""
         if isinstance(s, tuple):
             c, a, b = (parts[i] for i in self.trio)
             return TRIOS[self.anchor].combine(c, a, b, *s).to(self.dtype)
-        return self.combine(parts[self.cond_index], self.away(parts), s, around)
-
-    def combine(self, c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor:
-        """What the pipeline hands to the scheduler for (c, u) at its scale `s`, one row per sample."""
+        c, u = parts[self.cond_index], self.away(parts)
+        if self.mixed in NETWORKS:
+            g = self.anchored(c, u, s)
+            g = NETWORKS[self.mixed].denoised(g, around) if self.meets == "own" else g
+            return (g if self.meets == "wants" else self._wanted(g, around)).to(self.dtype)
         if self.anchor == "denoised":
             c, u = around.denoised(c), around.denoised(u)
         return self._finished(self.anchored(c, u, s), c, around)
@@ -626,10 +660,9 @@ def residual(
     noise = torch.finfo(c.dtype).eps if noise is None else noise
     if expected.shape != output.shape:
         return Residual(torch.tensor([float("inf"), 0, 0, 0]), s, noise, floor)
-    working = torch.promote_types(c.dtype, torch.float32)
     expected, output = (t.nan_to_num(0, 0, 0) for t in (expected, output))
-    vectors = torch.stack([t.to(working) for t in (expected - output, output, c, u)])
-    norms = torch.linalg.vector_norm(vectors.nan_to_num(0, 0, 0).flatten(1), dim=1)
+    # Each in a pass of its own: what is large is not copied to be compared.
+    norms = torch.stack([_norm(t) for t in (expected - output, output, c.nan_to_num(0, 0, 0), u.nan_to_num(0, 0, 0))])
     return Residual(norms, s, noise, floor)
 
 

@@ -176,6 +176,8 @@ class Host:
             check_pending(self._call.name, len(self.report.steps), self._replaced(), self._parts, denoisers)
         self._meet()
         denoiser = self._denoisers[id(module)]
+        if self._company.is_aside(sys._getframe(2)):
+            return denoiser.run_aside(call, args, kwargs)
         planned = denoiser.leader or denoiser  # whose plan this call follows
         clock = planned.clock
         if clock is not None and not planned.nfe_full and (clock.ran_out or clock.loops != planned.loop):
@@ -235,11 +237,6 @@ class Host:
         self._clock = self._clocks.setdefault(id(owner), Clock())
         self._clock.tick(owner, timestep)
         denoiser.stepped(self._clock)
-        if self._clock.went_back and self._discovery.acts:
-            raise UnsupportedPipeline(
-                f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
-                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
-            )
 
     def _owner(self, denoiser: Denoiser, scheduler: Any, timestep: Any) -> Any:
         """Whose step this is: where two schedulers step on one evaluation, one for a preview, the pipeline's own."""
@@ -301,12 +298,17 @@ class Host:
         if not self._discovery.is_guided(denoiser, output, sample):
             made = self._made_up(denoiser, output, sample)
             return self._unguided(denoiser, step, made if made is not None else output, sample, made is not None)
+        if self._clock.went_back and self._discovery.acts:
+            raise UnsupportedPipeline(
+                f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
+                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
+            )
         self._check_batch(denoiser, output)
         if denoiser.formula is None:
             if reason := self._discovery.identify(denoiser, output, sample, self._clock):
                 both = [Decision(Action.BOTH)] * output.shape[0]
-                cost = denoiser.nfe, denoiser.nfe_full
-                self._recording.add(step, both, [True] * len(both), *cost, note=f"{reason}{_NOT_YET}")
+                note = f"{reason}{_NOT_YET}"
+                self._recording.add(step, both, [True] * len(both), *denoiser.take_cost(), note=note)
                 self._tell(None, step, output, sample)
                 return Guided(None)
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
@@ -318,6 +320,8 @@ class Host:
         engine, plan = denoiser.engine, denoiser.plan
         assert engine is not None and plan is not None
         step, prediction = self._discovery.verify(denoiser, step, output, sample, self._clock, plan, evaluated, note)
+        nfe, nfe_full = denoiser.take_cost()
+        prediction = replace(prediction, nfe=nfe, nfe_full=nfe_full)
         formula, w = denoiser.formula, step.w
         assert formula is not None
         engine.check(lambda: self._setting(denoiser, step))
@@ -343,7 +347,7 @@ class Host:
             return Guided(None, found.result, lambda: view.emit(again(), output))
         if self.policy.hands:
             handed = self._hand(denoiser, step, output if handed is None else handed, sample)
-        self._tell(prediction if prediction.nfe else None, step, output if handed is None else handed, sample)
+        self._tell(prediction if denoiser.nfe else None, step, output if handed is None else handed, sample)
         return Guided(None if handed is output else handed)
 
     def _check_batch(self, denoiser: Denoiser, output: Tensor) -> None:
@@ -364,7 +368,7 @@ class Host:
         """A step without guidance: there is nothing to forecast it from, nor from it."""
         alone = [Decision(Action.CONDITIONAL if denoiser.nfe else Action.NEITHER)] * output.shape[0]
         note = "no guidance at this step"
-        self._recording.add(step, alone, [False] * len(alone), denoiser.nfe, denoiser.nfe_full, note=note)
+        self._recording.add(step, alone, [False] * len(alone), *denoiser.take_cost(), note=note)
         if self.policy.hands and denoiser.engine is not None:
             denoiser.engine.history.lapse()
         self._tell(None, step, output, sample)
