@@ -14,6 +14,7 @@ from diffusers_guidance.pipelines.arguments import by_name, parameters, with_arg
 from diffusers_guidance.pipelines.deferred import deferred
 from diffusers_guidance.pipelines.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.run import Run
+from diffusers_guidance.pipelines.turn import Turn
 from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
@@ -38,7 +39,7 @@ class Handle:
         self.policy = policy
         self._original = original
         """Of a copied pipeline: the handle of what it was copied from, which hears of its reports."""
-        self._turn = threading.RLock()
+        self._turn = Turn(type(pipe).__name__)
         """Whose turn it is: a pipeline has one scheduler, which is in one run at a time."""
         self._last: Report | None = None
         self._here = threading.local()
