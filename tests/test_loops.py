@@ -9,6 +9,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import diffusers
@@ -24,6 +25,7 @@ from diffusers_guidance import (
     AdaptiveGuidance,
     EveryStep,
     Forecast,
+    GuidanceError,
     Hold,
     LinearAG,
     Schedule,
@@ -886,3 +888,68 @@ def test_a_copied_scheduler_steps_by_itself(made):
     for rule, policy in PAIRS:
         expected, _ = under(pipe, rule, policy, one_call(plain))
         assert torch.equal(under(pipe, rule, policy, beside)[0], expected)
+
+
+def test_a_class_that_goes_up_from_what_it_is():
+    """`super(self.__class__, self)` ends where it ends without what is attached."""
+
+    class Own(diffusers.StableDiffusionPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super(self.__class__, self).__call__(*args, **kwargs)
+
+        def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+            return super(self.__class__, self).encode_prompt(*args, **kwargs)
+
+    pipe, stock = SD.build(), SD.build()
+    pipe.__class__ = Own
+    for rule, policy in (PAIRS[0], PAIRS[1], PAIRS[-2]):
+        with attach(pipe, rule, policy) as handle, attach(stock, rule, policy):
+            assert torch.equal(run(pipe, SD, STEPS), run(stock, SD, STEPS))
+            assert type(pipe).__name__ == "Own"
+            assert isinstance(pipe, Own)
+            assert torch.equal(run(copy.copy(pipe), SD, STEPS), run(stock, SD, STEPS))
+        assert handle.report.formula
+    assert type(pipe) is Own
+
+
+def joined(call: Callable) -> Any:
+    """A call in a thread that is waited for to its end."""
+    found: list[Any] = []
+
+    def job() -> None:
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=job)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def submitted(call: Callable) -> Any:
+    with ThreadPoolExecutor(2) as pool:
+        return pool.submit(call).exception()
+
+
+def in_turn(call: Callable) -> Any:
+    """By a thread that leaves it to a third one, and waits for that."""
+    return joined(lambda: joined(call))
+
+
+@pytest.mark.parametrize("wait", [joined, submitted, in_turn])
+def test_a_callback_that_waits_for_a_thread_that_calls_the_same_pipeline(wait):
+    pipe, found = SD.build(), []
+
+    def callback(pipe: Any, i: int, timestep: Any, kwargs: dict) -> dict:
+        if i == 1:
+            found.append(wait(lambda: run(pipe, SD, STEPS)))
+        return {}
+
+    with attach(pipe, CFG(), Hold(2)):
+        expected = run(pipe, SD, STEPS)
+        assert torch.equal(run(pipe, SD, STEPS, callback_on_step_end=callback), expected)
+        assert torch.equal(joined(lambda: run(pipe, SD, STEPS)), expected)
+    assert isinstance(found[0], GuidanceError)
+    assert "waits for this thread" in str(found[0])

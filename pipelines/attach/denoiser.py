@@ -247,7 +247,7 @@ class Denoiser:
         return output
 
     def take_cost(self) -> tuple[int, int]:
-        """Evaluations since the last step, and those the pipeline asked for; what somebody else asked for is in both."""
+        """Evaluations since the last step, and those the pipeline asked for; both with what others asked for."""
         aside, self.aside = self.aside, 0
         return self.nfe + aside, self.nfe_full + aside
 

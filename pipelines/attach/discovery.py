@@ -93,7 +93,8 @@ class Discovery:
 
     def identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> str:
         """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
-        before = _ORDERS.get(denoiser.module, {}).get(type(self.call.pipe))
+        orders = _ORDERS.get(denoiser.module)
+        before = None if orders is None else orders.get(type(self.call.pipe))
         known, halves = (None, []) if before is None else before
 
         def told() -> int | None:
@@ -110,8 +111,8 @@ class Discovery:
         self._keep_order(denoiser, found.formula)
         denoiser.know(found.formula)
         report = self.recording.report
-        known = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
-        report.formula = "; ".join(dict.fromkeys(known))
+        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
+        report.formula = "; ".join(dict.fromkeys(told_so_far))
         return ""
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:

@@ -201,7 +201,10 @@ class Network(NamedTuple):
         x, space = around.known
         if (space.a, space.b) == (0, 1):
             return denoised
-        way = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device if self.by_timestep else None}
+        way: dict[str, Any] = {
+            "dtype": torch.promote_types(x.dtype, torch.float32),
+            "device": x.device if self.by_timestep else None,
+        }
         if abs(space.a) > 1:  # as noise is found: (x - signal * denoised) / noise
             signal, noise = torch.full((), 1 / space.a, **way), torch.full((), self._divisor(space) / space.a, **way)
             return (signal * denoised - x) / noise

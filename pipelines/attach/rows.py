@@ -232,8 +232,9 @@ def conditional(
         """Whether `half` is the unconditional one."""
         for name, negative in arguments.items():
             positive = arguments.get(name.removeprefix("negative_"))
-            given = isinstance(negative, Tensor) and isinstance(positive, Tensor) and negative is not positive
-            if given and any(_begins(t, negative) and _begins(other[key], positive) for key, t in half.items()):
+            if not isinstance(negative, Tensor) or not isinstance(positive, Tensor) or negative is positive:
+                continue
+            if any(_begins(t, negative) and _begins(other[key], positive) for key, t in half.items()):
                 return True
         for name, t in half.items():
             if "mask" not in name and t.ndim > 1 and not t.any() and other[name].any():  # no text, no picture
