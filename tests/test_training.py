@@ -4,26 +4,25 @@ import json
 import shutil
 from dataclasses import asdict
 
+import autoencoder
+import data
+import embedding
+import evaluate
+import export
 import numpy as np
 import pytest
+import resume
+import text_to_image
 import torch
+import trainer
+from data import Picture
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusers_guidance.pipelines.bench_metrics import Retrieval
+from diffusers_guidance.pipelines.embedding import embed
 from diffusers_guidance.samples import MODEL, PROMPTS
-from diffusers_guidance.samples.training import (
-    autoencoder,
-    data,
-    embedding,
-    evaluate,
-    export,
-    resume,
-    text_to_image,
-    trainer,
-)
-from diffusers_guidance.samples.training.data import Picture
 
 NAMES = ("red apple", "rocket", "dog face", "guitar", "lion", "bus", "owl", "key")
 
@@ -306,13 +305,11 @@ def test_the_embedding_tells_made_up_pictures_apart(folder, tmp_path):
     concepts, styles = [r.concept for r in records], [r.style for r in records]
     network = embedding.trained(pictures, concepts, styles, tmp_path / "eye.safetensors", steps=60)
     same = torch.tensor([[a == b for b in concepts] for a in concepts])
-    found = evaluate.share_found(
-        embedding.embed_distorted(network, pictures), embedding.embed(network, pictures), same, 5
-    )
+    found = evaluate.share_found(embedding.embed_distorted(network, pictures), embed(network, pictures), same, 5)
     assert found > 0.8
     again = embedding.trained(pictures, concepts, styles, tmp_path / "eye.safetensors")
-    assert torch.equal(embedding.embed(again, pictures), embedding.embed(network, pictures))
-    Retrieval.save(tmp_path / Retrieval.FILE, network, embedding.embed(network, pictures), [r.label for r in records])
+    assert torch.equal(embed(again, pictures), embed(network, pictures))
+    Retrieval.save(tmp_path / Retrieval.FILE, network, embed(network, pictures), [r.label for r in records])
     retrieval = Retrieval.load(tmp_path / Retrieval.FILE)
     asked = [f"a {r.style} emoji of a {r.label}" for r in records]
     assert retrieval(pictures.permute(0, 3, 1, 2) / 255, asked).mean() == 1

@@ -1,6 +1,6 @@
 """Export: the trained parts as a folder that an unmodified StableDiffusionPipeline loads.
 
-`python -m diffusers_guidance.samples.training.export` writes UNet and autoencoder in float16, the text encoder in
+`python benchmarks/training/export.py` writes UNet and autoencoder in float16, the text encoder in
 float32 (transformers would keep a float16 one beside diffusers' float32 UNet).
 """
 
@@ -8,12 +8,12 @@ import argparse
 import shutil
 from pathlib import Path
 
+import autoencoder
+import text_to_image
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
-
-from diffusers_guidance.samples.training import autoencoder, text_to_image
 
 
 def pipeline(

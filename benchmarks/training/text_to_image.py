@@ -1,6 +1,6 @@
 """The text encoder and UNet, trained together on the autoencoder's latents with some captions dropped.
 
-`python -m diffusers_guidance.samples.training.text_to_image` trains them.
+`python benchmarks/training/text_to_image.py` trains them.
 """
 
 import argparse
@@ -8,16 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import autoencoder
+import data
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from trainer import Plan, Trainer, start
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from diffusers_guidance.samples.training import autoencoder, data
-from diffusers_guidance.samples.training.trainer import Plan, Trainer, start
 
 LENGTH = 24
 """Tokens of a caption."""

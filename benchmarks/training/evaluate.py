@@ -1,6 +1,6 @@
 """The bundled model's numbers: retrieval, held-out pairs, guidance scales, similarity over steps, seconds.
 
-`python -m diffusers_guidance.samples.training.evaluate` measures them all, or the parts named, and writes
+`python benchmarks/training/evaluate.py` measures them all, or the parts named, and writes
 `evaluation.json` beside the model; a part that is there already is measured only when it is named.
 """
 
@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import data
 import diffusers
+import embedding
 import numpy as np
 import torch
+from data import Picture
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,10 +26,9 @@ from tqdm import tqdm
 from diffusers_guidance import CFG, EveryStep, attach
 from diffusers_guidance.pipelines.bench_metrics import Retrieval
 from diffusers_guidance.pipelines.compare import compare
+from diffusers_guidance.pipelines.embedding import Embedding, embed
 from diffusers_guidance.pipelines.loading import load_whole
 from diffusers_guidance.samples import MODEL
-from diffusers_guidance.samples.training import data, embedding
-from diffusers_guidance.samples.training.data import Picture
 
 PROMPTS = (
     "a red apple", "a dog face", "a rocket", "a slice of pizza", "a grinning face", "a tiger face", "a guitar",
@@ -104,7 +106,7 @@ def _missed(queries: Tensor, pool: Tensor, fits: Tensor) -> list[int]:
     return [i for i in range(len(queries)) if not share_found(queries[i : i + 1], pool, fits[i : i + 1], 5)]
 
 
-def eye(folder: Path, pictures: Tensor, records: Sequence[Picture]) -> tuple[embedding.Embedding, list[int]]:
+def eye(folder: Path, pictures: Tensor, records: Sequence[Picture]) -> tuple[Embedding, list[int]]:
     """The embedding, and the numbers of the real pictures it knows: the everyday concepts, held-out pairs included."""
     concepts = {records[i].concept for i in data.everyday(list(records), CONCEPTS)}
     known = [i for i, r in enumerate(records) if r.concept in concepts]
@@ -120,7 +122,7 @@ def save_eye(folder: Path, model: Path) -> dict[str, int]:
     pictures, records = data.load(folder)
     network, known = eye(folder, pictures, records)
     names = [data.plain_name(records[i].label) for i in known]
-    Retrieval.save(model / Retrieval.FILE, network, embedding.embed(network, pictures[known]), names)
+    Retrieval.save(model / Retrieval.FILE, network, embed(network, pictures[known]), names)
     return {"pictures": len(known), "concepts": len(set(names))}
 
 
@@ -142,9 +144,9 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
     captions = [draw.choice(records[i].captions) for i in chosen]
     styled = [any(style in caption.split(",") + caption.split() for style in data.STYLES) for caption in captions]
     made = generate(pipe, captions, range(len(captions)), "training captions")
-    pool, of_pool = embedding.embed(network, pictures[seen]), [records[i] for i in seen]
+    pool, of_pool = embed(network, pictures[seen]), [records[i] for i in seen]
     fits = _fits([records[i] for i in chosen], of_pool, styled)
-    vectors = embedding.embed(network, made)
+    vectors = embed(network, made)
     found: dict[str, Any] = {
         "captions": len(captions),
         "generated": _retrieved(vectors, pool, fits),
@@ -156,14 +158,14 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
     wanted = [f"a {records[i].style} emoji of {data.with_article(data.plain_name(records[i].label))}" for i in asked]
     unseen = generate(pipe, wanted, range(len(wanted)), "held-out pairs")
     known = [*seen, *hidden]
-    pool, of_pool = embedding.embed(network, pictures[known]), [records[i] for i in known]
+    pool, of_pool = embed(network, pictures[known]), [records[i] for i in known]
     fits = _fits([records[i] for i in asked], of_pool, [True] * len(asked))
     real = embedding.embed_distorted(network, pictures[asked])
     found["held out"] = {
         "pairs": len(hidden),
         "captions": len(wanted),
-        "generated": _retrieved(embedding.embed(network, unseen), pool, fits),
-        "missed": _missed(embedding.embed(network, unseen), pool, fits[0]),
+        "generated": _retrieved(embed(network, unseen), pool, fits),
+        "missed": _missed(embed(network, unseen), pool, fits[0]),
         "real pictures, distorted": _retrieved(real, pool, fits),
     }
     _keep(keep, "training", captions, made)
@@ -202,10 +204,10 @@ def prompts(pipe: Any, folder: Path, keep: Path) -> dict[str, Any]:
     captions = shipped_prompts()
     made = generate(pipe, captions, [0] * len(captions), "prompts")
     asked = [asked_for(caption, records) for caption in captions]
-    pool, of_pool = embedding.embed(network, pictures[known]), [records[i] for i in known]
+    pool, of_pool = embed(network, pictures[known]), [records[i] for i in known]
     concept = torch.tensor([[wanted == p.concept for p in of_pool] for wanted, _ in asked])
     style = torch.tensor([[named in (None, p.style) for p in of_pool] for _, named in asked])
-    vectors = embedding.embed(network, made)
+    vectors = embed(network, made)
     real = [known[int(fit)] for fit in (concept & style).int().argmax(1)]
     _keep(keep, "prompts", captions, made)
     return {

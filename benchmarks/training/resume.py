@@ -1,6 +1,6 @@
 """Resume: what export wrote, turned back into checkpoints, so that the weights that ship can be trained further.
 
-`python -m diffusers_guidance.samples.training.resume` does it. Training then goes on with the same vocabulary and the
+`python benchmarks/training/resume.py` does it. Training then goes on with the same vocabulary and the
 same latents, from weights that were rounded to float16 and with optimizers that begin anew.
 """
 
@@ -8,14 +8,16 @@ import argparse
 import shutil
 from pathlib import Path
 
+import autoencoder
+import text_to_image
 import torch
+import trainer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from diffusers_guidance.pipelines.loading import load_whole
 from diffusers_guidance.samples import MODEL
-from diffusers_guidance.samples.training import autoencoder, text_to_image, trainer
 
 
 @torch.no_grad()
