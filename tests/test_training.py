@@ -140,7 +140,7 @@ def test_the_loss_of_a_perfect_prediction_is_zero():
             return noisy * (a / (1 - a)).sqrt()
 
     ids = torch.zeros(5, 3, text_to_image.LENGTH, dtype=torch.long)
-    loss = text_to_image.Loss(torch.zeros(5, 32, 8, 8), ids, ids[0, 0], 16)
+    loss = text_to_image.Loss(text_to_image.v_prediction(), torch.zeros(5, 32, 8, 8), ids, ids[0, 0], 16)
     assert loss(Perfect(), torch.Generator().manual_seed(0), 0.0)["v"] < 1e-8
 
 
@@ -148,8 +148,8 @@ def test_workers_draw_every_stratum_of_the_timesteps_once():
     ids = torch.zeros(1, 1, text_to_image.LENGTH, dtype=torch.long)
     drawn = []
     for rank in (0, 1):
-        loss = text_to_image.Loss(torch.zeros(1, 32, 8, 8), ids, ids[0, 0], 20, rank, 2)
-        drawn.append(loss.timesteps(torch.Generator().manual_seed(rank)))
+        loss = text_to_image.Loss(text_to_image.v_prediction(), torch.zeros(1, 32, 8, 8), ids, ids[0, 0], 20, rank, 2)
+        drawn.append(loss.places(torch.Generator().manual_seed(rank)))
     place = loss.cumulative[torch.cat(drawn).sort().values]
     assert torch.all((place - (torch.arange(40) + 0.5) / 40).abs() < 0.5 / 40 + 0.01)
 
@@ -163,7 +163,9 @@ def test_captions_are_dropped_for_the_empty_one():
     ids = torch.full((3, 2, text_to_image.LENGTH), 9)
     empty = torch.arange(text_to_image.LENGTH)
     watch = Watch(1, 1)
-    text_to_image.Loss(torch.zeros(3, 32, 8, 8), ids, empty, 2000)(watch, torch.Generator().manual_seed(0), 0.0)
+    text_to_image.Loss(text_to_image.v_prediction(), torch.zeros(3, 32, 8, 8), ids, empty, 2000)(
+        watch, torch.Generator().manual_seed(0), 0.0
+    )
     dropped = (watch.ids == empty).all(1)
     assert torch.all((watch.ids == 9).all(1) | dropped)
     assert dropped.float().mean() == pytest.approx(text_to_image.DROPPED, abs=0.03)
