@@ -5,6 +5,7 @@ has prepared what both read); `--decay-minutes 60` then ends a copy of the run, 
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import autoencoder
 import data
 import text_to_image
 import torch
-from diffusers import CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from text_to_image import Loss, Noising
 from torch import Tensor, nn
@@ -99,17 +100,19 @@ class Flow(nn.Module):
 
     def forward(self, ids: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         size = torch.full((len(noisy), 2), float(data.SIZE), device=noisy.device)
-        backend = SDPBackend.MATH if noisy.device.type == "cpu" else SDPBackend.FLASH_ATTENTION
-        with sdpa_kernel(backend):  # on a CPU, so few tokens are a sixth faster without tiles
+        on_cpu = noisy.device.type == "cpu"  # where so few tokens are a sixth faster without tiles
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             text = self.text_encoder(ids, output_hidden_states=True, use_cache=False).hidden_states[-2]
             return self.transformer(noisy, text, timesteps, size, size, torch.zeros_like(size)).sample
 
     def adam_only(self) -> list[nn.Parameter]:
         """Embeddings, first and last layers, and what reads the time: not what Muon is for."""
-        others = ("embed", "linear", "proj_out")
-        return [
-            p for name, p in self.named_parameters() if any(part in name for part in others) and "_proj." not in name
-        ]
+        names = ("embed_tokens", "patch_embed.proj", "time_condition_embed", ".linear", "proj_out")
+        return [p for name, p in self.named_parameters() if any(part in name for part in names)]
+
+    def pipeline(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> CogView4Pipeline:
+        """An ordinary pipeline of the trained parts."""
+        return CogView4Pipeline(tokenizer, self.text_encoder, vae, self.transformer, scheduler())
 
 
 def noising() -> Noising:
@@ -153,11 +156,15 @@ def train(folder: Path, name: str, plan: Plan, count: int, workers: int) -> None
     Trainer(model, loss, plan, folder / name, model.adam_only()).run()
 
 
+def runs(folder: Path) -> list[Path]:
+    """The run at one rate, and the one that ended it if there is one."""
+    return [place for place in (folder / "flow", folder / "flow_ended") if (place / "state.json").exists()]
+
+
 def trained(folder: Path) -> Flow:
-    """The trained text encoder and transformer: averaged weights of the decayed run, or of the one that goes on."""
+    """The trained text encoder and transformer: averaged weights of the last checkpoint."""
     model: Any = Flow(load_tokenizer(folder / "text_to_image"))
-    ended = folder / "flow_ended"
-    model.load_state_dict(autoencoder.averaged(ended if (ended / "state.json").exists() else folder / "flow"))
+    model.load_state_dict(autoencoder.averaged(runs(folder)[-1]))
     return model.eval()
 
 

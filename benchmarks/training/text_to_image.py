@@ -13,7 +13,7 @@ import autoencoder
 import data
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -152,6 +152,19 @@ class TextToImage(nn.Module):
         """Embeddings, first and last layers: not what Muon is for."""
         embeddings = [p for name, p in self.text_encoder.named_parameters() if "embedding.weight" in name]
         return [*embeddings, self.unet.conv_in.weight, self.unet.conv_out.weight]
+
+    def pipeline(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+        """An ordinary pipeline of the trained parts, without safety checker (it was trained on emoji only)."""
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=self.text_encoder,
+            tokenizer=tokenizer,
+            unet=self.unet,
+            scheduler=scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
 
 
 def timestep_density(alphas_cumprod: Tensor, clip: float = 5.0, floor: float = 0.1) -> Tensor:
