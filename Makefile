@@ -6,7 +6,8 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo app test conformance lint kernels wheel calibrations objective frontier bench wallclock
-.PHONY: model-data model-vae model-unet model-resume model-export model-evaluate install clean
+.PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
+.PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -71,6 +72,20 @@ model-export: install ## writes samples/emoji from the last checkpoints
 model-evaluate: install ## its numbers and pictures, for its card
 	$(BIN)/python benchmarks/training/evaluate.py
 	$(BIN)/python benchmarks/training/showcase.py
+
+model-flow: install ## the second model's text encoder and transformer (after model-data and model-resume); resumes
+	$(BIN)/python benchmarks/training/flow.py
+
+model-flow-decay: install ## ends a copy of that run, in an hour, and leaves the run to go on
+	$(BIN)/python benchmarks/training/flow.py --decay-minutes 60
+
+model-flow-export: install ## writes samples/emoji-flow from the last checkpoints
+	$(BIN)/python benchmarks/training/export.py emoji-flow
+
+model-flow-evaluate: install ## its numbers and pictures, for its card
+	$(BIN)/python benchmarks/training/evaluate.py --model samples/emoji-flow --keep out/model/generated-flow
+	$(BIN)/python benchmarks/training/showcase.py --model samples/emoji-flow --keep out/model/generated-flow
+	$(BIN)/python benchmarks/training/card.py samples/emoji-flow
 
 install: $(VENV)/.installed
 

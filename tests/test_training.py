@@ -7,6 +7,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import autoencoder
+import card
 import data
 import embedding
 import evaluate
@@ -196,27 +197,16 @@ def flow_loss(latents, count):
 
 
 def test_velocity_is_noise_less_latents(latents):
-    """Of what the network is given alone, in float64: eps = (x_t - (1 - s) x) / s, and the error of its guess."""
+    """In float64, of one picture and what the network is given: eps - x = (x_t - x) / s, as x_t = (1 - s) x + s eps."""
     model = Straight(1, 1)
-    with torch.no_grad():
-        model.weight.fill_(0.5)
-    error = flow_loss(latents, 64)(model, torch.Generator().manual_seed(5), 0.0)["v"]
-    kept = model.ids[:, 0] < 99  # whose latents the tokens tell
-    assert kept.sum() > 50
-    clean, noisy = latents[model.ids[kept][:, 0]].double(), model.noisy[kept].double()
-    s = model.t[kept].double().view(-1, 1, 1, 1) / 1000
-    noise = (noisy - (1 - s) * clean) / s
-    for found in (noise.mean(), noise.std() - 1):
-        assert abs(found) < 0.02
-    own = (0.5 * noisy - (noise - clean)).square().mean((1, 2, 3))
-    whole = flow_loss(latents, 64)
-    assert float(own.mean()) == pytest.approx(float(error), rel=0.1)  # those with dropped captions are missing
-    whole.empty = whole.ids[0, 0] * 0
-    whole.latents = latents[:1].expand(40, -1, -1, -1)  # now every caption tells
-    error = whole(model, torch.Generator().manual_seed(5), 0.0)["v"]
+    nn.init.constant_(model.weight, 0.5)
+    loss = flow_loss(latents[:1].expand(40, -1, -1, -1), 64)
+    error = loss(model, torch.Generator().manual_seed(5), 0.0)["v"].item()
     noisy, s = model.noisy.double(), model.t.double().view(-1, 1, 1, 1) / 1000
-    velocity = (noisy - latents[:1].double()) / s  # eps - x, since x_t - x = s (eps - x)
-    assert float((0.5 * noisy - velocity).square().mean()) == pytest.approx(float(error), rel=1e-4)
+    velocity = (noisy - latents[:1].double()) / s
+    assert (0.5 * noisy - velocity).square().mean().item() == pytest.approx(error, rel=1e-4)
+    noise = velocity + latents[:1].double()
+    assert noise.mean().item() == pytest.approx(0, abs=0.02) and noise.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_the_scheduler_steps_along_the_velocity(latents):
@@ -405,6 +395,8 @@ def test_what_ships_can_be_trained_further(folder, tmp_path):
     resume.resume(MODEL, tmp_path / "more")
     with pytest.raises(FileExistsError, match="already"):
         resume.resume(MODEL, tmp_path / "more")
+    judge, shipped = load_file(tmp_path / "more" / "embedding.safetensors"), load_file(MODEL / Retrieval.FILE)
+    assert all(torch.equal(weight.half(), shipped[f"network.{name}"]) for name, weight in judge.items())
     text_to_image.prepare(tmp_path / "more", 8)
     inputs = load_file(tmp_path / "more" / "text_to_image" / "inputs.safetensors")
     export.export(text_to_image, tmp_path / "more", tmp_path / "again")
@@ -450,6 +442,41 @@ def test_a_prompt_asks_for_a_concept_and_perhaps_a_style(folder):
     assert evaluate.asked_for("a flat emoji of a rocket ship", records) == (rocket, "flat")
     with pytest.raises(ValueError, match="a teapot"):
         evaluate.asked_for("a 3d emoji of a teapot", records)
+
+
+def test_evaluation_takes_either_model(tiny_flow, tmp_path, monkeypatch):
+    trainer.save_weights(flow.Flow(flow.load_tokenizer(tiny_flow / "text_to_image")), tiny_flow / "flow")
+    export.export(flow, tiny_flow, tmp_path / "model")
+    monkeypatch.setattr(evaluate, "STEPS", 2)
+    monkeypatch.setattr(evaluate, "SCHEDULERS", ("DDIMScheduler",))
+    monkeypatch.setattr(evaluate, "PROMPTS", ("a rocket", "a lion"))
+    for model, scheduler in ((MODEL, "DDIMScheduler"), (tmp_path / "model", "FlowMatchEulerDiscreteScheduler")):
+        pipe = evaluate.load(model)
+        assert len(evaluate.generate(pipe, ["a rocket"], [0], "one")) == 1
+        found = evaluate.similarity(pipe)
+        assert {name: len(kinds["denoised"]) for name, kinds in found.items()} == {scheduler: 2}
+        taken = evaluate.seconds(pipe, threads=1, times=2)
+        assert 0 < taken["evaluation, batch 1"] < taken["image"]
+
+
+def test_a_card_has_the_numbers_of_the_evaluation():
+    found = json.loads((MODEL / "evaluation.json").read_text())
+    written = card.written(MODEL)
+    share = found["retrieval"]["held out"]["generated"]["concept, top 1"]
+    assert f"| {100 * share:.1f} % |" in written and f"| {found['guidance']['CFG']['contrast'][3]:.3f} |" in written
+
+
+def test_a_curve_leaves_out_what_was_done_again(tmp_path):
+    logs = {"flow": [25, 50, 75, 50, 75, 100, 125], "flow_ended": [125, 150, 160]}
+    for name, steps in logs.items():
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "v": i, "of": name}) for i, step in enumerate(steps)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines))
+    found = export.curve([tmp_path / name for name in logs], 25)
+    assert [(r["step"], r["v"], r["of"]) for r in found] == [
+        (25, 0, "flow"), (50, 3, "flow"), (75, 4, "flow"), (100, 5, "flow"),
+        (125, 0, "flow_ended"), (150, 1, "flow_ended"), (160, 2, "flow_ended"),
+    ]  # fmt: skip
 
 
 def test_the_embedding_tells_made_up_pictures_apart(folder, tmp_path):

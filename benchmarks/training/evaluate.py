@@ -1,4 +1,4 @@
-"""The bundled model's numbers: retrieval, held-out pairs, guidance scales, similarity over steps, seconds.
+"""A bundled model's numbers: retrieval, held-out pairs, guidance scales, similarity over steps, seconds.
 
 `python benchmarks/training/evaluate.py` measures them all, or the parts named, and writes
 `evaluation.json` beside the model; a part that is there already is measured only when it is named.
@@ -18,7 +18,7 @@ import embedding
 import numpy as np
 import torch
 from data import Picture
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -55,9 +55,9 @@ SCHEDULERS = (
 )
 
 
-def load(model: Path) -> StableDiffusionPipeline:
+def load(model: Path) -> DiffusionPipeline:
     """The pipeline as any user loads it, without its progress bar."""
-    pipe = load_whole(StableDiffusionPipeline, model, local_files_only=True)
+    pipe = load_whole(DiffusionPipeline, model, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -257,7 +257,8 @@ def data_look(folder: Path) -> dict[str, float]:
 def similarity(pipe: Any) -> dict[str, Any]:
     """Cosine of conditional and unconditional predictions, mean over the common prompts, step by step."""
     own, found = pipe.scheduler, {}
-    for name in tqdm(SCHEDULERS, desc="schedulers"):
+    fitting = (type(own).__name__,) if "FlowMatch" in type(own).__name__ else SCHEDULERS
+    for name in tqdm(fitting, desc="schedulers"):
         pipe.scheduler = getattr(diffusers, name).from_config(own.config)
         with attach(pipe, CFG(), EveryStep()) as handle:
             generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
@@ -278,27 +279,32 @@ def _mean(values: Sequence[float | None]) -> float:
 # Seconds
 
 
-def seconds(pipe: Any, threads: int = 2) -> dict[str, Any]:
+def seconds(pipe: Any, threads: int = 2, times: int = 41) -> dict[str, Any]:
     """Median seconds of an image (20 steps, CFG), of one evaluation at batch 1 and 2, and of decoding."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    text = pipe.text_encoder(pipe.tokenizer("a rocket", padding="max_length", return_tensors="pt").input_ids)[0]
-    shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
-    latents = torch.randn(2, *shape)
-
-    def evaluate(count: int) -> Callable[[], Any]:
-        return lambda: pipe.unet(latents[:count], 500, encoder_hidden_states=text.expand(count, -1, -1))
-
+    latents = torch.randn(1, pipe.vae.config.latent_channels, *[data.SIZE // pipe.vae_scale_factor] * 2)
     with torch.no_grad():
         found = {
             "threads": threads,
-            "image": _median(lambda: pipe("a rocket", num_inference_steps=STEPS, guidance_scale=SCALE), 9),
-            "evaluation, batch 1": _median(evaluate(1), 41),
-            "evaluation, batch 2": _median(evaluate(2), 41),
-            "decoding": _median(lambda: pipe.vae.decode(latents[:1]), 21),
+            "image": _median(lambda: pipe("a rocket", num_inference_steps=STEPS, guidance_scale=SCALE), min(times, 9)),
+            "evaluation, batch 1": _evaluation(pipe, 1, times),
+            "evaluation, batch 2": _evaluation(pipe, 2, times),
+            "decoding": _median(lambda: pipe.vae.decode(latents), times),
         }
     torch.set_num_threads(before)
     return found
+
+
+def _evaluation(pipe: Any, count: int, times: int) -> float:
+    """Median seconds of one evaluation of the network, on `count` prompts without guidance."""
+    network, taken = getattr(pipe, "unet", None) or pipe.transformer, []
+    before = network.register_forward_pre_hook(lambda *call: taken.append(-time.perf_counter()))
+    after = network.register_forward_hook(lambda *call: taken.append(taken.pop() + time.perf_counter()))
+    pipe(["a rocket"] * count, num_inference_steps=times, guidance_scale=1.0)
+    before.remove()
+    after.remove()
+    return round(float(np.median(taken)), 4)
 
 
 def _median(what: Callable[[], Any], times: int) -> float:

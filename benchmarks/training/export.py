@@ -61,17 +61,19 @@ def export(kind: Any, folder: Path, target: Path) -> None:
     write(kind.trained(folder).pipeline(vae, kind.load_tokenizer(place)), place, target)
 
 
-def curve(places: list[Path]) -> list[dict[str, Any]]:
-    """What runs that follow one another logged, one record for every few hundred steps.
+def curve(places: list[Path], every: int = 200) -> list[dict[str, Any]]:
+    """What runs that follow one another logged, one record for so many steps.
 
     Args:
-        places: Their folders; of each, the records up to where the next one begins.
+        places: Their folders. A record stands for all before it of the same step or later ones: of what was interrupted
+            and done again, or went on beside the run that ended it.
     """
-    logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in places]
-    starts = [log[0]["step"] for log in logs[1:]] + [float("inf")]
-    return [
-        r for log, start in zip(logs, starts, strict=True) for r in log if r["step"] < start and not r["step"] % 200
-    ]
+    found: list[dict[str, Any]] = []
+    for place in places:
+        for line in (place / "log.jsonl").read_text(encoding="utf8").splitlines():
+            record = json.loads(line)
+            found = [r for r in found if r["step"] < record["step"]] + [record]
+    return [r for r in found if r["step"] % every == 0 or r is found[-1]]
 
 
 def main() -> None:

@@ -13,9 +13,10 @@ import text_to_image
 import torch
 import trainer
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from diffusers_guidance.pipelines.bench_metrics import Retrieval
 from diffusers_guidance.pipelines.loading import load_whole
 from diffusers_guidance.samples import MODEL
 
@@ -52,6 +53,9 @@ def resume(model: Path, folder: Path) -> None:
     save_file(scale, places[1] / "inputs.safetensors")  # no pictures chosen yet
     for place, module in zip(places, (vae, made), strict=True):
         trainer.save_weights(module, place)
+    if (eye := model / Retrieval.FILE).exists():  # what judged this model judges what comes next
+        weights = {n.removeprefix("network."): t for n, t in load_file(eye).items() if n.startswith("network.")}
+        save_file({name: weight.float() for name, weight in weights.items()}, folder / "embedding.safetensors")
 
 
 def main() -> None:
