@@ -70,6 +70,8 @@ def curve(places: list[Path], every: int = 200) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for place in places:
+        if not (place / "log.jsonl").exists():  # fewer than 25 steps
+            continue
         for line in (place / "log.jsonl").read_text(encoding="utf8").splitlines():
             record = json.loads(line)
             found = [r for r in found if r["step"] < record["step"]] + [record]

@@ -178,7 +178,7 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, default=1.0, help="of the learning rates, relative to the first model's")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step, of all workers")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread that share gradients")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share gradients")
     options = parser.parse_args()
     text_to_image.prepare(options.folder, options.concepts)
     rates = {"muon": options.rate * Plan.muon, "adam": options.rate * Plan.adam}
