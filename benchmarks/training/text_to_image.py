@@ -1,23 +1,24 @@
 """The text encoder and UNet, trained together on the autoencoder's latents with some captions dropped.
 
-`python -m diffusers_guidance.samples.training.text_to_image` trains them.
+`python benchmarks/training/text_to_image.py` trains them.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import autoencoder
+import data
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from trainer import Plan, Trainer, start
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from diffusers_guidance.samples.training import autoencoder, data
-from diffusers_guidance.samples.training.trainer import Plan, Trainer, start
 
 LENGTH = 24
 """Tokens of a caption."""
@@ -152,6 +153,19 @@ class TextToImage(nn.Module):
         embeddings = [p for name, p in self.text_encoder.named_parameters() if "embedding.weight" in name]
         return [*embeddings, self.unet.conv_in.weight, self.unet.conv_out.weight]
 
+    def pipeline(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+        """An ordinary pipeline of the trained parts, without safety checker (it was trained on emoji only)."""
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=self.text_encoder,
+            tokenizer=tokenizer,
+            unet=self.unet,
+            scheduler=scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
 
 def timestep_density(alphas_cumprod: Tensor, clip: float = 5.0, floor: float = 0.1) -> Tensor:
     """How often each timestep is drawn: by the min-SNR weight of v-prediction, min(SNR, clip) / (SNR + 1), and a floor.
@@ -168,10 +182,37 @@ def timestep_density(alphas_cumprod: Tensor, clip: float = 5.0, floor: float = 0
     return (1 - floor) * weight / weight.sum() + floor / len(weight)
 
 
+@dataclass(frozen=True)
+class Noising:
+    """How latents are noised, and what is learned of it: x_t = signal clean + noise eps, of_noise eps - of_clean clean.
+
+    Args:
+        timesteps: What the network is told, (T,); everything else is one value a timestep.
+        signal, noise: Shares of the clean latents and of the noise.
+        of_noise, of_clean: Shares of the two in what is predicted.
+        density: How often each is drawn.
+    """
+
+    timesteps: Tensor
+    signal: Tensor
+    noise: Tensor
+    of_noise: Tensor
+    of_clean: Tensor
+    density: Tensor
+
+
+def v_prediction() -> Noising:
+    """That of `scheduler`: v = a eps - s x, drawn by the min-SNR weight."""
+    alphas = scheduler().alphas_cumprod
+    a, s = alphas.sqrt(), (1 - alphas).sqrt()
+    return Noising(torch.arange(len(alphas)), a, s, a, s, timestep_density(alphas))
+
+
 class Loss:
     """Mean squared error of v over a batch with stratified timesteps.
 
     Args:
+        noising: How latents are noised, and what v is.
         latents: Normalised, (N, 6, 16, 16).
         ids: Tokens of the captions of each picture, (N, captions, 24).
         empty: Tokens of the empty caption, (24,).
@@ -179,30 +220,40 @@ class Loss:
         rank, world: Workers draw interleaved strata.
     """
 
-    def __init__(self, latents: Tensor, ids: Tensor, empty: Tensor, count: int, rank: int = 0, world: int = 1):
-        self.latents, self.ids, self.empty = latents, ids, empty
+    def __init__(
+        self, noising: Noising, latents: Tensor, ids: Tensor, empty: Tensor, count: int, rank: int = 0, world: int = 1
+    ):
+        self.noising, self.latents, self.ids, self.empty = noising, latents, ids, empty
         self.count, self.rank, self.world = count, rank, world
-        self.signal = scheduler().alphas_cumprod
-        self.cumulative = timestep_density(self.signal).cumsum(0)
+        self.cumulative = noising.density.cumsum(0)
 
-    def timesteps(self, generator: torch.Generator) -> Tensor:
-        """One of each of `count` equally likely ranges, in random order; (count,)."""
+    def places(self, generator: torch.Generator) -> Tensor:
+        """Numbers of timesteps, one of each of `count` equally likely ranges, in random order; (count,)."""
         strata = torch.arange(self.count) * self.world + self.rank
         places = (strata + torch.rand(self.count, generator=generator, dtype=torch.float64)) / (self.count * self.world)
         drawn = torch.searchsorted(self.cumulative, places).clamp(max=len(self.cumulative) - 1)
         return drawn[torch.randperm(self.count, generator=generator)]
+
+    def read(self, ids: Tensor, generator: torch.Generator) -> Tensor:
+        """What the text encoder is given of the captions (count, length)."""
+        return ids
 
     def __call__(self, model: nn.Module, generator: torch.Generator, progress: float) -> dict[str, Tensor]:
         like = next(model.parameters())
         picks = torch.randint(len(self.latents), (self.count,), generator=generator)
         which = torch.randint(self.ids.shape[1], (self.count,), generator=generator)
         dropped = torch.rand(self.count, generator=generator) < DROPPED
-        ids = torch.where(dropped[:, None], self.empty, self.ids[picks, which])
-        clean, t = self.latents[picks], self.timesteps(generator)
+        ids = self.read(torch.where(dropped[:, None], self.empty, self.ids[picks, which]), generator)
+        clean, at = self.latents[picks], self.places(generator)
         noise = torch.randn(clean.shape, generator=generator)
-        a, s = self.signal[t].sqrt().view(-1, 1, 1, 1), (1 - self.signal[t]).sqrt().view(-1, 1, 1, 1)
-        predicted = model(ids.to(like.device), (a * clean + s * noise).to(like), t.to(like.device))
-        return {"v": F.mse_loss(predicted.float(), (a * noise - s * clean).to(like.device))}
+
+        def mixed(of_clean: Tensor, of_noise: Tensor) -> Tensor:
+            return of_clean[at].view(-1, 1, 1, 1) * clean + of_noise[at].view(-1, 1, 1, 1) * noise
+
+        noisy = mixed(self.noising.signal, self.noising.noise)
+        wanted = mixed(-self.noising.of_clean, self.noising.of_noise)
+        predicted = model(ids.to(like.device), noisy.to(like), self.noising.timesteps[at].to(like.device))
+        return {"v": F.mse_loss(predicted.float(), wanted.to(like.device))}
 
 
 # Training
@@ -240,7 +291,7 @@ def train(folder: Path, plan: Plan, count: int, workers: int) -> None:
     torch.manual_seed(0)
     model = TextToImage(load_tokenizer(place))
     rank = torch.distributed.get_rank() if workers > 1 else 0
-    loss = Loss(inputs["latents"], inputs["ids"], inputs["empty"], count // workers, rank, workers)
+    loss = Loss(v_prediction(), inputs["latents"], inputs["ids"], inputs["empty"], count // workers, rank, workers)
     Trainer(model, loss, plan, place, model.adam_only()).run()
 
 

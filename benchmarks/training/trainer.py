@@ -37,7 +37,7 @@ class Plan:
         muon: Peak learning rate of matrices and convolutions, relative to the spectral norm.
         adam: Peak learning rate of everything else.
         warmup: Steps until the peak.
-        flat: Share of the run at the peak; then linearly down to `end`.
+        flat: Share of the run at the peak; then linearly down to `end`. 1: a run that `branch` ends later.
         end: Share of the peak at the end.
         average: Decay of the exponential average of the weights, a step.
         save_every: Seconds between checkpoints.
@@ -59,7 +59,7 @@ class Plan:
 
     def factor(self, step: int, progress: float) -> float:
         """What the peak learning rates are multiplied with."""
-        decay = 1 - (1 - self.end) * max(0.0, progress - self.flat) / (1 - self.flat)
+        decay = 1 - (1 - self.end) * max(0.0, progress - self.flat) / max(1 - self.flat, 1e-9)
         return min(1.0, (step + 1) / self.warmup) * decay
 
 
@@ -280,6 +280,17 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     state = model.state_dict()
     both = {f"{kind}.{k}": v.clone() for kind in ("model", "average") for k, v in state.items()}
     _write(both, folder, step=0, seconds=0.0)
+
+
+def branch(folder: Path, to: Path) -> None:
+    """Begins in `to` a run that goes on from the checkpoint in `folder` with a plan of its own; once.
+
+    Its steps go on, so it draws what that run would have drawn; its time begins at 0.
+    """
+    if (to / "state.json").exists():
+        return
+    to.mkdir(parents=True, exist_ok=True)
+    _write(load_file(folder / "state.safetensors"), to, json.loads((folder / "state.json").read_text())["step"], 0.0)
 
 
 def _write(tensors: dict[str, Tensor], folder: Path, step: int, seconds: float) -> None:

@@ -1,6 +1,6 @@
-"""The bundled model's numbers: retrieval, held-out pairs, guidance scales, similarity over steps, seconds.
+"""A bundled model's numbers: retrieval, held-out pairs, guidance scales, similarity over steps, seconds.
 
-`python -m diffusers_guidance.samples.training.evaluate` measures them all, or the parts named, and writes
+`python benchmarks/training/evaluate.py` measures them all, or the parts named, and writes
 `evaluation.json` beside the model; a part that is there already is measured only when it is named.
 """
 
@@ -12,21 +12,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import data
 import diffusers
+import embedding
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from data import Picture
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusers_guidance import CFG, EveryStep, attach
+from diffusers_guidance.pipelines.bench.embedding import Embedding, embed
 from diffusers_guidance.pipelines.bench.metrics import Retrieval
 from diffusers_guidance.pipelines.pictures.compare import compare
 from diffusers_guidance.pipelines.support.loading import load_whole
 from diffusers_guidance.samples import MODEL
-from diffusers_guidance.samples.training import data, embedding
-from diffusers_guidance.samples.training.data import Picture
 
 PROMPTS = (
     "a red apple", "a dog face", "a rocket", "a slice of pizza", "a grinning face", "a tiger face", "a guitar",
@@ -53,9 +55,9 @@ SCHEDULERS = (
 )
 
 
-def load(model: Path) -> StableDiffusionPipeline:
+def load(model: Path) -> DiffusionPipeline:
     """The pipeline as any user loads it, without its progress bar."""
-    pipe = load_whole(StableDiffusionPipeline, model, local_files_only=True)
+    pipe = load_whole(DiffusionPipeline, model, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -104,7 +106,7 @@ def _missed(queries: Tensor, pool: Tensor, fits: Tensor) -> list[int]:
     return [i for i in range(len(queries)) if not share_found(queries[i : i + 1], pool, fits[i : i + 1], 5)]
 
 
-def eye(folder: Path, pictures: Tensor, records: Sequence[Picture]) -> tuple[embedding.Embedding, list[int]]:
+def eye(folder: Path, pictures: Tensor, records: Sequence[Picture]) -> tuple[Embedding, list[int]]:
     """The embedding, and the numbers of the real pictures it knows: the everyday concepts, held-out pairs included."""
     concepts = {records[i].concept for i in data.everyday(list(records), CONCEPTS)}
     known = [i for i, r in enumerate(records) if r.concept in concepts]
@@ -120,7 +122,7 @@ def save_eye(folder: Path, model: Path) -> dict[str, int]:
     pictures, records = data.load(folder)
     network, known = eye(folder, pictures, records)
     names = [data.plain_name(records[i].label) for i in known]
-    Retrieval.save(model / Retrieval.FILE, network, embedding.embed(network, pictures[known]), names)
+    Retrieval.save(model / Retrieval.FILE, network, embed(network, pictures[known]), names)
     return {"pictures": len(known), "concepts": len(set(names))}
 
 
@@ -142,9 +144,9 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
     captions = [draw.choice(records[i].captions) for i in chosen]
     styled = [any(style in caption.split(",") + caption.split() for style in data.STYLES) for caption in captions]
     made = generate(pipe, captions, range(len(captions)), "training captions")
-    pool, of_pool = embedding.embed(network, pictures[seen]), [records[i] for i in seen]
+    pool, of_pool = embed(network, pictures[seen]), [records[i] for i in seen]
     fits = _fits([records[i] for i in chosen], of_pool, styled)
-    vectors = embedding.embed(network, made)
+    vectors = embed(network, made)
     found: dict[str, Any] = {
         "captions": len(captions),
         "generated": _retrieved(vectors, pool, fits),
@@ -156,14 +158,14 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
     wanted = [f"a {records[i].style} emoji of {data.with_article(data.plain_name(records[i].label))}" for i in asked]
     unseen = generate(pipe, wanted, range(len(wanted)), "held-out pairs")
     known = [*seen, *hidden]
-    pool, of_pool = embedding.embed(network, pictures[known]), [records[i] for i in known]
+    pool, of_pool = embed(network, pictures[known]), [records[i] for i in known]
     fits = _fits([records[i] for i in asked], of_pool, [True] * len(asked))
     real = embedding.embed_distorted(network, pictures[asked])
     found["held out"] = {
         "pairs": len(hidden),
         "captions": len(wanted),
-        "generated": _retrieved(embedding.embed(network, unseen), pool, fits),
-        "missed": _missed(embedding.embed(network, unseen), pool, fits[0]),
+        "generated": _retrieved(embed(network, unseen), pool, fits),
+        "missed": _missed(embed(network, unseen), pool, fits[0]),
         "real pictures, distorted": _retrieved(real, pool, fits),
     }
     _keep(keep, "training", captions, made)
@@ -202,10 +204,10 @@ def prompts(pipe: Any, folder: Path, keep: Path) -> dict[str, Any]:
     captions = shipped_prompts()
     made = generate(pipe, captions, [0] * len(captions), "prompts")
     asked = [asked_for(caption, records) for caption in captions]
-    pool, of_pool = embedding.embed(network, pictures[known]), [records[i] for i in known]
+    pool, of_pool = embed(network, pictures[known]), [records[i] for i in known]
     concept = torch.tensor([[wanted == p.concept for p in of_pool] for wanted, _ in asked])
     style = torch.tensor([[named in (None, p.style) for p in of_pool] for _, named in asked])
-    vectors = embedding.embed(network, made)
+    vectors = embed(network, made)
     real = [known[int(fit)] for fit in (concept & style).int().argmax(1)]
     _keep(keep, "prompts", captions, made)
     return {
@@ -255,7 +257,8 @@ def data_look(folder: Path) -> dict[str, float]:
 def similarity(pipe: Any) -> dict[str, Any]:
     """Cosine of conditional and unconditional predictions, mean over the common prompts, step by step."""
     own, found = pipe.scheduler, {}
-    for name in tqdm(SCHEDULERS, desc="schedulers"):
+    fitting = (type(own).__name__,) if "FlowMatch" in type(own).__name__ else SCHEDULERS
+    for name in tqdm(fitting, desc="schedulers"):
         pipe.scheduler = getattr(diffusers, name).from_config(own.config)
         with attach(pipe, CFG(), EveryStep()) as handle:
             generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
@@ -276,27 +279,32 @@ def _mean(values: Sequence[float | None]) -> float:
 # Seconds
 
 
-def seconds(pipe: Any, threads: int = 2) -> dict[str, Any]:
+def seconds(pipe: Any, threads: int = 2, times: int = 41) -> dict[str, Any]:
     """Median seconds of an image (20 steps, CFG), of one evaluation at batch 1 and 2, and of decoding."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    text = pipe.text_encoder(pipe.tokenizer("a rocket", padding="max_length", return_tensors="pt").input_ids)[0]
-    shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
-    latents = torch.randn(2, *shape)
-
-    def evaluate(count: int) -> Callable[[], Any]:
-        return lambda: pipe.unet(latents[:count], 500, encoder_hidden_states=text.expand(count, -1, -1))
-
+    latents = torch.randn(1, pipe.vae.config.latent_channels, *[data.SIZE // pipe.vae_scale_factor] * 2)
     with torch.no_grad():
         found = {
             "threads": threads,
-            "image": _median(lambda: pipe("a rocket", num_inference_steps=STEPS, guidance_scale=SCALE), 9),
-            "evaluation, batch 1": _median(evaluate(1), 41),
-            "evaluation, batch 2": _median(evaluate(2), 41),
-            "decoding": _median(lambda: pipe.vae.decode(latents[:1]), 21),
+            "image": _median(lambda: pipe("a rocket", num_inference_steps=STEPS, guidance_scale=SCALE), min(times, 9)),
+            "evaluation, batch 1": _evaluation(pipe, 1, times),
+            "evaluation, batch 2": _evaluation(pipe, 2, times),
+            "decoding": _median(lambda: pipe.vae.decode(latents), times),
         }
     torch.set_num_threads(before)
     return found
+
+
+def _evaluation(pipe: Any, count: int, times: int) -> float:
+    """Median seconds of one evaluation of the network, on `count` prompts without guidance."""
+    network, taken = getattr(pipe, "unet", None) or pipe.transformer, []
+    before = network.register_forward_pre_hook(lambda *call: taken.append(-time.perf_counter()))
+    after = network.register_forward_hook(lambda *call: taken.append(taken.pop() + time.perf_counter()))
+    pipe(["a rocket"] * count, num_inference_steps=times, guidance_scale=1.0)
+    before.remove()
+    after.remove()
+    return round(float(np.median(taken)), 4)
 
 
 def _median(what: Callable[[], Any], times: int) -> float:

@@ -1,56 +1,20 @@
-"""The eye of the evaluation: a small network that embeds pictures, trained on real ones only, apart from the generator.
+"""The eye of the evaluation: the network that embeds pictures, trained on real ones only, apart from the generator.
 
 It learns to tell concept and style of distorted real pictures; nearest in its embedding means most alike. Made by
 `evaluate`, which puts it beside the model for the benchmark's retrieval score.
 """
 
-import itertools
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from data import STYLES
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from diffusers_guidance.samples.training.data import STYLES
-
-SIZE = 64
-"""Pixels a side that it looks at."""
-
-
-class Embedding(nn.Module):
-    """Pictures (B, 3, 64, 64) in [-1, 1] to vectors of length 1, (B, 128).
-
-    Args:
-        concepts: How many it is to tell apart.
-    """
-
-    def __init__(self, concepts: int):
-        super().__init__()
-        widths = (3, 32, 64, 128, 256)
-        self.layers = nn.Sequential()
-        for before, after in itertools.pairwise(widths):
-            conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
-            self.layers.extend([conv, nn.BatchNorm2d(after), nn.ReLU()])
-        self.layers.extend([nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], 128)])
-        self.concept = nn.Linear(128, concepts, bias=False)
-        self.style = nn.Linear(128, len(STYLES), bias=False)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return F.normalize(self.layers(pictures), dim=1)
-
-    def scores(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of concepts and of styles: 20 times the cosine to each one's direction."""
-        concept, style = (20 * vectors @ F.normalize(head.weight, dim=1).T for head in (self.concept, self.style))
-        return concept, style
-
-
-def shrunk(pictures: Tensor) -> Tensor:
-    """Pictures (N, H, W, 3) uint8 as the network takes them, (N, 3, 64, 64)."""
-    parts = [F.adaptive_avg_pool2d(p.permute(0, 3, 1, 2).float() / 127.5 - 1, SIZE) for p in pictures.split(256)]
-    return torch.cat(parts)
+from diffusers_guidance.pipelines.bench.embedding import Embedding, shrunk
 
 
 def distorted(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,12 +48,12 @@ def trained(pictures: Tensor, concepts: list[str], styles: list[str], file: Path
         steps: Of 64 pictures.
     """
     names = sorted(set(concepts))
-    network = Embedding(len(names))
+    network = Embedding(len(names), len(STYLES))
     if file.exists():
         network.load_state_dict(load_file(file))
         return network.eval()
     torch.manual_seed(1)
-    network = Embedding(len(names))
+    network = Embedding(len(names), len(STYLES))
     small = shrunk(pictures)
     concept = torch.tensor([names.index(c) for c in concepts])
     style = torch.tensor([STYLES.index(s) for s in styles])
@@ -106,12 +70,6 @@ def trained(pictures: Tensor, concepts: list[str], styles: list[str], file: Path
         schedule.step()
     save_file(network.state_dict(), file)
     return network.eval()
-
-
-@torch.no_grad()
-def embed(network: Embedding, pictures: Tensor) -> Tensor:
-    """Vectors (N, 128) of pictures (N, H, W, 3) uint8."""
-    return torch.cat([network(part) for part in shrunk(pictures).split(256)])
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The data set: emoji of four styles from the package registries, as 128-pixel pictures with captions.
 
-`python -m diffusers_guidance.samples.training.data` fetches the packages below with `npm pack`, rasterises them
+`python benchmarks/training/data.py` fetches the packages below with `npm pack`, rasterises them
 over white and writes `pictures.safetensors` (uint8, (N, 128, 128, 3)) and `pictures.json` (one record a picture).
 """
 

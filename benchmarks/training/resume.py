@@ -1,6 +1,6 @@
 """Resume: what export wrote, turned back into checkpoints, so that the weights that ship can be trained further.
 
-`python -m diffusers_guidance.samples.training.resume` does it. Training then goes on with the same vocabulary and the
+`python benchmarks/training/resume.py` does it. Training then goes on with the same vocabulary and the
 same latents, from weights that were rounded to float16 and with optimizers that begin anew.
 """
 
@@ -8,14 +8,17 @@ import argparse
 import shutil
 from pathlib import Path
 
+import autoencoder
+import text_to_image
 import torch
+import trainer
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from diffusers_guidance.pipelines.bench.metrics import Retrieval
 from diffusers_guidance.pipelines.support.loading import load_whole
 from diffusers_guidance.samples import MODEL
-from diffusers_guidance.samples.training import autoencoder, text_to_image, trainer
 
 
 @torch.no_grad()
@@ -50,6 +53,9 @@ def resume(model: Path, folder: Path) -> None:
     save_file(scale, places[1] / "inputs.safetensors")  # no pictures chosen yet
     for place, module in zip(places, (vae, made), strict=True):
         trainer.save_weights(module, place)
+    if (eye := model / Retrieval.FILE).exists():  # what judged this model judges what comes next
+        weights = {n.removeprefix("network."): t for n, t in load_file(eye).items() if n.startswith("network.")}
+        save_file({name: weight.float() for name, weight in weights.items()}, folder / "embedding.safetensors")
 
 
 def main() -> None:

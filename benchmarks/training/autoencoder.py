@@ -1,6 +1,6 @@
 """The autoencoder: 128-pixel pictures to latents of 6 x 16 x 16 and back.
 
-`python -m diffusers_guidance.samples.training.autoencoder` trains it; `--decoder` then trains only the decoder
+`python benchmarks/training/autoencoder.py` trains it; `--decoder` then trains only the decoder
 further, on the latents of the encoder as it is, so that a UNet trained on them stays valid.
 """
 
@@ -8,15 +8,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import data
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trainer import Plan, Trainer, start
 
 from diffusers_guidance.pipelines.pictures import measures as fidelity
-from diffusers_guidance.samples.training import data
-from diffusers_guidance.samples.training.trainer import Plan, Trainer, start
 
 CHANNELS = 6
 NOISE = 0.1

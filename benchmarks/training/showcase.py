@@ -1,6 +1,6 @@
 """The pictures of the model's card: concepts and styles, guidance scales, and what went wrong.
 
-`python -m diffusers_guidance.samples.training.showcase`, after `evaluate`, writes them beside the model.
+`python benchmarks/training/showcase.py`, after `evaluate`, writes them beside the model.
 """
 
 import argparse
@@ -8,12 +8,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import data
+import evaluate
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_guidance.pipelines.pictures.compare import compare
 from diffusers_guidance.samples import MODEL
-from diffusers_guidance.samples.training import data, evaluate
 
 CONCEPTS = (
     "red apple", "dog face", "rocket", "slice of pizza", "grinning face", "tiger face", "guitar", "soccer ball",
