@@ -32,7 +32,7 @@ from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column, short
 from diffusers_guidance.pipelines.pictures.compare import Comparison, Result, _generate, _tensor, compare
 from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own_font
 from diffusers_guidance.pipelines.pictures.measures import EQUAL, psnr
-from diffusers_guidance.pipelines.pictures.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
+from diffusers_guidance.pipelines.pictures.sheet import _font, _wrap, cell_size, contact_sheet, save, similarity_plot
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.support import ray as spread
 from diffusers_guidance.report import Report, StepReport
@@ -485,7 +485,7 @@ def test_letters_come_from_a_font_that_has_them(tmp_path, recwarn):
     made = comparison(result("CFG", (255, 0, 0), count=2), prompts=("赤いりんご", "ᶁ"))
     made.results[0].reports = [Report(steps=[StepReport(0, 1.0, 1.0, ["both"] * 2, ["both"] * 2, [0.5] * 2, [0.5] * 2,
                                                         4, 4)])]  # fmt: skip
-    made.save(tmp_path)
+    save(made, tmp_path)
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
@@ -514,7 +514,7 @@ def test_files_are_whole_or_absent(pipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(OSError, match="no space"):
-        comparison.save(tmp_path)
+        save(comparison, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -25,7 +25,7 @@ from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
 from diffusers_guidance.pipelines.pictures.compare import Comparison, Result, compare
 from diffusers_guidance.pipelines.pictures.sizes import own_size, sized
-from diffusers_guidance.pipelines.pictures.solvers import scheduler_of
+from diffusers_guidance.pipelines.support.solvers import scheduler_of
 from diffusers_guidance.policies import EveryStep, LinearAG, Policy
 from diffusers_guidance.rules import CFG
 

@@ -18,9 +18,9 @@ from diffusers_guidance.pipelines.attach.run import _components
 from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.compare import _generate
-from diffusers_guidance.pipelines.pictures.solvers import scheduler_of
 from diffusers_guidance.pipelines.support.machine import environment
 from diffusers_guidance.pipelines.support.ray import pipeline
+from diffusers_guidance.pipelines.support.solvers import scheduler_of
 from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_guidance.pipelines.bench.cells import Done, run_cell
-from diffusers_guidance.pipelines.bench.suite import Cell, Suite, fingerprint
+from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.machine import machine
 from diffusers_guidance.pipelines.support.ray import spread
 

@@ -15,8 +15,7 @@ from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import is_number, is_whole
 from diffusers_guidance.pipelines.pictures.columns import Column, calibration_file
 from diffusers_guidance.pipelines.search.search import search
-from diffusers_guidance.pipelines.shell.common import read_lines
-from diffusers_guidance.pipelines.support.files import read_text
+from diffusers_guidance.pipelines.support.files import read_lines, read_text
 from diffusers_guidance.rules import CFG
 
 SUITE = samples.MODEL.parent / "suites" / "emoji.yaml"
@@ -278,25 +277,6 @@ class Cell:
             dtype,
         ]
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
-
-
-def fingerprint(model: str) -> str:
-    """Tells models in a folder apart, by their files' names, sizes, beginnings and ends; of the hub's, the name.
-
-    What lies beside a pipeline's components and their index (a card, an evaluation) is no part of it.
-    """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        return model
-    digest = hashlib.sha256()
-    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")]
-    for file in sorted(path for path in files if path.parent != folder or path.name == "model_index.json"):
-        size = file.stat().st_size
-        with file.open("rb") as content:
-            start = content.read(2**16)
-            content.seek(max(0, size - 2**16))
-            digest.update(f"{file.relative_to(folder)} {size}".encode() + start + content.read())
-    return digest.hexdigest()[:16]
 
 
 def _check_target(target: Any) -> None:

@@ -2,9 +2,6 @@
 
 import functools
 import inspect
-import io
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -141,32 +138,6 @@ class Comparison:
             )
         versions = {name: version(name) for name in packages}
         return {name: getattr(self, name) for name in names} | {"versions": versions, "columns": columns}
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes contact_sheet.png, similarity.png and compare.json into `folder`, each whole or not at all."""
-        from diffusers_guidance.pipelines.pictures.fonts import lettering
-        from diffusers_guidance.pipelines.pictures.sheet import contact_sheet, similarity_plot
-
-        sheet, plot = io.BytesIO(), io.BytesIO()
-        contact_sheet(self).save(sheet, "PNG", optimize=True)
-        with lettering(*self.prompts):
-            similarity_plot(self).savefig(plot, format="png", dpi=150)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-        contents = {
-            "contact_sheet.png": sheet.getvalue(),
-            "similarity.png": plot.getvalue(),
-            "compare.json": text.encode() + b"\n",
-        }
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            part = folder / f".{name}.{os.getpid()}"
-            try:
-                part.write_bytes(content)
-                os.replace(part, folder / name)
-            finally:
-                part.unlink(missing_ok=True)
-        return [folder / name for name in contents]
 
 
 def _tensor(picture: Image.Image) -> torch.Tensor:

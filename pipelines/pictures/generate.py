@@ -16,14 +16,14 @@ from typing import Any
 from diffusers_guidance.checks import is_whole, plain
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach.attach import attach
-from diffusers_guidance.pipelines.bench.suite import fingerprint
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.compare import _generate
 from diffusers_guidance.pipelines.pictures.sizes import check_sides, check_size
-from diffusers_guidance.pipelines.pictures.solvers import scheduler_of
 from diffusers_guidance.pipelines.support.files import read_text, write
+from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.machine import environment
 from diffusers_guidance.pipelines.support.ray import pipeline, spread
+from diffusers_guidance.pipelines.support.solvers import scheduler_of
 
 Progress = Callable[[str, int, int], None]
 """progress(what is running, pictures done, in all)"""

@@ -6,7 +6,6 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.calibration import DELTAS, Calibration, Fit
-from diffusers_guidance.checks import is_whole
 from diffusers_guidance.pipelines.pictures.measures import Fidelity, psnr
 from diffusers_guidance.pipelines.search.calibrate import Progress
 from diffusers_guidance.policies import Schedule
@@ -50,8 +49,6 @@ def search(
         ValueError: neither or both of `nfe` and `error`, or one out of range.
         CalibrationMismatch: `pipe` is not what the calibration was made for.
     """
-    if nfe is not None and not is_whole(nfe, 0):
-        raise ValueError(f"nfe={nfe!r}: a whole number of network evaluations")
     found = closed_form(calibration, nfe, error=error, skip=skip, fit=fit)
     if refine is None:
         return found

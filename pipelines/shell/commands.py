@@ -12,6 +12,7 @@ from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.pipelines.pictures.columns import BUNDLED, COLUMNS, Column
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
+from diffusers_guidance.pipelines.pictures.sheet import save
 from diffusers_guidance.pipelines.search.calibrate import calibrate, calibrate_on_ray
 from diffusers_guidance.pipelines.search.frontier import frontier, plot, table
 from diffusers_guidance.pipelines.search.nas import search_nas
@@ -24,10 +25,10 @@ from diffusers_guidance.pipelines.shell.common import (
     Scheduler,
     Seed,
     Seeds,
-    load,
-    read_lines,
     reporting,
 )
+from diffusers_guidance.pipelines.support.files import read_lines
+from diffusers_guidance.pipelines.support.loading import load
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import predicted_error
 
@@ -75,7 +76,7 @@ def compare_command(
             load(model, scheduler, device, dtype), texts, columns, seeds=seed or [0], steps=steps,
             guidance_scale=scale, negative=negative, batch=batch, progress=progress,
         )  # fmt: skip
-        files = comparison.save(out)
+        files = save(comparison, out)
     _print_comparison(comparison)
     for file in files:
         typer.echo(f"wrote {file}")

@@ -16,6 +16,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as that") from None
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a file that are neither empty nor comments.
+
+    Raises:
+        ValueError: there is none.
+    """
+    lines = (line.strip() for line in read_text(file).splitlines())
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise ValueError(f"{file} holds no prompt; write one a line")
+    return found
+
+
 def write(path: Path, content: bytes) -> None:
     """Writes `content` to `path`; a kill in the middle leaves what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
