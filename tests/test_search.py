@@ -24,7 +24,8 @@ from diffusers_guidance import (
     search_nas,
 )
 from diffusers_guidance.calibration import Calibration, Moments, combinations
-from diffusers_guidance.pipelines.pictures.measures import Fidelity, psnr, ssim
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.pictures.measures import psnr, ssim
 from diffusers_guidance.pipelines.search.calibrate import gram
 from diffusers_guidance.pipelines.search.frontier import OURS, Row, best_at, frontier, plot
 from diffusers_guidance.pipelines.search.nas import Mixture, _run, checkpointed

@@ -35,7 +35,7 @@ from diffusers_guidance.pipelines.app.settings import (
     Trial,
     knobs_of,
 )
-from diffusers_guidance.pipelines.app.work import Outcome, Progress, Studio
+from diffusers_guidance.pipelines.app.work import News, Outcome, Studio
 from diffusers_guidance.pipelines.pictures.texts import counted
 
 WAITING = 32
@@ -311,7 +311,7 @@ def compare_tab(studio: Studio) -> None:
         form = controls.read(values)
         yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # they hold the result before
 
-        def so_far(news: Progress) -> dict[Any, Any]:
+        def so_far(news: News) -> dict[Any, Any]:
             done = news.so_far.results if news.so_far else []
             return {status: app_show.progress_bar(news), grid: app_show.grid_html(form, done)}
 
@@ -372,7 +372,7 @@ def benchmark_tab(studio: Studio) -> None:
         form, points = controls.read(values), 0
         yield {table: gr.update(visible=False)}  # it holds the result before
 
-        def so_far(news: Progress) -> dict[Any, Any]:
+        def so_far(news: News) -> dict[Any, Any]:
             nonlocal points
             updates = {status: app_show.progress_bar(news)}
             if news.so_far is not None and len(news.so_far.points) != points:

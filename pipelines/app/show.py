@@ -15,9 +15,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from diffusers_guidance.pipelines.app.settings import Grid
-from diffusers_guidance.pipelines.app.work import Frontier, Outcome, Progress, estimates
-from diffusers_guidance.pipelines.pictures.compare import Comparison, Result
+from diffusers_guidance.pipelines.app.work import Frontier, News, Outcome, estimates
+from diffusers_guidance.pipelines.pictures.compare import Comparison
 from diffusers_guidance.pipelines.pictures.fonts import lettering
+from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.policies import LinearAG
@@ -31,11 +32,11 @@ COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#e
 # Numbers
 
 
-def progress_bar(progress: Progress) -> str:
+def progress_bar(news: News) -> str:
     """Where a piece of work is."""
-    what, so_far = escape(progress.what), f"{progress.done} of {counted(progress.total, 'step')}"
+    what, so_far = escape(news.what), f"{news.done} of {counted(news.total, 'step')}"
     return (
-        f'<div class="dg-progress"><progress value="{progress.done}" max="{max(progress.total, 1)}" '
+        f'<div class="dg-progress"><progress value="{news.done}" max="{max(news.total, 1)}" '
         f'aria-label="{what}"></progress><span>{what} · {so_far}</span></div>'
     )
 

@@ -19,8 +19,8 @@ from diffusers_guidance.schedules import closed_form
 COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.preset("normalised")@15')
 """What `compare` shows unless asked for something else."""
 
-BUNDLED = tuple("APG(norm_threshold=6, eta=0.5)+AG@15" if "APG" in column else column for column in COLUMNS)
-"""The same on the bundled model, for which APG has been set: docs/results/apg.md."""
+BUNDLED = tuple('APG.preset("emoji")+AG@15' if "APG" in column else column for column in COLUMNS)
+"""The same on the bundled model, for which APG has a preset."""
 
 
 def _public(module: Any, base: type) -> list[type]:

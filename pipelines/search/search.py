@@ -1,13 +1,14 @@
 """`search`: the best schedule of evaluations, in closed form, and if wanted by what real runs say about its like."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.calibration import DELTAS, Calibration, Fit
-from diffusers_guidance.pipelines.pictures.measures import Fidelity, psnr
-from diffusers_guidance.pipelines.search.calibrate import Progress
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import climb, closed_form, shortlist
 
@@ -55,20 +56,13 @@ def search(
     pipe, prompts = refine
     candidates = shortlist(calibration, found.nfe if nfe is None else nfe, skip, fit)
     total = max(runs, len(candidates)) + 1
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        if progress is not None:
-            progress("schedules", done, total)
-        done += 1
-
-    advance()
+    numbers = itertools.count()
+    progress = progress or silent
+    progress("schedules", next(numbers), total)
     fidelity = Fidelity(pipe, prompts, [seed], **calibration.call, **arguments)
 
     def measure(schedule: Schedule) -> float:
-        advance()
-        pictures, _ = fidelity.pictures(schedule)
-        return float(psnr(pictures, fidelity.reference).mean())
+        progress("schedules", next(numbers), total)
+        return fidelity.psnr(fidelity.run(schedule))
 
     return climb(candidates, measure, runs)

@@ -27,7 +27,7 @@ Dtype = Annotated[
 
 
 class Bar:
-    """A progress bar, called with what is running, the steps done and the steps in all."""
+    """A progress bar: a `Progress`."""
 
     def __enter__(self) -> "Bar":
         self.progress = Progress(
