@@ -22,26 +22,25 @@ from diffusers_guidance.pipelines.search.nas import search_nas
 from diffusers_guidance.pipelines.search.search import search
 from diffusers_guidance.policies import (
     AdaptiveGuidance,
-    Decision,
     EveryStep,
     Forecast,
     Handed,
-    History,
     Hold,
     Interval,
     LinearAG,
     Policy,
     Schedule,
-    Step,
     StepAG,
 )
 from diffusers_guidance.report import Report, StepReport
 from diffusers_guidance.rules import APG, CFG, TCFG, CFGZeroStar, Coefficients, Gram, MagnitudeAware, Rule
+from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
 
 __all__ = [
     "APG",
     "CFG",
     "TCFG",
+    "Action",
     "AdaptiveGuidance",
     "CFGZeroStar",
     "Calibration",
@@ -62,6 +61,7 @@ __all__ = [
     "LinearAG",
     "MagnitudeAware",
     "Policy",
+    "Prediction",
     "Report",
     "Rule",
     "Schedule",

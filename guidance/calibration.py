@@ -30,6 +30,7 @@ from torch import Tensor
 from diffusers_guidance.checks import is_number, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.spaces import Space
+from diffusers_guidance.steps import Action
 
 FORMAT = "diffusers-guidance calibration 1"
 
@@ -84,17 +85,17 @@ def combinations(gram: Tensor, actions: Sequence[str], fit: Fit = DELTAS) -> Ten
     other = d if fit.target == "delta" else c - d
     made = unit.expand(gram.shape).clone()
     for t, action in enumerate(actions):
-        if action == "both":
+        if action == Action.BOTH:
             continue
-        full = [i for i in range(t) if actions[i] == "both"]
-        conds = [i for i in range(t) if actions[i] != "neither"]
+        full = [i for i in range(t) if actions[i] == Action.BOTH]
+        conds = [i for i in range(t) if actions[i] != Action.NEITHER]
         if fit.regressors == "recent":
             full = conds = full[-2:]
-        if action == "neither":
+        if action == Action.NEITHER:
             made[..., t, :] = least_squares(gram, torch.cat([c[conds], other[full]]), c[t], fit.ridge)
         else:
             conds = [*conds, t]
-        if action == "conditional":
+        if action == Action.CONDITIONAL:
             made[..., steps + t, :] = 0
             continue
         estimate = least_squares(gram, torch.cat([c[conds], other[full]]), other[t], fit.ridge)
@@ -337,7 +338,7 @@ def _coefficients(calibration: Calibration, denoiser: str, actions: tuple[str, .
     if len(own) != moments.steps:
         raise CalibrationMismatch(f"{calibration!r} is for {calibration.steps} steps; these are {len(actions)} actions")
     # A denoiser's first evaluation in a run is always a full one.
-    own = ("both", *own[1:])
+    own = (Action.BOTH, *own[1:])
     return combinations(calibration.weights(denoiser, fit), own, fit)
 
 

@@ -9,41 +9,35 @@ is the projection of g - u on d = c - u, in units of d, averaged over steps and 
 The authors' code takes its absolute value; here guidance away from the prompt counts as what it is.
 """
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from diffusers_guidance.kernels import Coefficients, Gram
-from diffusers_guidance.rules import Rule
-from diffusers_guidance.spaces import Space
+from diffusers_guidance.kernels.reference import dims_of
+from diffusers_guidance.steps import Prediction, Step
 
 
-@dataclass(frozen=True)
-class Watched(Rule):
-    """A rule that does what `rule` does, and leaves the effective guidance scale of every step in `scales`."""
+@dataclass
+class Strength:
+    """An observer that leaves the effective guidance scale of every step in `scales`."""
 
-    rule: Rule = field(default_factory=Rule)
-    scales: list[Tensor] = field(default_factory=list, repr=False, compare=False)
-    """By step, one entry per sample (or per group of `norm_dim`)."""
+    scales: list[Tensor] = field(default_factory=list)
+    """By step, (rows,) each."""
 
-    def __post_init__(self) -> None:
-        for name in ("momentum", "norm_dim", "needs_denoised"):  # what runs read of a rule besides its methods
-            object.__setattr__(self, name, getattr(self.rule, name))
-        super().__post_init__()
-
-    def at(self, guidance_scale: float, step: int = 0, space: Space | None = None) -> Rule:
-        return replace(self, guidance_scale=guidance_scale, rule=self.rule.at(guidance_scale, step, space))
-
-    def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        found = self.rule.coefficients(gram, b)
-        along = found[0] * gram.Xd + (found[1] - 1) * gram.cd + found[2] * gram.dd + found[3] * gram.dm
-        self.scales.append((1 + along / gram.dd).detach().float().cpu())
-        return found
+    def __call__(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:
+        if prediction is None:
+            return
+        working = torch.promote_types(prediction.cond.dtype, torch.float32)
+        c, u, g = (t.to(working) for t in (prediction.cond, prediction.uncond, guided))
+        d, dims = c - u, dims_of(c, None)
+        self.scales.append((1 + ((g - c) * d).sum(dims) / (d * d).sum(dims)).cpu())
 
     @property
     def mean(self) -> float:
         """Over all steps and samples so far; those where both predictions agree have no say."""
-        values = [value for step in self.scales for value in step.flatten().tolist() if abs(value) < float("inf")]
+        values = [value for step in self.scales for value in step.tolist() if math.isfinite(value)]
         if not values:
-            raise ValueError("no guided step was seen: run the pipeline under this rule first")
+            raise ValueError("no guided step was seen: run the pipeline with this observer first")
         return sum(values) / len(values)

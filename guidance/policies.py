@@ -8,14 +8,14 @@ it decides for every sample of the batch, on its own, between
     extrapolate    evaluate the conditional one alone and guide with an estimate of the other
     neither        evaluate nothing and guide with estimates of both, or with a forecast of the guided prediction
 
-It keeps no state: all memory is in the `History`, which belongs to one run. The first step a denoiser takes
-in a run is always evaluated in full, because the pipeline's guidance is identified there; a plan for
+(`steps.Action`). It keeps no state: all memory is in the `History`, which belongs to one run. The first step a
+denoiser takes in a run is always evaluated in full, because the pipeline's guidance is identified there; a plan for
 anything else then decides only how the step is used. To add a policy, subclass `Policy` and write `plan`.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,85 +27,7 @@ from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
 from diffusers_guidance.forecast import combined, denoised_gains, forecast, pattern, repayment
 from diffusers_guidance.spaces import Space
-
-Action = Literal["both", "conditional", "extrapolate", "neither"]
-NFES: dict[str, int] = {"both": 2, "conditional": 1, "extrapolate": 1, "neither": 0}
-"""Network evaluations each action makes of a sample."""
-
-
-class Decision(NamedTuple):
-    """What to do for one sample at one step, and why (a few words for the report).
-
-    "neither" holds for a whole batch or not at all: where other samples are evaluated, so is this one.
-    """
-
-    action: Action
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Step:
-    """The coming evaluation: its number in this run, how many there are, and the scheduler's noise level.
-
-    A two-stage solver such as Heun makes two evaluations a step; each counts. `velocity` is the prediction's
-    factor in `v` (see `Space.velocity`), 1 where it is not known. `table` has the spaces of all steps of the run, and
-    is empty where they are not known.
-    """
-
-    index: int
-    count: int
-    sigma: float | None
-    velocity: float = 1.0
-    table: tuple[Space, ...] = ()
-
-
-@dataclass
-class History:
-    """What one run has seen so far of one denoiser, for a batch of `rows` samples."""
-
-    rows: int
-    denoiser: str = ""
-    """Its name in the pipeline, such as "unet"."""
-    similarity: dict[str, list[Tensor]] = field(default_factory=lambda: {"denoised": [], "noise": []})
-    """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated.
-
-    First of all those of a denoiser it took over from in this run, as Wan 2.2's second expert does.
-    """
-    delta: Tensor | None = None
-    """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out."""
-    velocity: Tensor | None = None
-    """(rows,): the factor that made `v` of a prediction at the step `delta` is from."""
-    cond: list[Tensor] = field(default_factory=list)
-    """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
-    uncond: list[Tensor] = field(default_factory=list)
-    """Likewise the unconditional ones; where a sample's was left out, what stood in for it."""
-    guided: dict[int, Tensor] = field(default_factory=dict)
-    """By step: the last guided predictions, as a policy that `hands` keeps them."""
-    is_denoised: bool = False
-    """Whether these are denoised samples; else they are as the scheduler takes them."""
-    skipped: list[int] = field(default_factory=list)
-    """The steps since the last of these."""
-
-    @classmethod
-    def following(cls, others: Iterable["History"], steps: int, rows: int, denoiser: str) -> "History":
-        """A new one that knows what agreed under the denoiser it takes over from in the same loop (Wan 2.2's first).
-
-        Args:
-            others: the loop's; one of more than the loop's `steps` so far is of a loop before it.
-        """
-        made = cls(rows, denoiser)
-        for other in others:
-            if other.rows == rows and len(other.similarity["noise"]) <= steps:
-                made.similarity = {space: list(values) for space, values in other.similarity.items()}
-                made.guided, made.skipped = dict(other.guided), list(other.skipped)
-                made.is_denoised = other.is_denoised
-        return made
-
-    def agreement(self, space: str) -> Tensor:
-        """(steps so far, rows) similarities on the host, NaN where unknown."""
-        seen = self.similarity[space]
-        seen[:] = [values.float().cpu() for values in seen]  # what has been fetched stays: only the last is waited for
-        return torch.stack(seen) if seen else torch.empty(0, self.rows)
+from diffusers_guidance.steps import Action, Decision, History, Plan, Step
 
 
 @dataclass(frozen=True)
@@ -125,7 +47,7 @@ class Policy:
     def __post_init__(self) -> None:
         plain_fields(self)
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
+    def plan(self, step: Step, history: History) -> Plan:
         """One decision per sample for the coming step; what is none is refused by `planned`."""
         raise NotImplementedError
 
@@ -143,14 +65,13 @@ class Policy:
         """(cond, uncond), (rows, ...) each, where `plan` said "neither"."""
         raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
 
-    def hand(self, step: Step, history: History, guided: Tensor | None, sample: Tensor | None) -> "Handed":
+    def hand(self, step: Step, history: History, guided: Tensor | None) -> "Handed":
         """What the scheduler is handed, of a policy that `hands`.
 
         Args:
             step: the one that is about to be taken.
             history: where `guided` and `skipped` are this method's to keep.
-            guided: what was evaluated and guided; None where nothing was.
-            sample: the scheduler's, of the prediction's shape; None where none can be denoised with it.
+            guided: (rows, ...) what was evaluated and guided; None where nothing was.
         """
         raise NotImplementedError(f"{type(self).__name__} hands on what was evaluated")
 
@@ -165,7 +86,7 @@ class Handed(NamedTuple):
     off on average, and how much of it the step repays."""
 
 
-def planned(policy: Policy, step: Step, history: History) -> list[Decision]:
+def planned(policy: Policy, step: Step, history: History) -> Plan:
     """What `policy.plan` says of the coming step, once it is a plan.
 
     Raises:
@@ -184,14 +105,14 @@ def planned(policy: Policy, step: Step, history: History) -> list[Decision]:
             raise TypeError(
                 f'{said} returned {each!r} for sample {row}: wanted is a Decision, as Decision("both", "why")'
             )
-        if not isinstance(each.action, str) or each.action not in NFES:
-            raise ValueError(f"{said} decided {each.action!r} for sample {row}: one of {', '.join(NFES)} can be done")
-        if each.action == "neither" and not policy.hands and type(policy).predict is Policy.predict:
+        if not isinstance(each.action, str) or each.action not in {*Action}:
+            raise ValueError(f"{said} decided {each.action!r} for sample {row}: one of {', '.join(Action)} can be done")
+        if each.action == Action.NEITHER and not policy.hands and type(policy).predict is Policy.predict:
             raise ValueError(
                 f'{said} decided "neither" for sample {row}, but {type(policy).__name__} has no estimate of both '
                 "predictions: give it a method `predict`, or decide otherwise"
             )
-    return list(plan)
+    return [Decision(Action(action), why) for action, why in plan]
 
 
 def estimated(policy: Policy, step: Step, history: History, cond: Tensor) -> Tensor:
@@ -222,7 +143,7 @@ def _like(found: Any, shape: torch.Size, said: str) -> Tensor:
     return found
 
 
-def _everyone(history: History, action: Action, why: str = "") -> list[Decision]:
+def _everyone(history: History, action: Action | str, why: str = "") -> Plan:
     return [Decision(action, why)] * history.rows
 
 
@@ -230,8 +151,8 @@ def _everyone(history: History, action: Action, why: str = "") -> list[Decision]
 class EveryStep(Policy):
     """Both predictions at every step: classifier-free guidance as everyone runs it."""
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
-        return _everyone(history, "both")
+    def plan(self, step: Step, history: History) -> Plan:
+        return _everyone(history, Action.BOTH)
 
 
 @dataclass(frozen=True)
@@ -277,14 +198,15 @@ class AdaptiveGuidance(Policy):
         threshold, chosen = calibration.threshold(save, space)
         return cls(threshold, chosen)  # type: ignore[arg-type]
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
+    def plan(self, step: Step, history: History) -> Plan:
         agree = history.agreement(self.space) >= self.threshold  # (steps, rows), False for NaN
         if len(agree) < self.patience:
-            return _everyone(history, "both")
+            return _everyone(history, Action.BOTH)
         crossed = agree.unfold(0, self.patience, 1).all(-1)  # (steps - patience + 1, rows)
         first = crossed.int().argmax(0) + self.patience - 1
+        why = f"similarity reached {self.threshold:g} at step"
         return [
-            Decision("conditional", f"similarity reached {self.threshold:g} at step {i}") if done else Decision("both")
+            Decision(Action.CONDITIONAL, f"{why} {i}") if done else Decision(Action.BOTH)
             for done, i in zip(crossed.any(0).tolist(), first.tolist(), strict=True)
         ]
 
@@ -317,7 +239,7 @@ class Interval(Policy):
         """Guidance where low < sigma <= high. The paper's best for SDXL is (0.28, 5.42]."""
         return cls(low, high, by="sigma")
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
+    def plan(self, step: Step, history: History) -> Plan:
         if self.by == "fraction":
             inside = self.start <= step.index / step.count < self.stop
             where = f"{step.index}/{step.count} is outside [{self.start:g}, {self.stop:g})"
@@ -326,7 +248,7 @@ class Interval(Policy):
         else:
             inside = self.start < step.sigma <= self.stop
             where = f"sigma {step.sigma:.3g} is outside ({self.start:g}, {self.stop:g}]"
-        return _everyone(history, "both") if inside else _everyone(history, "conditional", where)
+        return _everyone(history, Action.BOTH) if inside else _everyone(history, Action.CONDITIONAL, where)
 
 
 @dataclass(frozen=True)
@@ -340,9 +262,9 @@ class StepAG(Policy):
         if not (is_number(self.p, 0, 1) and self.p > 0):
             raise ValueError(f"p={self.p!r}: a share of the steps above 0, up to 1")
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
+    def plan(self, step: Step, history: History) -> Plan:
         if step.index / step.count < self.p:  # the product of two floats may lie just above a whole step
-            return _everyone(history, "both")
+            return _everyone(history, Action.BOTH)
         return _everyone(history, "conditional", f"after the first {self.p:.0%} of the steps")
 
 
@@ -367,10 +289,10 @@ class Hold(Policy):
         if not is_whole(self.warmup, 1):
             raise ValueError(f"warmup={self.warmup!r}: a whole number from 1 up (there must be something to hold)")
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
+    def plan(self, step: Step, history: History) -> Plan:
         along = step.count - 1 - step.index if self.last else step.index
         if step.index < self.warmup or along % self.period == 0:
-            return _everyone(history, "both")
+            return _everyone(history, Action.BOTH)
         return _everyone(history, "extrapolate", f"held between every {self.period} steps")
 
 
@@ -410,13 +332,14 @@ class Forecast(Policy):
         evaluations = math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // 2
         return pattern(count, evaluations, table)
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
+    def plan(self, step: Step, history: History) -> Plan:
         chosen = self.pattern(step.count, step.table)[step.index]
         known = history.guided and history.is_denoised == bool(step.table)
-        return _everyone(history, "both" if chosen or not known else "neither")
+        return _everyone(history, Action.BOTH if chosen or not known else Action.NEITHER)
 
-    def hand(self, step: Step, history: History, guided: Tensor | None, sample: Tensor | None) -> Handed:
-        space = step.table[step.index] if step.table and sample is not None else None
+    def hand(self, step: Step, history: History, guided: Tensor | None) -> Handed:
+        sample = step.sample
+        space = step.space if step.table and sample is not None else None
         known = history.guided
         if guided is None and history.is_denoised != (space is not None):
             raise UnsupportedScheduler(
@@ -476,7 +399,7 @@ class Schedule(Policy):
         fit: how they are fitted.
     """
 
-    actions: Sequence[Action]
+    actions: Sequence[Action | str]
     calibration: Calibration | None = None
     fit: Fit = DELTAS
 
@@ -484,15 +407,16 @@ class Schedule(Policy):
         super().__post_init__()
         object.__setattr__(self, "actions", tuple(self.actions))
         if not self.actions:
-            raise ValueError(f"actions={self.actions!r}: one of {', '.join(NFES)} for each step, so one at least")
+            raise ValueError(f"actions={self.actions!r}: one of {', '.join(Action)} for each step, so one at least")
         _check_calibration(self.calibration)
         for i, action in enumerate(self.actions):
-            if action not in NFES:
-                raise ValueError(f"actions[{i}]={action!r}: one of {', '.join(NFES)}")
-            if action in ("extrapolate", "neither") and "both" not in self.actions[:i]:
+            if action not in {*Action}:
+                raise ValueError(f"actions[{i}]={action!r}: one of {', '.join(Action)}")
+            if action in (Action.EXTRAPOLATE, Action.NEITHER) and Action.BOTH not in self.actions[:i]:
                 raise ValueError(f'actions[{i}]={action!r} has no "both" before it to extrapolate from')
-            if action == "neither" and self.calibration is None:
+            if action == Action.NEITHER and self.calibration is None:
                 raise ValueError(f'actions[{i}]="neither" needs a calibration: nothing else estimates both predictions')
+        object.__setattr__(self, "actions", tuple(map(Action, self.actions)))
         if self.calibration is not None and len(self.actions) != self.calibration.steps:
             raise CalibrationMismatch(
                 f"the schedule has {len(self.actions)} steps, {self.calibration!r} has not: they must agree"
@@ -506,9 +430,9 @@ class Schedule(Policy):
     def nfe(self) -> int:
         """Network evaluations of one sample; a denoiser's first step is evaluated in full, whatever it is used for."""
         firsts = {0} if self.calibration is None else {m.first for m in self.calibration.denoisers.values()}
-        return sum(2 if t in firsts else NFES[action] for t, action in enumerate(self.actions))
+        return sum(2 if t in firsts else Action(action).nfe for t, action in enumerate(self.actions))
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
+    def plan(self, step: Step, history: History) -> Plan:
         if len(self.actions) != step.count:
             raise ValueError(f"the schedule has {len(self.actions)} steps, the run {step.count}: they must agree")
         return _everyone(history, self.actions[step.index], "scheduled")
@@ -563,7 +487,7 @@ class LinearAG(Policy):
     """
 
     calibration: Calibration | None = None
-    actions: Sequence[Action] | None = None
+    actions: Sequence[Action | str] | None = None
     fit: Fit = UNCONDS
 
     def __post_init__(self) -> None:
@@ -580,7 +504,7 @@ class LinearAG(Policy):
         """What it does in a run of so many steps."""
         return Schedule(self.actions or published(steps), self.calibration, self.fit)
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
+    def plan(self, step: Step, history: History) -> Plan:
         decisions = self.schedule(step.count).plan(step, history)
         return decisions if self.actions else [Decision(action, "published schedule") for action, _ in decisions]
 
@@ -598,4 +522,5 @@ def _check_calibration(calibration: Any) -> None:
 
 def published(steps: int) -> tuple[Action, ...]:
     """LinearAG's schedule: every other step of the first half evaluated, no guidance in the second."""
-    return tuple("conditional" if i >= steps / 2 else "both" if i % 2 == 0 else "extrapolate" for i in range(steps))
+    guided = (Action.BOTH, Action.EXTRAPOLATE)
+    return tuple(guided[i % 2] if i < steps / 2 else Action.CONDITIONAL for i in range(steps))

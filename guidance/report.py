@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.checks import plain
+from diffusers_guidance.steps import Action, Plan, Step
 
 
 @dataclass
@@ -137,12 +139,80 @@ class Report:
         return figure
 
 
-def tell_repayments(report: Report, sizes: dict[int, Tensor]) -> None:
-    """Fills in, by step, how far forecasts had been off and how much is repaid: (2,) each, in one transfer."""
-    for i, (off, repaid) in zip(sizes, torch.stack([*sizes.values()]).tolist(), strict=True):
-        step = report.steps[i]
-        step.off, step.repaid = (None if math.isnan(value) else value for value in (off, repaid))
-        step.note += f": off by {off:.2g}, repaid {repaid:.2g}, of the denoised prediction"
+class Recording:
+    """A report in the making: its steps, counted from `first`, and numbers of theirs that are still on the device."""
+
+    def __init__(self, report: Report, first: int = 0):
+        self.report, self.first = report, first
+        self._similarities: dict[int, Tensor] = {}
+        """By step, (2, rows) each."""
+        self._sizes: dict[int, Tensor] = {}
+        """By step, (2,) each: of forecasts' errors and of repayments."""
+
+    def add(
+        self,
+        step: Step,
+        plan: Plan,
+        evaluated: Sequence[bool],
+        nfe: int,
+        nfe_full: int,
+        similarity: Tensor | None = None,
+        note: str = "",
+    ) -> None:
+        """A step that was taken.
+
+        Args:
+            plan: how each sample was used.
+            evaluated: by sample, whether both of its predictions were evaluated.
+            similarity: (2, rows), of the denoised predictions and of the noise.
+        """
+        if similarity is not None:
+            self._similarities[len(self.report.steps)] = similarity
+        alone = [Action.NEITHER if each.action == Action.NEITHER else Action.CONDITIONAL for each in plan]
+        reasons = dict.fromkeys(filter(None, [note, *(each.why for each in plan)]))
+        self.report.steps.append(
+            StepReport(
+                index=self.first + len(self.report.steps),
+                timestep=step.timestep,
+                sigma=step.sigma,
+                evaluated=[str(Action.BOTH if was else a) for was, a in zip(evaluated, alone, strict=True)],
+                action=[str(each.action) for each in plan],
+                similarity=[None] * len(plan),
+                similarity_noise=[None] * len(plan),
+                nfe=nfe,
+                nfe_full=nfe_full,
+                guidance_scale=step.w,
+                denoiser=step.denoiser,
+                note="; ".join(reasons),
+            )
+        )
+
+    def add_to_last(self, note: str, sizes: Tensor | None = None) -> None:
+        """What a policy has to say of the last step's forecast, and by how much it was off; see `Handed`."""
+        step = self.report.steps[-1]
+        step.note = "; ".join(filter(None, [step.note, note]))
+        if sizes is not None:
+            self._sizes[len(self.report.steps) - 1] = sizes
+
+    def finish(self) -> Report:
+        """The report, once what is on the device has been brought to the host; in one transfer of each kind."""
+        steps = self.report.steps
+        for i, values in zip(self._similarities, to_host([*self._similarities.values()]), strict=True):
+            steps[i].similarity, steps[i].similarity_noise = map(to_list, values)
+        for i, sizes in zip(self._sizes, to_host([*self._sizes.values()]), strict=True):
+            steps[i].off, steps[i].repaid = to_list(sizes)
+            off, repaid = sizes.tolist()
+            steps[i].note += f": off by {off:.2g}, repaid {repaid:.2g}, of the denoised prediction"
+        self._similarities, self._sizes = {}, {}
+        return self.report
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers on the host, by one transfer for all that are elsewhere."""
+    away = [tensor.detach() for tensor in tensors if tensor.device.type != "cpu"]
+    numbers = torch.cat([tensor.flatten().to(away[0].device) for tensor in away]).cpu() if away else torch.empty(0)
+    parts = iter(numbers.split([tensor.numel() for tensor in away]))
+    return [tensor.detach() if tensor.device.type == "cpu" else next(parts).view(tensor.shape) for tensor in tensors]
 
 
 def to_list(values: Tensor) -> list[float | None]:

@@ -17,7 +17,7 @@ import torch
 from diffusers_guidance.checks import is_number, is_whole, plain, plain_fields
 from diffusers_guidance.kernels import Coefficients, Gram
 from diffusers_guidance.kernels.reference import gram
-from diffusers_guidance.spaces import Space
+from diffusers_guidance.steps import Step
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,15 @@ class Rule:
         if self.guidance_scale is not None and not is_number(self.guidance_scale, 0):
             raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
 
-    def at(self, guidance_scale: float, step: int = 0, space: Space | None = None) -> "Rule":
-        """This rule as it combines at one step of a run.
-
-        Args:
-            guidance_scale: the run's, at this step.
-            step: evaluations of the run before this one.
-            space: what the step's prediction means, where that is known.
-        """
-        return replace(self, guidance_scale=guidance_scale)
+    def at(self, step: Step) -> "Rule":
+        """This rule as it combines at one step of a run, whose settled guidance scale is `step.w`."""
+        return replace(self, guidance_scale=step.w)
 
     @property
     def w(self) -> float:
         """The settled guidance scale."""
         if self.guidance_scale is None:
-            raise ValueError("guidance_scale is not set: use rule.at(guidance_scale) first")
+            raise ValueError("guidance_scale is not set: use rule.at(Step(w=guidance_scale)) first")
         return self.guidance_scale
 
     @property
@@ -230,10 +224,10 @@ class CFGZeroStar(Rule):
     def needs_denoised(self) -> bool:  # type: ignore[override]
         return self.zero_init > 0  # or what the prediction is would not be known
 
-    def at(self, guidance_scale: float, step: int = 0, space: Space | None = None) -> Rule:
-        if step < self.zero_init and space is not None and space.predicts_velocity:
-            return _Nothing(guidance_scale)
-        return super().at(guidance_scale, step, space)
+    def at(self, step: Step) -> Rule:
+        if step.index < self.zero_init and step.space is not None and step.space.predicts_velocity:
+            return _Nothing(step.w)
+        return super().at(step)
 
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
         # s u + w (c - s u) with u = c - d; 1 - s by what u is short of c, where both nearly agree.
@@ -301,13 +295,13 @@ class MagnitudeAware(Rule):
         return "magnitude_aware", (self.w, self.alpha)
 
 
-def settled(rule: Rule, guidance_scale: float, step: int = 0, space: Space | None = None) -> Rule:
-    """`rule.at(...)`, refused where it needs the denoised prediction without saying so: it would be given c for X.
+def settled(rule: Rule, step: Step) -> Rule:
+    """`rule.at(step)`, refused where it needs the denoised prediction without saying so: it would be given c for X.
 
     Raises:
         ValueError: its `needs_denoised` is False, but it has a momentum, or its coefficients look at X or m.
     """
-    made = rule.at(guidance_scale, step, space)
+    made = rule.at(step)
     if not rule.needs_denoised and (uses := _denoised_in(made)):
         raise ValueError(f"{type(rule).__name__} {uses}, so its class must say `needs_denoised = True`")
     return made

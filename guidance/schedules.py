@@ -20,7 +20,8 @@ from torch import Tensor
 
 from diffusers_guidance.calibration import DELTAS, Calibration, Fit, Moments
 from diffusers_guidance.checks import is_whole
-from diffusers_guidance.policies import NFES, Action, Schedule, published
+from diffusers_guidance.policies import Schedule, published
+from diffusers_guidance.steps import Action
 
 
 def closed_form(
@@ -75,7 +76,7 @@ def predicted_error(schedule: Schedule) -> float:
     if schedule.calibration is None:
         raise ValueError("predicted_error needs a schedule with a calibration: Schedule(actions, calibration)")
     calibration, total, reference = schedule.calibration, 0.0, 0.0
-    unguided: Sequence[str] = ["conditional"] * calibration.steps
+    unguided: Sequence[str] = [Action.CONDITIONAL] * calibration.steps
     for name, _, gain, w in _parts(calibration):
         gram = calibration.weights(name, schedule.fit)
         made, none = (calibration.coefficients(name, each, schedule.fit) for each in (schedule.actions, unguided))
@@ -89,7 +90,7 @@ def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> li
 
     `tilt` multiplies the gains by exp(tilt * share of the run gone by): above 0 it cares more about late steps.
     """
-    left: Action = "neither" if skip else "extrapolate"
+    left: Action = Action.NEITHER if skip else Action.EXTRAPOLATE
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     covered: set[int] = set()
     for _, moments, gain, w in _parts(calibration, tilt):
@@ -174,7 +175,7 @@ def shortest(cost: Tensor) -> list[tuple[float, tuple[int, ...]]]:
     return found
 
 
-def even(steps: int, evaluated: int, left: Action = "extrapolate") -> tuple[Action, ...]:
+def even(steps: int, evaluated: int, left: Action = Action.EXTRAPOLATE) -> tuple[Action, ...]:
     """Full evaluations spread evenly, the first and the last step among them; `left` at the others."""
     spread = torch.linspace(0, steps - 1, evaluated).round().int().tolist() if evaluated > 1 else [0]
     return _actions(steps, set(spread), left)
@@ -187,14 +188,16 @@ def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = 
 
     def spread(left: Action) -> list[Schedule]:
         for n in range(steps, 0, -1):
-            full = {t for t, action in enumerate(even(steps, n)) if action == "both"}
+            full = {t for t, action in enumerate(even(steps, n)) if action == Action.BOTH}
             made = Schedule(_actions(steps, full | firsts, left), calibration, fit)
             if made.nfe <= nfe:
                 return [made]
         return []
 
     usual = Schedule(published(steps), calibration, fit)
-    found += spread("extrapolate") + (spread("neither") if skip else []) + ([usual] if usual.nfe <= nfe else [])
+    found += (
+        spread(Action.EXTRAPOLATE) + (spread(Action.NEITHER) if skip else []) + ([usual] if usual.nfe <= nfe else [])
+    )
     return list({schedule.actions: schedule for schedule in found}.values())
 
 
@@ -227,8 +230,8 @@ def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibrati
         raise ValueError(f"nfe={nfe!r}: from {least} to {most} for such schedules of {calibration!r}")
     actions = max((each for each in best if _nfe(each) <= nfe), key=_nfe)
     if _nfe(actions) < nfe:
-        left = [t for t, action in enumerate(actions) if action == "neither"]
-        tried = [Schedule((*actions[:t], "extrapolate", *actions[t + 1 :]), calibration, fit) for t in left]
+        left = [t for t, action in enumerate(actions) if action == Action.NEITHER]
+        tried = [Schedule((*actions[:t], Action.EXTRAPOLATE, *actions[t + 1 :]), calibration, fit) for t in left]
         return min(tried, key=predicted_error)
     return Schedule(actions, calibration, fit)
 
@@ -261,13 +264,13 @@ def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[str, Momen
     ]
 
 
-def _neighbours(actions: Sequence[Action], firsts: set[int]) -> list[tuple[Action, ...]]:
+def _neighbours(actions: Sequence[Action | str], firsts: set[int]) -> list[tuple[Action | str, ...]]:
     """All with one full evaluation, but those at `firsts`, exchanged with the step before or after it."""
     found = []
     free = {*range(len(actions))} - firsts
     for t in sorted(free):
         for other in (t - 1, t + 1):
-            if other in free and actions[t] == "both" != actions[other]:
+            if other in free and actions[t] == Action.BOTH != actions[other]:
                 swapped = list(actions)
                 swapped[t], swapped[other] = swapped[other], swapped[t]
                 found.append(tuple(swapped))
@@ -275,8 +278,8 @@ def _neighbours(actions: Sequence[Action], firsts: set[int]) -> list[tuple[Actio
 
 
 def _nfe(actions: Sequence[Action]) -> int:
-    return sum(NFES[action] for action in actions)
+    return sum(Action(action).nfe for action in actions)
 
 
 def _actions(steps: int, evaluated: set[int], left: Action) -> tuple[Action, ...]:
-    return tuple("both" if t in evaluated else left for t in range(steps))
+    return tuple(Action.BOTH if t in evaluated else left for t in range(steps))

@@ -15,7 +15,7 @@ from tiny import PIPELINES, run
 from typer.testing import CliRunner
 
 from diffusers_guidance import APG, CFG, Calibration, CFGZeroStar, EveryStep, GuidanceError, attach, kernels, samples
-from diffusers_guidance.effective import Watched
+from diffusers_guidance.effective import Strength
 from diffusers_guidance.pipelines.bench import run as engine
 from diffusers_guidance.pipelines.bench.cells import _effective, possible_saving
 from diffusers_guidance.pipelines.bench.metrics import (
@@ -39,6 +39,7 @@ from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.ray import pipeline
+from diffusers_guidance.steps import Prediction, Step
 
 TEXT = """
 model: bundled
@@ -245,26 +246,27 @@ def test_the_matched_column_runs_at_the_scale_that_was_measured(lines):
 def test_the_effective_scale_is_the_projection_of_what_guidance_adds(rule):
     torch.manual_seed(0)
     x, c, u, m = torch.randn(4, 3, 2, 5, 5, dtype=torch.float64).unbind(0)
-    watched = Watched(rule.guidance_scale, rule=rule)
-    g, carried = kernels.guide(x, c, u, m, 0.7, -0.4, rule, backend="torch")
-    same = kernels.guide(x, c, u, m, 0.7, -0.4, watched, backend="torch")
-    assert torch.equal(g, same[0]) and torch.equal(carried, same[1])
+    strength = Strength()
+    g, _ = kernels.guide(x, c, u, m, 0.7, -0.4, rule, backend="torch")
+    strength(Step(), Prediction(c, u, [True] * 3), g)
     d = (c - u).flatten(1)
     exact = 1 + ((g - c).flatten(1) * d).sum(1) / (d * d).sum(1)
-    assert watched.scales[0].flatten().tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+    assert strength.scales[0].flatten().tolist() == pytest.approx(exact.tolist(), rel=1e-12)
     if getattr(rule, "norm_threshold", None) is None:  # CFG, or APG that is CFG
-        assert watched.mean == pytest.approx(rule.guidance_scale, rel=1e-5)
+        assert strength.mean == pytest.approx(rule.guidance_scale, rel=1e-9)
 
 
 def test_what_a_rule_does_at_a_step_of_its_own_is_in_the_measure():
     entry = PIPELINES["StableDiffusion3Pipeline"]
     pipe = entry.build()
-    watched = Watched(rule=CFGZeroStar())
-    with attach(pipe, CFGZeroStar(), EveryStep()):
+    strength = Strength()
+    with attach(pipe, CFGZeroStar(), EveryStep()) as handle:
         expected = run(pipe, entry, 4)
-    with attach(pipe, watched, EveryStep()):
+        handle.observers.append(strength)
         assert torch.equal(run(pipe, entry, 4), expected)
-    assert len(watched.scales) == 4
+        w = handle.report.steps[0].guidance_scale
+    assert len(strength.scales) == 4
+    assert all(abs(float(scale) - w) > 0.1 for scale in strength.scales[0])  # zero, whatever the scale
     with attach(pipe, CFGZeroStar(zero_init=0), EveryStep()):
         assert not torch.equal(run(pipe, entry, 4), expected)
 

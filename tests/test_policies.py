@@ -26,13 +26,22 @@ from diffusers_guidance import (
 )
 from diffusers_guidance.pipelines.attach.guider import Guider
 from diffusers_guidance.policies import planned
+from diffusers_guidance.spaces import Space
 
 NAN = float("nan")
 
 
+def at(sigma):
+    """Where the variance explodes, and the prediction is the noise."""
+    return Space(1.0, -sigma, 0.0, 1.0, 1.0, sigma, sigma, True)
+
+
 def actions(policy, count, rows=1, sigma=lambda i: None):
     """By step, what each of `rows` samples does; nothing has been seen."""
-    plans = [policy.plan(Step(i, count, sigma(i)), History(rows)) for i in range(count)]
+    spaces = [
+        None if sigma(i) is None else Space(1.0, -1.0, 0.0, 1.0, 1.0, sigma(i), sigma(i), True) for i in range(count)
+    ]
+    plans = [policy.plan(Step(i, count, space=spaces[i]), History(rows)) for i in range(count)]
     assert all(len(plan) == rows for plan in plans)
     return "".join(plan[0].action[0] for plan in plans)
 
@@ -48,17 +57,17 @@ def test_adaptive_guidance_stops_each_sample_after_its_own_crossing(space):
     seen = [[0.5, 0.95, NAN], [0.91, NAN, 0.8], [NAN, NAN, 0.89]]
     stopped = []
     for i, row in enumerate(seen):
-        stopped.append([d.action for d in policy.plan(Step(i, 5, None), history)])
+        stopped.append([d.action for d in policy.plan(Step(i, 5), history)])
         history.similarity[space].append(torch.tensor(row))
         history.similarity["noise" if space == "denoised" else "denoised"].append(torch.ones(3))
-    stopped.append([d.action for d in policy.plan(Step(3, 5, None), history)])
+    stopped.append([d.action for d in policy.plan(Step(3, 5), history)])
     assert stopped == [
         ["both", "both", "both"],
         ["both", "conditional", "both"],
         ["conditional", "conditional", "both"],
         ["conditional", "conditional", "both"],
     ]
-    assert "0.9 at step 1" in policy.plan(Step(3, 5, None), history)[0].why
+    assert "0.9 at step 1" in policy.plan(Step(3, 5), history)[0].why
 
 
 def test_patience_wants_a_row_of_agreeing_steps():
@@ -66,7 +75,7 @@ def test_patience_wants_a_row_of_agreeing_steps():
     history = History(1)
     for value, expected in [(0.95, "both"), (0.8, "both"), (0.95, "both"), (0.92, "conditional"), (NAN, "conditional")]:
         history.similarity["denoised"].append(torch.tensor([value]))
-        assert policy.plan(Step(0, 9, None), history)[0].action == expected
+        assert policy.plan(Step(0, 9), history)[0].action == expected
 
 
 def test_interval_by_fraction_and_by_sigma():
@@ -96,7 +105,7 @@ def test_the_held_difference_is_held_as_a_velocity():
     generator = torch.Generator().manual_seed(seed)
     delta, cond = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
     history = History(2, delta=delta, velocity=torch.tensor([1.0, 2.0]))
-    estimate = Hold(2).estimate(Step(3, 9, None, velocity=4.0), history, cond)
+    estimate = Hold(2).estimate(Step(3, 9, velocity=4.0), history, cond)
     expected = cond - delta * torch.tensor([0.25, 0.5]).view(2, 1, 1)
     torch.testing.assert_close(estimate, expected)
 
@@ -165,7 +174,7 @@ NO_PLANS = [
 @pytest.mark.parametrize(("answer", "error", "match"), NO_PLANS)
 def test_what_is_no_plan_is_refused(answer, error, match):
     with pytest.raises(error, match=rf"Says.plan, at step 3, .*{match}"):
-        planned(Says(answer), Step(3, 5, None), History(2))
+        planned(Says(answer), Step(3, 5), History(2))
 
 
 def test_a_tuple_is_a_plan():

@@ -20,6 +20,7 @@ from diffusers_guidance import APG, CFG, TCFG, CFGZeroStar, EveryStep, Magnitude
 from diffusers_guidance.kernels import Coefficients
 from diffusers_guidance.pipelines.attach.guider import Guider
 from diffusers_guidance.rules import PRESETS, Rule, settled
+from diffusers_guidance.steps import Step
 
 SEED = int(torch.randint(2**31, ()))
 
@@ -261,7 +262,7 @@ class Noted(CFG):
 
 def test_a_list_stays_the_one_that_was_given():
     seen = [torch.tensor(1.0)]
-    assert Noted(seen=seen).at(5.0).seen is seen
+    assert Noted(seen=seen).at(Step(w=5.0)).seen is seen
 
 
 @dataclass(frozen=True)
@@ -301,10 +302,10 @@ class Carries(Scaled):
 )
 def test_a_rule_that_forgets_to_say_that_it_needs_the_denoised_prediction(rule, match):
     with pytest.raises(ValueError, match=f"{match}.*`needs_denoised = True`"):
-        settled(rule, 5.0)
+        settled(rule, Step(w=5.0))
     said = Says(way=rule.way)
-    assert settled(said, 5.0) == Says(5.0, rule.way)
-    assert settled(Scaled(), 5.0) == Scaled(5.0)
+    assert settled(said, Step(w=5.0)) == Says(5.0, rule.way)
+    assert settled(Scaled(), Step(w=5.0)) == Scaled(5.0)
     # In a pipeline, which says so at its first step.
     entry = PIPELINES["StableDiffusionPipeline"]
     pipe = entry.build()
@@ -339,7 +340,7 @@ def test_finding_out_what_a_rule_needs_leaves_it_alone(given):
     "rule", [CFG(), CFG(rescale=0.7), APG(), CFGZeroStar(), CFGZeroStar(zero_init=0), TCFG(), MagnitudeAware()]
 )
 def test_the_rules_here_say_what_they_need(rule):
-    assert settled(rule, 5.0) == rule.at(5.0)
+    assert settled(rule, Step(w=5.0)) == rule.at(Step(w=5.0))
 
 
 def test_ace_steps_preset_is_what_its_pipeline_does(seed):

@@ -667,7 +667,7 @@ def test_attention_that_looks_at_the_batch(put, batch, policy):
 
     def overwrite(module: Any, args: Any, output: Any) -> Any:
         u, c = output[0].chunk(2)
-        alone = [d.action == "conditional" for d in policy.plan(Step(next(steps), STEPS, None), History(batch))]
+        alone = [d.action == "conditional" for d in policy.plan(Step(next(steps), STEPS), History(batch))]
         return (torch.cat([torch.where(torch.tensor(alone).view(-1, 1, 1, 1), c, u), c]),)
 
     pipe, steps = SD.build(), itertools.count()

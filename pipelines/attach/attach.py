@@ -9,11 +9,12 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
+from diffusers_guidance.engine import Observer
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.attach.deferred import deferred
+from diffusers_guidance.pipelines.attach.host import Host
 from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of, release_call
-from diffusers_guidance.pipelines.attach.run import Run
 from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
@@ -36,6 +37,8 @@ class Handle:
         self.pipe = pipe
         self.rule = rule
         self.policy = policy
+        self.observers: list[Observer] = []
+        """Told of every step of the next runs: observer(step, prediction, guided), see `engine.Observer`."""
         self._original = original
         """Of a copied pipeline: the handle of what it was copied from, which hears of its reports."""
         self._turn = threading.RLock()
@@ -128,7 +131,7 @@ class Handle:
 
     def _guided(self, arguments: dict[str, Any], work: Callable[[], Any]) -> Any:
         """What `work` returns, done under a run; where it has only begun by then, the rest too."""
-        run = Run(self.pipe, self.rule, self.policy, arguments)
+        run = Host(self.pipe, self.rule, self.policy, arguments, [*self.observers])
         with self._stretch(run):
             result = work()
         again = functools.partial(self._guided, arguments)
@@ -138,12 +141,12 @@ class Handle:
         self._finish(run, result)
         return result
 
-    def _finish(self, run: Run, result: Any) -> None:
+    def _finish(self, run: Host, result: Any) -> None:
         self._heard(run.report)  # another run may have come in between, in a callback
         run.finish(result)
 
     @contextmanager
-    def _stretch(self, run: Run) -> Iterator[None]:
+    def _stretch(self, run: Host) -> Iterator[None]:
         with self._turn, run.hooks():
             self._heard(run.report)
             yield
@@ -209,6 +212,7 @@ def handle_of(pipe: Any) -> Handle | None:
     if handle is None or handle.pipe is pipe:
         return handle
     own = Handle(pipe, handle.rule, handle.policy, handle)
+    own.observers = handle.observers
     catch_call(pipe, own._run)
     return own
 

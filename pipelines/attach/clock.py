@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_guidance.errors import UnsupportedScheduler
+from diffusers_guidance.errors import UnsupportedPipeline, UnsupportedScheduler
 from diffusers_guidance.pipelines.attach.schedulers import spaces, starts_step
+from diffusers_guidance.policies import Policy
+from diffusers_guidance.rules import Rule
 from diffusers_guidance.spaces import Space
+from diffusers_guidance.steps import Step
 
 _HALVES = (torch.float16, torch.bfloat16)
 _ROUNDINGS = (torch.float32, *_HALVES)
@@ -42,6 +45,8 @@ class Clock:
         """Evaluations made so far; and those that another scheduler had made."""
         self.loops = 0
         """Loops begun."""
+        self.stride = 1
+        """How many entries of the table the loop goes on by: some take every other one."""
 
     def tick(self, scheduler: Any, timestep: Any) -> None:
         """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
@@ -59,6 +64,9 @@ class Clock:
         if self.count == 0:
             self.begin = max(self._index, 0)
             self.count = self.steps + len(self._values) - self.begin
+        elif known and before >= 0 and self._index - before > self.stride == 1 and self.steps == self.before + 1:
+            self.stride = self._index - before
+            self.count = self.before - (self.begin - len(self._values)) // self.stride
         self.steps += 1
 
     def expects(self, scheduler: Any, timestep: Any) -> bool:
@@ -67,35 +75,66 @@ class Clock:
         if table is None or timestep is None:
             return False
         values, at = torch.as_tensor(table).flatten().tolist(), torch.as_tensor(timestep).flatten().tolist()
-        following = self._index + 1
+        following = self._index + self.stride if self._index >= 0 else 0
         return at[0] in (values[following : following + 1] if following else values)
 
     def timesteps(self, begin: int, count: int) -> list[float]:
-        """So many of the table's."""
-        return self._values[begin : begin + count]
+        """So many of the table's, as the loop takes them."""
+        return self._values[begin :: self.stride][:count]
+
+    def step(self, index: int, count: int, before: int, coming: bool = False) -> Step:
+        """The evaluation that shows now, as the `index`th of `count`; or the `coming` one, before it is made.
+
+        Args:
+            before: evaluations of the run before the first that this clock has seen.
+        """
+        space, count = self.next if coming else self.space, max(count, index + 1)
+        timestep = None if coming else self.timestep
+        if space is None:
+            return Step(index, count, timestep)
+        return Step(index, count, timestep, space, table=self.table(count, before), velocity=space.velocity)
+
+    def denoising(self, name: str, rule: Rule, policy: Policy, sample: Tensor | None, cond: Tensor) -> Space | None:
+        """The step's space, if the prediction can be denoised with the sample; None where rule and policy do without.
+
+        Raises:
+            UnsupportedScheduler, UnsupportedPipeline: they cannot do without; says why there is none.
+        """
+        if sample is not None and sample.shape == cond.shape and self.space is not None:
+            return self.space
+        if rule.needs_denoised or policy.needs_denoised:
+            if self.error is not None:
+                raise self.error
+            of = "no latents" if sample is None else f"a sample of shape {tuple(sample.shape)}"
+            raise UnsupportedPipeline(
+                f"{name} steps {of} at timestep {self.timestep} with a prediction of shape {tuple(cond.shape)}: no "
+                f"denoised prediction can be formed for {rule} and {policy}; choose ones that need none, such as CFG "
+                "and Hold"
+            )
+        return None
 
     def table(self, count: int, before: int = 0) -> tuple[Space, ...]:
         """The spaces of a run of `count` evaluations; empty where they are not all known.
 
         The run's first is `before` entries before the first that this clock has seen.
         """
-        begin = self.begin - before
-        found = self._table[begin : begin + count] if self._table is not None and begin >= 0 else ()
+        begin = self.begin - before * self.stride
+        found = self._table[begin :: self.stride][:count] if self._table is not None and begin >= 0 else ()
         return found if len(found) == count else ()
 
     @property
     def next(self) -> Space | None:
         """The space of the evaluation after the last one."""
-        if self._table is None or not 0 <= self._index < len(self._table) - 1:
+        if self._table is None or not 0 <= self._index < len(self._table) - self.stride:
             return None
-        return self._table[self._index + 1]
+        return self._table[self._index + self.stride]
 
     @property
     def ran_out(self) -> bool:
         """Whether the coming evaluation belongs to another loop: the table is at its end, or was made anew."""
         if self._scheduler is None:
             return False
-        return not self._goes_on(self._scheduler) or 0 <= len(self._values) - 1 <= self._index
+        return not self._goes_on(self._scheduler) or 0 <= len(self._values) - self.stride <= self._index
 
     def _goes_on(self, scheduler: Any) -> bool:
         """Whether the loop's table is the scheduler's still; a run beside it may have made the same one once more."""
@@ -127,7 +166,7 @@ class Clock:
         self.begins_anew = False
         self._scheduler, self._timesteps = scheduler, scheduler.timesteps
         self._values = [float(t) for t in scheduler.timesteps.tolist()]
-        self._index, self.count = -1, 0
+        self._index, self.count, self.stride = -1, 0, 1
         try:
             self._table = spaces(scheduler)
         except UnsupportedScheduler as error:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_guidance.engine import Engine
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.formula import Formula, exact
 from diffusers_guidance.pipelines.attach.state import Watch
-from diffusers_guidance.policies import Decision, EveryStep, History, Policy, Step, estimated, planned, predicted
+from diffusers_guidance.policies import EveryStep, Policy
+from diffusers_guidance.steps import Action, Decision, Plan, Step
 
 
 class Misfit(RuntimeError):
@@ -31,9 +33,10 @@ class Denoiser:
 
     name: str
     module: torch.nn.Module
+    policy: Policy
     formula: Formula | None = None
-    history: History | None = None
-    momentum: Tensor | None = None
+    engine: Engine | None = None
+    """For the batch whose formula is known."""
     clock: Clock | None = None
     """That of the scheduler which its predictions go to."""
     loop: int = 0
@@ -62,7 +65,9 @@ class Denoiser:
     held: list[Tensor] = field(default_factory=list)
     """What was put out at the last step that was evaluated, of a policy that `hands`."""
 
-    decisions: list[Decision] | None = None
+    step: Step = field(default_factory=Step)
+    """The coming one, as the plan was made for it."""
+    plan: Plan | None = None
     is_scanned: bool = False
     """Whether what others have put on the network was looked for at this step."""
     inputs: list[tuple[Callable, tuple, dict, Any]] = field(default_factory=list)
@@ -94,13 +99,27 @@ class Denoiser:
         """
         return bool(self.watch.finds.stateful)
 
-    def begin_step(self, policy: Policy, step: Step) -> None:
+    def begin_step(self, step: Step) -> None:
         """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
         self.end_step()
-        if self.formula is not None and self.history is not None:
-            plan = planned(policy, step, self.history)
-            estimated = ("extrapolate", "neither") if self.puts_out_more else ()
-            self.decisions = [Decision("both") if each.action in estimated else each for each in plan]
+        self.step = step
+        if self.formula is not None and self.engine is not None:
+            plan = self.engine.plan(step)
+            both = Decision(Action.BOTH)
+            self.plan = [both if self.puts_out_more and Action(each.action).is_estimated else each for each in plan]
+
+    def is_guided_by(self, engine: Engine, step: Step) -> None:
+        """Takes in the engine for the batch whose formula has been found, at the step it was found at."""
+        self.engine = engine
+        self.plan = engine.plan(step)
+
+    def stepped(self, clock: Clock) -> None:
+        """Takes in the clock of the scheduler that its predictions go to."""
+        self.clock, self.loop = clock, clock.loops
+
+    def settle_for(self, formula: Formula) -> None:
+        """Takes in another formula for the same batch."""
+        self.formula = formula
 
     def know(self, formula: Formula) -> None:
         """Takes in the pipeline's formula, as it was found from the step's outputs."""
@@ -117,7 +136,7 @@ class Denoiser:
 
     def forget(self) -> None:
         """Forgets the batch it has known, but not the coming step's evaluations."""
-        self.formula = self.history = self.momentum = None
+        self.formula = self.engine = None
         self.marks = []
         self.whole, self.splits = "", True
         self.known_parts.clear()
@@ -178,7 +197,7 @@ class Denoiser:
         self.held = self.outputs  # copies as they are
 
     def end_step(self) -> None:
-        self.decisions, self.follower_cut, self.is_scanned = None, False, False
+        self.plan, self.follower_cut, self.is_scanned = None, False, False
         self.inputs, self.outputs, self.strays, self.blanks = [], [], [], []
         self.given = self.skipped = None
         self.is_told = self.is_open = False
@@ -187,11 +206,11 @@ class Denoiser:
     @property
     def evaluates(self) -> list[bool]:
         """Per sample: whether its other branches are evaluated at this step."""
-        assert self.decisions is not None
+        assert self.plan is not None
         assert self.formula is not None
         if self.skips:
-            return [False] * len(self.decisions)
-        both = [decision.action in ("both", "neither") for decision in self.decisions]
+            return [False] * len(self.plan)
+        both = [each.action in (Action.BOTH, Action.NEITHER) for each in self.plan]
         # A cache would meet rows it has not seen; leaving out a whole call is what its contexts are for.
         uncut = (self.keeps_state and self.formula.batched) or (any(both) and (self.keeps_state or not self.splits))
         # The sound of a row that is skipped is the conditional one's, which must be there.
@@ -201,20 +220,20 @@ class Denoiser:
     @property
     def skips(self) -> bool:
         """Whether nothing at all is evaluated at this step."""
-        plan = self.decisions
+        plan = self.plan
         whole = self.whole or self.keeps_state or self.is_open
-        return plan is not None and not whole and all(d.action == "neither" for d in plan)
+        return plan is not None and not whole and all(each.action == Action.NEITHER for each in plan)
 
-    def run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
+    def run(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
-        if isinstance(policy, EveryStep):
-            return self._run(policy, step, call, args, kwargs)
+        if isinstance(self.policy, EveryStep):
+            return self._run(call, args, kwargs)
         if not self.is_scanned and self._may_skip:
             self.is_scanned = True
             self.watch.scan()
         if not self.nfe_full:  # nothing of this step is missing yet
             self._keep_whole()
-        output = self._run(policy, step, self.watch.over(call), args, kwargs)
+        output = self._run(self.watch.over(call), args, kwargs)
         if self.nfe == self.nfe_full:
             self._keep_whole()
         return output
@@ -223,7 +242,7 @@ class Denoiser:
     def _may_skip(self) -> bool:
         """Whether what is on the network matters at this step: it skips something, or finds out what can be skipped."""
         leader = self.leader or self
-        if leader.decisions is None or leader.formula is None:
+        if leader.plan is None or leader.formula is None:
             return not self.watch.is_settled
         return not all(leader.evaluates)
 
@@ -234,11 +253,11 @@ class Denoiser:
         if why and self.formula is not None and not self.whole:
             self.whole = f"{why}: the batch is left whole; {_WAY_OUT}"
 
-    def _run(self, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict) -> Any:
+    def _run(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         asked = _rows(args, kwargs)
-        if self.leader is not None and self.leader.decisions is not None:
+        if self.leader is not None and self.leader.plan is not None:
             return self._run_ahead(self.leader, asked, call, args, kwargs)
-        plan, formula = self.decisions, self.formula
+        plan, formula = self.plan, self.formula
         expected = 0 if formula is None else formula.rows * (formula.branches if formula.batched else 1)
         if plan is None or formula is None or all(self.evaluates) or asked != expected:
             return self._run_whole(call, args, kwargs, asked)
@@ -250,10 +269,10 @@ class Denoiser:
             return self._run_whole(call, args, kwargs, asked)
         if self.skips:
             self.skipped = partial(call, *args, **kwargs)
-            return self._run_nothing(formula, policy, step, branch)
+            return self._run_nothing(formula, branch)
         if formula.batched:
-            return self._run_batched(formula, policy, step, call, args, kwargs)
-        return self._run_sequential(formula, policy, step, branch, call, args, kwargs)
+            return self._run_batched(formula, call, args, kwargs)
+        return self._run_sequential(formula, branch, call, args, kwargs)
 
     def branch_of(self, args: tuple, kwargs: dict) -> int | None:
         """Which branch a call of one branch is for: by its arguments, where they tell, else by its place in the step.
@@ -279,21 +298,19 @@ class Denoiser:
         self._note(y, tried + asked, asked)
         return output
 
-    def _run_nothing(self, formula: Formula, policy: Policy, step: Step, branch: int) -> Any:
-        assert self.history is not None
-        if policy.hands:  # what is put out has no part in what the scheduler is handed
+    def _run_nothing(self, formula: Formula, branch: int) -> Any:
+        assert self.engine is not None
+        if self.policy.hands:  # what is put out has no part in what the scheduler is handed
             y = self.held[branch].clone()
             self._note(y, 0, len(y))
             return batch.with_prediction(self.template, y)
-        cond, uncond = predicted(policy, step, self.history)
+        cond, uncond = self.engine.both(self.step)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
         y = torch.cat(branches) if formula.batched else branches[branch].clone()
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
 
-    def _run_batched(
-        self, formula: Formula, policy: Policy, step: Step, call: Callable, args: tuple, kwargs: dict
-    ) -> Any:
+    def _run_batched(self, formula: Formula, call: Callable, args: tuple, kwargs: dict) -> Any:
         total = formula.rows * formula.branches
         kept, source = _kept(formula, self.evaluates)
         try:
@@ -307,16 +324,14 @@ class Denoiser:
             return self._run_whole(call, args, kwargs, total, len(kept))
         branches = list(y.chunk(formula.branches))
         cond = branches[formula.cond_index]
-        filled = {i: self._fill(policy, step, cond, branches[i]) for i in formula.others}
-        if any(filled[i] is not branches[i] for i in formula.others):
-            y = torch.cat([filled.get(i, cond) for i in range(formula.branches)])
+        if any(each.action == Action.EXTRAPOLATE for each in self.plan or ()):
+            filled = [cond if i == formula.cond_index else self._filled(cond, each) for i, each in enumerate(branches)]
+            y = torch.cat(filled)
             output = batch.with_prediction(output, y)
         self._note(y, len(kept), total)
         return output
 
-    def _run_sequential(
-        self, formula: Formula, policy: Policy, step: Step, branch: int, call: Callable, args: tuple, kwargs: dict
-    ) -> Any:
+    def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         n = formula.rows
         if branch == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
@@ -325,7 +340,7 @@ class Denoiser:
             *before, cond = self.outputs
             self.given = batch.copied(output)
             for i, waiting in enumerate(self.blanks):  # unconditional calls that came first wait for this one
-                self.outputs[i] = self._fill(policy, step, cond, self._merge(cond, before[i]))
+                self.outputs[i] = self._filled(cond, before[i])
                 waiting.copy_(self.outputs[i])
             return output
 
@@ -341,7 +356,7 @@ class Denoiser:
             output, uncond = batch.merged(self.evaluates, part, output), batch.prediction(part)
         if self.given is not None:
             cond = self.outputs[formula.cond_index]
-            filled = self._fill(policy, step, cond, self._merge(cond, uncond))
+            filled = self._filled(cond, uncond)
         else:
             blank = batch.prediction(output)
             assert blank is not None
@@ -353,20 +368,10 @@ class Denoiser:
     template: Any = None
     """An output of this denoiser, for its structure."""
 
-    def _merge(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
-        """`uncond` with the left-out rows from `cond`; always new memory."""
-        if uncond is None:
-            return cond.clone()
-        return batch.pick(self.evaluates, uncond, cond)
-
-    def _fill(self, policy: Policy, step: Step, cond: Tensor, uncond: Tensor) -> Tensor:
-        """`uncond` with the policy's estimate in the rows to be extrapolated."""
-        assert self.decisions is not None and self.history is not None
-        guess = [decision.action == "extrapolate" for decision in self.decisions]
-        if not any(guess):
-            return uncond
-        estimate = estimated(policy, step, self.history, cond).to(cond.dtype)
-        return batch.pick(guess, estimate, uncond)
+    def _filled(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        """`uncond` with what stands in for the rows that were skipped; see `Engine.fill`."""
+        assert self.plan is not None and self.engine is not None
+        return self.engine.fill(self.step, self.plan, cond, uncond, self.evaluates)
 
     def _run_ahead(self, leader: "Denoiser", asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Leaves out the rows that its leader is about to leave out."""

@@ -9,6 +9,7 @@ among the loop's own variables, see `_loop_of`.
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,17 +19,16 @@ from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
-from diffusers_guidance import kernels
 from diffusers_guidance.checks import is_number, plain
+from diffusers_guidance.engine import Engine, Observer
 from diffusers_guidance.errors import CalibrationMismatch, GuidanceError, UnsupportedPipeline
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.fingerprint import setting
-from diffusers_guidance.pipelines.attach.rows import pick
-from diffusers_guidance.policies import Decision, History, Policy, Step, estimated, planned
-from diffusers_guidance.report import Report, StepReport, tell_repayments, to_list
-from diffusers_guidance.rules import Rule, settled
-from diffusers_guidance.spaces import Space
+from diffusers_guidance.policies import Policy
+from diffusers_guidance.report import Recording, Report
+from diffusers_guidance.rules import Rule
+from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step
 
 
 class Guider(BaseGuidance):
@@ -70,10 +70,12 @@ class Guider(BaseGuidance):
         self.policy = DEFAULT_POLICY if policy is None else _rebuilt(Policy, policy)
         self.guidance_scale = guidance_scale
         self.register_to_config(guidance_scale=guidance_scale, enabled=enabled)
+        self.observers: list[Observer] = []
+        """Told of every step of the next runs; see `engine.Observer`."""
         self._run: _Run | None = None
         self._loop = _Loop(None, None)
         self._denoiser = ""
-        self._plan: list[Decision] | None = None
+        self._plan: Plan | None = None
         self._batches: set[int] = set()
 
     @property
@@ -131,12 +133,11 @@ class Guider(BaseGuidance):
         timesteps = getattr(scheduler, "timesteps", None)
         if self._run is None or step != following or timesteps is not self._run.timesteps:
             name = type(self._loop.pipe).__name__ if self._loop.pipe is not None else ""
-            self._run = _Run(Report(name, repr(self.rule), repr(self.policy)), self.rule, self.policy, timesteps, step)
+            self._run = _Run(Recording(Report(name, repr(self.rule), repr(self.policy)), step), timesteps)
         if scheduler is not None:
             self._run.clock.tick(scheduler, timestep)
         # The first step is evaluated in full, as it is under `attach`, and planned when the batch is known.
-        history = self._run.history
-        self._plan = None if history is None else self._planned(history)
+        self._plan = None if self._run.engine is None else self._planned(self._run.engine)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """The inputs of each evaluation this step makes, the conditional one first."""
@@ -164,20 +165,23 @@ class Guider(BaseGuidance):
         run = self._run
         if run is None:
             raise GuidanceError("a guider's set_state has to be called before every step")
+        step = self._step_now()
         if self.num_conditions == 1:
-            alone = [Decision("conditional", "no guidance: disabled, or at a scale of 1")] * len(pred_cond)
-            run.record(self._coming_step(), self._denoiser, alone, evaluated=False, full=1)
+            alone = [Decision(Action.CONDITIONAL, "no guidance: disabled, or at a scale of 1")] * len(pred_cond)
+            run.recording.add(step, alone, [False] * len(alone), len(alone), len(alone))
+            if run.engine is not None:  # nothing to forecast it from, nor from it
+                run.engine.history.lapse()
             pred = pred_cond
-            if run.history is not None:  # nothing to forecast it from, nor from it
-                run.history.guided.clear()
-                run.history.skipped.clear()
+            self._tell(step, None, pred)
         else:
             n = self._tokens(pred_cond)
             c, u = pred_cond[:, :n], None if pred_uncond is None else pred_uncond[:, :n]
-            pred = self._guide(run, self._settled_plan(run, c, u is not None), c, u)
-            if run.policy.hands:
+            engine = self._settled(run, c)
+            pred, prediction = self._guide(run, engine, step, c, u)
+            if engine.policy.hands:
                 run.held = pred_cond.clone()
-                pred = run.hand(self._coming_step(), pred, self._loop.latents)
+                pred = engine.hand(self._with_sample(step, c), pred)
+            self._tell(step, prediction, pred)
             if n < pred_cond.shape[1]:
                 pred = torch.cat([pred, pred_cond[:, n:]], 1)
         self._loop = _Loop(None, None)
@@ -188,11 +192,12 @@ class Guider(BaseGuidance):
     def _forecast(self) -> GuiderOutput:
         """What stands in where nothing was evaluated; the conditional prediction is the last one there was."""
         run, plan = self._run, self._plan
-        assert run is not None and plan is not None and run.held is not None
-        step, held = self._coming_step(), run.held
-        run.record(step, self._denoiser, plan, evaluated=False, full=2, w=self._w)
-        n = self._tokens(held)
-        pred = run.hand(step, None, self._loop.latents).to(held.dtype)
+        assert run is not None and run.engine is not None and plan is not None and run.held is not None
+        held, n = run.held, self._tokens(run.held)
+        step = self._with_sample(replace(self._step_now(), w=self._w), held[:, :n])
+        run.recording.add(step, plan, [False] * len(plan), 0, 2 * len(plan))
+        pred = run.engine.hand(step, None).to(held.dtype)
+        self._tell(step, None, pred)
         if n < held.shape[1]:
             pred = torch.cat([pred, held[:, n:]], 1)
         self._loop = _Loop(None, None)
@@ -204,9 +209,9 @@ class Guider(BaseGuidance):
 
     def _evaluations(self) -> list[tuple[int, str]]:
         plan = self._plan
-        if self.num_conditions == 2 and plan is not None and all(d.action == "neither" for d in plan):
+        if self.num_conditions == 2 and plan is not None and all(each.action == Action.NEITHER for each in plan):
             return []
-        skips = self.num_conditions == 1 or (plan is not None and all(d.action != "both" for d in plan))
+        skips = self.num_conditions == 1 or (plan is not None and all(each.action != Action.BOTH for each in plan))
         return list(enumerate(self._input_predictions))[: 1 if skips else 2]
 
     def _noted(self, batches: list[Any]) -> list[Any]:
@@ -214,56 +219,59 @@ class Guider(BaseGuidance):
         self._batches = {len(v) for v in conditions if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim)}
         return batches
 
-    def _coming_step(self) -> Step:
-        assert self._run is not None
-        clock = self._run.clock
-        count = self._run.first + clock.count if clock.count else self._num_inference_steps
-        count = max(count, self._step + 1)
-        if clock.space is None:
-            return Step(self._step, count, None)
-        return Step(self._step, count, clock.space.sigma, clock.space.velocity, clock.table(count, self._run.first))
+    def _step_now(self) -> Step:
+        run = self._run
+        assert run is not None
+        clock, first = run.clock, run.recording.first
+        count = first + clock.count if clock.count else self._num_inference_steps
+        return replace(clock.step(self._step, count, first), denoiser=self._denoiser)
 
-    def _planned(self, history: History) -> list[Decision]:
+    def _with_sample(self, step: Step, pred: Tensor) -> Step:
+        """The step with the loop's sample, if the prediction can be denoised with it."""
+        x = self._loop.latents
+        known = x is not None and step.space is not None and x.shape == pred.shape
+        return replace(step, sample=x if known else None, rows=len(pred))
+
+    def _planned(self, engine: Engine) -> Plan:
         """The policy's plan for the step: "neither" becomes "both" unless all it takes is a forecast to hand on."""
-        assert self._run is not None
-        plan = planned(self._run.policy, self._coming_step(), history)
-        if self._run.policy.hands and all(each.action == "neither" for each in plan):
+        plan = engine.plan(replace(self._step_now(), rows=engine.history.rows))
+        if engine.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return plan
-        return [Decision("both", why) if action == "neither" else Decision(action, why) for action, why in plan]
+        return [Decision(Action.BOTH if action == Action.NEITHER else action, why) for action, why in plan]
 
-    def _settled_plan(self, run: "_Run", c: Tensor, evaluated: bool) -> list[Decision]:
-        """The step's plan, now that its predictions are there."""
+    def _settled(self, run: "_Run", c: Tensor) -> Engine:
+        """The run's engine, now that the batch is known."""
         if self._batches and len(c) not in self._batches:
             raise UnsupportedPipeline(
-                f"{run.report.pipeline} guides a prediction of shape {tuple(c.shape)} from conditions for a batch of "
-                f"{' or '.join(map(str, sorted(self._batches)))}: which of its numbers make a sample is not known"
+                f"{run.recording.report.pipeline} guides a prediction of shape {tuple(c.shape)} from conditions for a "
+                f"batch of {' or '.join(map(str, sorted(self._batches)))}: which of its numbers make a sample is not "
+                "known"
             )
-        if run.history is None:
-            run.history = History.following(self._histories(run), run.first, len(c), self._denoiser)
-            self._check_calibration(run)
-            self._plan = self._planned(run.history)
-        assert self._plan is not None
-        # An estimate is not needed where the real thing was evaluated after all.
-        return [Decision("both") if evaluated and d.action in ("extrapolate", "neither") else d for d in self._plan]
+        if run.engine is None:
+            history = History.following(self._histories(run), run.recording.first, len(c), self._denoiser)
+            run.engine = Engine(self.rule, self.policy, history, run.recording)
+            run.engine.check(lambda: self._setting(run))
+            self._plan = self._planned(run.engine)
+        return run.engine
 
     def _histories(self, run: "_Run") -> list[History]:
         """Those of the loop's guiders, one for each denoiser."""
         parts = () if self._loop.pipe is None else vars(self._loop.pipe).values()
         runs = [part._run for part in parts if isinstance(part, Guider) and part._run is not None]
-        return [each.history for each in runs if each.history is not None and each.timesteps is run.timesteps]
+        return [each.engine.history for each in runs if each.engine is not None and each.timesteps is run.timesteps]
 
-    def _check_calibration(self, run: "_Run") -> None:
-        """Refuses a calibrated policy that was made for something else than this loop's pipeline."""
-        calibration, pipe = run.policy.calibration, self._loop.pipe
-        if calibration is None:
-            return
+    def _setting(self, run: "_Run") -> dict[str, Any]:
+        """What a calibration depends on, as it is in this loop."""
+        pipe = self._loop.pipe
         if pipe is None or not self._denoiser:
-            raise CalibrationMismatch(f"{calibration!r}: no pipeline in reach of this loop to compare it with")
-        begin = max(run.clock.begin - run.first, 0)
-        timesteps = run.clock.timesteps(begin, self._coming_step().count)
+            raise CalibrationMismatch(
+                f"{self.policy.calibration!r}: no pipeline in reach of this loop to compare it with"
+            )
+        begin = max(run.clock.begin - run.recording.first, 0)
+        timesteps = run.clock.timesteps(begin, self._step_now().count)
         found = setting(pipe, self._denoiser, self._w, timesteps)
         del found["pipeline"]  # a modular pipeline has classes of its own
-        calibration.check(found)
+        return found
 
     def _tokens(self, c: Tensor) -> int:
         """How many of the prediction's tokens are the sample's: Qwen-Image-Edit cuts the reference's off later."""
@@ -271,137 +279,45 @@ class Guider(BaseGuidance):
         longer = x is not None and x.ndim == c.ndim == 3 and x.shape[1] < c.shape[1]
         return x.shape[1] if x is not None and longer else c.shape[1]
 
-    def _guide(self, run: "_Run", plan: list[Decision], c: Tensor, u: Tensor | None) -> Tensor:
-        step, history, evaluated = self._coming_step(), run.history, u is not None
-        assert history is not None
-        x = self._loop.latents
-        space = self._space(run, c, x)
-        unguided = [decision.action == "conditional" for decision in plan]
-        if u is None:
-            guessed = any(decision.action == "extrapolate" for decision in plan)
-            u = pick(unguided, c, estimated(run.policy, step, history, c).to(c.dtype)) if guessed else c
-        similarity = run.remember(c, u, x, space) if evaluated else None
-        run.record(step, self._denoiser, plan, evaluated, full=2, similarity=similarity, w=self._w)
-        if run.policy.remembers:
-            history.cond.append(c.clone())  # the loop may use its memory again
-            history.uncond.append(u.clone())
-        if all(unguided):
-            return c
-        if run.rule.is_plain:
-            return pick(unguided, c, u + self._w * (c - u))
-        a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
-        sample = c if x is None or space is None else x
-        g, carried = kernels.guide(sample, c, u, run.momentum, a, b, settled(run.rule, self._w, step.index, space))
-        if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
-            before = torch.zeros_like(carried) if run.momentum is None else run.momentum
-            run.momentum = pick(unguided, before, carried)
-        return pick(unguided, c, g)
+    def _guide(self, run: "_Run", engine: Engine, step: Step, c: Tensor, u: Tensor | None) -> tuple[Tensor, Prediction]:
+        plan, rows = self._plan, len(c)
+        assert plan is not None
+        name = run.recording.report.pipeline or "the loop of an unknown pipeline"
+        space = run.clock.denoising(name, engine.rule, engine.policy, self._loop.latents, c)
+        step = replace(self._with_sample(step, c), space=space, w=self._w)
+        evaluated = [u is not None] * rows
+        uncond = engine.fill(step, plan, c, u, evaluated)
+        # The loop may use its memory again.
+        put_out = (c.clone(), uncond.clone()) if engine.policy.remembers else None
+        prediction = Prediction(c, uncond, evaluated, put_out)
+        guided = engine.guide(step, plan, prediction, lambda: uncond + self._w * (c - uncond)).tensor
+        return uncond + self._w * (c - uncond) if guided is None else guided, prediction
 
-    def _space(self, run: "_Run", c: Tensor, x: Tensor | None) -> Space | None:
-        """The step's space, if the rule and the policy can do without; else an error says why there is none."""
-        space = run.clock.space if x is not None and x.shape == c.shape else None
-        if space is None and (run.rule.needs_denoised or run.policy.needs_denoised):
-            if run.clock.error is not None:
-                raise run.clock.error
-            seen = "no latents" if x is None else f"latents of shape {tuple(x.shape)}"
-            raise UnsupportedPipeline(
-                f"the loop of {run.report.pipeline or 'an unknown pipeline'} has {seen} and a prediction of shape "
-                f"{tuple(c.shape)} at timestep {run.clock.timestep}: no denoised prediction can be formed for "
-                f"{run.rule} and {run.policy}; choose ones that need none, such as CFG and Hold"
-            )
-        return space
+    def _tell(self, step: Step, prediction: Prediction | None, pred: Tensor) -> None:
+        """Tells the observers of a step."""
+        step = self._with_sample(step, pred)
+        for observer in self.observers:
+            observer(step, prediction, pred)
 
 
 @dataclasses.dataclass
 class _Run:
-    """What one run has seen so far."""
+    """One run of a loop."""
 
-    report: Report
-    rule: Rule
-    policy: Policy
+    recording: Recording
     timesteps: Any
     """The scheduler's; they are made anew for every run."""
-    first: int
-    """The first step that asked this guider: Wan 2.2's second guider comes in late."""
     clock: Clock = dataclasses.field(default_factory=Clock)
-    history: History | None = None
-    momentum: Tensor | None = None
-    similarities: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-    """By place in the report, those not yet brought to the host."""
+    engine: Engine | None = None
+    """Once the batch is known."""
     held: Tensor | None = None
     """The last conditional prediction, of a policy that `hands`."""
-    sizes: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    """By place in the report, of forecasts' errors and repayments, those not yet brought to the host."""
-
-    def hand(self, step: Step, guided: Tensor | None, x: Tensor | None) -> Tensor:
-        """What the policy hands to the scheduler at a step that has been recorded; see `Policy.hands`."""
-        assert self.history is not None and self.held is not None
-        known = x is not None and self.clock.space is not None and (guided is None or x.shape == guided.shape)
-        found = self.policy.hand(step, self.history, guided, x if known else None)
-        recorded = self.report.steps[-1]
-        recorded.note = "; ".join(filter(None, [recorded.note, found.note]))
-        if found.sizes is not None:
-            self.sizes[len(self.report.steps) - 1] = found.sizes
-        return found.prediction
-
-    def remember(self, c: Tensor, u: Tensor, x: Tensor | None, space: Space | None) -> tuple[Tensor, Tensor]:
-        """Keeps what policies look back on, and returns the similarities (NaN where unknown)."""
-        assert self.history is not None
-        unknown = torch.full((len(c),), torch.nan, device=c.device)
-        found = (unknown, unknown)
-        if space is not None and x is not None:
-            pairs = ((space.a, space.b), (space.p, space.q))
-            found = tuple(kernels.similarity(x, c, u, *pair).float() for pair in pairs)  # type: ignore[assignment]
-        for name, values in zip(("denoised", "noise"), found, strict=True):
-            self.history.similarity[name].append(values)
-        self.history.delta = c - u
-        self.history.velocity = torch.full((len(c),), 1.0 if space is None else space.velocity, device=c.device)
-        return found
-
-    def record(
-        self,
-        step: Step,
-        denoiser: str,
-        plan: list[Decision],
-        evaluated: bool,
-        full: int,
-        similarity: tuple[Tensor, Tensor] | None = None,
-        w: float | None = None,
-    ) -> None:
-        rows = len(plan)
-        nothing = all(decision.action == "neither" for decision in plan)
-        if similarity is not None:
-            self.similarities[len(self.report.steps)] = similarity
-        self.report.steps.append(
-            StepReport(
-                index=step.index,
-                timestep=self.clock.timestep,
-                sigma=step.sigma,
-                evaluated=["both" if evaluated else "neither" if nothing else "conditional"] * rows,
-                action=[decision.action for decision in plan],
-                similarity=[None] * rows,
-                similarity_noise=[None] * rows,
-                nfe=0 if nothing else rows * (1 + evaluated),
-                nfe_full=rows * full,
-                guidance_scale=w,
-                denoiser=denoiser,
-                note="; ".join(dict.fromkeys(decision.why for decision in plan if decision.why)),
-            )
-        )
 
     def finished_report(self) -> Report:
-        if self.similarities:
-            found = torch.stack([torch.stack(pair) for pair in self.similarities.values()]).cpu()  # all at once
-            for i, pair in zip(self.similarities, found, strict=True):
-                step = self.report.steps[i]
-                step.similarity, step.similarity_noise = (to_list(values) for values in pair)
-            self.similarities.clear()
-        if self.sizes:
-            tell_repayments(self.report, self.sizes)
-            self.sizes.clear()
+        report = self.recording.finish()
         if self.clock.error is not None:
-            self.report.note = f"no similarities: {self.clock.error}"
-        return self.report
+            report.note = f"no similarities: {self.clock.error}"
+        return report
 
 
 class _Loop(NamedTuple):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_guidance.steps import pick
+
 _POSITIONAL = re.compile(r"rope|rotary|freqs|coords|grid|position|_ids$|_shapes$")
 
 
@@ -99,15 +101,6 @@ def _select(tensor: Tensor, index: list[int]) -> Tensor:
         # Copied, so that its place in the whole is no new case for compiled code.
         return tensor[index[0] : index[0] + len(index)].clone()
     return torch.stack([tensor[i] for i in index])  # a tensor of indices would have to be sent to the device
-
-
-def pick(chosen: list[bool], there: Tensor, otherwise: Tensor) -> Tensor:
-    """Row by row: `there` where chosen, else `otherwise`."""
-    if all(chosen):
-        return there
-    if not any(chosen):
-        return otherwise
-    return torch.stack([(there if was else otherwise)[i] for i, was in enumerate(chosen)])
 
 
 def _leaves(tree: Any, rows: int, name: str = "") -> Iterator[tuple[str, Any]]:

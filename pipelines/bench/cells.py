@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_guidance.effective import Watched
+from diffusers_guidance.effective import Strength
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_RULE
-from diffusers_guidance.pipelines.attach.run import _components
+from diffusers_guidance.pipelines.attach.parts import components
 from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, Result, cases_of, make, png_of
@@ -71,14 +71,13 @@ def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict
 
 def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
     """The effective guidance scale of the column's rule where every step is guided, over all prompts."""
-    asked = suite.scale(column)
-    watched = Watched(asked, rule=column.rule or DEFAULT_RULE)
+    asked, strength = suite.scale(column), Strength()
     cases = cases_of(suite.prompts, [cell.seed], suite.negative)
-    made = _make(pipe, suite, cases, Column(column.name, watched, EveryStep(), asked), batch=cell.batch)
+    guided = Column(column.name, column.rule or DEFAULT_RULE, EveryStep(), asked)
+    made = _make(pipe, suite, cases, guided, batch=cell.batch, observers=[strength])
     # In the pipeline's own words: some count their scale from 0, so that theirs is w - 1.
     w = next(step.guidance_scale for step in made.reports[-1].steps if step.guidance_scale is not None)
-    scale = watched.mean - (w - asked)
-    return {"seed": cell.seed, "effective": watched.mean, "guidance_scale": scale}, []
+    return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": strength.mean - (w - asked)}, []
 
 
 # Time
@@ -205,7 +204,7 @@ def _denoiser_clock(pipe: Any) -> Iterator[list[float]]:
         _synchronize(pipe)
         clock.append(time.perf_counter() - began.pop())
 
-    for _, component in _components(pipe):
+    for _, component in components(pipe):
         # The decoder is a network too, but is called by its methods.
         if isinstance(component, torch.nn.Module):
             hooks += [component.register_forward_pre_hook(before), component.register_forward_hook(after)]

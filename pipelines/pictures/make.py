@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffusers_guidance.checks import plain
+from diffusers_guidance.engine import Observer
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE, borrowed
 from diffusers_guidance.pipelines.pictures.columns import Column, short
 from diffusers_guidance.pipelines.pictures.measures import saturation, tensor_of
@@ -96,6 +97,7 @@ def make(
     guidance_scale: float = 5.0,
     batch: int | None = None,
     progress: Progress = silent,
+    observers: Sequence[Observer] = (),
     **arguments: Any,
 ) -> Result:
     """The pictures of all cases under a column's rule and policy. What is attached to `pipe` stays so, idle.
@@ -104,6 +106,7 @@ def make(
         guidance_scale: where the column has none.
         batch: pictures of one call; None for all.
         progress: told the column's name and the steps of all calls.
+        observers: told of every step.
         arguments: more of the pipeline's own, such as `height=512`.
     """
     scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
@@ -113,6 +116,7 @@ def make(
     size = batch or len(cases)
     batches = [cases[start : start + size] for start in range(0, len(cases), size)]
     with borrowed(pipe, rule, policy) as handle:
+        handle.observers += observers
         for number, part in enumerate(batches):
             told = _steps_of(progress, column.name, number, steps, len(batches))
             began = time.perf_counter()

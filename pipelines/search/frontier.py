@@ -19,6 +19,7 @@ from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.pipelines.support.resume import Record, resumed
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Hold, Interval, LinearAG, Policy, Schedule, StepAG
 from diffusers_guidance.schedules import even
+from diffusers_guidance.steps import Action
 
 FEWER = "CFG, fewer steps"
 STOP = "guidance stopped (StepAG, diffusers' cut-off)"
@@ -140,7 +141,7 @@ def _plan(
     for nfe in nfes:
         fewer = max(1, round(steps * nfe / (2 * count)))
         yield row(FEWER, f"{fewer} steps", EveryStep, steps=fewer)
-        yield row(EVEN, f"{nfe // 2} both, evenly", Schedule, even(count, nfe // 2, "neither"), calibration)
+        yield row(EVEN, f"{nfe // 2} both, evenly", Schedule, even(count, nfe // 2, Action.NEITHER), calibration)
         yield row(SEARCHED, f"search({nfe})", search, calibration, nfe)
         n = nfe - count
         if n < 2:

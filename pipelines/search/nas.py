@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,23 +24,26 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
-from diffusers_guidance.pipelines.attach.run import Run
+from diffusers_guidance.pipelines.attach.host import Host
 from diffusers_guidance.pipelines.pictures.make import Case, call_of
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Schedule
 from diffusers_guidance.rules import CFG, Coefficients, Gram, Rule
+from diffusers_guidance.steps import Step
 
 
 @dataclass(frozen=True)
 class Mixture(Rule):
-    """g = c + kappa d with the next kappa at every step."""
+    """g = c + kappa d with a kappa of its own at every step."""
 
-    guidance_scale: float | None = None
-    kappas: Iterator[Tensor] = field(default_factory=lambda: iter(()))
+    kappas: Sequence[Tensor] | Tensor = ()
+
+    def at(self, step: Step) -> Rule:
+        return replace(self, guidance_scale=step.w, kappas=self.kappas[step.index : step.index + 1])
 
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        return Coefficients(0.0, 1.0, next(self.kappas), 0.0)
+        return Coefficients(0.0, 1.0, self.kappas[0], 0.0)
 
 
 def search_nas(
@@ -95,7 +98,7 @@ def search_nas(
                 steps = len(scale)  # evaluations: a solver of two stages makes two a step
                 if not steps < nfe <= 2 * steps:
                     raise ValueError(f"nfe={nfe!r}: from {steps + 1} to {2 * steps} for these {steps} evaluations")
-                plain = run(Mixture(kappas=iter([torch.zeros(())] * steps)))[0]
+                plain = run(Mixture(kappas=torch.zeros(steps)))[0]
             if logits is None:
                 logits = torch.zeros(steps, 2 + len(strengths))  # unconditional, conditional, the strengths
                 logits[:, 2:] += 1.0
@@ -105,7 +108,7 @@ def search_nas(
             shares = (hardness * logits).softmax(-1)
             kappas = -shares[:, 0] + (shares[:, 2:] * (scale[:, None] * torch.tensor(strengths) - 1)).sum(-1)
             with torch.enable_grad():
-                made, _ = run(Mixture(kappas=iter(kappas.to(target.device))))
+                made, _ = run(Mixture(kappas=kappas.to(target.device)))
                 error = (made - target).square().mean() / (plain - target).square().mean().clamp(min=1e-12)
                 spent = steps + shares[:, 2:].sum()
                 loss = error + penalty * (spent - nfe).clamp(min=0).to(error) / steps
@@ -126,7 +129,7 @@ def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any
     bound = inspect.signature(function).bind(pipe, **call_of(pipe, cases, output_type="latent", **call))
     named = {name: value for name, value in bound.arguments.items() if name != "self"}
     bound.apply_defaults()
-    run = Run(pipe, rule, EveryStep(), dict(bound.arguments))
+    run = Host(pipe, rule, EveryStep(), dict(bound.arguments))
     with run.hooks(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
         latents = function(pipe, **named).images

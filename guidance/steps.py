@@ -1,0 +1,208 @@
+"""A step and what is known of it, as values: what rules, policies, kernels, observers and the report are given.
+
+Step         which evaluation of the run it is, and what its prediction means
+Decision     what a policy does with one sample at a step: an `Action`, and why
+Prediction   what was evaluated, with what stands in for the rest
+History      what a run has seen so far
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.spaces import Space
+
+
+class Action(str, Enum):
+    """What is done for one sample at one step. Each is equal to its name, a plain string."""
+
+    BOTH = "both"
+    """Evaluate the conditional and the unconditional prediction."""
+    CONDITIONAL = "conditional"
+    """Evaluate the conditional one alone, and use it unguided."""
+    EXTRAPOLATE = "extrapolate"
+    """Evaluate the conditional one alone, and guide with an estimate of the other."""
+    NEITHER = "neither"
+    """Evaluate nothing: guide with estimates of both, or with a forecast of the guided prediction."""
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations it makes of a sample."""
+        return {"both": 2, "conditional": 1, "extrapolate": 1, "neither": 0}[self.value]
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether something is guided with that was not evaluated."""
+        return self in (Action.EXTRAPOLATE, Action.NEITHER)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    __str__ = str.__str__
+
+
+class Decision(NamedTuple):
+    """What to do for one sample at one step, and why (a few words for the report).
+
+    "neither" holds for a whole batch or not at all: where other samples are evaluated, so is this one.
+    """
+
+    action: Action | str
+    why: str = ""
+
+
+Plan = list[Decision]
+"""One decision for each sample of a batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One evaluation of a run. A two-stage solver such as Heun makes two evaluations a step; each counts.
+
+    A policy's `plan` sees it before it is made, when `sample` and `w` are not known yet.
+    """
+
+    index: int = 0
+    """Its number in the run, from 0."""
+    count: int = 1
+    """How many the run makes."""
+    timestep: float | None = None
+    """The scheduler's; None where it is not known."""
+    space: Space | None = None
+    """What sample and prediction mean; None where it is not known."""
+    sample: Tensor | None = None
+    """(rows, ...): x_t as the scheduler has it; None where the prediction cannot be denoised with it."""
+    w: float | None = None
+    """The settled guidance scale, where 1 is the conditional prediction alone."""
+    rows: int = 1
+    """Samples in the batch."""
+    denoiser: str = ""
+    """The name of the network in its pipeline, such as "unet"."""
+    table: tuple[Space, ...] = ()
+    """The spaces of all steps of the run; empty where they are not known."""
+    velocity: float = 1.0
+    """What makes `v` (see `Space.velocity`) of what the network puts out; 1 where it is not known."""
+
+    @property
+    def sigma(self) -> float | None:
+        """The scheduler's noise level."""
+        return None if self.space is None else self.space.sigma
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A step's predictions, each (rows, ...), whole: what was not evaluated has something that stands in for it."""
+
+    cond: Tensor
+    uncond: Tensor
+    """Of rows that were not evaluated an estimate, or the conditional prediction where none is needed."""
+    evaluated: Sequence[bool]
+    """By row, whether both are the network's own."""
+    put_out: tuple[Tensor, Tensor] | None = None
+    """(cond, uncond) as the network put them out, in memory of their own, where the scheduler takes them otherwise."""
+    nfe: int = -1
+    """Network evaluations that were made, of all samples together. Default: two of each evaluated one, else one."""
+    nfe_full: int = -1
+    """Those that plain guidance would have made. Default: two of each sample."""
+    similarity: Tensor | None = None
+    """(2, rows): of the denoised predictions and of the noise, where they are known already."""
+    note: str = ""
+    """What the report says of it."""
+
+    def __post_init__(self) -> None:
+        rows = len(self.evaluated)
+        if self.nfe < 0:
+            object.__setattr__(self, "nfe", rows + sum(self.evaluated))
+        if self.nfe_full < 0:
+            object.__setattr__(self, "nfe_full", 2 * rows)
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """(cond, uncond) as the network put them out."""
+        return (self.cond, self.uncond) if self.put_out is None else self.put_out
+
+
+@dataclass
+class History:
+    """What one run has seen so far of one denoiser, for a batch of `rows` samples."""
+
+    rows: int
+    denoiser: str = ""
+    """Its name in the pipeline, such as "unet"."""
+    similarity: dict[str, list[Tensor]] = field(default_factory=lambda: {"denoised": [], "noise": []})
+    """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated.
+
+    First of all those of a denoiser it took over from in this run, as Wan 2.2's second expert does.
+    """
+    delta: Tensor | None = None
+    """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out."""
+    velocity: Tensor | None = None
+    """(rows,): the factor that made `v` of a prediction at the step `delta` is from."""
+    cond: list[Tensor] = field(default_factory=list)
+    """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
+    uncond: list[Tensor] = field(default_factory=list)
+    """Likewise the unconditional ones; where a sample's was skipped, what stood in for it."""
+    guided: dict[int, Tensor] = field(default_factory=dict)
+    """By step: the last guided predictions, as a policy that `hands` keeps them."""
+    is_denoised: bool = False
+    """Whether these are denoised samples; else they are as the scheduler takes them."""
+    skipped: list[int] = field(default_factory=list)
+    """The steps since the last of these."""
+
+    @classmethod
+    def following(cls, others: Iterable["History"], steps: int, rows: int, denoiser: str) -> "History":
+        """A new one that knows what agreed under the denoiser it takes over from in the same loop (Wan 2.2's first).
+
+        Args:
+            others: the loop's; one of more than the loop's `steps` so far is of a loop before it.
+        """
+        made = cls(rows, denoiser)
+        for other in others:
+            if other.rows == rows and len(other.similarity["noise"]) <= steps:
+                made.similarity = {space: list(values) for space, values in other.similarity.items()}
+                made.guided, made.skipped = dict(other.guided), list(other.skipped)
+                made.is_denoised = other.is_denoised
+        return made
+
+    def agreement(self, space: str) -> Tensor:
+        """(steps so far, rows) similarities on the host, NaN where unknown."""
+        seen = self.similarity[space]
+        seen[:] = [values.float().cpu() for values in seen]  # what has been fetched stays: only the last is waited for
+        return torch.stack(seen) if seen else torch.empty(0, self.rows)
+
+    def see(self, similarity: Tensor) -> None:
+        """Keeps a step's (2, rows) similarities, of denoised predictions and of noise."""
+        for name, values in zip(("denoised", "noise"), similarity, strict=True):
+            self.similarity[name].append(values)
+
+    def keep(self, prediction: Prediction, velocity: float, whole: bool) -> None:
+        """Keeps of a step's predictions what estimates look back on; all of them if `whole`."""
+        cond, uncond = prediction.own
+        if whole:
+            self.cond.append(cond)
+            self.uncond.append(uncond)
+        if any(prediction.evaluated):
+            delta = cond - uncond
+            factor = torch.full((self.rows,), velocity, device=delta.device)
+            if self.delta is not None and self.velocity is not None:
+                delta = pick(prediction.evaluated, delta, self.delta)
+                factor = pick(prediction.evaluated, factor, self.velocity)
+            self.delta, self.velocity = delta, factor
+
+    def lapse(self) -> None:
+        """Forgets what a forecast is made from: this step was not guided."""
+        self.guided.clear()
+        self.skipped.clear()
+
+
+def pick(chosen: Sequence[bool], there: Tensor, otherwise: Tensor) -> Tensor:
+    """Row by row: `there` where chosen, else `otherwise`."""
+    if all(chosen):
+        return there
+    if not any(chosen):
+        return otherwise
+    return torch.stack([(there if was else otherwise)[i] for i, was in enumerate(chosen)])

@@ -1,0 +1,62 @@
+"""One call of a pipeline: its arguments, and what the pipeline says of its guidance while it runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.pipelines.attach.formula import Around, Scales, read
+from diffusers_guidance.spaces import Space
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `pipe` with `arguments` (by name, defaults filled in)."""
+
+    pipe: Any
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the pipeline's class."""
+        return type(self.pipe).__name__
+
+    @property
+    def scales(self) -> Scales:
+        """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
+
+        def named(name: str) -> bool:
+            return "guidance_scale" in name or "cfg_scale" in name or "pag_scale" in name
+
+        here = {name: lambda name=name: getattr(self.pipe, name) for name in vars(self.pipe) if named(name)}
+        return here | {n: lambda n=n: self.arguments[n] for n in self.arguments if named(n)}
+
+    @property
+    def guides(self) -> bool | None:
+        """Whether the pipeline says that it does classifier-free guidance just now; None where it says nothing."""
+        says = getattr(self.pipe, "do_classifier_free_guidance", None)
+        if isinstance(says, bool):
+            return says
+        values = [get() for get in self.scales.values()]
+        scales = [read(value, value if isinstance(value, Tensor) else torch.empty(0)) for value in values]
+        known = [s for s in scales if s is not None]
+        return any(float(s.max() if isinstance(s, Tensor) else s) > 1 for s in known) if known else None
+
+    @property
+    def counted(self) -> int | None:
+        """How many steps the pipeline says it makes: fewer than its scheduler's where it stops early."""
+        found = getattr(self.pipe, "_num_timesteps", None)
+        return found if isinstance(found, int) else None
+
+    def option(self, name: str) -> float:
+        """A number among the call's arguments, as the pipeline has it now."""
+        value = getattr(self.pipe, f"_{name}", self.arguments.get(name))
+        if isinstance(value, bool):
+            return float(value)
+        number = read(value, torch.empty(0))
+        return number if isinstance(number, float) else 0.0
+
+    def around(self, sample: Tensor, space: Space | None) -> Around:
+        """What the pipeline's treatment of its predictions may depend on at a step."""
+        return Around(sample, space, self.option("guidance_rescale"), self.option("cfg_normalization"))

@@ -1,0 +1,184 @@
+"""What a run must not miss: others who call its pipeline's parts, and calls of which not all was seen.
+
+A plain result must never pass for a guided one. What cannot be followed is refused here, in words for the user.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from diffusers import DiffusionPipeline, ModularPipeline
+
+from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.attach.call import Call
+from diffusers_guidance.pipelines.attach.denoiser import Denoiser
+from diffusers_guidance.policies import Policy
+from diffusers_guidance.rules import Rule
+
+
+class Company:
+    """Who else calls the parts of the call's pipeline, as the stack tells."""
+
+    def __init__(self, call: Call):
+        self._call = call
+        self.stages: dict[int, Any] = {}
+        """The pipelines that this one has, by id."""
+        self.stranger: str | None = None
+        """The last other pipeline that called a network of this one."""
+        self.left_to: str | None = None
+        """The last of those that this one called itself."""
+        self.ran_elsewhere = False
+        """Whether a method of the pipeline has called its parts from another thread."""
+        self._own: FrameType | None = None
+        """The pipeline's loop."""
+
+    def leave(self) -> None:
+        """Forgets the pipeline's loop, which holds everything it knows."""
+        self._own = None
+
+    def is_own(self, frame: FrameType | None) -> bool:
+        """Whether the pipeline itself is calling, and not another one, from a callback say, that shares its parts.
+
+        The innermost pipeline on the stack tells, which for a combined pipeline may be one of its stages.
+        """
+        while frame is not None and frame is not self._own:
+            if frame.f_code.co_name == "__call__":
+                caller = frame.f_locals.get("self")
+                if isinstance(caller, DiffusionPipeline | ModularPipeline):
+                    if caller is not self._call.pipe and id(caller) not in self.stages:
+                        self.stranger = type(caller).__name__
+                        if self._has_called(frame):
+                            self.left_to = self.stranger
+                        return False
+                    self._own = frame  # read once: before Python 3.13 reading a frame's variables copies them all
+                    break
+            frame = frame.f_back
+        return True
+
+    def _has_called(self, frame: FrameType) -> bool:
+        """Whether the pipeline itself has called `frame`, and not a callback that it was given."""
+        given = [each for each in self._call.arguments.values() if callable(each)]
+        codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in given} - {None}
+        caller = frame.f_back
+        while caller is not None:
+            owner = caller.f_locals.get("self")
+            if owner is self._call.pipe:
+                return True
+            if caller.f_code in codes or any(owner is each for each in given):
+                return False
+            caller = caller.f_back
+        return False
+
+    def was_called_elsewhere(self, frame: FrameType | None) -> None:
+        """Takes note of a call from a thread in which no run is in front of the pipeline's parts."""
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, DiffusionPipeline | ModularPipeline):
+                self.ran_elsewhere |= caller is self._call.pipe
+                return
+            frame = frame.f_back
+
+
+def check_pending(
+    name: str, step: int, replaced: Collection[str], parts: Mapping[str, Any], denoisers: Iterable[Denoiser]
+) -> None:
+    """Refuses to go on where a scheduler has come between an evaluation and its step, which was not seen then."""
+    pending = [each.name for each in denoisers if each.formula is not None and each.outputs]
+    schedulers = [each for each in replaced if not isinstance(parts[each], torch.nn.Module)]
+    if pending and schedulers:
+        raise UnsupportedPipeline(
+            f"{name} replaced its {' and '.join(schedulers)} at step {step}, after "
+            f"its {' and '.join(pending)} was evaluated, so the step was not seen: replace it before the evaluation"
+        )
+
+
+def refuse_unseen(name: str, step: int, replaced: Collection[str], denoisers: Iterable[Denoiser]) -> NoReturn:
+    """Refuses a step before which no evaluation was seen."""
+    if replaced:
+        what = f"its {' and '.join(replaced)} was replaced while it ran: replace it before the call"
+    else:
+        networks = ", ".join(each.name for each in denoisers) or "none"
+        what = (
+            f"none of its networks that can be followed ({networks}) was called: they must be attributes of the "
+            "pipeline, of type torch.nn.Module, called in the pipeline's thread; wrap one of another type in a "
+            "Module whose forward calls it"
+        )
+    raise UnsupportedPipeline(
+        f"{name} called scheduler.step, at step {step}, without an evaluation "
+        f"that was seen, so its guidance could not be found: {what}, or use the pipeline without attach"
+    )
+
+
+def refuse_again(name: str, step: int, rule: Rule, policy: Policy) -> NoReturn:
+    """Refuses a further step on a prediction that is not the one that was guided."""
+    raise UnsupportedPipeline(
+        f"{name} called scheduler.step again, at step {step}, with "
+        f"another prediction than before and without evaluating its network: what {rule} and "
+        f"{policy} make of it is not known; use CFG() with EveryStep(), or the pipeline without attach"
+    )
+
+
+def check_end(
+    call: Call,
+    company: Company,
+    denoisers: Collection[Denoiser],
+    *,
+    result: Any,
+    steps: int,
+    was_called: bool,
+    has_schedulers: bool,
+    acts: bool,
+    is_left_alone: bool,
+) -> None:
+    """Refuses a result whose guidance was not all that the report says.
+
+    Args:
+        steps: how many were seen.
+        was_called: whether a network was.
+        acts: whether anything was to be done in place of the pipeline's own guidance.
+        is_left_alone: whether a guided step's combination was the pipeline's own.
+    """
+    name = call.name
+    if was_called and not steps and (has_schedulers or call.guides):
+        raise UnsupportedPipeline(
+            f"{name} ran its denoiser, but never called scheduler.step afterwards, "
+            "so its guidance could not be found; use it without attach"
+        )
+    if not may_guide(call, acts) or (steps and not acts):
+        return
+    if company.ran_elsewhere:
+        raise UnsupportedPipeline(
+            f"{name} called its network or scheduler in another thread than it was called in, where it is not "
+            f"followed: {steps} of its steps were seen. Have it run in the thread that calls it, and call it in a "
+            "thread of its own instead; or use it without attach"
+        )
+    unseen = company.stranger or (call.guides and not (denoisers and has_schedulers))
+    if company.left_to or (not steps and unseen):
+        other = company.left_to or company.stranger
+        other = f"a {other}, which is none" if other else "networks and schedulers that are none"
+        raise UnsupportedPipeline(
+            f"{name} left its evaluations to {other} of its attributes, so its guidance could not "
+            "be found; attach to the pipeline that has them"
+        )
+    if not steps and has_schedulers and not getattr(call.pipe, "_interrupt", False):
+        raise UnsupportedPipeline(
+            f"{name} returned a {type(result).__name__}, and nothing was seen of its loop: no call of its networks "
+            f"({', '.join(each.name for each in denoisers)}), no step of a scheduler. Have its loop "
+            "run before it returns, in the thread and process it is called in; or use it without attach"
+        )
+    for each in denoisers:
+        left = each.unused
+        # What a rule was to change must not be left plain; a single call may have served something else.
+        single = each.formula is not None and left <= each.formula.calls
+        if left and not (single and is_left_alone):
+            raise UnsupportedPipeline(
+                f"{name} called {each.name} {left} times after the last call of "
+                f"scheduler.step that was seen, at step {steps - 1}, so its guidance could not be "
+                "found from there on: a scheduler must be an attribute of the pipeline; use it without attach"
+            )
+
+
+def may_guide(call: Call, acts: bool) -> bool:
+    """Whether what is not seen may be guidance that something else was to stand for."""
+    return bool(call.guides) or (call.guides is None and acts)

@@ -1,0 +1,273 @@
+"""How a pipeline guides: found out from the numbers of one step, and verified at every other one.
+
+Where a rule or a policy acts on what was found, the numbers that tell whether it is right are waited for at every
+step, with the similarities in the same transfer. Where nothing is changed (plain guidance at every step) and the
+pipeline's scale can be read, nothing is waited for before the end of the run; the report then says which steps were
+not what they were taken for.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.attach.call import Call
+from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.attach.denoiser import Denoiser
+from diffusers_guidance.pipelines.attach.formula import SOLVED, Fit, Formula, Residual, mixture, norm, residual, views
+from diffusers_guidance.pipelines.attach.identify import SINGLE, Sample, best, identify, solve, turned
+from diffusers_guidance.policies import EveryStep, Policy
+from diffusers_guidance.report import Recording, to_host
+from diffusers_guidance.rules import Rule
+from diffusers_guidance.steps import Action, Plan, Prediction, Step
+
+_ROUNDING = 0.02
+"""How far below 0 a scale that was solved for may come out, whatever the dtype."""
+
+_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Formula]] = WeakKeyDictionary()
+"""By network and the pipeline's class, a formula that was found where the scale told both halves apart."""
+
+
+class Seen(NamedTuple):
+    """A guided step as the formula reads it."""
+
+    step: Step
+    prediction: Prediction
+    residual: Residual
+    similarity: Tensor
+    """(2, rows)."""
+
+
+class _Unread(NamedTuple):
+    """What has not been waited for yet: of which step, read by which formula."""
+
+    place: int
+    """In the report."""
+    formula: Formula
+    residual: Residual
+
+
+class Discovery:
+    """What one run finds out about its pipeline's guidance."""
+
+    def __init__(self, call: Call, rule: Rule, policy: Policy, recording: Recording):
+        self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
+        self.acts = not (rule.is_plain and type(policy) is EveryStep)
+        """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
+        self._unread: list[_Unread] = []
+
+    def is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
+        """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
+        y = denoiser.outputs[0] if denoiser.outputs else None
+        if len(denoiser.outputs) != 1 or y is None or y.shape[0] > output.shape[0]:
+            return True
+        if getattr(self.call.pipe, "do_classifier_free_guidance", None) is False:
+            return False
+        for view in views(y.shape, output.shape):
+            if view.channels or not view.holds(output):
+                continue
+            alone, target = view(y).to(output.dtype), view.working(output)
+            found = residual(alone, target, target, target, 0.0)
+            if found.fit(found.norms.tolist()).fits:
+                return False
+            # Or what one network predicts is turned into what the scheduler wants.
+            few, x = Sample(target.shape), view.working(sample) if sample.shape == output.shape else None
+            if x is not None and alone.shape == target.shape and mixture(*map(few, (target, x, alone)))[1].fits:
+                return False
+        return True
+
+    def identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> str:
+        """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
+        orders = _ORDERS.get(denoiser.module)
+        before = None if orders is None else orders.get(type(self.call.pipe))
+        around = self.call.around(sample, clock.space)
+        found = identify(denoiser.outputs, output, self.call.scales, around, before)
+        if found.formula is None:
+            if found.undetermined:
+                return found.tried
+            raise self.unsupported(denoiser, output, found.tried)
+        self._keep_order(denoiser, found.formula)
+        denoiser.know(found.formula)
+        report = self.recording.report
+        known = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
+        report.formula = "; ".join(dict.fromkeys(known))
+        return ""
+
+    def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
+        """Remembers which half is the conditional one, for scales at which that cannot be told."""
+        if formula.mixed != SOLVED and formula.w(formula.value) > 1:
+            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.call.pipe)] = formula
+
+    def verify(
+        self,
+        denoiser: Denoiser,
+        step: Step,
+        output: Tensor,
+        sample: Tensor,
+        clock: Clock,
+        plan: Plan,
+        evaluated: Sequence[bool],
+        note: str,
+    ) -> tuple[Step, Prediction]:
+        """The step with its scale, and its prediction, once the pipeline's formula has reproduced its `output`.
+
+        Where that can be left for later, at once.
+        """
+
+        def see() -> Seen:
+            return self._see(denoiser, step, output, sample, clock, plan, evaluated)
+
+        def noted(*more: str) -> str:
+            return "; ".join(filter(None, [note, *more]))
+
+        seen = see()
+        if not self.acts and denoiser.formula is not None and denoiser.formula.is_read:
+            self._unread.append(_Unread(len(self.recording.report.steps), denoiser.formula, seen.residual))
+            return seen.step, replace(seen.prediction, similarity=seen.similarity, note=noted())
+        fit, similarity = _fetched(seen)
+        formula = denoiser.formula
+        assert formula is not None and seen.step.w is not None
+        is_turned = formula.scale is None and any(evaluated) and seen.step.w < -_ROUNDING
+        doubt = turned(formula, seen.step.w) if is_turned else ""
+        if doubt or not fit.fits:
+            try:
+                self._identify_anew(denoiser, output, sample, clock, doubt or _held(formula, fit))
+            except UnsupportedPipeline:
+                if self.acts:
+                    raise
+                # Nothing is done in its place: the report says so.
+                self._unread.append(_Unread(len(self.recording.report.steps), formula, seen.residual))
+                found = replace(seen.prediction, similarity=seen.similarity)
+                if not doubt:
+                    return seen.step, replace(found, note=noted())
+                return replace(seen.step, w=None), replace(found, note=noted(f"not verified: {doubt}"))
+            seen = see()
+            _, similarity = _fetched(seen)
+        return seen.step, replace(seen.prediction, similarity=similarity, note=noted())
+
+    def _identify_anew(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock, why: str) -> None:
+        """Finds another formula for the same batch, once the known one is at an end, or says `why` there is none."""
+        formula = denoiser.formula
+        around = self.call.around(sample, clock.space)
+        found = identify(denoiser.outputs, output, self.call.scales, around, formula)
+        again = found.formula
+        if again is None and found.undetermined and found.tried != SINGLE:
+            return  # the output agrees with both predictions
+        if formula is None or again is None or again.rows != formula.rows:
+            raise self.unsupported(denoiser, output, why)
+        denoiser.settle_for(again)
+
+    def _see(
+        self,
+        denoiser: Denoiser,
+        step: Step,
+        output: Tensor,
+        sample: Tensor,
+        clock: Clock,
+        plan: Plan,
+        evaluated: Sequence[bool],
+    ) -> Seen:
+        """What the formula makes of the step; it waits for nothing, unless its scale has to be solved for."""
+        formula = denoiser.formula
+        assert formula is not None and denoiser.engine is not None
+        target, x = formula.view.working(output), formula.view.working(sample)
+        around = self.call.around(x, clock.space)
+        if formula.needs_space and not around.fits(target):
+            raise self.unsupported(denoiser, output, f"{formula} held until now, but here the noise is not known")
+        c, u = formula.cut(denoiser.outputs, around)
+        guided = any(evaluated) or not all(each.action == Action.CONDITIONAL for each in plan)
+        if formula.mixed == SOLVED:
+            if not self.rule.is_plain:
+                raise UnsupportedPipeline(
+                    f"{self.call.name} does something to its guided prediction that is not known here, and may "
+                    f"do something else to that of {self.rule}: {self.advice(denoiser)}use CFG() as the rule, with "
+                    "any policy"
+                )
+            few = Sample(target.shape)
+            (alpha, *betas), fit = mixture(*(few(t) for t in ((target, x, c, u) if guided else (target, x, c))))
+            beta = sum(betas)
+            mixed = alpha * x + betas[0] * c + (betas[1] * u if guided else 0)
+            error = norm((mixed - target).nan_to_num(0, 0, 0))
+            # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
+            whole = norm(target.nan_to_num(0, 0, 0))
+            allowed = max(fit.allowed * math.sqrt(target.numel() / few(target).numel()), 1e-3 * whole)
+            found = Residual(torch.tensor([error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
+            c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
+        else:
+            s: Any = formula.value  # without guidance the scale has no part in it
+            if formula.scale is not None:
+                live = formula.read(self.call.scales, target)
+                s = s if live is None else live
+                formula = formula.at(s)
+                denoiser.settle_for(formula)
+                c, u = formula.cut(denoiser.outputs, around)
+            elif guided:
+                exactly = solve(formula, c, u, target) if formula.exact else None
+                s = best(formula, c, u, target) if exactly is None else exactly
+                if exactly is not None:
+                    formula = replace(formula, value=s)
+                    denoiser.settle_for(formula)
+            w = formula.w(s)
+            expected = formula.reproduce(denoiser.outputs, s, around)
+            found = formula.residual(expected, target, c, u, s, around, is_strict=self.acts)
+            if isinstance(s, Tensor) and not self.rule.is_plain:
+                raise UnsupportedPipeline(
+                    f"{self.call.name} guides parts of a prediction at scales of their own, but {self.rule} has "
+                    "one for all: any policy can be attached to it, with CFG() as the rule"
+                )
+        space = clock.denoising(self.call.name, self.rule, self.policy, x, c)
+        velocity = 1.0 if space is None or formula.mixed else space.velocity
+        step = replace(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
+        halves = formula.halves(denoiser.outputs)
+        prediction = Prediction(c, u, evaluated, halves, nfe=denoiser.nfe, nfe_full=denoiser.nfe_full)
+        return Seen(step, prediction, found, denoiser.engine.similarity(step, prediction))
+
+    def unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
+        """The refusal of a step, for what was `seen`."""
+        shapes = ", ".join(str(tuple(y.shape)) for y in denoiser.outputs) or "none that is a tensor"
+        return UnsupportedPipeline(
+            f"the guidance of {self.call.name} could not be verified, so it is left alone. Step "
+            f"{len(self.recording.report.steps)}: {denoiser.name} put out {shapes}; scheduler.step was given "
+            f"{tuple(output.shape)}; {seen}. To go on, {self.advice(denoiser)}use the pipeline without attach."
+        )
+
+    def advice(self, denoiser: Denoiser) -> str:
+        """What to turn off where a pipeline's treatment of its predictions is not understood."""
+        names = [name for name in ("guidance_rescale", "cfg_normalization") if self.call.option(name) > 0]
+        advice = [f"call it with {name}=0" for name in names]
+        if len({y.shape for y in denoiser.outputs}) > 1:
+            more = "skip-layer, spatio-temporal or self-attention guidance, modality isolation"
+            advice.append(f"turn off what calls {denoiser.name} once more at a step ({more})")
+        if denoiser.blanks:
+            advice.append(
+                f"use the first output of {denoiser.name} without copying it before the second call (what was skipped "
+                "is filled in there), or make the conditional call first"
+            )
+        return "".join(f"{each}, or " for each in advice)
+
+    def finish(self) -> None:
+        """Reads what was left for later, in one transfer, and says of which steps it does not hold."""
+        steps = self.recording.report.steps
+        unread = [each for each in self._unread if each.place < len(steps)]
+        for each, norms in zip(unread, to_host([each.residual.norms for each in unread]), strict=True):
+            fit = each.residual.fit(norms.tolist())
+            if not fit.fits:  # nothing was done in place of the pipeline's own guidance
+                step = steps[each.place]
+                step.guidance_scale = None
+                step.note = "; ".join(filter(None, [step.note, f"not verified: {_held(each.formula, fit)}"]))
+        self._unread = []
+
+
+def _fetched(seen: Seen) -> tuple[Fit, Tensor]:
+    """(fit, similarity) on the host, by one transfer."""
+    norms, similarity = to_host([seen.residual.norms, seen.similarity])
+    return seen.residual.fit(norms.tolist()), similarity
+
+
+def _held(formula: Formula, fit: Fit) -> str:
+    return f"{formula} held until now, but here it is off by {fit.error:.3g}, where rounding allows {fit.allowed:.3g}"

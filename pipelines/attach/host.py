@@ -1,0 +1,475 @@
+"""One call of a pipeline, met through hooks: the engine's host where the pipeline's own loop runs.
+
+    latents -> denoiser (on_call: the policy says which rows are evaluated)
+            -> the pipeline's own formula
+            -> scheduler.step (on_step: the formula is verified, the engine recombines) -> latents
+
+What a run learns of its samples dies with it; which half is the conditional one is remembered. Its hooks are in place
+while the call runs and no longer, so nothing a pipeline does between calls (offloading, swapping schedulers, copying,
+saving) can lose or keep them.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from diffusers_guidance.engine import Engine, Guided, Observer
+from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
+from diffusers_guidance.pipelines.attach.call import Call
+from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.attach.company import (
+    Company,
+    check_end,
+    check_pending,
+    may_guide,
+    refuse_again,
+    refuse_unseen,
+)
+from diffusers_guidance.pipelines.attach.denoiser import Denoiser
+from diffusers_guidance.pipelines.attach.discovery import Discovery
+from diffusers_guidance.pipelines.attach.fingerprint import setting
+from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
+from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited
+from diffusers_guidance.pipelines.attach.parts import components, part
+from diffusers_guidance.policies import EveryStep, Policy
+from diffusers_guidance.report import Recording, Report
+from diffusers_guidance.rules import Rule
+from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
+
+_NOT_YET = ": nothing to identify yet"
+_STEP = ("model_output", "timestep", "sample")
+"""What schedulers' steps take, in diffusers' order; for one that does not say."""
+
+
+@dataclass
+class Handed:
+    """What the scheduler was handed at the last step that was guided otherwise than by the pipeline itself."""
+
+    output: Tensor
+    """A copy of the pipeline's own prediction."""
+    guided: Callable[[], Tensor]
+    """What stood in its place."""
+
+
+class Host:
+    """One call of `pipe` with `arguments` (by name, defaults filled in).
+
+    Args:
+        observers: told of every step; see `engine.Observer`.
+    """
+
+    def __init__(
+        self, pipe: Any, rule: Rule, policy: Policy, arguments: dict[str, Any], observers: Sequence[Observer] = ()
+    ):
+        self.rule, self.policy, self._observers = rule, policy, observers
+        self._call = Call(pipe, arguments)
+        self.report = Report(self._call.name, repr(rule), repr(policy))
+        self._recording = Recording(self.report)
+        self._discovery = Discovery(self._call, rule, policy, self._recording)
+        self._company = Company(self._call)
+        self._stack: ExitStack | None = None
+        """What is stepped in front of, while the pipeline runs."""
+        self._parts: dict[str, Any] = {}
+        """The pipeline's networks and schedulers by name, as they were last seen."""
+        self._denoisers: dict[int, Denoiser] = {}
+        self._active: Denoiser | None = None
+        self._last: Denoiser | None = None
+        """Whose evaluation the last step was on."""
+        self._was_called = False
+        self._clocks: dict[int, Clock] = {}
+        self._clock = Clock()
+        """That of the scheduler stepped last."""
+        self._taken: dict[int, Collection[str]] = {}
+        """By scheduler, the names of what its step takes."""
+        self._timestep: Any = None
+        """Of the last step whose evaluation was seen."""
+        self._handed: Handed | None = None
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Puts the run between the pipeline, its denoisers and its schedulers; always takes itself out again.
+
+        For each stretch of a call that does its work bit by bit; `finish` follows the last one.
+        """
+        try:
+            with ExitStack() as self._stack:
+                for each in self._parts.values():
+                    self._step_in_front_of(each)
+                self._meet()
+                yield
+        except BaseException:
+            with suppress(Exception):  # what the device says after a failure must not hide the failure
+                self._finish_report()
+            raise
+        finally:
+            self._stack = None
+            self._company.leave()
+
+    def finish(self, result: Any) -> None:
+        """Completes the report of a call that has returned; refuses a `result` that is not what the report says."""
+        self._finish_report()
+        check_end(
+            self._call, self._company, self._denoisers.values(), result=result, steps=len(self.report.steps),
+            was_called=self._was_called, has_schedulers=bool(self._taken), acts=self._discovery.acts,
+            is_left_alone=self.rule.is_plain and not self.policy.hands,
+        )  # fmt: skip
+
+    def _meet(self) -> None:
+        """Steps in front of the networks and schedulers that the pipeline has now, unless that is done."""
+        if self._parts and not self._replaced():
+            return
+        before, self._parts = self._parts, {}
+        for name, each in components(self._call.pipe):
+            if isinstance(each, DiffusionPipeline):
+                self._company.stages[id(each)] = each
+            else:
+                self._parts[name] = each
+        for name, each in self._parts.items():
+            if id(each) in self._denoisers or id(each) in self._taken:
+                continue
+            if isinstance(each, torch.nn.Module):
+                self._denoisers[id(each)] = Denoiser(name, each, self.policy)
+            else:
+                if (former := self._clocks.get(id(before.get(name)))) is not None:
+                    self._clocks[id(each)] = Clock(former.steps)
+                taken = parameters(type(each), "step")
+                self._taken[id(each)] = taken if "model_output" in taken else _STEP
+            self._step_in_front_of(each)
+
+    def _step_in_front_of(self, each: Any) -> None:
+        assert self._stack is not None
+        if isinstance(each, torch.nn.Module):
+            self._stack.enter_context(intercept_call(each, self.on_call, self.on_elsewhere))
+        else:
+            self._stack.enter_context(intercept_method(each, "step", self.on_step, self.on_elsewhere))
+            self._stack.enter_context(intercept_method(each, "set_timesteps", self.on_set_timesteps))
+
+    def _replaced(self) -> list[str]:
+        """Which of its networks and schedulers the pipeline has replaced since they were last seen."""
+        return [name for name, each in self._parts.items() if part(self._call.pipe, name) is not each]
+
+    # The hooks
+
+    def on_set_timesteps(self, scheduler: Any, set_timesteps: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for `scheduler.set_timesteps`."""
+        if self._company.is_own(sys._getframe(2)) and (clock := self._clocks.get(id(scheduler))) is not None:
+            clock.begins_anew = True
+        return set_timesteps(*args, **kwargs)
+
+    def on_elsewhere(self) -> None:
+        """Called where a part of the pipeline is called in a thread in which no run is in front of it."""
+        self._company.was_called_elsewhere(sys._getframe(2))
+
+    def on_call(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for a call of the denoiser."""
+        if not self._company.is_own(sys._getframe(2)):
+            return call(*args, **kwargs)
+        if self._discovery.acts:
+            denoisers = self._denoisers.values()
+            check_pending(self._call.name, len(self.report.steps), self._replaced(), self._parts, denoisers)
+        self._meet()
+        denoiser = self._denoisers[id(module)]
+        planned = denoiser.leader or denoiser  # whose plan this call follows
+        clock = planned.clock
+        if clock is not None and not planned.nfe_full and (clock.ran_out or clock.loops != planned.loop):
+            planned.restart()
+        if planned.plan is None and not planned.nfe_full:  # the first call since the last step
+            planned.begin_step(self._step_of(planned, coming=True))
+        if planned is denoiser:
+            self._active = denoiser
+        self._was_called = True
+        return denoiser.run(call, args, kwargs)
+
+    def on_step(self, scheduler: Any, step: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stands for `scheduler.step`."""
+        if not self._company.is_own(sys._getframe(2)):
+            return step(*args, **kwargs)
+        taken = self._taken[id(scheduler)]
+        given = by_name(taken, args, kwargs)
+        timestep = given.get("timestep")
+        denoiser, self._active = self._active, None
+        if denoiser is None:
+            self._check_seen(timestep)
+            self._follow(scheduler, timestep)
+            args, kwargs = self._again(taken, args, kwargs)
+            return step(*args, **kwargs)
+        if not {"model_output", "sample"} <= given.keys():
+            raise UnsupportedPipeline(
+                f"{self._call.name} calls the step of its {type(scheduler).__name__} with {', '.join(given)}: its "
+                "guidance is found by a model_output and a sample; use it without attach"
+            )
+        output, sample = given["model_output"], given["sample"]
+        self._tick(denoiser, scheduler, timestep)
+
+        def fuse() -> FusedStep | None:
+            # A step that somebody has put on the scheduler is to be called.
+            return fused_step(scheduler, *args, **kwargs) if is_inherited(scheduler, "step", step) else None
+
+        try:
+            guided = self._guide(denoiser, output, sample, fuse)
+        finally:
+            for each in self._denoisers.values():
+                each.end_step()
+        if guided.again is not None:
+            self._handed = Handed(output.clone(), guided.again)
+            return guided.result
+        if guided.tensor is None:
+            self._handed = None
+            return step(*args, **kwargs)
+        handed = guided.tensor
+        self._handed = Handed(output.clone(), lambda: handed)
+        args, kwargs = with_argument(taken, args, kwargs, "model_output", handed)
+        return step(*args, **kwargs)
+
+    def _tick(self, denoiser: Denoiser, scheduler: Any, timestep: Any) -> None:
+        """Goes on by the clock of the scheduler that steps on the denoiser's evaluation."""
+        self._timestep, self._last = timestep, denoiser
+        owner = self._owner(denoiser, scheduler, timestep)
+        self._clock = self._clocks.setdefault(id(owner), Clock())
+        self._clock.tick(owner, timestep)
+        denoiser.stepped(self._clock)
+        if self._clock.went_back and self._discovery.acts:
+            raise UnsupportedPipeline(
+                f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
+                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
+            )
+
+    def _owner(self, denoiser: Denoiser, scheduler: Any, timestep: Any) -> Any:
+        """Whose step this is: where two schedulers step on one evaluation, one for a preview, the pipeline's own."""
+        own = self._parts.get("scheduler", scheduler)
+        if own is scheduler:
+            return scheduler
+        clocks = [self._clocks.get(id(each), Clock()) for each in (own, scheduler)]
+        at_home, here = (clock.expects(each, timestep) for clock, each in zip(clocks, (own, scheduler), strict=True))
+        return own if at_home and (not here or denoiser.clock is clocks[0]) else scheduler
+
+    # Further steps on one evaluation
+
+    def _check_seen(self, timestep: Any) -> None:
+        """Refuses a step before which no evaluation was seen; fine without guidance, or as a further step on one."""
+        again = self.report.steps and _same(timestep, self._timestep)
+        replaced = self._replaced()
+        self._meet()
+        if not again and may_guide(self._call, self._discovery.acts):
+            refuse_unseen(self._call.name, len(self.report.steps), replaced, self._denoisers.values())
+
+    def _follow(self, scheduler: Any, timestep: Any) -> None:
+        """Has the run go by a further step's clock, if it is the pipeline's own scheduler's."""
+        last = self._last
+        if last is None or scheduler is not self._parts.get("scheduler") or not _same(timestep, self._timestep):
+            return
+        clock = self._clocks.setdefault(id(scheduler), Clock())
+        if last.clock is not clock:
+            clock.tick(scheduler, timestep)
+            self._clock = clock
+            last.stepped(clock)
+
+    def _again(self, taken: Collection[str], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of a further step on an evaluation that was used before, say after a preview of the sample."""
+        if self._handed is None:
+            return args, kwargs
+        output = by_name(taken, args, kwargs).get("model_output")
+        if not (isinstance(output, Tensor) and torch.equal(output, self._handed.output)):
+            refuse_again(self._call.name, len(self.report.steps) - 1, self.rule, self.policy)
+        return with_argument(taken, args, kwargs, "model_output", self._handed.guided().to(output.dtype))
+
+    # A step
+
+    def _guide(
+        self, denoiser: Denoiser, output: Tensor, sample: Tensor, fuse: Callable[[], FusedStep | None]
+    ) -> Guided:
+        """What the scheduler is handed in place of `output`, which is the pipeline's own; nothing where that stands.
+
+        Where the rule and the scheduler's step can be one (`fuse`), what that step returns.
+        """
+        note = denoiser.whole
+        denoiser.settle()
+        if denoiser.is_cut_short:
+            seen = (
+                f"it was called {len(denoiser.outputs)} times where it had been called more often at each step, and "
+                "which prediction that is cannot be told from its arguments: use a policy that skips nothing, EveryStep"
+            )
+            raise self._discovery.unsupported(denoiser, output, seen)
+        step = self._step_of(denoiser)
+        if not self._discovery.is_guided(denoiser, output, sample):
+            made = self._made_up(denoiser, output, sample)
+            return self._unguided(denoiser, step, made if made is not None else output, sample, made is not None)
+        self._check_batch(denoiser, output)
+        if denoiser.formula is None:
+            if reason := self._discovery.identify(denoiser, output, sample, self._clock):
+                both = [Decision(Action.BOTH)] * output.shape[0]
+                cost = denoiser.nfe, denoiser.nfe_full
+                self._recording.add(step, both, [True] * len(both), *cost, note=f"{reason}{_NOT_YET}")
+                self._tell(None, step, output, sample)
+                return Guided(None)
+            note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
+            step = self._step_of(denoiser)
+            denoiser.is_guided_by(self._engine(denoiser), step)
+            evaluated = [True] * step.rows
+        else:
+            evaluated = denoiser.evaluates
+        engine, plan = denoiser.engine, denoiser.plan
+        assert engine is not None and plan is not None
+        step, prediction = self._discovery.verify(denoiser, step, output, sample, self._clock, plan, evaluated, note)
+        formula, w = denoiser.formula, step.w
+        assert formula is not None
+        engine.check(lambda: self._setting(denoiser, step))
+        if w is not None and w < 0 and not self.rule.is_plain:
+            raise UnsupportedPipeline(
+                f"{self._call.name} guides at a scale of {w:.4g} at step {len(self.report.steps)}: "
+                f"{self.rule} needs one from 0 up at every step; use CFG(), or call the pipeline with such a scale"
+            )
+        view, around = formula.view, self._call.around(formula.view.working(sample), self._clock.space)
+
+        def finish(guided: Tensor, cond: Tensor) -> Tensor:
+            finished = formula.finished(guided, cond, around)
+            # A prediction of zero may have been scaled by 0/0.
+            return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
+
+        found = engine.guide(
+            step, plan, prediction, lambda: view.working(output), finish, fuse if formula.is_direct else lambda: None
+        )
+        handed = None if found.tensor is None else view.emit(found.tensor, output)
+        again = found.again
+        if again is not None:
+            self._tell(prediction, step, None if not self._observers else view.emit(again(), output), sample)
+            return Guided(None, found.result, lambda: view.emit(again(), output))
+        if self.policy.hands:
+            handed = self._hand(denoiser, step, output if handed is None else handed, sample)
+        self._tell(prediction if prediction.nfe else None, step, output if handed is None else handed, sample)
+        return Guided(None if handed is output else handed)
+
+    def _check_batch(self, denoiser: Denoiser, output: Tensor) -> None:
+        """Forgets the batch that was known where the step's is another one; refuses evaluations of neither."""
+        formula, calls = denoiser.formula, len(denoiser.outputs)
+        if formula is None:
+            return
+        if denoiser.is_on_another_batch and denoiser.nfe >= denoiser.nfe_full:
+            denoiser.forget()  # all of which was evaluated
+        elif not (denoiser.fits and calls == formula.calls):
+            seen = (
+                f"it was called {calls} times, {formula.calls} of them made its guidance until now, "
+                "and no other call can be told from the step's own: call the network outside callbacks"
+            )
+            raise self._discovery.unsupported(denoiser, output, seen)
+
+    def _unguided(self, denoiser: Denoiser, step: Step, output: Tensor, sample: Tensor, is_new: bool) -> Guided:
+        """A step without guidance: there is nothing to forecast it from, nor from it."""
+        alone = [Decision(Action.CONDITIONAL if denoiser.nfe else Action.NEITHER)] * output.shape[0]
+        note = "no guidance at this step"
+        self._recording.add(step, alone, [False] * len(alone), denoiser.nfe, denoiser.nfe_full, note=note)
+        if self.policy.hands and denoiser.engine is not None:
+            denoiser.engine.history.lapse()
+        self._tell(None, step, output, sample)
+        return Guided(output if is_new else None)
+
+    def _made_up(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Tensor | None:
+        """The prediction of a step without guidance whose only call was skipped, to be forecast, as it should be."""
+        y = denoiser.make_up() if self.policy.hands else None
+        formula = denoiser.formula
+        if y is None or formula is None:
+            return None
+        around = self._call.around(formula.view.working(sample), self._clock.space)
+        return formula.view.emit(formula.seen(y, around).to(output.dtype), output)
+
+    def _hand(self, denoiser: Denoiser, step: Step, guided: Tensor, sample: Tensor) -> Tensor:
+        """What the policy hands to the scheduler in place of `guided`, or of nothing where nothing was evaluated."""
+        formula, engine = denoiser.formula, denoiser.engine
+        assert formula is not None and engine is not None
+        view = formula.view
+        if view.channels:  # of the sample's channels all are forecast, guided or not
+            view = replace(view, channels=min(sample.shape[1], guided.shape[1]))
+        g, x = view.working(guided), view.working(sample)
+        space = self._clock.space if x.shape == g.shape else None
+        step = replace(step, space=space, sample=None if space is None else x)
+        found = engine.hand(step, g if denoiser.nfe else None)
+        if denoiser.nfe:
+            denoiser.hold()
+        return guided if found is g else view.emit(found.to(guided.dtype), guided)
+
+    def _engine(self, denoiser: Denoiser) -> Engine:
+        """A new one for the batch whose formula was just found; it knows what its loop has seen before."""
+        assert denoiser.formula is not None
+        loop = [each.engine for each in self._denoisers.values() if each.clock is denoiser.clock]
+        before = [engine.history for engine in loop if engine is not None]
+        history = History.following(before, self._clock.steps - 1, denoiser.formula.rows, denoiser.name)
+        return Engine(self.rule, self.policy, history, self._recording)
+
+    def _setting(self, denoiser: Denoiser, step: Step) -> dict[str, Any]:
+        """What a calibration depends on, as it is here."""
+        timesteps = self._clock.timesteps(self._clock.begin, step.count)
+        return setting(self._call.pipe, denoiser.name, 1.0 if step.w is None else step.w, timesteps)
+
+    def _try_parts(self, denoiser: Denoiser) -> str:
+        """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
+        note = denoiser.try_parts(cuts=not self.policy.hands)
+        if denoiser.formula is not None and denoiser.formula.batched and not (denoiser.whole or denoiser.keeps_state):
+            for other in self._denoisers.values():
+                if other is not denoiser:
+                    other.follow(denoiser)
+        return note
+
+    def _step_of(self, denoiser: Denoiser, coming: bool = False) -> Step:
+        """The denoiser's coming evaluation by its scheduler's clock, or the one that shows now."""
+        clock, formula = denoiser.clock, denoiser.formula
+        rows = 1 if formula is None else formula.rows
+        if clock is None:
+            return Step(rows=rows, denoiser=denoiser.name)
+        index, counted = clock.steps - (not coming), self._call.counted
+        count = counted if counted is not None and index < counted < clock.count else clock.count
+        step = replace(clock.step(index, count, clock.before, coming), rows=rows, denoiser=denoiser.name)
+        # How the sample will be mixed in is not known before the step: what is held is what the network puts out.
+        return replace(step, velocity=1.0) if formula is not None and formula.mixed else step
+
+    def _tell(self, prediction: Prediction | None, step: Step, handed: Tensor | None, sample: Tensor) -> None:
+        """Tells the observers of a step."""
+        if self._observers and handed is not None:
+            known = sample.shape == handed.shape
+            step = replace(step, sample=sample if known else None, space=self._clock.space if known else None)
+            for observer in self._observers:
+                observer(step, prediction, handed)
+
+    # The report
+
+    def _finish_report(self) -> None:
+        """Brings what is unread to the host, once, and says what a reader would wonder about."""
+        self._discovery.finish()
+        for step in self._recording.finish().steps:
+            pairs = zip(step.evaluated, step.similarity, strict=False)
+            broken = [i for i, (was, known) in enumerate(pairs) if was == "both" and known is None]
+            if broken and self._clock.error is None and step.sigma is not None and step.guidance_scale is not None:
+                step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
+        if not self.report.formula:
+            self.report.note = self._left_alone
+        elif self._clock.error is not None:
+            self.report.note = f"no similarities: {self._clock.error}"
+
+    @property
+    def _left_alone(self) -> str:
+        """Why no guidance was identified."""
+        if not self.report.steps:
+            return "no step of a scheduler: left alone" if self._was_called and not self._taken else ""
+        reasons = dict.fromkeys(step.note.split(_NOT_YET)[0] for step in self.report.steps if _NOT_YET in step.note)
+        if reasons:
+            return f"{' or '.join(reasons)}, at every step that evaluates two: left alone"
+        return (
+            "no classifier-free guidance in this call: one prediction of each sample a step, as without a negative "
+            "prompt or at a scale of 1 or below: left alone"
+        )
+
+
+def _same(timestep: Any, other: Any) -> bool:
+    """Whether two timesteps are the same; waits for a device only where they are two objects."""
+    if timestep is other:
+        return True
+    if timestep is None or other is None:
+        return False
+    first, second = (torch.as_tensor(each).flatten().tolist() for each in (timestep, other))
+    return bool(first == second)
