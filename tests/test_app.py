@@ -332,7 +332,7 @@ def test_values_that_are_no_numbers_or_texts_are_refused(value):
 
 
 def test_an_unforeseen_error_reaches_the_user_as_a_sentence(client, monkeypatch, caplog):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("secret /path")
 
     monkeypatch.setattr(app_work, "call_of", fail)

@@ -17,9 +17,6 @@ from diffusers_guidance.pipelines.app.settings import BUNDLED
 from diffusers_guidance.pipelines.support.loading import MissingWeights, best_device, load
 
 R = TypeVar("R")
-Tell = Callable[[Any], None]
-"""tell(news): passes news on to whoever waits; raises `Stopped` where nobody does any more."""
-
 log = logging.getLogger(__name__)
 
 
@@ -50,8 +47,10 @@ class Device:
         self._jobs.put(lambda: None)
         self._thread.join()
 
-    def run(self, job: Callable[[Tell], R]) -> Generator[Any, None, R]:
-        """Yields what `job` tells, the latest news only, and returns its result.
+    def run(self, job: Callable[[Callable[[Any], None]], R]) -> Generator[Any, None, R]:
+        """Yields what `job(tell)` tells, the latest news only, and returns its result.
+
+        `tell(news)` passes news on to whoever waits. It raises `Stopped` where nobody does any more.
 
         Closing the generator stops the job the next time it tells something, and drops it if it has not begun.
         """

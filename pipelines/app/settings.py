@@ -24,11 +24,11 @@ BUNDLED = "bundled"
 """The name of the model that comes with the package."""
 
 EMOJI = APG.preset("emoji")
-"""APG as it is set for the bundled model, and so the knobs to start from."""
+"""APG as it is set for the bundled model."""
 
 OWN = "the model's own"
-SCHEDULERS = {
-    OWN: "",
+SCHEDULERS: dict[str, str | None] = {
+    OWN: None,
     "DDIM": "DDIMScheduler",
     "DPM++ 2M": "DPMSolverMultistepScheduler",
     "Euler": "EulerDiscreteScheduler",
@@ -47,7 +47,7 @@ def _usable(types: list[type], first: type) -> dict[str, type]:
 RULES: dict[str, type[Rule]] = _usable(RULE_TYPES, CFG)
 POLICIES: dict[str, type[Policy]] = _usable(POLICY_TYPES, EveryStep)
 
-EXAMPLES = ("a soccer ball", "a tiger, noto style", "a hamburger, 3d style", "a dog face, noto style",
+EXAMPLES = ("a dog face, noto style", "a tiger, noto style", "a hamburger, 3d style", "a soccer ball",
             "a red apple, flat style", "a guitar, 3d style")  # fmt: skip
 """Prompts to start from; the page opens with the first."""
 
@@ -229,9 +229,7 @@ class Generation(Form):
     momentum: float = setting(
         EMOJI.momentum, Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions.")
     )
-    norm_threshold: float = setting(
-        EMOJI.norm_threshold, Number("Norm threshold", 0, 100, 0.5, "Cap on the update; 0 is the preset.")
-    )
+    norm_threshold: float = setting(0.0, Number("Norm threshold", 0, 100, 0.5, "Cap on the update; 0: the preset's."))
     eta: float = setting(EMOJI.eta, Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."))
     rescale: float = setting(0.0, Number("Rescale", 0, 1, 0.05, "Pulls the contrast back; 0 is off."))
     threshold: float = setting(0.99, Number("Threshold", 0.5, 1, 0.001, "Similarity from which guidance stops."))
@@ -265,8 +263,11 @@ class Generation(Form):
         return [Case(self.prompt, seed, self.negative_prompt or None) for seed in self.seeds]
 
     def make_rule(self, pipe: Any) -> Rule:
-        """The chosen rule with its knobs; APG starts from the preset for this pipeline."""
-        base = APG.preset(pipe) if self.rule == "APG" else RULES[self.rule]()
+        """The chosen rule with its knobs; APG starts from the preset for this model."""
+        if self.rule == "APG":
+            base: Rule = EMOJI if self.model == BUNDLED else APG.preset(pipe)
+        else:
+            base = RULES[self.rule]()
         return replace(base, **self._knobs(base))
 
     def make_policy(self) -> Policy:

@@ -4,8 +4,7 @@ import functools
 import inspect
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -20,7 +19,6 @@ from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.pipelines.app.device import Device, Models
 from diffusers_guidance.pipelines.app.settings import BUNDLED, SCHEDULERS, Generation, Grid, Trial
-from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
@@ -31,6 +29,7 @@ from diffusers_guidance.pipelines.support.progress import Progress
 from diffusers_guidance.pipelines.support.solvers import scheduled
 from diffusers_guidance.policies import EveryStep, LinearAG, Policy
 from diffusers_guidance.rules import CFG
+from diffusers_guidance.steps import Prediction, Step
 
 R = TypeVar("R")
 
@@ -100,14 +99,13 @@ def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outco
 def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell) -> Result:
     """One call of the pipeline, watched."""
 
-    def on_step(done: int, total: int, denoised: Tensor | None) -> None:
-        tell(name, done, total, pictures=preview(denoised))
+    def watch(step: Step, prediction: Prediction | None, guided: Tensor) -> None:
+        tell(name, step.index + 1, step.count, pictures=preview(step, guided))
 
     preview = Preview(pipe)
     tell(name, 0, settings.steps)
-    column = Column(name, rule, policy, settings.guidance_scale)
-    with watched(pipe, on_step):
-        result = make(pipe, settings.cases, column, steps=settings.steps, **sides_asked(pipe, settings))
+    column, sides = Column(name, rule, policy, settings.guidance_scale), sides_asked(pipe, settings)
+    result = make(pipe, settings.cases, column, steps=settings.steps, observers=[watch], **sides)
     result.seconds -= preview.seconds
     return result
 
@@ -137,7 +135,7 @@ def _calibrated() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def estimates(policy: Policy) -> str:
-    """What stands in for evaluations that LinearAG leaves out, as said beside its name."""
+    """What stands in for evaluations that LinearAG skips, as said beside its name."""
     if not isinstance(policy, LinearAG):
         return ""
     return ", held" if policy.calibration is None else ", fitted"
@@ -335,35 +333,6 @@ def _part_of(tell: Tell, what: str, number: int, count: int, steps: int, so_far:
     return progress
 
 
-# Around a call of the pipeline
-
-
-@contextmanager
-def watched(pipe: Any, on_step: Callable[[int, int, Tensor | None], None]) -> Iterator[None]:
-    """Calls `on_step(done, total, denoised)` after every step of the scheduler; what it raises ends the run."""
-    scheduler, own = pipe.scheduler, pipe.scheduler.step
-    clock, done = Clock(), 0
-
-    @functools.wraps(own)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        given = inspect.signature(own).bind(*args, **kwargs).arguments
-        clock.tick(scheduler, given.get("timestep"))
-        output, sample, space = given["model_output"], given["sample"], clock.space
-        known = space is not None and output.shape == sample.shape
-        denoised = space.a * sample + space.b * output if space is not None and known else None
-        result = own(*args, **kwargs)
-        done += 1
-        on_step(done, max(clock.count, done), denoised)
-        return result
-
-    scheduler.step = step
-    try:
-        yield
-    finally:
-        del scheduler.step
-
-
 class Preview:
     """Decodes denoised latents into small pictures, for at most a fifth of the time a run takes."""
 
@@ -374,10 +343,11 @@ class Preview:
         self.seconds = 0.0
         self._begin = time.perf_counter()
 
-    def __call__(self, denoised: Tensor | None) -> list[Image.Image] | None:
+    def __call__(self, step: Step, guided: Tensor) -> list[Image.Image] | None:
         start = time.perf_counter()
-        if denoised is None or denoised.ndim != 4 or self.seconds > 0.2 * (start - self._begin):
+        if step.space is None or step.sample is None or guided.ndim != 4 or self.seconds > 0.2 * (start - self._begin):
             return None
+        denoised = step.space.a * step.sample + step.space.b * guided
         vae: Any = getattr(self.pipe, "vae", None)
         factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
         if factor is None or vae.config.latent_channels != denoised.shape[1]:

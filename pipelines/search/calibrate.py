@@ -75,7 +75,7 @@ def calibrate(
         batch_size: trajectories made at once.
         per_channel: a Gram matrix for every channel (dimension 1 of the predictions), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
-        path: where to save it, after every batch; what is found there is gone on with.
+        path: where to save it, after every batch. A calibration found there is continued.
         progress: called as progress(what, done, in all).
         arguments: more of the pipeline's own, such as `height`.
 
@@ -188,7 +188,9 @@ def _run(
     denoisers = {}
     for name, (first, history) in recorder.histories.items():
         if history.rows != len(prompts):
-            raise GuidanceError(f"{name} guided {history.rows} samples of {len(prompts)}: one picture a prompt, please")
+            raise GuidanceError(
+                f"{name} guided {history.rows} samples of {len(prompts)}: ask for one picture of each prompt"
+            )
         own = len(history.cond)  # what comes before is another's, whom it took over from
         similarity = {space: history.agreement(space)[-own:].T.contiguous() for space in ("denoised", "noise")}
         products = gram(history.cond, history.uncond, per_channel)
@@ -272,7 +274,7 @@ def calibrate_on_ray(
         shares: into how many parts the work is cut, from one for each worker up.
         address: of the cluster, such as "auto". Default: one started on this machine for as long as it takes.
         resources: of a share, such as {"num_gpus": 1}. Default: {"num_cpus": 1}.
-        path: where to save it. Finished shares wait beside it; another call with the same arguments goes on with them.
+        path: where to save it. Finished shares wait beside it; another call with the same arguments uses them.
         settings: more of `calibrate`'s.
 
     Raises:

@@ -1,5 +1,6 @@
 """The frontier: fidelity to full guidance against NFEs, for every way this package knows of saving them."""
 
+import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.search.nas import search_nas
 from diffusers_guidance.pipelines.search.search import search
+from diffusers_guidance.pipelines.support.files import write
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.pipelines.support.resume import Record, resumed
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Hold, Interval, LinearAG, Policy, Schedule, StepAG
@@ -222,7 +224,9 @@ def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
         )  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.savefig(path, dpi=130)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    write(Path(path), content.getvalue())
     return figure
 
 

@@ -36,7 +36,7 @@ def search(
         error: instead of `nfe`: the most error predicted, as a share of what guidance does (0.05, say).
         skip: whether a step may evaluate nothing at all ("neither"); else every step evaluates the conditional
             prediction, and the least is an NFE a step and one more for each denoiser.
-        fit: how what is left out is estimated.
+        fit: how skipped predictions are estimated.
         refine: (pipe, prompts). Real runs decide: the closed form's best, its relatives, even spacing and, where it
             is as cheap, the published schedule are measured by PSNR to full guidance, then neighbours of the best.
             None of these measures better than what is returned. With a dozen prompts it takes `runs` + 1 times as

@@ -8,7 +8,7 @@ def read_text(path: Path) -> str:
     """The text in a UTF-8 file.
 
     Raises:
-        ValueError: it is in another encoding, or no text.
+        ValueError: it is in another encoding, or it is not text.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ def read_lines(file: Path) -> list[str]:
     """The lines of a file that are neither empty nor comments.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it holds none.
     """
     lines = (line.strip() for line in read_text(file).splitlines())
     found = [line for line in lines if line and not line.startswith("#")]

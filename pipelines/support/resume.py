@@ -26,9 +26,9 @@ class Record:
         self.made_of = json.loads(json.dumps(made_of))
 
     def read(self) -> dict[str, Any] | None:
-        """What it says besides; None where there is none.
+        """What it says besides; None where there is no such file.
 
-        One that was cut short, by a full disk say, is none: nobody made it on purpose.
+        A file that was cut short, by a full disk say, does not count: nobody made it on purpose.
         """
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
