@@ -8,33 +8,37 @@ print(handle.report)
 handle.detach()
 """
 
-from diffusers_guidance.calibration import Calibration, Fit
-from diffusers_guidance.errors import (
-    CalibrationMismatch,
-    GuidanceError,
-    UnsupportedPipeline,
-    UnsupportedScheduler,
-)
-from diffusers_guidance.pipelines.attach.attach import Handle, attach, detach, handle_of
-from diffusers_guidance.pipelines.attach.guider import Guider
-from diffusers_guidance.pipelines.search.calibrate import calibrate
-from diffusers_guidance.pipelines.search.nas import search_nas
-from diffusers_guidance.pipelines.search.search import search
-from diffusers_guidance.policies import (
-    AdaptiveGuidance,
-    EveryStep,
-    Forecast,
-    Handed,
-    Hold,
-    Interval,
-    LinearAG,
-    Policy,
-    Schedule,
-    StepAG,
-)
-from diffusers_guidance.report import Report, StepReport
-from diffusers_guidance.rules import APG, CFG, TCFG, CFGZeroStar, Coefficients, Gram, MagnitudeAware, Rule
-from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what Python finds when it is asked for, see `__getattr__`
+    from diffusers_guidance.calibration import Calibration, Fit
+    from diffusers_guidance.errors import (
+        CalibrationMismatch,
+        GuidanceError,
+        UnsupportedPipeline,
+        UnsupportedScheduler,
+    )
+    from diffusers_guidance.pipelines.attach.attach import Handle, attach, detach, handle_of
+    from diffusers_guidance.pipelines.attach.guider import Guider
+    from diffusers_guidance.pipelines.search.calibrate import calibrate
+    from diffusers_guidance.pipelines.search.nas import search_nas
+    from diffusers_guidance.pipelines.search.search import search
+    from diffusers_guidance.policies import (
+        AdaptiveGuidance,
+        EveryStep,
+        Forecast,
+        Handed,
+        Hold,
+        Interval,
+        LinearAG,
+        Policy,
+        Schedule,
+        StepAG,
+    )
+    from diffusers_guidance.report import Report, StepReport
+    from diffusers_guidance.rules import APG, CFG, TCFG, CFGZeroStar, Coefficients, Gram, MagnitudeAware, Rule
+    from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
 
 __all__ = [
     "APG",
@@ -77,3 +81,33 @@ __all__ = [
     "search",
     "search_nas",
 ]
+
+_HOMES = {
+    "calibration": ("Calibration", "Fit"),
+    "errors": ("CalibrationMismatch", "GuidanceError", "UnsupportedPipeline", "UnsupportedScheduler"),
+    "pipelines.attach.attach": ("Handle", "attach", "detach", "handle_of"),
+    "pipelines.attach.guider": ("Guider",),
+    "pipelines.search.calibrate": ("calibrate",),
+    "pipelines.search.nas": ("search_nas",),
+    "pipelines.search.search": ("search",),
+    "policies": (
+        "AdaptiveGuidance", "EveryStep", "Forecast", "Handed", "Hold", "Interval", "LinearAG", "Policy", "Schedule",
+        "StepAG",
+    ),
+    "report": ("Report", "StepReport"),
+    "rules": ("APG", "CFG", "TCFG", "CFGZeroStar", "Coefficients", "Gram", "MagnitudeAware", "Rule"),
+    "steps": ("Action", "Decision", "History", "Prediction", "Step"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first asked for: rules and policies need no diffusers."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

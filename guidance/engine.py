@@ -184,10 +184,10 @@ class Engine:
         self.recording.add_to_last(found.note, found.sizes)
         return found.prediction
 
-    def tell(self, step: Step, prediction: Prediction | None, guided: Callable[[], Tensor]) -> None:
+    def tell(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:
         """Tells the observers of a step, and of what the sampler is handed."""
         for observer in self.observers:
-            observer(step, prediction, guided())
+            observer(step, prediction, guided)
 
 
 def advance(engine: Engine, host: Host, step: Step) -> None:
@@ -203,5 +203,5 @@ def advance(engine: Engine, host: Host, step: Step) -> None:
     guided = u + w * (c - u) if found is None else found
     if engine.policy.hands:
         guided = engine.hand(step, guided if prediction.nfe else None)
-    engine.tell(step, prediction, lambda: guided)
+    engine.tell(step, prediction if prediction.nfe else None, guided)
     host.resume(step, guided)

@@ -1,21 +1,22 @@
 """Rules: how the conditional and the unconditional prediction of a step become one.
 
-A rule is a frozen dataclass with one method, `coefficients`: scalar algebra on the inner products of
+A rule is a frozen dataclass with an `algebra`: scalar algebra on the inner products of
 
     X (denoised conditional prediction), c (conditional prediction), d = c - u, m (momentum)
 
-that returns the factors of X, c, d and m in the guided prediction. To add a rule, subclass `Rule` here or in
-your own module and write that method; everything else (spaces, momentum, policies, pipelines) follows.
+that gives the factors of X, c, d and m in the guided prediction. To add a rule, subclass `Rule` here or in your own
+module and give it one; everything else (spaces, momentum, policies, pipelines) follows. See docs/extending.md.
 """
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from diffusers_guidance.checks import is_number, is_whole, plain, plain_fields
-from diffusers_guidance.kernels import Coefficients, Gram
+from diffusers_guidance.kernels import Coefficients, Gram, coefficients
+from diffusers_guidance.kernels.algebra import Algebra
 from diffusers_guidance.kernels.reference import gram
 from diffusers_guidance.steps import Step
 
@@ -63,13 +64,22 @@ class Rule:
         """Whether the pipeline's own `u + w (c - u)` is this rule, so that it is left untouched."""
         return False
 
+    algebra: ClassVar[Algebra | None] = None
+    """The factors as a function of the Gram, b and the `settings`, which Triton compiles too; see `kernels.algebra`."""
+
+    def settings(self, numel: int) -> tuple[float, ...]:
+        """Up to four numbers for the `algebra`, of a group of `numel` numbers."""
+        return (self.w,)
+
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
         """Factors of (X, c, d, m) in the guided prediction; `b` is the prediction's factor in denoised space.
 
-        Write the algebra without guarding divisions: where a coefficient comes out non-finite, that sample
-        is left unguided.
+        By the `algebra`; a rule without one overrides this method. Write either without guarding divisions: where a
+        coefficient comes out non-finite, that sample is left unguided.
         """
-        raise NotImplementedError
+        if self.algebra is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither an algebra nor coefficients")
+        return self.algebra(gram, b, *self.settings(gram.numel))
 
 
 @dataclass(frozen=True)
@@ -93,19 +103,10 @@ class CFG(Rule):
     def is_plain(self) -> bool:
         return self.rescale == 0
 
-    def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        w = self.w
-        if self.rescale == 0:
-            return Coefficients(0.0, 1.0, w - 1, 0.0)
-        # Variances times (n - 1), of c and of g = c + (w - 1) d.
-        square = gram.cc + 2 * (w - 1) * gram.cd + (w - 1) ** 2 * gram.dd
-        total = gram.sum_c + (w - 1) * gram.sum_d
-        ratio = ((gram.cc - gram.sum_c**2 / gram.numel) / (square - total**2 / gram.numel)).sqrt()
-        factor = self.rescale * ratio + (1 - self.rescale)
-        return Coefficients(0.0, factor, factor * (w - 1), 0.0)
+    algebra = coefficients.cfg
 
-    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
-        return "cfg", (self.w, self.rescale)
+    def settings(self, numel: int) -> tuple[float, ...]:
+        return self.w, self.rescale
 
 
 @dataclass(frozen=True)
@@ -158,21 +159,10 @@ class APG(Rule):
                 )
             object.__setattr__(self, "norm_dim", dims)
 
-    def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        if b == 0:  # no noise left: the prediction has no part in the denoised sample
-            return Coefficients(0.0, 1.0, 0.0, 0.0)
-        # D = b d + beta m is the update before its cap, in denoised space.
-        beta = self.momentum
-        DD = b * b * gram.dd + 2 * b * beta * gram.dm + beta * beta * gram.mm
-        DX = b * gram.Xd + beta * gram.Xm
-        # D_apg = X + (w - 1) s (D - (1 - eta) k X); the prediction that denoises to it is c + (D_apg - X) / b.
-        s = (self._threshold(gram.numel) / DD.sqrt()).clamp(max=1.0)
-        k = DX / gram.XX
-        strength = (self.w - 1) * s / b
-        return Coefficients(-strength * (1 - self.eta) * k, 1.0, strength * b, strength * beta)
+    algebra = coefficients.apg
 
-    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
-        return "apg", (self.w, self.momentum, self._threshold(numel), self.eta)
+    def settings(self, numel: int) -> tuple[float, ...]:
+        return self.w, self.momentum, self._threshold(numel), self.eta
 
     def _threshold(self, numel: int) -> float:
         if self.norm_threshold is None:
@@ -229,13 +219,7 @@ class CFGZeroStar(Rule):
             return _Nothing(step.w)
         return super().at(step)
 
-    def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        # s u + w (c - s u) with u = c - d; 1 - s by what u is short of c, where both nearly agree.
-        cu, uu = gram.cc - gram.cd, gram.cc - 2 * gram.cd + gram.dd
-        return Coefficients(0.0, 1 + (self.w - 1) * (gram.dd - gram.cd) / uu, (self.w - 1) * cu / uu, 0.0)
-
-    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
-        return "cfg_zero_star", (self.w,)
+    algebra = coefficients.cfg_zero_star
 
 
 @dataclass(frozen=True)
@@ -254,17 +238,7 @@ class TCFG(Rule):
     makes them. What of u is left out points away from where the condition leads.
     """
 
-    def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        # The singular values and left vectors of the rows (c, u) are those of their Gram matrix, whose first vector
-        # (cos t, sin t) has tan 2t = 2 <c, u> / (<c, c> - <u, u>). So u' = sin t (cos t c + sin t u).
-        cu = gram.cc - gram.cd
-        excess = 2 * gram.cd - gram.dd  # <c, c> - <u, u>
-        R = (excess**2 + 4 * cu**2).sqrt()
-        of_c, of_u = cu / R, (1 - excess / R) / 2
-        return Coefficients(0.0, self.w - (self.w - 1) * (of_c + of_u), (self.w - 1) * of_u, 0.0)
-
-    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
-        return "tcfg", (self.w,)
+    algebra = coefficients.tcfg
 
 
 @dataclass(frozen=True)
@@ -286,13 +260,10 @@ class MagnitudeAware(Rule):
         if not is_number(self.alpha, 0):
             raise ValueError(f"alpha={self.alpha!r}: a number from 0 (plain CFG) up")
 
-    def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        uu = gram.cc - 2 * gram.cd + gram.dd
-        damped = (-self.alpha * (gram.dd / uu).sqrt()).exp()
-        return Coefficients(0.0, 1.0, (self.w - 1) * damped, 0.0)
+    algebra = coefficients.magnitude_aware
 
-    def triton(self, numel: int) -> tuple[str, tuple[float, ...]]:
-        return "magnitude_aware", (self.w, self.alpha)
+    def settings(self, numel: int) -> tuple[float, ...]:
+        return self.w, self.alpha
 
 
 def settled(rule: Rule, step: Step) -> Rule:

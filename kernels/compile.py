@@ -15,14 +15,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffusers_guidance.kernels import launch, programs
-from diffusers_guidance.kernels.coefficients import COEFFICIENTS
+from diffusers_guidance.kernels import coefficients, launch, programs
+from diffusers_guidance.kernels.algebra import ALGEBRAS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+RULES = [each for each in ALGEBRAS.values() if each.function.__module__ == coefficients.__name__]
 FOLD = {"fp32": 4, "fp16": 8, "bf16": 8}
 
 
@@ -55,12 +56,12 @@ def specialisations(cluster: bool) -> Iterator[Specialisation]:
         constants: dict[str, Any] = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
         yield Specialisation(f"gram {dtype}{carried}", programs.gram_kernel, pointers, constants, launch.THREADS)
         for rule, (output, step, denoised) in itertools.product(
-            (*COEFFICIENTS, None),
+            (*RULES, None),
             (("prediction", False, None), ("flow step", True, None), ("step", True, dtype)),
         ):
-            label = f"{rule or 'given'} {output} {dtype}{carried}"
+            label = f"{rule.function.__name__ if rule else 'given'} {output} {dtype}{carried}"
             pointers = inputs | {"out": dtype, "denoised": denoised, "new_momentum": "fp32"}
-            constants = {"RULE": COEFFICIENTS.get(rule or ""), "STEP": step}
+            constants = {"RULE": rule.compiled if rule else None, "STEP": step}
             yield Specialisation(
                 f"combine {label}",
                 programs.combine_kernel,

@@ -120,17 +120,18 @@ def _settings(
     """Of a rule, for the ops: (beta, its function's name, parameters, or its coefficients, norm_dim)."""
     norm_dim = None if rule.norm_dim is None else list(rule.norm_dim)
     numel = reference.group_numel(cond, rule.norm_dim)
-    if _has_triton(type(rule)):
-        name, parameters = rule.triton(numel)  # type: ignore[attr-defined]
-        return rule.momentum, name, [float(p) for p in parameters], None, norm_dim
+    if _is_compiled(type(rule)):
+        settings = [float(each) for each in rule.settings(numel)]  # type: ignore[attr-defined]
+        name = rule.algebra.name  # type: ignore[attr-defined]
+        return rule.momentum, name, settings + [0.0] * (4 - len(settings)), None, norm_dim
     entries = torch.ops.diffusers_guidance.gram(sample, cond, uncond, momentum, a, b, norm_dim)
     g = Gram._make([*entries.unbind(0), numel])
     k = reference.finite_coefficients(rule, g, b)
     return rule.momentum, "", [], torch.stack(torch.broadcast_tensors(*k), -1).reshape(-1, 4), norm_dim
 
 
-def _has_triton(rule: type) -> bool:
-    """Whether the rule's Triton function is that of its `coefficients`, not of those it has overridden."""
-    owners = [next((c for c in rule.__mro__ if name in vars(c)), None) for name in ("triton", "coefficients")]
-    compiled, plain = owners
-    return compiled is not None and plain is not None and issubclass(compiled, plain)
+def _is_compiled(rule: type) -> bool:
+    """Whether the rule's coefficients are those of its `algebra`, and no method of its own that overrides it."""
+    names = ("algebra", "coefficients")
+    algebra, method = (next((c for c in rule.__mro__ if vars(c).get(name) is not None), None) for name in names)
+    return algebra is not None and method is not None and issubclass(algebra, method)

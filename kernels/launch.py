@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from diffusers_guidance.kernels import programs
-from diffusers_guidance.kernels.coefficients import COEFFICIENTS
+from diffusers_guidance.kernels.algebra import ALGEBRAS
 from diffusers_guidance.kernels.reference import dims_of
 
 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
@@ -187,7 +187,7 @@ def _guide(
         a, b, beta, *(*parameters, 0.0, 0.0, 0.0, 0.0)[:4], *(update or (0.0, 1.0, 0.0, 1.0)),
         layout.groups[1], layout.rows, layout.columns, *layout.walk,
     )  # fmt: skip
-    options = {"RULE": COEFFICIENTS[rule] if coefficients is None else None, "STEP": update is not None}
+    options = {"RULE": ALGEBRAS[rule].compiled if coefficients is None else None, "STEP": update is not None}
     ctas = ctas_of(numel, cond.device)
     with _on(cond.device):
         if coefficients is None and numel <= GUIDE_NUMEL * ctas:
@@ -211,7 +211,7 @@ def guide(
     beta: float, rule: str, parameters: Sequence[float], coefficients: Tensor | None,
     norm_dim: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`reference.guide` with the coefficients of `COEFFICIENTS[rule]`, or with those given as (groups, 4)."""
+    """`reference.guide` with the coefficients of `ALGEBRAS[rule]`, or with those given as (groups, 4)."""
     layout = layout_of(cond, norm_dim)
     out = _new(layout, cond, cond.dtype)
     new_momentum = _guide(sample, cond, uncond, momentum, a, b, beta, rule, parameters, coefficients, layout, out)

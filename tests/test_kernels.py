@@ -95,21 +95,21 @@ def test_extrapolate_is_a_linear_combination(channels):
 
 
 class OnlyTorch(Rule):
-    """A rule without a Triton function."""
+    """A rule whose coefficients torch alone can compute."""
 
     def coefficients(self, gram, b):
         return kernels.Coefficients(0.0, 1.0, gram.cd / gram.dd, 0.0)
 
 
 class Halved(APG):
-    """Overrides the algebra and inherits the Triton function, which is then another rule's."""
+    """Overrides the coefficients and inherits the algebra, which is then another rule's."""
 
     def coefficients(self, gram, b):
         return kernels.Coefficients(*(0.5 * k for k in super().coefficients(gram, b)))
 
 
-def test_a_triton_function_counts_for_its_own_algebra_only():
-    assert [dispatch._has_triton(cls) for cls in (CFG, APG, OnlyTorch, Halved)] == [True, True, False, False]
+def test_an_algebra_counts_only_where_nothing_overrides_it():
+    assert [dispatch._is_compiled(cls) for cls in (CFG, APG, OnlyTorch, Halved)] == [True, True, False, False]
 
 
 def fake(device, dtype=torch.float32, requires_grad=False):
