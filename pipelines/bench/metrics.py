@@ -1,6 +1,5 @@
 """From a benchmark's lines and pictures to its figures: each a mean over prompts and seeds with its 95 % interval."""
 
-import importlib
 import importlib.util
 import json
 import math
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.bench.embedding import Embedding, embed
 from diffusers_guidance.pipelines.bench.suite import Suite
 from diffusers_guidance.pipelines.pictures.measures import (
     clipped,
@@ -110,7 +110,7 @@ class Retrieval:
     """Whether the real picture nearest to a generated one is of the concept that the prompt names.
 
     Lies beside a model as `retrieval.safetensors`, if it has one: `network.*`, the weights of
-    `samples.training.embedding.Embedding`, trained apart from the generator; `pool` (N, D), the vectors of real
+    `embedding.Embedding`, trained apart from the generator; `pool` (N, D), the vectors of real
     pictures; and in the metadata `concepts`, a JSON list of N names.
 
     Args:
@@ -134,12 +134,11 @@ class Retrieval:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name).float() for name in content.keys()}  # noqa: SIM118 (not a mapping)
             concepts = json.loads(content.metadata()["concepts"])
-        embedding = importlib.import_module("diffusers_guidance.samples.training.embedding")
         weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
-        network = embedding.Embedding(len(weights["concept.weight"]))
+        network = Embedding(len(weights["concept.weight"]), len(weights["style.weight"]))
         network.load_state_dict(weights)
         network.eval()
-        return cls(lambda pictures: embedding.embed(network, pictures), tensors["pool"], concepts)
+        return cls(lambda pictures: embed(network, pictures), tensors["pool"], concepts)
 
     @staticmethod
     def save(file: Path, network: torch.nn.Module, pool: Tensor, concepts: Sequence[str]) -> None:
