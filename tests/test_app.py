@@ -46,6 +46,7 @@ from diffusers_guidance.pipelines.app.settings import (
     Trial,
     knobs_of,
 )
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.policies import EveryStep, Hold, LinearAG
 from diffusers_guidance.rules import CFG
@@ -153,6 +154,19 @@ def test_the_code_makes_the_same_pictures(client, settings, tmp_path, monkeypatc
     assert len(pictures) == settings.get("batch_size", 1)
     for number, each in enumerate(pictures):
         assert (pixels(f"picture-{number}.png") == pixels(each["image"])).all()
+
+
+@pytest.mark.parametrize("scheduler", [OWN, "Euler"])
+def test_the_code_makes_the_same_picture_where_steps_are_fused(pipe, scheduler, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    with use_fused_steps(True):
+        settings = Generation(scheduler=scheduler, policy="EveryStep", **SMALL)
+        made = app_work.generate(pipe, settings, lambda *now, **seen: told.append((*now, seen.get("pictures"))))
+        exec(compile(made.code, "code", "exec"), {})
+    assert (pixels("picture-0.png") == pixels(made.guided.pictures[0])).all()
+    assert [now[:3] for now in told] == [("APG + EveryStep", done, 3) for done in range(4)]
+    assert any(pictures for *_, pictures in told)
 
 
 def test_a_new_seed_every_time_is_reported_and_reproducible(client):

@@ -244,9 +244,12 @@ def _record(path: str | Path, about: dict[str, Any]) -> Record:
 
 def _rows(record: Record | None) -> list[Row]:
     found = None if record is None else record.read()
-    if record is not None and found is not None and "rows" not in found:
-        raise CalibrationMismatch(f"{record.file} is not a frontier: choose another file, or delete it")
-    return [] if found is None else [Row(**row) for row in found["rows"]]
+    if record is None or found is None:
+        return []
+    try:
+        return [Row(**row) for row in found["rows"]]
+    except (KeyError, TypeError):
+        raise CalibrationMismatch(f"{record.file} is not a frontier: choose another file, or delete it") from None
 
 
 def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int], lpips: bool) -> dict[str, Any]:
