@@ -3,7 +3,8 @@
 Torch and Triton both run what is written here; see `algebra`.
 """
 
-from diffusers_guidance.kernels.algebra import algebra, exp, minimum, sqrt, where
+from diffusers_guidance.kernels import ops
+from diffusers_guidance.kernels.algebra import algebra
 from diffusers_guidance.kernels.reference import Coefficients
 
 
@@ -18,8 +19,8 @@ def cfg(gram, b, w, rescale, _2, _3):
     total = gram.sum_c + v * gram.sum_d
     variance_c = gram.cc - gram.sum_c * gram.sum_c / gram.numel
     variance_g = gram.cc + 2 * v * gram.cd + v * v * gram.dd - total * total / gram.numel
-    f = rescale * sqrt(variance_c / variance_g) + (1 - rescale)
-    f = where(rescale == 0, 1.0, f)  # 0 * NaN where the variance is zero
+    f = rescale * ops.sqrt(variance_c / variance_g) + (1 - rescale)
+    f = ops.where(rescale == 0, 1.0, f)  # 0 * NaN where the variance is zero
     return Coefficients(0.0 * f, f, f * v, 0.0 * f)
 
 
@@ -32,13 +33,13 @@ def apg(gram, b, w, beta, threshold, eta):
     """
     DD = b * b * gram.dd + 2 * b * beta * gram.dm + beta * beta * gram.mm
     DX = b * gram.Xd + beta * gram.Xm
-    s = minimum(1.0, threshold / sqrt(DD))
+    s = ops.minimum(1.0, threshold / ops.sqrt(DD))
     k = DX / gram.XX
     strength = (w - 1) * s / b
     noisy = b != 0  # at b = 0 no noise is left: the prediction has no part in the denoised sample
-    kX = where(noisy, -strength * (1 - eta) * k, 0.0)
-    kd = where(noisy, strength * b, 0.0)
-    km = where(noisy, strength * beta, 0.0)
+    kX = ops.where(noisy, -strength * (1 - eta) * k, 0.0)
+    kd = ops.where(noisy, strength * b, 0.0)
+    km = ops.where(noisy, strength * beta, 0.0)
     return Coefficients(kX, 1.0 + 0.0 * b, kd, km)
 
 
@@ -61,7 +62,7 @@ def tcfg(gram, b, w, _1, _2, _3):
     v = w - 1
     cu = gram.cc - gram.cd
     excess = 2 * gram.cd - gram.dd  # <c, c> - <u, u>
-    R = sqrt(excess * excess + 4 * cu * cu)
+    R = ops.sqrt(excess * excess + 4 * cu * cu)
     of_c = cu / R
     of_u = (1.0 - excess / R) / 2
     return Coefficients(0.0 * R, w - v * (of_c + of_u), v * of_u, 0.0 * R)
@@ -71,5 +72,5 @@ def tcfg(gram, b, w, _1, _2, _3):
 def magnitude_aware(gram, b, w, alpha, _2, _3):
     """u + w' (c - u) with w' = 1 + (w - 1) exp(-alpha ||d|| / ||u||) (arXiv 2508.03442)."""
     uu = gram.cc - 2 * gram.cd + gram.dd
-    damped = exp(-alpha * sqrt(gram.dd / uu))
+    damped = ops.exp(-alpha * ops.sqrt(gram.dd / uu))
     return Coefficients(0.0 * uu, 1.0 + 0.0 * uu, (w - 1) * damped, 0.0 * uu)

@@ -311,7 +311,7 @@ def test_fake_implementations_tell_the_truth():
     ops = torch.ops.diffusers_guidance
     checks = ("test_schema", "test_faketensor")
     for tensors, norm_dim in (((x, c, u, m), None), (last, [1, 3]), ((x, *last[1:]), [1, 3, 4])):
-        settings = (1.0, -0.5, -0.5, "apg", [7.5, -0.5, 15.0, 0.0], None, norm_dim)
+        settings = (1.0, -0.5, -0.5, APG.algebra.name, [7.5, -0.5, 15.0, 0.0], None, norm_dim)
         torch.library.opcheck(ops.guide.default, (*tensors, *settings), test_utils=checks)
         for denoised in (torch.float32, None):
             steps = ([1.0, 2.0, 3.0, 4.0], torch.float16, denoised)
