@@ -46,7 +46,8 @@ from diffusers_guidance.pipelines.app.settings import (
     Trial,
     knobs_of,
 )
-from diffusers_guidance.pipelines.pictures.compare import Result
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
+from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.policies import EveryStep, Hold, LinearAG
 from diffusers_guidance.rules import CFG
 
@@ -155,6 +156,19 @@ def test_the_code_makes_the_same_pictures(client, settings, tmp_path, monkeypatc
         assert (pixels(f"picture-{number}.png") == pixels(each["image"])).all()
 
 
+@pytest.mark.parametrize("scheduler", [OWN, "Euler"])
+def test_the_code_makes_the_same_picture_where_steps_are_fused(pipe, scheduler, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    with use_fused_steps(True):
+        settings = Generation(scheduler=scheduler, policy="EveryStep", **SMALL)
+        made = app_work.generate(pipe, settings, lambda *now, **seen: told.append((*now, seen.get("pictures"))))
+        exec(compile(made.code, "code", "exec"), {})
+    assert (pixels("picture-0.png") == pixels(made.guided.pictures[0])).all()
+    assert [now[:3] for now in told] == [("APG + EveryStep", done, 3) for done in range(4)]
+    assert any(pictures for *_, pictures in told)
+
+
 def test_a_new_seed_every_time_is_reported_and_reproducible(client):
     _, report, pictures = client.predict(random_seed=True, **SMALL, api_name="/generate")
     seed = report["settings"]["seed"]
@@ -169,7 +183,7 @@ def test_a_new_seed_every_time_is_reported_and_reproducible(client):
 )
 def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, changed, said):
     asked = {"rule": "CFG", "policy": "LinearAG", "guidance_scale": 5.0, "steps": 20} | changed
-    outcome = app_work.generate(pipe, Generation(**asked, compare_with_plain=False), lambda news: None)
+    outcome = app_work.generate(pipe, Generation(**asked, compare_with_plain=False), lambda *news, **seen: None)
     assert outcome.guided.name == f"CFG + LinearAG, {said}"
     assert (outcome.guided.policy.calibration is not None) == (said == "fitted") == ("Calibration.load" in outcome.code)
     assert "what is left out is a linear combination" in app_show.about(LinearAG)
@@ -180,9 +194,9 @@ def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, 
 
 def test_it_opens_with_what_it_says_of_apg(pipe):
     """Colours at a high scale near those of plain CFG at a low one, burnt without APG, and evaluations saved."""
-    opened = app_work.generate(pipe, Generation(), lambda news: None)
+    opened = app_work.generate(pipe, Generation(), lambda *news, **seen: None)
     low = replace(Generation(), rule="CFG", policy="EveryStep", guidance_scale=5.0)
-    low = app_work.generate(pipe, low, lambda news: None).guided.saturation
+    low = app_work.generate(pipe, low, lambda *news, **seen: None).guided.saturation
     assert abs(opened.guided.saturation - low) < 0.15 * low < opened.plain.saturation - low
     assert opened.guided.saved > 0.15
 
@@ -247,7 +261,7 @@ def test_any_prompt_can_be_compared(client, prompt, recwarn):
 def test_the_plot_of_similarities_fits_short_runs_and_runs_without_guidance(pipe):
     def shown(**asked):
         settings = Generation(rule="CFG", policy="EveryStep", compare_with_plain=False, **asked)
-        return app_show.similarity_plot(app_work.generate(pipe, settings, lambda news: None).guided.reports[0])
+        return app_show.similarity_plot(app_work.generate(pipe, settings, lambda *news, **seen: None).guided.reports[0])
 
     unguided = shown(steps=2, guidance_scale=1)
     assert "No guidance at scale 1" in unguided and "skipped" not in unguided and "<svg" not in unguided
@@ -256,7 +270,7 @@ def test_the_plot_of_similarities_fits_short_runs_and_runs_without_guidance(pipe
 
 
 def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
-    assert "1 of 1 step<" in app_show.progress_bar(app_work.Progress("CFG", 1, 1))
+    assert "1 of 1 step<" in app_show.progress_bar(app_work.News("CFG", 1, 1))
     families = {family for family, *_ in app_work.contestants(20, "ddim-20-5")}
     assert len(set(app_show.COLOURS)) >= len(families)
 
@@ -265,7 +279,7 @@ def test_words_are_no_markup():
     result = Result("CFG", CFG(), EveryStep(), 5.0, [Image.new("RGB", (8, 8))])
     assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), [result])
     assert "<script" not in app_show.note("<script>")
-    assert "<script" not in app_show.progress_bar(app_work.Progress("<script>", 1, 2))
+    assert "<script" not in app_show.progress_bar(app_work.News("<script>", 1, 2))
 
 
 def test_every_preset_rule_and_policy_runs(pipe):
@@ -274,7 +288,7 @@ def test_every_preset_rule_and_policy_runs(pipe):
     assert {"EveryStep", "AdaptiveGuidance", "Hold", "Interval", "StepAG"} <= POLICIES.keys()
     for rule, policy in pairs:
         settings = Generation(rule=rule, policy=policy, steps=2, compare_with_plain=False)
-        outcome = app_work.generate(pipe, settings, lambda news: None)
+        outcome = app_work.generate(pipe, settings, lambda *news, **seen: None)
         assert outcome.guided.nfe <= 4
 
 
@@ -332,7 +346,7 @@ def test_values_that_are_no_numbers_or_texts_are_refused(value):
 
 
 def test_an_unforeseen_error_reaches_the_user_as_a_sentence(client, monkeypatch, caplog):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("secret /path")
 
     monkeypatch.setattr(app_work, "call_of", fail)
@@ -441,7 +455,7 @@ def test_an_allowed_model_is_loaded_and_reproduced(tmp_path, monkeypatch):
         Models().get(model)
     with pytest.raises(ValueError, match="not one this server allows"):
         Models([model + "x"]).get(model)
-    outcome = app_work.generate(Models([model]).get(model), settings, lambda news: None)
+    outcome = app_work.generate(Models([model]).get(model), settings, lambda *news, **seen: None)
     monkeypatch.chdir(tmp_path)
     exec(compile(outcome.code, "code", "exec"), {})
     assert (pixels("picture-0.png") == pixels(outcome.guided.pictures[0])).all()
@@ -531,9 +545,9 @@ def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
     take = app_work._take
 
     def noticed(pipe, settings, name, rule, policy, tell):
-        def telling(news):
+        def telling(*now, **seen):
             begun.set()
-            tell(news)
+            tell(*now, **seen)
 
         try:
             return take(pipe, settings, name, rule, policy, telling)
@@ -619,7 +633,7 @@ def test_the_interpreter_can_end_while_the_device_works():
 def test_a_scheduler_that_does_not_fit_is_refused(pipe, monkeypatch):
     monkeypatch.setitem(app_work.SCHEDULERS, OWN, "FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler: does not fit DDIMScheduler; here fit"):
-        app_work.generate(pipe, Generation(**SMALL), lambda news: None)
+        app_work.generate(pipe, Generation(**SMALL), lambda *news, **seen: None)
 
 
 # MCP, and how it starts

@@ -34,9 +34,10 @@ from diffusers_guidance.pipelines.bench.metrics import (
 from diffusers_guidance.pipelines.bench.metrics import Figure as Interval
 from diffusers_guidance.pipelines.bench.report import _name, html, markdown
 from diffusers_guidance.pipelines.bench.run import Results, bench
-from diffusers_guidance.pipelines.bench.suite import JUDGED, SUITE, Suite, fingerprint
+from diffusers_guidance.pipelines.bench.suite import JUDGED, SUITE, Suite
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.shell import cli
+from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.ray import pipeline
 from diffusers_guidance.steps import Prediction, Step
 

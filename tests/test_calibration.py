@@ -31,7 +31,7 @@ from diffusers_guidance import (
 from diffusers_guidance.calibration import Moments, _differences, combinations, gains
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprint, setting
 from diffusers_guidance.pipelines.attach.schedulers import spaces
-from diffusers_guidance.pipelines.pictures.measures import Fidelity
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.search.calibrate import Recorder, calibrate_on_ray, gram
 
 SPACES = ("denoised", "noise")

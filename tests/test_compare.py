@@ -29,10 +29,11 @@ from diffusers_guidance import (
     search,
 )
 from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column, short
-from diffusers_guidance.pipelines.pictures.compare import Comparison, Result, _generate, _tensor, compare
+from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
 from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own_font
-from diffusers_guidance.pipelines.pictures.measures import EQUAL, psnr
-from diffusers_guidance.pipelines.pictures.sheet import _font, _wrap, cell_size, contact_sheet, similarity_plot
+from diffusers_guidance.pipelines.pictures.make import Case, Result, pictures_of
+from diffusers_guidance.pipelines.pictures.measures import EQUAL, psnr, tensor_of
+from diffusers_guidance.pipelines.pictures.sheet import _font, _wrap, cell_size, contact_sheet, save, similarity_plot
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.support import ray as spread
 from diffusers_guidance.report import Report, StepReport
@@ -286,8 +287,8 @@ class TrueCfg:
 
 
 def test_other_pipelines():
-    pipe, jobs = TrueCfg(), [("a", 1), ("b", 2)]
-    assert _generate(pipe, jobs, 3, {"negative_prompt": None, "height": 32}) == ["middle of a", "middle of b"]
+    pipe, cases = TrueCfg(), [Case("a", 1), Case("b", 2)]
+    assert pictures_of(pipe, cases, steps=3, height=32) == ["middle of a", "middle of b"]
     seeds = [generator.initial_seed() for generator in pipe.seen.pop("generator")]
     assert seeds == [1, 2]
     expected = {"negative_prompt": ["", ""], "height": 32, "num_inference_steps": 3, "output_type": "pil"}
@@ -453,7 +454,7 @@ def test_psnr_of_several_pictures_is_the_mean_of_their_dB():
     each = [10 * math.log10(3 * (255 / off) ** 2) for off in (5, 100)]
     assert comparison(plain, other).psnr(other) == pytest.approx((sum(each) + EQUAL) / 3)
     # What frontiers and benchmarks call so, of the same pictures.
-    tensors = [torch.stack([_tensor(p)[0] for p in r.pictures]) for r in (other, plain)]
+    tensors = [tensor_of(r.pictures) for r in (other, plain)]
     assert comparison(plain, other).psnr(other) == pytest.approx(float(psnr(*tensors).mean()))
 
 
@@ -485,7 +486,7 @@ def test_letters_come_from_a_font_that_has_them(tmp_path, recwarn):
     made = comparison(result("CFG", (255, 0, 0), count=2), prompts=("赤いりんご", "ᶁ"))
     made.results[0].reports = [Report(steps=[StepReport(0, 1.0, 1.0, ["both"] * 2, ["both"] * 2, [0.5] * 2, [0.5] * 2,
                                                         4, 4)])]  # fmt: skip
-    made.save(tmp_path)
+    save(made, tmp_path)
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
@@ -514,7 +515,7 @@ def test_files_are_whole_or_absent(pipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(OSError, match="no space"):
-        comparison.save(tmp_path)
+        save(comparison, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from diffusers_guidance import APG, CFG, EveryStep, Forecast, UnsupportedSchedul
 from diffusers_guidance.forecast import estimate
 from diffusers_guidance.pipelines.attach.guider import Guider
 from diffusers_guidance.pipelines.attach.schedulers import spaces
-from diffusers_guidance.pipelines.pictures.measures import Fidelity
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 
 NAMES = [
     "StableDiffusionPipeline",

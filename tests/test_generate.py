@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_guidance import samples
+from diffusers_guidance import CFG, EveryStep, samples
 from diffusers_guidance.pipelines.bench import run as engine
 from diffusers_guidance.pipelines.bench.cells import run_cell
 from diffusers_guidance.pipelines.bench.run import bench
 from diffusers_guidance.pipelines.bench.suite import Suite
 from diffusers_guidance.pipelines.pictures import generate as generating
 from diffusers_guidance.pipelines.pictures.generate import generate, read_jobs
+from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.support.ray import cluster, pipeline, spread
 
@@ -100,7 +101,8 @@ def test_what_the_pipeline_cannot_do_is_said_with_the_job(tmp_path, arguments, m
 
 def test_a_picture_of_another_size_than_asked_for_is_refused(tmp_path, monkeypatch):
     jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "height": 64}))
-    monkeypatch.setattr(generating, "_generate", lambda *call: [Image.new("RGB", (128, 128))])
+    made = Result("", CFG(), EveryStep(), 5.0, [Image.new("RGB", (128, 128))])
+    monkeypatch.setattr(generating, "make", lambda *call, **settings: made)
     with pytest.raises(ValueError, match=r"job 000000, with height=64: .*the pipeline makes 128 of it"):
         generate(jobs, tmp_path / "out", model=MODEL, steps=1)
     assert not (tmp_path / "out").exists()
@@ -219,4 +221,3 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ImportError, match=r"diffusers-guidance\[ray\]"), cluster():
         pass
-    assert generating.spread is spread

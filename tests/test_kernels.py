@@ -1,5 +1,6 @@
 """The guidance arithmetic in plain torch: the paper's own listing, broken inputs, and who does which call."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,13 @@ def test_the_choice_can_be_forced(monkeypatch):
     assert kernels.backend_of(gpu) == "torch"
     with pytest.raises(ValueError, match="needs the package triton"):
         kernels.guide(*draws()[:3], None, 1.0, -1.0, CFG(2.0), backend="triton")
+
+
+def test_one_threads_choice_is_not_anothers():
+    gpu = fake("cuda:0")
+    with ThreadPoolExecutor(1) as other, kernels.use_backend("torch"):
+        assert kernels.backend_of(gpu) == "torch"
+        assert other.submit(kernels.backend_of, gpu).result() == "triton"
 
 
 def test_the_reference_compiles_whole_and_has_a_gradient():

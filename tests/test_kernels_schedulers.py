@@ -1,6 +1,7 @@
 """The fused scheduler steps equal diffusers' own step, with its bookkeeping, and step aside for any option."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -141,6 +142,15 @@ def test_one_switch():
     with use_fused_steps(True):
         assert fused_step(*call) is not None
     assert f.step_index == 0
+
+
+def test_one_threads_switch_is_not_anothers():
+    x, c, _, _ = draws(0)
+    f = ready(FlowMatchEulerDiscreteScheduler, {})
+    call = (f, c, f.timesteps[0], x)
+    with ThreadPoolExecutor(1) as other, use_fused_steps(True):
+        assert fused_step(*call) is not None
+        assert other.submit(fused_step, *call).result() is None
 
 
 def test_sigmas_are_fetched_once_and_again_when_they_change():

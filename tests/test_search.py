@@ -24,12 +24,14 @@ from diffusers_guidance import (
     search_nas,
 )
 from diffusers_guidance.calibration import Calibration, Moments, combinations
-from diffusers_guidance.pipelines.pictures.measures import Fidelity, psnr, ssim
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.pictures.measures import psnr, ssim
 from diffusers_guidance.pipelines.search.calibrate import gram
 from diffusers_guidance.pipelines.search.frontier import OURS, Row, best_at, frontier, plot
 from diffusers_guidance.pipelines.search.nas import Mixture, _run, checkpointed
-from diffusers_guidance.policies import NFES, published
+from diffusers_guidance.policies import published
 from diffusers_guidance.schedules import climb, even, predicted_error, shortlist
+from diffusers_guidance.steps import Action
 
 STEPS = 6
 SCALE = 4.0
@@ -133,7 +135,7 @@ def test_no_candidate_exceeds_the_budget_with_denoisers_that_take_turns(seed, nf
 
     def measure(schedule):
         evaluated = ["both" if t in (0, 5) else action for t, action in enumerate(schedule.actions)]
-        tried.append(sum(NFES[action] for action in evaluated))
+        tried.append(sum(Action(action).nfe for action in evaluated))
         assert schedule.nfe == tried[-1]
         return float(torch.rand(()))
 
@@ -355,7 +357,7 @@ def test_gradients_reach_every_step_through_the_sampler(pipe, seed):
     kappas = torch.tensor([1.0, 2.0, 0.5, -0.5], requires_grad=True)
 
     def loss(values):
-        return _run(pipe, Mixture(kappas=iter(values)), PROMPTS[:2], seed % 1000, call)[0].double().square().mean()
+        return _run(pipe, Mixture(kappas=values), PROMPTS[:2], seed % 1000, call)[0].double().square().mean()
 
     with checkpointed(pipe):
         loss(kappas).backward()
@@ -370,7 +372,7 @@ def test_gradients_reach_every_step_through_the_sampler(pipe, seed):
 def test_mixture_at_full_strength_is_the_pipelines_own_guidance(pipe):
     call = {"num_inference_steps": 4, "guidance_scale": SCALE, **SIZE}
     expected = pipe(PROMPTS[:1], generator=torch.Generator().manual_seed(3), output_type="latent", **call).images
-    made, scale = _run(pipe, Mixture(kappas=iter([torch.tensor(SCALE - 1)] * 4)), PROMPTS[:1], 3, call)
+    made, scale = _run(pipe, Mixture(kappas=torch.full((4,), SCALE - 1)), PROMPTS[:1], 3, call)
     assert scale.tolist() == [SCALE] * 4
     torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
 

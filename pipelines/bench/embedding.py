@@ -1,6 +1,6 @@
 """A small network that embeds pictures, so that the real ones most like a generated one can be looked up.
 
-Its weights lie beside a model (`bench_metrics.Retrieval`); `benchmarks/training/embedding.py` trains it.
+Its weights lie beside a model (`metrics.Retrieval`); `benchmarks/training/embedding.py` trains it.
 """
 
 import itertools

@@ -18,7 +18,15 @@ from torch import Tensor
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.bench.embedding import Embedding, embed
 from diffusers_guidance.pipelines.bench.suite import Suite
-from diffusers_guidance.pipelines.pictures.measures import _lpips, psnr, ssim
+from diffusers_guidance.pipelines.pictures.measures import (
+    clipped,
+    contrast,
+    lpips_network,
+    psnr,
+    saturation,
+    ssim,
+    tensor_of,
+)
 from diffusers_guidance.pipelines.support.loading import load_whole
 
 Record = dict[str, Any]
@@ -93,27 +101,6 @@ def _resampled(values: np.ndarray) -> np.ndarray:
     rows = generator.integers(seeds, size=(RESAMPLINGS, seeds))
     columns = generator.integers(prompts, size=(RESAMPLINGS, prompts))
     return values[rows[:, :, None], columns[:, None, :]].mean((1, 2))
-
-
-# Measures of pictures: (N, 3, H, W) from 0 to 1 to (N,)
-
-
-def saturation(pictures: Tensor) -> Tensor:
-    """HSV saturation."""
-    high, low = pictures.amax(1), pictures.amin(1)
-    return ((high - low) / high.clamp(min=1e-8)).flatten(1).mean(1)
-
-
-def contrast(pictures: Tensor) -> Tensor:
-    luma = torch.einsum("nchw,c->nhw", pictures, torch.tensor([0.299, 0.587, 0.114]))
-    return luma.flatten(1).std(1, correction=0)
-
-
-def clipped(pictures: Tensor) -> Tensor:
-    """White and black, such as a plain background, count as no clipping."""
-    at_end = (pictures <= 0.25 / 255) | (pictures >= 1 - 0.25 / 255)
-    plain = (pictures <= 0.25 / 255).all(1) | (pictures >= 1 - 0.25 / 255).all(1)
-    return (at_end.any(1) & ~plain).flatten(1).float().mean(1)
 
 
 # Measures that need weights
@@ -215,7 +202,7 @@ def lpips_scorer() -> Callable[[Tensor, Tensor], Tensor]:
     checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
     if not list(checkpoints.glob("alexnet-*.pth")):
         raise OSError("AlexNet's weights are not on this machine")
-    network = _lpips()
+    network = lpips_network()
 
     def score(pictures: Tensor, reference: Tensor) -> Tensor:
         pairs = zip(pictures.split(1), reference.split(1), strict=True)
@@ -378,7 +365,10 @@ def _missing(suite: Suite, line: Record) -> list[str]:
 def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> list[Row]:
     columns = {name: sorted((r for r in lines if r["column"] == name), key=lambda r: suite.seeds.index(r["seed"]))
                for name in dict.fromkeys(r["column"] for r in lines)}  # fmt: skip
-    pictures = {name: _read([out / file for r in own for file in r["pictures"]]) for name, own in columns.items()}
+    pictures = {
+        name: tensor_of([Image.open(out / file) for r in own for file in r["pictures"]])
+        for name, own in columns.items()
+    }
     full = {own[0]["guidance_scale"]: name for name, own in reversed(columns.items())
             if own[0]["plain"] and own[0]["steps"] == suite.steps}  # fmt: skip
     cost = np.mean([r["nfe"] for r in columns[suite.baseline]])
@@ -418,12 +408,6 @@ def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> lis
             )
         )
     return rows
-
-
-def _read(files: Sequence[Path]) -> Tensor:
-    """(N, 3, H, W) from 0 to 1."""
-    arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 def _timing(line: Record) -> TimingRow:

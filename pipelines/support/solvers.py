@@ -1,6 +1,8 @@
 """Other schedulers for a pipeline: which fit it, and a fresh one by its class's name."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -24,6 +26,17 @@ def scheduler_of(own: Any, name: str | None) -> Any:
     if name not in fitting:
         raise ValueError(f"scheduler {name}: does not fit {type(own).__name__}; here fit {', '.join(sorted(fitting))}")
     return fitting[name].from_config(own.config)
+
+
+@contextmanager
+def scheduled(pipe: Any, name: str | None) -> Iterator[None]:
+    """Puts a scheduler of that class in place, and the pipeline's own back at the end; see `scheduler_of`."""
+    own = pipe.scheduler
+    pipe.scheduler = scheduler_of(own, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
