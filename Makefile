@@ -18,7 +18,7 @@ test: install ## every test
 	$(BIN)/pytest
 
 conformance: install ## holds attach to its promises on every pipeline of docs/pipelines.md; minutes
-	$(BIN)/pytest tests/conformance_suite.py
+	$(BIN)/pytest tests/zoo/conformance_suite.py
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

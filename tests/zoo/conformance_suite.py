@@ -15,7 +15,7 @@ from tiny import PIPELINES, run
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
 
-DOCS = Path(__file__).parents[1] / "docs" / "pipelines.md"
+DOCS = Path(__file__).parents[2] / "docs" / "pipelines.md"
 MARKERS = ("<!-- generated: pipelines -->", "<!-- end of pipelines -->")
 HEADER = (
     "| pipeline | folder | status | how it guides, as found | skipping | samples apart | APG | its own treatment |"

@@ -7,7 +7,7 @@ import torch
 
 from diffusers_guidance import kernels
 
-EXAMPLES = Path(__file__).parents[1] / "samples" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "samples" / "examples"
 
 
 def example(name: str) -> dict:

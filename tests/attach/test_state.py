@@ -16,7 +16,7 @@ import pytest
 import torch
 from conformance import Until, overwritten, relative
 from diffusers.models.attention_processor import AttnProcessor2_0
-from test_safety import Loop
+from strangers import Loop
 from tiny import PIPELINES, Tiny, counting, run
 
 from diffusers_guidance import CFG, Decision, EveryStep, History, Hold, Policy, Step, attach

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conformance import STEPS, denoisers, recorded, relative
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from test_guider import CLASSIC, FAMILIES, Pair
+from modular import CLASSIC, FAMILIES, Pair
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import APG, CFG, EveryStep, Forecast, UnsupportedScheduler, attach, samples

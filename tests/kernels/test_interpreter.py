@@ -1,4 +1,4 @@
-"""Runs test_kernels_triton.py in Triton's interpreter, on the CPU.
+"""Runs test_triton.py in Triton's interpreter, on the CPU.
 
 In a process of its own: `TRITON_INTERPRET` decides once, when a kernel is defined, for the whole process.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 
-def test_the_kernels_in_tritons_interpreter():
+def test_the_kernels_in_tritons_interpreter(seed):
     pytest.importorskip("triton", reason="triton is not installed")
-    tests = Path(__file__).with_name("test_kernels_triton.py")
+    tests = Path(__file__).with_name("test_triton.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(tests)],
-        cwd=tests.parent.parent,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--seed={seed}", str(tests)],
+        cwd=tests.parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

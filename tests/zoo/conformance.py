@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from papers import listing
 from tiny import Tiny, counting, run
 from torch import Tensor
 
@@ -113,6 +114,20 @@ class Fates(Policy):
     def plan(self, step: Step, history: History) -> list[Decision]:
         rows = range(self.first, self.first + history.rows)
         return [Decision("both" if step.index <= i else ("conditional" if i % 2 else "extrapolate")) for i in rows]
+
+
+@dataclass(frozen=True)
+class Again(Policy):
+    """At some steps evaluates nothing and takes the last predictions again."""
+
+    skipped: tuple[int, ...] = (1, 2)
+    remembers = True
+
+    def plan(self, step: Step, history: History) -> list[Decision]:
+        return [Decision("neither" if step.index in self.skipped else "both")] * history.rows
+
+    def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
+        return history.cond[-1], history.uncond[-1]
 
 
 def is_cond_first(entry: Tiny) -> bool:
@@ -357,15 +372,6 @@ def denoising(scheduler: Any, timestep: Any) -> tuple[float, float]:
     return PARAMETRISATIONS[name](scheduler, timestep, int(at[0]), kind or "epsilon")
 
 
-def listing(D_c: Tensor, D_u: Tensor, w: float, r: float, eta: float) -> Tensor:
-    """Algorithm 1 of arXiv 2410.02416 on rows of denoised predictions, at a first step: there is no momentum yet."""
-    diff = D_c - D_u
-    diff = diff * torch.clamp(r / diff.norm(dim=1, keepdim=True), max=1.0)
-    unit = D_c / D_c.norm(dim=1, keepdim=True)
-    parallel = (diff * unit).sum(1, keepdim=True) * unit
-    return D_c + (w - 1) * (diff - parallel + eta * parallel)
-
-
 OWN = {"cfg_normalization": True, "cfg_normalize": True, "enable_cfg_renorm": True, "guidance_rescale": 0.7}
 """Arguments by which calls ask for a treatment of the combined prediction."""
 
@@ -527,7 +533,7 @@ def follows_the_listing(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Non
         raise Inapplicable("its prediction has another shape than the sample")
     D_c, D_u = a * x + b * c, a * x + b * u
     rule = APG(momentum=-0.5, norm_threshold=0.5 * float((D_c - D_u).norm(dim=1).min()), eta=0.3)
-    D = listing(D_c, D_u, halves.w, rule.norm_threshold, rule.eta)
+    D, _ = listing(D_c, D_u, halves.w, torch.zeros_like(D_c), 0.0, rule.norm_threshold, rule.eta, (1,))
     whole = halves.c.clone()
     expected = c + (D - D_c) / b
     whole[:rows, :size] = expected.reshape(whole[:rows, :size].shape)

@@ -7,6 +7,7 @@ import json
 import diffusers
 import pytest
 import torch
+from strangers import OneLess
 from tiny import PIPELINES, counting
 from typer.testing import CliRunner
 
@@ -42,14 +43,6 @@ def pipe():
     pipe = PIPELINES["StableDiffusionPipeline"].build()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe
-
-
-class OneLess(diffusers.StableDiffusionPipeline):
-    """Calls its guidance scale by one less than it is, as Z-Image does."""
-
-    @property
-    def guidance_scale(self):
-        return self._guidance_scale + 1
 
 
 @pytest.fixture(scope="module")

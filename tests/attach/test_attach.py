@@ -5,8 +5,8 @@ import copy
 import conformance
 import pytest
 import torch
+from conformance import Again
 from diffusers.models.attention_processor import AttnProcessor2_0
-from test_neither import Again
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import (

@@ -49,7 +49,7 @@ from diffusers_guidance.pipelines.compare import Result
 from diffusers_guidance.policies import EveryStep, Hold, LinearAG
 from diffusers_guidance.rules import CFG
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 HAS_MCP = importlib.util.find_spec("mcp") is not None
 SMALL = {"steps": 3, "compare_with_plain": False}
 

@@ -12,10 +12,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conformance import STEPS, denoisers, relative
+from conformance import STEPS, Again, denoisers, relative
 from tiny import PIPELINES, counting, run
 
-from diffusers_guidance import APG, CFG, Decision, EveryStep, History, Policy, Schedule, Step, attach
+from diffusers_guidance import APG, CFG, Decision, EveryStep, Policy, Schedule, attach
 
 NAMES = [
     "StableDiffusionPipeline",
@@ -28,20 +28,6 @@ NAMES = [
     "ZImagePipeline",  # lists of tensors, the sign turned
     "LuminaPipeline",  # the conditional half first
 ]
-
-
-@dataclass(frozen=True)
-class Again(Policy):
-    """At some steps evaluates nothing and takes the last predictions again."""
-
-    skipped: tuple[int, ...] = (1, 2)
-    remembers = True
-
-    def plan(self, step: Step, history: History) -> list[Decision]:
-        return [Decision("neither" if step.index in self.skipped else "both")] * history.rows
-
-    def predict(self, step: Step, history: History) -> tuple[torch.Tensor, torch.Tensor]:
-        return history.cond[-1], history.uncond[-1]
 
 
 @contextmanager

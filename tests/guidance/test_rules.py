@@ -1,7 +1,7 @@
 """Rules: the papers' formulas in float64, degenerate predictions, and values that are refused.
 
-`listing` is Algorithm 1 of arXiv 2410.02416 written down from the paper, on denoised predictions, and `LISTINGS` are
-those of the other rules' papers; they share nothing with the package.
+`papers.listing` is APG's; `LISTINGS` are those of the other rules' papers, written down from them. They share nothing
+with the package.
 """
 
 import json
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import recorded, relative
+from papers import listing
 from tiny import PIPELINES, run
 from torch import Tensor
 
@@ -29,22 +30,6 @@ def draw():
     print(f"seed {SEED}")
     generator = torch.Generator().manual_seed(SEED)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def listing(
-    D_c: Tensor, D_u: Tensor, w: float, avg: Tensor, beta: float, r: float | None, eta: float, dims: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    def norm(x: Tensor) -> Tensor:
-        return x.square().sum(dim=dims, keepdim=True).sqrt()
-
-    diff = D_c - D_u
-    avg = diff + beta * avg
-    update = avg
-    if r is not None:
-        update = update * torch.clamp(r / norm(update), max=1.0)
-    unit = D_c / norm(D_c)
-    parallel = (update * unit).sum(dim=dims, keepdim=True) * unit
-    return D_c + (w - 1) * (update - parallel + eta * parallel), avg
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conformance import recorded, relative
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
-from test_rules import listing
+from papers import listing
 from tiny import PIPELINES, run
 
 from diffusers_guidance import APG, EveryStep, Interval, attach

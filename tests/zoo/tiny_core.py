@@ -27,7 +27,7 @@ from torch import nn
 SCALE = 4.0
 OFF = {"guidance_scale": 1.0}
 TRUE_OFF = {"true_cfg_scale": 1.0}
-TOKENIZER = Path(__file__).parents[1] / "samples" / "emoji" / "tokenizer"
+TOKENIZER = Path(__file__).parents[2] / "samples" / "emoji" / "tokenizer"
 PIPELINES: dict[str, "Tiny"] = {}
 
 

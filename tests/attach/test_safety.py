@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from conformance import relative
+from strangers import STEPS, Loop
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import (
@@ -31,7 +32,6 @@ from diffusers_guidance.pipelines.intercept import intercept_method
 
 SD = PIPELINES["StableDiffusionPipeline"]  # one call of its UNet a step
 WAN = PIPELINES["WanPipeline"]  # two calls of its transformer
-STEPS = 6
 PLAIN_BY_APG = APG(eta=1.0, norm_threshold=None, momentum=0.0)  # another way to plain guidance
 PAIRS = [(CFG(), EveryStep()), (CFG(), Hold(2)), (CFG(), StepAG(0.5)), (APG(), EveryStep())]
 each_pair = pytest.mark.parametrize(("rule", "policy"), PAIRS, ids=lambda part: type(part).__name__)
@@ -224,27 +224,6 @@ def test_the_stages_of_a_combined_pipeline_are_its_own(build, swapped):
     with attach(pipe, APG(norm_threshold=1.0), EveryStep()) as handle:
         assert relative(go(), untouched) > 1e-3
     assert len(handle.report.steps) == 8
-
-
-class Loop(diffusers.DiffusionPipeline):
-    """The least that is a pipeline. Goes on with a scheduler of its own after `known` steps."""
-
-    def __init__(self, unet: Any, scheduler: Any):
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(self, guidance_scale: float = 4.0, known: int = STEPS) -> torch.Tensor:
-        self.scheduler.set_timesteps(STEPS)
-        x, context = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(0)).split([1, 1])
-        x, context = x[:, :, :, :5].contiguous(), context[0, :2]
-        scheduler = self.scheduler
-        for i, t in enumerate(self.scheduler.timesteps):
-            if i == known:
-                scheduler = copy.deepcopy(scheduler)
-            uncond, cond = self.unet(torch.cat([x, x]), t, context, return_dict=False)[0].chunk(2)
-            x = scheduler.step(uncond + guidance_scale * (cond - uncond), t, x, return_dict=False)[0]
-        return x
 
 
 class Delegating(Loop):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure as Plot
 from PIL import Image
-from test_search import OneLess
+from strangers import OneLess
 from tiny import PIPELINES, run
 from typer.testing import CliRunner
 
