@@ -93,6 +93,115 @@ def test_whole_numbers_are_not_taken_for_rounded_ones(as_given):
         assert clock.timestep == t
 
 
+# A run's place in the table
+
+
+def levels_of(scheduler):
+    """(a, b) at every timestep of DDIM, from its alphas alone: x0 = (x - sigma eps) / alpha."""
+    squares = [float(scheduler.alphas_cumprod[t]) for t in scheduler.timesteps.tolist()]
+    return [(1 / square**0.5, -(((1 - square) / square) ** 0.5)) for square in squares]
+
+
+def at(space):
+    return space and (pytest.approx(space.a), pytest.approx(space.b))
+
+
+def ddim(steps=5):
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("begin", [0, 2, 4])
+def test_a_run_knows_its_place_and_what_is_left(begin):
+    """Image to image begins in the middle of the table."""
+    scheduler, clock = ddim(), Clock()
+    levels, values = levels_of(scheduler), scheduler.timesteps.tolist()
+    assert clock.next is None and not clock.ran_out
+    for i in range(begin, 5):
+        assert not clock.ran_out
+        clock.tick(scheduler, scheduler.timesteps[i])
+        assert (clock.timestep, at(clock.space)) == (values[i], levels[i])
+        assert at(clock.next) == (levels[i + 1] if i < 4 else None)
+        assert (clock.begin, clock.count, clock.steps, clock.loops) == (begin, 5 - begin, i + 1 - begin, 1)
+        assert not clock.went_back
+    assert clock.ran_out
+    assert [at(space) for space in clock.table(5 - begin)] == levels[begin:]
+    assert [at(space) for space in clock.table(5, before=begin)] == levels
+    assert clock.table(5 - begin, before=begin + 1) == clock.table(6 - begin) == ()
+    assert clock.timesteps(clock.begin, 2) == values[begin : begin + 2]
+
+
+def test_at_first_any_timestep_of_the_table_is_expected_and_then_the_next():
+    scheduler, clock = ddim(), Clock()
+    values = scheduler.timesteps.tolist()
+    assert all(clock.expects(scheduler, t) for t in values)
+    assert clock.expects(scheduler, scheduler.timesteps[1].expand(3))
+    assert not clock.expects(scheduler, values[0] + 1)
+    assert not clock.expects(scheduler, None)
+    assert not clock.expects(object(), values[0])
+    for i in range(4):
+        clock.tick(scheduler, values[i])
+        assert [clock.expects(scheduler, t) for t in values] == [j == i + 1 for j in range(5)]
+    clock.tick(scheduler, values[4])
+    assert not any(clock.expects(scheduler, t) for t in values)
+
+
+def test_another_loop_is_counted_from_its_first_step():
+    scheduler, clock = ddim(3), Clock()
+    for t in scheduler.timesteps:
+        clock.tick(scheduler, t)
+    scheduler.set_timesteps(4)
+    assert clock.ran_out
+    levels = levels_of(scheduler)
+    for i, t in enumerate(scheduler.timesteps):
+        clock.tick(scheduler, t)
+        assert (clock.loops, clock.steps, clock.count, at(clock.space)) == (2, i + 1, 4, levels[i])
+    other = ddim(2)
+    clock.tick(other, other.timesteps[0])
+    assert (clock.loops, clock.steps, clock.count) == (3, 1, 2)
+
+
+def test_the_same_table_made_once_more_beside_a_run_is_its_own_still():
+    scheduler, clock = ddim(), Clock()
+    for i in range(2):
+        clock.tick(scheduler, scheduler.timesteps[i])
+    scheduler.set_timesteps(5)  # by a run in another thread, say
+    assert not clock.ran_out
+    clock.tick(scheduler, scheduler.timesteps[2])
+    assert (clock.loops, clock.steps, clock.count) == (1, 3, 5)
+    scheduler.set_timesteps(5)
+    clock.begins_anew = True  # by the run itself
+    assert clock.ran_out
+    clock.tick(scheduler, scheduler.timesteps[0])
+    assert (clock.loops, clock.steps, clock.count, clock.begins_anew) == (2, 1, 5, False)
+    scheduler.set_timesteps(4)
+    assert clock.ran_out
+
+
+def test_a_scheduler_that_takes_anothers_place_goes_on_with_its_count():
+    scheduler, clock = ddim(), Clock(2)
+    for i in (2, 3, 4):
+        clock.tick(scheduler, scheduler.timesteps[i])
+        assert (clock.before, clock.steps, clock.count) == (2, i + 1, 5)
+
+
+def test_a_step_back_or_on_the_spot_is_seen():
+    scheduler, clock = ddim(), Clock()
+    for i, back in ((0, False), (1, False), (1, True), (3, False), (2, True), (3, False)):
+        clock.tick(scheduler, int(scheduler.timesteps[i]))
+        assert clock.went_back is back and clock.timestep == float(scheduler.timesteps[i])
+
+
+def test_a_table_whose_spaces_are_not_known_is_followed_all_the_same():
+    scheduler, clock = ddim(), Clock()
+    scheduler.register_to_config(prediction_type="of its own")
+    clock.tick(scheduler, scheduler.timesteps[1])
+    assert (clock.timestep, clock.space, clock.next, clock.table(4)) == (float(scheduler.timesteps[1]), None, None, ())
+    assert isinstance(clock.error, UnsupportedScheduler) and "of its own" in str(clock.error)
+    assert (clock.count, clock.begin) == (4, 1)
+
+
 # Stages
 
 
