@@ -65,33 +65,47 @@ class Steps:
 
 
 @contextmanager
-def recorded(scheduler: Any, limit: int | None = None) -> Iterator[Steps]:
-    """Records every `scheduler.step`, behind whatever the package puts in front of it; ends the run after `limit`.
+def watched(scheduler: Any, see: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Shows the arguments of every `scheduler.step`, which may be changed, before it is done.
 
-    The step is replaced in the scheduler's class, so that copies a pipeline makes of it keep a step of their own.
+    It stands behind whatever the package puts in front of it. The step is replaced in the scheduler's class, so that
+    copies a pipeline makes of it keep a step of their own.
     """
-    cls, steps = type(scheduler), Steps()
+    cls = type(scheduler)
     inherited, original = "step" not in vars(cls), cls.step
 
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is scheduler:
-            given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-            steps.outputs.append(given["model_output"].clone())
-            steps.samples.append(given["sample"].clone())
-            steps.timesteps.append(given.get("timestep"))
-            if limit is not None and len(steps.outputs) >= limit:
-                raise Enough
+            given = inspect.signature(original).bind(self, *args, **kwargs)
+            see(given.arguments)
+            return original(*given.args, **given.kwargs)
         return original(self, *args, **kwargs)
 
     cls.step = step
     try:
-        yield steps
+        yield
     finally:
         if inherited:
             del cls.step
         else:
             cls.step = original
+
+
+@contextmanager
+def recorded(scheduler: Any, limit: int | None = None) -> Iterator[Steps]:
+    """Records every `scheduler.step`; ends the run after `limit`."""
+    steps = Steps()
+
+    def see(given: dict[str, Any]) -> None:
+        steps.outputs.append(given["model_output"].clone())
+        steps.samples.append(given["sample"].clone())
+        steps.timesteps.append(given.get("timestep"))
+        if limit is not None and len(steps.outputs) >= limit:
+            raise Enough
+
+    with watched(scheduler, see):
+        yield steps
 
 
 @dataclass(frozen=True)
@@ -322,31 +336,28 @@ class Inapplicable(Exception):
     """Why a promise has no meaning for a pipeline, or cannot be checked from outside."""
 
 
-def preserving(scheduler: Any, timestep: Any, index: int, kind: str) -> tuple[float, float]:
-    """(a, b) of denoised = a x + b y for x = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1."""
+def preserving(scheduler: Any, timestep: Any, index: int) -> tuple[float, float]:
+    """(alpha, sigma) of x = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1."""
     if hasattr(scheduler, "alphas_cumprod"):
         square = float(scheduler.alphas_cumprod[int(timestep)])
     else:  # Wuerstchen's, a cosine over time from 1 to 0
         t, s = float(torch.as_tensor(timestep).flatten()[0]), 0.008
         square = (math.cos((t + s) / (1 + s) * math.pi / 2) / math.cos(s / (1 + s) * math.pi / 2)) ** 2
         square = min(max(square, 0.0001), 0.9999)
-    alpha, sigma = square**0.5, (1 - square) ** 0.5
-    return {"epsilon": (1 / alpha, -sigma / alpha), "v_prediction": (alpha, -sigma)}[kind]
+    return square**0.5, (1 - square) ** 0.5
 
 
-def exploding(scheduler: Any, timestep: Any, index: int, kind: str) -> tuple[float, float]:
-    """For x = x0 + sigma eps."""
-    sigma = float(scheduler.sigmas[index])
-    v = (1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5)
-    return {"epsilon": (1.0, -sigma), "v_prediction": v}[kind]
+def exploding(scheduler: Any, timestep: Any, index: int) -> tuple[float, float]:
+    """Of x = x0 + sigma eps."""
+    return 1.0, float(scheduler.sigmas[index])
 
 
-def flowing(scheduler: Any, timestep: Any, index: int, kind: str) -> tuple[float, float]:
-    """For x = (1 - sigma) x0 + sigma eps and y = eps - x0."""
-    return 1.0, -float(scheduler.sigmas[index])
+def flowing(scheduler: Any, timestep: Any, index: int) -> tuple[float, float]:
+    """Of x = (1 - sigma) x0 + sigma eps, where the network predicts eps - x0."""
+    return 1 - float(scheduler.sigmas[index]), float(scheduler.sigmas[index])
 
 
-PARAMETRISATIONS: dict[str, Callable[[Any, Any, int, str], tuple[float, float]]] = {
+PARAMETRISATIONS: dict[str, Callable[[Any, Any, int], tuple[float, float]]] = {
     "CogVideoXDDIMScheduler": preserving,
     "DDIMScheduler": preserving,
     "DDPMScheduler": preserving,
@@ -360,16 +371,27 @@ PARAMETRISATIONS: dict[str, Callable[[Any, Any, int, str], tuple[float, float]]]
 }
 
 
-def denoising(scheduler: Any, timestep: Any) -> tuple[float, float]:
-    """(a, b) of denoised = a x + b y at a timestep, by what its class is known to do."""
-    kind = scheduler.config.get("prediction_type", "")
-    if kind == "sample":
-        return 0.0, 1.0
+def levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
+    """How much signal and noise are in the sample at a timestep, by what the scheduler's class is known to do."""
     name = type(scheduler).__name__
     at = (scheduler.timesteps == torch.as_tensor(timestep).flatten()[0]).nonzero()
     if name not in PARAMETRISATIONS or not len(at):
         raise Inapplicable("no formula at hand for its scheduler")
-    return PARAMETRISATIONS[name](scheduler, timestep, int(at[0]), kind or "epsilon")
+    return PARAMETRISATIONS[name](scheduler, timestep, int(at[0]))
+
+
+def denoising(scheduler: Any, timestep: Any) -> tuple[float, float]:
+    """(a, b) of denoised = a x + b y at a timestep."""
+    kind = scheduler.config.get("prediction_type", "") or "epsilon"
+    if kind == "sample":
+        return 0.0, 1.0
+    signal, noise = levels(scheduler, timestep)
+    if PARAMETRISATIONS[type(scheduler).__name__] is flowing:
+        return 1.0, -noise
+    if kind == "epsilon":
+        return 1 / signal, -noise / signal
+    size = math.hypot(signal, noise)  # v_prediction, of the sample brought to unit size
+    return signal / size**2, -noise / size
 
 
 OWN = {"cfg_normalization": True, "cfg_normalize": True, "enable_cfg_renorm": True, "guidance_rescale": 0.7}
