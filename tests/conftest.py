@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing by more, and tests run side by side
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _CHECKOUT]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 IMPORTS = "import kernels; from diffusers import StableDiffusionPipeline; import diffusers_guidance; "
 

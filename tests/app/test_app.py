@@ -49,6 +49,8 @@ from diffusers_guidance.pipelines.compare import Result
 from diffusers_guidance.policies import EveryStep, Hold, LinearAG
 from diffusers_guidance.rules import CFG
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 HAS_MCP = importlib.util.find_spec("mcp") is not None
 SMALL = {"steps": 3, "compare_with_plain": False}

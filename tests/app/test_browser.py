@@ -36,6 +36,8 @@ for package in ("gradio", "playwright"):
 
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 expect.set_options(timeout=PATIENCE)
 
 

@@ -66,6 +66,7 @@ def test_samples_of_a_batch_are_decided_apart(tiny):
     conformance.decides_per_sample(*tiny)
 
 
+@pytest.mark.slow
 def test_every_run_starts_afresh(tiny):
     pipe, entry = tiny
     steps = conformance.is_exact_with_cfg_at_every_step(pipe, entry, 1)
@@ -89,6 +90,7 @@ POLICIES = {
 
 
 @pytest.mark.parametrize(("tiny", "rule", "policy"), pairwise(NAMES, RULES, POLICIES), indirect=["tiny"])
+@pytest.mark.slow
 def test_any_rule_runs_with_any_policy(tiny, rule, policy):
     pipe, entry = tiny
     batch = 2 if entry.batches else 1
@@ -336,6 +338,7 @@ def test_rows_that_look_at_one_another_are_never_cut():
         "ZImageControlNetPipeline",
     ],
 )
+@pytest.mark.slow
 def test_a_controlnet_leaves_out_what_its_network_does(name, monkeypatch):
     entry = PIPELINES[name]
     pipe = entry.build()

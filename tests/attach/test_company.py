@@ -35,6 +35,8 @@ from diffusers_guidance import (
     detach,
 )
 
+pytestmark = pytest.mark.slow
+
 SD = PIPELINES["StableDiffusionPipeline"]  # one call of its UNet a step
 WAN = PIPELINES["WanPipeline"]  # two calls of its transformer, each in its own cache_context
 STEPS = conformance.STEPS

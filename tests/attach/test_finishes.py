@@ -10,6 +10,8 @@ from tiny_core import lively
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, StepAG, UnsupportedPipeline, attach
 
+pytestmark = pytest.mark.slow
+
 LIKE_CFG = APG(eta=1.0, norm_threshold=None, momentum=0.0)
 """Plain guidance, but computed by the package."""
 

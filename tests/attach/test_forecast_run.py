@@ -16,6 +16,8 @@ from diffusers_guidance.pipelines.fidelity import Fidelity
 from diffusers_guidance.pipelines.guider import Guider
 from diffusers_guidance.spaces import spaces
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     "StableDiffusionPipeline",
     "StableDiffusion3Pipeline",

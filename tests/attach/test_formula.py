@@ -84,6 +84,7 @@ def formulas(draw):
 
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(formulas())
+@pytest.mark.slow
 def test_what_is_drawn_is_found_as_it_was_drawn_or_refused(drawn):
     w, cond = drawn["w"], drawn["cond"]
     # A scale that nobody can read, beside a name that says exactly what is left of it to 1, cannot be told.

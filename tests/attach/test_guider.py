@@ -36,6 +36,8 @@ from diffusers_guidance import (
 from diffusers_guidance.pipelines.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.guider import Guider
 
+pytestmark = pytest.mark.slow
+
 
 def assert_same(steps: Steps, expected: Steps, tolerance: float = 1e-4) -> None:
     assert len(steps.outputs) == len(expected.outputs) > 0

@@ -6,6 +6,7 @@ Whatever a loop's spelling, it gives what the plain loop gives under the same ru
 import asyncio
 import concurrent.futures
 import copy
+import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import pytest
 import torch
 from conformance import relative
 from tiny import PIPELINES, run
+from tiny_core import ddim
+from tiny_unet import unet
 from torch import Tensor
 
 from diffusers_guidance import (
@@ -35,6 +38,8 @@ from diffusers_guidance import (
     search,
 )
 from diffusers_guidance.kernels.schedulers import use_fused_steps
+
+pytestmark = pytest.mark.slow
 
 SD = PIPELINES["StableDiffusionPipeline"]
 STEPS = 6
@@ -71,8 +76,7 @@ class Loop(diffusers.DiffusionPipeline):
 
 
 def small(cls: type = Loop, scheduler: Any = None) -> Any:
-    pipe = SD.build()
-    return cls(pipe.unet, pipe.scheduler if scheduler is None else scheduler)
+    return cls(unet(), ddim() if scheduler is None else scheduler)
 
 
 def one_call(combine: Callable) -> Callable:
@@ -118,6 +122,12 @@ def under(pipe: Any, rule: Any, policy: Any, *args: Any, **kwargs: Any) -> tuple
         return pipe(*args, **kwargs), handle.report
 
 
+@functools.cache
+def plainly(rule: Any, policy: Any, calls: int = 1, cond_first: bool = False) -> tuple[Tensor, Any]:
+    """What the plain loop gives."""
+    return under(small(), rule, policy, one_call(plain) if calls == 1 else two_calls(plain, cond_first))
+
+
 def alike(a: Any, b: Any) -> None:
     """The same result and the same evaluations, but for rounding."""
     assert relative(a[0], b[0]) < 1e-5
@@ -128,10 +138,10 @@ def alike(a: Any, b: Any) -> None:
 @each_pair
 def test_predictions_changed_in_place(combine, rule, policy):
     pipe = small()
-    alike(under(pipe, rule, policy, one_call(combine)), under(pipe, rule, policy, one_call(plain)))
+    alike(under(pipe, rule, policy, one_call(combine)), plainly(rule, policy))
     for cond_first in (True, False):
-        expected = under(pipe, rule, policy, two_calls(plain, cond_first))
-        alike(under(pipe, rule, policy, two_calls(combine, cond_first)), expected)
+        found = under(pipe, rule, policy, two_calls(combine, cond_first))
+        alike(found, plainly(rule, policy, 2, cond_first))
 
 
 @pytest.mark.parametrize("rule", [CFG(), APG(norm_threshold=1.0)], ids=repr)
@@ -221,7 +231,7 @@ DEFERRED = [
 @pytest.mark.parametrize(("cls", "get"), DEFERRED, ids=lambda each: getattr(each, "__name__", ""))
 @each_pair
 def test_a_call_that_returns_before_its_work_is_done(cls, get, rule, policy):
-    expected = under(small(), rule, policy, one_call(plain))
+    expected = plainly(rule, policy)
     pipe = small(cls)
     untouched = get(pipe(one_call(plain)))
     with attach(pipe, rule, policy) as handle:
@@ -274,7 +284,7 @@ class Drafts(Loop):
 )
 @each_pair
 def test_a_call_whose_work_is_but_begun(cls, get, rule, policy):
-    expected = under(small(), rule, policy, one_call(plain))
+    expected = plainly(rule, policy)
     with attach(small(cls), rule, policy) as handle:
         found = get(handle.pipe(one_call(plain)))
         alike((found, handle.report), expected)
@@ -341,7 +351,7 @@ class Staged(diffusers.DiffusionPipeline):
 
 @each_pair
 def test_stages_and_networks_in_containers_are_followed(rule, policy):
-    expected = under(small(), rule, policy, one_call(plain))
+    expected = plainly(rule, policy)
     alike(under(small(Staged), rule, policy, one_call(plain)), expected)
 
 

@@ -15,6 +15,8 @@ import torch
 from conformance import relative
 from strangers import STEPS, Loop
 from tiny import PIPELINES, counting, run
+from tiny_core import ddim
+from tiny_unet import unet
 
 from diffusers_guidance import (
     APG,
@@ -29,6 +31,8 @@ from diffusers_guidance import (
 )
 from diffusers_guidance.kernels.schedulers import use_fused_steps
 from diffusers_guidance.pipelines.intercept import intercept_method
+
+pytestmark = pytest.mark.slow
 
 SD = PIPELINES["StableDiffusionPipeline"]  # one call of its UNet a step
 WAN = PIPELINES["WanPipeline"]  # two calls of its transformer
@@ -245,8 +249,7 @@ class Outer(diffusers.DiffusionPipeline):
 
 
 def small(cls: type) -> Any:
-    unet = SD.build().unet
-    return cls(unet, SD.build().scheduler)
+    return cls(unet(), ddim())
 
 
 @each_pair

@@ -21,6 +21,8 @@ from tiny import PIPELINES, Tiny, counting, run
 
 from diffusers_guidance import CFG, Decision, EveryStep, History, Hold, Policy, Step, attach
 
+pytestmark = pytest.mark.slow
+
 SD = PIPELINES["StableDiffusionPipeline"]  # one call of its UNet a step
 WAN = PIPELINES["WanPipeline"]  # two calls of its transformer
 COG = PIPELINES["CogVideoXPipeline"]  # one call

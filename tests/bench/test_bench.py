@@ -39,6 +39,8 @@ from diffusers_guidance.pipelines.bench_suite import JUDGED, SUITE, Suite, finge
 from diffusers_guidance.pipelines.columns import Column
 from diffusers_guidance.pipelines.spread import pipeline
 
+pytestmark = pytest.mark.slow
+
 TEXT = """
 model: bundled
 prompts: [a red apple, a rocket]

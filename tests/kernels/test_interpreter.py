@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_kernels_in_tritons_interpreter(seed):
     pytest.importorskip("triton", reason="triton is not installed")

@@ -201,6 +201,7 @@ def test_prompts_and_scheduler(tmp_path):
     assert (found["device"], found["dtype"]) == ("cpu", "float32")
 
 
+@pytest.mark.slow
 def test_calibrated_columns_run_and_come_closer_for_their_cost(tmp_path):
     named = 'calibration="dpm-20-5"'
     columns = ["CFG", "LinearAG", f"LinearAG({named})", f"search(25, {named})"]
@@ -236,6 +237,7 @@ def test_cfg_is_the_pipeline_itself(pipe):
     assert all(np.array_equal(a, b) for a, b in zip(ours.pictures, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_its_batch(pipe):
     options = {"seeds": [0, 1], "steps": 4, "warm_up": False}
     columns = ["APG+Hold@8", "AG(threshold=0.9)"]

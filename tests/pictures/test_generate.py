@@ -20,6 +20,8 @@ from diffusers_guidance.pipelines.bench_suite import Suite
 from diffusers_guidance.pipelines.generate import generate, read_jobs
 from diffusers_guidance.pipelines.spread import cluster, pipeline, spread
 
+pytestmark = pytest.mark.slow
+
 MODEL = str(samples.MODEL)
 
 

@@ -302,6 +302,7 @@ def test_what_cannot_be_saved_is_refused_before_a_run_is_made(pipe, given, match
     assert not count.rows
 
 
+@pytest.mark.slow
 def test_ray_workers_make_the_same(pipe, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'diffusers-guidance[ray]'")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

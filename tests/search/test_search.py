@@ -399,6 +399,7 @@ def test_search_by_gradients_counts_a_solvers_stages(pipe):
 # The frontier
 
 
+@pytest.mark.slow
 def test_frontier_measures_every_row_once(pipe, tmp_path):
     calibration = calibrate(pipe, PROMPTS, trajectories=2, num_inference_steps=STEPS, guidance_scale=SCALE)
     path = tmp_path / "out" / "frontier.json"
@@ -435,6 +436,7 @@ def command(*arguments):
     return CliRunner().invoke(cli.make_app(), [str(argument) for argument in arguments], terminal_width=200)
 
 
+@pytest.mark.slow
 def test_from_the_shell(pipe, tmp_path):
     """Calibrates, searches and measures a model in a folder."""
     pipe.save_pretrained(tmp_path / "model")

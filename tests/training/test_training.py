@@ -301,6 +301,7 @@ def test_a_prompt_asks_for_a_concept_and_perhaps_a_style(folder):
         evaluate.asked_for("a 3d emoji of a teapot", records)
 
 
+@pytest.mark.slow
 def test_the_embedding_tells_made_up_pictures_apart(folder, tmp_path):
     pictures, records = data.load(folder)
     concepts, styles = [r.concept for r in records], [r.style for r in records]

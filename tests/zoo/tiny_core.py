@@ -11,6 +11,7 @@ alone: row 2 of a batch of three has the inputs of a single run of row 2.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -233,6 +234,11 @@ def tokenizer() -> Any:
     return CLIPTokenizer.from_pretrained(str(TOKENIZER))
 
 
+@functools.cache
+def vocabulary() -> int:
+    return len(tokenizer())
+
+
 def clip_config(kind: str, width: int = 16, projection: int = 16, **changes: Any) -> Any:
     import transformers
 
@@ -240,7 +246,7 @@ def clip_config(kind: str, width: int = 16, projection: int = 16, **changes: Any
     size |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "vision":
         return transformers.CLIPVisionConfig(**{**size, "image_size": 16, "patch_size": 8, **changes})
-    size |= {"vocab_size": len(tokenizer()), "eos_token_id": 1}
+    size |= {"vocab_size": vocabulary(), "eos_token_id": 1}
     return transformers.CLIPTextConfig(**{**size, **changes})
 
 
