@@ -218,7 +218,9 @@ def test_groups_that_no_prediction_has_are_refused_when_made(norm_dim):
         APG(5.0, norm_dim=norm_dim)
 
 
-@pytest.mark.parametrize("of", [np.float32, np.int64, np.float16, torch.tensor, np.array, Fraction], ids=str)
+@pytest.mark.parametrize(
+    "of", [np.float32, np.int64, np.float16, torch.tensor, np.array, Fraction], ids=lambda of: of.__name__
+)
 def test_numbers_of_numpy_and_torch_are_plain_ones(of):
     rules = APG(of(5), norm_threshold=of(3), eta=of(1), momentum=of(0), norm_dim=(np.int64(1), torch.tensor(-1)))
     assert rules == APG(5, norm_threshold=3, eta=1, momentum=0, norm_dim=(1, -1))
