@@ -408,6 +408,7 @@ HIDDEN = ["u + w (c - u)", "lerp", "w c + (1 - w) u", "w c - (w - 1) u", "c + (w
 @pytest.mark.parametrize("way", HIDDEN)
 @pytest.mark.parametrize("order", [["u", "c"], ["c", "u"]], ids="".join)
 @pytest.mark.parametrize("warm", [(1.0, 1.0, 3.0, 5.0, 5.0, 5.0), (0.0, 0.0, 5.0, 5.0, 5.0, 5.0)], ids=str)
+@pytest.mark.slow
 def test_a_scale_that_warms_up_out_of_sight_is_found_once_it_can_be_told(warm, order, way, dtype):
     for rule, policy in ((CFG(), EveryStep()), (APG(), EveryStep()), (CFG(), Hold())):
         pipe = loop_class(order)(Net(0.3), EulerDiscreteScheduler())
@@ -508,6 +509,7 @@ def test_a_hidden_ramp_is_followed_in_half_precision_however_it_is_written(way):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", ["u + w (c - u)", "w c + (1 - w) u", "c + (w - 1) (c - u)", "w c - (w - 1) u"])
 @pytest.mark.parametrize("shape", [(1,), (1, 1, 1, 1)], ids=str)
+@pytest.mark.slow
 def test_a_scale_of_one_element_widens_what_it_multiplies(shape, way, dtype):
     """A tensor of dimensions takes a half-precision difference to its own dtype, as a number does not."""
     for apart in (0.004, 0.3):

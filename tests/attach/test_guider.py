@@ -12,7 +12,7 @@ import pytest
 import torch
 from conformance import Steps, recorded, relative
 from diffusers.guiders import ClassifierFreeGuidance
-from modular import CLASSIC, FAMILIES, STEPS, Pair
+from modular import CLASSIC, FAMILIES, STEPS, Pair, assert_same, by_hand
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import (
@@ -37,12 +37,6 @@ from diffusers_guidance.pipelines.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.guider import Guider
 
 pytestmark = pytest.mark.slow
-
-
-def assert_same(steps: Steps, expected: Steps, tolerance: float = 1e-4) -> None:
-    assert len(steps.outputs) == len(expected.outputs) > 0
-    for i, (output, reference) in enumerate(zip(steps.outputs, expected.outputs, strict=True)):
-        assert relative(output, reference) < tolerance, f"step {i}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,22 +342,6 @@ def test_the_negative_prompt_is_encoded_after_a_run_that_ended_without_it():
         assert pair.modular.requires_unconditional_embeds
         pair.run()
         assert [step.nfe for step in guider.report.steps] == [2, 2, 2, 1, 1]
-
-
-def by_hand(guider: Guider, steps: int = 4, batch: int = 2, tokens: int = 6) -> list[torch.Tensor]:
-    """A loop of nobody's: the guider is told the step and the predictions, and finds no pipeline."""
-    g = torch.Generator().manual_seed(0)
-    data = {"prompt_embeds": (torch.zeros(batch, 3, 8), torch.ones(batch, 3, 8))}
-    guided = []
-    for i in range(steps):
-        guider.set_state(i, steps, torch.tensor(float(steps - i)))
-        batches = guider.prepare_inputs(data)
-        for each in batches:
-            guider.prepare_models(torch.nn.Identity())
-            each.noise_pred = torch.randn(2, tokens, 4, generator=g) + each.prompt_embeds.mean()
-            guider.cleanup_models(torch.nn.Identity())
-        guided.append(guider(batches).pred)
-    return guided
 
 
 def test_a_loop_without_a_pipeline_can_do_without_denoised_predictions_alone():

@@ -154,6 +154,7 @@ def test_short():
 # The run
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     out = tmp_path / "new" / "folder"
     result = command(
@@ -188,6 +189,7 @@ def test_command(tmp_path):
         assert text in result.output
 
 
+@pytest.mark.slow
 def test_prompts_and_scheduler(tmp_path):
     (tmp_path / "prompts.txt").write_text("# two\na lemon\n\n  a guitar \n", encoding="utf-8")
     result = command(
@@ -228,6 +230,7 @@ def test_numbers_of_numpy_and_torch_are_written_as_plain_ones(pipe):
     assert [column["guidance_scale"] for column in json.loads(text)["columns"]] == [4, 5]
 
 
+@pytest.mark.slow
 def test_cfg_is_the_pipeline_itself(pipe):
     ours = compare(pipe, PAIR, ["CFG@4"], seeds=[3], steps=3, negative="blurred").results[0]
     again = [torch.Generator().manual_seed(3) for _ in PAIR]
@@ -259,6 +262,7 @@ def difference(a, b):
     return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
+@pytest.mark.slow
 def test_default_pair_and_progress(pipe):
     told = []
     comparison = compare(

@@ -588,8 +588,8 @@ def test_flow_matching_is_calibrated_and_searched_for():
 
 
 def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
-    from test_guider import STEPS as steps
-    from test_guider import Pair, assert_same, by_hand
+    from modular import STEPS as steps
+    from modular import Pair, assert_same, by_hand
 
     pair = Pair("StableDiffusionXLPipeline")
     with attach(pair.classic, CFG(), recorder := Recorder()):

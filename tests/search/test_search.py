@@ -252,6 +252,7 @@ def test_climbing_ends_at_no_less_than_any_candidate(seed):
     assert all(schedule.nfe <= 16 for schedule in tried)
 
 
+@pytest.mark.slow
 def test_refined_search_is_never_worse_as_measured(pipe, calibration):
     seen = []
     found = search(
@@ -368,6 +369,7 @@ def test_mixture_at_full_strength_is_the_pipelines_own_guidance(pipe):
     torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_search_by_gradients_keeps_to_the_budget_and_leaves_the_pipeline_alone(pipe):
     before = [parameter.requires_grad for parameter in pipe.unet.parameters()]
     seen = []

@@ -249,6 +249,7 @@ def test_an_unmodified_pipeline_loads_the_export(folder, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_ships_can_be_trained_further(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "more")
     resume.resume(MODEL, tmp_path / "more")

@@ -4,7 +4,7 @@ import importlib
 from typing import Any, NamedTuple
 
 import torch
-from conformance import Steps, recorded
+from conformance import Steps, recorded, relative
 from tiny import PIPELINES, run
 
 from diffusers_guidance.pipelines.guider import Guider
@@ -76,3 +76,25 @@ class Pair:
         with recorded(self.modular.scheduler) as steps:
             self.modular(num_inference_steps=STEPS, generator=generators, output="latents", **arguments)
         return steps
+
+
+def assert_same(steps: Steps, expected: Steps, tolerance: float = 1e-4) -> None:
+    assert len(steps.outputs) == len(expected.outputs) > 0
+    for i, (output, reference) in enumerate(zip(steps.outputs, expected.outputs, strict=True)):
+        assert relative(output, reference) < tolerance, f"step {i}"
+
+
+def by_hand(guider: Guider, steps: int = 4, batch: int = 2, tokens: int = 6) -> list[torch.Tensor]:
+    """A loop of nobody's: the guider is told the step and the predictions, and finds no pipeline."""
+    g = torch.Generator().manual_seed(0)
+    data = {"prompt_embeds": (torch.zeros(batch, 3, 8), torch.ones(batch, 3, 8))}
+    guided = []
+    for i in range(steps):
+        guider.set_state(i, steps, torch.tensor(float(steps - i)))
+        batches = guider.prepare_inputs(data)
+        for each in batches:
+            guider.prepare_models(torch.nn.Identity())
+            each.noise_pred = torch.randn(2, tokens, 4, generator=g) + each.prompt_embeds.mean()
+            guider.cleanup_models(torch.nn.Identity())
+        guided.append(guider(batches).pred)
+    return guided
