@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests are spread over the cores; `--seed` runs a failure again, which the header names.
+SPREAD = -n auto --dist worksteal
 
-.PHONY: demo app test conformance lint kernels wheel calibrations objective frontier bench wallclock
+.PHONY: demo app test quick conformance lint kernels wheel calibrations objective frontier bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
 .PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
@@ -16,10 +18,13 @@ app: install ## the page, on localhost
 	$(BIN)/diffusers-guidance app
 
 test: install ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD)
+
+quick: install ## those that need no browser, no cluster and no process of their own; under a minute
+	$(BIN)/pytest $(SPREAD) -m "not slow" --ignore tests/app --ignore tests/bench
 
 conformance: install ## holds attach to its promises on every pipeline of docs/pipelines.md; minutes
-	$(BIN)/pytest tests/conformance_suite.py
+	$(BIN)/pytest tests/zoo/conformance_suite.py
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
