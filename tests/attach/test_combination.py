@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_guidance.pipelines.formula import (
+from diffusers_guidance.pipelines.attach.formula import (
     ANCHORS,
     FINISHES,
     FROM_C,

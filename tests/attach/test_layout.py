@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_guidance.pipelines.formula import Around, View, views
-from diffusers_guidance.pipelines.identify import identify
+from diffusers_guidance.pipelines.attach.formula import Around, View, views
+from diffusers_guidance.pipelines.attach.identify import identify
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_guidance.pipelines.rows import (
+from diffusers_guidance.pipelines.attach.rows import (
     READINGS,
     Reading,
     carries,

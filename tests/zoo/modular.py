@@ -7,7 +7,7 @@ import torch
 from conformance import Steps, recorded, relative
 from tiny import PIPELINES, run
 
-from diffusers_guidance.pipelines.guider import Guider
+from diffusers_guidance.pipelines.attach.guider import Guider
 
 STEPS = 5
 
