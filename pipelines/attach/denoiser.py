@@ -11,7 +11,8 @@ from torch import Tensor
 from diffusers_guidance.engine import Engine
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.clock import Clock
-from diffusers_guidance.pipelines.attach.formula import Formula, exact
+from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.residual import exact
 from diffusers_guidance.pipelines.attach.state import Watch
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.steps import Action, Decision, Plan, Step
@@ -324,7 +325,7 @@ class Denoiser:
             return batch.with_prediction(self.template, y)
         cond, uncond = self.engine.both(self.step)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
-        y = torch.cat(branches) if formula.batched else branches[branch].clone()
+        y = formula.outputs(branches)[branch].clone()
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
 
@@ -340,11 +341,11 @@ class Denoiser:
         assert y is not None
         if y.shape != self.shape:  # a callback has made the samples larger, say
             return self._run_whole(call, args, kwargs, total, len(kept))
-        branches = list(y.chunk(formula.branches))
+        branches = formula.parts([y])
         cond = branches[formula.cond_index]
         if any(each.action == Action.EXTRAPOLATE for each in self.plan or ()):
             filled = [cond if i == formula.cond_index else self._filled(cond, each) for i, each in enumerate(branches)]
-            y = torch.cat(filled)
+            (y,) = formula.outputs(filled)
             output = batch.with_prediction(output, y)
         self._note(y, len(kept), total)
         return output

@@ -19,9 +19,12 @@ from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.attach import rows
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.attach.combination import SOLVED
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
-from diffusers_guidance.pipelines.attach.formula import SOLVED, Fit, Formula, Residual, mixture, norm, residual, views
+from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.identify import SINGLE, Sample, best, identify, solve, turned
+from diffusers_guidance.pipelines.attach.layout import views
+from diffusers_guidance.pipelines.attach.residual import Fit, Residual, mixture, norm, residual
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, to_host
 from diffusers_guidance.rules import Rule

@@ -338,7 +338,7 @@ class Host:
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
         found = engine.guide(
-            step, plan, prediction, lambda: view.working(output), finish, fuse if formula.is_direct else lambda: None
+            step, plan, prediction, lambda: view.working(output), finish, fuse if formula.hands_it_on else lambda: None
         )
         handed = None if found.tensor is None else view.emit(found.tensor, output)
         again = found.again

@@ -25,25 +25,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.formula import (
+from diffusers_guidance.pipelines.attach.combination import (
     ANCHORS,
     FINISHES,
-    FROM_C,
     NETWORKS,
     SOLVED,
     TRIOS,
     Around,
-    Fit,
-    Formula,
-    Scale,
-    Scales,
-    View,
-    exact,
-    mixture,
-    norm,
     read,
-    views,
 )
+from diffusers_guidance.pipelines.attach.formula import Formula, Scales
+from diffusers_guidance.pipelines.attach.layout import View, views
+from diffusers_guidance.pipelines.attach.residual import Fit, Scale, exact, mixture, norm
 
 _SIZE = 8192
 """About how many numbers a search is decided on."""
@@ -264,7 +257,10 @@ class _Search:
                 )
                 for upcast, widens in ways:
                     rows, n = parts[0].shape[0], len(parts)
-                    formula = Formula(batched, n, 0, view, "u", upcast, "", None, rows, output.dtype, widens=widens)
+                    formula = Formula(
+                        batched=batched, branches=n, cond_index=0, view=view, rows=rows,
+                        anchor="u", upcast=upcast, finish="", scale=None, dtype=output.dtype, widens=widens,
+                    )  # fmt: skip
                     treated = [formula.treated(y, near) for y in seen]
                     yield Reading(formula, treated, treated, sample(target), near, sample)
 
@@ -705,12 +701,9 @@ def _bisected(
 
 
 def best(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample | None = None) -> float:
-    """The scale that explains `target` best, by least squares; only where the combination is handed on as it is."""
+    """The scale that explains a sample of the `target` best; see `Combination.invert`."""
     sample = Sample(target.shape) if sample is None else sample
-    c, u, target = (exact(sample(t)).nan_to_num(0, 0, 0) for t in (c, u, target))
-    d = c - u
-    origin = c if formula.anchor in FROM_C else u
-    return float(((target - origin) * d).sum() / (d * d).sum())
+    return formula.invert(sample(c), sample(u), sample(target))
 
 
 def _named(reading: Reading, live: Mapping[str, float | Tensor]) -> Iterator[tuple[Formula, Scale]]:

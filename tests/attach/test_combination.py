@@ -12,19 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_guidance.pipelines.attach.formula import (
-    ANCHORS,
-    FINISHES,
-    FROM_C,
-    NETWORKS,
-    TRIOS,
-    Around,
-    Formula,
-    View,
-    mixture,
-    read,
-    residual,
-)
+from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, TRIOS, Around, read
+from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.layout import View
+from diffusers_guidance.pipelines.attach.residual import mixture, residual
 from diffusers_guidance.spaces import Space
 
 SHAPE = (2, 3, 4, 5)
@@ -54,8 +45,8 @@ def test_every_way_to_write_it_is_one_combination_at_one_w(anchor, s):
     w = one.w(s)
     assert w == (1 + s if anchor in FROM_C else s)
     expected = w * c + (1 - w) * u
-    torch.testing.assert_close(one.combine(c, u, s, around), expected)
-    assert torch.equal(one.reproduce([torch.cat([u, c])], s, around), one.combine(c, u, s, around))
+    torch.testing.assert_close(one.apply(c, u, s, around), expected)
+    assert torch.equal(one.reproduce([torch.cat([u, c])], s, around), one.apply(c, u, s, around))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -136,9 +127,9 @@ def test_finishes_are_the_pipelines_own(name, s):
     around = Around(rescale=0.7, norm=1.2)
     g = u + s * (c - u)
     one = formula(finish=name)
-    torch.testing.assert_close(one.combine(c, u, s, around), finished(name, g, c, around))
+    torch.testing.assert_close(one.apply(c, u, s, around), finished(name, g, c, around))
     torch.testing.assert_close(one.finished(g, c, around), finished(name, g, c, around))
-    assert one.is_direct is (name == "")
+    assert one.hands_it_on is (name == "")
 
 
 def test_a_finish_of_denoised_predictions_is_applied_there():
@@ -148,7 +139,7 @@ def test_a_finish_of_denoised_predictions_is_applied_there():
     around = Around(x, exploding(sigma), rescale=0.7)
     C, U = x - sigma * c, x - sigma * u
     expected = (x - finished("guidance_rescale", U + 5 * (C - U), C, around)) / sigma
-    torch.testing.assert_close(formula("denoised", finish="guidance_rescale").combine(c, u, 5.0, around), expected)
+    torch.testing.assert_close(formula("denoised", finish="guidance_rescale").apply(c, u, 5.0, around), expected)
     assert formula("denoised").needs_space and not formula("denoised").is_stable
 
 
@@ -162,6 +153,7 @@ def test_what_a_network_predicts_is_turned_into_what_the_scheduler_wants(name, s
     x = x0 + sigma * eps
     output = {
         "x0": x0,
+        "x0 as it is": x0,
         # EDM: D = c_skip x + c_out F, with sigma_data = 1.
         "EDM's F": (x0 - x / (1 + sigma**2)) * math.hypot(1, sigma) / sigma,
         "the rescaled sample's velocity": eps - x0,
@@ -192,10 +184,10 @@ def test_rounding_is_allowed_for_and_another_scale_is_not(dtype, anchor, s):
     one = formula(anchor, dtype=dtype)
     w = one.w(s)
     exact = (w * c.double() + (1 - w) * u.double()).to(dtype)  # rounded once, at the end
-    made = one.combine(c, u, s, Around())
+    made = one.apply(c, u, s, Around())
 
     def fit(s):
-        found = one.residual(one.combine(c, u, s, Around()), exact, c, u, s, Around())
+        found = one.residual(one.apply(c, u, s, Around()), exact, c, u, s, Around())
         return found.fit(found.norms.tolist())
 
     assert fit(s).fits

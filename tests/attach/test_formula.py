@@ -19,7 +19,7 @@ from tiny import PIPELINES, run
 from torch import nn
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
-from diffusers_guidance.pipelines.attach.formula import Around
+from diffusers_guidance.pipelines.attach.combination import Around
 from diffusers_guidance.pipelines.attach.identify import identify
 
 WAYS = {

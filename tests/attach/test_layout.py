@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.formula import Around, View, views
+from diffusers_guidance.pipelines.attach.combination import Around
 from diffusers_guidance.pipelines.attach.identify import identify
+from diffusers_guidance.pipelines.attach.layout import View, views
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,12 @@ def test_every_block_of_the_page_runs(pipe):
 def test_the_page_names_what_is_there():
     for name in re.findall(r"`(pipelines/[a-z/]+\.py|samples/[a-z_/]+\.py)`", PAGE.read_text(encoding="utf-8")):
         assert (PAGE.parents[1] / name).is_file(), name
-    text = (PAGE.parents[1] / "pipelines/attach/formula.py").read_text(encoding="utf-8")
-    for name in ("ANCHORS", "FINISHES", "NETWORKS", "class View", "class Around"):
-        assert name in text
+    for name, where in {
+        "ANCHORS": "combination",
+        "FINISHES": "combination",
+        "NETWORKS": "combination",
+        "class Around": "combination",
+        "class View": "layout",
+        "_DECLARED": "schedulers",
+    }.items():
+        assert name in (PAGE.parents[1] / f"pipelines/attach/{where}.py").read_text(encoding="utf-8")
