@@ -56,15 +56,6 @@ class Seen(NamedTuple):
     """(2, rows)."""
 
 
-class _Unread(NamedTuple):
-    """What has not been waited for yet: of which step, read by which formula."""
-
-    place: int
-    """In the report."""
-    formula: Formula
-    residual: Residual
-
-
 class Discovery:
     """What one run finds out about its pipeline's guidance."""
 
@@ -72,7 +63,6 @@ class Discovery:
         self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
         self.acts = not (rule.is_plain and type(policy) is EveryStep)
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
-        self._unread: list[_Unread] = []
 
     def is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
@@ -150,7 +140,7 @@ class Discovery:
 
         seen = see()
         if not self.acts and denoiser.formula is not None and denoiser.formula.is_read:
-            self._unread.append(_Unread(len(self.recording.report.steps), denoiser.formula, seen.residual))
+            self._check_later(denoiser.formula, seen.residual)
             return seen.step, replace(seen.prediction, similarity=seen.similarity, note=noted())
         fit, similarity = _fetched(seen)
         formula = denoiser.formula
@@ -164,7 +154,7 @@ class Discovery:
                 if self.acts:
                     raise
                 # Nothing is done in its place: the report says so.
-                self._unread.append(_Unread(len(self.recording.report.steps), formula, seen.residual))
+                self._check_later(formula, seen.residual)
                 found = replace(seen.prediction, similarity=seen.similarity)
                 if not doubt:
                     return seen.step, replace(found, note=noted())
@@ -273,17 +263,17 @@ class Discovery:
             )
         return "".join(f"{each}, or " for each in advice)
 
-    def finish(self) -> None:
-        """Reads what was left for later, in one transfer, and says of which steps it does not hold."""
-        steps = self.recording.report.steps
-        unread = [each for each in self._unread if each.place < len(steps)]
-        for each, norms in zip(unread, to_host([each.residual.norms for each in unread]), strict=True):
-            fit = each.residual.fit(norms.tolist())
-            if not fit.fits:  # nothing was done in place of the pipeline's own guidance
-                step = steps[each.place]
-                step.guidance_scale = None
-                step.note = "; ".join(filter(None, [step.note, f"not verified: {_held(each.formula, fit)}"]))
-        self._unread = []
+    def _check_later(self, formula: Formula, residual: Residual) -> None:
+        """Says at the end of the run whether the formula held at the coming step of the report."""
+        steps, place = self.recording.report.steps, len(self.recording.report.steps)
+
+        def tell(norms: Tensor) -> None:
+            fit = residual.fit(norms.tolist())
+            if not fit.fits and place < len(steps):  # nothing was done in place of the pipeline's own guidance
+                steps[place].guidance_scale = None
+                steps[place].add_note(f"not verified: {_held(formula, fit)}")
+
+        self.recording.read_later(residual.norms, tell)
 
 
 def _fetched(seen: Seen) -> tuple[Fit, Tensor]:

@@ -444,12 +444,11 @@ class Host:
 
     def _finish_report(self) -> None:
         """Brings what is unread to the host, once, and says what a reader would wonder about."""
-        self._discovery.finish()
         for step in self._recording.finish().steps:
             pairs = zip(step.evaluated, step.similarity, strict=False)
             broken = [i for i, (was, known) in enumerate(pairs) if was == "both" and known is None]
             if broken and self._clock.error is None and step.sigma is not None and step.guidance_scale is not None:
-                step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
+                step.add_note(f"zero or non-finite prediction in sample {broken}")
         if not self.report.formula:
             self.report.note = self._left_alone
         elif self._clock.error is not None:

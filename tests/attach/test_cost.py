@@ -105,14 +105,14 @@ def test_a_step_that_is_not_what_it_was_taken_for(policy, monkeypatch):
     pipe = entry.build()
     plain = run(pipe, entry, 60)
     calls = []
-    halves = Formula.halves
+    parts = Formula.parts
 
     def distorted(self, outputs):
         calls.append(outputs)
-        cond, uncond = halves(self, outputs)
-        return (cond, uncond) if len(calls) < 60 else (cond + 0.01 * uncond.roll(1, -1), uncond)
+        one, other = parts(self, outputs)
+        return (one, other) if len(calls) < 120 else (one + 0.01 * other.roll(1, -1), other)
 
-    monkeypatch.setattr(Formula, "halves", distorted)
+    monkeypatch.setattr(Formula, "parts", distorted)
     with attach(pipe, CFG(), policy) as handle:
         if policy != EveryStep():
             with pytest.raises(UnsupportedPipeline, match=r"could not be verified.*is off by"):

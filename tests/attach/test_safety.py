@@ -486,7 +486,7 @@ def test_the_users_exception_is_not_hidden_by_the_report(monkeypatch):
     def broken(unread: Any) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr("diffusers_guidance.pipelines.attach.discovery.to_host", broken)
+    monkeypatch.setattr("diffusers_guidance.report.to_host", broken)
     pipe = SD.build()
 
     def fail(pipe: Any, kwargs: dict) -> None:
