@@ -136,7 +136,9 @@ class Handle:
         with self._stretch(run):
             result = work()
         again = functools.partial(self._guided, arguments)
-        later = deferred(result, lambda: self._stretch(run), lambda result: self._finish(run, result), again)
+        later = deferred(
+            result, lambda: self._stretch(run), run.waiting, lambda result: self._finish(run, result), again
+        )
         if later is not None:
             return later
         self._finish(run, result)

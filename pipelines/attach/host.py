@@ -36,7 +36,7 @@ from diffusers_guidance.pipelines.attach.denoiser import Denoiser
 from diffusers_guidance.pipelines.attach.discovery import Discovery
 from diffusers_guidance.pipelines.attach.fingerprint import setting
 from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
-from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited
+from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
 from diffusers_guidance.pipelines.attach.parts import components, part
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
@@ -111,6 +111,15 @@ class Host:
         finally:
             self._stack = None
             self._company.leave()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Keeps watch while the pipeline waits: it is not to go on in another thread meanwhile."""
+        with ExitStack() as stack:
+            for each in self._parts.values():
+                name = "step" if not isinstance(each, torch.nn.Module) else None
+                stack.enter_context(told_of(each, name, self.on_elsewhere))
+            yield
 
     def finish(self, result: Any) -> None:
         """Completes the report of a call that has returned; refuses a `result` that is not what the report says."""

@@ -229,10 +229,13 @@ _lock = threading.Lock()
 """Held while a stand-in comes or goes, which another thread may be about to use."""
 
 
+_NO_THREAD = -1
+
+
 @contextmanager
-def _intercept(obj: Any, attribute: str, method: str, hook: _Hook) -> Iterator[None]:
+def _intercept(obj: Any, attribute: str, method: str, hook: _Hook, thread: int | None = None) -> Iterator[None]:
     """Routes the calling thread's calls of `obj`'s `method` through a handler, by a stand-in in its `attribute`."""
-    thread = threading.get_ident()
+    thread = threading.get_ident() if thread is None else thread
     with _lock:
         there = vars(obj).get(attribute)
         if not isinstance(there, _StandIn) or there.obj is not obj:
@@ -279,3 +282,10 @@ def intercept_method(
 ) -> AbstractContextManager[None]:
     """Likewise `obj.method(...)`, of a scheduler."""
     return _intercept(obj, method, method, _Hook(handler, elsewhere))
+
+
+def told_of(obj: Any, method: str | None, elsewhere: Callable[[], None]) -> AbstractContextManager[None]:
+    """Tells `elsewhere` of calls of `obj`, or of its `method`, from threads in which nobody routes them."""
+    attribute, method = ("_compiled_call_impl", "_call_impl") if method is None else (method, method)
+    hook = _Hook(lambda obj, call, args, kwargs: call(*args, **kwargs), elsewhere)
+    return _intercept(obj, attribute, method, hook, _NO_THREAD)

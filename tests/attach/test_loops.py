@@ -963,3 +963,30 @@ def test_a_callback_that_waits_for_a_thread_that_calls_the_same_pipeline(wait):
         assert torch.equal(joined(lambda: run(pipe, SD, STEPS)), expected)
     assert isinstance(found[0], GuidanceError)
     assert "waits for this thread" in str(found[0])
+
+
+class HalfElsewhere(Loop):
+    async def __call__(self, step: Callable, guidance_scale: float = 4.0) -> Any:
+        steps = self.loop(step, guidance_scale)
+        made = [next(steps), next(steps)]
+        return (made + await asyncio.to_thread(list, steps))[-1]
+
+
+@pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
+def test_steps_that_are_left_to_another_thread_in_between_are_not_missed(rule, policy):
+    pipe = small(HalfElsewhere)
+    expected = asyncio.run(pipe(one_call(plain)))
+    with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="in another thread"):
+        asyncio.run(pipe(one_call(plain)))
+    assert not {"step", "set_timesteps", "__getstate__"} & set(vars(pipe.scheduler))
+    assert torch.equal(asyncio.run(pipe(one_call(plain))), expected)
+
+
+def test_a_call_that_is_given_up_between_two_steps_leaves_nothing_behind():
+    pipe = small(Yields)
+    with attach(pipe, CFG(), Hold(2)):
+        begun = pipe(one_call(plain))
+        next(begun)
+        begun.close()
+        assert not {"step", "set_timesteps", "__getstate__"} & set(vars(pipe.scheduler))
+        assert getattr(pipe.unet, "_compiled_call_impl", None) is None
