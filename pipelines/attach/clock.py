@@ -48,6 +48,10 @@ class Clock:
         self.stride = 1
         """How many entries of the table the loop goes on by: some take every other one."""
 
+    def begin_anew(self) -> None:
+        """Takes note that the run itself has set its scheduler's timesteps."""
+        self.begins_anew = True
+
     def tick(self, scheduler: Any, timestep: Any) -> None:
         """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
         if not self._goes_on(scheduler):

@@ -35,6 +35,10 @@ class Company:
         callbacks = [each for name, each in call.arguments.items() if "callback" in name and callable(each)]
         self._callbacks = {*map(_code, callbacks)} - {None}
 
+    def take_in(self, stage: Any) -> None:
+        """Takes note of a pipeline that this one has."""
+        self.stages[id(stage)] = stage
+
     def leave(self) -> None:
         """Forgets the pipeline's loop, which holds everything it knows."""
         self._own = None

@@ -137,7 +137,7 @@ class Host:
         before, self._parts = self._parts, {}
         for name, each in components(self._call.pipe):
             if isinstance(each, DiffusionPipeline):
-                self._company.stages[id(each)] = each
+                self._company.take_in(each)
             else:
                 self._parts[name] = each
         for name, each in self._parts.items():
@@ -169,7 +169,7 @@ class Host:
     def on_set_timesteps(self, scheduler: Any, set_timesteps: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `scheduler.set_timesteps`."""
         if self._company.is_own(sys._getframe(2)) and (clock := self._clocks.get(id(scheduler))) is not None:
-            clock.begins_anew = True
+            clock.begin_anew()
         return set_timesteps(*args, **kwargs)
 
     def on_elsewhere(self) -> None:
@@ -295,7 +295,7 @@ class Host:
 
         Where the rule and the scheduler's step can be one (`fuse`), what that step returns.
         """
-        note = denoiser.whole
+        note = denoiser.cut.whole
         denoiser.settle()
         if denoiser.is_cut_short:
             seen = (
@@ -422,8 +422,8 @@ class Host:
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
-        note = denoiser.try_parts(cuts=not self.policy.hands)
-        if denoiser.formula is not None and denoiser.formula.batched and not (denoiser.whole or denoiser.keeps_state):
+        note = denoiser.find_out(cuts=not self.policy.hands)
+        if denoiser.formula is not None and denoiser.formula.batched and not denoiser.cut.is_left_whole:
             for other in self._denoisers.values():
                 if other is not denoiser:
                     other.follow(denoiser)

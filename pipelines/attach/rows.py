@@ -306,3 +306,32 @@ def with_prediction(output: Any, value: Tensor) -> Any:
     if isinstance(output, list) and output and all(isinstance(v, Tensor) for v in output):
         return list(value.unbind(0))
     return type(output)((with_prediction(output[0], value), *output[1:]))
+
+
+def sample(args: tuple, kwargs: dict) -> Tensor | list[Tensor] | None:
+    """The first argument of a denoiser call that has rows; a timestep, one number or one a row, only for want of it."""
+
+    def has_rows(value: Any, dims: int) -> bool:
+        if isinstance(value, list):
+            return bool(value) and isinstance(value[0], Tensor)
+        return isinstance(value, Tensor) and value.ndim >= dims and (dims == 1 or value.numel() > len(value))
+
+    values = (*args, *kwargs.values())
+    return next((value for dims in (2, 1) for value in values if has_rows(value, dims)), None)
+
+
+def sample_shape(args: tuple, kwargs: dict) -> torch.Size | None:
+    """The shape of that; None of a list."""
+    found = sample(args, kwargs)
+    return found.shape if isinstance(found, Tensor) else None
+
+
+def count(args: tuple, kwargs: dict) -> int:
+    """How many rows a denoiser call is about."""
+    found = sample(args, kwargs)
+    return 0 if found is None else len(found)
+
+
+def shapes(tree: Any) -> list[torch.Size]:
+    """Of all tensors of a tree."""
+    return [tensor.shape for tensor in tensors(tree)]

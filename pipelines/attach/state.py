@@ -59,6 +59,14 @@ class Watch:
         names = (type(each).__name__ for each in self.finds.stateful if type(each).__module__ not in _TOLERANT)
         return ", ".join(dict.fromkeys(names))
 
+    def find(self, why: str) -> None:
+        """Has calls be made as they would be without us, because of this."""
+        self.found = self.found or why
+
+    def settle(self) -> None:
+        """Takes note that the step is over at which parts of the batch are tried."""
+        self.is_settled = True
+
     def scan(self) -> None:
         """Sees what is on the network now."""
         self.finds = scan(self._parts)
