@@ -196,10 +196,9 @@ class Denoiser:
         if self.skips:
             return [False] * len(self.plan)
         both = [each.action in (Action.BOTH, Action.NEITHER) for each in self.plan]
-        # A cache would meet rows it has not seen; leaving out a whole call is what its contexts are for.
-        uncut = (self.cut.keeps_state and self.formula.batched) or (
-            any(both) and (self.cut.keeps_state or not self.cut.splits)
-        )
+        # A cache would meet rows it has not seen; to skip a whole call is what its contexts are for.
+        cut = self.cut
+        uncut = (cut.keeps_state and self.formula.batched) or (any(both) and (cut.keeps_state or not cut.splits))
         # The sound of a row that is skipped is the conditional one's, which must be there.
         early = self.puts_out_more and not self.formula.batched and self.formula.cond_index > 0
         return [True] * len(both) if self.cut.whole or uncut or early or self.is_open else both
@@ -208,7 +207,7 @@ class Denoiser:
     def skips(self) -> bool:
         """Whether nothing at all is evaluated at this step."""
         plan = self.plan
-        whole = self.cut.whole or self.cut.keeps_state or self.is_open
+        whole = self.cut.is_left_whole or self.is_open
         return plan is not None and not whole and all(each.action == Action.NEITHER for each in plan)
 
     def run(self, call: Callable, args: tuple, kwargs: dict) -> Any:
