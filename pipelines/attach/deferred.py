@@ -1,8 +1,8 @@
-"""Calls that return before they have done their work: what they return does it under a watch of its own.
+"""Calls that return before they have done their work: the returned object does it later.
 
-A generator, a coroutine, an asynchronous generator or a function stands for the work to come, by itself or within a
-tuple, list or dict. `deferred` puts another of its kind in its place, which steps `within` a context for each stretch
-of work, and tells `finish` when all is done.
+A generator, a coroutine, an asynchronous generator or a function represents work to come, by itself or within a
+tuple, list or dict. `deferred` replaces it with another of its kind, which does each stretch of work `within` a
+context, and calls `finish` when all is done.
 """
 
 import functools
@@ -17,12 +17,12 @@ Finish = Callable[[Any], None]
 
 
 def deferred(made: Any, within: Within, finish: Finish, again: Callable[[Callable[[], Any]], Any]) -> Any:
-    """What stands for `made`, if its work is still to come; else None.
+    """The replacement of `made`, if its work is still to come; else None.
 
     Args:
         within: makes the context of each stretch of work.
-        finish: called with what the work came to, once it is done.
-        again: makes the work of a function that was returned, each time it is called.
+        finish: called with the result, once the work is done.
+        again: does the work of a returned function, each time that is called.
     """
     if inspect.isasyncgen(made):
         return _asynchronous(made, within, finish)
