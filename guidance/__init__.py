@@ -11,7 +11,7 @@ handle.detach()
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what Python finds when it is asked for, see `__getattr__`
+if TYPE_CHECKING:  # at run time `__getattr__` finds these
     from diffusers_guidance.calibration import Calibration, Fit
     from diffusers_guidance.errors import (
         CalibrationMismatch,
@@ -102,7 +102,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first asked for: rules and policies need no diffusers."""
+    """A public name, imported on first use: rules and policies do not need diffusers."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

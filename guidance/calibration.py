@@ -1,12 +1,12 @@
-"""Calibration: how the predictions of a model under full guidance go together, and estimates fitted to that.
+"""Calibration: how the predictions of a model under full guidance correlate, and estimates fitted to that.
 
 Write a run of T steps as the 2T vectors p = (c_0 .. c_{T-1}, d_0 .. d_{T-1}): its conditional predictions, and
-d = c - u. A calibration keeps the sum over many runs of all their inner products, and no run:
+d = c - u. A calibration keeps the sum of all their inner products over many runs, and no run:
 
     G = sum of p p^T        (2T x 2T)
 
-From G follow, for any choice of evaluations, the least-squares estimates of the predictions left out (LinearAG,
-arXiv 2312.12487, section 5). With R the predictions there will be by then, and t the one wanted:
+For any choice of evaluations, G gives the least-squares estimates of the skipped predictions (LinearAG,
+arXiv 2312.12487, section 5). With R the predictions known by then, and t the wanted one:
 
     estimate = w . p_R        w = (G_RR + ridge diag G_RR)^-1 G_Rt
 
@@ -37,15 +37,15 @@ FORMAT = "diffusers-guidance calibration 1"
 
 @dataclass(frozen=True)
 class Fit:
-    """How a prediction that was left out is estimated.
+    """How a skipped prediction is estimated.
 
     Args:
-        regressors: "all" predictions evaluated so far, as in the paper; or "recent", of the last two steps
+        regressors: "all" predictions evaluated so far, as in the paper; or "recent", those of the last two steps
             evaluated in full, and the current conditional one.
-        target: "delta"; or "uncond" as in the paper, with u in the place of d among regressors too. As c_t is a
-            regressor of d_t, both span the same estimates, and only what the ridge shrinks differs.
+        target: "delta"; or "uncond" as in the paper, with u in place of d among regressors too. As c_t is a
+            regressor of d_t, both span the same estimates; only what the ridge shrinks differs.
         ridge: relative to the regressors' own squares.
-        per_channel: coefficients of their own for each channel, from a calibration made `per_channel`.
+        per_channel: separate coefficients for each channel, from a calibration made `per_channel`.
     """
 
     regressors: Literal["all", "recent"] = "all"
@@ -65,7 +65,7 @@ class Fit:
 
 DELTAS = Fit()
 UNCONDS = Fit(target="uncond")
-"""As LinearAG was published."""
+"""The published fit of LinearAG."""
 
 
 def combinations(gram: Tensor, actions: Sequence[str], fit: Fit = DELTAS) -> Tensor:
@@ -74,10 +74,10 @@ def combinations(gram: Tensor, actions: Sequence[str], fit: Fit = DELTAS) -> Ten
     Args:
         gram: (2T, 2T), or (C, 2T, 2T) by channel; float64.
         actions: T of "both", "conditional", "extrapolate", "neither".
-        fit: how what is missing is estimated.
+        fit: how missing predictions are estimated.
 
     Returns:
-        (2T, 2T) or (C, 2T, 2T) coefficients: the rows make c_0 .. c_{T-1}, d_0 .. d_{T-1} of the columns, likewise.
+        (2T, 2T) or (C, 2T, 2T) coefficients: the rows make c_0 .. c_{T-1}, d_0 .. d_{T-1} of the same columns.
     """
     steps = len(actions)
     unit = torch.eye(2 * steps, dtype=gram.dtype)
@@ -116,12 +116,12 @@ def least_squares(gram: Tensor, regressors: Tensor, target: Tensor, ridge: float
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What one denoiser's predictions had in common over all trajectories, T of its evaluations in each."""
+    """Inner products of one denoiser's predictions over all trajectories, T of its evaluations in each."""
 
     first: int
-    """The run's step at which this denoiser's first evaluation is."""
+    """The run's step of this denoiser's first evaluation."""
     gram: Tensor
-    """(C, 2T, 2T) float64: sums of inner products of (c_0 .., d_0 ..) by channel; C is 1 where all count as one."""
+    """(C, 2T, 2T) float64: sums of inner products of (c_0 .., d_0 ..) by channel; C is 1 if channels are not split."""
     similarity: dict[str, Tensor]
     """By space, "denoised" and "noise": (trajectories, T) float32 cosines of both predictions, NaN where unknown."""
 
@@ -170,11 +170,11 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of its Gram matrices: what was measured with it can say so."""
+        """16 hexadecimal digits of its Gram matrices, for results to name it by."""
         return hashlib.sha256(b"".join(m.gram.numpy().tobytes() for m in self.denoisers.values())).hexdigest()[:16]
 
     def weights(self, denoiser: str, fit: Fit = DELTAS) -> Tensor:
-        """(C, 2T, 2T) Gram matrices that `fit` has coefficients for: by channel, or one of all.
+        """(C, 2T, 2T) Gram matrices that `fit` has coefficients for: by channel, or one for all.
 
         Raises:
             CalibrationMismatch: it does not tell channels apart.
@@ -186,9 +186,9 @@ class Calibration:
 
     @property
     def call(self) -> dict[str, Any]:
-        """The `num_inference_steps` and `guidance_scale` that the pipeline was called with.
+        """The `num_inference_steps` and `guidance_scale` of the pipeline's call.
 
-        A solver of two stages evaluates more often; and some pipelines' scale is one less than w.
+        A two-stage solver evaluates more often, and some pipelines' scale is one less than w.
         """
         return {name: self.setting["calibrated"][name] for name in ("num_inference_steps", "guidance_scale")}
 
@@ -222,11 +222,11 @@ class Calibration:
         return id(self)
 
     def moments(self, denoiser: str) -> Moments:
-        """Those of a denoiser by its name; the only ones there are where it has none."""
+        """Those of a denoiser by its name; without a name, the only ones."""
         if not denoiser and len(self.denoisers) == 1:
             return next(iter(self.denoisers.values()))
         if denoiser not in self.denoisers:
-            raise CalibrationMismatch(f"calibrated were {', '.join(self.denoisers)}; the run uses {denoiser!r}")
+            raise CalibrationMismatch(f"calibrated for {', '.join(self.denoisers)}; the run uses {denoiser!r}")
         return self.denoisers[denoiser]
 
     def similarity(self, space: str) -> Tensor:
@@ -239,7 +239,7 @@ class Calibration:
     def threshold(self, save: float, space: str | None = None) -> tuple[float, str]:
         """(threshold, space) with which Adaptive Guidance saves the share `save` of the NFEs on average.
 
-        Without a space, the one in which of two steps the later has the higher similarity most often.
+        Default space: the one in which the later of two steps most often has the higher similarity.
         """
         if not 0 <= save < 0.5:
             raise ValueError(f"save={save!r}: a share of the NFEs from 0 to below 0.5")
@@ -257,7 +257,7 @@ class Calibration:
         # A run whose running maximum first reaches the threshold at step i evaluates i + 1 steps in full.
         highest = seen.nan_to_num(-1).cummax(1).values
         candidates = highest.flatten().clamp(1e-6, 1).unique()
-        # It then saves an evaluation at each later step, unless a denoiser is new there and evaluated in full.
+        # It then saves an evaluation at each later step, except where a denoiser is new and evaluated in full.
         firsts = {moments.first for moments in self.denoisers.values()}
         later = [t - 1 for t in range(1, self.steps) if t not in firsts]
         maxima = highest[:, later].flatten().sort().values
@@ -270,11 +270,11 @@ class Calibration:
         return _coefficients(self, denoiser, tuple(actions), fit)
 
     def check(self, setting: dict[str, Any]) -> None:
-        """Refuses a run whose `setting` differs in something that both state, and says what it is."""
+        """Refuses a run whose `setting` differs in anything that both state, and names the difference."""
         found = list(_differences(self.setting, setting, ""))
         if found:
             raise CalibrationMismatch(
-                f"{self!r} was made for something else than this run: {'; '.join(found)}. "
+                f"{self!r} was made for another setting than this run's: {'; '.join(found)}. "
                 "Calibrate for this setting, or use the one it was made for."
             )
 
@@ -297,8 +297,8 @@ class Calibration:
         """Reads what `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
-            CalibrationMismatch: not a calibration, or one of another version.
+            FileNotFoundError: the file does not exist.
+            CalibrationMismatch: it is not a calibration, or has another version.
         """
         path = Path(path)
         if not path.is_file():
@@ -308,7 +308,7 @@ class Calibration:
                 about = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise CalibrationMismatch(f"{path} is no safetensors file ({error})") from error
+            raise CalibrationMismatch(f"{path} is not a safetensors file ({error})") from error
         if about.get("format") != FORMAT:
             raise CalibrationMismatch(f"{path} has the format {about.get('format')!r}, not {FORMAT!r}: calibrate anew")
         described = json.loads(about["calibration"])
@@ -343,19 +343,19 @@ def _coefficients(calibration: Calibration, denoiser: str, actions: tuple[str, .
 
 
 def gains(table: Sequence[Space]) -> list[float]:
-    """How far an error of one step's prediction moves the picture.
+    """How far an error of each step's prediction moves the picture.
 
     With x = signal x0 + noise eps and rho = noise / signal, an Euler step in rho takes an error e of the
     prediction to one of x / signal that is e times
 
         |b| (1 - rho' / rho)        (a prime: at the next step; denoised = a x + b prediction)
 
-    and `gains` are these over sqrt(rho): the steps to come mend the more of it the noisier the sample. For Gaussian
-    data of unit variance 1 / sqrt(1 + rho'^2) of an error would be left at the end; guidance, which amplifies
-    differences, leaves more. The root is what fits measured pictures: docs/policies.md.
+    `gains` are these over sqrt(rho): the noisier the sample, the more of the error later steps correct. For Gaussian
+    data of unit variance 1 / sqrt(1 + rho'^2) of an error would remain at the end. Guidance amplifies differences and
+    leaves more. The root fits measured pictures: docs/policies.md.
     The evaluations of one solver step share its gain. A first step from pure noise, rho infinite, is weighed as if
-    from rho', which is too much rather than too little. Steps are taken to end without noise, and to add none: of a
-    stochastic scheduler the real gains fall less towards the end, by a factor of 1.3 to 3.
+    from rho', which is too much rather than too little. The run is assumed to end without noise, and no step to add
+    any. With a stochastic scheduler the real gains fall less towards the end, by a factor of 1.3 to 3.
     """
     starts = [i for i, space in enumerate(table) if space.new_step] or [0]
     found: list[float] = []
@@ -370,7 +370,7 @@ def gains(table: Sequence[Space]) -> list[float]:
 
 
 def _differences(made: Any, used: Any, where: str, precision: float = 0.0) -> Iterator[str]:
-    """What differs between two trees of plain values, as far as both state it."""
+    """What differs between two trees of plain values, where both have a value."""
     if isinstance(made, dict) and isinstance(used, dict):
         both = sorted(made.keys() & used.keys())
         if where.endswith(".weights"):
@@ -393,7 +393,7 @@ def _differences(made: Any, used: Any, where: str, precision: float = 0.0) -> It
 
 
 def _apart(made: list[float], used: list[float]) -> float:
-    """Relative distance, inf of lists that cannot be compared."""
+    """Relative distance; inf for lists of different lengths."""
     if len(made) != len(used):
         return math.inf
     return math.dist(made, used) / (math.hypot(*made) or 1.0)

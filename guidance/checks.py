@@ -1,4 +1,4 @@
-"""Numbers as they are given: made plain, and whether they are of the kind wanted; rules and policies say the rest."""
+"""Numbers that users give: makes them plain and checks their kind. Rules and policies word the errors."""
 
 import math
 from dataclasses import fields
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy, a tensor without dimensions or a fraction as an int or float, also within a list or tuple.
+    """A numpy number, a tensor without dimensions or a fraction as an int or float, also within a list or tuple.
 
-    Everything else comes back as it is: what is printed, compared and saved is of plain numbers alone.
+    Everything else comes back unchanged. So only plain numbers are printed, compared and saved.
     """
     if type(value) in (list, tuple):
         return type(value)(plain(each) for each in value)
@@ -19,14 +19,14 @@ def plain(value: Any) -> Any:
 
 
 def plain_fields(part: Any) -> None:
-    """Does this to the fields of a frozen dataclass that is being made; a list stays the one that was given."""
+    """Makes the fields of a new frozen dataclass `plain`; a list stays the given object."""
     for field in fields(part):
         if not isinstance(value := getattr(part, field.name), list):
             object.__setattr__(part, field.name, plain(value))
 
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    """Whether it is a finite number between both, themselves included; True and False are none."""
+    """Whether it is a finite number from `least` to `most`, both included; True and False are not numbers."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     return number and math.isfinite(value) and bool(least <= value <= most)
 

@@ -1,12 +1,12 @@
-"""How strong a rule's guidance is, in the only measure that rules share: the scale at which CFG would push as far.
+"""How strong a rule's guidance is, in the measure that all rules share: the scale at which CFG would push as far.
 
-Rules differ in what they do across the direction of guidance and in how far they go along it. More of the latter
-alone lifts most scores, so rules are compared at equal strength too (GA-Eval, arXiv 2602.22570). As there, strength
+Rules differ in what they do across the direction of guidance and in how far they go along it. Going further alone
+raises most scores, so rules are compared at equal strength too (GA-Eval, arXiv 2602.22570). As there, strength
 is the projection of g - u on d = c - u, in units of d, averaged over steps and samples; g is the guided prediction:
 
     w_eff = <g - u, d> / <d, d> = 1 + <g - c, d> / <d, d>,     which is w for CFG at w
 
-The authors' code takes its absolute value; here guidance away from the prompt counts as what it is.
+The authors' code takes its absolute value. Here guidance away from the prompt counts as negative.
 """
 
 import math
@@ -21,7 +21,7 @@ from diffusers_guidance.steps import Prediction, Step
 
 @dataclass
 class Strength:
-    """An observer that leaves the effective guidance scale of every step in `scales`."""
+    """An observer that appends the effective guidance scale of every step to `scales`."""
 
     scales: list[Tensor] = field(default_factory=list)
     """By step, (rows,) each."""
@@ -36,7 +36,7 @@ class Strength:
 
     @property
     def mean(self) -> float:
-        """Over all steps and samples so far; those where both predictions agree have no say."""
+        """Over all steps and samples so far, without those where both predictions agree."""
         values = [value for step in self.scales for value in step.tolist() if math.isfinite(value)]
         if not values:
             raise ValueError("no guided step was seen: run the pipeline with this observer first")

@@ -1,4 +1,4 @@
-"""The engine: one step of guidance, whoever evaluates the predictions and whoever takes what comes of them.
+"""The engine: one step of guidance, whoever evaluates the predictions and whoever takes the result.
 
     plan      which predictions of which samples the step evaluates        (the policy)
     predict   evaluate them                                                (the host)
@@ -7,8 +7,8 @@
     remember  what later steps look back on
     report
 
-`advance` is these lines. A host that is called by its loop, rather than calling, takes them in two parts: `plan` before
-its networks run, `guide` once their predictions are there.
+`advance` is these lines. A host whose loop calls it takes them in two parts: `plan` before its networks run, and
+`guide` once their predictions exist.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, pick
 
 Observer = Callable[[Step, Prediction | None, Tensor], Any]
-"""observer(step, prediction, guided): told of every step. `prediction` is None where nothing was guided or evaluated;
-`guided` is what the sampler is handed."""
+"""observer(step, prediction, guided): called at every step. `prediction` is None where nothing was guided or evaluated;
+`guided` is what the sampler receives."""
 
 FusedStep = Callable[..., tuple[Any, Tensor]]
 """fused(cond, uncond, momentum, a, b, rule): what a scheduler's step returns for the guided prediction, and the new
@@ -37,11 +37,11 @@ class Host(Protocol):
     """Where an engine's predictions come from and go to."""
 
     def predict(self, step: Step, plan: Plan) -> Prediction:
-        """Evaluates what the plan wants, and has `Engine.fill` stand in for the rest."""
+        """Evaluates what the plan asks for, and fills in the rest by `Engine.fill`."""
         ...
 
     def resume(self, step: Step, guided: Tensor) -> None:
-        """Goes on with the guided prediction."""
+        """Continues with the guided prediction."""
         ...
 
 
@@ -50,9 +50,9 @@ class Guided:
     """What an engine makes of a step's prediction.
 
     Args:
-        tensor: (rows, ...); None: what the host makes of both predictions itself, untouched.
-        result: what the scheduler's step returned, where guidance and step were one.
-        again: makes the tensor, where that was so.
+        tensor: (rows, ...); None: the host's own combination, untouched.
+        result: what the scheduler's step returned, if guidance and step were fused.
+        again: makes the tensor in that case.
     """
 
     tensor: Tensor | None
@@ -65,9 +65,9 @@ class Engine:
     """A rule and a policy over one run of one network on one batch.
 
     Args:
-        history: what the run has seen; made anew for another batch.
-        recording: where the steps are reported.
-        observers: told of every guided step.
+        history: what the run has seen; a new one for another batch.
+        recording: takes the steps' reports.
+        observers: called at every step.
     """
 
     rule: Rule
@@ -77,16 +77,16 @@ class Engine:
     observers: Sequence[Observer] = ()
     momentum: Tensor | None = field(default=None, repr=False)
     is_checked: bool = False
-    """Whether the policy's calibration was found to be for such a run."""
+    """Whether the policy's calibration was found to fit this run."""
 
     def plan(self, step: Step) -> Plan:
-        """What to evaluate at the coming step."""
+        """What to evaluate at the next step."""
         return planned(self.policy, step, self.history)
 
     def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
         """The unconditional prediction where it was evaluated, an estimate where the plan wants one, `cond` elsewhere.
 
-        Always memory of its own.
+        It is always a new tensor.
         """
         filled = cond.clone() if uncond is None else pick(evaluated, uncond, cond)
         guessed = [each.action == Action.EXTRAPOLATE and not was for each, was in zip(plan, evaluated, strict=True)]
@@ -95,17 +95,17 @@ class Engine:
         return filled
 
     def both(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Estimates of (cond, uncond) where the plan wants neither evaluated."""
+        """Estimates of (cond, uncond) where the plan evaluates neither."""
         return predicted(self.policy, step, self.history)
 
     def check(self, found: Callable[[], dict[str, Any]]) -> None:
-        """Refuses a calibrated policy that was made for something else than what is `found` here; asks once a run."""
+        """Refuses a policy calibrated for another setting than the one `found` returns, which it calls once a run."""
         if self.policy.calibration is not None and not self.is_checked:
             self.policy.calibration.check(found())
         self.is_checked = True
 
     def similarity(self, step: Step, prediction: Prediction) -> Tensor:
-        """(2, rows): of the denoised predictions and of the noise; NaN where unknown. Waits for nothing."""
+        """(2, rows): of the denoised predictions and of the noise; NaN where unknown. Does not wait for the device."""
         c, u, x, space = prediction.cond, prediction.uncond, step.sample, step.space
         unknown = torch.full((2, len(prediction.evaluated)), torch.nan, device=c.device)
         if space is None or x is None or not any(prediction.evaluated):
@@ -123,14 +123,14 @@ class Engine:
         finish: Callable[[Tensor, Tensor], Tensor] = lambda guided, cond: guided,
         fuse: Callable[[], FusedStep | None] = lambda: None,
     ) -> Guided:
-        """What becomes of a step's prediction; remembers what later steps look back on, and reports.
+        """Guides a step's prediction, remembers what later steps look back on, and reports.
 
         Args:
-            own: what the host makes of both predictions itself, `u + w (c - u)` in words of its own.
-            finish: what it does to a combination, given the conditional prediction.
-            fuse: the scheduler's step, if guidance and that can be one here.
+            own: the host's own combination of both predictions, `u + w (c - u)` in its order of operations.
+            finish: what the host does to a combination, given the conditional prediction.
+            fuse: the scheduler's step, if it can be fused with guidance here.
         """
-        plan = [  # an estimate is not needed where the real thing was evaluated after all
+        plan = [  # no estimate where the prediction was evaluated after all
             Decision(Action.BOTH) if Action(each.action).is_estimated and was else each
             for each, was in zip(plan, prediction.evaluated, strict=True)
         ]
@@ -171,12 +171,12 @@ class Engine:
             result, self.momentum = fused(c, u, before, a, b, rule)
             return Guided(None, result, lambda: combine()[0])
         guided, carried = combine()
-        if space is None or space.new_step:  # later stages of one solver step leave the momentum alone
+        if space is None or space.new_step:  # later stages of a solver step do not change the momentum
             self.momentum = carried
         return Guided(guided)
 
     def hand(self, step: Step, guided: Tensor | None) -> Tensor:
-        """What the sampler is handed in place of `guided`, which is None where nothing was evaluated.
+        """What the sampler receives in place of `guided`, which is None where nothing was evaluated.
 
         For a policy that `hands`, at a guided step that has been reported.
         """
@@ -185,13 +185,13 @@ class Engine:
         return found.prediction
 
     def tell(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:
-        """Tells the observers of a step, and of what the sampler is handed."""
+        """Tells the observers of a step, and what the sampler receives."""
         for observer in self.observers:
             observer(step, prediction, guided)
 
 
 def advance(engine: Engine, host: Host, step: Step) -> None:
-    """One step of a loop that has its networks called for it.
+    """One step of a loop that lets the engine call its networks.
 
     Args:
         step: with its sample and its settled guidance scale.

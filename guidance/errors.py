@@ -1,12 +1,12 @@
-"""The errors this package raises on its own account; all of them are a `GuidanceError`."""
+"""The errors of this package; each is a `GuidanceError`."""
 
 
 class GuidanceError(Exception):
-    """Base of every error of this package that is not a plain bad argument (`ValueError`, `TypeError`)."""
+    """Base of every error of this package except bad arguments (`ValueError`, `TypeError`)."""
 
 
 class UnsupportedPipeline(GuidanceError):
-    """The pipeline's own guidance could not be identified and verified; the message says what was seen."""
+    """The pipeline's own guidance could not be identified or verified; the message says what was seen."""
 
 
 class UnsupportedScheduler(GuidanceError):

@@ -1,16 +1,16 @@
-"""Policies: which predictions a step evaluates, and what stands in for the one it leaves out.
+"""Policies: which predictions a step evaluates, and what replaces those it skips.
 
-A policy is a frozen dataclass with one method, `plan`: from the coming step and what the run has seen so far
-it decides for every sample of the batch, on its own, between
+A policy is a frozen dataclass with one method, `plan`. From the next step and what the run has seen so far,
+it chooses for each sample of the batch separately between
 
     both           evaluate the conditional and the unconditional prediction
     conditional    evaluate the conditional one alone and use it unguided
     extrapolate    evaluate the conditional one alone and guide with an estimate of the other
     neither        evaluate nothing and guide with estimates of both, or with a forecast of the guided prediction
 
-(`steps.Action`). It keeps no state: all memory is in the `History`, which belongs to one run. The first step a
-denoiser takes in a run is always evaluated in full, because the pipeline's guidance is identified there; a plan for
-anything else then decides only how the step is used. To add a policy, subclass `Policy` and write `plan`.
+(`steps.Action`). It keeps no state: all memory is in the `History`, which belongs to one run. The first step of a
+denoiser in a run is always evaluated in full, because the pipeline's guidance is identified there; another plan
+then decides only how the step is used. To add a policy, subclass `Policy` and write `plan`.
 """
 
 import math
@@ -35,27 +35,27 @@ class Policy:
     """Base of all policies."""
 
     needs_denoised = False
-    """Whether `plan` looks at similarities, and so needs a scheduler whose predictions can be denoised."""
+    """Whether `plan` uses similarities, and so needs a scheduler whose predictions can be denoised."""
     remembers = False
-    """Whether `estimate` looks back on all predictions of the run, which then are kept in the history."""
+    """Whether `estimate` looks back on all predictions of the run; the history then keeps them."""
     hands = False
-    """Whether the scheduler is handed what `hand` makes of a step's guided prediction, whatever rule and pipeline did.
-    Where such a policy evaluates neither prediction, nothing is asked of `predict`."""
+    """Whether the scheduler gets what `hand` makes of a step's guided prediction, whatever rule and pipeline did.
+    Such a policy needs no `predict` for steps that evaluate neither prediction."""
     calibration = None  # type: Calibration | None
-    """What the policy is fitted to; a run of anything else is refused at its first step."""
+    """What the policy is fitted to; a run of another setting is refused at its first step."""
 
     def __post_init__(self) -> None:
         plain_fields(self)
 
     def plan(self, step: Step, history: History) -> Plan:
-        """One decision per sample for the coming step; what is none is refused by `planned`."""
+        """One decision per sample for the next step; `planned` refuses anything else."""
         raise NotImplementedError
 
     def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:
-        """(rows, ...) stand-in for the unconditional prediction where `plan` said "extrapolate".
+        """(rows, ...) estimate of the unconditional prediction where `plan` said "extrapolate".
 
-        It holds each sample's last difference of the two as a velocity, which is like holding it as noise where
-        there is little of it and as denoised sample where there is much.
+        It holds each sample's last difference of both as a velocity. That is like holding it as noise at low noise
+        levels, and as denoised sample at high ones.
         """
         assert history.delta is not None and history.velocity is not None
         factor = history.velocity / step.velocity
@@ -66,47 +66,47 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> "Handed":
-        """What the scheduler is handed, of a policy that `hands`.
+        """What the scheduler gets from a policy that `hands`.
 
         Args:
-            step: the one that is about to be taken.
-            history: where `guided` and `skipped` are this method's to keep.
+            step: the one about to be taken.
+            history: its `guided` and `skipped` are this method's to keep.
             guided: (rows, ...) what was evaluated and guided; None where nothing was.
         """
         raise NotImplementedError(f"{type(self).__name__} hands on what was evaluated")
 
 
 class Handed(NamedTuple):
-    """What a scheduler is handed, and what the report says about it."""
+    """What a scheduler gets, and what the report says about it."""
 
     prediction: Tensor
     note: str = ""
     sizes: Tensor | None = None
-    """(2,), on the device: relative to the denoised prediction, by how much the forecasts before this step had been
-    off on average, and how much of it the step repays."""
+    """(2,), on the device, relative to the denoised prediction: the average error of the forecasts before this step,
+    and the size of the repayment."""
 
 
 def planned(policy: Policy, step: Step, history: History) -> Plan:
-    """What `policy.plan` says of the coming step, once it is a plan.
+    """What `policy.plan` says of the next step, checked.
 
     Raises:
         TypeError: it is not a list of one `Decision` a sample.
-        ValueError: it has another length than the batch, or a decision is none that can be carried out.
+        ValueError: its length is not the batch's, or a decision cannot be carried out.
     """
     plan, said = policy.plan(step, history), f"{type(policy).__name__}.plan, at step {step.index},"
     if not isinstance(plan, list | tuple) or isinstance(plan, Decision):
         raise TypeError(
-            f"{said} returned {plan!r}: wanted is a list of one Decision for each of {history.rows} samples"
+            f"{said} returned {plan!r}: it must return a list of one Decision for each of {history.rows} samples"
         )
     if len(plan) != history.rows:
-        raise ValueError(f"{said} returned {len(plan)} decisions for a batch of {history.rows}: wanted is one a sample")
+        raise ValueError(f"{said} returned {len(plan)} decisions for a batch of {history.rows}: give one a sample")
     for row, each in enumerate(plan):
         if not isinstance(each, Decision) or not isinstance(each.why, str):
             raise TypeError(
-                f'{said} returned {each!r} for sample {row}: wanted is a Decision, as Decision("both", "why")'
+                f'{said} returned {each!r} for sample {row}: it must be a Decision, such as Decision("both", "why")'
             )
         if not isinstance(each.action, str) or each.action not in {*Action}:
-            raise ValueError(f"{said} decided {each.action!r} for sample {row}: one of {', '.join(Action)} can be done")
+            raise ValueError(f"{said} decided {each.action!r} for sample {row}: choose one of {', '.join(Action)}")
         if each.action == Action.NEITHER and not policy.hands and type(policy).predict is Policy.predict:
             raise ValueError(
                 f'{said} decided "neither" for sample {row}, but {type(policy).__name__} has no estimate of both '
@@ -116,7 +116,7 @@ def planned(policy: Policy, step: Step, history: History) -> Plan:
 
 
 def estimated(policy: Policy, step: Step, history: History, cond: Tensor) -> Tensor:
-    """What `policy.estimate` says, once it is an estimate of `cond`'s other half.
+    """What `policy.estimate` says, checked against `cond`.
 
     Raises:
         TypeError: it is not a tensor.
@@ -127,19 +127,19 @@ def estimated(policy: Policy, step: Step, history: History, cond: Tensor) -> Ten
 
 
 def predicted(policy: Policy, step: Step, history: History) -> tuple[Tensor, Tensor]:
-    """What `policy.predict` says, once it is a pair of predictions of one shape; raises as `estimated`."""
+    """What `policy.predict` says, checked to be a pair of predictions of one shape; raises as `estimated`."""
     found, said = policy.predict(step, history), f"{type(policy).__name__}.predict, at step {step.index},"
     if not isinstance(found, tuple | list) or len(found) != 2:
-        raise TypeError(f"{said} returned a {type(found).__name__}: wanted is a pair of tensors, (cond, uncond)")
+        raise TypeError(f"{said} returned a {type(found).__name__}: it must return a pair of tensors, (cond, uncond)")
     shape = torch.Size(getattr(history.delta, "shape", getattr(found[0], "shape", ())))
     return _like(found[0], shape, said), _like(found[1], shape, said)
 
 
 def _like(found: Any, shape: torch.Size, said: str) -> Tensor:
     if not isinstance(found, Tensor):
-        raise TypeError(f"{said} returned a {type(found).__name__}: wanted is a tensor of shape {tuple(shape)}")
+        raise TypeError(f"{said} returned a {type(found).__name__}: it must be a tensor of shape {tuple(shape)}")
     if found.shape != shape:
-        raise ValueError(f"{said} returned a tensor of shape {tuple(found.shape)}: wanted is {tuple(shape)}")
+        raise ValueError(f"{said} returned a tensor of shape {tuple(found.shape)}: it must be {tuple(shape)}")
     return found
 
 
@@ -149,7 +149,7 @@ def _everyone(history: History, action: Action | str, why: str = "") -> Plan:
 
 @dataclass(frozen=True)
 class EveryStep(Policy):
-    """Both predictions at every step: classifier-free guidance as everyone runs it."""
+    """Both predictions at every step: ordinary classifier-free guidance."""
 
     def plan(self, step: Step, history: History) -> Plan:
         return _everyone(history, Action.BOTH)
@@ -159,13 +159,13 @@ class EveryStep(Policy):
 class AdaptiveGuidance(Policy):
     """AG (arXiv 2312.12487, section 4): conditional only, once both predictions of a sample agree.
 
-    The step at which a sample's similarity reaches the threshold is still guided, both of its predictions
-    being there already; for the rest of the run that sample's unconditional prediction is not evaluated.
+    The step at which a sample's similarity reaches the threshold is still guided, since both of its predictions
+    exist already. For the rest of the run that sample's unconditional prediction is not evaluated.
 
     Args:
-        threshold: gamma-bar in (0, 1]. Higher keeps guidance longer.
-        space: the predictions compared, "denoised" or "noise". The paper compares noise predictions, with
-            0.991; on SDXL those have been seen to agree to 0.999 from the first step, so denoised is the default.
+        threshold: gamma-bar in (0, 1]. A higher value keeps guidance longer.
+        space: the predictions to compare, "denoised" or "noise". The paper compares noise predictions, with
+            0.991. On SDXL these have been seen to agree to 0.999 from the first step, so denoised is the default.
         patience: how many steps in a row the similarity must reach the threshold.
     """
 
@@ -191,9 +191,9 @@ class AdaptiveGuidance(Policy):
         """The threshold that saves this share of the NFEs, on average over the calibration's trajectories.
 
         Args:
-            calibration: of the pipeline, scheduler and number of steps to be used.
-            save: 0 to just below 0.5, the share of the NFEs of a run.
-            space: where the predictions are compared. Default: where the similarity rises most steadily.
+            calibration: for the pipeline, scheduler and number of steps to be used.
+            save: the share of a run's NFEs, from 0 to below 0.5.
+            space: where to compare the predictions. Default: where the similarity rises most steadily.
         """
         threshold, chosen = calibration.threshold(save, space)
         return cls(threshold, chosen)  # type: ignore[arg-type]
@@ -216,7 +216,7 @@ class Interval(Policy):
     """Guidance in a limited interval (arXiv 2404.07724); conditional only outside.
 
     `Interval(0.1, 0.6)` guides from 10 % of the steps, included, to 60 %, excluded. `Interval.sigma(low, high)`
-    guides where low < sigma <= high, with sigma as the scheduler's own `sigmas` have it.
+    guides where low < sigma <= high, with sigma as in the scheduler's own `sigmas`.
     """
 
     start: float = 0.0
@@ -263,7 +263,7 @@ class StepAG(Policy):
             raise ValueError(f"p={self.p!r}: a share of the steps above 0, up to 1")
 
     def plan(self, step: Step, history: History) -> Plan:
-        if step.index / step.count < self.p:  # the product of two floats may lie just above a whole step
+        if step.index / step.count < self.p:  # p * count may lie just above a whole number
             return _everyone(history, Action.BOTH)
         return _everyone(history, "conditional", f"after the first {self.p:.0%} of the steps")
 
@@ -275,7 +275,7 @@ class Hold(Policy):
     Args:
         period: steps from one full evaluation to the next; 1 is every step.
         warmup: how many steps to evaluate in full at the start, whatever the period.
-        last: count the periods back from the last step, so that it is evaluated in full too.
+        last: whether to count periods back from the last step, so that it is evaluated in full too.
     """
 
     period: int = 2
@@ -287,7 +287,7 @@ class Hold(Policy):
         if not is_whole(self.period, 1):
             raise ValueError(f"period={self.period!r}: a whole number from 1 up")
         if not is_whole(self.warmup, 1):
-            raise ValueError(f"warmup={self.warmup!r}: a whole number from 1 up (there must be something to hold)")
+            raise ValueError(f"warmup={self.warmup!r}: a whole number from 1 up (it needs something to hold)")
 
     def plan(self, step: Step, history: History) -> Plan:
         along = step.count - 1 - step.index if self.last else step.index
@@ -298,19 +298,19 @@ class Hold(Policy):
 
 @dataclass(frozen=True)
 class Forecast(Policy):
-    """Skips whole evaluations, forecasts what they would have guided with, and repays what that was off by.
+    """Skips whole evaluations, forecasts their guided predictions, and repays the forecasts' errors.
 
-    Needs no calibration. Which steps are evaluated follows from the noise levels and the budget: the first, the last,
-    and those that would be the costliest to skip; none are skipped twice in a row while the budget allows it
-    (`forecast.pattern`). A skipped step is handed an estimate from the last two evaluated guided predictions, as
-    denoised samples; the next evaluated one is handed its own and a repayment (`forecast.repayment`). What is
-    forecast is the guided prediction itself, so any rule and any pipeline's own formula go with it.
+    Needs no calibration. The noise levels and the budget say which steps are evaluated: the first, the last,
+    and those that would be the costliest to skip. It skips no two steps in a row while the budget allows
+    (`forecast.pattern`). A skipped step gets an estimate from the last two evaluated guided predictions, as
+    denoised samples. The next evaluated step gets its own prediction and a repayment (`forecast.repayment`). It
+    forecasts the guided prediction itself, so it works with any rule and any pipeline's own formula.
 
-    Where a scheduler's predictions cannot be denoised, they are forecast as they are, and nothing is repaid.
+    If a scheduler's predictions cannot be denoised, they are forecast as they are, and nothing is repaid.
 
     Args:
-        save: the share of the NFEs to save, at least, from 0 to below 1; but the first and the last step are evaluated.
-        nfe: instead, the NFEs of one sample at most, two for each step that is evaluated; 4 or more. Beyond them go
+        save: the least share of the NFEs to save, from 0 to below 1; the first and the last step are always evaluated.
+        nfe: instead, the most NFEs of one sample, two for each evaluated step; 4 or more. It does not count
             steps that a run must evaluate: a second denoiser's first, and the next after steps without guidance.
     """
 
@@ -328,7 +328,7 @@ class Forecast(Policy):
             raise ValueError(f"nfe={self.nfe!r}: a whole number from 4 up (the first and the last step), or None")
 
     def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
-        """By step of a run of so many, whether it is evaluated."""
+        """By step of a run of `count` steps, whether it is evaluated."""
         evaluations = math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // 2
         return pattern(count, evaluations, table)
 
@@ -343,8 +343,8 @@ class Forecast(Policy):
         known = history.guided
         if guided is None and history.is_denoised != (space is not None):
             raise UnsupportedScheduler(
-                f"step {step.index} was to be forecast, but the scheduler was replaced just before, and only one of "
-                "both has predictions that can be denoised: replace it before the run, or use another policy"
+                f"step {step.index} cannot be forecast: the scheduler was replaced just before, and only one of the "
+                "two has predictions that can be denoised. Replace it before the run, or use another policy"
             )
         if guided is None:
             history.skipped.append(step.index)
@@ -353,7 +353,7 @@ class Forecast(Policy):
                 _predicted(combined(known, combination), sample, space), f"forecast from {_named(combination)}"
             )
         if history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values()):
-            known.clear()  # of another scheduler, or of other samples
+            known.clear()  # from another scheduler, or other samples
             history.skipped.clear()
         history.is_denoised = space is not None
         skipped, history.skipped = history.skipped, []
@@ -364,7 +364,7 @@ class Forecast(Policy):
             return Handed(guided)
         gain = denoised_gains(step.table)
         repaid = combined(known, repayment([*known], skipped, gain))
-        # Of equal gains a repayment is the sum of what is now known to have been missing.
+        # With equal gains a repayment is the sum of the errors as known now.
         off = combined(known, repayment([*known], skipped, [1.0] * len(gain))) / len(skipped)
         sizes = torch.stack([off.norm(), repaid.norm()]) / now.norm()
         return Handed((guided + repaid / space.b).to(guided.dtype), f"repays {_named(skipped)}", sizes)
@@ -376,7 +376,7 @@ def _named(steps: Iterable[int]) -> str:
 
 
 def _denoised(guided: Tensor, sample: Tensor | None, space: Space | None) -> Tensor:
-    """A guided prediction as it is remembered: denoised where that is known; always a copy, at least float32."""
+    """A guided prediction to remember: denoised where possible; always a copy, at least float32."""
     working = guided.to(torch.promote_types(guided.dtype, torch.float32), copy=True)
     return working if space is None or sample is None else space.a * sample.to(working.dtype) + space.b * working
 
@@ -385,7 +385,7 @@ def _predicted(denoised: Tensor, sample: Tensor | None, space: Space | None) -> 
     """The prediction that denoises to it."""
     if space is None or sample is None:
         return denoised
-    return (denoised - space.a * sample.to(denoised.dtype)) / (space.b or 1.0)  # of a prediction without effect, any
+    return (denoised - space.a * sample.to(denoised.dtype)) / (space.b or 1.0)  # b = 0: any prediction will do
 
 
 @dataclass(frozen=True)
@@ -394,8 +394,8 @@ class Schedule(Policy):
 
     Args:
         actions: one of "both", "conditional", "extrapolate", "neither" per step. Its length must be the run's
-            number of steps; estimates need a "both" before them, and "neither" a calibration.
-        calibration: what estimates are fitted to. None: the last difference of both predictions is held.
+            number of steps. Estimates need a "both" before them, and "neither" needs a calibration.
+        calibration: what estimates are fitted to. None: holds the last difference of both predictions.
         fit: how they are fitted.
     """
 
@@ -407,7 +407,7 @@ class Schedule(Policy):
         super().__post_init__()
         object.__setattr__(self, "actions", tuple(self.actions))
         if not self.actions:
-            raise ValueError(f"actions={self.actions!r}: one of {', '.join(Action)} for each step, so one at least")
+            raise ValueError(f"actions={self.actions!r}: one of {', '.join(Action)} for each step, at least one")
         _check_calibration(self.calibration)
         for i, action in enumerate(self.actions):
             if action not in {*Action}:
@@ -419,7 +419,7 @@ class Schedule(Policy):
         object.__setattr__(self, "actions", tuple(map(Action, self.actions)))
         if self.calibration is not None and len(self.actions) != self.calibration.steps:
             raise CalibrationMismatch(
-                f"the schedule has {len(self.actions)} steps, {self.calibration!r} has not: they must agree"
+                f"the schedule has {len(self.actions)} steps, unlike {self.calibration!r}: they must agree"
             )
 
     @property
@@ -428,7 +428,7 @@ class Schedule(Policy):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations of one sample; a denoiser's first step is evaluated in full, whatever it is used for."""
+        """Network evaluations of one sample; a denoiser's first step is evaluated in full, however it is used."""
         firsts = {0} if self.calibration is None else {m.first for m in self.calibration.denoisers.values()}
         return sum(2 if t in firsts else Action(action).nfe for t, action in enumerate(self.actions))
 
@@ -454,7 +454,7 @@ class Schedule(Policy):
         moments, seen = self.calibration.moments(history.denoiser), len(history.cond)
         if step.index - seen != moments.first:
             raise CalibrationMismatch(
-                f"this run's first guided step is {step.index - seen}, that of {self.calibration!r} was {moments.first}"
+                f"this run's first guided step is {step.index - seen}; {self.calibration!r} began at {moments.first}"
             )
         table = self.calibration.coefficients(history.denoiser, self.actions, self.fit)  # (C, 2T, 2T)
         working = torch.promote_types(conds[0].dtype, torch.float32)
@@ -475,13 +475,13 @@ class Schedule(Policy):
 
 @dataclass(frozen=True)
 class LinearAG(Policy):
-    """LinearAG (arXiv 2312.12487, section 5): what is left out is a linear combination of past predictions.
+    """LinearAG (arXiv 2312.12487, section 5): a linear combination of past predictions replaces a skipped one.
 
-    Its published schedule: in the first half of the steps full and estimated evaluations alternate, in the second
-    half the conditional prediction is used alone; 25 NFEs at 20 steps. `search` finds better ones.
+    Its published schedule alternates full and estimated evaluations in the first half of the steps, and uses the
+    conditional prediction alone in the second half: 25 NFEs at 20 steps. `search` finds better ones.
 
     Args:
-        calibration: what the combination is fitted to. None: the last difference of both predictions is held.
+        calibration: what the combination is fitted to. None: holds the last difference of both predictions.
         actions: per step as in `Schedule`. Default: the published ones.
         fit: how the combination is fitted. Default: as published.
     """
@@ -501,7 +501,7 @@ class LinearAG(Policy):
         return self.calibration is not None
 
     def schedule(self, steps: int) -> Schedule:
-        """What it does in a run of so many steps."""
+        """What it does in a run of `steps` steps."""
         return Schedule(self.actions or published(steps), self.calibration, self.fit)
 
     def plan(self, step: Step, history: History) -> Plan:
@@ -517,7 +517,7 @@ class LinearAG(Policy):
 
 def _check_calibration(calibration: Any) -> None:
     if not isinstance(calibration, Calibration | None):
-        raise TypeError(f"calibration={calibration!r}: a Calibration, such as Calibration.load(file)")
+        raise TypeError(f"calibration={calibration!r}: give a Calibration, such as Calibration.load(file)")
 
 
 def published(steps: int) -> tuple[Action, ...]:

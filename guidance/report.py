@@ -22,7 +22,7 @@ class StepReport:
     timestep: float | None
     sigma: float | None
     evaluated: list[str]
-    """"both", "conditional" or "neither": which predictions the denoiser was run for."""
+    """"both", "conditional" or "neither": which predictions the denoiser evaluated."""
     action: list[str]
     """"both", "conditional", "extrapolate" or "neither": how the sample was guided."""
     similarity: list[float | None]
@@ -30,17 +30,17 @@ class StepReport:
     similarity_noise: list[float | None]
     """Cosine of the noise predictions."""
     nfe: int
-    """Network evaluations of one sample that were made."""
+    """Network evaluations made, of all samples together."""
     nfe_full: int
-    """Those the pipeline would have made without us."""
+    """Those the pipeline would have made by itself."""
     guidance_scale: float | None = None
     denoiser: str = ""
     note: str = ""
     off: float | None = None
-    """How far the forecasts that are repaid here had been off on average, as far as is known now: relative to the
-    denoised prediction, of a batch as a whole."""
+    """The average error, as known now, of the forecasts that this step repays: relative to the denoised prediction,
+    of a batch as a whole."""
     repaid: float | None = None
-    """How large the repayment is, likewise."""
+    """The size of the repayment, likewise."""
 
     def add_note(self, note: str) -> None:
         """Adds to what is said of the step."""
@@ -55,7 +55,7 @@ class Report:
     rule: str = ""
     policy: str = ""
     formula: str = ""
-    """The pipeline's own guidance as it was identified; empty while it was not."""
+    """The pipeline's own guidance as identified; empty before that."""
     steps: list[StepReport] = field(default_factory=list)
     note: str = ""
 
@@ -71,7 +71,7 @@ class Report:
 
     @property
     def nfe_by_sample(self) -> list[float]:
-        """Those made for each sample; what was tried for all of them together is shared out. Their sum is `nfe`."""
+        """Those made for each sample; trials on all of them together are shared out. Their sum is `nfe`."""
         found = [0.0] * max((len(step.evaluated) for step in self.steps), default=0)
         for step in self.steps:
             rows = len(step.evaluated)
@@ -87,7 +87,7 @@ class Report:
         return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON types; what is not finite becomes None."""
+        """Everything, as plain JSON types; values that are not finite become None."""
         totals = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
         head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note")}
         return head | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
@@ -115,7 +115,7 @@ class Report:
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Similarity over steps, skipped steps marked; returns the matplotlib figure, and saves it to `path`."""
+        """Plots similarity over steps, skipped steps marked; returns the matplotlib figure, and saves it to `path`."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -144,7 +144,7 @@ class Report:
 
 
 class Recording:
-    """A report in the making: its steps, counted from `first`, and numbers of theirs that are still on the device."""
+    """A report in the making: its steps, counted from `first`, and their numbers that are still on the device."""
 
     def __init__(self, report: Report, first: int = 0):
         self.report, self.first = report, first
@@ -160,7 +160,7 @@ class Recording:
         similarity: Tensor | None = None,
         note: str = "",
     ) -> None:
-        """A step that was taken.
+        """Adds a step.
 
         Args:
             plan: how each sample was used.
@@ -198,7 +198,7 @@ class Recording:
         self._unread.append((numbers, tell))
 
     def add_to_last(self, note: str, sizes: Tensor | None = None) -> None:
-        """What a policy has to say of the last step's forecast, and by how much it was off; see `Handed`."""
+        """Adds a policy's note on the last step's forecast, and its error; see `Handed`."""
         step = self.report.steps[-1]
         step.add_note(note)
 
@@ -228,7 +228,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def to_list(values: Tensor) -> list[float | None]:
-    """A vector as floats, None where it is not a number."""
+    """A vector as floats, with None for NaN."""
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 

@@ -5,7 +5,7 @@ A rule is a frozen dataclass with an `algebra`: scalar algebra on the inner prod
     X (denoised conditional prediction), c (conditional prediction), d = c - u, m (momentum)
 
 that gives the factors of X, c, d and m in the guided prediction. To add a rule, subclass `Rule` here or in your own
-module and give it one; everything else (spaces, momentum, policies, pipelines) follows. See docs/extending.md.
+module and give it one. Everything else (spaces, momentum, policies, pipelines) follows. See docs/extending.md.
 """
 
 import copy
@@ -27,20 +27,20 @@ class Rule:
 
     Args:
         guidance_scale: w, where 1 is the conditional prediction alone. None takes the pipeline call's. Under `attach`
-            it stands in for the call's own argument: where a pipeline counts that from 0 (Z-Image), w is one more.
+            it replaces the call's own argument: if a pipeline counts that from 0 (Z-Image), w is one more.
     """
 
     guidance_scale: float | None = None
 
-    # Not annotated, so that they are no fields here: a rule that lets one choose declares the field itself.
+    # Not annotated, so these are not fields here: a rule that lets users choose declares the field itself.
     momentum = 0.0
-    """beta: what is carried of the previous step's direction. 0: no momentum."""
+    """beta: how much of the previous step's direction is carried over. 0: no momentum."""
     norm_dim = None  # type: tuple[int, ...] | None
-    """The dimensions inner products run over; None: all but the batch."""
+    """The dimensions of the inner products; None: all but the batch."""
     needs_denoised = False
     """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised.
 
-    One that does without saying so is refused at its first guided step.
+    A rule that does so without setting this is refused at its first guided step.
     """
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Rule:
             raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
 
     def at(self, step: Step) -> "Rule":
-        """This rule as it combines at one step of a run, whose settled guidance scale is `step.w`."""
+        """This rule at one step of a run, whose settled guidance scale is `step.w`."""
         return replace(self, guidance_scale=step.w)
 
     @property
@@ -61,21 +61,21 @@ class Rule:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the pipeline's own `u + w (c - u)` is this rule, so that it is left untouched."""
+        """Whether this rule is the pipeline's own `u + w (c - u)`, which then stays untouched."""
         return False
 
     algebra: ClassVar[Algebra | None] = None
     """The factors as a function of the Gram, b and the `settings`, which Triton compiles too; see `kernels.algebra`."""
 
     def settings(self, numel: int) -> tuple[float, ...]:
-        """Up to four numbers for the `algebra`, of a group of `numel` numbers."""
+        """Up to four settings for the `algebra`, for a group of `numel` numbers."""
         return (self.w,)
 
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
         """Factors of (X, c, d, m) in the guided prediction; `b` is the prediction's factor in denoised space.
 
-        By the `algebra`; a rule without one overrides this method. Write either without guarding divisions: where a
-        coefficient comes out non-finite, that sample is left unguided.
+        It uses the `algebra`; a rule without one overrides this method. Do not guard divisions in either: a sample
+        with a non-finite coefficient stays unguided.
         """
         if self.algebra is None:
             raise NotImplementedError(f"{type(self).__name__} has neither an algebra nor coefficients")
@@ -84,7 +84,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class CFG(Rule):
-    """Classifier-free guidance, `u + w (c - u)` (arXiv 2207.12598), the pipeline's own.
+    """Classifier-free guidance, `u + w (c - u)` (arXiv 2207.12598), as the pipeline does it.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
@@ -113,19 +113,19 @@ class CFG(Rule):
 class APG(Rule):
     """Adaptive projected guidance (arXiv 2410.02416, Algorithm 1), on denoised predictions.
 
-    Keeps high guidance scales from oversaturating: the update's part parallel to the denoised prediction,
-    which drives saturation, is damped, its norm capped, and the previous steps' direction subtracted.
+    Keeps high guidance scales from oversaturating. It damps the update's part parallel to the denoised prediction,
+    which drives saturation, caps the update's norm, and subtracts the previous steps' direction.
 
     Args, the important ones first:
         guidance_scale: w. None takes the pipeline call's.
         norm_threshold: r, the cap on the update's Euclidean norm per group (None: no cap). 15 is the paper's
-            for SDXL at 1024 pixels; it grows with the square root of the latent's size, see `reference_numel`.
+            for SDXL at 1024 pixels. It grows with the square root of the latent's size, see `reference_numel`.
         momentum: beta in (-1, 1); negative pushes away from the previous directions. 0 turns it off. The
-            paper's -0.5 for SDXL; -0.75 to -0.25 is its range.
+            paper uses -0.5 for SDXL, and a range from -0.75 to -0.25.
         eta: weight of the parallel part. 0 drops it (the paper's advice), 1 keeps all of it.
-        norm_dim: dimensions the norm and the projection run over. None: the whole sample. (-3, -2, -1) on
-            (B, frames, C, H, W), or (1, 3, 4) on (B, C, frames, H, W): each frame of a video on its own.
-        reference_numel: where set, r is meant for a group of that many numbers and scales with
+        norm_dim: dimensions of the norm and the projection. None: the whole sample. (-3, -2, -1) on
+            (B, frames, C, H, W), or (1, 3, 4) on (B, C, frames, H, W): each frame of a video separately.
+        reference_numel: if set, r is meant for a group of that many numbers and scales with
             sqrt(numel / reference_numel); 65536 reads r "as on SDXL at 1024 pixels".
 
     With eta=1, norm_threshold=None and momentum=0 this is CFG.
@@ -175,9 +175,9 @@ class APG(Rule):
         """The settings for a family of pipelines.
 
         Args:
-            family: a name from `PRESETS`, or a pipeline, whose class name is looked for there. A pipeline of
-                no listed family gets "normalised".
-            changes: fields to set otherwise, such as `guidance_scale=10`.
+            family: a name from `PRESETS`, or a pipeline, whose class name is looked up there. A pipeline of
+                an unlisted family gets "normalised".
+            changes: fields to change, such as `guidance_scale=10`.
         """
         if isinstance(family, str):
             if family not in PRESETS:
@@ -191,16 +191,16 @@ class APG(Rule):
 
 @dataclass(frozen=True)
 class CFGZeroStar(Rule):
-    """CFG-Zero* (arXiv 2503.18886): the unconditional prediction first scaled to fit the conditional one,
+    """CFG-Zero* (arXiv 2503.18886): first scales the unconditional prediction to fit the conditional one.
 
     `s u + w (c - s u)` with `s = <c, u> / ||u||^2` (Algorithm 1), on predictions as the model makes them.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        zero_init: how many steps at the start put out zero in place of a flow-matching model's velocity
-            (section 4.2), which leaves the sample where it is. The authors advise about 4 % of the steps for
-            models that have not converged; 0 turns it off. It has no part in a model that predicts something
-            else: there zero would not mean to stand still.
+        zero_init: how many steps at the start predict zero in place of a flow-matching model's velocity
+            (section 4.2), which leaves the sample unchanged. The authors advise about 4 % of the steps for
+            models that have not converged; 0 turns it off. It has no effect on models that predict something
+            else: there zero would not leave the sample unchanged.
     """
 
     zero_init: int = 1
@@ -212,7 +212,7 @@ class CFGZeroStar(Rule):
 
     @property
     def needs_denoised(self) -> bool:  # type: ignore[override]
-        return self.zero_init > 0  # or what the prediction is would not be known
+        return self.zero_init > 0  # to know what the model predicts
 
     def at(self, step: Step) -> Rule:
         if step.index < self.zero_init and step.space is not None and step.space.predicts_velocity:
@@ -232,10 +232,10 @@ class _Nothing(Rule):
 
 @dataclass(frozen=True)
 class TCFG(Rule):
-    """Tangential damping (arXiv 2503.18137): `u' + w (c - u')`, u' being what of u lies along the direction that
+    """Tangential damping (arXiv 2503.18137): `u' + w (c - u')`, where u' is a projection of u.
 
-    c and u have most in common, their first right singular vector (Algorithm 1), on predictions as the model
-    makes them. What of u is left out points away from where the condition leads.
+    It projects u onto the direction that c and u share most, their first right singular vector (Algorithm 1), on
+    predictions as the model makes them. The dropped part of u points away from where the condition leads.
     """
 
     algebra = coefficients.tcfg
@@ -245,12 +245,12 @@ class TCFG(Rule):
 class MagnitudeAware(Rule):
     """MAMBO-G (arXiv 2508.03442): `u + w' (c - u)` with `w' = 1 + (w - 1) exp(-alpha ||c - u|| / ||u||)`.
 
-    Damps guidance where it would move the prediction far, which it does at the first steps; on predictions as
+    Damps guidance where it would move the prediction far, as it does at the first steps; on predictions as
     the model makes them.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        alpha: how strongly. 0 is CFG; 8 is what the authors gave diffusers, for a w of 10.
+        alpha: how strongly. 0 is CFG; 8 is the authors' value in diffusers, for a w of 10.
     """
 
     alpha: float = 8.0
@@ -267,10 +267,10 @@ class MagnitudeAware(Rule):
 
 
 def settled(rule: Rule, step: Step) -> Rule:
-    """`rule.at(step)`, refused where it needs the denoised prediction without saying so: it would be given c for X.
+    """`rule.at(step)`, refused if it needs the denoised prediction without saying so: it would get c for X.
 
     Raises:
-        ValueError: its `needs_denoised` is False, but it has a momentum, or its coefficients look at X or m.
+        ValueError: its `needs_denoised` is False, but it has a momentum, or its coefficients use X or m.
     """
     made = rule.at(step)
     if not rule.needs_denoised and (uses := _denoised_in(made)):
@@ -279,11 +279,11 @@ def settled(rule: Rule, step: Step) -> Rule:
 
 
 _asks: dict[tuple[type, str], str] = {}
-"""What has been found out about rules: by class and settings, so that none is kept."""
+"""Findings about rules, by class and settings, so that no rule is kept alive."""
 
 
 def _denoised_in(rule: Rule) -> str:
-    """What of a rule asks for the denoised prediction; empty if nothing does."""
+    """What in a rule needs the denoised prediction; empty if nothing does."""
     if rule.momentum:
         return f"has a momentum of {rule.momentum:g}, in denoised space"
     known = type(rule), repr(rule)
@@ -295,18 +295,18 @@ def _denoised_in(rule: Rule) -> str:
 
 
 def _looked_at(rule: Rule) -> str:
-    """What its coefficients make of X, m and b, found by inner products with several sets of numbers for them."""
+    """Which of X, m and b its coefficients use, found by trying several sets of numbers for them."""
     numbers = torch.arange(6 * 16 * 8, dtype=torch.float64).mul(1.7).sin().view(6, 16, 8)
     X, c, d, m, other_X, other_m = numbers
 
     def made(X: torch.Tensor, m: torch.Tensor, b: float) -> list[torch.Tensor]:
-        tried = copy.deepcopy(rule)  # which may keep count
+        tried = copy.deepcopy(rule)  # the rule may keep count
         return [torch.as_tensor(k, dtype=torch.float64) for k in tried.coefficients(gram(X, c, d, m), b)]
 
     try:
         found = {b: made(X, m, b) for b in (-0.7, -0.1, 0.7)}
         others = [(found[b], made(size * other_X, size * other_m, b)) for b in (-0.7, 0.7) for size in (1e-3, 1.0, 1e3)]
-    except Exception:  # what does not go with such numbers, or cannot be copied, has its say at the real ones
+    except Exception:  # a rule that rejects such numbers, or cannot be copied, raises again at the real ones
         return ""
 
     def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
@@ -323,7 +323,7 @@ def _looked_at(rule: Rule) -> str:
 
 
 class Preset(NamedTuple):
-    """Settings of a rule, the prefix of the pipeline classes they are for, and where they come from."""
+    """Settings of a rule, the class-name prefix of their pipelines, and their source."""
 
     rule: APG
     pipelines: str
@@ -353,8 +353,8 @@ PRESETS = {
     "emoji": Preset(APG(norm_threshold=6, eta=0.5), "", "measured on the bundled model: docs/results/apg.md"),
     "stable-diffusion.cpp": Preset(APG(norm_threshold=5.0), "", "advice of stable-diffusion.cpp"),
 }
-"""Settings of APG by family: published, or measured here; those with a prefix are recognised from a pipeline's class.
+"""Settings of APG by family, published or measured here; those with a prefix are found by a pipeline's class name.
 
-Those shipped with flow-matching models are meant there for the velocity as the network puts it out. Here, as in the
-paper, the cap is on the denoised prediction's update, sigma times the velocity's: it gives way at the last steps.
+Flow-matching models apply their settings to the velocity as the network predicts it. Here, as in the paper, the cap is
+on the denoised prediction's update, which is sigma times the velocity's. So it loosens at the last steps.
 """

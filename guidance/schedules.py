@@ -1,16 +1,16 @@
-"""Searching the schedule of evaluations: which steps to evaluate in full for a budget of NFEs.
+"""Search for a schedule of evaluations: which steps to evaluate in full for a budget of NFEs.
 
 A schedule's predicted error is
 
     E^2 = sum over its skipped steps t of (gain_t |error of c_t + (w - 1) d_t|)^2
 
 with the residuals of least squares from the calibration's Gram matrix, w its guidance scale, and `gains` from the
-scheduler. Fitted on the two steps evaluated last alone (nearly as good as on all: docs/policies.md), the terms of a gap
-between evaluated steps depend on the two before it and on the step after it, so the best schedule for every budget at
-once is a shortest path. What is chosen in this way is the least by that fit, and nearly the least by any other.
+scheduler. The search fits on the last two evaluated steps (nearly as good as on all: docs/policies.md). Then the
+terms of a gap between evaluated steps depend only on the two before it and the one after it, and a shortest path gives
+the best schedule for every budget at once. Its choice has the least error by that fit, and nearly the least by others.
 
-A skipped step evaluates neither prediction, unless `skip=False` keeps the conditional one. Unguided steps are never
-part of a schedule: an estimate costs no evaluation more, and its squared residual is at most |d|^2.
+A skipped step evaluates neither prediction, unless `skip=False` keeps the conditional one. Schedules have no unguided
+steps: an estimate costs no extra evaluation, and its squared residual is at most |d|^2.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,24 +32,24 @@ def closed_form(
     skip: bool = True,
     fit: Fit = DELTAS,
 ) -> Schedule:
-    """The schedule with the least predicted error for a budget, or the cheapest with a predicted error.
+    """The schedule with the least predicted error for a budget, or the cheapest within a predicted error.
 
-    The least as this module's head says: of full evaluations, by a fit on two steps; an evaluation left over goes where
-    `predicted_error` is then the least.
+    Least as in this module's head: over full evaluations, by a fit on two steps. A spare evaluation goes where it makes
+    `predicted_error` the least.
 
     Args:
-        nfe: network evaluations of one sample, at most twice the steps; two for each denoiser is the least.
-        error: instead of `nfe`: the most that `predicted_error` may be.
-        skip: whether a step may evaluate nothing; else all evaluate the conditional prediction at least, and the
-            least is one NFE a step and one more for each denoiser.
-        fit: how the schedule's left-out predictions are estimated.
+        nfe: network evaluations of one sample, from two for each denoiser to twice the steps.
+        error: instead of `nfe`, the largest `predicted_error` allowed.
+        skip: whether a step may evaluate nothing. Otherwise every step evaluates at least the conditional prediction,
+            and the least `nfe` is one a step and one more for each denoiser.
+        fit: how the schedule's skipped predictions are estimated.
 
     Returns:
         A `Schedule` with the calibration in it.
 
     Raises:
         ValueError: neither or both of `nfe` and `error`, or one out of range.
-        CalibrationMismatch: `fit` wants channels that the calibration does not tell apart.
+        CalibrationMismatch: `fit` needs channels that the calibration does not tell apart.
     """
     if nfe is not None and not is_whole(nfe, 0):
         raise ValueError(f"nfe={nfe!r}: a whole number of network evaluations")
@@ -72,7 +72,7 @@ def closed_form(
 
 
 def predicted_error(schedule: Schedule) -> float:
-    """E of this module's head for any schedule, over the same of no guidance after the first step."""
+    """E of this module's head for any schedule, relative to that of no guidance after the first step."""
     if schedule.calibration is None:
         raise ValueError("predicted_error needs a schedule with a calibration: Schedule(actions, calibration)")
     calibration, total, reference = schedule.calibration, 0.0, 0.0
@@ -86,9 +86,9 @@ def predicted_error(schedule: Schedule) -> float:
 
 
 def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> list[tuple[Action, ...]]:
-    """The best actions by the number of full evaluations, one for each denoiser first, then one more each.
+    """The best actions by the number of full evaluations, from one for each denoiser up.
 
-    `tilt` multiplies the gains by exp(tilt * share of the run gone by): above 0 it cares more about late steps.
+    `tilt` multiplies the gains by exp(tilt * elapsed share of the run): above 0 it weighs late steps more.
     """
     left: Action = Action.NEITHER if skip else Action.EXTRAPOLATE
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
@@ -98,10 +98,10 @@ def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> li
         c, d = unit[:steps], unit[steps:]
         if skip:
             residuals = pair_residuals(moments.total, torch.stack([c, d], 1), c + (w - 1) * d)
-        else:  # fitted on past d alone: with c_t and past c too, what is chosen is no better
+        else:  # fitted on past d alone: with c_t and past c too, the choice is no better
             residuals = pair_residuals(moments.total, d[:, None], (w - 1) * d)
         paths = shortest(gap_costs(residuals, gain))
-        # Of several denoisers, every split of the budget between them.
+        # With several denoisers, try every split of the budget between them.
         merged: dict[int, tuple[float, tuple[int, ...]]] = {}
         for i, (cost, chosen) in enumerate(best):
             for j, (more, path) in enumerate(paths):
@@ -114,7 +114,7 @@ def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> li
 
 
 def pair_residuals(gram: Tensor, regressors: Tensor, targets: Tensor, ridge: float = 1e-6) -> Tensor:
-    """(T + 1, T, T): [i + 1, j, t] is what steps i < j (i = -1: j alone) leave of target t, a norm.
+    """(T + 1, T, T): [i + 1, j, t] is the norm of target t's residual from steps i < j (i = -1: j alone).
 
     Args:
         gram: (2T, 2T)
@@ -152,7 +152,7 @@ def gap_costs(residuals: Tensor, gain: Tensor) -> Tensor:
 
 
 def shortest(cost: Tensor) -> list[tuple[float, tuple[int, ...]]]:
-    """For n = 1 .. T evaluated steps, the first always one: least sum over gaps, and which steps."""
+    """For n = 1 .. T evaluated steps, always with the first: the least sum over gaps, and the steps."""
     steps = cost.shape[1]
     before, k = torch.arange(steps)[:, None], torch.arange(steps)
     value = torch.full((steps + 1, steps), torch.inf, dtype=cost.dtype)  # (i + 1, j): the last two evaluated
@@ -176,7 +176,7 @@ def shortest(cost: Tensor) -> list[tuple[float, tuple[int, ...]]]:
 
 
 def even(steps: int, evaluated: int, left: Action = Action.EXTRAPOLATE) -> tuple[Action, ...]:
-    """Full evaluations spread evenly, the first and the last step among them; `left` at the others."""
+    """Full evaluations spread evenly, with the first and the last step; `left` at the others."""
     spread = torch.linspace(0, steps - 1, evaluated).round().int().tolist() if evaluated > 1 else [0]
     return _actions(steps, set(spread), left)
 
@@ -202,12 +202,12 @@ def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = 
 
 
 def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], runs: int) -> Schedule:
-    """The best, as measured, of all candidates and then of neighbours of the best, while runs remain.
+    """The best measured schedule, of all candidates and then of neighbours of the best, while runs remain.
 
     Args:
         candidates: schedules with the same calibration and fit; all are measured.
-        measure: the quality of a schedule in real runs, higher is better (PSNR in dB, say).
-        runs: how many schedules to measure in all; neighbours have one full evaluation a step earlier or later.
+        measure: the quality of a schedule in real runs, higher is better (such as PSNR in dB).
+        runs: how many schedules to measure in all. Neighbours have one full evaluation a step earlier or later.
     """
     quality = {schedule.actions: measure(schedule) for schedule in candidates}
     calibration, fit = candidates[0].calibration, candidates[0].fit
@@ -224,7 +224,7 @@ def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], 
 
 
 def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibration, fit: Fit) -> Schedule:
-    """The last of `best` within a budget; an NFE left over goes to the conditional prediction where it helps most."""
+    """The last of `best` within a budget; a spare NFE goes to the conditional prediction where it helps most."""
     least, most = _nfe(best[0]), _nfe(best[-1])
     if not least <= nfe <= most:
         raise ValueError(f"nfe={nfe!r}: from {least} to {most} for such schedules of {calibration!r}")
@@ -237,7 +237,7 @@ def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibrati
 
 
 def errors_of(gram: Tensor, w: float, made: Tensor) -> Tensor:
-    """(T,) norms of the errors of c_t + (w - 1) d_t, for what is guided with as combinations `made`.
+    """(T,) norms of the errors of c_t + (w - 1) d_t, for the combinations `made` that replace the predictions.
 
     Args:
         gram: (C, 2T, 2T), whose channels add.
@@ -250,7 +250,7 @@ def errors_of(gram: Tensor, w: float, made: Tensor) -> Tensor:
 
 
 def _firsts(calibration: Calibration) -> set[int]:
-    """The steps at which a denoiser is new, and evaluated in full."""
+    """The steps at which a denoiser is new and evaluated in full."""
     return {moments.first for moments in calibration.denoisers.values()}
 
 
@@ -265,7 +265,7 @@ def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[str, Momen
 
 
 def _neighbours(actions: Sequence[Action | str], firsts: set[int]) -> list[tuple[Action | str, ...]]:
-    """All with one full evaluation, but those at `firsts`, exchanged with the step before or after it."""
+    """All schedules with one full evaluation, except those at `firsts`, exchanged with the step before or after it."""
     found = []
     free = {*range(len(actions))} - firsts
     for t in sorted(free):

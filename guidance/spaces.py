@@ -3,14 +3,14 @@
 A scheduler's sample x and the prediction y made from it are linear in the clean sample x0 and the noise eps:
 
     x = signal * x0 + noise * eps        the levels of the step
-    y = their combination                what "epsilon", "v_prediction", ... stand for
+    y = their combination                the meaning of "epsilon", "v_prediction", ...
 
-Two equations with two unknowns, solved once per run for all its steps:
+These are two equations with two unknowns, solved once per run for all its steps:
 
     x0  = a * x + b * y
     eps = p * x + q * y
 
-`Space` is their solution at one step. `pipelines/attach/schedulers.py` reads it off diffusers' schedulers.
+`Space` is the solution at one step. `pipelines/attach/schedulers.py` reads it off diffusers' schedulers.
 """
 
 import math
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 class Space:
     """What sample and prediction mean at one step, in plain numbers.
 
-    The sample is the one handed to `scheduler.step`, the prediction its `model_output`: of a model that also
-    predicts the variance (2C channels), the first C channels.
+    The sample is the one handed to `scheduler.step`, the prediction its `model_output`. If a model also predicts the
+    variance (2C channels), the prediction is the first C channels.
 
-    Options of a `step` call are not seen here: `s_churn` makes the sample noisier only inside `step`;
-    flow matching's `per_token_timesteps` give every token a noise level of its own.
+    A space ignores options of a `step` call: `s_churn` makes the sample noisier only inside `step`;
+    flow matching's `per_token_timesteps` give every token its own noise level.
     """
 
     a: float
@@ -38,7 +38,7 @@ class Space:
     noise: float
     """sample = signal * x0 + noise * eps."""
     sigma: float
-    """Noise over signal, as in the scheduler's `sigmas`, inf without signal; in flow matching the noise."""
+    """Noise over signal, as in the scheduler's `sigmas`, inf without signal; in flow matching, the noise."""
     new_step: bool
     """False at the later stages of one solver step, where momentum does not advance."""
 
@@ -49,9 +49,9 @@ class Space:
         With the sample given, d x0 = b d y and signal * x0 + noise * eps stays: d v = -b hypot / noise * d y.
         """
         factor = -self.b * math.hypot(self.signal, self.noise) / self.noise if self.noise else 0.0
-        return factor or 1.0  # no noise, or a prediction without effect: any factor will do
+        return factor or 1.0  # without noise, or with b = 0, any factor will do
 
     @property
     def predicts_velocity(self) -> bool:
-        """Whether the prediction is flow matching's velocity: at zero, clean sample and noise are both the sample."""
+        """Whether the prediction is flow matching's velocity: at zero, clean sample and noise equal the sample."""
         return self.a == self.p == 1

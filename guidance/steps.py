@@ -1,8 +1,8 @@
-"""A step and what is known of it, as values: what rules, policies, kernels, observers and the report are given.
+"""A step and what is known of it, as values for rules, policies, kernels, observers and the report.
 
 Step         which evaluation of the run it is, and what its prediction means
 Decision     what a policy does with one sample at a step: an `Action`, and why
-Prediction   what was evaluated, with what stands in for the rest
+Prediction   what was evaluated, with estimates for the rest
 History      what a run has seen so far
 """
 
@@ -18,7 +18,7 @@ from diffusers_guidance.spaces import Space
 
 
 class Action(str, Enum):
-    """What is done for one sample at one step. Each is equal to its name, a plain string."""
+    """What a step does for one sample. Each action equals its name, a plain string."""
 
     BOTH = "both"
     """Evaluate the conditional and the unconditional prediction."""
@@ -31,12 +31,12 @@ class Action(str, Enum):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations it makes of a sample."""
+        """Network evaluations of one sample."""
         return {"both": 2, "conditional": 1, "extrapolate": 1, "neither": 0}[self.value]
 
     @property
     def is_estimated(self) -> bool:
-        """Whether something is guided with that was not evaluated."""
+        """Whether it guides with an estimate."""
         return self in (Action.EXTRAPOLATE, Action.NEITHER)
 
     def __repr__(self) -> str:
@@ -48,7 +48,7 @@ class Action(str, Enum):
 class Decision(NamedTuple):
     """What to do for one sample at one step, and why (a few words for the report).
 
-    "neither" holds for a whole batch or not at all: where other samples are evaluated, so is this one.
+    "neither" holds for a whole batch or not at all: if other samples are evaluated, so is this one.
     """
 
     action: Action | str
@@ -63,19 +63,19 @@ Plan = list[Decision]
 class Step:
     """One evaluation of a run. A two-stage solver such as Heun makes two evaluations a step; each counts.
 
-    A policy's `plan` sees it before it is made, when `sample` and `w` are not known yet.
+    A policy's `plan` sees it before the evaluation, when `sample` and `w` are not known yet.
     """
 
     index: int = 0
     """Its number in the run, from 0."""
     count: int = 1
-    """How many the run makes."""
+    """How many evaluations the run makes."""
     timestep: float | None = None
-    """The scheduler's; None where it is not known."""
+    """The scheduler's; None if unknown."""
     space: Space | None = None
-    """What sample and prediction mean; None where it is not known."""
+    """What sample and prediction mean; None if unknown."""
     sample: Tensor | None = None
-    """(rows, ...): x_t as the scheduler has it; None where the prediction cannot be denoised with it."""
+    """(rows, ...): x_t as the scheduler has it; None if it cannot denoise the prediction."""
     w: float | None = None
     """The settled guidance scale, where 1 is the conditional prediction alone."""
     rows: int = 1
@@ -83,9 +83,9 @@ class Step:
     denoiser: str = ""
     """The name of the network in its pipeline, such as "unet"."""
     table: tuple[Space, ...] = ()
-    """The spaces of all steps of the run; empty where they are not known."""
+    """The spaces of all steps of the run; empty if unknown."""
     velocity: float = 1.0
-    """What makes `v` (see `Space.velocity`) of what the network puts out; 1 where it is not known."""
+    """The factor from the network's output to `v` (see `Space.velocity`); 1 if unknown."""
 
     @property
     def sigma(self) -> float | None:
@@ -95,23 +95,23 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A step's predictions, each (rows, ...), whole: what was not evaluated has something that stands in for it."""
+    """A step's predictions for all rows, each (rows, ...); substitutes replace what was not evaluated."""
 
     cond: Tensor
     uncond: Tensor
-    """Of rows that were not evaluated an estimate, or the conditional prediction where none is needed."""
+    """For rows that were not evaluated, an estimate, or the conditional prediction if no estimate is needed."""
     evaluated: Sequence[bool]
     """By row, whether both are the network's own."""
     put_out: tuple[Tensor, Tensor] | None = None
-    """(cond, uncond) as the network put them out, in memory of their own, where the scheduler takes them otherwise."""
+    """(cond, uncond) as the network put them out, in their own memory, if the scheduler takes them in another form."""
     nfe: int = -1
-    """Network evaluations that were made, of all samples together. Default: two of each evaluated one, else one."""
+    """Network evaluations made, of all samples together. Default: two for each evaluated sample, one for others."""
     nfe_full: int = -1
-    """Those that plain guidance would have made. Default: two of each sample."""
+    """Those that plain guidance would have made. Default: two for each sample."""
     similarity: Tensor | None = None
-    """(2, rows): of the denoised predictions and of the noise, where they are known already."""
+    """(2, rows): of the denoised predictions and of the noise, if already known."""
     note: str = ""
-    """What the report says of it."""
+    """The report's note on it."""
 
     def __post_init__(self) -> None:
         rows = len(self.evaluated)
@@ -136,29 +136,29 @@ class History:
     similarity: dict[str, list[Tensor]] = field(default_factory=lambda: {"denoised": [], "noise": []})
     """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated.
 
-    First of all those of a denoiser it took over from in this run, as Wan 2.2's second expert does.
+    They begin with those of the denoiser it took over from in this run, as Wan 2.2's second expert does.
     """
     delta: Tensor | None = None
     """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out."""
     velocity: Tensor | None = None
-    """(rows,): the factor that made `v` of a prediction at the step `delta` is from."""
+    """(rows,): the factor from a prediction to `v` at the step of `delta`."""
     cond: list[Tensor] = field(default_factory=list)
     """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
     uncond: list[Tensor] = field(default_factory=list)
-    """Likewise the unconditional ones; where a sample's was skipped, what stood in for it."""
+    """Likewise the unconditional ones; for skipped samples, the substitute."""
     guided: dict[int, Tensor] = field(default_factory=dict)
     """By step: the last guided predictions, as a policy that `hands` keeps them."""
     is_denoised: bool = False
-    """Whether these are denoised samples; else they are as the scheduler takes them."""
+    """Whether these are denoised samples, or else in the scheduler's form."""
     skipped: list[int] = field(default_factory=list)
-    """The steps since the last of these."""
+    """The skipped steps since the last of these."""
 
     @classmethod
     def following(cls, others: Iterable["History"], steps: int, rows: int, denoiser: str) -> "History":
-        """A new one that knows what agreed under the denoiser it takes over from in the same loop (Wan 2.2's first).
+        """A new history that takes over similarities and forecasts from the loop's earlier denoiser (Wan 2.2's first).
 
         Args:
-            others: the loop's; one of more than the loop's `steps` so far is of a loop before it.
+            others: the loop's. One with more than the loop's `steps` so far belongs to an earlier loop.
         """
         made = cls(rows, denoiser)
         for other in others:
@@ -171,7 +171,7 @@ class History:
     def agreement(self, space: str) -> Tensor:
         """(steps so far, rows) similarities on the host, NaN where unknown."""
         seen = self.similarity[space]
-        seen[:] = [values.float().cpu() for values in seen]  # what has been fetched stays: only the last is waited for
+        seen[:] = [values.float().cpu() for values in seen]  # earlier ones are there already: waits only for the last
         return torch.stack(seen) if seen else torch.empty(0, self.rows)
 
     def see(self, similarity: Tensor) -> None:
@@ -180,7 +180,7 @@ class History:
             self.similarity[name].append(values)
 
     def keep(self, prediction: Prediction, velocity: float, whole: bool) -> None:
-        """Keeps of a step's predictions what estimates look back on; all of them if `whole`."""
+        """Keeps what estimates need of a step's predictions; all of them if `whole`."""
         cond, uncond = prediction.own
         if whole:
             self.cond.append(cond)
@@ -194,7 +194,7 @@ class History:
             self.delta, self.velocity = delta, factor
 
     def lapse(self) -> None:
-        """Forgets what a forecast is made from: this step was not guided."""
+        """Forgets what forecasts are made from, since this step was not guided."""
         self.guided.clear()
         self.skipped.clear()
 

@@ -1,8 +1,8 @@
 """The guidance arithmetic behind one dispatcher: `guide`, `step`, `similarity`, `extrapolate`."""
 
 if __name__ == "kernels":
-    # Python started in the checkout finds this folder when diffusers or transformers look for Hugging Face's package
-    # of the same name. Step aside for it; where it is not installed, be empty, which they take for its absence.
+    # If Python starts in the checkout, diffusers and transformers find this folder when they look for Hugging Face's
+    # package of the same name. Step aside for it. If it is not installed, stay empty, which they take for its absence.
     import importlib.util
     import sys
     from importlib.machinery import PathFinder

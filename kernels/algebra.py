@@ -5,8 +5,8 @@
         return Coefficients(0.0 * w, 1.0 + 0.0 * w, (w - 1) / 2, 0.0 * w)
 
 It is scalar algebra on a group's Gram entries, on b and on four settings of the rule, in operators and the functions
-of `ops`. Divisions need no guard: where a coefficient comes out non-finite, the group is left unguided. Each of the
-four coefficients has to depend on something (`0.0 * w` for zero), or Triton has no type for it.
+of `ops`. Divisions need no guard: a group with a non-finite coefficient stays unguided. Each of the
+four coefficients must depend on something (`0.0 * w` for zero), or Triton has no type for it.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from diffusers_guidance.kernels import ops
 from diffusers_guidance.kernels.reference import Coefficients, Gram
 
 ALGEBRAS: dict[str, "Algebra"] = {}
-"""By name, which is what a kernel is asked for."""
+"""By the name that a kernel gets."""
 
 
 class Algebra:
@@ -31,7 +31,7 @@ class Algebra:
         ALGEBRAS[self.name] = self
 
     def __call__(self, gram: Gram, b: Any, *settings: Any) -> Coefficients:
-        """In torch; settings that are not given are 0."""
+        """The coefficients in torch; missing settings are 0."""
         return self.function(gram, b, *settings, *[0.0] * (4 - len(settings)))
 
     @cached_property

@@ -1,6 +1,6 @@
-"""The rules' coefficients: what the factors of X, c, d and m in the guided prediction are, by a group's Gram entries.
+"""The rules' coefficients: the factors of X, c, d and m in the guided prediction, from a group's Gram entries.
 
-Torch and Triton both run what is written here; see `algebra`.
+Torch and Triton both run this source; see `algebra`.
 """
 
 from diffusers_guidance.kernels import ops
@@ -15,7 +15,7 @@ def cfg(gram, b, w, rescale, _2, _3):
     (arXiv 2305.08891, eq. 15-16).
     """
     v = w - 1
-    # Variances times (n - 1), of c and of g = c + (w - 1) d.
+    # Variances of c and of g = c + (w - 1) d, times (n - 1).
     total = gram.sum_c + v * gram.sum_d
     variance_c = gram.cc - gram.sum_c * gram.sum_c / gram.numel
     variance_g = gram.cc + 2 * v * gram.cd + v * v * gram.dd - total * total / gram.numel
@@ -36,7 +36,7 @@ def apg(gram, b, w, beta, threshold, eta):
     s = ops.minimum(1.0, threshold / ops.sqrt(DD))
     k = DX / gram.XX
     strength = (w - 1) * s / b
-    noisy = b != 0  # at b = 0 no noise is left: the prediction has no part in the denoised sample
+    noisy = b != 0  # at b = 0 no noise is left, and the denoised sample does not depend on the prediction
     kX = ops.where(noisy, -strength * (1 - eta) * k, 0.0)
     kd = ops.where(noisy, strength * b, 0.0)
     km = ops.where(noisy, strength * beta, 0.0)
@@ -48,7 +48,7 @@ def cfg_zero_star(gram, b, w, _1, _2, _3):
     """s u + w (c - s u) with s = <c, u> / <u, u> (arXiv 2503.18886, Algorithm 1), and u = c - d."""
     v = w - 1
     uu = gram.cc - 2 * gram.cd + gram.dd
-    # 1 - s by what u is short of c, where both nearly agree.
+    # 1 - s = (<d, d> - <c, d>) / <u, u>, exact also where both nearly agree.
     return Coefficients(0.0 * uu, 1.0 + v * (gram.dd - gram.cd) / uu, v * (gram.cc - gram.cd) / uu, 0.0 * uu)
 
 

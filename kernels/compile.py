@@ -1,6 +1,6 @@
-"""Compiles every kernel that ships ahead of time, without a GPU: `python -m diffusers_guidance.kernels.compile`.
+"""Compiles every shipped kernel ahead of time, without a GPU: `python -m diffusers_guidance.kernels.compile`.
 
-Prints a thread's registers and stack for sm_80, sm_90 and gfx942, and exits 1 where a kernel spills.
+Prints a thread's registers and stack for sm_80, sm_90 and gfx942, and exits with 1 if a kernel spills.
 """
 
 import itertools
@@ -28,27 +28,27 @@ FOLD = {"fp32": 4, "fp16": 8, "bf16": 8}
 
 
 class Specialisation(NamedTuple):
-    """One kernel as a launch would ask for it."""
+    """One kernel as a launch requests it."""
 
     name: str
     kernel: Any
     pointers: dict[str, str | None]
-    """Element type of each tensor; None: not passed."""
+    """Element type of each tensor; None if not passed."""
     constants: dict[str, Any]
     threads: int
     ctas: int = 1
 
 
 class Usage(NamedTuple):
-    """What one thread of the compiled kernel takes."""
+    """Resources of one thread of the compiled kernel."""
 
     registers: int
     stack: int
-    """Bytes of local memory; where there are none, nothing was spilled."""
+    """Bytes of local memory; 0 means no spills."""
 
 
 def specialisations(cluster: bool) -> Iterator[Specialisation]:
-    """All that the launchers ask for; `cluster`: also those for hardware with clusters."""
+    """All that the launchers request; with `cluster`, also those for hardware with clusters."""
     for dtype, momentum in itertools.product(FOLD, (None, "fp32")):
         inputs = {"sample": dtype, "cond": dtype, "uncond": dtype, "momentum": momentum}
         carried = ", momentum" if momentum else ""
@@ -96,7 +96,7 @@ FLOATS = ("numel", "a", "b", "beta", "p0", "p1", "p2", "p3", "out_x", "out_p", "
 
 
 def compile(one: Specialisation, target: GPUTarget) -> Any:
-    """The kernel compiled for contiguous tensors of sizes divisible by 16, as a launch of such would."""
+    """The kernel compiled as a launch would for contiguous tensors of sizes divisible by 16."""
     signature: dict[str, str] = {}
     constants = dict(one.constants)
     for name in one.kernel.arg_names:

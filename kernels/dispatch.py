@@ -1,6 +1,6 @@
-"""Which backend does the guidance arithmetic: Triton for tensors on a GPU, the reference for all others.
+"""The choice of backend for the guidance arithmetic: Triton for tensors on a GPU, the reference for all others.
 
-`backend="torch"` or `"triton"` in a call, or `with use_backend(...)` around it, overrules that.
+`backend="torch"` or `"triton"` in a call, or `with use_backend(...)` around it, overrides that.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Inside the block `backend` does every call that names none; None leaves the choice to the tensors.
+    """Inside the block, calls without a `backend` of their own use this one; None leaves the choice to the tensors.
 
     Other threads and tasks keep their own choice.
     """
@@ -36,12 +36,12 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def _choice() -> str | None:
-    """What `use_backend` has chosen here. `torch.compile` cannot read it, and keeps what it was while compiling."""
+    """The choice of `use_backend` here. `torch.compile` cannot read it, and keeps its value at compile time."""
     return _forced.get()
 
 
 def backend_of(*tensors: Tensor | None, backend: str | None = None) -> str:
-    """`"torch"` or `"triton"`: the call's `backend`, else `use_backend`'s, else what the tensors ask for."""
+    """`"torch"` or `"triton"`: the call's `backend`, else `use_backend`'s, else by the tensors."""
     chosen = _checked(backend) or _choice()
     if chosen is not None:
         return chosen
@@ -57,7 +57,7 @@ def _checked(backend: str | None) -> str | None:
     if backend not in (None, "torch", "triton"):
         raise ValueError(f'backend={backend!r}: "torch", "triton", or None for the one that suits the tensors')
     if backend == "triton" and launch is None:
-        raise ValueError('backend="triton": needs the package triton, 3.3 or newer')
+        raise ValueError('backend="triton" needs the package triton, 3.3 or newer')
     return backend
 
 
@@ -71,7 +71,7 @@ def guide(
     rule: Rule,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The guided prediction and the new momentum; see `reference.guide`."""
+    """The guided prediction and the new momentum; see `reference.guide` for shapes and dtypes."""
     if backend_of(sample, cond, uncond, momentum, backend=backend) == "torch":
         return reference.guide(sample, cond, uncond, momentum, a, b, rule)
     settings = _settings(sample, cond, uncond, momentum, a, b, rule)
@@ -117,7 +117,7 @@ def extrapolate(history: Tensor, coefficients: Tensor, backend: str | None = Non
 def _settings(
     sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float, rule: Rule
 ) -> tuple[float, str, list[float], Tensor | None, list[int] | None]:
-    """Of a rule, for the ops: (beta, its function's name, parameters, or its coefficients, norm_dim)."""
+    """A rule for the ops: (beta, its algebra's name, parameters, or its coefficients, norm_dim)."""
     norm_dim = None if rule.norm_dim is None else list(rule.norm_dim)
     numel = reference.group_numel(cond, rule.norm_dim)
     if _is_compiled(type(rule)):
@@ -131,7 +131,7 @@ def _settings(
 
 
 def _is_compiled(rule: type) -> bool:
-    """Whether the rule's coefficients are those of its `algebra`, and no method of its own that overrides it."""
+    """Whether the rule's coefficients come from its `algebra`, not from a method that overrides it."""
     names = ("algebra", "coefficients")
     algebra, method = (next((c for c in rule.__mro__ if vars(c).get(name) is not None), None) for name in names)
     return algebra is not None and method is not None and issubclass(algebra, method)

@@ -1,6 +1,6 @@
 """The launchers of the Triton kernels, as torch ops: `torch.ops.diffusers_guidance.guide`, `step`, ...
 
-Each op has a fake implementation, so that `torch.compile` goes through it without a break. They have no
+Each op has a fake implementation, so `torch.compile` passes through it without a break. The ops have no
 gradient; the dispatcher sends tensors that need one to the reference.
 """
 
@@ -22,15 +22,15 @@ if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
     raise ImportError("named tuples in kernels need triton 3.3 or newer")
 
 TILE, THREADS = 2048, 256
-"""Numbers a program reads at once, and its threads: 8 numbers, 16 bytes of half precision, for each."""
+"""Numbers a program reads at once, and its threads: each takes 8 numbers, 16 bytes of half precision."""
 GUIDE_TILE, GUIDE_THREADS = 4096, 512
-"""The same for the kernel that does a group alone."""
+"""The same for the kernel that handles a group alone."""
 GUIDE_NUMEL = 32768
-"""The most numbers of a group for each multiprocessor that works on it in the single launch."""
+"""In the single launch, the most numbers of a group for each of its multiprocessors."""
 SHORT = 256
-"""Rows of fewer numbers are gathered by a copy: a chunk each would leave most of its threads idle."""
+"""A copy gathers rows of fewer numbers: a chunk for each row would leave most of its threads idle."""
 CLUSTER = 8
-"""The most multiprocessors that share a group in the single launch, where the hardware has clusters."""
+"""In the single launch, the most multiprocessors that share a group, on hardware with clusters."""
 
 ENTRIES = int(programs.ENTRIES.value)
 
@@ -77,7 +77,7 @@ def layout_of(cond: Tensor, norm_dim: Sequence[int] | None = None) -> Layout:
 
 
 def _runs(order: Sequence[int], shape: Sequence[int], normed: set[int]) -> dict[bool, list[list[int]]]:
-    """Neighbouring dimensions of one kind, summed over (True) or not, as one; those of size 1 left out."""
+    """Neighbouring dimensions of one kind, summed over (True) or not, merged; skips those of size 1."""
     runs: dict[bool, list[list[int]]] = {True: [], False: []}
     last = None
     for i in order:
@@ -93,15 +93,15 @@ def _runs(order: Sequence[int], shape: Sequence[int], normed: set[int]) -> dict[
 
 
 def _two(runs: list[list[int]], strides: Sequence[int], shape: Sequence[int]) -> list[tuple[int, int]]:
-    """(size, stride) of up to two runs, filled up in front."""
+    """(size, stride) of up to two runs, padded in front to two."""
     pairs = [(prod(shape[i] for i in run), strides[run[-1]]) for run in runs]
     return [(1, 0)] * (2 - len(pairs)) + pairs
 
 
 def _in(layout: Layout, x: Tensor) -> Tensor:
-    """`x` as it is where it lies like that, else a copy that does."""
+    """`x` itself if it has this layout, else a copy that has."""
     if tuple(x.shape) != layout.shape:
-        raise ValueError(f"tensors of one shape expected, got {tuple(x.shape)} beside {layout.shape}")
+        raise ValueError(f"the tensors must have one shape; these have {tuple(x.shape)} and {layout.shape}")
     if all(n == 1 or s == t for n, s, t in zip(layout.shape, x.stride(), layout.strides, strict=True)):
         return x
     return x.new_empty_strided(layout.shape, layout.strides).copy_(x)
@@ -136,7 +136,7 @@ def _cluster(device: torch.device) -> int:
 
 
 def ctas_of(numel: int, device: torch.device) -> int:
-    """How many of them share a group of `numel` numbers."""
+    """How many multiprocessors share a group of `numel` numbers."""
     return min(triton.next_power_of_2(triton.cdiv(numel, GUIDE_TILE)), _cluster(device))
 
 
@@ -146,7 +146,7 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 def _parts(layout: Layout, device: torch.device) -> int:
-    """Programs per group: two a multiprocessor over all groups, so that all run at once."""
+    """Programs per group: over all groups two a multiprocessor, so that all run at once."""
     chunks = layout.rows * triton.cdiv(layout.columns, TILE)
     return max(1, min(chunks, 2 * _multiprocessors(device) // max(1, prod(layout.groups))))
 
@@ -175,7 +175,7 @@ def _guide(
     a: float, b: float, beta: float, rule: str, parameters: Sequence[float], coefficients: Tensor | None,
     layout: Layout, out: Tensor, denoised: Tensor | None = None, update: Sequence[float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fills `out` (the prediction, or with an `update` the next sample) and `denoised`; the new momentum."""
+    """Fills `out` (the prediction, or with an `update` the next sample) and `denoised`; returns the new momentum."""
     new_momentum = _new(layout, cond, torch.float32)
     if cond.numel() == 0:
         return new_momentum
@@ -223,7 +223,7 @@ def step(
     beta: float, rule: str, parameters: Sequence[float], coefficients: Tensor | None,
     norm_dim: Sequence[int] | None, update: Sequence[float], dtype: torch.dtype, denoised_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`reference.step`: (next sample, denoised or where not wanted an empty tensor, new momentum)."""
+    """`reference.step`: (next sample, denoised sample or an empty tensor if not wanted, new momentum)."""
     layout = layout_of(cond, norm_dim)
     out = _new(layout, cond, dtype)
     denoised = None if denoised_dtype is None else _new(layout, cond, denoised_dtype)
@@ -274,7 +274,7 @@ def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
     columns = out.numel() // rows
     coefficients = coefficients.to(history.device, torch.float32).contiguous()
     with _on(history.device):
-        # CUDA allows 65535 programs along all axes but the first: a video's numbers go there.
+        # CUDA allows only 65535 programs along any axis but the first: a video's numbers go on the first.
         programs.extrapolate_kernel[(triton.cdiv(columns, TILE), rows)](
             history, coefficients, out, count, history.stride(0), channels, columns,
             TILE=TILE, num_warps=THREADS // _warp(history.device),

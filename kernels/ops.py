@@ -1,4 +1,4 @@
-"""The functions a rule's algebra may use beside operators, for torch; Triton's own stand in for them where it compiles.
+"""The functions a rule's algebra may use besides operators, for torch; Triton compiles its own in their place.
 
 Each takes tensors and plain numbers.
 """

@@ -103,7 +103,7 @@ def _total(g, numel):
 @triton.jit
 def _stacked_total(g):
     """(ENTRIES,): the 14 totals in `Gram`'s order by one reduction, where `_total` makes one of each."""
-    # tl.join adds a last dimension, so the innermost join settles the highest bit of an entry's index: it
+    # tl.join adds a last dimension, so the innermost join sets the highest bit of an entry's index. It
     # pairs entries 8 apart, the next ones 4, 2 and 1 apart.
     z = tl.zeros_like(g.XX)
     even = tl.join(
@@ -154,7 +154,7 @@ def _combine(
     sample, cond, uncond, momentum, out, denoised, new_momentum, offsets, mask,
     k, finite, a, b, beta, out_x, out_p, denoised_x, denoised_p, STEP: tl.constexpr,
 ):  # fmt: skip
-    """p = kX X + kc c + kd d + km m, where not finite c; out = p, or out_x x + out_p p in a fused step."""
+    """p = kX X + kc c + kd d + km m, or c where that is not finite; out = p, or out_x x + out_p p in a fused step."""
     x, X, c, d, m = _vectors(sample, cond, uncond, momentum, offsets, mask, a, b)
     p = tl.where(finite, k.X * X + k.c * c + k.d * d + k.m * m, c)
     if STEP:
@@ -200,7 +200,7 @@ def combine_kernel(
 ):  # fmt: skip
     """out = kX X + kc c + kd d + km m and b d + beta m, with k = RULE(sum of the group's partial Grams).
 
-    Without a RULE, `gram` holds each group's four coefficients, NaN where it is to stay unguided.
+    Without a RULE, `gram` holds each group's four coefficients, NaN for groups that stay unguided.
     """
     a, b, beta = _float32(a), _float32(b), _float32(beta)
     p0, p1, p2, p3 = _float32(p0), _float32(p1), _float32(p2), _float32(p3)
@@ -217,7 +217,7 @@ def combine_kernel(
         finite = _is_finite(k, g)
     chunks = rows * tl.cdiv(columns, TILE)
     for chunk in range(part, chunks, programs):
-        # Backwards: what `gram` read last is what the cache still holds.
+        # Backwards: the cache still holds what `gram` read last.
         offsets, mask = _offsets(
             group, chunks - 1 - chunk, groups_1, columns,
             group_stride_0, group_stride_1, row_stride, column_stride, TILE,
@@ -235,7 +235,7 @@ def guide_kernel(
     groups_1, rows, columns, group_stride_0, group_stride_1, row_stride, column_stride,
     RULE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """`gram_kernel` and `combine_kernel` by one program per group, the second pass out of the cache."""
+    """`gram_kernel` and `combine_kernel` in one program per group, the second pass from the cache."""
     a, b, beta = _float32(a), _float32(b), _float32(beta)
     p0, p1, p2, p3 = _float32(p0), _float32(p1), _float32(p2), _float32(p3)
     out_x, out_p = _float32(out_x), _float32(out_p)

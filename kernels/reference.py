@@ -1,4 +1,4 @@
-"""The guidance arithmetic in plain torch: the specification every other backend is tested against.
+"""The guidance arithmetic in plain torch: the specification that all other backends are tested against.
 
 Every rule is a linear combination, per group, of four vectors
 
@@ -7,10 +7,10 @@ Every rule is a linear combination, per group, of four vectors
     d = cond - uncond              the guidance direction
     m                              the momentum, in denoised space
 
-with coefficients that depend on those vectors' inner products alone. A group is a sample, or with
-`rule.norm_dim` whatever those dimensions span (a frame of a video, say). X and d are formed before anything
-is summed: their entries carry the cancellation in `a * sample + b * cond` and in `cond - uncond` once,
-elementwise, where inner products of (sample, cond, uncond) would square it.
+with coefficients that depend only on those vectors' inner products. A group is a sample, or with
+`rule.norm_dim` whatever those dimensions span (such as a frame of a video). X and d are formed before anything
+is summed. So the cancellation in `a * sample + b * cond` and in `cond - uncond` occurs once, elementwise;
+inner products of (sample, cond, uncond) would square it.
 """
 
 import math
@@ -70,7 +70,7 @@ def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] |
 
 
 def group_numel(x: Tensor, norm_dim: Sequence[int] | None) -> int:
-    """How many numbers of `x`, (B, ...), make a group."""
+    """How many numbers of `x`, (B, ...), a group has."""
     return math.prod([x.shape[i] for i in dims_of(x, norm_dim)])
 
 
@@ -81,14 +81,14 @@ def dims_of(x: Tensor, norm_dim: Sequence[int] | None) -> tuple[int, ...]:
     dims = tuple(i + x.ndim if i < 0 else i for i in norm_dim)
     if not dims or len({*dims}) < len(dims) or not all(0 < i < x.ndim for i in dims):
         raise ValueError(
-            f"norm_dim={tuple(norm_dim)}: of a prediction of shape {tuple(x.shape)} it may have the dimensions 1 to "
+            f"norm_dim={tuple(norm_dim)}: for a prediction of shape {tuple(x.shape)} choose from the dimensions 1 to "
             f"{x.ndim - 1} (or {1 - x.ndim} to -1), at least one and each once; 0 is the batch"
         )
     return dims
 
 
 def finite_coefficients(rule: Rule, g: Gram, b: float) -> Coefficients:
-    """The rule's coefficients as tensors like the Gram's entries; NaN where the group is to stay unguided."""
+    """The rule's coefficients as tensors like the Gram's entries; NaN for groups that stay unguided."""
     k = Coefficients(*(torch.as_tensor(k_i, dtype=g.dd.dtype, device=g.dd.device) for k_i in rule.coefficients(g, b)))
     finite = torch.isfinite(k.X + k.c + k.d + k.m + g.dd + g.mm)
     return Coefficients(*(torch.where(finite, k_i, torch.nan) for k_i in k))
@@ -100,9 +100,9 @@ def guide(
     """One guided prediction per sample, in the space of `cond`, and the new momentum, b d + rule.momentum m.
 
     Tensors are (B, ...); `denoised = a * sample + b * prediction`. Arithmetic is float32 (float64 for float64
-    input), the prediction has the dtype of `cond`, the momentum is float32. Where a coefficient or the
+    input). The prediction has the dtype of `cond`; the momentum is float32. If a coefficient or the
     guidance direction is not finite (zero or non-finite predictions), that group gets `cond` unguided and its
-    momentum starts again from zero.
+    momentum restarts from zero.
     """
     working = torch.promote_types(cond.dtype, torch.float32)
     c = cond.to(working)
@@ -137,7 +137,7 @@ def step(
     rule: Rule,
     update: Update,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`guide` and the scheduler's step in one: next sample, denoised sample if wanted, new momentum."""
+    """`guide` and the scheduler's step in one: next sample, denoised sample if wanted (else None), new momentum."""
     working = torch.promote_types(cond.dtype, torch.float32)
     prediction, new_momentum = guide(sample, cond.to(working), uncond, momentum, a, b, rule)
     x = sample.to(working)
@@ -151,12 +151,12 @@ def step(
 def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
     """Sum over k of `coefficients[k] * history[k]`; history (K, B, C, ...), coefficients (K,) or (K, C).
 
-    With past predictions as the history, LinearAG's estimate of the one left out (arXiv 2312.12487).
+    With past predictions as the history, it is LinearAG's estimate of a skipped one (arXiv 2312.12487).
     """
     working = torch.promote_types(history.dtype, torch.float32)
     factors = coefficients.to(history.device, working)
     if factors.ndim == 1:
-        with torch.autocast(history.device.type, enabled=False):  # which would take a product of matrices down
+        with torch.autocast(history.device.type, enabled=False):  # autocast would lower a matrix product's precision
             return torch.tensordot(factors, history.to(working), dims=1).to(history.dtype)
     factors = factors.reshape(*factors.shape[:1], 1, *factors.shape[1:], *[1] * (history.ndim - 3))
     return (factors * history.to(working)).sum(0).to(history.dtype)
@@ -165,8 +165,8 @@ def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
 def similarity(sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float) -> Tensor:
     """(B,) cosine between `a * sample + b * cond` and `a * sample + b * uncond`.
 
-    With the denoised coefficients this is the similarity of the denoised predictions, with those of the noise
-    that of the noise predictions (Adaptive Guidance's gamma_t, arXiv 2312.12487). NaN where one of them is 0.
+    With the coefficients (a, b) of denoised space it compares denoised predictions, with those of noise space
+    noise predictions (Adaptive Guidance's gamma_t, arXiv 2312.12487). NaN where one of them is 0.
     """
     working = torch.promote_types(cond.dtype, torch.float32)
     c = cond.to(working)

@@ -1,4 +1,4 @@
-"""`attach` and `detach`: a rule and a policy on a pipeline that stays the user's own."""
+"""`attach` and `detach`: put a rule and a policy on a user's own pipeline."""
 
 import functools
 import inspect
@@ -21,29 +21,29 @@ from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
 
 _SCALES = ("true_cfg_scale", "guidance_scale")
-"""Arguments that set the scale of classifier-free guidance; the first a pipeline has is meant.
-Where it has both, `guidance_scale` is the one embedded in a distilled model."""
+"""Arguments that set the scale of classifier-free guidance; the first that a pipeline has counts.
+If it has both, `guidance_scale` is the one embedded in a distilled model."""
 
 
 DEFAULT_RULE = CFG()
 DEFAULT_POLICY = Forecast()
-"""The picture one knows, for a quarter of the NFEs less, in whole evaluations: of the pairs that save as much and need
-no calibration the one closest to full guidance on the bundled model (docs/forecast.md)."""
+"""The pipeline's own picture with a quarter of the NFEs saved, in whole evaluations. Of the pairs that save as much
+without a calibration, it is closest to full guidance on the bundled model (docs/forecast.md)."""
 
 
 class Handle:
-    """What `attach` returns. Also a context manager, which detaches at the end."""
+    """What `attach` returns; also a context manager, which detaches at the end."""
 
     def __init__(self, pipe: DiffusionPipeline, rule: Rule, policy: Policy, original: "Handle | None" = None):
         self.pipe = pipe
         self.rule = rule
         self.policy = policy
         self.observers: list[Observer] = []
-        """Told of every step of the next runs: observer(step, prediction, guided), see `engine.Observer`."""
+        """Called at every step of the next runs: observer(step, prediction, guided), see `engine.Observer`."""
         self._original = original
-        """Of a copied pipeline: the handle of what it was copied from, which hears of its reports."""
+        """For a copied pipeline: the handle of the original, which gets its reports too."""
         self._turn = Turn(type(pipe).__name__)
-        """Whose turn it is: a pipeline has one scheduler, which is in one run at a time."""
+        """Runs take turns: a pipeline has one scheduler, which can be in one run at a time."""
         self._last: Report | None = None
         self._here = threading.local()
 
@@ -71,10 +71,10 @@ class Handle:
 
     @property
     def report(self) -> Report:
-        """What the last run evaluated and saved; that of an interrupted run ends where it was interrupted.
+        """What the last run evaluated and saved; an interrupted run's report ends where it was interrupted.
 
-        The last run of the thread that asks, if it has made one; copies of the pipeline count, and have a handle of
-        their own too (`handle_of`).
+        It is the last run of the calling thread, if that has made one. Runs of the pipeline's copies count too; each
+        copy also has its own handle (`handle_of`).
         """
         report = getattr(self._here, "report", self._last)
         if report is None:
@@ -82,7 +82,7 @@ class Handle:
         return report
 
     def detach(self) -> None:
-        """Leaves the pipeline as it was before `attach`; once is enough, twice is no harm."""
+        """Restores the pipeline to its state before `attach`; a second call does nothing."""
         if _handle_of(self.pipe) is self:
             release_call(self.pipe)
 
@@ -96,7 +96,7 @@ class Handle:
         return f"Handle({type(self.pipe).__name__}, rule={self.rule}, policy={self.policy})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copied, it is the handle of the copied pipeline."""
+        """A copy of the handle belongs to the copied pipeline."""
         return {"pipe": self.pipe, "_rule": self.rule, "_policy": self.policy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class Handle:
             self._original._heard(report)
 
     def _run(self, pipe: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Stands for `pipe(...)`."""
+        """Replaces `pipe(...)`."""
         if pipe is not self.pipe:
             handle = handle_of(pipe)
             assert handle is not None
@@ -116,14 +116,14 @@ class Handle:
         try:
             inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
         except TypeError:
-            return call(*args, **kwargs)  # Python's own words for a wrong argument
+            return call(*args, **kwargs)  # Python's own error for a wrong argument
         taken = parameters(type(pipe), "__call__")
         if self.rule.guidance_scale is not None:
             scale = next((name for name in _SCALES if name in taken), None)
             if scale is None:
                 raise ValueError(
                     f"{self.rule} sets guidance_scale, but {type(pipe).__name__} takes neither of {_SCALES}: "
-                    "leave it None and set the scale the pipeline's own way"
+                    "leave it None, and set the scale in the pipeline's own way"
                 )
             args, kwargs = with_argument(taken, args, kwargs, scale, self.rule.guidance_scale)
         defaults = {name: value for name, value in taken.items() if value is not inspect.Parameter.empty}
@@ -131,7 +131,7 @@ class Handle:
         return self._guided(arguments, lambda: call(*args, **kwargs))
 
     def _guided(self, arguments: dict[str, Any], work: Callable[[], Any]) -> Any:
-        """What `work` returns, done under a run; where it has only begun by then, the rest too."""
+        """What `work` returns, run under guidance; if the work continues after that, its rest too."""
         run = Host(self.pipe, self.rule, self.policy, arguments, [*self.observers])
         with self._stretch(run):
             result = work()
@@ -145,7 +145,7 @@ class Handle:
         return result
 
     def _finish(self, run: Host, result: Any) -> None:
-        self._heard(run.report)  # another run may have come in between, in a callback
+        self._heard(run.report)  # a callback may have made another run in between
         run.finish(result)
 
     @contextmanager
@@ -156,24 +156,24 @@ class Handle:
 
 
 def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | None = None) -> Handle:
-    """Has every later call of `pipe` guided by `rule` under `policy`, until `detach`.
+    """Guides every later call of `pipe` by `rule` under `policy`, until `detach`.
 
-    The pipeline is called as before: same arguments, callbacks and guidance scale, any scheduler. On the first
-    step of each call its own guidance is identified and verified, and again at every step. Other pipelines that share
-    its parts are left alone, also while it runs, in callbacks or other threads.
+    Call the pipeline as before: same arguments, callbacks and guidance scale, any scheduler. The first step of each
+    call identifies the pipeline's own guidance, and every step verifies it. Other pipelines that share its parts are
+    not affected, even while it runs, in callbacks or other threads.
 
     Args:
         pipe: any diffusers pipeline that does classifier-free guidance.
-        rule: how both predictions become one. Default: `DEFAULT_RULE`, the pipeline's own guidance.
-        policy: which predictions are evaluated. Default: `DEFAULT_POLICY`, a `Forecast`.
+        rule: how to combine both predictions. Default: `DEFAULT_RULE`, the pipeline's own guidance.
+        policy: which predictions to evaluate. Default: `DEFAULT_POLICY`, a `Forecast`.
 
     Returns:
         A handle with the report of the last run; attaching again replaces it.
 
     Raises:
         TypeError: not a diffusers pipeline, or not a rule or policy.
-        UnsupportedPipeline: from the call, where its guidance cannot be verified; it says what was seen.
-        UnsupportedScheduler: from the call, where the rule or policy needs denoised predictions and the
+        UnsupportedPipeline: raised by the call, if its guidance cannot be verified; it says what was seen.
+        UnsupportedScheduler: raised by the call, if the rule or policy needs denoised predictions and the
             scheduler's cannot be turned into them.
     """
     if not isinstance(pipe, DiffusionPipeline):
@@ -191,7 +191,7 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
 
 @contextmanager
 def borrowed(pipe: DiffusionPipeline, rule: Rule, policy: Policy) -> Iterator[Handle]:
-    """`attach` for the length of a block; what was attached before is afterwards."""
+    """`attach` for the length of a block; then restores what was attached before."""
     handle, before = Handle(pipe, rule, policy), handler_of(pipe)
     catch_call(pipe, handle._run)
     try:
@@ -204,13 +204,13 @@ def borrowed(pipe: DiffusionPipeline, rule: Rule, policy: Policy) -> Iterator[Ha
 
 
 def detach(pipe: DiffusionPipeline) -> None:
-    """Leaves `pipe` as it was before `attach`; nothing happens where nothing is attached."""
-    if _handle_of(pipe) is not None:  # of a copy it is the original's handle, which stays on the original
+    """Restores `pipe` to its state before `attach`; does nothing if nothing is attached."""
+    if _handle_of(pipe) is not None:  # for a copy it is the original's handle, which stays on the original
         release_call(pipe)
 
 
 def handle_of(pipe: Any) -> Handle | None:
-    """The handle of what is attached to `pipe`, or to what it was copied from; None where nothing is."""
+    """The handle attached to `pipe`, or its own handle if `pipe` is a copy of an attached one; None without either."""
     handle = _handle_of(pipe)
     if handle is None or handle.pipe is pipe:
         return handle

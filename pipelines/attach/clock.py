@@ -1,4 +1,4 @@
-"""Where in its scheduler's table of steps a run is, and with it the space of the coming prediction."""
+"""A run's place in its scheduler's table of steps, and with it the space of the coming prediction."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,13 +15,13 @@ from diffusers_guidance.steps import Step
 
 _HALVES = (torch.float16, torch.bfloat16)
 _ROUNDINGS = (torch.float32, *_HALVES)
-"""What timesteps may have been rounded to, the finest first."""
+"""The dtypes that timesteps may have been rounded to, the finest first."""
 
 
 class Clock:
-    """Follows one run through one scheduler's timesteps; reads the table once, searches it only where it must.
+    """Follows one run through one scheduler's timesteps; reads the table once, searches it only if it must.
 
-    `steps` are those that a scheduler has made in whose place this one has come.
+    `steps` is how many a replaced scheduler made before this one.
     """
 
     def __init__(self, steps: int = 0) -> None:
@@ -29,11 +29,11 @@ class Clock:
         self.space: Space | None = None
         self.timestep: float | None = None
         self.count = 0
-        """Evaluations this run makes, as far as the scheduler's table tells."""
+        """Evaluations of this run, by the scheduler's table."""
         self.begin = 0
-        """The place in the table of the run's first: image to image begins later."""
+        """The place of the run's first step in the table: image to image begins later."""
         self.went_back = False
-        """Whether the last step was not further on than the one before it."""
+        """Whether the last step did not advance beyond the one before it."""
         self.begins_anew = False
         """Whether the run itself has set its scheduler's timesteps since the last step."""
         self._scheduler: Any = None
@@ -46,14 +46,14 @@ class Clock:
         self.loops = 0
         """Loops begun."""
         self.stride = 1
-        """How many entries of the table the loop goes on by: some take every other one."""
+        """How many entries of the table the loop advances by: some take every other one."""
 
     def begin_anew(self) -> None:
         """Takes note that the run itself has set its scheduler's timesteps."""
         self.begins_anew = True
 
     def tick(self, scheduler: Any, timestep: Any) -> None:
-        """Called at every `scheduler.step`, before it: settles `space` and `timestep`."""
+        """Sets `space` and `timestep`; called before every `scheduler.step`."""
         if not self._goes_on(scheduler):
             self._read(scheduler)
         before = self._index
@@ -74,7 +74,7 @@ class Clock:
         self.steps += 1
 
     def expects(self, scheduler: Any, timestep: Any) -> bool:
-        """Whether a step of `scheduler` at this timestep would be the next one of its table; at first, one of them."""
+        """Whether this timestep is the next one of the `scheduler`'s table; before the first step, any of them."""
         table = getattr(scheduler, "timesteps", None)
         if table is None or timestep is None:
             return False
@@ -83,11 +83,11 @@ class Clock:
         return at[0] in (values[following : following + 1] if following else values)
 
     def timesteps(self, begin: int, count: int) -> list[float]:
-        """So many of the table's, as the loop takes them."""
+        """`count` of the table's, as the loop takes them."""
         return self._values[begin :: self.stride][:count]
 
     def step(self, index: int, count: int, before: int, coming: bool = False) -> Step:
-        """The evaluation that shows now, as the `index`th of `count`; or the `coming` one, before it is made.
+        """The current evaluation, as the `index`th of `count`; or the `coming` one, before it is made.
 
         Args:
             before: evaluations of the run before the first that this clock has seen.
@@ -99,10 +99,10 @@ class Clock:
         return Step(index, count, timestep, space, table=self.table(count, before), velocity=space.velocity)
 
     def denoising(self, name: str, rule: Rule, policy: Policy, sample: Tensor | None, cond: Tensor) -> Space | None:
-        """The step's space, if the prediction can be denoised with the sample; None where rule and policy do without.
+        """The step's space, if the sample can denoise the prediction; None if not, and rule and policy do not need it.
 
         Raises:
-            UnsupportedScheduler, UnsupportedPipeline: they cannot do without; says why there is none.
+            UnsupportedScheduler, UnsupportedPipeline: they need it; says why there is none.
         """
         if sample is not None and sample.shape == cond.shape and self.space is not None:
             return self.space
@@ -118,7 +118,7 @@ class Clock:
         return None
 
     def table(self, count: int, before: int = 0) -> tuple[Space, ...]:
-        """The spaces of a run of `count` evaluations; empty where they are not all known.
+        """The spaces of a run of `count` evaluations; empty unless all are known.
 
         The run's first is `before` entries before the first that this clock has seen.
         """
@@ -135,13 +135,13 @@ class Clock:
 
     @property
     def ran_out(self) -> bool:
-        """Whether the coming evaluation belongs to another loop: the table is at its end, or was made anew."""
+        """Whether the coming evaluation belongs to another loop: the table has ended, or is new."""
         if self._scheduler is None:
             return False
         return not self._goes_on(self._scheduler) or 0 <= len(self._values) - self.stride <= self._index
 
     def _goes_on(self, scheduler: Any) -> bool:
-        """Whether the loop's table is the scheduler's still; a run beside it may have made the same one once more."""
+        """Whether the loop's table is still the scheduler's; another run may have made an equal one."""
         made = scheduler.timesteps
         if made is self._timesteps:
             return True
@@ -154,12 +154,12 @@ class Clock:
         return True
 
     def _as_counted(self, scheduler: Any, space: Space, starts: bool) -> Space | None:
-        """A space where the scheduler's own count of stages is another than the table's."""
+        """A space if the scheduler's own count of stages differs from the table's."""
         if not hasattr(scheduler, "state_in_first_order"):
             return replace(space, new_step=starts)
-        self.error = UnsupportedScheduler(  # whose stages have noise levels of their own
+        self.error = UnsupportedScheduler(  # its stages have different noise levels
             f"this run of {type(scheduler).__name__} began between the two stages of a step, at timestep "
-            f"{self.timestep:g}, so what its predictions mean is not known: begin at an even place in its timesteps"
+            f"{self.timestep:g}, so the meaning of its predictions is unknown: begin at an even place in its timesteps"
         )
         return None
 
@@ -177,14 +177,14 @@ class Clock:
             self._table, self.error = None, error
 
     def _search(self, timestep: Any) -> int:
-        """The table's next entry if it is this timestep, else the first later one, else the first at all.
+        """The place of this timestep: the table's next entry if equal, else the first later one, else the first of all.
 
         A loop may have rounded its timesteps to the dtype of its sample.
         """
         if isinstance(timestep, Tensor) and (place := self._place(timestep)) is not None:
             return place
         values = set(torch.as_tensor(timestep).flatten().tolist()) if timestep is not None else set()
-        if len(values) != 1:  # a batch may come with one each, but they must be the same
+        if len(values) != 1:  # a batch may have one each, but they must be equal
             return -1
         (value,) = values
         dtype = torch.as_tensor(timestep).dtype
@@ -197,12 +197,12 @@ class Clock:
         return -1
 
     def _rounded(self, dtype: torch.dtype | None) -> list[float]:
-        """The table's timesteps, as they are after a way through `dtype`."""
+        """The table's timesteps after a conversion to `dtype` and back."""
         exact = torch.tensor(self._values, dtype=torch.float64)
         return self._values if dtype is None else exact.to(dtype).tolist()
 
     def _place(self, timestep: Tensor) -> int | None:
-        """Where in the table `timestep` is, if it is a piece of it, as loops take it; its value stays on its device."""
+        """The place of `timestep` if it is a view of the table, as in most loops; its value stays on its device."""
         table = self._timesteps
         if not isinstance(table, Tensor) or (any(timestep.stride()) and timestep.numel() != 1):
             return None

@@ -1,6 +1,6 @@
-"""What a run must not miss: others who call its pipeline's parts, and calls of which not all was seen.
+"""What a run must not miss: other callers of its pipeline's parts, and calls that were seen only in part.
 
-A plain result must never pass for a guided one. What cannot be followed is refused here, in words for the user.
+A plain result must never pass for a guided one. This module refuses what cannot be followed, in words for the user.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -18,16 +18,16 @@ from diffusers_guidance.rules import Rule
 
 
 class Company:
-    """Who else calls the parts of the call's pipeline, as the stack tells."""
+    """Who else calls the parts of the call's pipeline, by the stack."""
 
     def __init__(self, call: Call):
         self._call = call
         self.stages: dict[int, Any] = {}
-        """The pipelines that this one has, by id."""
+        """The pipelines that are attributes of this one, by id."""
         self.stranger: str | None = None
         """The last other pipeline that called a network of this one."""
         self.left_to: str | None = None
-        """The last of those that this one called itself."""
+        """The last such pipeline that this one called itself."""
         self.ran_elsewhere = False
         """Whether a method of the pipeline has called its parts from another thread."""
         self._own: FrameType | None = None
@@ -40,13 +40,13 @@ class Company:
         self.stages[id(stage)] = stage
 
     def leave(self) -> None:
-        """Forgets the pipeline's loop, which holds everything it knows."""
+        """Forgets the pipeline's loop, whose frame keeps all its variables alive."""
         self._own = None
 
     def is_own(self, frame: FrameType | None) -> bool:
-        """Whether the pipeline itself is calling, and not another one, from a callback say, that shares its parts.
+        """Whether the pipeline itself is calling, not another one that shares its parts (such as from a callback).
 
-        The innermost pipeline on the stack tells, which for a combined pipeline may be one of its stages.
+        The innermost pipeline on the stack tells. For a combined pipeline that may be one of its stages.
         """
         while frame is not None and frame is not self._own:
             if frame.f_code.co_name == "__call__":
@@ -63,7 +63,7 @@ class Company:
         return True
 
     def is_aside(self, frame: FrameType | None) -> bool:
-        """Whether a callback that the pipeline was given is calling: what it asks is no part of a step."""
+        """Whether a callback given to the pipeline is calling: its evaluations are not part of a step."""
         while self._callbacks and frame is not None and frame is not self._own:
             if frame.f_code in self._callbacks:
                 return True
@@ -71,7 +71,7 @@ class Company:
         return False
 
     def _has_called(self, frame: FrameType) -> bool:
-        """Whether the pipeline itself has called `frame`, and not a callback that it was given."""
+        """Whether the pipeline itself, not a callback given to it, has called `frame`."""
         given = [each for each in self._call.arguments.values() if callable(each)]
         codes = {*map(_code, given)} - {None}
         caller = frame.f_back
@@ -85,7 +85,7 @@ class Company:
         return False
 
     def was_called_elsewhere(self, frame: FrameType | None) -> None:
-        """Takes note of a call from a thread in which no run is in front of the pipeline's parts."""
+        """Notes a call of the pipeline's parts from a thread without a run."""
         while frame is not None:
             caller = frame.f_locals.get("self")
             if isinstance(caller, DiffusionPipeline | ModularPipeline):
@@ -95,7 +95,7 @@ class Company:
 
 
 def _code(function: Any) -> CodeType | None:
-    """What a frame of a callable runs."""
+    """The code that a callable's frame runs."""
     function = getattr(getattr(function, "func", function), "__func__", function)
     return getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
 
@@ -103,7 +103,7 @@ def _code(function: Any) -> CodeType | None:
 def check_pending(
     name: str, step: int, replaced: Collection[str], parts: Mapping[str, Any], denoisers: Iterable[Denoiser]
 ) -> None:
-    """Refuses to go on where a scheduler has come between an evaluation and its step, which was not seen then."""
+    """Refuses to go on if a scheduler was replaced between an evaluation and its step, which was then not seen."""
     pending = [each.name for each in denoisers if each.formula is not None and each.outputs]
     schedulers = [each for each in replaced if not isinstance(parts[each], torch.nn.Module)]
     if pending and schedulers:
@@ -114,14 +114,14 @@ def check_pending(
 
 
 def refuse_unseen(name: str, step: int, replaced: Collection[str], denoisers: Iterable[Denoiser]) -> NoReturn:
-    """Refuses a step before which no evaluation was seen."""
+    """Refuses a step without an evaluation that was seen before it."""
     if replaced:
         what = f"its {' and '.join(replaced)} was replaced while it ran: replace it before the call"
     else:
         networks = ", ".join(each.name for each in denoisers) or "none"
         what = (
             f"none of its networks that can be followed ({networks}) was called: they must be attributes of the "
-            "pipeline, of type torch.nn.Module, called in the pipeline's thread; wrap one of another type in a "
+            "pipeline, of type torch.nn.Module, called in the pipeline's thread; wrap another type in a "
             "Module whose forward calls it"
         )
     raise UnsupportedPipeline(
@@ -131,11 +131,11 @@ def refuse_unseen(name: str, step: int, replaced: Collection[str], denoisers: It
 
 
 def refuse_again(name: str, step: int, rule: Rule, policy: Policy) -> NoReturn:
-    """Refuses a further step on a prediction that is not the one that was guided."""
+    """Refuses a further step on a prediction other than the guided one."""
     raise UnsupportedPipeline(
         f"{name} called scheduler.step again, at step {step}, with "
-        f"another prediction than before and without evaluating its network: what {rule} and "
-        f"{policy} make of it is not known; use CFG() with EveryStep(), or the pipeline without attach"
+        f"another prediction than before and without evaluating its network: {rule} and "
+        f"{policy} cannot guide it; use CFG() with EveryStep(), or the pipeline without attach"
     )
 
 
@@ -151,12 +151,12 @@ def check_end(
     acts: bool,
     is_left_alone: bool,
 ) -> None:
-    """Refuses a result whose guidance was not all that the report says.
+    """Refuses a result whose guidance the report does not fully describe.
 
     Args:
         steps: how many were seen.
-        was_called: whether a network was.
-        acts: whether anything was to be done in place of the pipeline's own guidance.
+        was_called: whether a network was called.
+        acts: whether anything was to replace the pipeline's own guidance.
         is_left_alone: whether a guided step's combination was the pipeline's own.
     """
     name = call.name
@@ -169,9 +169,9 @@ def check_end(
         return
     if company.ran_elsewhere:
         raise UnsupportedPipeline(
-            f"{name} called its network or scheduler in another thread than it was called in, where it is not "
-            f"followed: {steps} of its steps were seen. Have it run in the thread that calls it, and call it in a "
-            "thread of its own instead; or use it without attach"
+            f"{name} called its network or scheduler in another thread than its caller's, where it is not "
+            f"followed: {steps} of its steps were seen. Make it work in the thread that calls it, and call it from "
+            "another thread instead; or use it without attach"
         )
     unseen = company.stranger or (call.guides and not (denoisers and has_schedulers))
     if company.left_to or (not steps and unseen):
@@ -184,12 +184,12 @@ def check_end(
     if not steps and has_schedulers and not getattr(call.pipe, "_interrupt", False):
         raise UnsupportedPipeline(
             f"{name} returned a {type(result).__name__}, and nothing was seen of its loop: no call of its networks "
-            f"({', '.join(each.name for each in denoisers)}), no step of a scheduler. Have its loop "
-            "run before it returns, in the thread and process it is called in; or use it without attach"
+            f"({', '.join(each.name for each in denoisers)}), no step of a scheduler. Make its loop "
+            "run before it returns, in the caller's thread and process; or use it without attach"
         )
     for each in denoisers:
         left = each.unused
-        # What a rule was to change must not be left plain; a single call may have served something else.
+        # A step that a rule was to change must not stay plain; a single call may have served something else.
         single = each.formula is not None and left <= each.formula.calls
         if left and not (single and is_left_alone):
             raise UnsupportedPipeline(
@@ -200,5 +200,5 @@ def check_end(
 
 
 def may_guide(call: Call, acts: bool) -> bool:
-    """Whether what is not seen may be guidance that something else was to stand for."""
+    """Whether an unseen step may be guidance that was to be replaced."""
     return bool(call.guides) or (call.guides is None and acts)

@@ -1,8 +1,8 @@
-"""Calls that return before they have done their work: what they return does it under a watch of its own.
+"""Calls that return before they have done their work: the returned object does it later.
 
-A generator, a coroutine, an asynchronous generator or a function stands for the work to come, by itself or within a
-tuple, list or dict. `deferred` puts another of its kind in its place, which steps `within` a context for each stretch
-of work, and tells `finish` when all is done.
+A generator, a coroutine, an asynchronous generator or a function represents work to come, by itself or within a
+tuple, list or dict. `deferred` replaces it with another of its kind, which does each stretch of work `within` a
+context, and calls `finish` when all is done.
 """
 
 import functools

@@ -1,9 +1,8 @@
-"""How a pipeline guides: found out from the numbers of one step, and verified at every other one.
+"""How a pipeline guides: identified from the numbers of one step, and verified at every other step.
 
-Where a rule or a policy acts on what was found, the numbers that tell whether it is right are waited for at every
-step, with the similarities in the same transfer. Where nothing is changed (plain guidance at every step) and the
-pipeline's scale can be read, nothing is waited for before the end of the run; the report then says which steps were
-not what they were taken for.
+If a rule or a policy acts on the formula, every step waits for the numbers that verify it, with the similarities in the
+same transfer. If nothing changes (plain guidance at every step) and the pipeline's scale can be read, the run waits for
+nothing before its end. The report then names the steps that the formula did not fit.
 """
 
 import math
@@ -31,15 +30,15 @@ from diffusers_guidance.rules import Rule
 from diffusers_guidance.steps import Action, Plan, Prediction, Step
 
 _ROUNDING = 0.02
-"""How far below 0 a scale that was solved for may come out, whatever the dtype."""
+"""How far below 0 rounding may push a solved scale, whatever the dtype."""
 
 
 class Order(NamedTuple):
-    """What is remembered of a formula that was found where the scale told both halves apart."""
+    """What is remembered of a formula found at a scale that told both halves apart."""
 
     formula: Formula
     halves: list[dict[str, Tensor]]
-    """The first row of what (the unconditional, the conditional) one was made from."""
+    """The first row of the inputs of (the unconditional, the conditional) half."""
 
 
 _ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Order]] = WeakKeyDictionary()
@@ -57,7 +56,7 @@ class Seen(NamedTuple):
 
 
 class Discovery:
-    """What one run finds out about its pipeline's guidance."""
+    """What one run learns about its pipeline's guidance."""
 
     def __init__(self, call: Call, rule: Rule, policy: Policy, recording: Recording):
         self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
@@ -65,7 +64,7 @@ class Discovery:
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
 
     def is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
-        """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
+        """Whether this step evaluated more than one branch; False if it evaluated one and used it unchanged."""
         y = denoiser.outputs[0] if denoiser.outputs else None
         if len(denoiser.outputs) != 1 or y is None or y.shape[0] > output.shape[0]:
             return True
@@ -78,14 +77,14 @@ class Discovery:
             found = residual(alone, target, target, target, 0.0)
             if found.fit(found.norms.tolist()).fits:
                 return False
-            # Or what one network predicts is turned into what the scheduler wants.
+            # Or the single prediction is converted to the scheduler's kind.
             few, x = Sample(target.shape), view.working(sample) if sample.shape == output.shape else None
             if x is not None and alone.shape == target.shape and mixture(*map(few, (target, x, alone)))[1].fits:
                 return False
         return True
 
     def identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> str:
-        """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
+        """Finds the pipeline's formula, or says why that is not possible yet, such as while both predictions agree."""
         orders = _ORDERS.get(denoiser.module)
         before = None if orders is None else orders.get(type(self.call.pipe))
         known, halves = (None, []) if before is None else before
@@ -100,7 +99,7 @@ class Discovery:
                 return found.tried
             if self.acts or not self.recording.report.steps:
                 raise self.unsupported(denoiser, output, found.tried)
-            return f"not verified: {found.tried}"  # nothing is done in its place: a result is not withheld for that
+            return f"not verified: {found.tried}"  # nothing is changed, so the result is not withheld
         self._keep_order(denoiser, found.formula)
         denoiser.know(found.formula)
         report = self.recording.report
@@ -109,7 +108,7 @@ class Discovery:
         return ""
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
-        """Remembers which half is the conditional one, for scales at which that cannot be told."""
+        """Remembers which half is the conditional one, for scales that do not tell."""
         if formula.mixed != SOLVED and formula.w(formula.value) > 1:
             halves = denoiser.halves if formula.branches == 2 else []
             first = [{name: t[:1].clone() for name, t in each.items() if t.ndim} for each in halves]
@@ -129,7 +128,7 @@ class Discovery:
     ) -> tuple[Step, Prediction]:
         """The step with its scale, and its prediction, once the pipeline's formula has reproduced its `output`.
 
-        Where that can be left for later, at once.
+        It returns at once if the check can wait.
         """
 
         def see() -> Seen:
@@ -164,7 +163,7 @@ class Discovery:
         return seen.step, replace(seen.prediction, similarity=similarity, note=noted())
 
     def _identify_anew(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock, why: str) -> None:
-        """Finds another formula for the same batch, once the known one is at an end, or says `why` there is none."""
+        """Finds another formula for the same batch when the known one fails; without one, refuses and says `why`."""
         formula = denoiser.formula
         around = self.call.around(sample, clock.space)
         found = identify(denoiser.outputs, output, self.call.scales, around, formula)
@@ -185,7 +184,7 @@ class Discovery:
         plan: Plan,
         evaluated: Sequence[bool],
     ) -> Seen:
-        """What the formula makes of the step; it waits for nothing, unless its scale has to be solved for."""
+        """The step as the formula reads it; waits for nothing, unless it must solve for the scale."""
         formula = denoiser.formula
         assert formula is not None and denoiser.engine is not None
         target, x = formula.view.working(output), formula.view.working(sample)
@@ -197,8 +196,8 @@ class Discovery:
         if formula.mixed == SOLVED:
             if not self.rule.is_plain:
                 raise UnsupportedPipeline(
-                    f"{self.call.name} does something to its guided prediction that is not known here, and may "
-                    f"do something else to that of {self.rule}: {self.advice(denoiser)}use CFG() as the rule, with "
+                    f"{self.call.name} changes its guided prediction in an unknown way, and may "
+                    f"change that of {self.rule} in another: {self.advice(denoiser)}use CFG() as the rule, with "
                     "any policy"
                 )
             few = Sample(target.shape)
@@ -206,13 +205,13 @@ class Discovery:
             beta = sum(betas)
             mixed = alpha * x + betas[0] * c + (betas[1] * u if guided else 0)
             error = norm((mixed - target).nan_to_num(0, 0, 0))
-            # What the pipeline lost by cancellation before it scaled the result cannot be told from here.
+            # The pipeline's loss by cancellation before it scaled the result cannot be seen from here.
             whole = norm(target.nan_to_num(0, 0, 0))
             allowed = max(fit.allowed * math.sqrt(target.numel() / few(target).numel()), 1e-3 * whole)
             found = Residual(torch.tensor([error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
             c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
         else:
-            s: Any = formula.value  # without guidance the scale has no part in it
+            s: Any = formula.value  # without guidance the scale does not matter
             if formula.scale is not None:
                 live = formula.read(self.call.scales, target)
                 s = s if live is None else live
@@ -230,8 +229,8 @@ class Discovery:
             found = formula.residual(expected, target, c, u, s, around, is_strict=self.acts)
             if isinstance(s, Tensor) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
-                    f"{self.call.name} guides parts of a prediction at scales of their own, but {self.rule} has "
-                    "one for all: any policy can be attached to it, with CFG() as the rule"
+                    f"{self.call.name} guides parts of a prediction at different scales, but {self.rule} has "
+                    "one for all: use CFG() as the rule, with any policy"
                 )
         space = clock.denoising(self.call.name, self.rule, self.policy, x, c)
         velocity = 1.0 if space is None or formula.mixed else space.velocity
@@ -245,12 +244,12 @@ class Discovery:
         shapes = ", ".join(str(tuple(y.shape)) for y in denoiser.outputs) or "none that is a tensor"
         return UnsupportedPipeline(
             f"the guidance of {self.call.name} could not be verified, so it is left alone. Step "
-            f"{len(self.recording.report.steps)}: {denoiser.name} put out {shapes}; scheduler.step was given "
+            f"{len(self.recording.report.steps)}: {denoiser.name} put out {shapes}; scheduler.step got "
             f"{tuple(output.shape)}; {seen}. To go on, {self.advice(denoiser)}use the pipeline without attach."
         )
 
     def advice(self, denoiser: Denoiser) -> str:
-        """What to turn off where a pipeline's treatment of its predictions is not understood."""
+        """What to turn off if a pipeline's treatment of its predictions is not understood."""
         names = [name for name in ("guidance_rescale", "cfg_normalization") if self.call.option(name) > 0]
         advice = [f"call it with {name}=0" for name in names]
         if len({y.shape for y in denoiser.outputs}) > 1:
@@ -258,7 +257,7 @@ class Discovery:
             advice.append(f"turn off what calls {denoiser.name} once more at a step ({more})")
         if denoiser.blanks:
             advice.append(
-                f"use the first output of {denoiser.name} without copying it before the second call (what was skipped "
+                f"use the first output of {denoiser.name} without copying it before the second call (the skipped part "
                 "is filled in there), or make the conditional call first"
             )
         return "".join(f"{each}, or " for each in advice)
@@ -283,4 +282,4 @@ def _fetched(seen: Seen) -> tuple[Fit, Tensor]:
 
 
 def _held(formula: Formula, fit: Fit) -> str:
-    return f"{formula} held until now, but here it is off by {fit.error:.3g}, where rounding allows {fit.allowed:.3g}"
+    return f"{formula} held until now, but here it is off by {fit.error:.3g}; rounding allows {fit.allowed:.3g}"

@@ -1,4 +1,4 @@
-"""Which code on a network is none of its authors': replaced forwards, processors, hooks; and diffusers' own hooks."""
+"""Foreign code on a network, not its authors': replaced forwards, processors, hooks; and diffusers' own hooks."""
 
 import sys
 import types
@@ -12,63 +12,63 @@ from torch import nn
 
 KNOWN = {"torch", "diffusers", "diffusers_guidance", "transformers", "accelerate", "peft", "safetensors"}
 KNOWN |= {"huggingface_hub", "torchao", "bitsandbytes", "numpy", "triton", "xformers", *sys.stdlib_module_names}
-"""Packages whose code is known to be the same function at every call, but for diffusers' stateful hooks."""
+"""Packages whose code is known to be the same function at every call, except diffusers' stateful hooks."""
 FUNCTIONS = (types.FunctionType, types.MethodType, partial)
 _GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
 
 
 class Foreign(NamedTuple):
-    """Code on a network that is none of its authors'."""
+    """Code on a network that is not its authors'."""
 
     what: str
     """In words, for the report."""
     code: Any
     owner: nn.Module | None
-    """The module whose attributes it may write to; None of a global hook."""
+    """The module whose attributes it may write to; None for a global hook."""
     table: Any = None
-    """Where a forward hook is registered, and by which number."""
+    """Where a forward hook is registered, under `number`."""
     number: int = 0
 
 
 @dataclass
 class Finds:
-    """What is on a network."""
+    """The code found on a network."""
 
     code: list[Foreign] = field(default_factory=list)
     hooks: list[Foreign] = field(default_factory=list)
-    """Forward hooks, of which only their calls tell whether they do anything."""
+    """Forward hooks; only their calls tell whether they act."""
     stateful: list[Any] = field(default_factory=list)
     """Hooks of diffusers that keep tensors of the batch."""
 
 
 def home(code: Any) -> str:
-    """The package that a function, a class or an object is of; a wrapper may have taken on another's name."""
+    """The package of a function, a class or an object; a wrapper may have another's name."""
     if isinstance(code, types.FunctionType):
         return str(code.__globals__.get("__name__") or "torch").partition(".")[0]
     return str((code if isinstance(code, type) else type(code)).__module__).partition(".")[0]
 
 
 def is_foreign(code: Any, depth: int = 6) -> bool:
-    """Whether a callable is, or through wrappers of known packages calls, code of others."""
+    """Whether a callable is foreign code, or calls it through wrappers of known packages."""
     if isinstance(code, types.MethodType):
         return is_foreign(code.__func__, depth) or is_foreign(code.__self__)
     if isinstance(code, partial):
         return depth > 0 and any(is_foreign(each, depth - 1) for each in (code.func, *code.args) if callable(each))
     if home(code) not in KNOWN or not isinstance(code, types.FunctionType) or not depth:
         return home(code) not in KNOWN
-    if hasattr(code, "_torchdynamo_orig_callable"):  # whatever compiles it is no part of it
+    if hasattr(code, "_torchdynamo_orig_callable"):  # the compiler is not part of it
         return is_foreign(code._torchdynamo_orig_callable, depth - 1)
     return any(is_foreign(each, depth - 1) for each in contents(code) if isinstance(each, FUNCTIONS))
 
 
 def contents(function: types.FunctionType) -> list[Any]:
-    """What a function has taken from where it was made."""
+    """What a function has captured in its closure."""
     cells = function.__closure__ or ()
     return [cell.cell_contents for cell in cells if hasattr(cell, "cell_contents")]
 
 
 def scan(parts: Iterable[nn.Module]) -> Finds:
-    """What is on a network, given all its parts: thousands, most of which have nothing."""
+    """The code on a network, given all its parts: thousands, most of them bare."""
     finds = Finds()
     tables: list[tuple[nn.Module | None, Any]] = [(None, table) for table in _GLOBAL_HOOKS]
     classes = _ByClass("forward")
@@ -91,7 +91,7 @@ def scan(parts: Iterable[nn.Module]) -> Finds:
 
 
 class _ByClass(dict[type, bool]):
-    """Whether a class, or the method of it that is called, is foreign."""
+    """Whether a class, or its called method, is foreign."""
 
     def __init__(self, method: str):
         self.method = method
@@ -102,7 +102,7 @@ class _ByClass(dict[type, bool]):
 
 
 def _scan_forwards(part: nn.Module, own: dict, finds: Finds) -> None:
-    """What is in the place of a module's `forward`, also beneath hooks of accelerate and diffusers."""
+    """The replacements of a module's `forward`, also beneath hooks of accelerate and diffusers."""
     forwards = [own[name] for name in ("forward", "_old_forward") if name in own]
     if (registry := own.get("_diffusers_hook")) is not None:
         forwards += [f for each in registry._fn_refs for f in (each.forward, each.original_forward) if f is not None]

@@ -1,4 +1,4 @@
-"""The scheduler steps that ride along with the guidance: Euler, flow-matching Euler and DDIM, first order each.
+"""The scheduler steps that are fused with the guidance: Euler, flow-matching Euler and DDIM, first order each.
 
 In place of `scheduler.step(*args, **kwargs)`:
 
@@ -6,7 +6,7 @@ In place of `scheduler.step(*args, **kwargs)`:
     if fused is not None:  # else the scheduler's own step
         output, momentum = fused(cond, uncond, momentum, a, b, rule)
 
-The one file here that knows diffusers. `use_fused_steps(False)` turns it off.
+`use_fused_steps(False)` turns it off.
 """
 
 import inspect
@@ -32,7 +32,7 @@ _fused: ContextVar[bool | None] = ContextVar("fused", default=None)
 
 @contextmanager
 def use_fused_steps(fused: bool | None) -> Iterator[None]:
-    """Inside the block steps are fused never (False), wherever possible (True), or where Triton runs (None).
+    """Inside the block, steps are fused never (False), wherever possible (True), or where Triton runs (None).
 
     Other threads and tasks keep their own choice.
     """
@@ -45,7 +45,7 @@ def use_fused_steps(fused: bool | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FusedStep:
-    """One call of a scheduler's `step`, with the guidance still to do; called once."""
+    """One call of a scheduler's `step` that still does the guidance; called once."""
 
     scheduler: Any
     sample: Tensor
@@ -72,12 +72,12 @@ class FusedStep:
 
 
 def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:
-    """The call `scheduler.step(*args, **kwargs)` as a fused step, None where it is more than first order.
+    """The call `scheduler.step(*args, **kwargs)` as a fused step, or None if it is not a known first-order step.
 
-    Of the `model_output` among the arguments shape and dtype count alone: pass the pipeline's combination, or
+    Only the shape and dtype of the argument `model_output` count: pass the pipeline's combination, or
     the conditional prediction.
     """
-    # Subclasses may do anything; only the very classes are known.
+    # Subclasses may do anything; only these classes are known.
     read = {
         euler.EulerDiscreteScheduler: _euler,
         flow.FlowMatchEulerDiscreteScheduler: _flow,
@@ -165,7 +165,7 @@ def _ddim(scheduler: Any, arguments: Arguments, sample: torch.dtype, prediction:
 
 
 def _sigmas(scheduler: Any, timestep: Any) -> tuple[float, float] | None:
-    """This step's sigma and the next one's; None where diffusers is to complain about the timestep."""
+    """This step's sigma and the next one's; None for timesteps that diffusers refuses."""
     if isinstance(timestep, int | torch.IntTensor | torch.LongTensor):
         return None
     if scheduler.step_index is None:
@@ -175,12 +175,12 @@ def _sigmas(scheduler: Any, timestep: Any) -> tuple[float, float] | None:
 
 
 _seen = WeakIdKeyDictionary()
-"""By a tensor of sigmas: its version, and its numbers."""
+"""By tensor of sigmas: its version and its numbers."""
 
 
 def _numbers(sigmas: Tensor) -> list[float]:
     """The tensor's numbers, fetched once: flow matching keeps them on the device, and reading one waits for it."""
-    current = None if sigmas.is_inference() else sigmas._version  # inference tensors do not count their changes
+    current = None if sigmas.is_inference() else sigmas._version  # inference tensors have no version
     if sigmas not in _seen or _seen[sigmas][0] != current:
         _seen[sigmas] = (current, sigmas.tolist())
     return _seen[sigmas][1]

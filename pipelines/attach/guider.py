@@ -1,9 +1,8 @@
 """`Guider`: a rule and a policy as a guider of diffusers, for Modular Diffusers and pipelines with a `guider`.
 
-A denoising loop asks its guider, step by step, which conditions to evaluate (`prepare_inputs`, where the policy
-skips) and what to make of their predictions (`forward`, where the rule combines). It says which step and timestep
-it is at, but not with which scheduler and sample, without which nothing can be denoised: these are looked up
-among the loop's own variables, see `_loop_of`.
+At each step a denoising loop asks its guider which conditions to evaluate (`prepare_inputs`, where the policy
+skips) and what to make of their predictions (`forward`, where the rule combines). It passes its step and timestep, but
+not its scheduler and sample, which denoising needs. `_loop_of` looks these up among the loop's own variables.
 """
 
 import dataclasses
@@ -32,25 +31,25 @@ from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction
 
 
 class Guider(BaseGuidance):
-    """A rule and a policy in the place of diffusers' guiders.
+    """A rule and a policy in place of diffusers' guiders.
 
         pipe.update_components(guider=Guider(APG(), AdaptiveGuidance(), guidance_scale=12))  # Modular Diffusers
         pipe.guider = Guider(APG(), AdaptiveGuidance(), guidance_scale=12)  # HunyuanVideo 1.5, HunyuanImage 2.1
 
     A guider cannot evaluate a part of a batch. The policy decides for every sample as it does under `attach`, but
-    the unconditional half is left out only once no sample needs it; a sample that has stopped before the others
-    is used unguided all the same.
+    the unconditional half is skipped only once no sample needs it. A sample that stopped before the others
+    stays unguided.
 
     Args:
-        rule: how both predictions become one. Default: `DEFAULT_RULE`, as of `attach`.
-        policy: which predictions are evaluated. Default: `DEFAULT_POLICY`.
-        guidance_scale: w in `u + w (c - u)` for a rule that leaves it None; 7.5 as in diffusers' guiders. To a
-            scale that is meant for `use_original_formulation`, which counts from 0, add 1.
+        rule: how to combine both predictions. Default: `DEFAULT_RULE`, as in `attach`.
+        policy: which predictions to evaluate. Default: `DEFAULT_POLICY`.
+        guidance_scale: w in `u + w (c - u)` for a rule that leaves it None; 7.5 as in diffusers' guiders. Add 1 to a
+            scale meant for `use_original_formulation`, which counts from 0.
         enabled: False evaluates and uses the conditional prediction alone.
 
-    The configuration is plain JSON. Rule and policy may also be given as they stand there, and are rebuilt by
-    their names from the subclasses of `Rule` and `Policy` that have been imported. What JSON cannot hold (a
-    calibration) is named there as missing, and has to be given again: `Guider.from_config(config, policy=...)`.
+    The configuration is plain JSON. Rule and policy may also be given in its form; they are then rebuilt by name from
+    the imported subclasses of `Rule` and `Policy`. The configuration names what JSON cannot hold (a calibration) as
+    missing. Give that again: `Guider.from_config(config, policy=...)`.
     """
 
     _input_predictions = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (the base class asks for a list)
@@ -71,7 +70,7 @@ class Guider(BaseGuidance):
         self.guidance_scale = guidance_scale
         self.register_to_config(guidance_scale=guidance_scale, enabled=enabled)
         self.observers: list[Observer] = []
-        """Told of every step of the next runs; see `engine.Observer`."""
+        """Called at every step of the next runs; see `engine.Observer`."""
         self._run: _Run | None = None
         self._loop = _Loop(None, None)
         self._denoiser = ""
@@ -104,18 +103,18 @@ class Guider(BaseGuidance):
 
     @property
     def report(self) -> Report:
-        """What the last run evaluated and saved; that of an interrupted run ends where it was interrupted."""
+        """What the last run evaluated and saved; an interrupted run's report ends where it was interrupted."""
         if self._run is None:
             raise GuidanceError("no report yet: call the pipeline first")
         return self._run.finished_report()
 
-    # What a loop asks, in the order it does
+    # What a loop calls, in its order
 
     @property
     def num_conditions(self) -> int:
-        """Conditions to prepare for a run, of which a step may evaluate fewer.
+        """Conditions to prepare for a run; a step may evaluate fewer.
 
-        The same at every step: pipelines ask before a run, to know whether to encode the negative prompt, and the
+        It is the same at every step. Pipelines ask before a run, to know whether to encode the negative prompt, and the
         answer must not depend on where the last run ended.
         """
         return 2 if self._enabled and self._w != 1 else 1
@@ -125,7 +124,7 @@ class Guider(BaseGuidance):
         return self._count_prepared == 1
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
-        """Begins a step: finds out where the loop is and plans it."""
+        """Begins a step: finds the loop's place and plans the step."""
         following = None if self._step is None else self._step + 1
         super().set_state(step, num_inference_steps, timestep)
         self._loop = _loop_of(self, sys._getframe(1))
@@ -136,15 +135,15 @@ class Guider(BaseGuidance):
             self._run = _Run(Recording(Report(name, repr(self.rule), repr(self.policy)), step), timesteps)
         if scheduler is not None:
             self._run.clock.tick(scheduler, timestep)
-        # The first step is evaluated in full, as it is under `attach`, and planned when the batch is known.
+        # The first step is evaluated in full, as under `attach`, and planned when the batch is known.
         self._plan = None if self._run.engine is None else self._planned(self._run.engine)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
-        """The inputs of each evaluation this step makes, the conditional one first."""
+        """The inputs of each evaluation of this step, the conditional one first."""
         return self._noted([self._prepare_batch(data, i, name) for i, name in self._evaluations()])
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
-        """The same, the inputs given by their names in `data`."""
+        """The same, with inputs given by their names in `data`."""
         prepare = self._prepare_batch_from_block_state
         return self._noted([prepare(input_fields, data, i, name) for i, name in self._evaluations()])
 
@@ -155,7 +154,7 @@ class Guider(BaseGuidance):
         self._denoiser = next((name for name, part in parts.items() if part is denoiser), "")
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
-        """The guided prediction, from the batches of `prepare_inputs` with a `noise_pred` each."""
+        """The guided prediction, from the batches of `prepare_inputs`, each with a `noise_pred`."""
         if not data:
             return self._forecast()
         return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
@@ -164,12 +163,12 @@ class Guider(BaseGuidance):
         """The guided prediction, from what was evaluated."""
         run = self._run
         if run is None:
-            raise GuidanceError("a guider's set_state has to be called before every step")
+            raise GuidanceError("call a guider's set_state before every step")
         step = self._step_now()
         if self.num_conditions == 1:
             alone = [Decision(Action.CONDITIONAL, "no guidance: disabled, or at a scale of 1")] * len(pred_cond)
             run.recording.add(step, alone, [False] * len(alone), len(alone), len(alone))
-            if run.engine is not None:  # nothing to forecast it from, nor from it
+            if run.engine is not None:  # no forecast leads to or from an unguided step
                 run.engine.history.lapse()
             pred = pred_cond
             self._tell(step, None, pred)
@@ -187,10 +186,10 @@ class Guider(BaseGuidance):
         self._loop = _Loop(None, None)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    # How it is answered
+    # How it answers
 
     def _forecast(self) -> GuiderOutput:
-        """What stands in where nothing was evaluated; the conditional prediction is the last one there was."""
+        """The output of a step that evaluated nothing; its conditional prediction is the last evaluated one."""
         run, plan = self._run, self._plan
         assert run is not None and run.engine is not None and plan is not None and run.held is not None
         held, n = run.held, self._tokens(run.held)
@@ -233,7 +232,7 @@ class Guider(BaseGuidance):
         return replace(step, sample=x if known else None, rows=len(pred))
 
     def _planned(self, engine: Engine) -> Plan:
-        """The policy's plan for the step: "neither" becomes "both" unless all it takes is a forecast to hand on."""
+        """The policy's plan for the step: "neither" becomes "both" unless the policy hands on a forecast."""
         plan = engine.plan(replace(self._step_now(), rows=engine.history.rows))
         if engine.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return plan
@@ -244,8 +243,8 @@ class Guider(BaseGuidance):
         if self._batches and len(c) not in self._batches:
             raise UnsupportedPipeline(
                 f"{run.recording.report.pipeline} guides a prediction of shape {tuple(c.shape)} from conditions for a "
-                f"batch of {' or '.join(map(str, sorted(self._batches)))}: which of its numbers make a sample is not "
-                "known"
+                f"batch of {' or '.join(map(str, sorted(self._batches)))}: its samples cannot be told apart; use the "
+                "loop's own guider"
             )
         if run.engine is None:
             history = History.following(self._histories(run), run.recording.first, len(c), self._denoiser)
@@ -261,7 +260,7 @@ class Guider(BaseGuidance):
         return [each.engine.history for each in runs if each.engine is not None and each.timesteps is run.timesteps]
 
     def _setting(self, run: "_Run") -> dict[str, Any]:
-        """What a calibration depends on, as it is in this loop."""
+        """This loop's values of what a calibration depends on."""
         pipe = self._loop.pipe
         if pipe is None or not self._denoiser:
             raise CalibrationMismatch(
@@ -287,7 +286,7 @@ class Guider(BaseGuidance):
         step = replace(self._with_sample(step, c), space=space, w=self._w)
         evaluated = [u is not None] * rows
         uncond = engine.fill(step, plan, c, u, evaluated)
-        # The loop may use its memory again.
+        # The loop may reuse its memory.
         put_out = (c.clone(), uncond.clone()) if engine.policy.remembers else None
         prediction = Prediction(c, uncond, evaluated, put_out)
         guided = engine.guide(step, plan, prediction, lambda: uncond + self._w * (c - uncond)).tensor
@@ -306,12 +305,12 @@ class _Run:
 
     recording: Recording
     timesteps: Any
-    """The scheduler's; they are made anew for every run."""
+    """The scheduler's, which makes them anew for every run."""
     clock: Clock = dataclasses.field(default_factory=Clock)
     engine: Engine | None = None
-    """Once the batch is known."""
+    """None until the batch is known."""
     held: Tensor | None = None
-    """The last conditional prediction, of a policy that `hands`."""
+    """The last conditional prediction, for a policy that `hands`."""
 
     def finished_report(self) -> Report:
         report = self.recording.finish()
@@ -321,7 +320,7 @@ class _Run:
 
 
 class _Loop(NamedTuple):
-    """Where a guider is used: the pipeline it belongs to and the sample as the scheduler has it."""
+    """Where a guider is used: its pipeline, and the sample as the scheduler has it."""
 
     pipe: Any
     latents: Tensor | None
@@ -330,8 +329,8 @@ class _Loop(NamedTuple):
 def _loop_of(guider: Guider, frame: FrameType | None) -> _Loop:
     """Searches the callers for the pipeline that has this guider, and the latents beside it.
 
-    Every loop, modular or not, has its pipeline as a local variable, and its latents either as one (`latents`) or
-    as an attribute of its block state. What else is in reach is looked at only to be told apart from them.
+    Every loop, modular or not, has its pipeline as a local variable. Its latents are one too (`latents`), or an
+    attribute of its block state. Other variables are looked at only to tell them apart.
     """
     while frame is not None:
         names = frame.f_locals
@@ -355,7 +354,7 @@ def _plain(part: Any) -> dict[str, Any]:
 
 
 def _plain_field(value: Any) -> dict[str, Any]:
-    """A field's own fields, or if JSON cannot hold them, what is missing."""
+    """A field's own fields, or the missing type if JSON cannot hold them."""
     try:
         return json.loads(json.dumps(dataclasses.asdict(value)))
     except TypeError:
@@ -363,7 +362,7 @@ def _plain_field(value: Any) -> dict[str, Any]:
 
 
 def _rebuilt(base: type[Part], saved: Part | dict[str, Any]) -> Part:
-    """The rule or policy that `_plain` made `saved` of."""
+    """The rule or policy that `_plain` turned into `saved`."""
     if not isinstance(saved, dict):
         return saved
     known = {_name(cls): cls for cls in _subclasses(base)}
@@ -378,14 +377,14 @@ def _rebuilt(base: type[Part], saved: Part | dict[str, Any]) -> Part:
                 f"the {value['missing']} of {name} is not in the configuration: give the {base.__name__.lower()} again"
             )
         if isinstance(value, dict):
-            fields[field.name] = type(getattr(cls, field.name))(**value)  # as its default is
+            fields[field.name] = type(getattr(cls, field.name))(**value)  # of its default's type
         if isinstance(value, list):
             fields[field.name] = tuple(value)
     return cls(**fields)
 
 
 def _name(cls: type) -> str:
-    """By which a configuration knows a class: those of other packages with their module, so that none is mistaken."""
+    """A class's name in a configuration; with the module for other packages, so that names stay unique."""
     return (
         cls.__qualname__ if cls.__module__.startswith("diffusers_guidance.") else f"{cls.__module__}.{cls.__qualname__}"
     )

@@ -1,11 +1,11 @@
-"""One call of a pipeline, met through hooks: the engine's host where the pipeline's own loop runs.
+"""One call of a pipeline, followed by hooks: the engine's host while the pipeline's own loop runs.
 
     latents -> denoiser (on_call: the policy says which rows are evaluated)
             -> the pipeline's own formula
             -> scheduler.step (on_step: the formula is verified, the engine recombines) -> latents
 
-What a run learns of its samples dies with it; which half is the conditional one is remembered. Its hooks are in place
-while the call runs and no longer, so nothing a pipeline does between calls (offloading, swapping schedulers, copying,
+What a run learns of its samples ends with it; it only remembers which half is the conditional one. Its hooks exist only
+while the call runs. So nothing a pipeline does between calls (offloading, swapping schedulers, copying,
 saving) can lose or keep them.
 """
 
@@ -45,24 +45,24 @@ from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
 
 _NOT_YET = ": nothing to identify yet"
 _STEP = ("model_output", "timestep", "sample")
-"""What schedulers' steps take, in diffusers' order; for one that does not say."""
+"""The arguments of schedulers' steps, in diffusers' order, for a scheduler that does not name them."""
 
 
 @dataclass
 class Handed:
-    """What the scheduler was handed at the last step that was guided otherwise than by the pipeline itself."""
+    """What the scheduler got at the last step that the pipeline did not guide itself."""
 
     output: Tensor
     """A copy of the pipeline's own prediction."""
     guided: Callable[[], Tensor]
-    """What stood in its place."""
+    """The replacement."""
 
 
 class Host:
     """One call of `pipe` with `arguments` (by name, defaults filled in).
 
     Args:
-        observers: told of every step; see `engine.Observer`.
+        observers: called at every step; see `engine.Observer`.
     """
 
     def __init__(
@@ -75,28 +75,28 @@ class Host:
         self._discovery = Discovery(self._call, rule, policy, self._recording)
         self._company = Company(self._call)
         self._stack: ExitStack | None = None
-        """What is stepped in front of, while the pipeline runs."""
+        """The interceptions in place while the pipeline runs."""
         self._parts: dict[str, Any] = {}
-        """The pipeline's networks and schedulers by name, as they were last seen."""
+        """The pipeline's networks and schedulers by name, as last seen."""
         self._denoisers: dict[int, Denoiser] = {}
         self._active: Denoiser | None = None
         self._last: Denoiser | None = None
-        """Whose evaluation the last step was on."""
+        """The denoiser whose evaluation the last step used."""
         self._was_called = False
         self._clocks: dict[int, Clock] = {}
         self._clock = Clock()
         """That of the scheduler stepped last."""
         self._taken: dict[int, Collection[str]] = {}
-        """By scheduler, the names of what its step takes."""
+        """By scheduler, the names of its step's arguments."""
         self._timestep: Any = None
-        """Of the last step whose evaluation was seen."""
+        """That of the last step whose evaluation was seen."""
         self._handed: Handed | None = None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Puts the run between the pipeline, its denoisers and its schedulers; always takes itself out again.
+        """Puts the run between the pipeline, its denoisers and its schedulers, and always removes it again.
 
-        For each stretch of a call that does its work bit by bit; `finish` follows the last one.
+        A call that works in several stretches enters it for each; `finish` follows the last one.
         """
         try:
             with ExitStack() as self._stack:
@@ -105,7 +105,7 @@ class Host:
                 self._meet()
                 yield
         except BaseException:
-            with suppress(Exception):  # what the device says after a failure must not hide the failure
+            with suppress(Exception):  # an error of the device after a failure must not hide the failure
                 self._finish_report()
             raise
         finally:
@@ -122,7 +122,7 @@ class Host:
             yield
 
     def finish(self, result: Any) -> None:
-        """Completes the report of a call that has returned; refuses a `result` that is not what the report says."""
+        """Completes the report of a call that has returned; refuses a `result` that the report does not describe."""
         self._finish_report()
         check_end(
             self._call, self._company, self._denoisers.values(), result=result, steps=len(self.report.steps),
@@ -131,7 +131,7 @@ class Host:
         )  # fmt: skip
 
     def _meet(self) -> None:
-        """Steps in front of the networks and schedulers that the pipeline has now, unless that is done."""
+        """Intercepts the networks and schedulers that the pipeline has now, unless that is done."""
         if self._parts and not self._replaced():
             return
         before, self._parts = self._parts, {}
@@ -161,23 +161,23 @@ class Host:
             self._stack.enter_context(intercept_method(each, "set_timesteps", self.on_set_timesteps))
 
     def _replaced(self) -> list[str]:
-        """Which of its networks and schedulers the pipeline has replaced since they were last seen."""
+        """The networks and schedulers that the pipeline has replaced since they were last seen."""
         return [name for name, each in self._parts.items() if part(self._call.pipe, name) is not each]
 
     # The hooks
 
     def on_set_timesteps(self, scheduler: Any, set_timesteps: Callable, args: tuple, kwargs: dict) -> Any:
-        """Stands for `scheduler.set_timesteps`."""
+        """Replaces `scheduler.set_timesteps`."""
         if self._company.is_own(sys._getframe(2)) and (clock := self._clocks.get(id(scheduler))) is not None:
             clock.begin_anew()
         return set_timesteps(*args, **kwargs)
 
     def on_elsewhere(self) -> None:
-        """Called where a part of the pipeline is called in a thread in which no run is in front of it."""
+        """Called when a thread without a run calls a part of the pipeline."""
         self._company.was_called_elsewhere(sys._getframe(2))
 
     def on_call(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Stands for a call of the denoiser."""
+        """Replaces a call of the denoiser."""
         if not self._company.is_own(sys._getframe(2)):
             return call(*args, **kwargs)
         if self._discovery.acts:
@@ -187,7 +187,7 @@ class Host:
         denoiser = self._denoisers[id(module)]
         if self._company.is_aside(sys._getframe(2)):
             return denoiser.run_aside(call, args, kwargs)
-        planned = denoiser.leader or denoiser  # whose plan this call follows
+        planned = denoiser.leader or denoiser  # the one whose plan this call follows
         clock = planned.clock
         if clock is not None and not planned.nfe_full and (clock.ran_out or clock.loops != planned.loop):
             planned.restart()
@@ -199,7 +199,7 @@ class Host:
         return denoiser.run(call, args, kwargs)
 
     def on_step(self, scheduler: Any, step: Callable, args: tuple, kwargs: dict) -> Any:
-        """Stands for `scheduler.step`."""
+        """Replaces `scheduler.step`."""
         if not self._company.is_own(sys._getframe(2)):
             return step(*args, **kwargs)
         taken = self._taken[id(scheduler)]
@@ -213,14 +213,14 @@ class Host:
             return step(*args, **kwargs)
         if not {"model_output", "sample"} <= given.keys():
             raise UnsupportedPipeline(
-                f"{self._call.name} calls the step of its {type(scheduler).__name__} with {', '.join(given)}: its "
-                "guidance is found by a model_output and a sample; use it without attach"
+                f"{self._call.name} calls the step of its {type(scheduler).__name__} with {', '.join(given)}: to find "
+                "its guidance, attach needs a model_output and a sample; use it without attach"
             )
         output, sample = given["model_output"], given["sample"]
         self._tick(denoiser, scheduler, timestep)
 
         def fuse() -> FusedStep | None:
-            # A step that somebody has put on the scheduler is to be called.
+            # A step that somebody put on the scheduler must be called.
             return fused_step(scheduler, *args, **kwargs) if is_inherited(scheduler, "step", step) else None
 
         try:
@@ -240,7 +240,7 @@ class Host:
         return step(*args, **kwargs)
 
     def _tick(self, denoiser: Denoiser, scheduler: Any, timestep: Any) -> None:
-        """Goes on by the clock of the scheduler that steps on the denoiser's evaluation."""
+        """Advances the clock of the scheduler that steps on the denoiser's evaluation."""
         self._timestep, self._last = timestep, denoiser
         owner = self._owner(denoiser, scheduler, timestep)
         self._clock = self._clocks.setdefault(id(owner), Clock())
@@ -248,7 +248,7 @@ class Host:
         denoiser.stepped(self._clock)
 
     def _owner(self, denoiser: Denoiser, scheduler: Any, timestep: Any) -> Any:
-        """Whose step this is: where two schedulers step on one evaluation, one for a preview, the pipeline's own."""
+        """The scheduler whose step this is: if two step on one evaluation, one for a preview, the pipeline's own."""
         own = self._parts.get("scheduler", scheduler)
         if own is scheduler:
             return scheduler
@@ -259,7 +259,7 @@ class Host:
     # Further steps on one evaluation
 
     def _check_seen(self, timestep: Any) -> None:
-        """Refuses a step before which no evaluation was seen; fine without guidance, or as a further step on one."""
+        """Refuses a step without an evaluation before it, unless it is unguided or another step on the last one."""
         again = self.report.steps and _same(timestep, self._timestep)
         replaced = self._replaced()
         self._meet()
@@ -267,7 +267,7 @@ class Host:
             refuse_unseen(self._call.name, len(self.report.steps), replaced, self._denoisers.values())
 
     def _follow(self, scheduler: Any, timestep: Any) -> None:
-        """Has the run go by a further step's clock, if it is the pipeline's own scheduler's."""
+        """Switches the run to a further step's clock, if it belongs to the pipeline's own scheduler."""
         last = self._last
         if last is None or scheduler is not self._parts.get("scheduler") or not _same(timestep, self._timestep):
             return
@@ -278,7 +278,7 @@ class Host:
             last.stepped(clock)
 
     def _again(self, taken: Collection[str], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The arguments of a further step on an evaluation that was used before, say after a preview of the sample."""
+        """The arguments of a further step on an evaluation used before, such as after a preview of the sample."""
         if self._handed is None:
             return args, kwargs
         output = by_name(taken, args, kwargs).get("model_output")
@@ -291,16 +291,16 @@ class Host:
     def _guide(
         self, denoiser: Denoiser, output: Tensor, sample: Tensor, fuse: Callable[[], FusedStep | None]
     ) -> Guided:
-        """What the scheduler is handed in place of `output`, which is the pipeline's own; nothing where that stands.
+        """What the scheduler gets in place of `output`, the pipeline's own prediction; nothing if that stays.
 
-        Where the rule and the scheduler's step can be one (`fuse`), what that step returns.
+        If the rule and the scheduler's step can be fused (`fuse`), what that step returns.
         """
         note = denoiser.cut.whole
         denoiser.settle()
         if denoiser.is_cut_short:
             seen = (
-                f"it was called {len(denoiser.outputs)} times where it had been called more often at each step, and "
-                "which prediction that is cannot be told from its arguments: use a policy that skips nothing, EveryStep"
+                f"it was called {len(denoiser.outputs)} times, but more often at earlier steps, and its arguments do "
+                "not tell which prediction that is: use a policy that skips nothing, EveryStep"
             )
             raise self._discovery.unsupported(denoiser, output, seen)
         step = self._step_of(denoiser)
@@ -310,7 +310,7 @@ class Host:
         if self._clock.went_back and self._discovery.acts:
             raise UnsupportedPipeline(
                 f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
-                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
+                "would need its own history; attach only CFG() with EveryStep() to it"
             )
         self._check_batch(denoiser, output)
         if denoiser.formula is None:
@@ -337,13 +337,13 @@ class Host:
         if w is not None and w < 0 and not self.rule.is_plain:
             raise UnsupportedPipeline(
                 f"{self._call.name} guides at a scale of {w:.4g} at step {len(self.report.steps)}: "
-                f"{self.rule} needs one from 0 up at every step; use CFG(), or call the pipeline with such a scale"
+                f"{self.rule} needs a scale from 0 up at every step; use CFG(), or call the pipeline with such a scale"
             )
         view, around = formula.view, self._call.around(formula.view.working(sample), self._clock.space)
 
         def finish(guided: Tensor, cond: Tensor) -> Tensor:
             finished = formula.finished(guided, cond, around)
-            # A prediction of zero may have been scaled by 0/0.
+            # The finish may have scaled a prediction of zero by 0/0.
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
         found = engine.guide(
@@ -360,21 +360,21 @@ class Host:
         return Guided(None if handed is output else handed)
 
     def _check_batch(self, denoiser: Denoiser, output: Tensor) -> None:
-        """Forgets the batch that was known where the step's is another one; refuses evaluations of neither."""
+        """Forgets the known batch if the step has another one; refuses evaluations that belong to neither."""
         formula, calls = denoiser.formula, len(denoiser.outputs)
         if formula is None:
             return
         if denoiser.is_on_another_batch and denoiser.nfe >= denoiser.nfe_full:
-            denoiser.forget()  # all of which was evaluated
+            denoiser.forget()  # the new batch was evaluated in full
         elif not (denoiser.fits and calls == formula.calls):
             seen = (
-                f"it was called {calls} times, {formula.calls} of them made its guidance until now, "
-                "and no other call can be told from the step's own: call the network outside callbacks"
+                f"it was called {calls} times, and until now {formula.calls} calls made its guidance; "
+                "other calls cannot be told from the step's own: call the network outside callbacks"
             )
             raise self._discovery.unsupported(denoiser, output, seen)
 
     def _unguided(self, denoiser: Denoiser, step: Step, output: Tensor, sample: Tensor, is_new: bool) -> Guided:
-        """A step without guidance: there is nothing to forecast it from, nor from it."""
+        """A step without guidance, which ends the forecast before it."""
         alone = [Decision(Action.CONDITIONAL if denoiser.nfe else Action.NEITHER)] * output.shape[0]
         note = "no guidance at this step"
         self._recording.add(step, alone, [False] * len(alone), *denoiser.take_cost(), note=note)
@@ -384,7 +384,7 @@ class Host:
         return Guided(output if is_new else None)
 
     def _made_up(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Tensor | None:
-        """The prediction of a step without guidance whose only call was skipped, to be forecast, as it should be."""
+        """The real prediction of a step without guidance, whose only call was skipped for a forecast."""
         y = denoiser.make_up() if self.policy.hands else None
         formula = denoiser.formula
         if y is None or formula is None:
@@ -393,11 +393,11 @@ class Host:
         return formula.view.emit(formula.seen(y, around).to(output.dtype), output)
 
     def _hand(self, denoiser: Denoiser, step: Step, guided: Tensor, sample: Tensor) -> Tensor:
-        """What the policy hands to the scheduler in place of `guided`, or of nothing where nothing was evaluated."""
+        """What the policy hands to the scheduler in place of `guided`, or of nothing if nothing was evaluated."""
         formula, engine = denoiser.formula, denoiser.engine
         assert formula is not None and engine is not None
         view = formula.view
-        if view.channels:  # of the sample's channels all are forecast, guided or not
+        if view.channels:  # forecast all of the sample's channels, guided or not
             view = replace(view, channels=min(sample.shape[1], guided.shape[1]))
         g, x = view.working(guided), view.working(sample)
         space = self._clock.space if x.shape == g.shape else None
@@ -408,7 +408,7 @@ class Host:
         return guided if found is g else view.emit(found.to(guided.dtype), guided)
 
     def _engine(self, denoiser: Denoiser) -> Engine:
-        """A new one for the batch whose formula was just found; it knows what its loop has seen before."""
+        """A new engine for the batch whose formula was just found; it knows what its loop has seen before."""
         assert denoiser.formula is not None
         loop = [each.engine for each in self._denoisers.values() if each.clock is denoiser.clock]
         before = [engine.history for engine in loop if engine is not None]
@@ -416,7 +416,7 @@ class Host:
         return Engine(self.rule, self.policy, history, self._recording)
 
     def _setting(self, denoiser: Denoiser, step: Step) -> dict[str, Any]:
-        """What a calibration depends on, as it is here."""
+        """This run's values of what a calibration depends on."""
         timesteps = self._clock.timesteps(self._clock.begin, step.count)
         return setting(self._call.pipe, denoiser.name, 1.0 if step.w is None else step.w, timesteps)
 
@@ -430,7 +430,7 @@ class Host:
         return note
 
     def _step_of(self, denoiser: Denoiser, coming: bool = False) -> Step:
-        """The denoiser's coming evaluation by its scheduler's clock, or the one that shows now."""
+        """The denoiser's current evaluation by its scheduler's clock, or the `coming` one."""
         clock, formula = denoiser.clock, denoiser.formula
         rows = 1 if formula is None else formula.rows
         if clock is None:
@@ -438,7 +438,7 @@ class Host:
         index, counted = clock.steps - (not coming), self._call.counted
         count = counted if counted is not None and index < counted < clock.count else clock.count
         step = replace(clock.step(index, count, clock.before, coming), rows=rows, denoiser=denoiser.name)
-        # How the sample will be mixed in is not known before the step: what is held is what the network puts out.
+        # Before the step its mix with the sample is unknown: the network's own output is held.
         return replace(step, velocity=1.0) if formula is not None and formula.mixed else step
 
     def _tell(self, prediction: Prediction | None, step: Step, handed: Tensor | None, sample: Tensor) -> None:
@@ -478,7 +478,7 @@ class Host:
 
 
 def _same(timestep: Any, other: Any) -> bool:
-    """Whether two timesteps are the same; waits for a device only where they are two objects."""
+    """Whether two timesteps are equal; waits for a device only if they are two objects."""
     if timestep is other:
         return True
     if timestep is None or other is None:

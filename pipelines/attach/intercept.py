@@ -1,13 +1,13 @@
-"""Stepping in front of one object's method, for one object and for a limited time, without touching its class.
+"""Intercepts one object's method for a limited time, without touching its class.
 
-`catch_call` catches `pipe(...)` until it is released: Python looks `__call__` up on the type, so the object is given
-a subclass of its own class, same name and all.
+`catch_call` catches `pipe(...)` until it is released. Python looks `__call__` up on the type, so the object gets
+a subclass of its own class, with the same name.
 
 `intercept_call` and `intercept_method` catch `module(...)` and `scheduler.step(...)` inside a block, and only in the
 thread that entered it: other pipelines that share the object may run in other threads, attached or not. Both put a
-`_StandIn` in an attribute of the instance, so that its type stays what compiled code and pipelines compare it with;
-`Module.__call__` looks at `_compiled_call_impl` before anything the module carries (forward hooks, accelerate's and
-diffusers' hooks, `torch.compile` in place or as a wrapper), all of which is left alone.
+`_StandIn` in an attribute of the instance, so that compiled code and pipelines still see the same type.
+`Module.__call__` looks at `_compiled_call_impl` before anything that the module carries (forward hooks, accelerate's
+and diffusers' hooks, `torch.compile` in place or as a wrapper). All of that stays untouched.
 """
 
 import copy
@@ -25,15 +25,15 @@ _HANDLER = "_diffusers_guidance_handler"
 
 Call = Callable[..., Any]
 Handler = Callable[[Any, Call, tuple, dict], Any]
-"""handler(obj, call, args, kwargs): stands for `obj(*args, **kwargs)`; `call` is the original."""
+"""handler(obj, call, args, kwargs): replaces `obj(*args, **kwargs)`; `call` is the original."""
 
 
 class _Transparent(type):
-    """Has a catching class be its original for whoever changes it: what is put on the class of an attached pipeline is
-    put on its own, for all pipelines of that class and for good. So what is read there must be safe to put back."""
+    """Forwards changes of a catching class to its original: what is put on the class of an attached pipeline is put on
+    the original, for all pipelines of that class and for good. So values read there must be safe to put back."""
 
     def mro(cls) -> list[type]:
-        """Its methods come before its original, and it comes after: `super(self.__class__, self)` is what it was."""
+        """Its methods come before its original, and itself after: `super(self.__class__, self)` stays the same."""
         itself, *others = super().mro()
         front = vars(cls).get(_FRONT)
         return [itself, *others] if front is None else [front, others[0], itself, *others[1:]]
@@ -58,7 +58,7 @@ _inside = threading.local()
 
 
 def _through(call: Any) -> Any:
-    """A class's `call` as whoever asks the class of a caught object for it gets it: it goes through the handler too."""
+    """A class's `call` for those who get it from the class of a caught object: it goes through the handler too."""
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +86,7 @@ def _handled(obj: Any, call: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _calls() -> list[int]:
-    """The objects whose own call is being made in this thread, by their ids, the innermost last."""
+    """The ids of objects whose own call is running in this thread, the innermost last."""
     return vars(_inside).setdefault("calls", [])
 
 
@@ -101,13 +101,13 @@ def _transparent(meta: type) -> type:
 def _catching(cls: type) -> Any:
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(self) is not catching:  # of a class that somebody has made of this one
+        if type(self) is not catching:  # its class is somebody's subclass of this one
             return cls.__call__(self, *args, **kwargs)
         return _handled(self, cls.__call__, args, kwargs)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "__class__" and handler_of(self) is not None and not _is_catching(value):
-            value = _catching(value)  # of another class it is attached all the same
+            value = _catching(value)  # it stays attached under its new class
         super(front, self).__setattr__(name, value)  # type: ignore[arg-type]
 
     def __copy__(self: Any) -> Any:
@@ -121,7 +121,7 @@ def _catching(cls: type) -> Any:
         return twin
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple:
-        """Pickled it is what it was: its class must be found by name, perhaps where this package is not."""
+        """Pickles the original object: its class must be found by name, perhaps where this package is missing."""
         if handler_of(self) is not None:
             warnings.warn(
                 f"this {cls.__name__} is pickled without what is attached to it: attach again where it is loaded",
@@ -132,7 +132,7 @@ def _catching(cls: type) -> Any:
 
     methods: dict[str, Any] = {"__call__": __call__, "__setattr__": __setattr__, "__slots__": ()}
     for method in (__copy__, __deepcopy__, __reduce_ex__):
-        # Copies stay caught, and copying would go by __reduce_ex__; a class with its own ways knows better.
+        # Copies stay caught, though copying would use __reduce_ex__; a class with its own methods keeps them.
         if getattr(cls, method.__name__, None) is getattr(object, method.__name__, None):
             methods[method.__name__] = method
     known_as = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -155,35 +155,35 @@ def catch_call(obj: Any, handler: Handler) -> None:
 
 
 def release_call(obj: Any) -> None:
-    """Gives `obj` its own class back; nothing happens where nothing was caught."""
+    """Gives `obj` its own class back; does nothing if nothing was caught."""
     vars(obj).pop(_HANDLER, None)
     if _is_catching(type(obj)):
         obj.__class__ = type(obj)._diffusers_guidance_original
 
 
 def handler_of(obj: Any) -> Handler | None:
-    """The handler `obj(...)` goes through, if any."""
+    """The handler of `obj(...)`, if any."""
     return vars(obj).get(_HANDLER)
 
 
 class _Hook(NamedTuple):
-    """Who steps in front of a method."""
+    """One interception of a method."""
 
     handler: Handler
     elsewhere: Callable[[], None]
-    """Told of calls from threads in which nobody does."""
+    """Called when threads without an interception call the method."""
 
 
 class _StandIn:
-    """Stands in `obj` for its `method`, which is `original`, in the threads that have a handler here.
+    """Replaces `method` of `obj`, its `original`, in the threads that have a handler here.
 
-    `kept` is what the attribute held before, None where the object had the method by its class alone.
+    `kept` is what the attribute held before; None if the object had the method only by its class.
     """
 
     def __init__(self, obj: Any, method: str, kept: Call | None):
         self.obj, self.method, self.kept = obj, method, kept
         self.original: Call = getattr(obj, method) if kept is None else kept
-        functools.update_wrapper(self, self.original, updated=())  # with its signature, at which pipelines look
+        functools.update_wrapper(self, self.original, updated=())  # with its signature, which pipelines inspect
         self.hooks: dict[int, list[_Hook]] = {}
         """By thread, the innermost last."""
 
@@ -198,7 +198,7 @@ class _StandIn:
 
     def __deepcopy__(self, memo: dict) -> Any:
         """A copied scheduler steps by itself: pipelines copy theirs for a second modality."""
-        if id(self.obj) not in memo:  # only the attributes are copied, to be given back to the same scheduler
+        if id(self.obj) not in memo:  # only attributes are copied, and go back to the same scheduler
             return self
         return copy.deepcopy(self.original, memo)
 
@@ -207,16 +207,16 @@ class _StandIn:
 
 
 class _Bare:
-    """Stands in `obj` for `__getstate__`, which copying and pickling ask: copies come without any stand-in."""
+    """Replaces `__getstate__` of `obj`, which copying and pickling call: copies have no stand-in."""
 
     def __init__(self, obj: Any):
         self.obj = obj
 
     def __deepcopy__(self, memo: dict) -> Any:
-        return self  # of attributes that are to be given back to the same object
+        return self  # copied attributes go back to the same object
 
     def __call__(self) -> Any:
-        own = getattr(type(self.obj), "__getstate__", None)  # before Python 3.11 not every class has one
+        own = getattr(type(self.obj), "__getstate__", None)  # not every class has one before Python 3.11
         state = vars(self.obj) if own is None else own(self.obj)
         if not isinstance(state, dict):
             return state
@@ -226,7 +226,7 @@ class _Bare:
 
 
 _lock = threading.Lock()
-"""Held while a stand-in comes or goes, which another thread may be about to use."""
+"""Held while a stand-in is added or removed, since another thread may be about to use it."""
 
 
 _NO_THREAD = -1
@@ -239,11 +239,11 @@ def _intercept(obj: Any, attribute: str, method: str, hook: _Hook, thread: int |
     with _lock:
         there = vars(obj).get(attribute)
         if not isinstance(there, _StandIn) or there.obj is not obj:
-            # What a copy was left with by its original's stand-in is not its own.
+            # A copy may still hold its original's stand-in.
             vars(obj).pop(attribute, None)
             own = there is not None and not isinstance(there, _StandIn) and not is_inherited(obj, method, there)
             there = vars(obj)[attribute] = _StandIn(obj, method, there if own else None)
-            if not isinstance(obj, torch.nn.Module):  # whose copies come without it as it is
+            if not isinstance(obj, torch.nn.Module):  # copies of a module come without it anyway
                 vars(obj)["__getstate__"] = _Bare(obj)
         there.hooks.setdefault(thread, []).append(hook)
     try:
@@ -262,7 +262,7 @@ def _intercept(obj: Any, attribute: str, method: str, hook: _Hook, thread: int |
 
 
 def is_inherited(obj: Any, method: str, bound: Any) -> bool:
-    """Whether `bound` is the `method` that `obj` has by its class, and nobody's own."""
+    """Whether `bound` is the `method` that `obj` inherits from its class, not a replacement."""
     function = getattr(bound, "__func__", None)
     return function is not None and function is getattr(type(obj), method, None) and bound.__self__ is obj
 
@@ -270,9 +270,9 @@ def is_inherited(obj: Any, method: str, bound: Any) -> bool:
 def intercept_call(
     module: torch.nn.Module, handler: Handler, elsewhere: Callable[[], None] = lambda: None
 ) -> AbstractContextManager[None]:
-    """Routes `module(...)` through `handler` inside the block, in this thread; of nested ones the innermost counts.
+    """Routes `module(...)` through `handler` inside the block, in this thread; the innermost of nested ones counts.
 
-    Calls from threads in which nobody routes it are told to `elsewhere`.
+    Calls from threads without a handler call `elsewhere`.
     """
     return _intercept(module, "_compiled_call_impl", "_call_impl", _Hook(handler, elsewhere))
 
@@ -280,7 +280,7 @@ def intercept_call(
 def intercept_method(
     obj: Any, method: str, handler: Handler, elsewhere: Callable[[], None] = lambda: None
 ) -> AbstractContextManager[None]:
-    """Likewise `obj.method(...)`, of a scheduler."""
+    """Likewise for `obj.method(...)` of a scheduler."""
     return _intercept(obj, method, method, _Hook(handler, elsewhere))
 
 

@@ -1,4 +1,4 @@
-"""All that code can remember from call to call, and how it is put back: what it can reach, and the tensors there."""
+"""All that code can remember from call to call (what it can reach, and the tensors there), and how to restore it."""
 
 import sys
 import types
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from diffusers_guidance.pipelines.attach.foreign import FUNCTIONS, KNOWN, Foreign, contents, home
 
 _INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_hf_hook", "_diffusers_hook"}
-"""Attributes of a module that no cache is in."""
+"""Attributes of a module that never hold a cache."""
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _OPEN: tuple[type, ...] = (dict, list, deque, set, np.ndarray, torch.Generator, types.CellType, types.MethodType)
 _OPEN += (partial, staticmethod, classmethod, types.SimpleNamespace)
-"""What of known packages may hold others' things."""
+"""Types of known packages that may hold others' objects."""
 _LIMIT = 20_000
-"""Objects within reach of foreign code that are looked at."""
+"""The most objects to look at within reach of foreign code."""
 _COPIED = 1 << 20
-"""Numbers of a tensor of which a copy is kept; larger ones may be weights."""
+"""The largest tensor to copy, in numbers; larger ones may be weights."""
 
 
 def held(thing: Any) -> dict[Any, Any]:
-    """What a thing holds that may change, by key."""
+    """What an object holds that may change, by key."""
     if isinstance(thing, dict):
         return {k: v for k, v in thing.items() if k not in _INTERNAL}
     if isinstance(thing, list | deque):
@@ -45,7 +45,7 @@ def held(thing: Any) -> dict[Any, Any]:
         own = {k: v for k, v in vars(thing).items() if k == "__call__" or not k.startswith("__")}
         return own if home(thing) not in KNOWN else {k: v for k, v in own.items() if not hasattr(v, "__get__")}
     if hasattr(type(thing), "__next__") and not isinstance(thing, IOBase):
-        return {"position": object()}  # it cannot be seen
+        return {"position": object()}  # it cannot be read
     declared = [vars(cls).get("__slots__", ()) for cls in type(thing).__mro__]
     names = {name for each in declared for name in ([each] if isinstance(each, str) else each) if name[:2] != "__"}
     names |= {"cell_contents"} if isinstance(thing, types.CellType) else set()
@@ -53,7 +53,7 @@ def held(thing: Any) -> dict[Any, Any]:
 
 
 def _put_back(thing: Any, was: dict[Any, Any]) -> None:
-    """Makes a thing hold what it held."""
+    """Restores what an object held."""
     now = held(thing)
     if isinstance(thing, dict):
         for key in now.keys() - was.keys():
@@ -70,7 +70,7 @@ def _put_back(thing: Any, was: dict[Any, Any]) -> None:
         for (i, name), value in was.items():
             _globals(thing)[1][i][name] = value
     elif not hasattr(type(thing), "__next__"):
-        kind = type if isinstance(thing, type) else object  # past a __setattr__ of their own
+        kind = type if isinstance(thing, type) else object  # bypasses their own __setattr__
         for name in now.keys() - was.keys():
             kind.__delattr__(thing, name)
         for name in (name for name in was if name not in now or now[name] is not was[name]):
@@ -78,7 +78,7 @@ def _put_back(thing: Any, was: dict[Any, Any]) -> None:
 
 
 def _globals(function: types.FunctionType) -> tuple[set[str], list[dict]]:
-    """The names that a function may look up, and where: its module, and others' modules that it names."""
+    """The names that a function may look up, and where: in its module, and in foreign modules that it names."""
     codes, names, space = [function.__code__], set(), function.__globals__
     while codes:
         code = codes.pop()
@@ -89,7 +89,7 @@ def _globals(function: types.FunctionType) -> tuple[set[str], list[dict]]:
 
 
 def _reach(thing: Any) -> list[Any]:
-    """What else is in reach of a thing, beside what it holds."""
+    """What else an object can reach, besides what it holds."""
     if isinstance(thing, types.FunctionType):
         return [*(thing.__closure__ or ()), thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
     if isinstance(thing, types.MethodType | partial | staticmethod | classmethod):
@@ -106,22 +106,22 @@ class _Numbers(NamedTuple):
     whose: Foreign
     tensor: Tensor
     state: tuple
-    """Changes with its numbers."""
+    """It changes when the numbers do."""
     copy: Tensor | None
 
 
 class Memory:
-    """All that `roots` can remember, as it is just now; without copies of the tensors of those that do not act.
+    """All that `roots` can remember, as it is now, without copies of the tensors of those that do not act.
 
-    Tensors at the addresses `outputs` are told by their numbers, since CUDA graphs write without leaving a trace.
+    Tensors at the addresses `outputs` are compared by their numbers, since CUDA graphs write without leaving a trace.
     """
 
     def __init__(self, roots: list[Foreign], acts: Callable[[Foreign], bool], outputs: frozenset[int]):
         self.held: list[tuple[Foreign, Any, dict]] = []
         self.tensors: dict[int, _Numbers] = {}
         self.unseen: list[Foreign] = []
-        """Whose memory is too large to be looked at."""
-        self._seen: dict[int, Any] = {}  # what was looked at, by number; kept, so that none comes back
+        """Those whose memory is too large to look at."""
+        self._seen: dict[int, Any] = {}  # visited objects by id; kept alive, so that no id is reused
         for root in sorted(roots, key=acts, reverse=True):
             queue = deque([root.code])
             if root.owner is not None:
@@ -138,7 +138,7 @@ class Memory:
             self.unseen += [root] if queue else []
 
     def _add(self, thing: Any, whose: Foreign) -> list[Any]:
-        """Looks at a thing; what is to be looked at next."""
+        """Looks at an object; returns what to look at next."""
         if isinstance(thing, tuple):
             return list(thing)
         known = home(thing) in KNOWN
@@ -162,7 +162,7 @@ class Memory:
         self.tensors[id(tensor)] = _Numbers(whose, tensor, state, copy)
 
     def restore(self, acts: Callable[[Foreign], bool]) -> None:
-        """Puts back what has changed; but what those have seen that only look on has happened."""
+        """Restores what has changed, except the memory of code that only watches."""
         for whose, thing, was in self.held:
             if acts(whose) and any(changes(was, held(thing))):
                 _put_back(thing, was)
@@ -172,7 +172,7 @@ class Memory:
 
 
 def changes(was: dict, now: dict) -> Iterator[tuple[Any, Any]]:
-    """What is held now that was not, each after what it was."""
+    """The changed values, as pairs of (before, now)."""
     for key in {**was, **now}:
         if _differ(now.get(key), was.get(key)):
             yield was.get(key), now.get(key)
@@ -183,7 +183,7 @@ def _differ(now: Any, was: Any) -> bool:
         return now is not was
     if isinstance(now, tuple):
         return len(now) != len(was) or any(map(_differ, now, was))
-    return not isinstance(now, _PLAIN) or bool(now != was and not (now != now and was != was))  # NaN is as it was
+    return not isinstance(now, _PLAIN) or bool(now != was and not (now != now and was != was))  # NaN equals NaN
 
 
 def address(tensor: Tensor) -> int:
@@ -191,7 +191,7 @@ def address(tensor: Tensor) -> int:
 
 
 def total(tensor: Tensor) -> str:
-    """Its sum in words, of which even NaN is like NaN."""
+    """Its sum as text, so that NaN equals NaN."""
     kind = torch.complex128 if tensor.is_complex() else torch.float64
     return str(tensor.detach().sum(dtype=None if tensor.device.type == "mps" else kind).item())
 
@@ -213,7 +213,7 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def is_among(tensor: Tensor, given: list[Tensor]) -> bool:
-    """Whether its numbers are those of one of `given`, in another dtype perhaps, and with rows to spare."""
+    """Whether its numbers equal those of one of `given`, perhaps in another dtype and with more rows."""
     for each in given:
         part = tensor[: len(each)] if 0 < tensor.ndim == each.ndim else tensor
         number = each.reshape(()) if each.numel() == 1 else each

@@ -1,8 +1,7 @@
 """A diffusers scheduler's steps as `Space`s: read off its numbers, and confirmed by its own arithmetic.
 
-Levels are believed only where the scheduler's step, its `add_noise` or its `scale_noise` uses the same. What cannot
-be read off is declared in one table, `_DECLARED`; the rest is refused. `_DECODERS` has a line for each type of
-prediction.
+Levels count only if the scheduler's step, its `add_noise` or its `scale_noise` uses the same. One table, `_DECLARED`,
+declares what cannot be read off; other schedulers are refused. `_DECODERS` has a line for each type of prediction.
 """
 
 import copy
@@ -44,7 +43,7 @@ def _per_step(s: Any, numbers: Tensor) -> Tensor:
 
 
 def _ddim_inverse(s: Any) -> _Levels:
-    # Inversion adds noise: the sample is one step cleaner than the timestep that the model is told.
+    # Inversion adds noise: the sample is one step cleaner than the timestep that the model gets.
     steps = s.config.num_train_timesteps
     t = (s.timesteps - steps // s.num_inference_steps).clamp(max=steps - 1)
     return _alphas_cumprod(torch.where(t < 0, s.initial_alpha_cumprod, s.alphas_cumprod[t.clamp(min=0)]))
@@ -65,7 +64,7 @@ class _Declared(NamedTuple):
     prediction: str | None = None
     """A line of `_DECODERS`, with a minus for its negative; None: `config.prediction_type`."""
     second_stage: Callable[[Any, Tensor], Tensor] | None = None
-    """Of a two-stage solver: where its second stages evaluate, given its sigmas at all stages."""
+    """For a two-stage solver: where its second stages evaluate, given its sigmas at all stages."""
 
 
 # Looked up by class name along the MRO: covers subclasses, imports no scheduler.
@@ -101,7 +100,7 @@ def _velocity(s: Tensor, n: Tensor, d: float) -> tuple:
     return s * d**2 / h**2, -n * d / h, n / h**2, s * d / h
 
 
-# (a, b, p, q) of every type of prediction y, for signal s, noise n and the data's standard deviation d.
+# (a, b, p, q) for every type of prediction y, with signal s, noise n and the data's standard deviation d.
 _DECODERS: dict[str, Callable[[Tensor, Tensor, float], tuple]] = {
     "epsilon": lambda s, n, d: (1 / s, -n / s, 0.0, 1.0),  # y = eps
     "sample": lambda s, n, d: (0.0, 1.0, 1 / n, -s / n),  # y = x0
@@ -112,7 +111,7 @@ _DECODERS: dict[str, Callable[[Tensor, Tensor, float], tuple]] = {
     "score": lambda s, n, d: (1 / s, n**2 / s, 0.0, -n),  # y = -eps / n
 }
 
-# Zero where the levels are such that the scheduler's own formula for the type is the one above.
+# Zero if, at these levels, the scheduler's own formula for the type equals the one above.
 _PREMISES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "v_prediction": lambda s, n, d: (torch.hypot(s, n) - 1) * (s - 1),
     "flow_prediction": lambda s, n, d: s + n - 1,
@@ -121,16 +120,16 @@ _PREMISES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def spaces(scheduler: Any) -> tuple[Space, ...]:
-    """One `Space` per entry of `scheduler.timesteps`, to be asked for after every `set_timesteps`.
+    """One `Space` per entry of `scheduler.timesteps`; call it after every `set_timesteps`.
 
-    In a pyramid (Helios), which sets timesteps anew for each stage, x0 is the sample that the stage leads to.
-    Leaves the scheduler as it is. Raises `UnsupportedScheduler` where its predictions' meaning is uncertain.
+    A pyramid (Helios) sets timesteps anew for each stage; there x0 is the sample that the stage leads to.
+    Does not change the scheduler. Raises `UnsupportedScheduler` if the meaning of its predictions is uncertain.
     """
     try:
         return _solve(scheduler)
     except UnsupportedScheduler:
         raise
-    except Exception as error:  # of whatever object plays the scheduler
+    except Exception as error:  # the scheduler may be any object
         _refuse(scheduler, f"its noise levels could not be read or confirmed ({error!r})", error)
 
 
@@ -148,14 +147,14 @@ def _solve(scheduler: Any) -> tuple[Space, ...]:
 
 
 def _on_host(scheduler: Any) -> Any:
-    """A shallow copy with its numbers on the host: one transfer, none where it counts its steps in sigmas there."""
+    """A shallow copy with its numbers on the host: one transfer, or none if its sigmas are there already."""
     s = copy.copy(scheduler)
     names = ("sigmas", "sigmas_interpol", "timesteps", "alphas_cumprod")
     numbers = {name: t for name in names if isinstance(t := getattr(s, name, None), Tensor)}
     away = {name: t for name, t in numbers.items() if t.device.type != "cpu"}
     if "sigmas" in numbers and not away.keys() & {"sigmas", "sigmas_interpol"} and hasattr(s, "set_begin_index"):
         if "timesteps" in away:
-            s.timesteps = torch.arange(len(s.timesteps))  # their number is all that counts
+            s.timesteps = torch.arange(len(s.timesteps))  # only their number counts
     elif away:
         parts = torch.cat([t.flatten() for t in away.values()]).cpu().split([t.numel() for t in away.values()])
         for (name, t), part in zip(away.items(), parts, strict=True):
@@ -172,7 +171,7 @@ def _read(s: Any, declared: _Declared) -> _Levels:
         if declared.second_stage:
             sigma[1::2] = declared.second_stage(s, sigma)
         if hasattr(s, "_sigma_to_alpha_sigma_t"):
-            # The step itself asks this, whatever add_noise does (SASolverScheduler's goes by timesteps).
+            # The step itself uses this, whatever add_noise does (SASolverScheduler's goes by timesteps).
             signal, noise = s._sigma_to_alpha_sigma_t(sigma)
             return _Levels(signal.double().expand_as(sigma), noise, sigma)
         levels = _flow(sigma) if hasattr(s, "scale_noise") else _exploding(sigma)
@@ -181,12 +180,12 @@ def _read(s: Any, declared: _Declared) -> _Levels:
     else:
         _refuse(s, "it has neither sigmas nor alphas_cumprod")
     _verify(s, levels)
-    # An inverted flow runs from noise at time 0 to data at 1 (Mochi's), which scale_noise does not know of.
+    # An inverted flow runs from noise at time 0 to data at 1 (Mochi's); scale_noise does not know that.
     return _flow(1 - levels.sigma) if _is_inverted(s) else levels
 
 
 def _verify(s: Any, levels: _Levels) -> None:
-    """Add noise to the probes (x0, eps) = (1, 0) and (0, 1) at the first, a middle and the last step."""
+    """Adds noise to the probes (x0, eps) = (1, 0) and (0, 1) at the first, a middle and the last step."""
     starts = [i for i in range(len(s.timesteps)) if _starts_step(s, i)]
     x0 = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
     for i in {starts[0], starts[len(starts) // 2], starts[-1]}:
@@ -209,16 +208,16 @@ def _decode(s: Any, declared: _Declared, levels: _Levels) -> Tensor:
         return torch.stack([a, b, (1 - a) / noise, -b / noise])
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
     if name not in _DECODERS:
-        _refuse(s, "its type of prediction is not known")
+        _refuse(s, "its type of prediction is unknown")
     d = s.config.sigma_data if name == "trigflow" or hasattr(s, "precondition_outputs") else 1.0
     if name in _PREMISES and _PREMISES[name](signal, noise, d).abs().max() > 1e-5:
-        _refuse(s, f"{name} does not go with its noise levels")
+        _refuse(s, f"{name} does not fit its noise levels")
     a, b, p, q = (torch.as_tensor(k).double().expand_as(signal) for k in _DECODERS[name](signal, noise, d))
     return torch.stack([a, sign * b, p, sign * q])
 
 
 def _prediction(s: Any, declared: _Declared) -> str:
-    # `from_config` carries foreign keys along: a declaration counts more, save in a subclass that has the choice.
+    # `from_config` copies foreign keys too, so a declaration counts more, except in a subclass that has the choice.
     choice = type(s).__name__ not in _DECLARED and "prediction_type" in inspect.signature(type(s)).parameters
     if declared.prediction and not choice:
         return declared.prediction if not _is_inverted(s) else f"-{declared.prediction}"
@@ -232,7 +231,7 @@ def _is_inverted(s: Any) -> bool:
     if not hasattr(s, "scale_noise") or s.sigmas[-1] <= s.sigmas[0]:
         return False
     if _config(s, "stochastic_sampling", True):
-        _refuse(s, "its step does not heed invert_sigmas")
+        _refuse(s, "its step ignores invert_sigmas")
     return True
 
 
@@ -247,14 +246,14 @@ def _starts_step(s: Any, i: int) -> bool:
 
 
 def starts_step(scheduler: Any, index: int) -> bool:
-    """Whether the coming `scheduler.step`, at this place in its table, is the first stage of a step, as it will count.
+    """Whether the coming `scheduler.step`, at this place in its table, is the first stage of a step by its own count.
 
-    Some count from where a run begins, which for image to image is the middle of the table.
+    Some schedulers count from the run's beginning, which for image to image is in the middle of the table.
     """
     if hasattr(scheduler, "plms_timesteps"):
         return _starts_step(scheduler, scheduler.counter)
     if hasattr(scheduler, "order_list"):
-        # A step has no more stages than there are outputs before this one, of which the last is at the end.
+        # A step has no more stages than there are outputs before this one; the last output is at the end.
         order, before = scheduler.order_list[index], scheduler.model_outputs[::-1]
         return next((k for k in range(order - 1, 0, -1) if before[k - 1] is not None), 0) == 0
     first = getattr(scheduler, "state_in_first_order", None)

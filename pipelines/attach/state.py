@@ -1,12 +1,12 @@
-"""What of a network lives from call to call: diffusers' stateful hooks, and what code that others put on it remembers.
+"""A network's state between calls: diffusers' stateful hooks, and what foreign code on the network remembers.
 
-A part of a batch can stand for the whole, and a call can be skipped, only where the network is the same function at
-every call. Networks of diffusers are. What people put on them may not be: a step cache in a replaced `forward`, an
+A run may evaluate a part of a batch, or skip a call, only if the network is the same function at
+every call. Networks of diffusers are. Foreign code on them may not be: a step cache in a replaced `forward`, an
 attention processor that counts its calls, a forward hook with a bank of tensors. A `Watch` compares what such code
 (`foreign.py`) can remember (`memory.py`) before and after each call.
 
-What changes is state, but for buffers: CUDA graphs and engines copy what they are given into tensors of their own,
-and write what they put out into one. What is set for the first time may belong to either, and is looked at again.
+Changes are state, except in buffers: CUDA graphs and engines copy their inputs into their own tensors,
+and write their outputs into one. A value set for the first time may be either, and is checked again.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,32 +22,32 @@ from diffusers_guidance.pipelines.attach.foreign import Finds, Foreign, scan
 from diffusers_guidance.pipelines.attach.memory import Memory, address, changes, fill, held, is_among, tensors, total
 
 _TOLERANT = ("diffusers.hooks.first_block_cache", "diffusers.hooks.text_kv_cache")
-"""Hooks that keep tensors by cache context, and count nothing: one half's calls may be skipped."""
+"""Hooks that keep tensors by cache context and do not count calls: one half's calls may be skipped."""
 
 
 @dataclass
 class Watch:
-    """Over one network in one run: whether what others have put on it keeps state, and which of it takes part."""
+    """Watches one network in one run: whether foreign code on it keeps state, and which of that code takes part."""
 
     module: nn.Module
     found: str = ""
-    """Why its calls must be made as they would be without us, in words; empty where nothing was found."""
+    """Why all its calls must be made as without `attach`, in words; empty if nothing was found."""
     takes_part: dict[str, None] = field(default_factory=dict)
     """Foreign code that had a part in the network's output, in words."""
     in_doubt: bool = False
-    """Whether something was set for the first time, or written that may be a buffer: to be called once more."""
+    """Whether a value was set for the first time, or a possible buffer written: call once more."""
     raised: BaseException | None = None
-    """What came out of a forward hook that only looks on: somebody wants the run to end."""
+    """The exception of a forward hook that only watches: somebody wants the run to end."""
     is_settled: bool = False
-    """Whether the step is over at which parts of the batch are tried."""
+    """Whether the step that tries parts of the batch is over."""
     finds: Finds = field(default_factory=Finds)
     _memory: Memory | None = None
-    """As it was before the last call."""
+    """The memory before the last call."""
     _outputs: frozenset[int] = frozenset()
-    """Where outputs were put."""
+    """The addresses of outputs."""
     _once_more: bool = False
     _acting: set[int] = field(default_factory=set)
-    """Forward hooks that have done something, by number."""
+    """Forward hooks that have acted, by number."""
 
     @cached_property
     def _parts(self) -> list[nn.Module]:
@@ -55,7 +55,7 @@ class Watch:
 
     @property
     def counting(self) -> str:
-        """The names of those of diffusers' hooks that count their calls."""
+        """The names of diffusers' hooks that count their calls."""
         names = (type(each).__name__ for each in self.finds.stateful if type(each).__module__ not in _TOLERANT)
         return ", ".join(dict.fromkeys(names))
 
@@ -68,7 +68,7 @@ class Watch:
         self.is_settled = True
 
     def scan(self) -> None:
-        """Sees what is on the network now."""
+        """Finds the foreign code on the network now."""
         self.finds = scan(self._parts)
         for each in self.finds.code:
             self._takes_part(each.what)
@@ -82,7 +82,7 @@ class Watch:
         return foreign.table is None or id(foreign.code) in self._acting
 
     def over(self, call: Callable) -> Callable:
-        """`call`, under watch where there is anything to find out."""
+        """`call`, watched if there is anything to find out."""
         is_plain = self.found or not (self.finds.code or self.finds.hooks)
         return call if is_plain else partial(self._call, call)
 
@@ -101,7 +101,7 @@ class Watch:
         return Memory(self.finds.code + self.finds.hooks, self._acts, self._outputs)
 
     def _compare(self, before: Memory, given: list[Tensor], outputs: list[Tensor]) -> None:
-        """Takes in what a call has changed: state, or what may be a buffer's."""
+        """Records a call's changes: state, or possibly a buffer's."""
         state: list[Foreign] = [*before.unseen]
         doubt: list[Foreign] = []
         for whose, thing, saved in before.held:
@@ -116,14 +116,14 @@ class Watch:
             if earlier is None or earlier.state != now:
                 (doubt if is_output or is_among(tensor, given) else state).append(whose)
             elif is_among(tensor, outputs) and not (is_output and now[1] is None):  # else a graph may have written it
-                state.append(whose)  # the output is one of an earlier call
+                state.append(whose)  # the output is from an earlier call
         self.in_doubt |= any(map(self._acts, doubt))
         for whose in filter(self._acts, state):
             self.found = self.found or f"{whose.what} keeps state from call to call"
 
     @contextmanager
     def once_more(self) -> Iterator[None]:
-        """For a call that is made again, to which nothing may be new, nor the last output's numbers matter.
+        """For a repeated call, which must set nothing new and must not depend on the last output's numbers.
 
         Leaves no trace.
         """
@@ -138,7 +138,7 @@ class Watch:
             memory.restore(self._acts)
 
     def restore(self) -> None:
-        """Leaves no trace of the last call."""
+        """Removes all traces of the last call."""
         if self._memory is not None:
             self._memory.restore(self._acts)
 
@@ -151,7 +151,7 @@ class Watch:
 
     @contextmanager
     def _in_front_of_hooks(self) -> Iterator[None]:
-        """Sees which hooks return something, or change what they are given."""
+        """Records which hooks return something, or change their inputs."""
         hooks = [hook for hook in self.finds.hooks if hook.table.get(hook.number) is hook.code]
         placed = [(hook, partial(self._seeing, hook)) for hook in hooks]
         for hook, seeing in placed:
@@ -160,7 +160,7 @@ class Watch:
             yield
         finally:
             for hook, seeing in placed:
-                if hook.table.get(hook.number) is seeing:  # else it has taken itself off
+                if hook.table.get(hook.number) is seeing:  # else it has removed itself
                     hook.table[hook.number] = hook.code
 
     def _seeing(self, hook: Foreign, *given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whose turn it is with what one thread at a time may use; who would wait for ever is told so."""
+"""Turns with what one thread at a time may use; refuses a thread that would wait forever."""
 
 import sys
 import threading
@@ -9,11 +9,11 @@ from diffusers_guidance.errors import GuidanceError
 
 _WAITS = [each.__code__ for each in (threading.Thread.join, Future.result, Future.exception)]
 _LOOK = 0.2
-"""Seconds between two looks at what the thread whose turn it is waits for."""
+"""Seconds between two checks of what the holding thread waits for."""
 
 
 class Turn:
-    """A lock that its thread may take again; of the others, one whose end its holder waits for is refused."""
+    """A lock that its thread may take again; it refuses a thread that the holder waits for."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -24,9 +24,9 @@ class Turn:
         while not self._lock.acquire(timeout=_LOOK):
             if _waits_for(self._holder, threading.get_ident()):
                 raise GuidanceError(
-                    f"{self.what} is in the middle of a call that waits for this thread, and one call at a time can be "
-                    "made of it: have the thread call a copy of the pipeline (copy.copy, with a scheduler of its own), "
-                    "or wait for it after the call"
+                    f"{self.what} is in the middle of a call that waits for this thread, and can run only one call at "
+                    "a time: let the thread call a copy of the pipeline (copy.copy, with its own scheduler), "
+                    "or wait for the thread after the call"
                 )
         self._holder, self._taken = threading.get_ident(), self._taken + 1
 
@@ -37,7 +37,7 @@ class Turn:
 
 
 def _waits_for(thread: int, other: int) -> bool:
-    """Whether a thread cannot go on before another one has come to its end, or to that of what it works at."""
+    """Whether a thread waits for another one's end, or for the end of its work."""
     frames, seen = sys._current_frames(), set[int]()
     while thread in frames and thread not in seen:
         seen.add(thread)
@@ -49,7 +49,7 @@ def _waits_for(thread: int, other: int) -> bool:
 
 
 def _waited(frame: FrameType | None, frames: dict[int, FrameType]) -> int:
-    """The thread that a frame waits for, without a limit of time; 0: none that can be told."""
+    """The thread that a frame waits for without a timeout; 0 if none is known."""
     while frame is not None:
         if frame.f_code in _WAITS and frame.f_locals.get("timeout") is None:
             awaited = frame.f_locals.get("self")
@@ -61,7 +61,7 @@ def _waited(frame: FrameType | None, frames: dict[int, FrameType]) -> int:
 
 
 def _works_at(frame: FrameType | None, future: object) -> bool:
-    """Whether a thread of an executor is at what comes to this future."""
+    """Whether a thread of an executor works on this future."""
     while frame is not None:
         if frame.f_code.co_name == "run" and getattr(frame.f_locals.get("self"), "future", None) is future:
             return True

@@ -280,7 +280,7 @@ def test_a_pipeline_that_cannot_be_verified_is_refused():
     entry = PIPELINES["AceStepPipeline"]  # does an APG of its own, with a momentum of its own
     pipe = entry.build()
     untouched = run(pipe, entry, 4)
-    with attach(pipe), pytest.raises(UnsupportedPipeline, match=r"AceStepPipeline.*put out \(2, .*was given \(1, "):
+    with attach(pipe), pytest.raises(UnsupportedPipeline, match=r"AceStepPipeline.*put out \(2, .*step got \(1, "):
         run(pipe, entry, 4)
     assert torch.equal(run(pipe, entry, 4), untouched)
 

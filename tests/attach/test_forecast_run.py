@@ -241,7 +241,7 @@ def test_denoised_and_other_predictions_are_never_mixed(after):
         run(pipe, entry, 10)
         skips = handle.report.steps[after + 1].nfe == 0
         if skips:
-            with pytest.raises(UnsupportedScheduler, match=f"step {after + 1} was to be forecast"):
+            with pytest.raises(UnsupportedScheduler, match=f"step {after + 1} cannot be forecast"):
                 run(pipe, entry, 10, callback_on_step_end=swap)
         else:
             run(pipe, entry, 10, callback_on_step_end=swap)

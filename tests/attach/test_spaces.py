@@ -491,7 +491,7 @@ def backwards(flow: Any, **options: Any) -> Any:
         (None, "no timesteps"),
         (UserDefined(prediction_type="curl"), "type of prediction"),
         (UserDefined(), "type of prediction"),
-        (UserDefined(prediction_type="flow_prediction"), "does not go with"),
+        (UserDefined(prediction_type="flow_prediction"), "does not fit"),
         (UserDefined(signal=0.9, prediction_type="epsilon"), "mixes"),
         (user_defined(add_noise=None), "could not be read or confirmed"),
         (user_defined(order=2), "later stages"),

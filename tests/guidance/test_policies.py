@@ -159,11 +159,11 @@ NO_PLANS = [
     ([], ValueError, "returned 0 decisions"),
     (["both", "both"], TypeError, "returned 'both' for sample 0"),
     ([("both", ""), ("both", "")], TypeError, r"returned \('both', ''\) for sample 0"),
-    ([Decision("both", None)] * 2, TypeError, "for sample 0: wanted is a Decision"),
-    ("both", TypeError, "returned 'both': wanted is a list of one Decision for each of 2 samples"),
-    (Decision("both"), TypeError, "wanted is a list of one Decision for each of 2"),
+    ([Decision("both", None)] * 2, TypeError, "for sample 0: it must be a Decision"),
+    ("both", TypeError, "returned 'both': it must return a list of one Decision for each of 2 samples"),
+    (Decision("both"), TypeError, "it must return a list of one Decision for each of 2"),
     (None, TypeError, "returned None"),
-    ({0: Decision("both")}, TypeError, "wanted is a list of one Decision"),
+    ({0: Decision("both")}, TypeError, "it must return a list of one Decision"),
     ([Decision("neither")] * 2, ValueError, "Says has no estimate of both predictions"),
 ]
 

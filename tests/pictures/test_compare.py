@@ -135,7 +135,7 @@ def test_columns_shown_unless_asked_for_others():
         ("search(99, calibration='dpm-20-5')", ["nfe=99", "from 2 to 40"]),
         ("search(25, 'dpm-20-5')", ["does not fit search(nfe"]),
         ("LinearAG(calibration='nowhere')", ["calibration='nowhere': no such file", "dpm-20-5"]),
-        ("LinearAG(calibration='NOTICE')", ["NOTICE is no safetensors file"]),
+        ("LinearAG(calibration='NOTICE')", ["NOTICE is not a safetensors file"]),
     ],
 )
 def test_column_refused(text, said, tmp_path):
@@ -211,7 +211,7 @@ def test_calibrated_columns_run_and_come_closer_for_their_cost(tmp_path):
     columns = ["CFG", "LinearAG", f"LinearAG({named})", f"search(25, {named})"]
     options = [option for column in columns for option in ("--column", column)]
     on_another = command("compare", "a rocket", *options[4:], "--out", tmp_path)
-    assert on_another.exit_code == 1 and "was made for something else than this run" in on_another.output
+    assert on_another.exit_code == 1 and "was made for another setting than this run" in on_another.output
     options += ["--scheduler", "DPMSolverMultistepScheduler", "--out", tmp_path]
     shown = command("compare", "a rocket", *options)
     assert shown.exit_code == 0, shown.output

@@ -58,7 +58,7 @@ WHOLE = {n: "perturbed attention needs all branches" for n, entry in PIPELINES.i
 PLAIN_ONLY = {"StableDiffusionPanoramaPipeline": r"each of its views would need a history of its own"}
 """Pipelines to which nothing but plain guidance at every step can be attached, and what they must say."""
 
-OWN_SCALES = {"StableVideoDiffusionPipeline": r"parts of a prediction at scales of their own"}
+OWN_SCALES = {"StableVideoDiffusionPipeline": r"parts of a prediction at different scales"}
 """Pipelines with more than one guidance scale, on which only CFG has a meaning, and what they must say to others."""
 
 UNTREATED = {
