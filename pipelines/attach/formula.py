@@ -99,12 +99,21 @@ class Formula(Layout, Combination):
         return self.combined([self.treated(self.view(part), around) for part in self.parts(outputs)], s, around)
 
     def residual(
-        self, expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale, around: Around, is_strict: bool = True
-    ) -> "Residual":
+        self,
+        expected: Tensor,
+        output: Tensor,
+        c: Tensor,
+        u: Tensor,
+        s: Scale,
+        around: Around,
+        is_strict: bool = True,
+        is_finite: bool = False,
+    ) -> Residual:
         """Compares what it makes of (c, u), of `cut`, with the pipeline's own; it allows what rounding may do.
 
         Args:
             is_strict: whether a formula that was exact must be so again; else it may be off in its last digits.
+            is_finite: whether all of these numbers are.
         """
         eps = max(torch.finfo(c.dtype).eps, torch.finfo(self.dtype).eps)
         if self.exact and self.is_stable and is_strict:
@@ -115,7 +124,7 @@ class Formula(Layout, Combination):
             noise, floor = 0.0, 4 * eps
         else:
             noise, floor = self.noise or torch.finfo(c.dtype).eps, 0.0
-        return residual(expected, output, self.terms(c, around), self.terms(u, around), s, noise, floor)
+        return residual(expected, output, self.terms(c, around), self.terms(u, around), s, noise, floor, is_finite)
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """The same, of `treated` branches."""

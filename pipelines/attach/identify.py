@@ -150,7 +150,7 @@ def _ratio(fit: Fit) -> float:
 def _fit(formula: Formula, parts: Sequence[Tensor], expected: Tensor, target: Tensor, s: Scale, around: Around) -> Fit:
     """How well `expected` explains `target`, with all that rounding may do."""
     c, u = parts[formula.cond_index], formula.away(parts)
-    found = formula.residual(expected, target, c, u, s, around)
+    found = formula.residual(expected, target, c, u, s, around, is_finite=True)
     return found.fit(found.norms.tolist())
 
 
@@ -514,7 +514,7 @@ class _Search:
         here = self.around.through(formula.view)
         c, u = formula.cut(self.outputs, here)
         expected = formula.reproduce(self.outputs, s, here)
-        found = formula.residual(expected, formula.view.working(self.output), c, u, s, here)
+        found = formula.residual(expected, formula.view.working(self.output), c, u, s, here, is_finite=True)
         fit = found.fit(found.norms.tolist())
         self._try(formula, formula.w(s), fit, norm(c - u))
         self.fitted = (formula, s, fit)

@@ -62,7 +62,14 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def residual(
-    expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale, noise: float | None = None, floor: float = 0.0
+    expected: Tensor,
+    output: Tensor,
+    c: Tensor,
+    u: Tensor,
+    s: Scale,
+    noise: float | None = None,
+    floor: float = 0.0,
+    is_finite: bool = False,
 ) -> Residual:
     """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype.
 
@@ -70,13 +77,15 @@ def residual(
 
     Args:
         noise: what rounding may do. Default: all that it can in the dtype of c.
+        is_finite: whether everything is known to be, so that nothing has to be counted as zero.
     """
     noise = torch.finfo(c.dtype).eps if noise is None else noise
     if expected.shape != output.shape:
         return Residual(torch.tensor([float("inf"), 0, 0, 0]), s, noise, floor)
-    expected, output = (t.nan_to_num(0, 0, 0) for t in (expected, output))
+    if not is_finite:
+        expected, output, c, u = (t.nan_to_num(0, 0, 0) for t in (expected, output, c, u))
     # Each in a pass of its own: what is large is not copied to be compared.
-    norms = torch.stack([_norm(t) for t in (expected - output, output, c.nan_to_num(0, 0, 0), u.nan_to_num(0, 0, 0))])
+    norms = torch.stack([_norm(t) for t in (expected - output, output, c, u)])
     return Residual(norms, s, noise, floor)
 
 

@@ -150,7 +150,11 @@ class Says(Policy):
 
 
 NO_PLANS = [
-    ([Decision("cond")] * 2, ValueError, "decided 'cond' for sample 0: choose one of both, conditional, extrapolate, neither"),
+    (
+        [Decision("cond")] * 2,
+        ValueError,
+        "decided 'cond' for sample 0: choose one of both, conditional, extrapolate, neither",
+    ),
     ([Decision("both"), Decision("extrapolat")], ValueError, "decided 'extrapolat' for sample 1"),
     ([Decision(None)] * 2, ValueError, "decided None"),
     ([Decision(["both"])] * 2, ValueError, r"decided \['both'\]"),
