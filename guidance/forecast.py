@@ -36,7 +36,7 @@ from torch import Tensor
 
 from diffusers_guidance.calibration import gains
 from diffusers_guidance.spaces import Space
-from diffusers_guidance.variogram import PowerLaw, Variogram, kriged
+from diffusers_guidance.variogram import Measured, PowerLaw, kriged
 
 UNMEASURED = PowerLaw()
 
@@ -47,20 +47,20 @@ Combination = dict[int, float]
 
 
 @lru_cache(maxsize=4096)
-def estimate(steps: tuple[int, ...], at: int, variogram: Variogram = UNMEASURED) -> Combination:
+def estimate(steps: tuple[int, ...], at: int, variogram: PowerLaw | Measured = UNMEASURED) -> Combination:
     """The best estimate of step `at` from the predictions of `steps`."""
     known, wanted = torch.tensor(steps), torch.tensor([at])
     weights = kriged(variogram.between(known, known), variogram.between(known, wanted))
     return dict(zip(steps, weights[0].tolist(), strict=True))
 
 
-def forecast(evaluated: Sequence[int], at: int, variogram: Variogram = UNMEASURED) -> Combination:
+def forecast(evaluated: Sequence[int], at: int, variogram: PowerLaw | Measured = UNMEASURED) -> Combination:
     """What a skipped step is handed: an estimate from the last two evaluated ones."""
     return estimate(tuple(evaluated[-2:]), at, variogram)
 
 
 def repayment(
-    evaluated: Sequence[int], skipped: Sequence[int], gain: Sequence[float], variogram: Variogram = UNMEASURED
+    evaluated: Sequence[int], skipped: Sequence[int], gain: Sequence[float], variogram: PowerLaw | Measured = UNMEASURED
 ) -> Combination:
     """What the last of the `evaluated` steps is handed beside its own prediction.
 
@@ -95,7 +95,7 @@ def denoised_gains(table: tuple[Space, ...]) -> tuple[float, ...]:
 
 @lru_cache(maxsize=64)
 def pattern(
-    count: int, evaluations: int, table: tuple[Space, ...] = (), variogram: Variogram = UNMEASURED
+    count: int, evaluations: int, table: tuple[Space, ...] = (), variogram: PowerLaw | Measured = UNMEASURED
 ) -> tuple[bool, ...]:
     """By step, whether it is evaluated: the first, the last two, and of the others those that are costliest to skip.
 
@@ -117,14 +117,14 @@ def pattern(
     return (*_cheapest(weight[:-1], evaluations - 1, variogram), True)
 
 
-def missed(chosen: Sequence[bool], weight: Tensor, variogram: Variogram) -> float:
+def missed(chosen: Sequence[bool], weight: Tensor, variogram: PowerLaw | Measured) -> float:
     """What a pattern is predicted to miss: the sum over its gaps that `pattern` makes least."""
     evaluated = [i for i, was in enumerate(chosen) if was]
     costs = _costs(weight, max((k - i for i, k in pairwise(evaluated)), default=1), variogram)
     return sum(float(costs[k - i, k]) for i, k in pairwise(evaluated))
 
 
-def _costs(weight: Tensor, furthest: int, variogram: Variogram) -> Tensor:
+def _costs(weight: Tensor, furthest: int, variogram: PowerLaw | Measured) -> Tensor:
     """(furthest + 1, T): [g, i] is what skipping the g - 1 steps before i costs, if i - g and i are evaluated."""
     count = len(weight)
     costs = torch.zeros(furthest + 1, count, **_HOST)
@@ -141,7 +141,7 @@ def _costs(weight: Tensor, furthest: int, variogram: Variogram) -> Tensor:
     return costs.square()  # errors between two evaluated steps point the same way
 
 
-def _cheapest(weight: Tensor, evaluations: int, variogram: Variogram) -> tuple[bool, ...]:
+def _cheapest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured) -> tuple[bool, ...]:
     """Which steps to evaluate, the first and the last among them, so that skipping the others costs the least."""
     count = len(weight)
     furthest = math.ceil((count - 1) / (evaluations - 1))  # from one evaluated step to the next
@@ -163,7 +163,7 @@ def _cheapest(weight: Tensor, evaluations: int, variogram: Variogram) -> tuple[b
     return tuple(chosen)
 
 
-def weights(table: tuple[Space, ...], variogram: Variogram = UNMEASURED) -> Tensor:
+def weights(table: tuple[Space, ...], variogram: PowerLaw | Measured = UNMEASURED) -> Tensor:
     """(T,) by step, the squared part an error has of its denoised prediction; where the variogram does not know how
     strongly that moves there, times a guess of it."""
     gain = torch.tensor(denoised_gains(table), **_HOST).square()

@@ -6,24 +6,12 @@ runs say it themselves (`Measured`, see `motion.py`). A sum of variograms is one
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 ROUGHNESS = 1.4
 """p: over t steps a guided prediction moves by about t^(p/2). As measured it is between 1.3 and 1.7."""
-
-
-class Variogram(Protocol):
-    """How far apart predictions are."""
-
-    is_measured: bool
-    """Whether it knows where in a run predictions move much; else it is the same everywhere."""
-
-    def between(self, first: Tensor, second: Tensor) -> Tensor:
-        """(n, m) float64 from each of n steps to each of m."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +21,10 @@ class PowerLaw:
     roughness: float = ROUGHNESS
 
     is_measured = False
+    """Whether it knows where in a run predictions move much; else it is the same everywhere."""
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
+        """(n, m) float64 from each of n steps to each of m."""
         return power(first, second, self.roughness)
 
 
@@ -48,6 +38,7 @@ class Measured:
     is_measured = True
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
+        """(n, m) float64 from each of n steps to each of m."""
         return self.values[first[:, None], second]
 
 

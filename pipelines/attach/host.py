@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffusers_guidance.engine import Engine, Guided, Observer
 from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.learning import Recorder
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -63,12 +64,19 @@ class Host:
 
     Args:
         observers: told of every step; see `engine.Observer`.
+        recorder: records the run, of a policy that `learns`.
     """
 
     def __init__(
-        self, pipe: Any, rule: Rule, policy: Policy, arguments: dict[str, Any], observers: Sequence[Observer] = ()
+        self,
+        pipe: Any,
+        rule: Rule,
+        policy: Policy,
+        arguments: dict[str, Any],
+        observers: Sequence[Observer] = (),
+        recorder: Recorder | None = None,
     ):
-        self.rule, self.policy, self._observers = rule, policy, observers
+        self.rule, self.policy, self._observers, self._recorder = rule, policy, observers, recorder
         self._call = Call(pipe, arguments)
         self.report = Report(self._call.name, repr(rule), repr(policy))
         self._recording = Recording(self.report)
@@ -400,7 +408,7 @@ class Host:
         loop = [each.engine for each in self._denoisers.values() if each.clock is denoiser.clock]
         before = [engine.history for engine in loop if engine is not None]
         history = History.following(before, self._clock.steps - 1, denoiser.formula.rows, denoiser.name)
-        return Engine(self.rule, self.policy, history, self._recording)
+        return Engine(self.rule, self.policy, history, self._recording, recorder=self._recorder)
 
     def _setting(self, denoiser: Denoiser, step: Step) -> dict[str, Any]:
         """What a calibration depends on, as it is here."""

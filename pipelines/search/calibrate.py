@@ -41,6 +41,8 @@ class Recorder(EveryStep):
     """By the denoiser's name: the run's step at which its history begins, and the history."""
 
     remembers = True
+    learns = True
+    """The handle keeps how its predictions move."""
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         self.histories.setdefault(history.denoiser, (step.index, history))
@@ -211,7 +213,8 @@ def _run(
     except UnsupportedScheduler:
         made["gains"] = [1.0] * len(made["timesteps"])
     counts = {text: negatives.count(text) for text in dict.fromkeys(negatives)}
-    return Calibration(made, denoisers, counts)
+    moving = handle.calibration
+    return Calibration(made, denoisers, counts, () if moving is None else moving.motions)
 
 
 def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:
