@@ -182,7 +182,8 @@ class Calibration:
     @property
     def steps(self) -> int:
         """Evaluations of a whole run."""
-        return len(self.setting.get("timesteps", ()))
+        self._need_moments()
+        return len(self.setting["timesteps"])
 
     @property
     def digest(self) -> str:
@@ -213,12 +214,20 @@ class Calibration:
 
         A solver of two stages evaluates more often; and some pipelines' scale is one less than w.
         """
+        self._need_moments()
         return {name: self.setting["calibrated"][name] for name in ("num_inference_steps", "guidance_scale")}
 
     @property
     def gains(self) -> Tensor:
         """(steps,) float64: how much an error of each step's prediction moves the sample; see `gains`."""
+        self._need_moments()
         return torch.tensor(self.setting["gains"], dtype=torch.float64)
+
+    def _need_moments(self) -> None:
+        if not self.denoisers:
+            raise CalibrationMismatch(
+                f"{self!r} says how predictions move, and serves Forecast alone: make one with calibrate(pipe, prompts)"
+            )
 
     def __add__(self, other: "Calibration") -> "Calibration":
         motions = merged([*self.motions, *other.motions])
@@ -256,10 +265,7 @@ class Calibration:
 
     def moments(self, denoiser: str) -> Moments:
         """Those of a denoiser by its name; the only ones there are where it has none."""
-        if not self.denoisers:
-            raise CalibrationMismatch(
-                f"{self!r} was learned from runs, and serves Forecast alone: make one with calibrate(pipe, prompts)"
-            )
+        self._need_moments()
         if not denoiser and len(self.denoisers) == 1:
             return next(iter(self.denoisers.values()))
         if denoiser not in self.denoisers:

@@ -81,6 +81,26 @@ def repayment(
     return found
 
 
+@lru_cache(maxsize=64)
+def summed_error(
+    chosen: tuple[bool, ...], table: tuple[Space, ...], by: PowerLaw | Measured, measured: Measured
+) -> float:
+    """The mean square, as `measured`, of the sum of errors times gains, of estimates made `by` a variogram."""
+    gain, total, evaluated, skipped = denoised_gains(table), torch.zeros(len(table), **_HOST), [], []
+    for t, is_evaluated in enumerate(chosen):
+        if is_evaluated:
+            evaluated.append(t)
+            handed = repayment(evaluated[-3:], skipped, gain, by) if skipped else {}
+            skipped = []
+        else:
+            skipped.append(t)
+            handed = forecast(evaluated, t, by)
+            total[t] -= gain[t]
+        for step, factor in handed.items():
+            total[step] += gain[t] * factor
+    return float(-total @ measured.values @ total) / 2  # the factors of all steps sum to 0
+
+
 def combined(predictions: dict[int, Tensor], combination: Combination) -> Tensor:
     """The combination of the predictions, which are kept by step; at least float32."""
     terms = [factor * predictions[step] for step, factor in combination.items()]

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import re
 import weakref
 
 import pytest
@@ -16,6 +17,7 @@ from tiny import PIPELINES, counting, run
 from diffusers_guidance import (
     APG,
     CFG,
+    AdaptiveGuidance,
     Calibration,
     CalibrationMismatch,
     EveryStep,
@@ -27,7 +29,7 @@ from diffusers_guidance import (
     samples,
     search,
 )
-from diffusers_guidance.forecast import denoised_gains, estimate, pattern, repayment
+from diffusers_guidance.forecast import combined, denoised_gains, estimate, forecast, pattern, repayment, summed_error
 from diffusers_guidance.learning import Recorder
 from diffusers_guidance.motion import Motion, known, level, merged, served
 from diffusers_guidance.pipelines.attach.schedulers import spaces
@@ -138,6 +140,31 @@ def test_the_nearest_scale_is_asked():
     assert known((), table, 5.0) is None
 
 
+@pytest.mark.parametrize("evaluations", [7, 9, 12])
+def test_the_summed_error_is_that_of_the_run_it_predicts(evaluations):
+    """Against paths: what is handed at each step, in numbers, and the sum of gain times error."""
+    scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    scheduler.set_timesteps(16)
+    table = spaces(scheduler)
+    gain, chosen = denoised_gains(table), pattern(16, evaluations, table)
+    x, b = gaussian(torch.tensor([level(space) for space in table], dtype=torch.float64))
+    d = x + 4 * b
+    measured = Measured((d[:, None] - d).square().mean(-1) + 1e-12 * (1 - torch.eye(16, dtype=torch.float64)))
+    for by in (measured, PowerLaw()):
+        evaluated, skipped, total = [], [], torch.zeros_like(d[0])
+        paths = dict(enumerate(d))
+        for t, was in enumerate(chosen):
+            if was:
+                evaluated.append(t)
+                if skipped:
+                    total += gain[t] * combined(paths, repayment(evaluated[-3:], skipped, gain, by))
+                skipped = []
+            else:
+                skipped.append(t)
+                total += gain[t] * (combined(paths, forecast(evaluated, t, by)) - d[t])
+        assert summed_error(chosen, table, by, measured) == pytest.approx(float(total.square().mean()), rel=1e-4)
+
+
 # A run
 
 
@@ -188,7 +215,10 @@ def test_what_is_handed_follows_from_what_was_learned(bundled):
         draw(bundled)
         report, calibration = handle.report, handle.calibration
     table = spaces(bundled.scheduler)
-    by = known(calibration.motions, table, 5.0).variogram
+    measured = known(calibration.motions, table, 5.0).variogram
+    chosen = pattern(STEPS, 5, table)
+    by = min(measured, PowerLaw(), key=lambda each: summed_error(chosen, table, each, measured))
+    assert ("power law" in report.steps[0].note) == (by is not measured)
     assert show(report) == "".join("#" if each else "." for each in pattern(STEPS, 5, table))
     first = show(report).index(".")
     denoised = [s.a * x + s.b * y for s, (x, y) in zip(table, seen, strict=True)]
@@ -356,9 +386,13 @@ def test_a_damaged_file_is_refused(bundled, tmp_path):
 
 
 def test_what_calibrate_makes_serves_both_kinds(bundled, tmp_path):
+    said = []
     made = calibrate(
-        bundled, ["a tiger", "a house"], trajectories=2, num_inference_steps=STEPS, path=tmp_path / "c.safetensors"
-    )
+        bundled, ["a tiger", "a house"], trajectories=2, num_inference_steps=STEPS, path=tmp_path / "c.safetensors",
+        batch_size=1, progress=lambda *at: said.append(at),
+    )  # fmt: skip
+    assert said[0] == ("calibrating, as long as making 2 pictures of 8 steps under full guidance", 0, 2)
+    assert re.fullmatch(r"calibrating, about \d+ (s|min) left", said[1][0])
     assert [(m.runs, m.scale, len(m.levels)) for m in made.motions] == [(2, 5.0, STEPS)]
     for policy in (Forecast(0.4, calibration=made), search(made, 10), LinearAG(made)):
         with attach(bundled, policy=policy) as handle:
@@ -370,8 +404,14 @@ def test_what_calibrate_makes_serves_both_kinds(bundled, tmp_path):
     joined = made.portable + other.portable
     assert [(m.runs, m.scale) for m in joined.motions] == [(2, 5.0), (1, 7.5)]
     assert (made + other.portable).denoisers.keys() == made.denoisers.keys()
-    with pytest.raises(CalibrationMismatch, match="serves Forecast alone"):
-        Schedule(["both"] * 3 + ["neither"], joined)
+    for use in (
+        lambda: Schedule(["both"] * 3 + ["neither"], joined),
+        lambda: search(joined, 10),
+        lambda: AdaptiveGuidance.from_calibration(joined),
+        lambda: LinearAG(joined).schedule(STEPS),
+    ):
+        with pytest.raises(CalibrationMismatch, match="serves Forecast alone"):
+            use()
 
 
 def test_files_of_the_first_format_serve_what_they_served(bundled):
