@@ -185,6 +185,8 @@ class Engine:
 
         For a policy that `hands`, at a guided step that has been reported.
         """
+        if guided is None and self.recorder is not None:
+            self.recorder.skip()
         found = self.policy.hand(step, self.history, guided)
         self.recording.add_to_last(found.note, found.sizes)
         return found.prediction

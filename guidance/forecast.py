@@ -86,7 +86,9 @@ def summed_error(
     chosen: tuple[bool, ...], table: tuple[Space, ...], by: PowerLaw | Measured, measured: Measured
 ) -> float:
     """The mean square, as `measured`, of the sum of errors times gains, of estimates made `by` a variogram."""
-    gain, total, evaluated, skipped = denoised_gains(table), torch.zeros(len(table), **_HOST), [], []
+    gain, total = denoised_gains(table), torch.zeros(len(table), **_HOST)
+    evaluated: list[int] = []
+    skipped: list[int] = []
     for t, is_evaluated in enumerate(chosen):
         if is_evaluated:
             evaluated.append(t)

@@ -15,6 +15,8 @@ from diffusers_guidance.steps import Prediction, Step
 Fingerprints = Callable[[Sequence[str]], dict[str, Any]]
 """What tells models apart, of the networks of these names; see `Calibration.check`."""
 
+_NOT_FULL = "not every step was evaluated"
+
 
 class Recorder:
     """Records the motion of one run, as long as all of it is evaluated.
@@ -43,7 +45,7 @@ class Recorder:
             return
         space, sample, c = step.space, step.sample, prediction.cond
         if not all(prediction.evaluated):
-            return self._stop("not every step was evaluated")
+            return self.skip()
         if space is None or sample is None or sample.shape != c.shape or step.w is None:
             return self._stop("its predictions cannot be denoised")
         if self._seen and self._seen[0][0].shape != c.shape:
@@ -60,6 +62,10 @@ class Recorder:
         self._levels.append(level(space))
         self._scale = step.w if self._scale is None else self._scale
         return None
+
+    def skip(self) -> None:
+        """Told of a step that was not evaluated: this run is not recorded."""
+        self._stop(_NOT_FULL)
 
     def _stop(self, why: str) -> None:
         self.lack, self._is_over, self._seen, self._products = why, True, [], []
@@ -116,7 +122,7 @@ class Learner:
 
     def take(self, recorder: Recorder, pipeline: str, fingerprints: Fingerprints) -> str:
         """Adds what a run showed; what the report is to say of it."""
-        if recorder.lack == "not every step was evaluated":
+        if recorder.lack == _NOT_FULL:
             return ""
         motion = recorder.motion()
         if motion is None:

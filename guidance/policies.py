@@ -402,7 +402,8 @@ class Forecast(Policy):
         if found is None:
             return UNMEASURED
         chosen, measured = self.pattern(len(table), table), found.variogram
-        return min(measured, UNMEASURED, key=lambda by: summed_error(chosen, table, by, measured))
+        by_measured, by_law = (summed_error(chosen, table, by, measured) for by in (measured, UNMEASURED))
+        return measured if by_measured < by_law else UNMEASURED
 
     def _learning(self, table: tuple[Space, ...], scale: float | None) -> str:
         """Why a run of these steps is made in full, to be learned; nothing where it is not."""

@@ -342,13 +342,13 @@ def test_a_guider_learns_too(name):
     pair = Pair(name)
     guiders = pair.guide(CFG(), Forecast(0.4, learn=True))
     with counting(*pair.denoisers) as count:
-        pair.run_modular()
+        pair.run()
         full = count.total
-        pair.run_modular()
+        pair.run()
     assert count.total - full < full
-    for guider in guiders:
-        assert guider.calibration is not None and len(guider.calibration.motions) == 1
-        assert any("forecasts by 1 run" in step.note for each in guiders for step in each.report.steps)
+    assert any("forecasts by 1 run" in step.note for guider in guiders for step in guider.report.steps)
+    learned = [guider.calibration for guider in guiders if guider.calibration is not None]
+    assert learned and all(len(each.motions) == 1 for each in learned)
 
 
 # The file
