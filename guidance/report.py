@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ class StepReport:
     denoised prediction, of a batch as a whole."""
     repaid: float | None = None
     """How large the repayment is, likewise."""
+
+    def add_note(self, note: str) -> None:
+        """Adds to what is said of the step."""
+        self.note = "; ".join(filter(None, [self.note, note]))
 
 
 @dataclass
@@ -144,10 +148,7 @@ class Recording:
 
     def __init__(self, report: Report, first: int = 0):
         self.report, self.first = report, first
-        self._similarities: dict[int, Tensor] = {}
-        """By step, (2, rows) each."""
-        self._sizes: dict[int, Tensor] = {}
-        """By step, (2,) each: of forecasts' errors and of repayments."""
+        self._unread: list[tuple[Tensor, Callable[[Tensor], None]]] = []
 
     def add(
         self,
@@ -166,8 +167,6 @@ class Recording:
             evaluated: by sample, whether both of its predictions were evaluated.
             similarity: (2, rows), of the denoised predictions and of the noise.
         """
-        if similarity is not None:
-            self._similarities[len(self.report.steps)] = similarity
         alone = [Action.NEITHER if each.action == Action.NEITHER else Action.CONDITIONAL for each in plan]
         reasons = dict.fromkeys(filter(None, [note, *(each.why for each in plan)]))
         self.report.steps.append(
@@ -186,33 +185,46 @@ class Recording:
                 note="; ".join(reasons),
             )
         )
+        added = self.report.steps[-1]
+
+        def tell(values: Tensor) -> None:
+            added.similarity, added.similarity_noise = map(to_list, values)
+
+        if similarity is not None:
+            self.read_later(similarity, tell)
+
+    def read_later(self, numbers: Tensor, tell: Callable[[Tensor], None]) -> None:
+        """Has `tell` given these numbers at the end of the run, on the host."""
+        self._unread.append((numbers, tell))
 
     def add_to_last(self, note: str, sizes: Tensor | None = None) -> None:
         """What a policy has to say of the last step's forecast, and by how much it was off; see `Handed`."""
         step = self.report.steps[-1]
-        step.note = "; ".join(filter(None, [step.note, note]))
+        step.add_note(note)
+
+        def tell(values: Tensor) -> None:
+            step.off, step.repaid = to_list(values)
+            off, repaid = values.tolist()
+            step.note += f": off by {off:.2g}, repaid {repaid:.2g}, of the denoised prediction"
+
         if sizes is not None:
-            self._sizes[len(self.report.steps) - 1] = sizes
+            self.read_later(sizes, tell)
 
     def finish(self) -> Report:
-        """The report, once what is on the device has been brought to the host; in one transfer of each kind."""
-        steps = self.report.steps
-        for i, values in zip(self._similarities, to_host([*self._similarities.values()]), strict=True):
-            steps[i].similarity, steps[i].similarity_noise = map(to_list, values)
-        for i, sizes in zip(self._sizes, to_host([*self._sizes.values()]), strict=True):
-            steps[i].off, steps[i].repaid = to_list(sizes)
-            off, repaid = sizes.tolist()
-            steps[i].note += f": off by {off:.2g}, repaid {repaid:.2g}, of the denoised prediction"
-        self._similarities, self._sizes = {}, {}
+        """The report, once what is on the device has been brought to the host, in one transfer."""
+        unread, self._unread = self._unread, []
+        for (_, tell), values in zip(unread, to_host([numbers for numbers, _ in unread]), strict=True):
+            tell(values)
         return self.report
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers on the host, by one transfer for all that are elsewhere."""
-    away = [tensor.detach() for tensor in tensors if tensor.device.type != "cpu"]
-    numbers = torch.cat([tensor.flatten().to(away[0].device) for tensor in away]).cpu() if away else torch.empty(0)
-    parts = iter(numbers.split([tensor.numel() for tensor in away]))
-    return [tensor.detach() if tensor.device.type == "cpu" else next(parts).view(tensor.shape) for tensor in tensors]
+    """The same numbers on the host, by one transfer for all."""
+    if not tensors:
+        return []
+    numbers = torch.cat([each.detach().flatten().to(tensors[0].device) for each in tensors]).cpu()
+    parts = numbers.split([each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 def to_list(values: Tensor) -> list[float | None]:

@@ -172,7 +172,7 @@ class APG(Rule):
 
     @classmethod
     def preset(cls, family: Any, **changes: Any) -> "APG":
-        """The settings published for a family of pipelines.
+        """The settings for a family of pipelines.
 
         Args:
             family: a name from `PRESETS`, or a pipeline, whose class name is looked for there. A pipeline of
@@ -350,9 +350,10 @@ PRESETS = {
     ),
     "waver": Preset(APG(norm_threshold=27.0), "", "shipped with Waver, w = 8"),
     "infinitetalk": Preset(APG(momentum=-0.75, norm_threshold=55.0), "", "shipped with InfiniteTalk"),
+    "emoji": Preset(APG(norm_threshold=6, eta=0.5), "", "measured on the bundled model: docs/results/apg.md"),
     "stable-diffusion.cpp": Preset(APG(norm_threshold=5.0), "", "advice of stable-diffusion.cpp"),
 }
-"""Published settings of APG by family; those with a prefix are recognised from a pipeline's class.
+"""Settings of APG by family: published, or measured here; those with a prefix are recognised from a pipeline's class.
 
 Those shipped with flow-matching models are meant there for the velocity as the network puts it out. Here, as in the
 paper, the cap is on the denoised prediction's update, sigma times the velocity's: it gives way at the last steps.

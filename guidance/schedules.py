@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.calibration import DELTAS, Calibration, Fit, Moments
+from diffusers_guidance.checks import is_whole
 from diffusers_guidance.policies import Schedule, published
 from diffusers_guidance.steps import Action
 
@@ -50,6 +51,8 @@ def closed_form(
         ValueError: neither or both of `nfe` and `error`, or one out of range.
         CalibrationMismatch: `fit` wants channels that the calibration does not tell apart.
     """
+    if nfe is not None and not is_whole(nfe, 0):
+        raise ValueError(f"nfe={nfe!r}: a whole number of network evaluations")
     for name in calibration.denoisers:
         calibration.weights(name, fit)
     if (nfe is None) == (error is None):

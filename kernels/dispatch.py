@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -17,23 +18,31 @@ try:
 except ImportError:
     launch = None  # type: ignore[assignment]
 
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Inside the block `backend` does every call that names none; None leaves the choice to the tensors."""
-    global _forced
-    before, _forced = _forced, _checked(backend)
+    """Inside the block `backend` does every call that names none; None leaves the choice to the tensors.
+
+    Other threads and tasks keep their own choice.
+    """
+    token = _forced.set(_checked(backend))
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def _choice() -> str | None:
+    """What `use_backend` has chosen here. `torch.compile` cannot read it, and keeps what it was while compiling."""
+    return _forced.get()
 
 
 def backend_of(*tensors: Tensor | None, backend: str | None = None) -> str:
     """`"torch"` or `"triton"`: the call's `backend`, else `use_backend`'s, else what the tensors ask for."""
-    chosen = _checked(backend) or _forced
+    chosen = _checked(backend) or _choice()
     if chosen is not None:
         return chosen
     present = [x for x in tensors if x is not None]

@@ -1,26 +1,66 @@
 """Tests run offline, on the installed package: the checkout itself is kept off the import path.
 
 Started as `python -m pytest`, Python would find the checkout's folder `kernels/` before Hugging Face's package
-of that name, which diffusers and transformers import where it is installed.
+of that name, which diffusers and transformers import where it is installed. Of tests/, `zoo/` alone is on the path.
+
+Every run has a seed, which its header names; `--seed` runs it again. Each test begins with it, and so draws the
+same whichever tests run before.
 """
 
 import os
+import random
+import secrets
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing by more, and tests run side by side
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _CHECKOUT]
 
-import pytest  # noqa: E402 (may load the wrong folder before the path is set)
+import numpy as np  # noqa: E402 (may load the wrong folder before the path is set)
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="what the tests draw from; a fresh one by default")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis and xdist read their options
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = secrets.randbelow(2**32)
+    config.option.hypothesis_seed = config.option.seed
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.option.seed} (--seed {config.option.seed} draws the same again)"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if terminalreporter.stats.keys() & {"failed", "error"}:  # -q prints no header
+        terminalreporter.write_line(pytest_report_header(config))
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _start(item.config.option.seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _start(item.config.option.seed)
+
+
+def _start(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 @pytest.fixture
-def seed() -> int:
-    """A fresh seed, printed where a test fails; torch is seeded with it."""
-    value = int(torch.randint(2**31, ()))
-    print("seed", value)
-    torch.manual_seed(value)
-    return value
+def seed(request: pytest.FixtureRequest) -> int:
+    """The run's seed, for generators of a test's own."""
+    return request.config.option.seed

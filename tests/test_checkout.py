@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).resolve().parents[1]
-IMPORTS = "import kernels; from diffusers import StableDiffusionPipeline; import diffusers_guidance; "
+IMPORTS = """
+import kernels
+from diffusers import StableDiffusionPipeline
+import diffusers_guidance
+print(diffusers_guidance.attach.__name__, kernels.__file__, getattr(kernels, "get_kernel", None), sep="\\n")
+"""
 
 
 def python(code: str, *paths: Path) -> str:
@@ -19,9 +26,13 @@ def python(code: str, *paths: Path) -> str:
     return done.stdout
 
 
-def test_diffusers_imports_in_the_checkout():
-    out = python(IMPORTS + "print(diffusers_guidance.attach.__name__)")
-    assert out.strip() == "attach"
+@pytest.fixture(scope="module")
+def imported():
+    return python(IMPORTS).splitlines()
+
+
+def test_diffusers_imports_in_the_checkout(imported):
+    assert imported[0] == "attach"
 
 
 def test_the_checkout_steps_aside_for_the_real_package(tmp_path):
@@ -33,13 +44,12 @@ def test_the_checkout_steps_aside_for_the_real_package(tmp_path):
     assert python("from kernels.layer import get_kernel; print(get_kernel)", tmp_path).strip() == "real"
 
 
-def test_with_the_real_package_installed():
+def test_with_the_real_package_installed(imported):
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         version("kernels")
     except PackageNotFoundError:
         pytest.skip("Hugging Face's package kernels is not installed")
-    out = python(IMPORTS + "print(kernels.__file__); print(kernels.get_kernel.__name__)")
-    assert Path(out.splitlines()[0]).parent != CHECKOUT / "kernels"
-    assert "get_kernel" in out
+    assert Path(imported[1]).parent != CHECKOUT / "kernels"
+    assert "get_kernel" in imported[2]

@@ -14,7 +14,7 @@ from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.app.device import Models
 from diffusers_guidance.pipelines.app.settings import BUNDLED, Flag, Form, Number, OneOf, Side, SomeOf
 from diffusers_guidance.pipelines.app.show import note
-from diffusers_guidance.pipelines.app.work import Progress, sides_of
+from diffusers_guidance.pipelines.app.work import News, sides_of
 
 R = TypeVar("R")
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def reporting(status: Any) -> Callable[[Callable], Callable]:
     return decorated
 
 
-def relayed(work: Generator[Progress, None, R], updates: Callable[[Progress], Any]) -> Generator[Any, None, R]:
+def relayed(work: Generator[News, None, R], updates: Callable[[News], Any]) -> Generator[Any, None, R]:
     """Yields the page's updates for every news of `work`, and returns its result; closing this closes that."""
     try:
         while True:
@@ -149,7 +149,7 @@ def relayed(work: Generator[Progress, None, R], updates: Callable[[Progress], An
         work.close()
 
 
-def quietly(work: Generator[Progress, None, R], outputs: int) -> Generator[Any, None, R]:
+def quietly(work: Generator[News, None, R], outputs: int) -> Generator[Any, None, R]:
     """The same for clients, who are shown nothing before the end, but may cancel at any time."""
     return relayed(work, lambda news: tuple(gr.skip() for _ in range(outputs)))
 

@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
-import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app.settings import BUNDLED
-from diffusers_guidance.pipelines.support.loading import MissingWeights, load_whole
+from diffusers_guidance.pipelines.support.loading import MissingWeights, best_device, load
 
 R = TypeVar("R")
-Tell = Callable[[Any], None]
-"""tell(news): passes news on to whoever waits; raises `Stopped` where nobody does any more."""
-
 log = logging.getLogger(__name__)
 
 
@@ -51,8 +47,10 @@ class Device:
         self._jobs.put(lambda: None)
         self._thread.join()
 
-    def run(self, job: Callable[[Tell], R]) -> Generator[Any, None, R]:
-        """Yields what `job` tells, the latest news only, and returns its result.
+    def run(self, job: Callable[[Callable[[Any], None]], R]) -> Generator[Any, None, R]:
+        """Yields what `job(tell)` tells, the latest news only, and returns its result.
+
+        `tell(news)` passes news on to whoever waits. It raises `Stopped` where nobody does any more.
 
         Closing the generator stops the job the next time it tells something, and drops it if it has not begun.
         """
@@ -95,8 +93,7 @@ class Models:
 
     def __init__(self, allowed: Sequence[str] = ()):
         self.allowed = tuple(allowed)
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = accelerator.type if accelerator else "cpu"
+        self.device = best_device()
         self._pipes: dict[str, DiffusionPipeline] = {}
 
     def get(self, name: str) -> DiffusionPipeline:
@@ -108,44 +105,32 @@ class Models:
             self._pipes[name] = self._load(name)
         return self._pipes[name]
 
-    @property
-    def _dtype(self) -> dict[str, Any]:
-        """How to load weights: as they are on a CPU, else in half precision."""
-        return {} if self.device == "cpu" else {"torch_dtype": torch.float16}
-
     def _load(self, name: str) -> DiffusionPipeline:
+        dtype = "float32" if self.device == "cpu" else "float16"
         if name == BUNDLED:
-            pipe: Any = load_whole(
-                diffusers.StableDiffusionPipeline, samples.MODEL, local_files_only=True, **self._dtype
-            )
-        else:
-            try:
-                pipe = _load_checked(name, **self._dtype)
-            except MissingWeights:
-                raise
-            except Exception as error:
-                log.warning("the model %r could not be loaded", name, exc_info=True)
-                raise ValueError(
-                    f"The model {name!r} could not be loaded: it must be a text-to-image pipeline that diffusers "
-                    "knows, with weights in safetensors."
-                ) from error
-        pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device)
+            return load(str(samples.MODEL), device=self.device, dtype=dtype)
+        try:
+            _refuse_foreign(name)
+            return load(name, device=self.device, dtype=dtype, cls=AutoPipelineForText2Image)
+        except MissingWeights:
+            raise
+        except Exception as error:
+            log.warning("the model %r could not be loaded", name, exc_info=True)
+            raise ValueError(
+                f"The model {name!r} could not be loaded: it must be a text-to-image pipeline that diffusers "
+                "knows, with weights in safetensors."
+            ) from error
 
 
-def _load_checked(name: str, **dtype: Any) -> DiffusionPipeline:
-    """A text-to-image pipeline made of nothing but diffusers' and transformers' own classes, from safetensors."""
+def _refuse_foreign(name: str) -> None:
+    """Refuses a pipeline with a part that is not one of diffusers' and transformers' own classes."""
     folder = Path(name).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         raise ValueError("neither a folder nor owner/name")
-    source = str(folder) if folder.is_dir() else name
-    config = AutoPipelineForText2Image.load_config(source)
+    config = AutoPipelineForText2Image.load_config(str(folder) if folder.is_dir() else name)
     foreign = [key for key, value in config.items() if isinstance(value, list | tuple) and not _is_known(*value)]
     if foreign or not isinstance(config["_class_name"], str):
         raise ValueError(f"not all of it is diffusers' or transformers' own: {foreign or config['_class_name']}")
-    return load_whole(
-        AutoPipelineForText2Image, source, use_safetensors=True, local_files_only=folder.is_dir(), **dtype
-    )
 
 
 def _is_known(library: Any = None, name: Any = None, *rest: Any) -> bool:

@@ -35,7 +35,8 @@ from diffusers_guidance.pipelines.app.settings import (
     Trial,
     knobs_of,
 )
-from diffusers_guidance.pipelines.app.work import Outcome, Progress, Studio
+from diffusers_guidance.pipelines.app.work import News, Outcome, Studio
+from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.texts import counted
 
 WAITING = 32
@@ -48,14 +49,6 @@ TO_RESULT = """() => {
 }"""
 """On a phone the result lies below the button."""
 
-HEAD = """
-<div class="dg-head"><div><h1>diffusers-guidance</h1>
-<p><b>Guidance</b> pulls a picture towards its prompt. Without it the network stays vague; turned up, <b>plain CFG</b>
-burns the colours, and it evaluates the network twice at every step. <b>APG</b> caps what a step may change, which keeps
-the colours of a high scale close to those of a low one; <b>Adaptive Guidance</b> (AG) stops evaluating twice once both
-predictions agree.</p></div>{strip}</div>
-"""
-
 
 def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     """The whole page.
@@ -63,9 +56,9 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     Args:
         welcome: whether it opens with a picture, generated here and now.
     """
-    first, strip = welcomed(studio) if welcome else (None, "")
+    first, results = welcomed(studio) if welcome else (None, [])
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(HEAD.format(strip=strip))
+        gr.HTML(app_show.head(results))
         with gr.Tab("Generate"):
             generate_tab(studio, first)
         with gr.Tab("Compare"):
@@ -75,14 +68,13 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     return page.queue(max_size=WAITING, api_open=False)
 
 
-def welcomed(studio: Studio) -> tuple[Outcome, str]:
+def welcomed(studio: Studio) -> tuple[Outcome, list[Result]]:
     """What the page opens with, and beside it what the guidance scale does to the same prompt and seed."""
     finished(studio.generate(Generation(steps=2)))  # so that the times shown are those of a warm model
     first = finished(studio.generate(Generation()))
     plain = Generation(rule="CFG", policy="EveryStep")
     steps = [finished(studio.generate(replace(plain, guidance_scale=scale))).guided for scale in (1.0, 5.0)]
-    results = [*steps, *filter(None, (first.plain, first.guided))]
-    return first, app_show.strip(results)
+    return first, [*steps, *filter(None, (first.plain, first.guided))]
 
 
 # Generate
@@ -311,7 +303,7 @@ def compare_tab(studio: Studio) -> None:
         form = controls.read(values)
         yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # they hold the result before
 
-        def so_far(news: Progress) -> dict[Any, Any]:
+        def so_far(news: News) -> dict[Any, Any]:
             done = news.so_far.results if news.so_far else []
             return {status: app_show.progress_bar(news), grid: app_show.grid_html(form, done)}
 
@@ -372,7 +364,7 @@ def benchmark_tab(studio: Studio) -> None:
         form, points = controls.read(values), 0
         yield {table: gr.update(visible=False)}  # it holds the result before
 
-        def so_far(news: Progress) -> dict[Any, Any]:
+        def so_far(news: News) -> dict[Any, Any]:
             nonlocal points
             updates = {status: app_show.progress_bar(news)}
             if news.so_far is not None and len(news.so_far.points) != points:

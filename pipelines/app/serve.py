@@ -42,7 +42,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="diffusers-guidance-") as outputs:
         os.environ["GRADIO_TEMP_DIR"] = outputs  # its own, so that no other app's files are within reach
         try:
-            from diffusers_guidance.pipelines.shell.common import quiet
+            from diffusers_guidance.pipelines.support.loading import quiet
 
             quiet()
             from diffusers_guidance.pipelines.app.page import launch

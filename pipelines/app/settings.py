@@ -1,26 +1,34 @@
 """What the app may be asked for: every setting with its default, its limits and its words.
 
 The page, the named API endpoints and the MCP tools are all built from the forms below, and every value that
-arrives, by whatever way, is checked here and nowhere else. Names are looked up in fixed lists.
+arrives, by whatever way, is checked here and nowhere else, by pydantic. Names are looked up in fixed lists.
 """
 
+import functools
 import random
 import reprlib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, create_model
 
 from diffusers_guidance.pipelines.pictures.columns import POLICIES as POLICY_TYPES
 from diffusers_guidance.pipelines.pictures.columns import RULES as RULE_TYPES
+from diffusers_guidance.pipelines.pictures.make import Case
+from diffusers_guidance.pipelines.support.written import Wanted, checked, refused
 from diffusers_guidance.policies import EveryStep, Forecast, Hold, Policy
 from diffusers_guidance.rules import APG, CFG, Rule
 
 BUNDLED = "bundled"
 """The name of the model that comes with the package."""
 
+EMOJI = APG.preset("emoji")
+"""APG as it is set for the bundled model."""
+
 OWN = "the model's own"
-SCHEDULERS = {
-    OWN: "",
+SCHEDULERS: dict[str, str | None] = {
+    OWN: None,
     "DDIM": "DDIMScheduler",
     "DPM++ 2M": "DPMSolverMultistepScheduler",
     "Euler": "EulerDiscreteScheduler",
@@ -39,7 +47,7 @@ def _usable(types: list[type], first: type) -> dict[str, type]:
 RULES: dict[str, type[Rule]] = _usable(RULE_TYPES, CFG)
 POLICIES: dict[str, type[Policy]] = _usable(POLICY_TYPES, EveryStep)
 
-EXAMPLES = ("a soccer ball", "a tiger, noto style", "a hamburger, 3d style", "a dog face, noto style",
+EXAMPLES = ("a dog face, noto style", "a tiger, noto style", "a hamburger, 3d style", "a soccer ball",
             "a red apple, flat style", "a guitar, 3d style")  # fmt: skip
 """Prompts to start from; the page opens with the first."""
 
@@ -59,7 +67,7 @@ PRESETS = {
 """Pairs of rule and policy to start from; the page opens with the first."""
 
 
-# Kinds of values: each says in a sentence what it takes, and refuses the rest
+# Kinds of values: each says in words what it takes
 
 
 @dataclass(frozen=True)
@@ -68,14 +76,16 @@ class Text:
     info: str = ""
     longest: int = 500
 
-    def check(self, name: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise _refused(name, value, "a text")
-        if len(value) > self.longest:
-            raise ValueError(f"{name} has {len(value)} characters: at most {self.longest}, please.")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{name} is not valid text.")
-        return value.strip()
+    @property
+    def type(self) -> Any:
+        def check(value: str, info: ValidationInfo) -> str:
+            if len(value) > self.longest:
+                raise ValueError(f"{info.field_name} has {len(value)} characters: at most {self.longest}, please.")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"{info.field_name} is not valid text.")
+            return value.strip()
+
+        return Annotated[str, Field(strict=True), Wanted("a text"), AfterValidator(check)]
 
 
 @dataclass(frozen=True)
@@ -90,34 +100,28 @@ class Number:
     def whole(self) -> bool:
         return self.step == int(self.step)
 
-    def check(self, name: str, value: Any) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not self.low <= value <= self.high or (self.whole and value != int(value)):
-            kind = "a whole number" if self.whole else "a number"
-            raise _refused(name, value, f"{kind} from {_plain(self.low)} to {_plain(self.high)}")
-        return int(value) if self.whole else float(value)
+    @property
+    def type(self) -> Any:
+        wanted = f"{'a whole number' if self.whole else 'a number'} from {_plain(self.low)} to {_plain(self.high)}"
+        limits = Field(strict=True, ge=self.low, le=self.high, multiple_of=1 if self.whole else None)
+        return Annotated[float, limits, Wanted(wanted), AfterValidator(int if self.whole else float)]
 
 
 @dataclass(frozen=True)
 class Side(Number):
     """Of a picture; 0 is the model's own, and the model has limits of its own."""
 
-    def check(self, name: str, value: Any) -> float:
-        side = super().check(name, value)
-        if side % self.step:
-            raise _refused(name, value, f"a multiple of {self.step:g}")
-        return side
+    @property
+    def type(self) -> Any:
+        side: Any = super().type
+        return Annotated[side, Field(multiple_of=self.step), Wanted(f"a multiple of {self.step:g}")]
 
 
 @dataclass(frozen=True)
 class Flag:
     label: str
     info: str = ""
-
-    def check(self, name: str, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise _refused(name, value, "true or false")
-        return value
+    type = Annotated[bool, Field(strict=True), Wanted("true or false")]
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,9 @@ class OneOf:
     choices: tuple[str, ...]
     info: str = ""
 
-    def check(self, name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in self.choices:
-            raise _refused(name, value, f"one of {', '.join(self.choices)}")
-        return value
+    @property
+    def type(self) -> Any:
+        return Annotated[Literal[self.choices], Wanted(f"one of {', '.join(self.choices)}")]
 
 
 @dataclass(frozen=True)
@@ -138,21 +141,26 @@ class SomeOf:
     choices: tuple[Any, ...]
     info: str = ""
 
-    def check(self, name: str, value: Any) -> tuple:
-        if not isinstance(value, list | tuple) or not all(_is_in(each, self.choices) for each in value):
-            raise _refused(name, value, f"a list of some of {', '.join(map(str, self.choices))}")
-        if not value:
-            raise ValueError(f"Choose at least one of the {self.label.lower()}.")
-        return tuple(choice for choice in self.choices if choice in value)
+    @property
+    def type(self) -> Any:
+        def check(value: list[Any]) -> tuple[Any, ...]:
+            if not value:
+                raise ValueError(f"Choose at least one of the {self.label.lower()}.")
+            return tuple(choice for choice in self.choices if choice in value)
+
+        one: Any = Annotated[type(self.choices[0]), Field(strict=True), AfterValidator(self._known)]
+        some = Wanted(f"a list of some of {', '.join(map(str, self.choices))}")
+        return Annotated[list[one], some, AfterValidator(check)]
+
+    def _known(self, value: Any) -> Any:
+        if value not in self.choices:
+            raise refused("one of them")
+        return value
 
 
-def _is_in(value: Any, choices: tuple[Any, ...]) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool) and value in choices
-
-
-def _refused(name: str, value: Any, wanted: str) -> ValueError:
+def _said(name: str, value: Any, wanted: str) -> str:
     given = f"{name} is empty" if value is None else f"{name}={reprlib.repr(value)}"
-    return ValueError(f"{given}: {wanted}, please.")
+    return f"{given}: {wanted}, please."
 
 
 def _plain(number: float) -> str:
@@ -170,8 +178,16 @@ class Form:
     """Base of the forms: checks every field when it is made."""
 
     def __post_init__(self) -> None:
-        for name, kind in self.kinds().items():
-            object.__setattr__(self, name, kind.check(name, getattr(self, name)))
+        given = {name: getattr(self, name) for name in self.kinds()}
+        read: BaseModel = checked(type(self)._schema(), given, _said)
+        for name, value in read:
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    @functools.cache
+    def _schema(cls) -> type[BaseModel]:
+        types: dict[str, Any] = {name: (kind.type, ...) for name, kind in cls.kinds().items()}
+        return create_model(cls.__name__, **types)
 
     @classmethod
     def kinds(cls) -> dict[str, Any]:
@@ -210,10 +226,11 @@ class Generation(Form):
     height: int = setting(0, Side("Height", 0, 2048, 8, "0: the model's own."))
     rule: str = setting("APG", OneOf("Rule", tuple(RULES), "How both predictions of a step become one."))
     policy: str = setting("AdaptiveGuidance", OneOf("Policy", tuple(POLICIES), "Which of them each step evaluates."))
-    momentum: float = setting(-0.5, Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions."))
-    # The cap and the eta with which the bundled model's colours at high scales come closest to those at low ones.
-    norm_threshold: float = setting(32.5, Number("Norm threshold", 0, 100, 0.5, "Cap on the update; 0 is the preset."))
-    eta: float = setting(1.0, Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."))
+    momentum: float = setting(
+        EMOJI.momentum, Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions.")
+    )
+    norm_threshold: float = setting(0.0, Number("Norm threshold", 0, 100, 0.5, "Cap on the update; 0: the preset's."))
+    eta: float = setting(EMOJI.eta, Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."))
     rescale: float = setting(0.0, Number("Rescale", 0, 1, 0.05, "Pulls the contrast back; 0 is off."))
     threshold: float = setting(0.99, Number("Threshold", 0.5, 1, 0.001, "Similarity from which guidance stops."))
     patience: int = setting(1, Number("Patience", 1, 10, info="Steps in a row that must reach it."))
@@ -241,9 +258,16 @@ class Generation(Form):
     def seeds(self) -> list[int]:
         return [(self.seed + i) % 2**32 for i in range(self.batch_size)]
 
+    @property
+    def cases(self) -> list[Case]:
+        return [Case(self.prompt, seed, self.negative_prompt or None) for seed in self.seeds]
+
     def make_rule(self, pipe: Any) -> Rule:
-        """The chosen rule with its knobs; APG starts from the preset for this pipeline."""
-        base = APG.preset(pipe) if self.rule == "APG" else RULES[self.rule]()
+        """The chosen rule with its knobs; APG starts from the preset for this model."""
+        if self.rule == "APG":
+            base: Rule = EMOJI if self.model == BUNDLED else APG.preset(pipe)
+        else:
+            base = RULES[self.rule]()
         return replace(base, **self._knobs(base))
 
     def make_policy(self) -> Policy:

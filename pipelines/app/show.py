@@ -1,25 +1,28 @@
 """What the app shows: numbers, plots and grids as HTML, and the same grids and plots as PNG."""
 
 import base64
+import functools
 import inspect
 import io
 import itertools
 import re
 import textwrap
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from diffusers_guidance.pipelines.app.settings import Grid
-from diffusers_guidance.pipelines.app.work import Frontier, Outcome, Progress, estimates
-from diffusers_guidance.pipelines.pictures.compare import Comparison, Result
+from diffusers_guidance.pipelines.app.work import Frontier, News, Outcome, estimates
+from diffusers_guidance.pipelines.pictures.compare import Comparison
 from diffusers_guidance.pipelines.pictures.fonts import lettering
+from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.pictures.texts import counted
+from diffusers_guidance.pipelines.support.templates import template
 from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import Report
 
@@ -28,16 +31,21 @@ INK = "#123457"
 COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444", "#86198f")
 
 
-# Numbers
+@functools.cache
+def _parts() -> Any:
+    """The macros of `parts.html`; what they are given is escaped."""
+    filters = {"counted": counted, "data_uri": data_uri, "decibels": _decibels, "breakable": _breakable}
+    return template(__package__, "parts.html", **filters).module
 
 
-def progress_bar(progress: Progress) -> str:
+def head(results: Sequence[Result]) -> str:
+    """What the page says first, beside small pictures, each over its scale and how it was guided."""
+    return str(_parts().head(results))
+
+
+def progress_bar(news: News) -> str:
     """Where a piece of work is."""
-    what, so_far = escape(progress.what), f"{progress.done} of {counted(progress.total, 'step')}"
-    return (
-        f'<div class="dg-progress"><progress value="{progress.done}" max="{max(progress.total, 1)}" '
-        f'aria-label="{what}"></progress><span>{what} · {so_far}</span></div>'
-    )
+    return str(_parts().progress_bar(news))
 
 
 def is_progress(html: str) -> bool:
@@ -47,40 +55,28 @@ def is_progress(html: str) -> bool:
 
 def note(text: str) -> str:
     """One quiet line."""
-    return f'<div class="dg-progress" role="status"><span>{escape(text)}</span></div>'
+    return str(_parts().note(text))
 
 
 def numbers(outcome: Outcome) -> str:
     """What a picture cost, beside what plain CFG costs."""
-    guided, plain = outcome.guided, outcome.plain
-    cards = [
-        ('<abbr title="network evaluations">NFEs</abbr>', f"{guided.nfe}", f"plain CFG: {guided.nfe_full}"),
-        ("Saved", f"{guided.saved:.0%}", "of evaluations"),
-        ("Seconds", f"{guided.seconds:.2f}", f"plain CFG: {plain.seconds:.2f}" if plain else ""),
-        ("Saturation", f"{guided.saturation:.2f}", f"plain CFG: {plain.saturation:.2f}" if plain else "0 is grey"),
-    ]
-    items = "".join(
-        f"<div><dt>{name}</dt><dd>{value}<small>{beside or '&nbsp;'}</small></dd></div>"
-        for name, value, beside in cards
-    )
-    return f'<dl class="dg-numbers" aria-live="polite">{items}</dl>'
+    return str(_parts().numbers(outcome.guided, outcome.plain))
 
 
 def about(part: type) -> str:
     """What a rule or policy is: the first sentence of its documentation."""
     sentence = re.split(r"(?<=\.)\s", inspect.getdoc(part) or "")[0]
-    words = re.sub("`([^`]+)`", r"<code>\1</code>", escape(sentence))
     if part is LinearAG:
-        words += (
+        sentence += (
             " It is fitted where the bundled model has a calibration for the scheduler, steps and scale (DDIM or "
             "DPM++ 2M, 20 or 50 steps, scale 5); otherwise the last difference is held. The result says which."
         )
-    return f'<p class="dg-about">{words}</p>'
+    return str(_parts().about(re.split("`([^`]+)`", sentence)))
 
 
 def empty(words: str) -> str:
     """A place where something will be."""
-    return f'<div class="dg-place">{escape(words)}</div>'
+    return str(_parts().place(words))
 
 
 # Plots
@@ -107,7 +103,7 @@ def similarity_plot(report: Report) -> str:
     summary = (
         f"Similarity of both predictions over {counted(len(report.steps), 'step')}; {skipped} of them skipped one."
     )
-    return _figure(
+    return _plot(
         _svg(figure, summary),
         "How far the predictions with and without the prompt agree. Shaded: the steps that skipped an evaluation, "
         f"{skipped} of {len(report.steps)}.",
@@ -134,40 +130,20 @@ def frontier_plot(frontier: Frontier) -> Figure:
 
 def frontier_html(frontier: Frontier) -> str:
     """The plot and its table."""
-    full = frontier.points[0]
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(p.name)}</th><td>{p.nfe:.4g}</td><td>{1 - p.nfe / full.nfe:.0%}</td>"
-        f"<td>{_decibels(p.psnr, p is full)}</td><td>{p.seconds:.2f}</td><td>{p.saturation:.3f}</td></tr>"
-        for p in frontier.points
-    )
-    heads = "".join(
-        f"<th scope='col'>{h}</th>" for h in ("", "NFEs", "saved", "mean PSNR", "s / picture", "saturation")
-    )
-    plot = _svg(frontier_plot(frontier), "Fidelity to full CFG against network evaluations, by policy.")
-    table = _table('class="dg-table"', heads, rows)
-    return _figure(plot, "Up and to the left is better: nearer to full CFG for fewer network evaluations.") + table
-
-
-def _table(attributes: str, head: str, body: str) -> str:
-    """A table that scrolls by itself where it is too wide; by keyboard too."""
-    return (
-        f'<div class="dg-scroll" tabindex="0" role="region" aria-label="Results">'
-        f"<table {attributes}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    svg = _svg(frontier_plot(frontier), "Fidelity to full CFG against network evaluations, by policy.")
+    return str(_parts().frontier(svg, frontier.points))
 
 
 def _is_known(psnr: float | None) -> bool:
     return psnr is not None and psnr < EQUAL
 
 
-def _decibels(psnr: float | None, is_reference: bool) -> str:
-    if is_reference:
-        return "reference"
+def _decibels(psnr: float | None) -> str:
     return f"{psnr:.1f} dB" if _is_known(psnr) else "the same"
 
 
-def _figure(svg: str, caption: str) -> str:
-    return f'<figure class="dg-plot">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+def _plot(svg: str, caption: str) -> str:
+    return str(_parts().plot(svg, caption))
 
 
 def _svg(figure: Figure, label: str) -> str:
@@ -198,17 +174,6 @@ def _svg_text() -> Any:
     return rc_context({"svg.fonttype": "none"})
 
 
-def strip(results: Sequence[Result]) -> str:
-    """Small pictures in a row, each over its scale and how it was guided."""
-    figures = ""
-    for result in results:
-        scale = f"scale {result.guidance_scale:g}"
-        words = "no guidance" if result.guidance_scale == 1 else "plain CFG" if result.is_plain else result.name
-        figures += f'<figure><img src="{data_uri(result.pictures[0])}" alt="{escape(f"{scale}, {words}")}">'
-        figures += f"<figcaption><b>{scale}</b><br>{escape(words)}</figcaption></figure>"
-    return f'<div class="dg-strip">{figures}</div>'
-
-
 # The grid of a comparison
 
 
@@ -230,28 +195,14 @@ def _caption(result: Result) -> tuple[str, str]:
 
 def grid_html(grid: Grid, results: Sequence[Result]) -> str:
     """The pictures there are so far, in their places."""
-    rows, columns, cells = _layout(grid, results)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = ""
-    for i, row in enumerate(rows):
-        body += f'<tr><th scope="row">{_breakable(row)}</th>'
-        for j, column in enumerate(columns):
-            body += f"<td>{_cell(cells.get((i, j)), f'{row}, {column}: {grid.prompt}')}</td>"
-        body += "</tr>"
-    return _table(f'class="dg-grid" style="--columns: {len(columns)}"', f"<td></td>{head}", body)
+    rows, columns, placed = _layout(grid, results)
+    cells = {place: (result, *_caption(result)) for place, result in placed.items()}
+    return str(_parts().grid(grid.prompt, rows, columns, cells))
 
 
-def _breakable(name: str) -> str:
+def _breakable(name: str) -> Markup:
     """A class name that may break where its words meet."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "<wbr>", escape(name))
-
-
-def _cell(result: Result | None, description: str) -> str:
-    if result is None:
-        return '<figure><div class="dg-empty"></div><figcaption><br><br></figcaption></figure>'
-    nfe, saturation = _caption(result)
-    image = f'<img src="{data_uri(result.pictures[0])}" alt="{escape(description)}">'
-    return f"<figure>{image}<figcaption>{nfe}<br>{saturation}</figcaption></figure>"
+    return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])", name))
 
 
 def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:

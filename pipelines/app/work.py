@@ -4,12 +4,11 @@ import functools
 import inspect
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,29 +17,40 @@ from torch import Tensor
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.pipelines.app.device import Device, Models, Tell
+from diffusers_guidance.pipelines.app.device import Device, Models
 from diffusers_guidance.pipelines.app.settings import BUNDLED, SCHEDULERS, Generation, Grid, Trial
-from diffusers_guidance.pipelines.attach.attach import attach
-from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
-from diffusers_guidance.pipelines.pictures.compare import Comparison, Result, compare
-from diffusers_guidance.pipelines.pictures.sizes import own_size, sized
-from diffusers_guidance.pipelines.pictures.solvers import scheduler_of
+from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.pictures.make import Case, Result, call_of, make, start_up
+from diffusers_guidance.pipelines.pictures.sizes import own_size
+from diffusers_guidance.pipelines.support.files import read_lines
+from diffusers_guidance.pipelines.support.progress import Progress
+from diffusers_guidance.pipelines.support.solvers import scheduled
 from diffusers_guidance.policies import EveryStep, LinearAG, Policy
 from diffusers_guidance.rules import CFG
+from diffusers_guidance.steps import Prediction, Step
 
 R = TypeVar("R")
 
 
 @dataclass
-class Progress:
-    """How far a piece of work is; `pictures` is what can be seen of it."""
+class News:
+    """What a `Tell` was told, on its way to the page."""
 
     what: str
     done: int
     total: int
     pictures: list[Image.Image] | None = None
     so_far: Any = None
+
+
+class Tell(Progress, Protocol):
+    """A `Progress` that can be shown something too; raises `Stopped` where nobody waits any more."""
+
+    def __call__(
+        self, what: str, done: int, total: int, /, pictures: list[Image.Image] | None = None, so_far: Any = None
+    ) -> None: ...
 
 
 # Generate
@@ -70,7 +80,7 @@ def _measured(result: Result) -> dict[str, Any]:
 def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outcome:
     """Runs the pipeline under the chosen rule and policy, after that by itself if the settings ask for it."""
     plain_pair = CFG(), EveryStep()
-    with scheduled(pipe, settings.scheduler):
+    with scheduled(pipe, SCHEDULERS[settings.scheduler]):
         pair = settings.make_rule(pipe), policy_of(pipe, settings)
         code = reproduce(pipe, settings)
         guided = _take(pipe, settings, f"{settings.rule} + {settings.policy}{estimates(pair[1])}", *pair, tell)
@@ -89,17 +99,14 @@ def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outco
 def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell) -> Result:
     """One call of the pipeline, watched."""
 
-    def on_step(done: int, total: int, denoised: Tensor | None) -> None:
-        tell(Progress(name, done, total, preview(denoised)))
+    def watch(step: Step, prediction: Prediction | None, guided: Tensor) -> None:
+        tell(name, step.index + 1, step.count, pictures=preview(step, guided))
 
     preview = Preview(pipe)
-    tell(Progress(name, 0, settings.steps))
-    result = Result(name, rule, policy, settings.guidance_scale)
-    with attach(pipe, rule, policy) as handle, watched(pipe, on_step):
-        start = time.perf_counter()
-        result.pictures = list(pipe(**call_of(pipe, settings)).images)
-        result.seconds = time.perf_counter() - start - preview.seconds
-    result.reports = [handle.report]
+    tell(name, 0, settings.steps)
+    column, sides = Column(name, rule, policy, settings.guidance_scale), sides_asked(pipe, settings)
+    result = make(pipe, settings.cases, column, steps=settings.steps, observers=[watch], **sides)
+    result.seconds -= preview.seconds
     return result
 
 
@@ -128,34 +135,22 @@ def _calibrated() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def estimates(policy: Policy) -> str:
-    """What stands in for evaluations that LinearAG leaves out, as said beside its name."""
+    """What stands in for evaluations that LinearAG skips, as said beside its name."""
     if not isinstance(policy, LinearAG):
         return ""
     return ", held" if policy.calibration is None else ", fitted"
 
 
-def call_of(pipe: Any, settings: Generation) -> dict[str, Any]:
-    """The arguments of the pipeline's call."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
-    # The noise is drawn on the CPU, so that every device makes the same picture.
-    generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
-    call: dict[str, Any] = {"prompt": settings.prompt}
-    if settings.negative_prompt or scale == "true_cfg_scale":  # which guides only beside a negative prompt
-        call["negative_prompt"] = settings.negative_prompt
-    call |= {scale: settings.guidance_scale, "num_inference_steps": settings.steps}
-    for name in ("width", "height"):
-        if getattr(settings, name):
-            side, sides = getattr(settings, name), sides_of(pipe)
-            if side not in sides:
-                raise ValueError(
-                    f"{name}={side}: for this model from {sides[0]} to {sides[-1]} pixels in steps of 8, please."
-                )
-            call[name] = side
-    call = sized(pipe, call)
-    if settings.batch_size > 1:
-        call["num_images_per_prompt"] = settings.batch_size
-    return call | {"generator": generators if settings.batch_size > 1 else generators[0]}
+def sides_asked(pipe: Any, settings: Generation) -> dict[str, Any]:
+    """The sides that the settings name."""
+    asked = {name: getattr(settings, name) for name in ("width", "height") if getattr(settings, name)}
+    sides = sides_of(pipe)
+    for name, side in asked.items():
+        if side not in sides:
+            raise ValueError(
+                f"{name}={side}: for this model from {sides[0]} to {sides[-1]} pixels in steps of 8, please."
+            )
+    return asked
 
 
 def sides_of(pipe: Any) -> range:
@@ -180,12 +175,14 @@ def reproduce(pipe: Any, settings: Generation) -> str:
         file = f"{fitting_calibration(pipe, settings)}.safetensors"
         written = f'{type(policy).__name__}(Calibration.load(CALIBRATIONS / "{file}"))'
 
-    many = settings.batch_size > 1
-    arguments = call_of(pipe, settings).items()
-    call = {name: json.dumps(value, ensure_ascii=False) for name, value in arguments if name != "generator"}
-    call["generator"] = (
+    known = inspect.signature(type(pipe).__call__).parameters
+    scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
+    asked = {"num_inference_steps": settings.steps, scale: settings.guidance_scale}
+    call = call_of(pipe, settings.cases, **asked, **sides_asked(pipe, settings))
+    written_call = {name: _argument(value) for name, value in call.items() if name != "generator"}
+    written_call["generator"] = (
         f"[torch.Generator().manual_seed(seed) for seed in {settings.seeds}]"
-        if many
+        if settings.batch_size > 1
         else f"torch.Generator().manual_seed({settings.seed})"
     )
     lines = ["import torch", f"from diffusers import {', '.join(sorted(filter(None, [scheduler, cls])))}", ""]
@@ -195,10 +192,18 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     lines += ["", f"pipe = {cls}.from_pretrained({', '.join(load)}){device}"]
     lines += [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
     lines += [f"handle = attach(pipe, rule={_written(rule)}, policy={written})", "images = pipe("]
-    lines += [f"    {name}={value}," for name, value in call.items()]
+    lines += [f"    {name}={value}," for name, value in written_call.items()]
     lines += [").images", "print(handle.report)", "for number, image in enumerate(images):"]
     lines += ['    image.save(f"picture-{number}.png")']
     return "\n".join(lines) + "\n"
+
+
+def _argument(value: Any) -> str:
+    """An argument of a call as one writes it; a text for each picture is the same for all."""
+    if isinstance(value, list):
+        text = json.dumps(value[0], ensure_ascii=False)
+        return text if len(value) == 1 else f"[{text}] * {len(value)}"
+    return json.dumps(value)
 
 
 def _written(part: Any) -> str:
@@ -223,13 +228,13 @@ def columns_of(pipe: Any, grid: Grid) -> list[Column]:
 def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
     """The pictures of the grid; after each one, all there are so far are told."""
     comparison: Comparison | None = None
-    with scheduled(pipe, grid.scheduler):
+    with scheduled(pipe, SCHEDULERS[grid.scheduler]):
         columns = columns_of(pipe, grid)
         for number, column in enumerate(columns):
-            on_step = _step_of(tell, column.name, number, len(columns), comparison)
+            told = _part_of(tell, column.name, number, len(columns), grid.steps, comparison)
             new = compare(
                 pipe, [grid.prompt], [column], seeds=[grid.seed], steps=grid.steps,
-                negative=grid.negative_prompt or None, warm_up=not number, progress=on_step,
+                negative=grid.negative_prompt or None, warm_up=not number, progress=told,
             )  # fmt: skip
             if comparison is not None:
                 new.results[:0] = comparison.results
@@ -264,6 +269,10 @@ class Frontier:
     steps: int
     points: list[Point] = field(default_factory=list)
 
+    def add(self, family: str, name: str, made: Result, psnr: float | None) -> None:
+        nfe = made.nfe / len(made.pictures)
+        self.points.append(Point(family, name, nfe, psnr, made.seconds_per_picture, made.saturation))
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {"settings": asdict(self.trial), "points": [asdict(point) for point in self.points]}
@@ -293,79 +302,35 @@ def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, s
 
 def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> Frontier:
     """Network evaluations against fidelity to full CFG, for every way of saving them."""
-    lines = samples.PROMPTS.read_text(encoding="utf-8").splitlines()
-    prompts = [line for line in lines if line and not line.startswith("#")][: trial.prompts]
+    prompts = read_lines(samples.PROMPTS)[: trial.prompts]
     frontier = Frontier(trial, trial.steps)
-    reference: Comparison | None = None
-    with scheduled(pipe, trial.scheduler):
-        runs = [("CFG", "CFG", trial.steps), *contestants(trial.steps, fitting_calibration(pipe, trial))]
-        for number, (family, column, steps) in enumerate(runs):
-            made = compare(
-                pipe, prompts, [column], seeds=[trial.seed], steps=steps, guidance_scale=trial.guidance_scale,
-                warm_up=not number, progress=_step_of(tell, column, number, len(runs), frontier),
-            )  # fmt: skip
-            psnr = None
-            if reference is None:
-                reference = made
-            else:
-                made.results.insert(0, reference.results[0])
-                psnr = made.psnr(made.results[1])
-            result = made.results[-1]
-            name = f"CFG, {steps} steps" if column == "CFG" else result.label if result.is_default else column
-            frontier.points.append(
-                Point(family, name, result.nfe / len(prompts), psnr, result.seconds_per_picture, result.saturation)
-            )
+    with scheduled(pipe, SCHEDULERS[trial.scheduler]):
+        ways = contestants(trial.steps, fitting_calibration(pipe, trial))
+
+        def told(name: str, number: int, steps: int) -> Progress:
+            return _part_of(tell, name, number, len(ways) + 1, steps, frontier)
+
+        start_up(pipe, [Case(prompt, trial.seed, "") for prompt in prompts], trial.guidance_scale)
+        fidelity = Fidelity(
+            pipe, prompts, [trial.seed], num_inference_steps=trial.steps, guidance_scale=trial.guidance_scale,
+            progress=told("CFG", 0, trial.steps),
+        )  # fmt: skip
+        frontier.add("CFG", f"CFG, {trial.steps} steps", fidelity.full, None)
+        for number, (family, column, steps) in enumerate(ways, 1):
+            made = fidelity.run(Column.parse(column), steps, told(column, number, steps))
+            name = f"CFG, {steps} steps" if column == "CFG" else made.label if made.is_default else column
+            frontier.add(family, name, made, fidelity.psnr(made))
     return frontier
 
 
-def _step_of(tell: Tell, what: str, number: int, count: int, so_far: Any) -> Callable[[str, int, int], None]:
-    """A progress callback of `compare` for its run `number` of `count`."""
+def _part_of(tell: Tell, what: str, number: int, count: int, steps: int, so_far: Any) -> Progress:
+    """What run `number` of `count` tells, each as long as this one."""
 
-    def progress(_: str, done: int, total: int) -> None:
-        tell(Progress(f"{what}, {number + 1} of {count}", number * total + done, count * total, so_far=so_far))
+    def progress(_: str, done: int, total: int, /) -> None:
+        total = max(total, steps)
+        tell(f"{what}, {number + 1} of {count}", number * total + done, count * total, so_far=so_far)
 
     return progress
-
-
-# Around a call of the pipeline
-
-
-@contextmanager
-def scheduled(pipe: Any, name: str) -> Iterator[None]:
-    """Puts the scheduler of that name in place, and the pipeline's own back at the end."""
-    own = pipe.scheduler
-    if SCHEDULERS[name]:
-        pipe.scheduler = scheduler_of(own, SCHEDULERS[name])
-    try:
-        yield
-    finally:
-        pipe.scheduler = own
-
-
-@contextmanager
-def watched(pipe: Any, on_step: Callable[[int, int, Tensor | None], None]) -> Iterator[None]:
-    """Calls `on_step(done, total, denoised)` after every step of the scheduler; what it raises ends the run."""
-    scheduler, own = pipe.scheduler, pipe.scheduler.step
-    clock, done = Clock(), 0
-
-    @functools.wraps(own)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        given = inspect.signature(own).bind(*args, **kwargs).arguments
-        clock.tick(scheduler, given.get("timestep"))
-        output, sample, space = given["model_output"], given["sample"], clock.space
-        known = space is not None and output.shape == sample.shape
-        denoised = space.a * sample + space.b * output if space is not None and known else None
-        result = own(*args, **kwargs)
-        done += 1
-        on_step(done, max(clock.count, done), denoised)
-        return result
-
-    scheduler.step = step
-    try:
-        yield
-    finally:
-        del scheduler.step
 
 
 class Preview:
@@ -378,10 +343,11 @@ class Preview:
         self.seconds = 0.0
         self._begin = time.perf_counter()
 
-    def __call__(self, denoised: Tensor | None) -> list[Image.Image] | None:
+    def __call__(self, step: Step, guided: Tensor) -> list[Image.Image] | None:
         start = time.perf_counter()
-        if denoised is None or denoised.ndim != 4 or self.seconds > 0.2 * (start - self._begin):
+        if step.space is None or step.sample is None or guided.ndim != 4 or self.seconds > 0.2 * (start - self._begin):
             return None
+        denoised = step.space.a * step.sample + step.space.b * guided
         vae: Any = getattr(self.pipe, "vae", None)
         factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
         if factor is None or vae.config.latent_channels != denoised.shape[1]:
@@ -413,14 +379,17 @@ class Studio:
         self.models = Models(allow_models)
         self.device = Device()
 
-    def generate(self, settings: Generation) -> Generator[Progress, None, Outcome]:
+    def generate(self, settings: Generation) -> Generator[News, None, Outcome]:
         return self._run(generate, settings.settled())
 
-    def compare(self, grid: Grid) -> Generator[Progress, None, Comparison]:
+    def compare(self, grid: Grid) -> Generator[News, None, Comparison]:
         return self._run(compare_grid, grid)
 
-    def benchmark(self, trial: Trial) -> Generator[Progress, None, Frontier]:
+    def benchmark(self, trial: Trial) -> Generator[News, None, Frontier]:
         return self._run(benchmark, trial)
 
-    def _run(self, job: Callable[..., R], form: Any) -> Generator[Progress, None, R]:
-        return self.device.run(lambda tell: job(self.models.get(form.model), form, tell))
+    def _run(self, job: Callable[..., R], form: Any) -> Generator[News, None, R]:
+        def work(tell: Callable[[News], None]) -> R:
+            return job(self.models.get(form.model), form, lambda *now, **seen: tell(News(*now, **seen)))
+
+        return self.device.run(work)

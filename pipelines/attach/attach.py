@@ -18,6 +18,7 @@ from diffusers_guidance.pipelines.attach.deferred import deferred
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints
 from diffusers_guidance.pipelines.attach.host import Host
 from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of, release_call
+from diffusers_guidance.pipelines.attach.turn import Turn
 from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
@@ -44,7 +45,7 @@ class Handle:
         """Told of every step of the next runs: observer(step, prediction, guided), see `engine.Observer`."""
         self._original = original
         """Of a copied pipeline: the handle of what it was copied from, which hears of its reports."""
-        self._turn = threading.RLock()
+        self._turn = Turn(type(pipe).__name__)
         """Whose turn it is: a pipeline has one scheduler, which is in one run at a time."""
         self._last: Report | None = None
         self._here = threading.local()
@@ -148,7 +149,7 @@ class Handle:
             result = work()
         again = functools.partial(self._guided, arguments)
         finish = functools.partial(self._finish, run, recorder)
-        later = deferred(result, lambda: self._stretch(run), finish, again)
+        later = deferred(result, lambda: self._stretch(run), run.waiting, finish, again)
         if later is not None:
             return later
         finish(result)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.formula import Around, Scales, read
+from diffusers_guidance.pipelines.attach.combination import Around, read
+from diffusers_guidance.pipelines.attach.formula import Scales
 from diffusers_guidance.spaces import Space
 
 

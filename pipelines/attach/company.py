@@ -4,7 +4,7 @@ A plain result must never pass for a guided one. What cannot be followed is refu
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +32,8 @@ class Company:
         """Whether a method of the pipeline has called its parts from another thread."""
         self._own: FrameType | None = None
         """The pipeline's loop."""
+        callbacks = [each for name, each in call.arguments.items() if "callback" in name and callable(each)]
+        self._callbacks = {*map(_code, callbacks)} - {None}
 
     def leave(self) -> None:
         """Forgets the pipeline's loop, which holds everything it knows."""
@@ -56,10 +58,18 @@ class Company:
             frame = frame.f_back
         return True
 
+    def is_aside(self, frame: FrameType | None) -> bool:
+        """Whether a callback that the pipeline was given is calling: what it asks is no part of a step."""
+        while self._callbacks and frame is not None and frame is not self._own:
+            if frame.f_code in self._callbacks:
+                return True
+            frame = frame.f_back
+        return False
+
     def _has_called(self, frame: FrameType) -> bool:
         """Whether the pipeline itself has called `frame`, and not a callback that it was given."""
         given = [each for each in self._call.arguments.values() if callable(each)]
-        codes = {getattr(getattr(each, "__func__", each), "__code__", None) for each in given} - {None}
+        codes = {*map(_code, given)} - {None}
         caller = frame.f_back
         while caller is not None:
             owner = caller.f_locals.get("self")
@@ -78,6 +88,12 @@ class Company:
                 self.ran_elsewhere |= caller is self._call.pipe
                 return
             frame = frame.f_back
+
+
+def _code(function: Any) -> CodeType | None:
+    """What a frame of a callable runs."""
+    function = getattr(getattr(function, "func", function), "__func__", function)
+    return getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
 
 
 def check_pending(

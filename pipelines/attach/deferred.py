@@ -9,35 +9,38 @@ import functools
 import inspect
 import types
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 Within = Callable[[], AbstractContextManager[None]]
 Finish = Callable[[Any], None]
 
 
-def deferred(made: Any, within: Within, finish: Finish, again: Callable[[Callable[[], Any]], Any]) -> Any:
+def deferred(
+    made: Any, within: Within, beside: Within, finish: Finish, again: Callable[[Callable[[], Any]], Any]
+) -> Any:
     """What stands for `made`, if its work is still to come; else None.
 
     Args:
         within: makes the context of each stretch of work.
+        beside: makes the context of the time in which a coroutine waits.
         finish: called with what the work came to, once it is done.
         again: makes the work of a function that was returned, each time it is called.
     """
     if inspect.isasyncgen(made):
-        return _asynchronous(made, within, finish)
+        return _asynchronous(made, within, beside, finish)
     if inspect.iscoroutine(made):
-        return _awaited(made, within, finish)
+        return _awaited(made, within, beside, finish)
     if isinstance(made, Iterator):
-        return _stretches(made if inspect.isgenerator(made) else _generator(made), within, finish)
+        return _stretches(made if inspect.isgenerator(made) else _generator(made), within, nullcontext, finish)
     if isinstance(made, types.FunctionType | types.MethodType | functools.partial):
         return lambda *args, **kwargs: again(lambda: made(*args, **kwargs))
     if type(made) in (tuple, list):
-        parts = [deferred(each, within, finish, again) for each in made]
+        parts = [deferred(each, within, beside, finish, again) for each in made]
         if any(part is not None for part in parts):
             return type(made)(old if new is None else new for old, new in zip(made, parts, strict=True))
     if type(made) is dict:
-        later = {key: deferred(each, within, finish, again) for key, each in made.items()}
+        later = {key: deferred(each, within, beside, finish, again) for key, each in made.items()}
         if any(each is not None for each in later.values()):
             return made | {key: each for key, each in later.items() if each is not None}
     return None
@@ -47,7 +50,7 @@ def _generator(made: Iterator) -> Generator:
     yield from made
 
 
-def _stretches(made: Any, within: Within, finish: Finish) -> Generator[Any, Any, Any]:
+def _stretches(made: Any, within: Within, beside: Within, finish: Finish) -> Generator[Any, Any, Any]:
     """Drives a generator or a coroutine from one `yield` to the next, as `yield from` does."""
     resume, value = made.send, None
     while True:
@@ -58,7 +61,9 @@ def _stretches(made: Any, within: Within, finish: Finish) -> Generator[Any, Any,
                 result = end.value
                 break
         try:
-            resume, value = made.send, (yield item)
+            with beside():
+                value = yield item
+            resume = made.send
         except GeneratorExit:
             made.close()
             raise
@@ -68,15 +73,15 @@ def _stretches(made: Any, within: Within, finish: Finish) -> Generator[Any, Any,
     return result
 
 
-async def _awaited(made: Any, within: Within, finish: Finish) -> Any:
-    return await types.coroutine(_stretches)(made, within, finish)
+async def _awaited(made: Any, within: Within, beside: Within, finish: Finish) -> Any:
+    return await types.coroutine(_stretches)(made, within, beside, finish)
 
 
-async def _asynchronous(made: Any, within: Within, finish: Finish) -> AsyncGenerator:
+async def _asynchronous(made: Any, within: Within, beside: Within, finish: Finish) -> AsyncGenerator:
     try:
         while True:
             try:
-                item = await _awaited(made.__anext__().__await__(), within, lambda _: None)
+                item = await _awaited(made.__anext__().__await__(), within, beside, lambda _: None)
             except StopAsyncIteration:
                 break
             yield item

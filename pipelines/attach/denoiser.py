@@ -11,7 +11,8 @@ from torch import Tensor
 from diffusers_guidance.engine import Engine
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.clock import Clock
-from diffusers_guidance.pipelines.attach.formula import Formula, exact
+from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.residual import exact
 from diffusers_guidance.pipelines.attach.state import Watch
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.steps import Action, Decision, Plan, Step
@@ -85,6 +86,8 @@ class Denoiser:
     """Whether they did not at this step's first call, so that all is evaluated."""
     nfe: int = 0
     nfe_full: int = 0
+    aside: int = 0
+    """Rows evaluated for somebody else since the last step."""
 
     @cached_property
     def watch(self) -> Watch:
@@ -173,6 +176,12 @@ class Denoiser:
         return len(alike) if len(alike) > 1 else 0
 
     @property
+    def halves(self) -> list[dict[str, Tensor]]:
+        """What both branches were made from, as long as no formula is known; see `rows.halves`."""
+        calls = [(args, kwargs) for _, args, kwargs, _ in self.inputs]
+        return batch.halves(calls, len(self.outputs[0])) if 0 < len(calls) < 3 else []
+
+    @property
     def fits(self) -> bool:
         """Whether the step's evaluations, `outputs`, are on the batch whose formula is known."""
         return all(y.shape == self.shape for y in self.outputs)
@@ -237,6 +246,16 @@ class Denoiser:
         if self.nfe == self.nfe_full:
             self._keep_whole()
         return output
+
+    def take_cost(self) -> tuple[int, int]:
+        """Evaluations since the last step, and those the pipeline asked for; both with what others asked for."""
+        aside, self.aside = self.aside, 0
+        return self.nfe + aside, self.nfe_full + aside
+
+    def run_aside(self, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """A call that is no part of a step's prediction: evaluated as it is, and counted."""
+        self.aside += _rows(args, kwargs)
+        return call(*args, **kwargs)
 
     @property
     def _may_skip(self) -> bool:
@@ -306,7 +325,7 @@ class Denoiser:
             return batch.with_prediction(self.template, y)
         cond, uncond = self.engine.both(self.step)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
-        y = torch.cat(branches) if formula.batched else branches[branch].clone()
+        y = formula.outputs(branches)[branch].clone()
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
 
@@ -322,11 +341,11 @@ class Denoiser:
         assert y is not None
         if y.shape != self.shape:  # a callback has made the samples larger, say
             return self._run_whole(call, args, kwargs, total, len(kept))
-        branches = list(y.chunk(formula.branches))
+        branches = formula.parts([y])
         cond = branches[formula.cond_index]
         if any(each.action == Action.EXTRAPOLATE for each in self.plan or ()):
             filled = [cond if i == formula.cond_index else self._filled(cond, each) for i, each in enumerate(branches)]
-            y = torch.cat(filled)
+            (y,) = formula.outputs(filled)
             output = batch.with_prediction(output, y)
         self._note(y, len(kept), total)
         return output

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.attach import rows
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.attach.combination import SOLVED
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
-from diffusers_guidance.pipelines.attach.formula import SOLVED, Fit, Formula, Residual, mixture, norm, residual, views
+from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.identify import SINGLE, Sample, best, identify, solve, turned
+from diffusers_guidance.pipelines.attach.layout import views
+from diffusers_guidance.pipelines.attach.residual import Fit, Residual, mixture, norm, residual
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, to_host
 from diffusers_guidance.rules import Rule
@@ -29,8 +33,17 @@ from diffusers_guidance.steps import Action, Plan, Prediction, Step
 _ROUNDING = 0.02
 """How far below 0 a scale that was solved for may come out, whatever the dtype."""
 
-_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Formula]] = WeakKeyDictionary()
-"""By network and the pipeline's class, a formula that was found where the scale told both halves apart."""
+
+class Order(NamedTuple):
+    """What is remembered of a formula that was found where the scale told both halves apart."""
+
+    formula: Formula
+    halves: list[dict[str, Tensor]]
+    """The first row of what (the unconditional, the conditional) one was made from."""
+
+
+_ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Order]] = WeakKeyDictionary()
+"""By network and the pipeline's class."""
 
 
 class Seen(NamedTuple):
@@ -43,15 +56,6 @@ class Seen(NamedTuple):
     """(2, rows)."""
 
 
-class _Unread(NamedTuple):
-    """What has not been waited for yet: of which step, read by which formula."""
-
-    place: int
-    """In the report."""
-    formula: Formula
-    residual: Residual
-
-
 class Discovery:
     """What one run finds out about its pipeline's guidance."""
 
@@ -59,7 +63,6 @@ class Discovery:
         self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
         self.acts = not (rule.is_plain and type(policy) is EveryStep)
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
-        self._unread: list[_Unread] = []
 
     def is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False where it evaluated one and used it as it is."""
@@ -85,23 +88,33 @@ class Discovery:
         """Finds the pipeline's formula; or says why it cannot be told yet, as where both predictions agree."""
         orders = _ORDERS.get(denoiser.module)
         before = None if orders is None else orders.get(type(self.call.pipe))
+        known, halves = (None, []) if before is None else before
+
+        def told() -> int | None:
+            return rows.conditional(denoiser.halves, self.call.arguments, halves) if self.acts else None
+
         around = self.call.around(sample, clock.space)
-        found = identify(denoiser.outputs, output, self.call.scales, around, before)
+        found = identify(denoiser.outputs, output, self.call.scales, around, known, told)
         if found.formula is None:
             if found.undetermined:
                 return found.tried
-            raise self.unsupported(denoiser, output, found.tried)
+            if self.acts or not self.recording.report.steps:
+                raise self.unsupported(denoiser, output, found.tried)
+            return f"not verified: {found.tried}"  # nothing is done in its place: a result is not withheld for that
         self._keep_order(denoiser, found.formula)
         denoiser.know(found.formula)
         report = self.recording.report
-        known = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
-        report.formula = "; ".join(dict.fromkeys(known))
+        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
+        report.formula = "; ".join(dict.fromkeys(told_so_far))
         return ""
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales at which that cannot be told."""
         if formula.mixed != SOLVED and formula.w(formula.value) > 1:
-            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.call.pipe)] = formula
+            halves = denoiser.halves if formula.branches == 2 else []
+            first = [{name: t[:1].clone() for name, t in each.items() if t.ndim} for each in halves]
+            order = Order(formula, first if formula.cond_index else first[::-1])
+            _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.call.pipe)] = order
 
     def verify(
         self,
@@ -127,7 +140,7 @@ class Discovery:
 
         seen = see()
         if not self.acts and denoiser.formula is not None and denoiser.formula.is_read:
-            self._unread.append(_Unread(len(self.recording.report.steps), denoiser.formula, seen.residual))
+            self._check_later(denoiser.formula, seen.residual)
             return seen.step, replace(seen.prediction, similarity=seen.similarity, note=noted())
         fit, similarity = _fetched(seen)
         formula = denoiser.formula
@@ -141,7 +154,7 @@ class Discovery:
                 if self.acts:
                     raise
                 # Nothing is done in its place: the report says so.
-                self._unread.append(_Unread(len(self.recording.report.steps), formula, seen.residual))
+                self._check_later(formula, seen.residual)
                 found = replace(seen.prediction, similarity=seen.similarity)
                 if not doubt:
                     return seen.step, replace(found, note=noted())
@@ -224,7 +237,7 @@ class Discovery:
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = replace(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
         halves = formula.halves(denoiser.outputs)
-        prediction = Prediction(c, u, evaluated, halves, nfe=denoiser.nfe, nfe_full=denoiser.nfe_full)
+        prediction = Prediction(c, u, evaluated, halves)
         return Seen(step, prediction, found, denoiser.engine.similarity(step, prediction))
 
     def unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
@@ -250,17 +263,17 @@ class Discovery:
             )
         return "".join(f"{each}, or " for each in advice)
 
-    def finish(self) -> None:
-        """Reads what was left for later, in one transfer, and says of which steps it does not hold."""
-        steps = self.recording.report.steps
-        unread = [each for each in self._unread if each.place < len(steps)]
-        for each, norms in zip(unread, to_host([each.residual.norms for each in unread]), strict=True):
-            fit = each.residual.fit(norms.tolist())
-            if not fit.fits:  # nothing was done in place of the pipeline's own guidance
-                step = steps[each.place]
-                step.guidance_scale = None
-                step.note = "; ".join(filter(None, [step.note, f"not verified: {_held(each.formula, fit)}"]))
-        self._unread = []
+    def _check_later(self, formula: Formula, residual: Residual) -> None:
+        """Says at the end of the run whether the formula held at the coming step of the report."""
+        steps, place = self.recording.report.steps, len(self.recording.report.steps)
+
+        def tell(norms: Tensor) -> None:
+            fit = residual.fit(norms.tolist())
+            if not fit.fits and place < len(steps):  # nothing was done in place of the pipeline's own guidance
+                steps[place].guidance_scale = None
+                steps[place].add_note(f"not verified: {_held(formula, fit)}")
+
+        self.recording.read_later(residual.norms, tell)
 
 
 def _fetched(seen: Seen) -> tuple[Fit, Tensor]:

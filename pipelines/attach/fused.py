@@ -12,6 +12,7 @@ The one file here that knows diffusers. `use_fused_steps(False)` turns it off.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -26,18 +27,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from diffusers_guidance.kernels.dispatch import backend_of, step
 from diffusers_guidance.kernels.reference import Rule, Update
 
-_fused: bool | None = None
+_fused: ContextVar[bool | None] = ContextVar("fused", default=None)
 
 
 @contextmanager
 def use_fused_steps(fused: bool | None) -> Iterator[None]:
-    """Inside the block steps are fused never (False), wherever possible (True), or where Triton runs (None)."""
-    global _fused
-    before, _fused = _fused, fused
+    """Inside the block steps are fused never (False), wherever possible (True), or where Triton runs (None).
+
+    Other threads and tasks keep their own choice.
+    """
+    token = _fused.set(fused)
     try:
         yield
     finally:
-        _fused = before
+        _fused.reset(token)
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,14 @@ def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:
         flow.FlowMatchEulerDiscreteScheduler: _flow,
         ddim.DDIMScheduler: _ddim,
     }.get(type(scheduler))
-    if read is None or _fused is False:
+    if read is None or _fused.get() is False:
         return None
     call = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
     call.apply_defaults()
     model_output, sample = call.arguments["model_output"], call.arguments["sample"]
     if model_output.shape != sample.shape or model_output.device != sample.device:
         return None
-    if _fused is None and backend_of(model_output, sample) == "torch":
+    if _fused.get() is None and backend_of(model_output, sample) == "torch":
         return None
     found = read(scheduler, call.arguments, sample.dtype, model_output.dtype)
     if found is None:

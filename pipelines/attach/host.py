@@ -37,7 +37,7 @@ from diffusers_guidance.pipelines.attach.denoiser import Denoiser
 from diffusers_guidance.pipelines.attach.discovery import Discovery
 from diffusers_guidance.pipelines.attach.fingerprint import setting
 from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
-from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited
+from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
 from diffusers_guidance.pipelines.attach.parts import components, part
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
@@ -120,6 +120,15 @@ class Host:
             self._stack = None
             self._company.leave()
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Keeps watch while the pipeline waits: it is not to go on in another thread meanwhile."""
+        with ExitStack() as stack:
+            for each in self._parts.values():
+                name = "step" if not isinstance(each, torch.nn.Module) else None
+                stack.enter_context(told_of(each, name, self.on_elsewhere))
+            yield
+
     def finish(self, result: Any) -> None:
         """Completes the report of a call that has returned; refuses a `result` that is not what the report says."""
         self._finish_report()
@@ -184,6 +193,8 @@ class Host:
             check_pending(self._call.name, len(self.report.steps), self._replaced(), self._parts, denoisers)
         self._meet()
         denoiser = self._denoisers[id(module)]
+        if self._company.is_aside(sys._getframe(2)):
+            return denoiser.run_aside(call, args, kwargs)
         planned = denoiser.leader or denoiser  # whose plan this call follows
         clock = planned.clock
         if clock is not None and not planned.nfe_full and (clock.ran_out or clock.loops != planned.loop):
@@ -243,11 +254,6 @@ class Host:
         self._clock = self._clocks.setdefault(id(owner), Clock())
         self._clock.tick(owner, timestep)
         denoiser.stepped(self._clock)
-        if self._clock.went_back and self._discovery.acts:
-            raise UnsupportedPipeline(
-                f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
-                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
-            )
 
     def _owner(self, denoiser: Denoiser, scheduler: Any, timestep: Any) -> Any:
         """Whose step this is: where two schedulers step on one evaluation, one for a preview, the pipeline's own."""
@@ -309,12 +315,17 @@ class Host:
         if not self._discovery.is_guided(denoiser, output, sample):
             made = self._made_up(denoiser, output, sample)
             return self._unguided(denoiser, step, made if made is not None else output, sample, made is not None)
+        if self._clock.went_back and self._discovery.acts:
+            raise UnsupportedPipeline(
+                f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
+                "would need a history of its own; only CFG() with EveryStep() can be attached to it"
+            )
         self._check_batch(denoiser, output)
         if denoiser.formula is None:
             if reason := self._discovery.identify(denoiser, output, sample, self._clock):
                 both = [Decision(Action.BOTH)] * output.shape[0]
-                cost = denoiser.nfe, denoiser.nfe_full
-                self._recording.add(step, both, [True] * len(both), *cost, note=f"{reason}{_NOT_YET}")
+                note = f"{reason}{_NOT_YET}"
+                self._recording.add(step, both, [True] * len(both), *denoiser.take_cost(), note=note)
                 self._tell(None, step, output, sample)
                 return Guided(None)
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
@@ -326,6 +337,8 @@ class Host:
         engine, plan = denoiser.engine, denoiser.plan
         assert engine is not None and plan is not None
         step, prediction = self._discovery.verify(denoiser, step, output, sample, self._clock, plan, evaluated, note)
+        nfe, nfe_full = denoiser.take_cost()
+        prediction = replace(prediction, nfe=nfe, nfe_full=nfe_full)
         formula, w = denoiser.formula, step.w
         assert formula is not None
         engine.check(lambda: self._setting(denoiser, step))
@@ -342,7 +355,7 @@ class Host:
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
         found = engine.guide(
-            step, plan, prediction, lambda: view.working(output), finish, fuse if formula.is_direct else lambda: None
+            step, plan, prediction, lambda: view.working(output), finish, fuse if formula.hands_it_on else lambda: None
         )
         handed = None if found.tensor is None else view.emit(found.tensor, output)
         again = found.again
@@ -351,7 +364,7 @@ class Host:
             return Guided(None, found.result, lambda: view.emit(again(), output))
         if self.policy.hands:
             handed = self._hand(denoiser, step, output if handed is None else handed, sample)
-        self._tell(prediction if prediction.nfe else None, step, output if handed is None else handed, sample)
+        self._tell(prediction if denoiser.nfe else None, step, output if handed is None else handed, sample)
         return Guided(None if handed is output else handed)
 
     def _check_batch(self, denoiser: Denoiser, output: Tensor) -> None:
@@ -372,7 +385,7 @@ class Host:
         """A step without guidance: there is nothing to forecast it from, nor from it."""
         alone = [Decision(Action.CONDITIONAL if denoiser.nfe else Action.NEITHER)] * output.shape[0]
         note = "no guidance at this step"
-        self._recording.add(step, alone, [False] * len(alone), denoiser.nfe, denoiser.nfe_full, note=note)
+        self._recording.add(step, alone, [False] * len(alone), *denoiser.take_cost(), note=note)
         if self.policy.hands and denoiser.engine is not None:
             denoiser.engine.history.lapse()
         self._tell(None, step, output, sample)
@@ -448,12 +461,11 @@ class Host:
 
     def _finish_report(self) -> None:
         """Brings what is unread to the host, once, and says what a reader would wonder about."""
-        self._discovery.finish()
         for step in self._recording.finish().steps:
             pairs = zip(step.evaluated, step.similarity, strict=False)
             broken = [i for i, (was, known) in enumerate(pairs) if was == "both" and known is None]
             if broken and self._clock.error is None and step.sigma is not None and step.guidance_scale is not None:
-                step.note = "; ".join(filter(None, [step.note, f"zero or non-finite prediction in sample {broken}"]))
+                step.add_note(f"zero or non-finite prediction in sample {broken}")
         if not self.report.formula:
             self.report.note = self._left_alone
         elif self._clock.error is not None:

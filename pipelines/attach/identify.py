@@ -15,6 +15,7 @@ as it is: which of them that is, a later step tells. A scale that nobody can rea
 order is known to contradict that, it is said.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,27 +25,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.formula import (
+from diffusers_guidance.pipelines.attach.combination import (
     ANCHORS,
     FINISHES,
-    FROM_C,
     NETWORKS,
     SOLVED,
     TRIOS,
     Around,
-    Fit,
-    Formula,
-    Scale,
-    Scales,
-    exact,
-    mixture,
-    norm,
     read,
-    views,
 )
+from diffusers_guidance.pipelines.attach.formula import Formula, Scales
+from diffusers_guidance.pipelines.attach.layout import View, views
+from diffusers_guidance.pipelines.attach.residual import Fit, Scale, exact, mixture, norm
 
 _SIZE = 8192
 """About how many numbers a search is decided on."""
+_FEW = 1 / 64
+"""The share of numbers that may round to another side where a formula is followed in all its operations."""
+MEETS = ("denoised", "own", "wants")
+"""What of a network's may be combined, the likely ones first; see `Formula.meets`."""
 _NOTHING = "no sum of the denoiser's outputs, each times a number, was found to give that"
 _GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
 """Finishes by a number of a sample as a whole."""
@@ -92,7 +91,8 @@ class Reading:
 
     Args:
         formula: of which order, anchor, finish and scale are open.
-        parts: the branches as the scheduler would get them.
+        parts: the branches as they are combined.
+        seen: the same as the scheduler would get them.
         target: the scheduler's own number.
         around: what it may depend on.
         sample: which numbers these are.
@@ -100,6 +100,7 @@ class Reading:
 
     formula: Formula
     parts: list[Tensor]
+    seen: list[Tensor]
     target: Tensor
     around: Around
     sample: Sample
@@ -114,7 +115,7 @@ class Reading:
             return 0.0
         if formula.is_stable:
             return math.inf
-        return _ratio(_fit(formula, self.parts, expected, self.target, s, self.around))
+        return _ratio(_fit(formula, self.seen, expected, self.target, s, self.around))
 
     def _off_by_a_factor(self, formula: Formula, s: Scale) -> float:
         """The same where only all numbers of a row tell by what it is multiplied."""
@@ -126,10 +127,10 @@ class Reading:
 
     def solved(self, cond: int) -> tuple[float, Fit]:
         """(w, fit): the w that explains the target best as `u + w (c - u)`, and how well it does."""
-        c, u, target = (exact(t) for t in (self.parts[cond], self.parts[1 - cond], self.target))
+        c, u, target = (exact(t) for t in (self.seen[cond], self.seen[1 - cond], self.target))
         d = c - u
         w = float(((target - u) * d).sum() / (d * d).sum())
-        fit = _fit(self.formula, self.parts, u + w * d, target, w, self.around)
+        fit = _fit(self.formula, self.seen, u + w * d, target, w, self.around)
         return w, fit
 
     def differs(self, ulps: float) -> bool:
@@ -139,7 +140,7 @@ class Reading:
     @property
     def size(self) -> float:
         """How far the branches are apart."""
-        return norm(self.parts[0] - self.parts[1])
+        return norm(self.seen[0] - self.seen[1])
 
 
 def _ratio(fit: Fit) -> float:
@@ -159,21 +160,23 @@ def identify(
     scales: Scales,
     around: Around,
     known: Formula | None = None,
+    told: Callable[[], int | None] = lambda: None,
 ) -> Identified:
     """Searches for the formula behind `output`, given the outputs of the step's denoiser calls.
 
     Args:
         known: one found before, of the same network: its order tells where either half may be the conditional one.
+        told: asked first: which of both is, by what they were made from.
     """
     if not all(_is_finite(t) for t in (*outputs, output)):
-        return _identify_finite(outputs, output, scales, around, known)
+        return _identify_finite(outputs, output, scales, around, known, told)
     live: dict[str, float | Tensor] = {}
     for label, get in scales.items():
         value = read(get(), output)
         same = (isinstance(other, float) and other == value for other in live.values())
         if value is not None and (isinstance(value, Tensor) or not any(same)):
             live[label] = value
-    return _Search(outputs, output, live, around, known).found()
+    return _Search(outputs, output, live, around, known, told).found()
 
 
 class _Search:
@@ -186,8 +189,10 @@ class _Search:
         live: Mapping[str, float | Tensor],
         around: Around,
         known: Formula | None,
+        told: Callable[[], int | None],
     ) -> None:
         self.outputs, self.output, self.live, self.around, self.known = outputs, output, live, around, known
+        self.told = functools.cache(told)
         self.readings: list[Reading] = []
         self.doubts: list[str] = []
         self.open = False
@@ -197,6 +202,8 @@ class _Search:
         self.against = ""
         """What the order that is known does not go with."""
         self.tried: tuple[float, str] = (math.inf, "")
+        self.fitted: tuple[Formula, Scale, Fit] | None = None
+        """The last that was compared on all numbers."""
 
     def found(self) -> Identified:
         for reading in self._read():
@@ -213,6 +220,8 @@ class _Search:
             (self._by_solving, [reading for reading in pairs if reading.differs(0.25)]),
             (self._by_rounding, apart),
             (self._by_weights, [reading for reading in self.readings if reading not in pairs]),
+            (self._by_network, apart),
+            (self._near_network, apart),
             (self._by_mixing, apart),
         )
         for step, readings in steps:
@@ -237,10 +246,8 @@ class _Search:
                 target = view.working(output)
                 if not view.holds(output):
                     continue
-                if view.channels:  # they must plainly come from one of the branches
-                    rest = view.rest(output, output)[: parts[0].shape[0]]
-                    if not any(torch.equal(view.rest(part, output), rest) for part in parts):
-                        continue
+                if view.channels and not _is_handed_on(view, parts, output):
+                    continue
                 sample, here = Sample(target.shape), self.around.through(view)
                 x = here.sample
                 near = replace(here, sample=sample(x) if x is not None and x.shape == target.shape else None)
@@ -250,9 +257,12 @@ class _Search:
                 )
                 for upcast, widens in ways:
                     rows, n = parts[0].shape[0], len(parts)
-                    formula = Formula(batched, n, 0, view, "u", upcast, "", None, rows, output.dtype, widens=widens)
+                    formula = Formula(
+                        batched=batched, branches=n, cond_index=0, view=view, rows=rows,
+                        anchor="u", upcast=upcast, finish="", scale=None, dtype=output.dtype, widens=widens,
+                    )  # fmt: skip
                     treated = [formula.treated(y, near) for y in seen]
-                    yield Reading(formula, treated, sample(target), near, sample)
+                    yield Reading(formula, treated, treated, sample(target), near, sample)
 
     def _shapes(self) -> str:
         n = len(self.outputs)
@@ -287,8 +297,7 @@ class _Search:
                 continue
             if self._is_guided(formula, reading, s) and self._confirms(formula, s):
                 fitting.append((formula, s))
-        ordered = [each for each in fitting if self._is_known(each[0])] or fitting
-        return self._chosen(ordered, self._exact)
+        return self._chosen(self._ordered(fitting), self._exact)
 
     def _by_solving(self, reading: Reading) -> Formula | None:
         """Plainly combined at a scale that nobody can read, bit for bit."""
@@ -302,7 +311,7 @@ class _Search:
             for anchor in _MONOTONE + _SUMS:
                 tried = replace(formula, anchor=anchor)
                 s = solve(tried, c, u, target, reading.sample)
-                if s is not None and self._confirms(tried, s):
+                if s is not None:
                     if self._leads(tried, tried.w(s)):
                         return self._exact(tried, s)
                     break
@@ -314,7 +323,7 @@ class _Search:
         fitting = [(formula, s) for each in found for formula, s in each]
         if not fitting:
             fitting = list(self._finished(reading))
-        ordered = [each for each in fitting if self._is_known(each[0])] or fitting
+        ordered = self._ordered(fitting)
         distinct = [each for i, each in enumerate(ordered) if not any(_same(*each, *other) for other in ordered[:i])]
         return self._chosen([each for each in distinct if self._fits_all(*each)], self._close)
 
@@ -342,15 +351,15 @@ class _Search:
                 continue
             if formula.finish in _GLOBAL and not reading.sample.whole and reading.off(formula, s) > 1:
                 continue
-            parts, near, target = reading.parts, reading.around, reading.target
+            parts, seen, near, target = reading.parts, reading.seen, reading.around, reading.target
             s_: Any = reading.sample.of(s)
             if formula.finish in _GLOBAL and not reading.sample.whole:
                 near = self.around.through(formula.view)
-                parts = [formula.seen(part, near) for part in formula.parts(self.outputs)]
+                parts = seen = [formula.seen(part, near) for part in formula.parts(self.outputs)]
                 target, s_ = formula.view.working(self.output), s
             expected = formula.combined(parts, s_, near)
-            fit = _fit(formula, parts, expected, target, s_, near)
-            self._try(formula, formula.w(s), fit, norm(parts[0] - parts[1]))
+            fit = _fit(formula, seen, expected, target, s_, near)
+            self._try(formula, formula.w(s), fit, norm(seen[0] - seen[1]))
             other = norm(formula.combined(parts, 1.1 * s_, near) - expected)
             if not (fit.fits and 2 * fit.allowed < other):
                 continue
@@ -380,18 +389,30 @@ class _Search:
                 found.append((formula, w))
         return self._chosen(found, self._close)
 
+    def _by_network(self, reading: Reading) -> Formula | None:
+        """With the sample mixed in, in a way that is known, bit for bit."""
+        return self._first(self._by_name, reading)
+
+    def _near_network(self, reading: Reading) -> Formula | None:
+        """The same up to rounding."""
+        return self._first(self._by_rounding, reading)
+
+    def _first(self, step: Callable[[Reading], Formula | None], reading: Reading) -> Formula | None:
+        """What `step` finds first where the network predicts something else than the scheduler wants."""
+        around = reading.around
+        for network, meets in itertools.product(NETWORKS, MEETS if around.fits(reading.target) else ()):
+            noise = _noise(reading.parts[0].dtype)
+            formula = replace(reading.formula, mixed=network, meets=meets, noise=noise)
+            parts, seen = ([how(y, around) for y in reading.parts] for how in (formula.treated, formula.handed))
+            found = step(replace(reading, formula=formula, parts=parts, seen=seen))
+            if found is not None or self._is_in_doubt:
+                return found
+        return None
+
     def _by_mixing(self, reading: Reading) -> Formula | None:
-        """With the sample mixed in, in a way that is known; or in one of which only the numbers are."""
+        """With the sample mixed in, in a way of which only the numbers are known."""
         if reading.around.sample is None:
             return None
-        if reading.around.fits(reading.target):
-            for network in NETWORKS:
-                formula = replace(reading.formula, mixed=network)
-                raw = [formula.treated(y, reading.around) for y in reading.parts]
-                mixed = replace(reading, formula=formula, parts=raw)
-                for found in (self._by_name(mixed), self._by_rounding(mixed)):
-                    if found is not None or self._is_in_doubt:
-                        return found
         for cond in range(2):
             formula = replace(reading.formula, cond_index=cond)
             cut = formula.cut(self.outputs, self.around.through(formula.view))
@@ -418,13 +439,27 @@ class _Search:
             return None
         return how(*fitting[0]) if fitting else None
 
+    def _ordered(self, fitting: list[tuple[Formula, Scale]]) -> list[tuple[Formula, Scale]]:
+        """Those whose order is known, where there are any."""
+        some = [each for each in fitting if self._is_known(each[0])] if len(fitting) > 1 else []
+        return some or fitting
+
+    def _order(self, formula: Formula) -> int | None:
+        """Which of the formula's branches is the conditional one, as is told, or was found of ones laid out like it."""
+        told, known = self.told() if formula.branches == 2 else None, self.known
+        if (
+            told is None
+            and known is not None
+            and (known.batched, known.branches) == (formula.batched, formula.branches)
+        ):
+            return known.cond_index
+        return told
+
     def _knows(self, formula: Formula) -> bool:
-        """Whether an order was found before, of branches laid out like this."""
-        known = self.known
-        return known is not None and (known.batched, known.branches) == (formula.batched, formula.branches)
+        return self._order(formula) is not None
 
     def _is_known(self, formula: Formula) -> bool:
-        return self._knows(formula) and self.known is not None and self.known.cond_index == formula.cond_index
+        return self._order(formula) == formula.cond_index
 
     @property
     def _rounding(self) -> float:
@@ -433,7 +468,7 @@ class _Search:
 
     def _is_single(self, formula: Formula, w: float) -> bool:
         """Whether the output is one of two halves, and their order is not known."""
-        return formula.branches == 2 and not self._knows(formula) and min(abs(w), abs(w - 1)) <= self._rounding
+        return formula.branches == 2 and min(abs(w), abs(w - 1)) <= self._rounding and not self._knows(formula)
 
     def _leads(self, formula: Formula, w: float) -> bool:
         """Whether c is the half that is meant where the scale was solved for: guidance is towards it.
@@ -446,7 +481,8 @@ class _Search:
             return False
         if self._knows(formula):
             if self._is_known(formula) and w < -self._rounding:
-                self.against = turned(formula, w)
+                held = self.known is not None and self.known.cond_index == formula.cond_index
+                self.against = turned(formula, w) if held else _away(formula, w)
             return self._is_known(formula) and w >= -self._rounding
         if 0 < w < 1:
             self.doubts.append(f"{formula}, with w = {w:.4g}")
@@ -458,25 +494,34 @@ class _Search:
         return _differ(parts[formula.cond_index], formula.at(s).away(parts), ulps=0.25)
 
     def _confirms(self, formula: Formula, s: Scale) -> bool:
-        """Whether it gives all of the output, bit for bit."""
+        """Whether it gives all of the output, bit for bit.
+
+        Where the sample is mixed in, but for the few numbers that a factor's last digit rounds to another side.
+        """
         here = self.around.through(formula.view)
-        return torch.equal(formula.reproduce(self.outputs, s, here), formula.view.working(self.output))
+        made, output = formula.reproduce(self.outputs, s, here), formula.view.working(self.output)
+        if not formula.mixed:
+            return torch.equal(made, output)
+        return float((made != output).float().mean()) < _FEW and self._fits_all(formula, s)
 
     def _fits_all(self, formula: Formula, s: Scale) -> bool:
         """Whether it gives all of the output up to rounding."""
         return self._fit_of_all(formula, s).fits
 
     def _fit_of_all(self, formula: Formula, s: Scale) -> Fit:
+        if self.fitted is not None and self.fitted[0] is formula and self.fitted[1] is s:
+            return self.fitted[2]
         here = self.around.through(formula.view)
         c, u = formula.cut(self.outputs, here)
         expected = formula.reproduce(self.outputs, s, here)
         found = formula.residual(expected, formula.view.working(self.output), c, u, s, here)
         fit = found.fit(found.norms.tolist())
         self._try(formula, formula.w(s), fit, norm(c - u))
+        self.fitted = (formula, s, fit)
         return fit
 
     def _exact(self, formula: Formula, s: Scale) -> Formula:
-        return replace(formula.at(s), exact=True, value=s)
+        return replace(formula.at(s), exact=True, value=s, noise=formula.noise * math.sqrt(_FEW))
 
     def _close(self, formula: Formula, s: Scale) -> Formula:
         """With the rounding that was seen: no later step may be much further off."""
@@ -484,7 +529,7 @@ class _Search:
         share = max(2 * fit.error / fit.allowed, 0.125) if fit.allowed else 1.0
         seen = self.outputs[0].dtype
         is_half = torch.finfo(seen).bits < 32 and not formula.needs_space
-        noise = share * torch.finfo(self.dtype_of(formula)).eps if is_half else 0.0
+        noise = share * torch.finfo(self.dtype_of(formula)).eps if is_half else formula.noise
         return replace(formula, value=s, noise=noise)
 
     def dtype_of(self, formula: Formula) -> torch.dtype:
@@ -521,6 +566,14 @@ def turned(formula: Formula, w: float) -> str:
     )
 
 
+def _away(formula: Formula, w: float) -> str:
+    """Says that what tells both halves apart is against a scale that was solved for."""
+    return (
+        f"{formula}, by what both predictions were made from, and with w = {w:.4g}, which guides away from the "
+        "conditional one: call the scale guidance_scale, so that it can be read"
+    )
+
+
 def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample | None = None) -> float | None:
     """The scale at which a plain formula gives `target` bit for bit, from c and u of `cut`; None: there is none.
 
@@ -546,7 +599,10 @@ def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample
         found = search(made, c_, u_, t_, near, span)
         if found is None:
             return None
-        wrong = (made(c, u, found) != target) & torch.isfinite(target)
+        all_made = made(c, u, found)
+        if torch.equal(all_made, target):
+            return found
+        wrong = (all_made != target) & torch.isfinite(target)
         places = wrong.flatten().nonzero().flatten()[:_SIZE]
         if not len(places):
             return found
@@ -645,12 +701,9 @@ def _bisected(
 
 
 def best(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample | None = None) -> float:
-    """The scale that explains `target` best, by least squares; only where the combination is handed on as it is."""
+    """The scale that explains a sample of the `target` best; see `Combination.invert`."""
     sample = Sample(target.shape) if sample is None else sample
-    c, u, target = (exact(sample(t)).nan_to_num(0, 0, 0) for t in (c, u, target))
-    d = c - u
-    origin = c if formula.anchor in FROM_C else u
-    return float(((target - origin) * d).sum() / (d * d).sum())
+    return formula.invert(sample(c), sample(u), sample(target))
 
 
 def _named(reading: Reading, live: Mapping[str, float | Tensor]) -> Iterator[tuple[Formula, Scale]]:
@@ -691,6 +744,11 @@ def _same(formula: Formula, s: Scale, other: Formula, of: Scale) -> bool:
     return formula.cond_index == other.cond_index and abs(w - v) <= 1e-3 * max(abs(w), abs(v))
 
 
+def _noise(dtype: torch.dtype) -> float:
+    """What rounding in it does beside that of a sample in float32; 0 where it is no more."""
+    return torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0
+
+
 def _layouts(outputs: Sequence[Tensor]) -> Iterator[tuple[bool, list[Tensor]]]:
     """(batched, branches): how the step's calls may be split into branches."""
     if len(outputs) == 1:
@@ -698,6 +756,16 @@ def _layouts(outputs: Sequence[Tensor]) -> Iterator[tuple[bool, list[Tensor]]]:
         yield from ((True, list(outputs[0].chunk(n))) for n in (2, 3) if rows % n == 0 and rows >= n)
     elif len(outputs) in (2, 3) and len({y.shape for y in outputs}) == 1:
         yield False, list(outputs)
+
+
+def _is_handed_on(view: View, parts: Sequence[Tensor], output: Tensor) -> bool:
+    """Whether the channels that are not guided plainly come from one of the branches; a few numbers tell at most."""
+    for few in (1, None):
+        seen, *of = (t[..., :few] for t in (output, *parts))
+        rest = view.rest(seen, seen)[: parts[0].shape[0]]
+        if not any(torch.equal(view.rest(part, seen), rest) for part in of):
+            return False
+    return True
 
 
 def _differ(c: Tensor, u: Tensor, ulps: float) -> bool:
@@ -726,7 +794,12 @@ def _is_finite(t: Tensor) -> bool:
 
 
 def _identify_finite(
-    outputs: Sequence[Tensor], output: Tensor, scales: Scales, around: Around, known: Formula | None
+    outputs: Sequence[Tensor],
+    output: Tensor,
+    scales: Scales,
+    around: Around,
+    known: Formula | None,
+    told: Callable[[], int | None],
 ) -> Identified:
     """`identify` on those samples alone whose predictions are finite."""
     rows, sample = output.shape[0], around.sample
@@ -739,7 +812,7 @@ def _identify_finite(
         return Identified(None, True, "no prediction is finite")
     kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
     around = replace(around, sample=None if sample is None else sample[finite])
-    found = identify(kept, output[finite], scales, around, known)
+    found = identify(kept, output[finite], scales, around, known, told)
     whole = None if found.formula is None else replace(found.formula, rows=rows)
     return found._replace(formula=whole)
 

@@ -32,6 +32,12 @@ class _Transparent(type):
     """Has a catching class be its original for whoever changes it: what is put on the class of an attached pipeline is
     put on its own, for all pipelines of that class and for good. So what is read there must be safe to put back."""
 
+    def mro(cls) -> list[type]:
+        """Its methods come before its original, and it comes after: `super(self.__class__, self)` is what it was."""
+        itself, *others = super().mro()
+        front = vars(cls).get(_FRONT)
+        return [itself, *others] if front is None else [front, others[0], itself, *others[1:]]
+
     def __getattribute__(cls, name: str) -> Any:
         original = type.__getattribute__(cls, "__dict__").get(_ORIGINAL)
         if name == "__call__" and original is not None:  # Python itself looks the method up elsewhere
@@ -47,7 +53,7 @@ class _Transparent(type):
         super().__delattr__(name) if original is None else delattr(original, name)
 
 
-_ORIGINAL = "_diffusers_guidance_original"
+_ORIGINAL, _FRONT = "_diffusers_guidance_original", "_diffusers_guidance_front"
 _inside = threading.local()
 
 
@@ -102,7 +108,7 @@ def _catching(cls: type) -> Any:
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name == "__class__" and handler_of(self) is not None and not _is_catching(value):
             value = _catching(value)  # of another class it is attached all the same
-        super(catching, self).__setattr__(name, value)
+        super(front, self).__setattr__(name, value)  # type: ignore[arg-type]
 
     def __copy__(self: Any) -> Any:
         twin = object.__new__(type(self))
@@ -124,12 +130,14 @@ def _catching(cls: type) -> Any:
         state = {name: value for name, value in vars(self).items() if name != _HANDLER}
         return copyreg._reconstructor, (cls, object, None), state  # type: ignore[attr-defined]
 
-    namespace = {"__call__": __call__, "__setattr__": __setattr__, "__doc__": cls.__doc__, "__module__": cls.__module__}
+    methods: dict[str, Any] = {"__call__": __call__, "__setattr__": __setattr__, "__slots__": ()}
     for method in (__copy__, __deepcopy__, __reduce_ex__):
         # Copies stay caught, and copying would go by __reduce_ex__; a class with its own ways knows better.
         if getattr(cls, method.__name__, None) is getattr(object, method.__name__, None):
-            namespace[method.__name__] = method
-    namespace |= {_ORIGINAL: cls, "__qualname__": cls.__qualname__}
+            methods[method.__name__] = method
+    known_as = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    front = type(cls.__name__, (), methods | known_as)
+    namespace = {_ORIGINAL: cls, _FRONT: front} | known_as
     catching = _transparent(type(cls))(cls.__name__, (cls,), namespace)
     return catching
 
@@ -221,10 +229,13 @@ _lock = threading.Lock()
 """Held while a stand-in comes or goes, which another thread may be about to use."""
 
 
+_NO_THREAD = -1
+
+
 @contextmanager
-def _intercept(obj: Any, attribute: str, method: str, hook: _Hook) -> Iterator[None]:
+def _intercept(obj: Any, attribute: str, method: str, hook: _Hook, thread: int | None = None) -> Iterator[None]:
     """Routes the calling thread's calls of `obj`'s `method` through a handler, by a stand-in in its `attribute`."""
-    thread = threading.get_ident()
+    thread = threading.get_ident() if thread is None else thread
     with _lock:
         there = vars(obj).get(attribute)
         if not isinstance(there, _StandIn) or there.obj is not obj:
@@ -271,3 +282,10 @@ def intercept_method(
 ) -> AbstractContextManager[None]:
     """Likewise `obj.method(...)`, of a scheduler."""
     return _intercept(obj, method, method, _Hook(handler, elsewhere))
+
+
+def told_of(obj: Any, method: str | None, elsewhere: Callable[[], None]) -> AbstractContextManager[None]:
+    """Tells `elsewhere` of calls of `obj`, or of its `method`, from threads in which nobody routes them."""
+    attribute, method = ("_compiled_call_impl", "_call_impl") if method is None else (method, method)
+    hook = _Hook(lambda obj, call, args, kwargs: call(*args, **kwargs), elsewhere)
+    return _intercept(obj, attribute, method, hook, _NO_THREAD)

@@ -7,7 +7,7 @@ cut (tensors along their first dimension), the rest is passed on. Where shapes l
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,7 +195,18 @@ def marks(calls: Sequence[Any]) -> list[dict[str, Tensor]]:
 
     Empty where there are none.
     """
-    named = [dict(_named(call)) for call in calls]
+    return [{name: t.clone() for name, t in each.items()} for each in _differing([dict(_named(c)) for c in calls])]
+
+
+def halves(calls: Sequence[Any], rows: int) -> list[dict[str, Tensor]]:
+    """What both branches of a step, in one call on `rows` or two, do not share: of each the tensors it was given."""
+    if len(calls) > 1:
+        return _differing([dict(_named(call)) for call in calls])
+    cut = {name: t.chunk(2) for call in calls for name, t in _named(call) if _leads(t, rows)} if rows % 2 == 0 else {}
+    return _differing([{name: pair[i] for name, pair in cut.items()} for i in range(2)])
+
+
+def _differing(named: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     shared = set.intersection(*(set(each) for each in named))
 
     def differ(name: str) -> bool:
@@ -203,7 +214,56 @@ def marks(calls: Sequence[Any]) -> list[dict[str, Tensor]]:
         return all(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
 
     telling = [name for name in sorted(shared) if differ(name)]
-    return [{name: each[name].clone() for name in telling} for each in named] if telling else []
+    return [{name: each[name] for name in telling} for each in named] if telling else []
+
+
+def conditional(
+    halves: Sequence[dict[str, Tensor]], arguments: Mapping[str, Any], before: Sequence[dict[str, Tensor]]
+) -> int | None:
+    """Which of two `halves` is the conditional one, as far as what they were made from tells.
+
+    Args:
+        arguments: the pipeline's: embeddings by name; prompts, of which some differ where no negative ones do.
+        before: the first row of (the unconditional, the conditional) half, where they were told apart before.
+    """
+    prompts, negatives = (_texts(arguments.get(name)) for name in ("prompt", "negative_prompt"))
+
+    def is_negative(half: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        """Whether `half` is the unconditional one."""
+        for name, negative in arguments.items():
+            positive = arguments.get(name.removeprefix("negative_"))
+            if not isinstance(negative, Tensor) or not isinstance(positive, Tensor) or negative is positive:
+                continue
+            if any(_begins(t, negative) and _begins(other[key], positive) for key, t in half.items()):
+                return True
+        for name, t in half.items():
+            if "mask" not in name and t.ndim > 1 and not t.any() and other[name].any():  # no text, no picture
+                return True
+            if len(prompts) > 1 and len(negatives) < 2 and _is_repeated(t) and not _is_repeated(other[name]):
+                return True
+        return bool(before) and any(
+            bool(was) and all(name in each and _begins(each[name], t) for name, t in was.items())
+            for each, was in zip((half, other), before, strict=True)
+        )
+
+    if len(halves) != 2:
+        return None
+    first, second = (is_negative(*pair) for pair in (halves, halves[::-1]))
+    return None if first == second else int(first)
+
+
+def _texts(prompt: Any) -> set[str]:
+    return {prompt} if isinstance(prompt, str) else set(map(str, prompt)) if isinstance(prompt, list | tuple) else set()
+
+
+def _begins(t: Tensor, with_: Tensor) -> bool:
+    """Whether both have the same first row."""
+    same = t.ndim > 0 and t.shape[1:] == with_.shape[1:] and len(t) > 0 and len(with_) > 0
+    return same and torch.equal(t[0], with_[0].to(t))
+
+
+def _is_repeated(t: Tensor) -> bool:
+    return len(t) > 1 and bool((t == t[:1]).all())
 
 
 def carries(mark: dict[str, Tensor], call: Any) -> bool:

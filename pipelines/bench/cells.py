@@ -1,10 +1,9 @@
 """What one cell of a benchmark does, on whatever machine it runs: make pictures, or take the time."""
 
-import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import torch
 
 from diffusers_guidance.effective import Strength
 from diffusers_guidance.errors import GuidanceError
-from diffusers_guidance.pipelines.attach.attach import DEFAULT_RULE, attach
+from diffusers_guidance.pipelines.attach.attach import DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.parts import components
 from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.pictures.columns import Column
-from diffusers_guidance.pipelines.pictures.compare import _generate
-from diffusers_guidance.pipelines.pictures.solvers import scheduler_of
+from diffusers_guidance.pipelines.pictures.make import Case, Result, cases_of, make, png_of
 from diffusers_guidance.pipelines.support.machine import environment
 from diffusers_guidance.pipelines.support.ray import pipeline
+from diffusers_guidance.pipelines.support.solvers import scheduled
 from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
 
@@ -40,19 +39,20 @@ def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) ->
     A column that this pipeline cannot run is no error: the record says under "left out" why.
     """
     pipe = pipeline(suite.model, device, dtype)
-    own = pipe.scheduler
-    pipe.scheduler = scheduler_of(own, cell.scheduler)
-    try:
-        entry = suite.entry(cell.column)
-        column = suite.column(entry, cell.effective)
-        run = {"effective": _effective, "pictures": _pictures, "rate": _rate, "timing": _timing}[cell.kind]
-        record, pictures = run(pipe, suite, cell, column)
-    except GuidanceError as error:
-        record, pictures = {"left out": f"{type(error).__name__}: {error}"}, []
-    finally:
-        pipe.scheduler = own
-    place = {"kind": cell.kind, "scheduler": type(scheduler_of(own, cell.scheduler)).__name__, "column": cell.column}
+    with scheduled(pipe, cell.scheduler):
+        place = {"kind": cell.kind, "scheduler": type(pipe.scheduler).__name__, "column": cell.column}
+        try:
+            column = suite.column(suite.entry(cell.column), cell.effective)
+            run = {"effective": _effective, "pictures": _pictures, "rate": _rate, "timing": _timing}[cell.kind]
+            record, pictures = run(pipe, suite, cell, column)
+        except GuidanceError as error:
+            record, pictures = {"left out": f"{type(error).__name__}: {error}"}, []
     return Done(place | record, environment(pipe), pictures)
+
+
+def _make(pipe: Any, suite: Suite, cases: list[Case], column: Column, steps: int | None = None, **how: Any) -> Result:
+    """`make` with what a suite says of all runs."""
+    return make(pipe, cases, column, steps=steps or suite.steps, guidance_scale=suite.guidance_scale, **how)
 
 
 # Pictures
@@ -60,48 +60,24 @@ def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) ->
 
 def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
     """All prompts with the cell's seed."""
-    steps, scale = suite.entry(cell.column).steps or suite.steps, suite.scale(column)
-    jobs = [(prompt, cell.seed) for prompt in suite.prompts]
-    made: list[bytes] = []
-    nfe: list[float] = []
-    seconds = 0.0
-    with attach(pipe, column.rule, column.policy) as handle:
-        handle.rule = replace(handle.rule, guidance_scale=scale)
-        for start in range(0, len(jobs), cell.batch):
-            part = jobs[start : start + cell.batch]
-            began = time.perf_counter()
-            pictures = _generate(pipe, part, steps, {"negative_prompt": suite.negative})
-            seconds += time.perf_counter() - began
-            nfe += handle.report.nfe_by_sample
-            made += [_png(picture) for picture in pictures]
-        rule, policy = repr(handle.rule), repr(handle.policy)
-        plain = handle.rule.is_plain and isinstance(handle.policy, EveryStep)
+    steps, cases = suite.entry(cell.column).steps or suite.steps, cases_of(suite.prompts, [cell.seed], suite.negative)
+    made = _make(pipe, suite, cases, column, steps, batch=cell.batch)
     return {
-        "rule": rule, "policy": policy, "plain": plain and cell.effective is None, "guidance_scale": scale,
-        "steps": steps, "seed": cell.seed, "nfe": nfe, "seconds": seconds,
-    }, made  # fmt: skip
+        "rule": repr(made.rule), "policy": repr(made.policy), "plain": made.is_plain and cell.effective is None,
+        "guidance_scale": made.guidance_scale, "steps": steps, "seed": cell.seed, "nfe": made.nfe_by_sample,
+        "seconds": made.seconds,
+    }, [png_of(picture) for picture in made.pictures]  # fmt: skip
 
 
 def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
     """The effective guidance scale of the column's rule where every step is guided, over all prompts."""
-    rule = column.rule if column.rule is not None else DEFAULT_RULE
-    strength = Strength()
-    jobs = [(prompt, cell.seed) for prompt in suite.prompts]
-    with attach(pipe, replace(rule, guidance_scale=suite.scale(column)), EveryStep()) as handle:
-        handle.observers.append(strength)
-        for start in range(0, len(jobs), cell.batch):
-            part = jobs[start : start + cell.batch]
-            _generate(pipe, part, suite.steps, {"negative_prompt": suite.negative})
+    asked, strength = suite.scale(column), Strength()
+    cases = cases_of(suite.prompts, [cell.seed], suite.negative)
+    guided = Column(column.name, column.rule or DEFAULT_RULE, EveryStep(), asked)
+    made = _make(pipe, suite, cases, guided, batch=cell.batch, observers=[strength])
     # In the pipeline's own words: some count their scale from 0, so that theirs is w - 1.
-    w = next(step.guidance_scale for step in handle.report.steps if step.guidance_scale is not None)
-    scale = strength.mean - (w - suite.scale(column))
-    return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": scale}, []
-
-
-def _png(picture: Any) -> bytes:
-    content = io.BytesIO()
-    picture.convert("RGB").save(content, "PNG")
-    return content.getvalue()
+    w = next(step.guidance_scale for step in made.reports[-1].steps if step.guidance_scale is not None)
+    return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": strength.mean - (w - asked)}, []
 
 
 # Time
@@ -119,13 +95,12 @@ class Rates:
 
     def round(self, keep: bool = True) -> None:
         """Takes the time of both once."""
-        jobs, negative = _few(self.suite, self.batch), {"negative_prompt": self.suite.negative}
         for kind, scale in self.scales.items():
-            rule = CFG(guidance_scale=scale)
-            with attach(self.pipe, rule, EveryStep()) as handle, _denoiser_clock(self.pipe) as clock:
-                _generate(self.pipe, jobs, self.suite.steps, negative)
-            steps = len(handle.report.steps)
-            self.evaluations[kind] = handle.report.nfe / max(1, steps)
+            column = Column(kind, CFG(), EveryStep(), scale)
+            with _denoiser_clock(self.pipe) as clock:
+                made = _make(self.pipe, self.suite, _few(self.suite, self.batch), column)
+            steps = len(made.reports[0].steps)
+            self.evaluations[kind] = made.nfe / max(1, steps)
             if keep:
                 self.seconds[kind].append(sum(clock) / steps)
 
@@ -163,18 +138,12 @@ def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[s
     for round in range(suite.timing.rounds + 1):
         pair = [("baseline", base, suite.baseline), ("column", column, cell.column)]
         for kind, each, name in pair if round % 2 else reversed(pair):
-            steps = suite.entry(name).steps or suite.steps
-            with attach(pipe, each.rule, each.policy) as handle, _peak_memory(pipe) as memory:
-                handle.rule = replace(handle.rule, guidance_scale=suite.scale(each))
-                _synchronize(pipe)
-                began = time.perf_counter()
-                _generate(pipe, _few(suite, cell.batch), steps, {"negative_prompt": suite.negative})
-                _synchronize(pipe)
-                seconds = time.perf_counter() - began
+            with _peak_memory(pipe) as memory:  # a picture on the host waits for the device by itself
+                made = _make(pipe, suite, _few(suite, cell.batch), each, suite.entry(name).steps)
             if round:
-                taken[kind].append(seconds)
+                taken[kind].append(made.seconds)
                 peak[kind] = _most(peak.get(kind), memory)
-                rows[kind] = [step.nfe for step in handle.report.steps]
+                rows[kind] = [step.nfe for step in made.reports[0].steps]
         rates.round(keep=round > 0)
     possible = [
         possible_saving(rows, rates.evaluations, {kind: seconds[i] for kind, seconds in rates.seconds.items()}, whole)
@@ -205,8 +174,8 @@ def possible_saving(
     return (took["baseline"] - took["column"]) / whole
 
 
-def _few(suite: Suite, count: int) -> list[tuple[str, int]]:
-    return [(suite.prompts[i % len(suite.prompts)], suite.seeds[0] + i) for i in range(count)]
+def _few(suite: Suite, count: int) -> list[Case]:
+    return [Case(suite.prompts[i % len(suite.prompts)], suite.seeds[0] + i, suite.negative) for i in range(count)]
 
 
 def _quantiles(values: list[float], divisor: int = 1) -> dict[str, float]:
@@ -270,6 +239,3 @@ def _high_water() -> int | None:
 def _most(before: int | None, memory: Callable[[], int | None]) -> int | None:
     now = memory()
     return before if now is None else max(now, before or 0)
-
-
-# Where it ran

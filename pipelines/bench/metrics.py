@@ -1,6 +1,5 @@
 """From a benchmark's lines and pictures to its figures: each a mean over prompts and seeds with its 95 % interval."""
 
-import importlib
 import importlib.util
 import json
 import math
@@ -17,8 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.bench.embedding import Embedding, embed
 from diffusers_guidance.pipelines.bench.suite import Suite
-from diffusers_guidance.pipelines.pictures.measures import _lpips, psnr, ssim
+from diffusers_guidance.pipelines.pictures.measures import (
+    clipped,
+    contrast,
+    lpips_network,
+    psnr,
+    saturation,
+    ssim,
+    tensor_of,
+)
 from diffusers_guidance.pipelines.support.loading import load_whole
 
 Record = dict[str, Any]
@@ -95,27 +103,6 @@ def _resampled(values: np.ndarray) -> np.ndarray:
     return values[rows[:, :, None], columns[:, None, :]].mean((1, 2))
 
 
-# Measures of pictures: (N, 3, H, W) from 0 to 1 to (N,)
-
-
-def saturation(pictures: Tensor) -> Tensor:
-    """HSV saturation."""
-    high, low = pictures.amax(1), pictures.amin(1)
-    return ((high - low) / high.clamp(min=1e-8)).flatten(1).mean(1)
-
-
-def contrast(pictures: Tensor) -> Tensor:
-    luma = torch.einsum("nchw,c->nhw", pictures, torch.tensor([0.299, 0.587, 0.114]))
-    return luma.flatten(1).std(1, correction=0)
-
-
-def clipped(pictures: Tensor) -> Tensor:
-    """White and black, such as a plain background, count as no clipping."""
-    at_end = (pictures <= 0.25 / 255) | (pictures >= 1 - 0.25 / 255)
-    plain = (pictures <= 0.25 / 255).all(1) | (pictures >= 1 - 0.25 / 255).all(1)
-    return (at_end.any(1) & ~plain).flatten(1).float().mean(1)
-
-
 # Measures that need weights
 
 
@@ -123,7 +110,7 @@ class Retrieval:
     """Whether the real picture nearest to a generated one is of the concept that the prompt names.
 
     Lies beside a model as `retrieval.safetensors`, if it has one: `network.*`, the weights of
-    `samples.training.embedding.Embedding`, trained apart from the generator; `pool` (N, D), the vectors of real
+    `embedding.Embedding`, trained apart from the generator; `pool` (N, D), the vectors of real
     pictures; and in the metadata `concepts`, a JSON list of N names.
 
     Args:
@@ -147,12 +134,11 @@ class Retrieval:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name).float() for name in content.keys()}  # noqa: SIM118 (not a mapping)
             concepts = json.loads(content.metadata()["concepts"])
-        embedding = importlib.import_module("diffusers_guidance.samples.training.embedding")
         weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
-        network = embedding.Embedding(len(weights["concept.weight"]))
+        network = Embedding(len(weights["concept.weight"]), len(weights["style.weight"]))
         network.load_state_dict(weights)
         network.eval()
-        return cls(lambda pictures: embedding.embed(network, pictures), tensors["pool"], concepts)
+        return cls(lambda pictures: embed(network, pictures), tensors["pool"], concepts)
 
     @staticmethod
     def save(file: Path, network: torch.nn.Module, pool: Tensor, concepts: Sequence[str]) -> None:
@@ -216,7 +202,7 @@ def lpips_scorer() -> Callable[[Tensor, Tensor], Tensor]:
     checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
     if not list(checkpoints.glob("alexnet-*.pth")):
         raise OSError("AlexNet's weights are not on this machine")
-    network = _lpips()
+    network = lpips_network()
 
     def score(pictures: Tensor, reference: Tensor) -> Tensor:
         pairs = zip(pictures.split(1), reference.split(1), strict=True)
@@ -379,7 +365,10 @@ def _missing(suite: Suite, line: Record) -> list[str]:
 def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> list[Row]:
     columns = {name: sorted((r for r in lines if r["column"] == name), key=lambda r: suite.seeds.index(r["seed"]))
                for name in dict.fromkeys(r["column"] for r in lines)}  # fmt: skip
-    pictures = {name: _read([out / file for r in own for file in r["pictures"]]) for name, own in columns.items()}
+    pictures = {
+        name: tensor_of([Image.open(out / file) for r in own for file in r["pictures"]])
+        for name, own in columns.items()
+    }
     full = {own[0]["guidance_scale"]: name for name, own in reversed(columns.items())
             if own[0]["plain"] and own[0]["steps"] == suite.steps}  # fmt: skip
     cost = np.mean([r["nfe"] for r in columns[suite.baseline]])
@@ -419,12 +408,6 @@ def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> lis
             )
         )
     return rows
-
-
-def _read(files: Sequence[Path]) -> Tensor:
-    """(N, 3, H, W) from 0 to 1."""
-    arrays = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 def _timing(line: Record) -> TimingRow:

@@ -5,11 +5,9 @@ import io
 import json
 from dataclasses import asdict
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import PercentFormatter
@@ -18,6 +16,7 @@ from matplotlib.transforms import Bbox
 from diffusers_guidance.pipelines.bench.metrics import Figure, Measure, Summary
 from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.pipelines.support.templates import template
 
 INK, GREY, BLUE, GREEN = "#1a1a1a", "#8a8a8a", "#2f6fde", "#1a7f37"
 ABOUT_INTERVALS = (
@@ -42,13 +41,9 @@ def save(summary: Summary, out: Path) -> list[Path]:
 
 def html(summary: Summary) -> str:
     """The page; pictures and plots are in it."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"figure": figure, "picture": _picture, "memory": _memory, "pair": _pair, "counted": counted}
-    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    filters = {"picture": _picture, "memory": _memory, "pair": _pair, "counted": counted}
     schedulers = list(dict.fromkeys(row.scheduler for row in summary.rows))
-    return template.render(
+    return template(__package__, "report.html", **filters).render(
         summary=summary,
         suite=summary.suite,
         measures=summary.measures,

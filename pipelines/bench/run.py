@@ -7,19 +7,18 @@ pictures are; so whatever is interrupted leaves finished cells and nothing else,
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers_guidance.pipelines.bench.cells import Done, run_cell
-from diffusers_guidance.pipelines.bench.suite import Cell, Suite, fingerprint
+from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.machine import machine
-from diffusers_guidance.pipelines.support.ray import spread
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is running, cells done, in all)"""
+from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.pipelines.support.resume import resumed
 
 
 def bench(
@@ -37,13 +36,14 @@ def bench(
     Args:
         out: folder of results.jsonl and pictures/; cells of other suites in it are left alone.
         device, dtype: as of the command line's; None chooses.
-        on_ray: whether on the Ray cluster of `spread.cluster()`. What is timed is never timed beside other work.
+        on_ray: whether on the Ray cluster of `support.ray.cluster()`. What is timed is never timed beside other work.
         resources: of a cell on Ray, see `spread`.
 
     Raises:
         ValueError: the suite names something that does not exist.
         GuidanceError: never for one column's sake, whose lines then say what was left out and why.
     """
+    progress = progress or silent
     results = Results(out / "results.jsonl")
     key = functools.partial(
         Cell.key, suite=suite, model=fingerprint(suite.model), device=device or "", dtype=dtype or "",
@@ -55,15 +55,19 @@ def bench(
     def work(cell: Cell) -> Done:
         return run_cell(suite, cell, device, dtype)
 
+    def keep(cell: Cell, done: Done) -> dict[str, Any]:
+        return _keep(results, out, key(cell), cell, done)
+
     def do(cells: Sequence[Cell], at_once: int | None = None) -> None:
-        found = {cell: results.found(key(cell)) for cell in cells}
-        mine.extend(record for record in found.values() if record is not None)
-        left = [cell for cell, record in found.items() if record is None]
-        for n, cell in enumerate(left[:1]):
-            _tell(progress, cell, len(mine) + n, total)
-        for cell, done in spread(work, left, on_ray=on_ray, resources=resources, at_once=at_once):
-            _tell(progress, cell, len(mine) + 1, total)
-            mine.append(_keep(results, out, key(cell), cell, done))
+        for cell in cells[:1]:
+            progress(f"{cell.kind}: {cell.column}", len(mine), total)
+        found = resumed(
+            work, cells, lambda cell: results.found(key(cell)), keep,
+            on_ray=on_ray, resources=resources, at_once=at_once,
+        )  # fmt: skip
+        for cell, record in found:
+            mine.append(record)
+            progress(f"{cell.kind}: {cell.column}", len(mine), total)
 
     do(suite.effective_cells())
     strength = {(r["scheduler_asked"], r["column"]): r.get("guidance_scale") for r in mine}
@@ -137,8 +141,3 @@ class Results:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _tell(progress: Progress | None, cell: Cell, done: int, total: int) -> None:
-    if progress is not None:
-        progress(f"{cell.kind}: {cell.column}", done, total)

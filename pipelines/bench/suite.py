@@ -3,20 +3,21 @@
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.checks import is_number, is_whole
 from diffusers_guidance.pipelines.pictures.columns import Column, calibration_file
 from diffusers_guidance.pipelines.search.search import search
-from diffusers_guidance.pipelines.shell.common import read_lines
-from diffusers_guidance.pipelines.support.files import read_text
+from diffusers_guidance.pipelines.support.files import read_lines, read_text
+from diffusers_guidance.pipelines.support.written import Count, Scale, Seed, Text, checked, in_a_file, parts_of
 from diffusers_guidance.rules import CFG
 
 SUITE = samples.MODEL.parent / "suites" / "emoji.yaml"
@@ -26,70 +27,51 @@ JUDGED = ("saved", "share_of_possible", "psnr", "ssim", "lpips", "saturation", "
           "retrieval")  # fmt: skip
 """What a target may be about: shares of NFEs and of the time that was possible, and the measures of pictures."""
 
-Count = Annotated[int, "from 1 up"]
-Seed = Annotated[int, "from 0 up"]
 
-_WANTED = {
-    str: "a text",
-    float: "a number from 0 up",
-    Count: "a whole number from 1 up",
-    Seed: "a whole number from 0 up",
-}
-"""In words, the kinds of single values that fields of a suite have."""
-
-
-def fields_of(cls: type, given: Any, where: str) -> dict[str, Any]:
-    """What a file says of a dataclass' fields, each as the field's type has it: lists as tuples.
-
-    Raises:
-        ValueError: something is unknown or of another kind; the message names the field, the value and what is wanted.
-    """
-    kinds = get_type_hints(cls, include_extras=True)
-    if not isinstance(given, dict) or not set(given) <= set(kinds):
-        raise ValueError(f"{where.removesuffix(': ')}: {given!r}; some of {', '.join(kinds)}, by name")
-    return {name: _as(kinds[name], value, f"{where}{name}") for name, value in given.items()}
+def _judgeable(target: Any) -> dict[str, Any]:
+    """Refuses what could not be judged once everything has run."""
+    kinds = ({"at_least"}, {"within", "of"}, {"within_points", "of"})
+    asked = set(target) - {"column", "measure"} if isinstance(target, dict) else set()
+    if asked not in kinds or not {"column", "measure"} <= set(target):
+        raise ValueError(
+            f"targets: {target!r}; write a column, a measure, and at_least, or within and of, or within_points and of"
+        )
+    if target["measure"] not in JUDGED:
+        raise ValueError(f"targets: there is no measure {target['measure']!r}; there are {', '.join(JUDGED)}")
+    if "of" in target and target["measure"] in JUDGED[:2]:
+        raise ValueError(f"targets: {target['measure']} of {target['column']} is no figure to stay within: at_least")
+    for name in asked - {"of"}:
+        if isinstance(target[name], bool) or not isinstance(target[name], int | float):
+            raise ValueError(f"targets: {name} of {target['column']} is {target[name]!r}; a number")
+    return target
 
 
-def _as(kind: Any, value: Any, where: str) -> Any:
-    parts = get_args(kind)
-    if type(None) in parts:
-        return None if value is None else _as(parts[0], value, where)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return value if isinstance(value, kind) else kind(**fields_of(kind, value, f"{where}: "))
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}: {value!r}; a list, such as [{value}]")
-        return tuple(_as(parts[0], each, where) for each in value)
-    if kind in _WANTED and not _is(kind, value):
-        raise ValueError(f"{where}: {value!r}; {_WANTED[kind]}")
-    return value
+Target = Annotated[dict[str, Any], BeforeValidator(_judgeable)]
 
 
-def _is(kind: Any, value: Any) -> bool:
-    if kind is str:
-        return isinstance(value, str)
-    if kind is float:
-        return is_number(value, 0)
-    return is_whole(value, 1 if kind == Count else 0) and value < 2**63
+def _within(where: str) -> Callable[[str, Any, str], str]:
+    """Sentences about what is written somewhere in a file."""
+    return lambda name, value, wanted: f"{where}: {in_a_file(name, value, wanted)}"
 
 
 @dataclass(frozen=True)
 class Entry:
     """One column of a suite; see the comments in `samples/suites/emoji.yaml`."""
 
-    name: str
-    pair: str = "CFG"
+    name: Text
+    pair: Text = "CFG"
     steps: Count | None = None
     search: Count | None = None
-    as_strong_as: str | None = None
+    as_strong_as: Text | None = None
 
     @classmethod
     def read(cls, name: str, given: Any, beside: Path) -> "Entry":
         where = f"columns: {name!r}"
         if not isinstance(given, str | dict) or not given or "name" in given:
             raise ValueError(f"{where} is {given!r}; write a pair such as AG or APG@15, or some of its parts by name")
-        given = fields_of(cls, {"pair": given} if isinstance(given, str) else given, f"{where}: ")
-        entry = cls(name, **given)
+        given = {"pair": given} if isinstance(given, str) else given
+        given = checked(Annotated[dict, parts_of(cls, but="name")], given, _within(where))
+        entry: Entry = checked(cls, given | {"name": name}, _within(where))
         if ("pair" in given and (entry.search or entry.as_strong_as)) or (entry.search and entry.as_strong_as):
             raise ValueError(f"columns: {name!r} has more than one of pair, search and as_strong_as")
         Column.parse(entry.pair, beside)
@@ -100,7 +82,7 @@ class Entry:
 class Timing:
     """Which columns are timed, at which batch sizes, and how many times."""
 
-    columns: tuple[str, ...] = ()
+    columns: tuple[Text, ...] = ()
     batches: tuple[Count, ...] = (1,)
     rounds: Count = 7
 
@@ -109,19 +91,19 @@ class Timing:
 class Suite:
     """What is measured; read from a file by `Suite.read`."""
 
-    model: str
-    prompts: tuple[str, ...]
+    model: Text
+    prompts: tuple[Text, ...]
     columns: tuple[Entry, ...]
     seeds: tuple[Seed, ...] = (0, 1, 2)
     steps: Count = 20
-    guidance_scale: float = 5.0
-    schedulers: tuple[str | None, ...] = (None,)
+    guidance_scale: Scale = 5.0
+    schedulers: tuple[Text | None, ...] = (None,)
     batch: Count = 8
-    negative: str | None = None
-    calibration: str | None = None
-    baseline: str = "CFG"
-    timing: Timing = field(default_factory=Timing)
-    targets: tuple[dict[str, Any], ...] = ()
+    negative: Text | None = None
+    calibration: Text | None = None
+    baseline: Text = "CFG"
+    timing: Annotated[Timing, parts_of(Timing)] = field(default_factory=Timing)
+    targets: tuple[Target, ...] = ()
     held_out: bool = False
     """Whether the prompts were compared with those that something was fitted to."""
     name: str = "suite"
@@ -164,9 +146,8 @@ class Suite:
         if not isinstance(given["columns"], dict) or not given["columns"]:
             raise ValueError(f"columns: {given['columns']!r}; each by a name, such as {{fewer steps: StepAG(0.5)}}")
         given["columns"] = [Entry.read(str(name), value, beside) for name, value in given["columns"].items()]
-        suite = cls(
-            **fields_of(cls, given, ""), name=file.stem, held_out=seen is not None, folder=str(beside.resolve())
-        )
+        given |= {"name": file.stem, "held_out": seen is not None, "folder": str(beside.resolve())}
+        suite: Suite = checked(cls, given)
         if both := sorted(set(suite.prompts) & (seen or set())):
             raise ValueError(f"prompts: {both[0]!r} is not held out")
         model = str(samples.MODEL) if suite.model == "bundled" else suite.model
@@ -177,8 +158,6 @@ class Suite:
         return suite
 
     def _check(self) -> None:
-        for target in self.targets:
-            _check_target(target)
         names = [entry.name for entry in self.columns]
         used = [self.baseline, *self.timing.columns]
         used += [t[k] for t in self.targets for k in ("column", "of") if k in t]
@@ -278,42 +257,6 @@ class Cell:
             dtype,
         ]
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
-
-
-def fingerprint(model: str) -> str:
-    """Tells models in a folder apart, by their files' names, sizes, beginnings and ends; of the hub's, the name.
-
-    What lies beside a pipeline's components and their index (a card, an evaluation) is no part of it.
-    """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        return model
-    digest = hashlib.sha256()
-    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")]
-    for file in sorted(path for path in files if path.parent != folder or path.name == "model_index.json"):
-        size = file.stat().st_size
-        with file.open("rb") as content:
-            start = content.read(2**16)
-            content.seek(max(0, size - 2**16))
-            digest.update(f"{file.relative_to(folder)} {size}".encode() + start + content.read())
-    return digest.hexdigest()[:16]
-
-
-def _check_target(target: Any) -> None:
-    """Refuses what could not be judged once everything has run."""
-    kinds = ({"at_least"}, {"within", "of"}, {"within_points", "of"})
-    asked = set(target) - {"column", "measure"} if isinstance(target, dict) else set()
-    if asked not in kinds or not {"column", "measure"} <= set(target):
-        raise ValueError(
-            f"targets: {target!r}; write a column, a measure, and at_least, or within and of, or within_points and of"
-        )
-    if target["measure"] not in JUDGED:
-        raise ValueError(f"targets: there is no measure {target['measure']!r}; there are {', '.join(JUDGED)}")
-    if "of" in target and target["measure"] in JUDGED[:2]:
-        raise ValueError(f"targets: {target['measure']} of {target['column']} is no figure to stay within: at_least")
-    for name in asked - {"of"}:
-        if isinstance(target[name], bool) or not isinstance(target[name], int | float):
-            raise ValueError(f"targets: {name} of {target['column']} is {target[name]!r}; a number")
 
 
 @functools.cache

@@ -9,23 +9,28 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import diffusers_guidance as package
-from diffusers_guidance import samples
+from diffusers_guidance import policies, rules, samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.errors import GuidanceError
-from diffusers_guidance.pipelines.search.search import search
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, LinearAG, Policy, Schedule
 from diffusers_guidance.rules import CFG, Rule
+from diffusers_guidance.schedules import closed_form
 
 COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.preset("normalised")@15')
 """What `compare` shows unless asked for something else."""
 
-BUNDLED = tuple("APG(norm_threshold=6, eta=0.5)+AG@15" if "APG" in column else column for column in COLUMNS)
-"""The same on the bundled model, for which APG has been set: docs/results/apg.md."""
+BUNDLED = tuple('APG.preset("emoji")+AG@15' if "APG" in column else column for column in COLUMNS)
+"""The same on the bundled model, for which APG has a preset."""
 
-_PUBLIC = [getattr(package, name) for name in package.__all__]
-RULES: list[type] = [c for c in _PUBLIC if inspect.isclass(c) and issubclass(c, Rule) and c is not Rule]
-POLICIES: list[type] = [c for c in _PUBLIC if inspect.isclass(c) and issubclass(c, Policy) and c is not Policy]
+
+def _public(module: Any, base: type) -> list[type]:
+    """The module's classes of a kind, by name."""
+    found = [each for name, each in sorted(vars(module).items()) if inspect.isclass(each) and not name.startswith("_")]
+    return [each for each in found if issubclass(each, base) and each is not base]
+
+
+RULES = _public(rules, Rule)
+POLICIES = _public(policies, Policy)
 
 
 def searched(
@@ -38,7 +43,7 @@ def searched(
     """`search` as columns have it: the budget first, and the calibration by name."""
     if not isinstance(calibration, Calibration):
         raise ValueError(f"search needs a calibration, by its file or as one of {', '.join(bundled_calibrations())}")
-    return search(calibration, nfe, error=error, skip=skip)
+    return closed_form(calibration, nfe, error=error, skip=skip)
 
 
 def calibration_file(name: str, beside: Path = Path()) -> Path:

@@ -1,89 +1,19 @@
 """The same prompts and seeds under several pairs of rule and policy, side by side: pictures, NFEs, seconds."""
 
-import functools
-import inspect
-import io
-import json
-import os
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from diffusers_guidance.checks import plain
-from diffusers_guidance.pipelines.attach.attach import attach
-from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column, short
-from diffusers_guidance.pipelines.pictures.measures import psnr
-from diffusers_guidance.pipelines.pictures.sizes import sized
+from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column
+from diffusers_guidance.pipelines.pictures.make import Result, cases_of, make, start_up
+from diffusers_guidance.pipelines.pictures.measures import psnr, tensor_of
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
-from diffusers_guidance.policies import EveryStep, Policy
-from diffusers_guidance.report import Report
-from diffusers_guidance.rules import CFG, Rule
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is running, steps done, steps in all)"""
-
-
-# Results
-
-
-@dataclass
-class Result:
-    """One column as it came out. `pictures` run over the seeds within the prompts; `reports` are one per batch."""
-
-    name: str
-    rule: Rule
-    policy: Policy
-    guidance_scale: float
-    pictures: list[Image.Image] = field(default_factory=list)
-    reports: list[Report] = field(default_factory=list)
-    seconds: float = 0.0
-    is_default: bool = False
-    """Whether it is the pair that `attach(pipe)` chooses."""
-
-    @property
-    def label(self) -> str:
-        """Rule and policy in short; of the default pair without the settings chosen for the pipeline."""
-        if self.is_default:
-            return f"default: {type(self.rule).__name__} + {type(self.policy).__name__}"
-        return f"{short(self.rule)} + {short(self.policy)}"
-
-    @property
-    def nfe(self) -> int:
-        return sum(report.nfe for report in self.reports)
-
-    @property
-    def nfe_full(self) -> int:
-        return sum(report.nfe_full for report in self.reports)
-
-    @property
-    def saved(self) -> float:
-        return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0
-
-    @property
-    def summary(self) -> str:
-        return f"{self.nfe} of {self.nfe_full} NFEs, {self.saved:.0%} saved"
-
-    @property
-    def seconds_per_picture(self) -> float:
-        return self.seconds / len(self.pictures)
-
-    @property
-    def saturation(self) -> float:
-        """Mean HSV saturation, 0 to 1."""
-        return float(np.mean([np.asarray(p.convert("HSV"))[..., 1].mean() / 255 for p in self.pictures]))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether this is classifier-free guidance as the pipeline does it by itself."""
-        return self.rule.is_plain and isinstance(self.policy, EveryStep)
+from diffusers_guidance.pipelines.support.progress import Progress, part, silent
 
 
 @dataclass
@@ -112,8 +42,7 @@ class Comparison:
         reference = self.reference(result)
         if reference is None:
             return None
-        pairs = zip(result.pictures, reference.pictures, strict=True)
-        return float(torch.cat([psnr(_tensor(a), _tensor(b)) for a, b in pairs]).mean())
+        return float(psnr(tensor_of(result.pictures), tensor_of(reference.pictures)).mean())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as plain JSON types."""
@@ -142,40 +71,6 @@ class Comparison:
         versions = {name: version(name) for name in packages}
         return {name: getattr(self, name) for name in names} | {"versions": versions, "columns": columns}
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes contact_sheet.png, similarity.png and compare.json into `folder`, each whole or not at all."""
-        from diffusers_guidance.pipelines.pictures.fonts import lettering
-        from diffusers_guidance.pipelines.pictures.sheet import contact_sheet, similarity_plot
-
-        sheet, plot = io.BytesIO(), io.BytesIO()
-        contact_sheet(self).save(sheet, "PNG", optimize=True)
-        with lettering(*self.prompts):
-            similarity_plot(self).savefig(plot, format="png", dpi=150)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-        contents = {
-            "contact_sheet.png": sheet.getvalue(),
-            "similarity.png": plot.getvalue(),
-            "compare.json": text.encode() + b"\n",
-        }
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            part = folder / f".{name}.{os.getpid()}"
-            try:
-                part.write_bytes(content)
-                os.replace(part, folder / name)
-            finally:
-                part.unlink(missing_ok=True)
-        return [folder / name for name in contents]
-
-
-def _tensor(picture: Image.Image) -> torch.Tensor:
-    """(1, H, W, 3) from 0 to 1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float64) / 255)[None]
-
-
-# The run
-
 
 def compare(
     pipe: DiffusionPipeline,
@@ -194,7 +89,7 @@ def compare(
     """Generates every prompt with every seed in every column.
 
     Args:
-        pipe: any pipeline that `attach` takes; what was attached to it is gone afterwards.
+        pipe: any pipeline that `attach` takes; what is attached to it stays so, idle.
         columns: `Column`s, or texts for `Column.parse`.
         guidance_scale: of the columns that have none of their own.
         negative: the negative prompt of all pictures.
@@ -207,31 +102,21 @@ def compare(
     wanted = [Column.parse(column) if isinstance(column, str) else column for column in columns]
     if not prompts or not seeds or not wanted:
         raise ValueError("nothing to compare: there must be at least one prompt, one seed and one column")
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    size = batch or len(jobs)
-    batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-    total = len(wanted) * len(batches) * steps
-    arguments |= {"negative_prompt": negative}
-
+    told = progress or silent
+    cases = cases_of(prompts, seeds, negative)
+    each = -(-len(cases) // (batch or len(cases))) * steps
+    total = len(wanted) * each
     if warm_up:
-        _tell(progress, "warming up", 0, total)
-        with attach(pipe, CFG(guidance_scale=guidance_scale), EveryStep()):
-            _generate(pipe, batches[0], 2, arguments)
-    results: list[Result] = []
-    for column in wanted:
-        scale = guidance_scale if column.guidance_scale is None else plain(column.guidance_scale)
-        with attach(pipe, column.rule, column.policy) as handle:
-            handle.rule = replace(handle.rule, guidance_scale=scale)
-            result = Result(column.name, handle.rule, handle.policy, scale, is_default=column.rule is None)
-            for number, part in enumerate(batches, len(results) * len(batches)):
-                on_step = functools.partial(_tell, progress, column.name, total=total, before=number * steps)
-                on_step(0)
-                start = time.perf_counter()
-                result.pictures += _generate(pipe, part, steps, arguments, on_step)
-                result.seconds += time.perf_counter() - start
-                result.reports.append(handle.report)
-        results.append(result)
-    _tell(progress, "done", total, total)
+        told("warming up", 0, total)
+        start_up(pipe, cases[:batch], guidance_scale, **arguments)
+    results = [
+        make(
+            pipe, cases, column, steps=steps, guidance_scale=guidance_scale, batch=batch,
+            progress=part(told, number * each, total) if progress else silent, **arguments,
+        )
+        for number, column in enumerate(wanted)
+    ]  # fmt: skip
+    told("done", total, total)
     model = Path(str(pipe.name_or_path))
     return Comparison(
         model=model.name if model.exists() else str(pipe.name_or_path),
@@ -245,44 +130,3 @@ def compare(
         negative=negative,
         results=results,
     )
-
-
-def _generate(
-    pipe: DiffusionPipeline,
-    jobs: list[tuple[str, int]],
-    steps: int,
-    arguments: dict[str, Any],
-    on_step: Callable[[int], None] = lambda done: None,
-) -> list[Image.Image]:
-    """One call of the pipeline for all (prompt, seed) of `jobs`; of a video, the frame in its middle."""
-    known = inspect.signature(type(pipe).__call__).parameters
-
-    def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(min(index + 1, steps))
-        return tensors
-
-    # A pipeline with a true_cfg_scale guides only where it is given a negative prompt.
-    negative = (
-        "" if arguments["negative_prompt"] is None and "true_cfg_scale" in known else arguments["negative_prompt"]
-    )
-    call = sized(pipe, arguments) | {
-        "prompt": [prompt for prompt, _ in jobs],
-        "negative_prompt": None if negative is None else [negative] * len(jobs),
-        # The noise is drawn on the CPU, so that every device makes the same picture.
-        "generator": [torch.Generator().manual_seed(seed) for _, seed in jobs],
-        "num_inference_steps": steps,
-        "output_type": "pil",
-    }
-    if "callback_on_step_end" in known:
-        call["callback_on_step_end"] = callback
-    if negative is None:
-        del call["negative_prompt"]
-    output = pipe(**call)
-    if hasattr(output, "images"):
-        return list(output.images)
-    return [frames[len(frames) // 2] for frames in output.frames]
-
-
-def _tell(progress: Progress | None, what: str, done: int, total: int, before: int = 0) -> None:
-    if progress is not None:
-        progress(what, before + done, total)

@@ -5,28 +5,27 @@ A job's picture is written before its metadata; where the metadata is, the job i
 
 import hashlib
 import inspect
-import io
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from diffusers_guidance.checks import is_whole, plain
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from diffusers_guidance.checks import plain
 from diffusers_guidance.errors import GuidanceError
-from diffusers_guidance.pipelines.attach.attach import attach
-from diffusers_guidance.pipelines.bench.suite import fingerprint
 from diffusers_guidance.pipelines.pictures.columns import Column
-from diffusers_guidance.pipelines.pictures.compare import _generate
+from diffusers_guidance.pipelines.pictures.make import Case, Result, make, png_of
 from diffusers_guidance.pipelines.pictures.sizes import check_sides, check_size
-from diffusers_guidance.pipelines.pictures.solvers import scheduler_of
 from diffusers_guidance.pipelines.support.files import read_text, write
+from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.machine import environment
-from diffusers_guidance.pipelines.support.ray import pipeline, spread
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is running, pictures done, in all)"""
+from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.pipelines.support.ray import pipeline
+from diffusers_guidance.pipelines.support.resume import Record, resumed
+from diffusers_guidance.pipelines.support.solvers import scheduled
+from diffusers_guidance.pipelines.support.written import Seed, Text, Wanted, checked
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,11 @@ class Job:
     negative_prompt: str | None = None
     arguments: tuple[tuple[str, Any], ...] = field(default=())
     """More of the pipeline's call, such as ("height", 512)."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self) | {"arguments": dict(self.arguments)}
 
 
 def read_jobs(file: Path) -> list[Job]:
@@ -69,22 +73,31 @@ def read_jobs(file: Path) -> list[Job]:
 _FOR_ALL = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "generator", "output_type", "return_dict"}
 
 
+class _Line(BaseModel):
+    """What a line may say; all else goes to the pipeline's call."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: Text
+    id: Annotated[
+        str,
+        BeforeValidator(str),
+        Field(pattern=r"^\w[\w.-]{0,99}$"),
+        Wanted("up to 100 letters, digits, _, - and . (not first), for it names files"),
+    ]
+    seed: Seed = 0
+    negative_prompt: Text | None = None
+
+
 def _job(given: Any, number: int) -> Job:
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise ValueError('an object with a text "prompt" is wanted')
-    given = {"id": f"{number:06}", "seed": 0, "negative_prompt": None} | given
-    name = str(given.pop("id"))
-    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
-        raise ValueError(f"id {name!r}: up to 100 letters, digits, _, - and . (not first), for it names files")
-    prompt, seed, negative = (given.pop(key) for key in ("prompt", "seed", "negative_prompt"))
-    if not is_whole(seed, 0) or seed >= 2**63:
-        raise ValueError(f"seed {seed!r}: a whole number from 0 up")
-    if negative is not None and not isinstance(negative, str):
-        raise ValueError(f"negative_prompt {negative!r}: a text")
-    if chosen := sorted(given.keys() & _FOR_ALL):
+    line: _Line = checked(_Line, {"id": f"{number:06}"} | given, lambda *said: "{} {!r}: {}".format(*said))
+    arguments = line.model_extra or {}
+    if chosen := sorted(arguments.keys() & _FOR_ALL):
         raise ValueError(f"{', '.join(chosen)}: not a line's own; steps, scale and the rest are set for all lines")
-    check_sides(given)
-    return Job(name, prompt, seed, negative, tuple(sorted(given.items())))
+    check_sides(arguments)
+    return Job(line.id, line.prompt, line.seed, line.negative_prompt, tuple(sorted(arguments.items())))
 
 
 def generate(
@@ -109,7 +122,7 @@ def generate(
         column: rule, policy and scale, or a text for `Column.parse`.
         guidance_scale: where the column has none.
         batch: jobs of one call of the pipeline; those that differ in more than prompt and seed are not mixed.
-        on_ray: whether on the cluster of `spread.cluster()`; a lost worker's batch is done again, and only that.
+        on_ray: whether on the cluster of `support.ray.cluster()`; a lost worker's batch is done again, and only that.
 
     Returns:
         How many were made, and how many were there.
@@ -123,7 +136,8 @@ def generate(
                  "guidance_scale": scale, "dtype": dtype}  # fmt: skip
     if parsed.policy is not None and parsed.policy.calibration is not None:
         made_with["calibration"] = parsed.policy.calibration.digest
-    left = {job.id for job in jobs if not _is_done(out, job, made_with)}
+    records = {job.id: Record(out / f"{job.id}.json", job.about | {"made_with": made_with}) for job in jobs}
+    there = {name for name, record in records.items() if record.read() is not None and (out / f"{name}.png").exists()}
     # Cut from all jobs, so that a picture's batch, and with it its last bit, does not depend on what is there already.
     batches: list[list[Job]] = []
     for job in jobs:
@@ -134,82 +148,51 @@ def generate(
 
     def work(part: list[Job]) -> tuple[list[bytes], dict[str, Any]]:
         pipe = pipeline(model, device, dtype)
-        own = pipe.scheduler
-        pipe.scheduler = scheduler_of(own, scheduler)
-        try:
-            unknown = set(dict(part[0].arguments)) - set(inspect.signature(type(pipe).__call__).parameters)
-            if unknown:
-                raise ValueError(f"job {part[0].id}: {type(pipe).__name__} takes no {', '.join(sorted(unknown))}")
-            with attach(pipe, parsed.rule, parsed.policy) as handle:
-                handle.rule = replace(handle.rule, guidance_scale=scale)
-                arguments = dict(part[0].arguments) | {"negative_prompt": part[0].negative_prompt}
-                pictures = _made(pipe, part, steps, arguments)
-                report = handle.report
-                ran = {"rule": repr(handle.rule), "policy": repr(handle.policy), "nfe": report.nfe_by_sample,
-                       "nfe_full": report.nfe_full / len(part), "batch": len(part)}  # fmt: skip
-        finally:
-            pipe.scheduler = own
-        return [_png(picture) for picture in pictures], ran | {"environment": environment(pipe)}
+        with scheduled(pipe, scheduler):
+            made = _made(pipe, part, parsed, steps=steps, guidance_scale=scale)
+        ran = {"rule": repr(made.rule), "policy": repr(made.policy), "nfe": made.nfe_by_sample,
+               "nfe_full": made.nfe_full / len(part), "batch": len(part)}  # fmt: skip
+        return [png_of(picture) for picture in made.pictures], ran | {"environment": environment(pipe)}
 
-    done = len(jobs) - len(left)
-    had = done
-    if progress is not None:
-        progress("generating", done, len(jobs))
-    wanted = [part for part in batches if any(job.id in left for job in part)]
-    for part, (pictures, ran) in spread(work, wanted, on_ray=on_ray, resources=resources):
+    def found(part: list[Job]) -> int | None:
+        return len(part) if there.issuperset(job.id for job in part) else None
+
+    def keep(part: list[Job], made: tuple[list[bytes], dict[str, Any]]) -> int:
+        pictures, ran = made
         for job, picture, nfe in zip(part, pictures, ran["nfe"], strict=True):
-            if job.id not in left:
-                continue
-            write(out / f"{job.id}.png", picture)
-            about = _about(job) | {"made_with": made_with} | ran | {"nfe": nfe}
-            about["sha256"] = hashlib.sha256(picture).hexdigest()
-            write(out / f"{job.id}.json", json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n")
-            done += 1
-        if progress is not None:
-            progress("generating", done, len(jobs))
-    return len(left), had
+            if job.id not in there:
+                write(out / f"{job.id}.png", picture)
+                records[job.id].write(ran | {"nfe": nfe, "sha256": hashlib.sha256(picture).hexdigest()})
+        return len(part)
+
+    progress = progress or silent
+    done = 0
+    progress("generating", done, len(jobs))
+    for _, count in resumed(work, batches, found, keep, on_ray=on_ray, resources=resources):
+        done += count
+        progress("generating", done, len(jobs))
+    return len(jobs) - len(there), len(there)
 
 
-def _made(pipe: Any, part: list[Job], steps: int, arguments: dict[str, Any]) -> list[Any]:
-    """The pictures of one call; what its lines' own arguments do to it is said with the first line's name."""
+def _made(pipe: Any, part: list[Job], column: Column, **settings: Any) -> Result:
+    """What one call makes; what its lines' own arguments do to it is said with the first line's name."""
+    first, arguments = part[0], dict(part[0].arguments)
+    unknown = set(arguments) - set(inspect.signature(type(pipe).__call__).parameters)
+    if unknown:
+        raise ValueError(f"job {first.id}: {type(pipe).__name__} takes no {', '.join(sorted(unknown))}")
+    cases = [Case(job.prompt, job.seed, job.negative_prompt) for job in part]
     try:
-        pictures = _generate(pipe, [(job.prompt, job.seed) for job in part], steps, arguments)
-        check_size(pictures, arguments)
+        made = make(pipe, cases, column, **settings, **arguments)
+        check_size(made.pictures, arguments)
     except Exception as error:
-        if not part[0].arguments or isinstance(error, GuidanceError):
+        if not arguments or isinstance(error, GuidanceError):
             raise
-        given = ", ".join(f"{name}={value!r}" for name, value in part[0].arguments)
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         words = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"job {part[0].id}, with {given}: {words}") from error
-    return pictures
-
-
-def _is_done(out: Path, job: Job, made_with: dict[str, Any]) -> bool:
-    file = out / f"{job.id}.json"
-    if not file.exists():
-        return False
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return False  # cut short, by a full disk say: nothing that anybody could have made on purpose
-    if not isinstance(found, dict):
-        return False
-    wanted = json.loads(json.dumps(_about(job) | {"made_with": made_with}))
-    if {key: found.get(key) for key in wanted} != wanted:
-        raise ValueError(f"{file} was made by another prompt or other settings: choose another folder or delete it")
-    return (out / f"{job.id}.png").exists()
-
-
-def _about(job: Job) -> dict[str, Any]:
-    return asdict(job) | {"arguments": dict(job.arguments)}
+        raise ValueError(f"job {first.id}, with {given}: {words}") from error
+    return made
 
 
 def _call(job: Job) -> tuple[Any, ...]:
     """What all jobs of one call must have in common."""
     return job.negative_prompt, job.arguments
-
-
-def _png(picture: Any) -> bytes:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    return content.getvalue()

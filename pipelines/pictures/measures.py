@@ -1,94 +1,29 @@
-"""How close a policy comes to full guidance: the same prompts and seeds with and without it, compared as pictures."""
+"""Measures of pictures: tensors (N, C, H, W) from 0 to 1 in, (N,) out."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
-
-from diffusers_guidance.pipelines.attach.attach import borrowed
-from diffusers_guidance.pipelines.pictures.texts import negatives_of, prompts_of
-from diffusers_guidance.policies import EveryStep, Policy
-from diffusers_guidance.rules import CFG
 
 EQUAL = 100.0
 """dB of a picture that is its reference: what would be infinite has no part in a mean."""
 
 
-class Score(NamedTuple):
-    """Means over pictures; PSNR in dB, SSIM and LPIPS to full guidance, NFEs of one sample."""
+def tensor_of(pictures: Sequence[Any]) -> Tensor:
+    """(N, 3, H, W) from 0 to 1, of images, or of tensors (3, H, W) that are so already."""
+    if isinstance(pictures[0], Tensor):
+        return torch.stack([picture.float().cpu() for picture in pictures])
+    whole = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    return torch.from_numpy(whole).permute(0, 3, 1, 2).float() / 255
 
-    nfe: float
-    psnr: float
-    ssim: float
-    lpips: float | None = None
 
-
-class Fidelity:
-    """Pictures of full guidance, made once, and any policy's distance to them.
-
-    Args:
-        pipe: a text-to-image pipeline; what is attached to it stays so, idle.
-        prompts, seeds: each prompt with each seed.
-        num_inference_steps, guidance_scale, negative_prompt: of every run.
-        batch_size: pictures made at once.
-        lpips: whether to measure LPIPS (AlexNet) too. Its weights are downloaded unless they are there already.
-        arguments: more of the pipeline's own.
-
-    Raises:
-        ImportError: SSIM and LPIPS are torchmetrics', of the extra `cli`; LPIPS needs torchvision besides.
-    """
-
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        prompts: Sequence[str],
-        seeds: Sequence[int] = (0,),
-        *,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 5.0,
-        negative_prompt: str = "",
-        batch_size: int = 16,
-        lpips: bool = False,
-        **arguments: Any,
-    ):
-        self.pipe, self.guidance_scale, self.batch_size = pipe, guidance_scale, batch_size
-        self.negative_prompt = negative_prompt
-        prompts = prompts_of(prompts)
-        self.cases = [(prompt, seed) for seed in seeds for prompt in prompts]
-        if not self.cases:
-            raise ValueError("prompts and seeds: at least one of each")
-        self.call = {"num_inference_steps": num_inference_steps, **arguments}
-        self.lpips = _lpips() if lpips else None
-        self.reference, self.nfe_full = self.pictures(EveryStep())
-
-    def pictures(self, policy: Policy, **changed: Any) -> tuple[Tensor, float]:
-        """(N, 3, H, W) from 0 to 1, and the NFEs of one of them."""
-        found, nfe = [], 0
-        call = self.call | changed
-        with borrowed(self.pipe, CFG(guidance_scale=self.guidance_scale), policy) as handle:
-            for start in range(0, len(self.cases), self.batch_size):
-                part = self.cases[start : start + self.batch_size]
-                texts = {"prompt": [prompt for prompt, _ in part]}
-                texts |= negatives_of(self.pipe, [self.negative_prompt] * len(part))
-                generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
-                output = self.pipe(**(call | texts), generator=generators, output_type="pt")
-                found.append(output.images.float().cpu())
-                nfe += handle.report.nfe
-        return torch.cat(found), nfe / len(self.cases)
-
-    def __call__(self, policy: Policy, **changed: Any) -> Score:
-        """The score of a policy; `changed` are arguments other than the reference's, such as fewer steps."""
-        pictures, nfe = self.pictures(policy, **changed)
-        perceived = None if self.lpips is None else float(self.lpips(pictures, self.reference))
-        return Score(
-            nfe, float(psnr(pictures, self.reference).mean()), float(ssim(pictures, self.reference).mean()), perceived
-        )
+# Against a reference
 
 
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """(N,) peak signal to noise ratio in dB of pictures (N, C, H, W) from 0 to 1; at most `EQUAL`.
+    """Peak signal to noise ratio in dB; at most `EQUAL`.
 
     That of several pictures is the mean of these, everywhere: one that differs much does not drown the others.
     """
@@ -97,15 +32,37 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
-    """(N,) structural similarity (Wang et al. 2004) of pictures (N, C, H, W) from 0 to 1."""
+    """Structural similarity (Wang et al. 2004)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     found = structural_similarity_index_measure(pictures, reference, data_range=1.0, reduction="none")
     return torch.as_tensor(found)
 
 
-def _lpips() -> Any:
-    """LPIPS (Zhang et al. 2018) of pictures from 0 to 1, the mean over a batch."""
+def lpips_network() -> Any:
+    """LPIPS (Zhang et al. 2018), the mean over a batch. Its weights are downloaded unless they are here already."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()
+
+
+# Of themselves
+
+
+def saturation(pictures: Tensor) -> Tensor:
+    """HSV saturation."""
+    high, low = pictures.amax(1), pictures.amin(1)
+    return ((high - low) / high.clamp(min=1e-8)).flatten(1).mean(1)
+
+
+def contrast(pictures: Tensor) -> Tensor:
+    """Standard deviation of the luma."""
+    luma = torch.einsum("nchw,c->nhw", pictures, torch.tensor([0.299, 0.587, 0.114]))
+    return luma.flatten(1).std(1, correction=0)
+
+
+def clipped(pictures: Tensor) -> Tensor:
+    """The share of pixels with a channel at an end. White and black, such as a plain background, do not count."""
+    at_end = (pictures <= 0.25 / 255) | (pictures >= 1 - 0.25 / 255)
+    plain = (pictures <= 0.25 / 255).all(1) | (pictures >= 1 - 0.25 / 255).all(1)
+    return (at_end.any(1) & ~plain).flatten(1).float().mean(1)

@@ -1,8 +1,11 @@
 """A comparison as a picture: the contact sheet (rows: prompts, columns: rules and policies) and its similarities."""
 
+import io
+import json
 import re
 import textwrap
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -10,9 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_guidance.pipelines.pictures.columns import changes, short
-from diffusers_guidance.pipelines.pictures.compare import Comparison, Result
-from diffusers_guidance.pipelines.pictures.fonts import font_for, own_font
+from diffusers_guidance.pipelines.pictures.compare import Comparison
+from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own_font
+from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.texts import counted
+from diffusers_guidance.pipelines.support.files import write
 from diffusers_guidance.policies import AdaptiveGuidance
 
 SMALLEST, LARGEST = 192, 512
@@ -22,6 +27,23 @@ INK, GREY, GREEN, FRAME = "#1a1a1a", "#6b6b6b", "#1a7f37", "#e4e4e4"
 
 Line = tuple[str, ImageFont.FreeTypeFont, str]
 """Text, font, colour."""
+
+
+def save(comparison: Comparison, folder: str | Path) -> list[Path]:
+    """Writes contact_sheet.png, similarity.png and compare.json into `folder`, each whole or not at all."""
+    sheet, plot = io.BytesIO(), io.BytesIO()
+    contact_sheet(comparison).save(sheet, "PNG", optimize=True)
+    with lettering(*comparison.prompts):
+        similarity_plot(comparison).savefig(plot, format="png", dpi=150)
+    text = json.dumps(comparison.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+    contents = {
+        "contact_sheet.png": sheet.getvalue(),
+        "similarity.png": plot.getvalue(),
+        "compare.json": text.encode() + b"\n",
+    }
+    for name, content in contents.items():
+        write(Path(folder) / name, content)
+    return [Path(folder) / name for name in contents]
 
 
 def contact_sheet(comparison: Comparison) -> Image.Image:

@@ -9,7 +9,7 @@ def prompts_of(prompts: Sequence[str]) -> list[str]:
     """The prompts as a list.
 
     Raises:
-        ValueError: it is a single text, which would be read letter by letter, or something in it is none.
+        ValueError: it is a single text, which would be read letter by letter, or something in it is not a text.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts={prompts!r}: a list of texts; for one prompt, [{prompts!r}]")

@@ -23,15 +23,16 @@ from torch import Tensor
 from diffusers_guidance.calibration import Calibration, Moments, gains
 from diffusers_guidance.checks import is_number, is_whole, plain
 from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
-from diffusers_guidance.pipelines.attach.attach import borrowed
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprint, scheduler_fingerprint, setting
 from diffusers_guidance.pipelines.attach.schedulers import spaces
-from diffusers_guidance.pipelines.pictures.texts import negatives_of, prompts_of
+from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.pictures.make import Case, make
+from diffusers_guidance.pipelines.pictures.texts import prompts_of
+from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.pipelines.support.ray import cluster
+from diffusers_guidance.pipelines.support.resume import resumed
 from diffusers_guidance.policies import Decision, EveryStep, History, Step
 from diffusers_guidance.rules import CFG
-
-Progress = Callable[[str, int, int], None]
-"""progress(what is running, done, in all)"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def calibrate(
         batch_size: trajectories made at once.
         per_channel: a Gram matrix for every channel (dimension 1 of the predictions), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
-        path: where to save it, after every batch; what is found there is gone on with.
+        path: where to save it, after every batch. A calibration found there is continued.
         progress: called as progress(what, done, in all), and told how long it will take.
         arguments: more of the pipeline's own, such as `height`.
 
@@ -108,6 +109,7 @@ def calibrate(
         raise ValueError(f"share={share!r}: (k, n), whole numbers with 0 <= k < n")
     if path is not None and Path(path).is_dir():
         raise ValueError(f"path={str(path)!r} is a folder: the calibration's file is wanted")
+    progress = progress or silent
     k, n = share
     plan = _plan(prompts, negative_prompts, seed, num_inference_steps, guidance_scale, per_channel, arguments)
     numbers = list(range(k, trajectories, n))
@@ -116,9 +118,8 @@ def calibrate(
     found = before = 0 if done is None else done.trajectories
     began = time.monotonic()
     while found < len(numbers):
-        if progress is not None:
-            spent, made = time.monotonic() - began, found - before
-            progress(_told_time(spent, made, len(numbers) - found, num_inference_steps), found, len(numbers))
+        spent, made = time.monotonic() - began, found - before
+        progress(_told_time(spent, made, len(numbers) - found, num_inference_steps), found, len(numbers))
         batch = numbers[found : found + batch_size]
         texts = [prompts[i % len(prompts)] for i in batch]
         negatives = [negative_prompts[(i + i // turn) % len(negative_prompts)] for i in batch]
@@ -129,8 +130,7 @@ def calibrate(
         found += len(batch)
         if path is not None:
             done.save(path)
-    if progress is not None:
-        progress("calibrating", found, len(numbers))
+    progress("calibrating", found, len(numbers))
     if done is None:
         raise ValueError(f"share={share} of {trajectories} trajectories is empty: at most {trajectories} shares")
     return done
@@ -190,19 +190,21 @@ def _run(
     arguments: dict[str, Any],
 ) -> Calibration:
     """The calibration of one batch."""
-    call = {"prompt": prompts, "num_inference_steps": steps, "output_type": "latent", **arguments}
-    call |= negatives_of(pipe, negatives)
-    call["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
     recorder = Recorder()
-    with torch.no_grad(), borrowed(pipe, CFG(guidance_scale=guidance_scale), recorder) as handle:
-        pipe(**call)
+    cases = list(map(Case, prompts, seeds, negatives))
+    column = Column("calibration", CFG(), recorder, guidance_scale)
+    with torch.no_grad():
+        made = make(pipe, cases, column, steps=steps, **{"output_type": "latent"} | arguments)
+    (report,) = made.reports
     if not recorder.histories:
-        raise GuidanceError(f"nothing to calibrate: {handle.report.note or 'no guided step was seen'}")
+        raise GuidanceError(f"nothing to calibrate: {report.note or 'no guided step was seen'}")
 
     denoisers = {}
     for name, (first, history) in recorder.histories.items():
         if history.rows != len(prompts):
-            raise GuidanceError(f"{name} guided {history.rows} samples of {len(prompts)}: one picture a prompt, please")
+            raise GuidanceError(
+                f"{name} guided {history.rows} samples of {len(prompts)}: ask for one picture of each prompt"
+            )
         own = len(history.cond)  # what comes before is another's, whom it took over from
         similarity = {space: history.agreement(space)[-own:].T.contiguous() for space in ("denoised", "noise")}
         products = gram(history.cond, history.uncond, per_channel)
@@ -213,20 +215,20 @@ def _run(
             )
         denoisers[name] = Moments(first, products, similarity)
     # The scale w of the formula; some pipelines call it by one less, and experts may have one each.
-    scales = {step.denoiser: step.guidance_scale for step in reversed(handle.report.steps) if step.guidance_scale}
-    made: dict[str, Any] = {}
+    scales = {step.denoiser: step.guidance_scale for step in reversed(report.steps) if step.guidance_scale}
+    about: dict[str, Any] = {}
     table = [float(t) for t in pipe.scheduler.timesteps.tolist()]
-    ran = _within([step.timestep for step in handle.report.steps], table)
+    ran = _within([step.timestep for step in report.steps], table)
     for name in denoisers:
         found = setting(pipe, name, scales[name], table[ran])
-        made = found | {key: made.get(key, {}) | found[key] for key in ("denoisers", "guidance_scale")}
+        about = found | {key: about.get(key, {}) | found[key] for key in ("denoisers", "guidance_scale")}
     try:
-        made["gains"] = gains(spaces(pipe.scheduler))[ran]
+        about["gains"] = gains(spaces(pipe.scheduler))[ran]
     except UnsupportedScheduler:
-        made["gains"] = [1.0] * len(made["timesteps"])
+        about["gains"] = [1.0] * len(about["timesteps"])
     counts = {text: negatives.count(text) for text in dict.fromkeys(negatives)}
-    moving = handle.calibration
-    return Calibration(made, denoisers, counts, () if moving is None else moving.motions)
+    motions = () if made.calibration is None else made.calibration.motions
+    return Calibration(about, denoisers, counts, motions)
 
 
 def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:
@@ -287,54 +289,45 @@ def calibrate_on_ray(
         shares: into how many parts the work is cut, from one for each worker up.
         address: of the cluster, such as "auto". Default: one started on this machine for as long as it takes.
         resources: of a share, such as {"num_gpus": 1}. Default: {"num_cpus": 1}.
-        path: where to save it. Finished shares wait beside it; another call with the same arguments goes on with them.
+        path: where to save it. Finished shares wait beside it; another call with the same arguments uses them.
         settings: more of `calibrate`'s.
 
     Raises:
         ImportError: Ray is not installed.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("calibrating on a Ray cluster needs it: pip install 'diffusers-guidance[ray]'") from error
-
     if not 1 <= shares <= trajectories:
         raise ValueError(f"shares={shares!r}: from 1 to {trajectories}, the number of trajectories")
-
-    def one(k: int) -> Calibration:
-        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), **settings)
-
-    waiting_at = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
-    parts = {k: Calibration.load(file) for k, file in enumerate(waiting_at) if file is not None and file.is_file()}
     known = inspect.signature(calibrate).bind(None, prompts, **settings)
     known.apply_defaults()
     names = ("prompts", "negative_prompts", "seed", "num_inference_steps", "guidance_scale", "per_channel", "arguments")
     plan = _plan(*(known.arguments[name] for name in names))
-    for k, part in parts.items():
+    waiting = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
+
+    def one(k: int) -> Calibration:
+        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), **settings)
+
+    def found(k: int) -> Calibration | None:
+        if (file := waiting[k]) is None or not file.is_file():
+            return None
+        part = Calibration.load(file)
         part.check({"calibrated": {**plan, "share": [k, shares]}})
-    parts = {k: part for k, part in parts.items() if part.trajectories == len(range(k, trajectories, shares))}
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
-    try:
-        remote = ray.remote(**(resources or {"num_cpus": 1}))(one)
-        running = {remote.remote(k): k for k in range(shares) if k not in parts}
-        while running:
-            if progress is not None:
-                progress("shares", len(parts), shares)
-            (ready,), _ = ray.wait(list(running))
-            k = running.pop(ready)
-            parts[k] = ray.get(ready)
-            if (file := waiting_at[k]) is not None:
-                parts[k].save(file)
-    finally:
-        if started:
-            ray.shutdown()
-    if progress is not None:
-        progress("shares", shares, shares)
+        return part if part.trajectories == len(range(k, trajectories, shares)) else None
+
+    def keep(k: int, part: Calibration) -> Calibration:
+        if (file := waiting[k]) is not None:
+            part.save(file)
+        return part
+
+    parts: dict[int, Calibration] = {}
+    progress = progress or silent
+    with cluster(address):
+        resources = resources or {"num_cpus": 1}
+        for k, part in resumed(one, range(shares), found, keep, on_ray=True, resources=resources):
+            parts[k] = part
+            progress("shares", len(parts), shares)
     total = functools.reduce(operator.add, (parts[k] for k in range(shares)))
     if path is not None:
         total.save(path)
-        for file in filter(None, waiting_at):
+        for file in filter(None, waiting):
             file.unlink()
     return total

@@ -1,7 +1,7 @@
 """The frontier: fidelity to full guidance against NFEs, for every way this package knows of saving them."""
 
+import io
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,10 +13,12 @@ from diffusers import DiffusionPipeline
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import plain
 from diffusers_guidance.errors import CalibrationMismatch
-from diffusers_guidance.pipelines.pictures.measures import Fidelity
-from diffusers_guidance.pipelines.search.calibrate import Progress
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.search.nas import search_nas
 from diffusers_guidance.pipelines.search.search import search
+from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.pipelines.support.resume import Record, resumed
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Hold, Interval, LinearAG, Policy, Schedule, StepAG
 from diffusers_guidance.schedules import even
 from diffusers_guidance.steps import Action
@@ -50,15 +52,16 @@ class Row:
     psnr: float
     ssim: float
     lpips: float | None = None
+    seconds: float | None = None
 
 
 class _Planned(NamedTuple):
-    """A row to be: its policy, which may take a search to make, and arguments of the pipeline that it changes."""
+    """A row to be: its policy, which may take a search to make, and its steps where they are others."""
 
     series: str
     label: str
     make: Callable[[], Policy]
-    changed: dict[str, Any]
+    steps: int | None
 
 
 def frontier(
@@ -98,23 +101,28 @@ def frontier(
         nfes = [round(2 * calibration.steps * share) for share in (0.25, 0.375, 0.5, 0.575, 0.625, 0.675, 0.75, 0.875)]
     seeds, nfes = plain([list(seeds), list(nfes)])  # what is written is of plain numbers
     planned = _plan(pipe, calibration, search_prompts, sorted({*nfes}), stops, refine, nas)
-    plan = list({row.label: row for row in planned}.values())  # two budgets may come to the same row
-    about = _about(calibration, prompts, seeds, lpips)
-    known = {row.label: row for row in ([] if path is None else read(path, about))}
-    rows: list[Row] = []
+    plan = {way.label: way for way in planned}  # two budgets may come to the same row
+    record = None if path is None else _record(path, _about(calibration, prompts, seeds, lpips))
+    known = {row.label: row for row in _rows(record)}
+    progress = progress or silent
     fidelity: Fidelity | None = None
-    for done, (series, label, make, changed) in enumerate(plan):
-        if progress is not None:
-            progress(label, done, len(plan))
-        if label not in known:
-            fidelity = fidelity or Fidelity(
-                pipe, prompts, seeds, **calibration.call, batch_size=batch_size, lpips=lpips
-            )
-            known[label] = Row(series, label, *fidelity(make(), **changed))
-        rows.append(known[label])
-        if path is not None:
-            _write(path, list(known.values()), about)  # those of other plans too
-    return rows
+
+    def measure(way: _Planned) -> Row:
+        nonlocal fidelity
+        progress(way.label, list(plan).index(way.label), len(plan))
+        if fidelity is None:
+            fidelity = Fidelity(pipe, prompts, seeds, **calibration.call, batch_size=batch_size, lpips=lpips)
+        return Row(way.series, way.label, *fidelity(way.make(), way.steps))
+
+    def keep(way: _Planned, row: Row) -> Row:
+        known[way.label] = row
+        if record is not None:
+            record.write({"rows": [asdict(row) for row in known.values()]})  # those of other plans too
+        return row
+
+    found = resumed(measure, list(plan.values()), lambda way: known.get(way.label), keep)
+    rows = {way.label: row for way, row in found}
+    return [rows[label] for label in plan]
 
 
 def _plan(
@@ -129,12 +137,12 @@ def _plan(
     """Every row; searches run when their row does."""
     count, steps = calibration.steps, calibration.call["num_inference_steps"]
 
-    def row(series: str, label: str, make: Callable[..., Policy], *args: Any, **changed: Any) -> _Planned:
-        return _Planned(series, label, partial(make, *args), changed)
+    def row(series: str, label: str, make: Callable[..., Policy], *args: Any, steps: int | None = None) -> _Planned:
+        return _Planned(series, label, partial(make, *args), steps)
 
     for nfe in nfes:
         fewer = max(1, round(steps * nfe / (2 * count)))
-        yield row(FEWER, f"{fewer} steps", EveryStep, num_inference_steps=fewer)
+        yield row(FEWER, f"{fewer} steps", EveryStep, steps=fewer)
         yield row(EVEN, f"{nfe // 2} both, evenly", Schedule, even(count, nfe // 2, Action.NEITHER), calibration)
         yield row(SEARCHED, f"search({nfe})", search, calibration, nfe)
         n = nfe - count
@@ -216,37 +224,32 @@ def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
         )  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.savefig(path, dpi=130)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    write(Path(path), content.getvalue())
     return figure
 
 
 # Its file
 
 
-def read(path: str | Path, about: dict[str, Any] | None = None) -> list[Row]:
+def read(path: str | Path) -> list[Row]:
     """The rows in a file that `frontier` wrote; none where there is no file."""
-    path = Path(path)
-    if not path.is_file():
+    return _rows(_record(path, {}))
+
+
+def _record(path: str | Path, about: dict[str, Any]) -> Record:
+    return Record(Path(path), about, CalibrationMismatch)
+
+
+def _rows(record: Record | None) -> list[Row]:
+    found = None if record is None else record.read()
+    if record is None or found is None:
         return []
     try:
-        found = json.loads(path.read_text())
-        rows = found.pop("rows")
-    except (ValueError, KeyError) as error:
-        raise CalibrationMismatch(f"{path} is no frontier ({error!r}): choose another file, or delete it") from error
-    if about is not None and found != about:
-        raise CalibrationMismatch(
-            f"{path} holds a frontier measured with another calibration or other settings: choose another file, or "
-            "delete it"
-        )
-    return [Row(**row) for row in rows]
-
-
-def _write(path: str | Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    partial_file.replace(path)
+        return [Row(**row) for row in found["rows"]]
+    except (KeyError, TypeError):
+        raise CalibrationMismatch(f"{record.file} is not a frontier: choose another file, or delete it") from None
 
 
 def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int], lpips: bool) -> dict[str, Any]:

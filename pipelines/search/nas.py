@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.attach.host import Host
-from diffusers_guidance.pipelines.pictures.texts import negatives_of, prompts_of
-from diffusers_guidance.pipelines.search.calibrate import Progress
+from diffusers_guidance.pipelines.pictures.make import Case, call_of
+from diffusers_guidance.pipelines.pictures.texts import prompts_of
+from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Schedule
 from diffusers_guidance.rules import CFG, Coefficients, Gram, Rule
 from diffusers_guidance.steps import Step
@@ -81,13 +82,12 @@ def search_nas(
     Returns:
         A `Schedule`: "both" where guidance was the most probable, within the budget; "conditional" elsewhere.
     """
-    prompts = prompts_of(prompts)
+    prompts, progress = prompts_of(prompts), progress or silent
     call = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
     logits: Tensor | None = None
     with kernels.use_backend("torch"), checkpointed(pipe):
         for i in range(iterations):
-            if progress is not None:
-                progress("policy search", i, iterations)
+            progress("policy search", i, iterations)
             texts = [prompts[(i * batch_size + j) % len(prompts)] for j in range(batch_size)]
 
             def run(rule: Rule, texts: list[str] = texts, i: int = i) -> tuple[Tensor, Tensor]:
@@ -125,9 +125,8 @@ def search_nas(
 def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(final latents, w of each step) of a run whose operations are recorded wherever gradients are on."""
     function = inspect.unwrap(type(pipe).__call__)  # without the pipeline's torch.no_grad
-    generators = [torch.Generator("cpu").manual_seed(seed + j) for j in range(len(texts))]
-    call = call | negatives_of(pipe, [""] * len(texts))
-    bound = inspect.signature(function).bind(pipe, prompt=texts, generator=generators, output_type="latent", **call)
+    cases = [Case(text, seed + j, "") for j, text in enumerate(texts)]
+    bound = inspect.signature(function).bind(pipe, **call_of(pipe, cases, output_type="latent", **call))
     named = {name: value for name, value in bound.arguments.items() if name != "self"}
     bound.apply_defaults()
     run = Host(pipe, rule, EveryStep(), dict(bound.arguments))

@@ -1,14 +1,14 @@
 """`search`: the best schedule of evaluations, in closed form, and if wanted by what real runs say about its like."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.calibration import DELTAS, Calibration, Fit
-from diffusers_guidance.checks import is_whole
-from diffusers_guidance.pipelines.pictures.measures import Fidelity, psnr
-from diffusers_guidance.pipelines.search.calibrate import Progress
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import climb, closed_form, shortlist
 
@@ -36,7 +36,7 @@ def search(
         error: instead of `nfe`: the most error predicted, as a share of what guidance does (0.05, say).
         skip: whether a step may evaluate nothing at all ("neither"); else every step evaluates the conditional
             prediction, and the least is an NFE a step and one more for each denoiser.
-        fit: how what is left out is estimated.
+        fit: how skipped predictions are estimated.
         refine: (pipe, prompts). Real runs decide: the closed form's best, its relatives, even spacing and, where it
             is as cheap, the published schedule are measured by PSNR to full guidance, then neighbours of the best.
             None of these measures better than what is returned. With a dozen prompts it takes `runs` + 1 times as
@@ -50,28 +50,19 @@ def search(
         ValueError: neither or both of `nfe` and `error`, or one out of range.
         CalibrationMismatch: `pipe` is not what the calibration was made for.
     """
-    if nfe is not None and not is_whole(nfe, 0):
-        raise ValueError(f"nfe={nfe!r}: a whole number of network evaluations")
     found = closed_form(calibration, nfe, error=error, skip=skip, fit=fit)
     if refine is None:
         return found
     pipe, prompts = refine
     candidates = shortlist(calibration, found.nfe if nfe is None else nfe, skip, fit)
     total = max(runs, len(candidates)) + 1
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        if progress is not None:
-            progress("schedules", done, total)
-        done += 1
-
-    advance()
+    numbers = itertools.count()
+    progress = progress or silent
+    progress("schedules", next(numbers), total)
     fidelity = Fidelity(pipe, prompts, [seed], **calibration.call, **arguments)
 
     def measure(schedule: Schedule) -> float:
-        advance()
-        pictures, _ = fidelity.pictures(schedule)
-        return float(psnr(pictures, fidelity.reference).mean())
+        progress("schedules", next(numbers), total)
+        return fidelity.psnr(fidelity.run(schedule))
 
     return climb(candidates, measure, runs)

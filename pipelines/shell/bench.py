@@ -14,7 +14,7 @@ from diffusers_guidance.pipelines.pictures.generate import generate, read_jobs
 from diffusers_guidance.pipelines.shell.common import MODEL, Device, Dtype, Model, Scheduler, reporting
 from diffusers_guidance.pipelines.support.ray import cluster
 
-Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster; started here if there is none.")]
+Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster, started here if need be.")]
 Address = Annotated[str | None, typer.Option(help='Of the Ray cluster to use with --ray: "auto", say.')]
 
 
@@ -28,9 +28,9 @@ def bench_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """What rules and policies save on a model, in evaluations and in seconds, and what that costs in quality.
+    """Measure what rules and policies save on a model, in evaluations and in seconds, and what that costs in quality.
 
-    Interrupted, it goes on where it stopped.
+    The same command continues an interrupted benchmark.
     """
     with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
         wanted = Suite.read(suite)
@@ -50,7 +50,7 @@ def generate_command(
     jobs: Annotated[
         Path, typer.Argument(help='JSON lines: {"prompt": ..., "id"?, "seed"?, "negative_prompt"?} and more of a call.')
     ],
-    out: Annotated[Path, typer.Option(help="Folder for a picture and its metadata a line.")] = Path("out/generate"),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and their metadata.")] = Path("out/generate"),
     column: Annotated[
         str, typer.Option(help='Rule + policy @ scale: "APG@12+AG", say, or "search(25, calibration=FILE)".')
     ] = "default",
@@ -64,7 +64,7 @@ def generate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """A picture for every line of a JSONL file, with what made it beside it. Interrupted, it goes on."""
+    """Make a picture for every line of a JSONL file, and say beside it how. The same command continues."""
     with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
         made, had = generate(
             read_jobs(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of the console script."""
-    if any(importlib.util.find_spec(name) is None for name in ("typer", "rich", "matplotlib", "torchmetrics")):
+    if any(
+        importlib.util.find_spec(name) is None for name in ("typer", "rich", "matplotlib", "pydantic", "torchmetrics")
+    ):
         print("this command needs a few more packages: pip install 'diffusers-guidance[cli]'", file=sys.stderr)
         sys.exit(1)
     make_app()()

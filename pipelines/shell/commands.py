@@ -12,6 +12,7 @@ from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.pipelines.pictures.columns import BUNDLED, COLUMNS, Column
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
+from diffusers_guidance.pipelines.pictures.sheet import save
 from diffusers_guidance.pipelines.search.calibrate import calibrate, calibrate_on_ray
 from diffusers_guidance.pipelines.search.frontier import frontier, plot, table
 from diffusers_guidance.pipelines.search.nas import search_nas
@@ -24,10 +25,10 @@ from diffusers_guidance.pipelines.shell.common import (
     Scheduler,
     Seed,
     Seeds,
-    load,
-    read_lines,
     reporting,
 )
+from diffusers_guidance.pipelines.support.files import read_lines, write
+from diffusers_guidance.pipelines.support.loading import load
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import predicted_error
 
@@ -66,7 +67,7 @@ def compare_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """The same prompts under several rules and policies, side by side: pictures, and what each column cost."""
+    """Make the same pictures under several rules and policies, side by side, and say what each column costs."""
     with reporting() as progress:
         columns = [Column.parse(text) for text in column or (BUNDLED if model == MODEL else COLUMNS)]
         texts = list(prompts or read_lines(prompts_file))
@@ -75,14 +76,14 @@ def compare_command(
             load(model, scheduler, device, dtype), texts, columns, seeds=seed or [0], steps=steps,
             guidance_scale=scale, negative=negative, batch=batch, progress=progress,
         )  # fmt: skip
-        files = comparison.save(out)
+        files = save(comparison, out)
     _print_comparison(comparison)
     for file in files:
         typer.echo(f"wrote {file}")
 
 
 def calibrate_command(
-    out: Annotated[Path, typer.Argument(dir_okay=False, help="File to write; what is there already is gone on with.")],
+    out: Annotated[Path, typer.Argument(dir_okay=False, help="File to write. What it holds is continued.")],
     prompts: Prompts = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
@@ -95,7 +96,7 @@ def calibrate_command(
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 8,
     per_channel: Annotated[bool, typer.Option(help="A Gram matrix for each channel.")] = False,
-    ray: Annotated[int, typer.Option(min=0, help="Make it in so many shares on a Ray cluster; 0 is without.")] = 0,
+    ray: Annotated[int, typer.Option(min=0, help="Shares to make on a Ray cluster; 0: no cluster.")] = 0,
     ray_address: Annotated[
         str | None, typer.Option(help='Of the cluster: "auto", say.', show_default="one on this machine")
     ] = None,
@@ -103,7 +104,7 @@ def calibrate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Runs full guidance over prompts and seeds, and keeps how its predictions go together."""
+    """Run full guidance over prompts and seeds, and keep the Gram matrices of its predictions."""
     with reporting(goes_on=True) as progress:
         settings: dict[str, Any] = {
             "negative_prompts": negative or [""],
@@ -140,7 +141,7 @@ def search_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """The best schedule of evaluations for a budget, or the cheapest for an error, from a calibration."""
+    """Find the best schedule for a budget, or the cheapest one for an error, from a calibration."""
     with reporting() as progress:
         made = Calibration.load(calibration)
         real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts))) if refine else None
@@ -161,7 +162,7 @@ def search_nas_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """The policy search of the Adaptive Guidance paper, by gradients through the sampler."""
+    """Search a policy as the Adaptive Guidance paper does: by gradients through the sampler."""
     with reporting() as progress:
         found = search_nas(
             load(model, scheduler, device, dtype), read_lines(prompts), nfe, num_inference_steps=steps,
@@ -177,7 +178,7 @@ def frontier_command(
     ] = samples.HELDOUT_PROMPTS,
     search_prompts: Annotated[
         Path,
-        typer.Option(help="For what searches by real runs: a dozen of them, evenly.", show_default="the bundled ones"),
+        typer.Option(help="For searches by real runs, which use twelve of them.", show_default="the bundled ones"),
     ] = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
@@ -193,7 +194,7 @@ def frontier_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Fidelity to full guidance against NFEs, for every policy, on held-out prompts and seeds."""
+    """Measure every policy on held-out prompts and seeds: fidelity to full guidance against NFEs."""
     with reporting(goes_on=True) as progress:
         made = Calibration.load(calibration)
         for option, budgets in (("--nfe", nfe), ("--refine", refine), ("--nas", nas)):
@@ -209,7 +210,7 @@ def frontier_command(
             batch_size=batch, lpips=lpips, path=out / "frontier.json", progress=progress,
         )  # fmt: skip
         plot(rows, out / "frontier.png", repr(made))
-        (out / "frontier.md").write_text(table(rows))
+        write(out / "frontier.md", table(rows).encode())
     typer.echo(table(rows))
     for name in ("frontier.json", "frontier.md", "frontier.png"):
         typer.echo(f"wrote {out / name}")

@@ -8,12 +8,25 @@ def read_text(path: Path) -> str:
     """The text in a UTF-8 file.
 
     Raises:
-        ValueError: it is in another encoding, or no text.
+        ValueError: it is in another encoding, or it is not text.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as that") from None
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a file that are neither empty nor comments.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    lines = (line.strip() for line in read_text(file).splitlines())
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise ValueError(f"{file} holds no prompt; write one a line")
+    return found
 
 
 def write(path: Path, content: bytes) -> None:

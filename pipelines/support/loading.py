@@ -1,18 +1,92 @@
 """Loading: pipelines and networks as diffusers and transformers load them, but never with weights drawn at random."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from threading import RLock, get_ident
 from typing import Any
 
-from diffusers import ModelMixin
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
+from packaging.version import Version
+
+from diffusers_guidance.pipelines.support.solvers import scheduler_of
 
 _one_at_a_time = RLock()
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 class MissingWeights(ValueError):
     """Not all weights of a network are in its files."""
+
+
+def quiet() -> None:
+    """Keeps the libraries' advice to programmers, and their own progress bars, off the terminal."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def best_device() -> str:
+    """An accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found else "cpu"
+
+
+def load(
+    model: str, scheduler: str | None = None, device: str | None = None, dtype: str | None = None,
+    cls: Any = DiffusionPipeline,
+) -> Any:  # fmt: skip
+    """The pipeline in a folder or, only where there is no such folder, of that name on the hub.
+
+    It is read from safetensors, and no code that comes with it runs.
+
+    Args:
+        scheduler: a class of diffusers to put, configured as the pipeline's own, in its place.
+        device: None for `best_device()`.
+        dtype: a name out of `DTYPES`; None for float32 on a CPU, else bfloat16.
+        cls: whose `from_pretrained` loads it.
+
+    Raises:
+        ValueError: an argument names nothing that there is; the message names the command line's option.
+        MissingWeights: not all weights are in the files.
+    """
+    quiet()
+    device = device or best_device()
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    if not model:
+        raise ValueError("--model is empty: a pipeline's folder, or its name on the hub")
+    folder = Path(model).expanduser()
+    here = folder.is_dir()
+    if not here and (model.count("/") != 1 or model[0] in "./~"):
+        raise ValueError(f"--model {model}: no such folder, and a name on the hub has the form owner/name")
+    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # each warns of the other
+    options = {name: getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))}
+    options |= {"local_files_only": here, "use_safetensors": True, "trust_remote_code": False}
+    try:
+        pipe = load_whole(cls, folder if here else model, **options)
+    except OSError as error:
+        if here:
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"--model {model}: neither on this machine nor to be had from the hub ({cause})") from error
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {error}") from None
+    if scheduler is not None:
+        pipe.scheduler = scheduler_of(pipe.scheduler, scheduler)
+    return pipe
 
 
 def load_whole(cls: Any, source: Any, **options: Any) -> Any:
@@ -63,3 +137,22 @@ def _telling(load: Callable, tell: Callable[[type, list[str]], None]) -> Callabl
         return (loaded, info) if output_loading_info else loaded
 
     return from_pretrained
+
+
+def fingerprint(model: str) -> str:
+    """Tells models in a folder apart, by their files' names, sizes, beginnings and ends; of the hub's, the name.
+
+    What lies beside a pipeline's components and their index (a card, an evaluation) is no part of it.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model
+    digest = hashlib.sha256()
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt")]
+    for file in sorted(path for path in files if path.parent != folder or path.name == "model_index.json"):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            start = content.read(2**16)
+            content.seek(max(0, size - 2**16))
+            digest.update(f"{file.relative_to(folder)} {size}".encode() + start + content.read())
+    return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 
-from diffusers_guidance.pipelines.shell.common import load
+from diffusers_guidance.pipelines.support.loading import load
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -80,4 +80,4 @@ def cluster(address: str | None = None) -> Iterator[None]:
 @functools.lru_cache(maxsize=1)
 def pipeline(model: str, device: str | None, dtype: str | None) -> DiffusionPipeline:
     """This process' pipeline: loaded once, and kept until another is asked for."""
-    return load(model, None, device, dtype)
+    return load(model, device=device, dtype=dtype)

@@ -4,8 +4,8 @@ With d = c - u, split along c instead of the denoised prediction as APG does, an
 
     g = c + (w - 1) (d - k c)        k = <d, c> / <c, c>
 
-As a linear combination of (X, c, d, m) that is one line of coefficients; the inner products come in `gram`, one
-number per sample. Under any policy, on any pipeline, by Triton's two-pass kernels where there is a GPU.
+As a linear combination of (X, c, d, m) that is one line of algebra on inner products. It is written once: torch runs
+it where there is no GPU, Triton compiles it into its kernels where there is one. Under any policy, on any pipeline.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,28 @@ from dataclasses import dataclass
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffusers_guidance import Coefficients, Gram, Hold, Rule, attach
+from diffusers_guidance import Coefficients, Hold, Rule, attach
+from diffusers_guidance.kernels.algebra import algebra
 from diffusers_guidance.samples import MODEL
+
+
+@algebra
+def orthogonal(gram, b, w, keep, _2, _3):
+    """c + (w - 1) (d - (1 - keep) k c), with k c the projection of d on c."""
+    k = (1 - keep) * gram.cd / gram.cc
+    return Coefficients(0.0 * k, 1 - (w - 1) * k, w - 1 + 0.0 * k, 0.0 * k)
 
 
 @dataclass(frozen=True)
 class Orthogonal(Rule):
-    """g = c + (w - 1) (d - k c), with k c the projection of d on c."""
+    """Guidance without the part along the conditional prediction, of which `keep` stays: 0 none, 1 all (CFG)."""
 
-    def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        k = gram.cd / gram.cc
-        return Coefficients(0.0, 1 - (self.w - 1) * k, self.w - 1, 0.0)
+    keep: float = 0.0
+
+    algebra = orthogonal
+
+    def settings(self, numel: int) -> tuple[float, ...]:
+        return self.w, self.keep
 
 
 def main(steps: int = 20) -> None:

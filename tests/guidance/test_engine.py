@@ -157,12 +157,13 @@ def test_each_sample_stops_where_its_own_predictions_agree(x):
         assert all(step.action[row] == "conditional" for step in report.steps[last + 1 :])
 
 
-def test_a_forecast_is_nearer_than_as_few_steps(x):
+def test_a_forecast_is_nearer_than_as_few_steps():
+    x = 10 * torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     full, few = plain(x, 12), plain(x, 8)
     made = loop(CFG(), Forecast(nfe=16), x)
-    error = (made.run() - full).norm()
-    assert made.engine.recording.finish().nfe == 4 * 16
-    assert error < 0.2 * (few - full).norm()
+    error = (made.run() - full).norm(dim=1).median()
+    assert made.engine.recording.finish().nfe == 64 * 16
+    assert error < 0.5 * (few - full).norm(dim=1).median()
     assert len(made.engine.history.guided) <= 3
 
 

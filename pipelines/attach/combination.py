@@ -1,0 +1,357 @@
+"""How the conditional and the unconditional prediction of a pipeline's step become one.
+
+Pipelines differ in how they write it (`ANCHORS`, `TRIOS`), since each way rounds in a way of its own; in which
+precision; in what the network predicts, where that is not what the scheduler wants (`NETWORKS`); and in what is done to
+the result (`FINISHES`). A `Combination` is one choice of all of these.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.pipelines.attach.layout import View
+from diffusers_guidance.pipelines.attach.residual import Scale, exact
+from diffusers_guidance.spaces import Space
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a pipeline's treatment of its predictions at a step may depend on beside them.
+
+    Args:
+        sample: the scheduler's; None: not known.
+        space: of the scheduler's predictions; None: not known.
+        rescale: the call's `guidance_rescale`.
+        norm: the call's `cfg_normalization`.
+    """
+
+    sample: Tensor | None = None
+    space: Space | None = None
+    rescale: float = 0.0
+    norm: float = 0.0
+
+    def through(self, view: View) -> "Around":
+        """The same with a sample of the view's rows."""
+        return self if self.sample is None else replace(self, sample=view.working(self.sample))
+
+    def fits(self, y: Tensor) -> bool:
+        """Whether denoised predictions can be formed from ones like `y`, and the other way round."""
+        return self.space is not None and self.space.b != 0 and self.sample is not None and self.sample.shape == y.shape
+
+    @property
+    def known(self) -> tuple[Tensor, Space]:
+        assert self.sample is not None and self.space is not None
+        return self.sample, self.space
+
+    def denoised(self, y: Tensor) -> Tensor:
+        x, space = self.known
+        return space.a * x + space.b * y.to(x.dtype)  # which may be float32 beside a network in half precision
+
+    def predicted(self, denoised: Tensor) -> Tensor:
+        x, space = self.known
+        return (denoised - space.a * x) / space.b
+
+
+class Network(NamedTuple):
+    """What a network predicts, where that is not what the scheduler wants.
+
+    Args:
+        reads: (a, b) of denoised = a * sample + b * output, from sigma.
+        least: the least that the pipeline divides by on the way from there to what the scheduler wants.
+        by_timestep: whether it divides by a timestep, which is where the sample is, and rounded with it there.
+    """
+
+    reads: Callable[[Any], tuple[Any, Any]]
+    least: float = 0.0
+    by_timestep: bool = False
+
+    def denoised(self, y: Tensor, around: Around) -> Tensor:
+        """What an output denoises to, rounded as pipelines do: in its own dtype, from a sigma in float32."""
+        x, space = around.known
+        working = torch.promote_types(x.dtype, torch.float32)
+        a, b = self.reads(torch.tensor(space.sigma, dtype=working))
+        return y if (a, b) == (0, 1) else (a * x + b * y.to(x.dtype)).to(y.dtype)
+
+    def predicted(self, denoised: Tensor, around: Around) -> Tensor:
+        """What the scheduler wants, for that."""
+        x, space = around.known
+        if (space.a, space.b) == (0, 1):
+            return denoised
+        way: dict[str, Any] = {
+            "dtype": torch.promote_types(x.dtype, torch.float32),
+            "device": x.device if self.by_timestep else None,
+        }
+        if abs(space.a) > 1:  # as noise is found: (x - signal * denoised) / noise
+            signal, noise = torch.full((), 1 / space.a, **way), torch.full((), self._divisor(space) / space.a, **way)
+            return (signal * denoised - x) / noise
+        return (denoised - space.a * x) / torch.full((), self._divisor(space), **way)
+
+    def _divisor(self, space: Space) -> float:
+        return math.copysign(max(abs(space.b), self.least), space.b)
+
+    def mixing(self, space: Space) -> tuple[float, float, float]:
+        """(alpha, beta) of the scheduler's prediction, alpha * sample + beta * output: both denoise to the same.
+
+        And how large the terms are, in samples, of which alpha * sample is what is left.
+        """
+        a, b = self.reads(space.sigma)
+        divisor = self._divisor(space)
+        return (a - space.a) / divisor, b / divisor, (abs(a) + abs(space.a)) / abs(divisor)
+
+
+NETWORKS = {
+    "x0": Network(lambda sigma: (0.0, 1.0), 0.05, by_timestep=True),  # PRX in pixels
+    "x0 as it is": Network(lambda sigma: (0.0, 1.0)),
+    # Of x = x0 + sigma eps: F of EDM (arXiv 2206.00364, table 1, with sigma_data = 1), as the latent upscaler's; and
+    # the velocity eps - x0 of x / (1 + sigma) = (1 - t) x0 + t eps, where t = sigma / (1 + sigma), as Cosmos 2's.
+    "EDM's F": Network(lambda sigma: (1 / (sigma**2 + 1), sigma / (sigma**2 + 1) ** 0.5)),
+    "the rescaled sample's velocity": Network(lambda sigma: (1 - sigma / (sigma + 1), -(sigma / (sigma + 1)))),
+}
+
+SOLVED = "solved for"
+"""Of a mixture with the sample of which only the numbers are known, at every step anew."""
+
+
+def rescale(g: Tensor, c: Tensor, around: Around) -> Tensor:
+    """The pipelines' `guidance_rescale` (arXiv 2305.08891, eq. 15-16), in their own order of operations."""
+    dim, phi = list(range(1, c.ndim)), around.rescale
+    ratio = c.std(dim=dim, keepdim=True) / g.std(dim=dim, keepdim=True)
+    return phi * (g * ratio) + (1 - phi) * g
+
+
+def match_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
+    """The conditional prediction's norm along the last dimension (Qwen-Image, Lumina 2 and kin)."""
+    return g * (torch.norm(c, dim=-1, keepdim=True) / torch.norm(g, dim=-1, keepdim=True))
+
+
+def cap_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
+    """The same, but only where that is the smaller one (LongCat-Image)."""
+    cond_norm, norm = torch.norm(c, dim=-1, keepdim=True), torch.norm(g, dim=-1, keepdim=True)
+    return g * (cond_norm / (norm + 1e-8)).clamp(min=0.0, max=1.0)
+
+
+def cap_whole_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
+    """At most `cfg_normalization` times the conditional prediction's norm, of a sample as a whole (Z-Image)."""
+    limit, norm = (torch.linalg.vector_norm(t, dim=list(range(1, t.ndim)), keepdim=True) for t in (c, g))
+    return g * (limit * around.norm / norm).clamp(max=1.0)
+
+
+def leave(g: Tensor, c: Tensor, around: Around) -> Tensor:
+    return g
+
+
+FINISHES: dict[str, Callable[[Tensor, Tensor, Around], Tensor]] = {
+    # Where the call asks for it, before the plain combination, which is the same thing until the cap is reached.
+    "at most the norm of c as a whole": cap_whole_norm,
+    "": leave,
+    "guidance_rescale": rescale,
+    "norm of c": match_norm,
+    "at most the norm of c": cap_norm,
+}
+"""What is done to a combination g, given c."""
+
+
+def read(value: Any, output: Tensor) -> float | Tensor | None:
+    """A number, whatever its type, or a tensor of them that can be multiplied with `output`; None: neither."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1 and value.ndim == output.ndim:
+        fitting = all(n in (1, m) for n, m in zip(value.shape, output.shape, strict=True))
+        return value if fitting else None
+    if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def from_u(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return u + s * (c - u)
+
+
+def from_c(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return c + s * (c - u)
+
+
+def weighted(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return s * c + (1 - s) * u
+
+
+def weighted_from_c(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return (1 + s) * c - s * u
+
+
+def added(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return u + s * (c - u) if isinstance(s, Tensor) else torch.add(u, c - u, alpha=s)
+
+
+def lerp(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return torch.lerp(u, c, s.to(u.dtype) if isinstance(s, Tensor) else s)
+
+
+def by_difference(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return c + (s - 1) * (c - u)
+
+
+def in_float32(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    working = torch.promote_types(c.dtype, torch.float32)
+    return from_u(c.to(working), u.to(working), s)
+
+
+ANCHORS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+    "u": from_u,
+    "c": from_c,
+    "lerp": lerp,
+    "denoised": by_difference,
+    "difference": by_difference,
+    "weighted": weighted,
+    "weighted from c": weighted_from_c,
+    "added": added,
+    "in float32": in_float32,
+}
+"""Ways to write a combination; each rounds in a way of its own."""
+
+
+FROM_C = ("c", "weighted from c")
+"""Those whose scale counts from 0: w = 1 + s."""
+
+
+class Trio(NamedTuple):
+    """A way to write a combination of three branches, c and two others, at two scales.
+
+    Args:
+        combine: the combination of (c, a, b) at (s, t).
+        weights: of (c, a, b) in it.
+    """
+
+    combine: Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+    weights: Callable[[float, float], tuple[float, float, float]]
+
+
+TRIOS = {
+    # InstructPix2Pix: a is guided by the image alone, b by nothing.
+    "image": Trio(lambda c, a, b, s, t: b + s * (c - a) + t * (a - b), lambda s, t: (s, t - s, 1 - t)),
+    # Perturbed attention: a is guided by nothing, b is perturbed.
+    "perturbed": Trio(lambda c, a, b, s, t: a + s * (c - a) + t * (c - b), lambda s, t: (s + t, 1 - s, -t)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """model_output = finish(u + w (c - u)), in a pipeline's own order of operations.
+
+    Args:
+        anchor: how it is written, a line of ANCHORS: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`,
+            where w = 1 + s; "denoised" for the first of denoised predictions, which is also where it is finished
+            (LTX-2). With three branches, one of TRIOS.
+        upcast: whether c and u are taken to the scheduler's dtype before they are combined, or the result is.
+        finish: what is done to the combination.
+        scale: the name its scale is read by; None: solved for at every step.
+        dtype: the scheduler's.
+        mixed: what the network predicts, a line of NETWORKS; "": what the scheduler wants; or SOLVED.
+        meets: what is combined then: "denoised" predictions, the network's "own", or what the scheduler "wants".
+        second: the name of a trio's second scale.
+        widens: whether its scale is a tensor of one number in the scheduler's dtype, which products with it take.
+    """
+
+    anchor: str
+    upcast: bool
+    finish: str
+    scale: str | None
+    dtype: torch.dtype
+    mixed: str = ""
+    meets: str = "denoised"
+    second: str | None = None
+    widens: bool = False
+
+    def treated(self, y: Tensor, around: Around) -> Tensor:
+        """As it is combined with the other one."""
+        y = y.to(self.dtype) if self.upcast else y
+        if self.mixed in NETWORKS and self.meets != "own":
+            y = NETWORKS[self.mixed].denoised(y, around)
+        return self._wanted(y, around) if self.meets == "wants" else y
+
+    def handed(self, y: Tensor, around: Around) -> Tensor:
+        """The same of what the view has been through; where the sample is mixed in, in float32 at least."""
+        if self.mixed not in NETWORKS:
+            return self.treated(y, around)
+        x, space = around.known
+        working = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        alpha, beta, _ = NETWORKS[self.mixed].mixing(space)
+        return alpha * x.to(working) + beta * y.to(working)
+
+    def _wanted(self, denoised: Tensor, around: Around) -> Tensor:
+        return NETWORKS[self.mixed].predicted(denoised, around)
+
+    def anchored(self, c: Tensor, u: Tensor, s: Any) -> Tensor:
+        """The combination alone, of two halves as they are combined."""
+        if self.widens and not isinstance(s, Tensor):
+            s = torch.full((1,), s, dtype=self.dtype, device=c.device)
+        return ANCHORS[self.anchor](c, u, s)
+
+    def finished(self, g: Tensor, c: Tensor, around: Around) -> Tensor:
+        """The pipeline's own treatment of a combined prediction."""
+        if not self.finish:
+            return g.to(self.dtype)
+        if self.anchor == "denoised":
+            g, c = around.denoised(g), around.denoised(c)
+        return self._finished(g, c, around)
+
+    def _finished(self, g: Tensor, c: Tensor, around: Around) -> Tensor:
+        g = FINISHES[self.finish](g, c, around)
+        return (around.predicted(g) if self.anchor == "denoised" else g).to(self.dtype)
+
+    @property
+    def needs_space(self) -> bool:
+        """Whether it can only be followed where sample and space are known."""
+        return self.anchor == "denoised" or self.mixed in NETWORKS
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether the same numbers give the same bits in any layout: nothing is summed up, nothing fused."""
+        return not self.finish and not self.needs_space and self.anchor not in ("lerp", "added")
+
+    def terms(self, y: Tensor, around: Around) -> Tensor:
+        """`y`, one of `cut`, as large as what the pipeline computes with: so much may be lost to rounding."""
+        if not self.needs_space:
+            return y
+        x, space = around.known
+        times = NETWORKS[self.mixed].mixing(space)[2] if self.mixed else 2 * abs(space.a / space.b)
+        return y.abs() + times * x.abs()
+
+    def w(self, s: Scale) -> float:
+        """The guidance scale that the pipeline's scale `s` amounts to, the largest where there are several."""
+        if isinstance(s, tuple):
+            return TRIOS[self.anchor].weights(*s)[0]
+        largest = float(s.max() if isinstance(s, Tensor) else s)
+        return 1 + largest if self.anchor in FROM_C else largest
+
+    def apply(self, c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor:
+        """What the pipeline hands to the scheduler for (c, u), which are `treated`, at its scale `s`."""
+        if self.mixed in NETWORKS:
+            g = self.anchored(c, u, s)
+            g = NETWORKS[self.mixed].denoised(g, around) if self.meets == "own" else g
+            return (g if self.meets == "wants" else self._wanted(g, around)).to(self.dtype)
+        if self.anchor == "denoised":
+            c, u = around.denoised(c), around.denoised(u)
+        return self._finished(self.anchored(c, u, s), c, around)
+
+    def invert(self, c: Tensor, u: Tensor, output: Tensor) -> float:
+        """The scale that explains `output` best, by least squares; only where nothing is done to the combination."""
+        c, u, output = (exact(t).nan_to_num(0, 0, 0) for t in (c, u, output))
+        d = c - u
+        origin = c if self.anchor in FROM_C else u
+        return float(((output - origin) * d).sum() / (d * d).sum())
+
+    def __str__(self) -> str:
+        finish = f", then {self.finish}" if self.finish else ""
+        finish += ", mixed with the sample" if self.mixed else ""
+        finish += f" to turn {self.mixed} into what the scheduler wants" if self.mixed in NETWORKS else ""
+        s = self.scale if self.scale and not self.second else "s"
+        combination = {
+            "lerp": f"lerp(u, c, {s})",
+        }.get(self.anchor, f"{'c' if self.anchor in FROM_C else 'u'} + {s} (c - u)")
+        return f"{combination}{finish}"

@@ -1,0 +1,171 @@
+"""How a denoiser's outputs hold the predictions of a step's branches, and how the scheduler holds the guided one.
+
+`Layout` says which calls and rows are which branch; `View`, which part of a branch is the scheduler's prediction.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a branch's output is the scheduler's prediction, and how the scheduler holds it.
+
+    Guidance works on (rows, ...), one row per sample. `view(branch)` takes a branch of the denoiser's output
+    there, `working(tensor)` a scheduler's tensor, and `emit` brings a prediction back to the scheduler.
+
+    Args:
+        dim, start, stop: the slice of the branch that counts; stop None: all of it.
+        sign: -1 where the pipeline negates.
+        shape: of the working tensor, but for its rows.
+        tokens: the branch is (rows, tokens, C) of a (rows, C, frames, height, width), a leading frame perhaps
+            left out.
+        frames: the scheduler holds the frames of (rows, C, frames, ...) as rows of their own; 0: it does not.
+        copies: the scheduler holds the batch that many times over.
+        channels: only the first `channels` are guided, the others follow the conditional branch; 0: all.
+    """
+
+    shape: tuple[int, ...]
+    dim: int = 0
+    start: int = 0
+    stop: int | None = None
+    sign: int = 1
+    tokens: bool = False
+    frames: int = 0
+    copies: int = 1
+    channels: int = 0
+
+    def __call__(self, y: Tensor) -> Tensor:
+        y = self.part(y)
+        return y if self.sign == 1 else -y
+
+    def part(self, y: Tensor) -> Tensor:
+        """The same, but for the sign."""
+        if self.tokens:
+            y = y.transpose(1, 2).unflatten(2, (-1, *self.shape[2:]))[:, :, -self.shape[1] :]
+        if self.stop is not None:
+            y = y.narrow(self.dim, self.start, self.stop - self.start)
+        return y.reshape(-1, *self.shape)
+
+    def working(self, t: Tensor) -> Tensor:
+        """A tensor of the scheduler's, one row per sample."""
+        if self.frames:
+            return t.unflatten(0, (-1, self.frames)).transpose(1, 2)
+        if self.copies > 1:
+            t = t[: t.shape[0] // self.copies]
+        return t[:, : self.channels] if self.channels else t
+
+    def rest(self, t: Tensor, of: Tensor) -> Tensor:
+        """The unguided channels of a branch or of the scheduler's tensor `t`, as many as `of`, the latter, has."""
+        rest = t[:, self.channels : of.shape[1]].to(of.dtype)
+        return rest if t is of or self.sign == 1 else -rest
+
+    def holds(self, output: Tensor) -> bool:
+        """Whether all of the scheduler's `output` is told by one row per sample: copies must be equal."""
+        return self.copies == 1 or torch.equal(self.emit(self.working(output), output), output)
+
+    def emit(self, prediction: Tensor, output: Tensor) -> Tensor:
+        """A working prediction as the scheduler holds `output`."""
+        if self.frames:
+            return prediction.transpose(1, 2).flatten(0, 1)
+        if self.channels:
+            prediction = torch.cat([prediction, output[: prediction.shape[0], self.channels :]], 1)
+        return torch.cat([prediction] * self.copies) if self.copies > 1 else prediction
+
+    def __str__(self) -> str:
+        part = "" if self.stop is None else f"[dim {self.dim}: {self.start}..{self.stop}]"
+        layout = [
+            *(["unpacked"] if self.tokens else []),
+            *([f"{self.frames} frames apart"] if self.frames else []),
+            *([f"{self.copies} times"] if self.copies > 1 else []),
+            *([f"first {self.channels} channels"] if self.channels else []),
+        ]
+        return f"{'-' if self.sign < 0 else ''}output{part}{' ' if layout else ''}{', '.join(layout)}"
+
+
+def views(branch: torch.Size, target: torch.Size, sample: torch.Size | None = None) -> Iterator[View]:
+    """The views between a branch of shape `branch` and a scheduler's prediction of shape `target`, plain ones first."""
+    parts: list[View] = []
+    rows, shape = branch[0], tuple(target[1:])
+    if target[0] == rows:
+        parts = list(_parts(branch, target, sample))
+    elif len(branch) == 5 and target[0] == rows * branch[2] and shape == (branch[1], *branch[3:]):
+        parts = [View(tuple(branch[1:]), frames=branch[2])]
+    elif target[0] == 2 * rows:
+        parts = [replace(view, copies=2) for view in _parts(branch, torch.Size((rows, *shape)), sample)]
+    for sign, part in itertools.product((1, -1), parts):
+        yield replace(part, sign=sign)
+
+
+def _parts(branch: torch.Size, target: torch.Size, sample: torch.Size | None) -> Iterator[View]:
+    shape = tuple(target[1:])
+    if branch.numel() == target.numel():
+        yield View(shape)
+    if len(branch) == len(target):
+        differing = [i for i, (h, t) in enumerate(zip(branch, target, strict=True)) if h != t]
+        if len(differing) == 1 and branch[differing[0]] > target[differing[0]]:
+            dim, whole, kept = differing[0], branch[differing[0]], target[differing[0]]
+            yield View(shape, dim, 0, kept)
+            yield View(shape, dim, whole - kept, whole)
+        if differing in ([], [1]) and len(shape) > 1 and branch[1] >= shape[0]:
+            # Learned variance: the scheduler gets more channels than are guided.
+            known = [sample[1]] if sample is not None and sample[1] < shape[0] else []
+            for channels in dict.fromkeys([*known, *range(shape[0] - 1, 0, -1)]):
+                yield View((channels, *shape[1:]), 1, 0, channels, channels=channels)
+    if len(branch) == 3 and len(target) == 5 and branch[2] == target[1]:
+        frame = target[3] * target[4]
+        if branch[1] % frame == 0 and branch[1] // frame in (target[2], target[2] + 1):
+            yield View(shape, tokens=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a step's branches are among its denoiser's outputs.
+
+    Args:
+        batched: one call on all branches, else one call for each.
+        branches: how many predictions of a sample a guided step evaluates.
+        cond_index: which of them is the conditional one.
+        view: from a branch to the scheduler's prediction and back.
+        rows: samples in the batch.
+    """
+
+    batched: bool
+    branches: int
+    cond_index: int
+    view: View
+    rows: int
+
+    @property
+    def calls(self) -> int:
+        """Of the denoiser, at a guided step."""
+        return 1 if self.batched else self.branches
+
+    @property
+    def others(self) -> list[int]:
+        """Which branches a sample without guidance skips."""
+        return [i for i in range(self.branches) if i != self.cond_index]
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the scheduler holds the prediction as guidance works on it, one row per sample."""
+        return not self.view.frames and self.view.copies == 1 and not self.view.channels
+
+    def parts(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The branches of a step's outputs, (rows, ...) each."""
+        return outputs[0].chunk(self.branches) if self.batched else outputs
+
+    def outputs(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse: the outputs of which these are the branches."""
+        return [torch.cat([*parts])] if self.batched else [*parts]
+
+    def __str__(self) -> str:
+        names = ["cond" if i == self.cond_index else "uncond" for i in range(self.branches)]
+        calls = (
+            f"one call on [{', '.join(names)}]" if self.batched else f"{self.branches} calls, {' then '.join(names)}"
+        )
+        return f"{calls}; {self.view}"

@@ -1,0 +1,98 @@
+"""How far a reproduced number is off, and what rounding allows; read from the device when it is asked for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Scale = float | Tensor | tuple[float, float]
+"""A pipeline's guidance scale; a tensor where one prediction is guided at several, two where it has three branches."""
+
+
+class Fit(NamedTuple):
+    """How far a reproduction is off: the error's norm, and the norm rounding allows."""
+
+    error: float
+    allowed: float
+
+    @property
+    def equal(self) -> bool:
+        return self.error == 0
+
+    @property
+    def fits(self) -> bool:
+        return self.error <= self.allowed
+
+
+class Residual(NamedTuple):
+    """What a `Fit` is made of, still on the device: nobody waits for it until `norms` is read."""
+
+    norms: Tensor
+    """(4,): of the error, of the output, of c and of u."""
+    s: Scale
+    noise: float
+    """What rounding may do, as a share of the largest terms."""
+    floor: float = 0.0
+    """And of the output alone."""
+
+    def fit(self, norms: Sequence[float]) -> Fit:
+        """The fit, from `norms` as they have been read."""
+        error, output, c, u = norms
+        s = self.s
+        largest = (
+            float(s.abs().max()) if isinstance(s, Tensor) else max(map(abs, s)) if isinstance(s, tuple) else abs(s)
+        )
+        # Every order of operations rounds terms no larger than these, each by less than eps.
+        return Fit(error, self.noise * (output + largest * (c + u)) + self.floor * output)
+
+
+def exact(x: Tensor) -> Tensor:
+    """In float64 on the host: not every device has it."""
+    return x.detach().cpu().double()
+
+
+def norm(x: Tensor) -> float:
+    """Over everything, in float32 where that is more."""
+    return float(_norm(x))
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def residual(
+    expected: Tensor, output: Tensor, c: Tensor, u: Tensor, s: Scale, noise: float | None = None, floor: float = 0.0
+) -> Residual:
+    """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype.
+
+    What is not finite counts as zero, so that the same numbers must be broken in both, and the others agree.
+
+    Args:
+        noise: what rounding may do. Default: all that it can in the dtype of c.
+    """
+    noise = torch.finfo(c.dtype).eps if noise is None else noise
+    if expected.shape != output.shape:
+        return Residual(torch.tensor([float("inf"), 0, 0, 0]), s, noise, floor)
+    expected, output = (t.nan_to_num(0, 0, 0) for t in (expected, output))
+    # Each in a pass of its own: what is large is not copied to be compared.
+    norms = torch.stack([_norm(t) for t in (expected - output, output, c.nan_to_num(0, 0, 0), u.nan_to_num(0, 0, 0))])
+    return Residual(norms, s, noise, floor)
+
+
+def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Fit]:
+    """Least squares of `output` on `vectors`, and how well that explains it.
+
+    Numbers that are not finite must be so in both, and have no say in the rest.
+    """
+    basis = torch.stack([exact(v).flatten() for v in vectors], 1)
+    y = exact(output).flatten()
+    finite = torch.isfinite(basis).all(1)
+    if not (torch.equal(finite, torch.isfinite(y)) and finite.any()):
+        return [float("nan")] * len(vectors), Fit(float("inf"), 0.0)
+    basis, y = basis[finite], y[finite]
+    factors = torch.linalg.lstsq(basis, y).solution
+    terms = float((factors.abs() * basis.norm(dim=0)).sum())
+    eps = torch.finfo(output.dtype).eps
+    error = float((basis @ factors - y).norm())
+    return factors.tolist(), Fit(error, 2 * eps * (float(y.norm()) + terms))

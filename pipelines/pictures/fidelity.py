@@ -1,0 +1,94 @@
+"""Policies against NFEs: the same prompts and seeds with full guidance and with less, compared as pictures."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from diffusers import DiffusionPipeline
+
+from diffusers_guidance.pipelines.pictures.columns import Column, short
+from diffusers_guidance.pipelines.pictures.make import Case, Result, make
+from diffusers_guidance.pipelines.pictures.measures import lpips_network, psnr, ssim, tensor_of
+from diffusers_guidance.pipelines.pictures.texts import prompts_of
+from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.policies import EveryStep, Policy
+from diffusers_guidance.rules import CFG
+
+
+class Score(NamedTuple):
+    """Means over pictures: NFEs and seconds of one; PSNR in dB, SSIM and LPIPS to full guidance."""
+
+    nfe: float
+    psnr: float
+    ssim: float
+    lpips: float | None = None
+    seconds: float | None = None
+
+
+class Fidelity:
+    """Pictures of full guidance, made once, and any policy's distance to them.
+
+    Args:
+        pipe: a text-to-image pipeline; what is attached to it stays so, idle.
+        prompts, seeds: each prompt with each seed.
+        num_inference_steps, guidance_scale, negative_prompt: of every run.
+        batch_size: pictures made at once.
+        lpips: whether to measure LPIPS (AlexNet) too. Its weights are downloaded unless they are there already.
+        progress: told the steps of the reference's calls.
+        arguments: more of the pipeline's own.
+
+    Raises:
+        ImportError: SSIM and LPIPS are torchmetrics', of the extra `cli`; LPIPS needs torchvision besides.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        prompts: Sequence[str],
+        seeds: Sequence[int] = (0,),
+        *,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 5.0,
+        negative_prompt: str = "",
+        batch_size: int = 16,
+        lpips: bool = False,
+        progress: Progress = silent,
+        **arguments: Any,
+    ):
+        prompts = prompts_of(prompts)
+        self.pipe, self.steps = pipe, num_inference_steps
+        self.cases = [Case(prompt, seed, negative_prompt) for seed in seeds for prompt in prompts]
+        if not self.cases:
+            raise ValueError("prompts and seeds: at least one of each")
+        self.call = {"guidance_scale": guidance_scale, "batch": batch_size, "output_type": "pt", **arguments}
+        self.lpips = lpips_network() if lpips else None
+        self.full = self.run(EveryStep(), progress=progress)
+        self.reference = tensor_of(self.full.pictures)
+
+    def run(
+        self, policy: Policy | Column, num_inference_steps: int | None = None, progress: Progress = silent
+    ) -> Result:
+        """What a policy makes, or a whole column, of all prompts and seeds.
+
+        Args:
+            num_inference_steps: other than the reference's.
+            progress: told the steps of all calls.
+        """
+        column = policy if isinstance(policy, Column) else Column(short(policy), CFG(), policy)
+        steps = num_inference_steps or self.steps
+        return make(self.pipe, self.cases, column, steps=steps, progress=progress, **self.call)
+
+    def psnr(self, result: Result) -> float:
+        """The mean of the pictures' dB to full guidance."""
+        return float(psnr(tensor_of(result.pictures), self.reference).mean())
+
+    def score(self, result: Result) -> Score:
+        """All that is measured of what `run` made."""
+        pictures = tensor_of(result.pictures)
+        perceived = None if self.lpips is None else float(self.lpips(pictures, self.reference))
+        likeness = float(ssim(pictures, self.reference).mean())
+        nfe, seconds = result.nfe / len(self.cases), result.seconds_per_picture
+        return Score(nfe, self.psnr(result), likeness, perceived, seconds)
+
+    def __call__(self, policy: Policy | Column, num_inference_steps: int | None = None) -> Score:
+        """The score of a policy; `num_inference_steps` where it has others than the reference."""
+        return self.score(self.run(policy, num_inference_steps))

@@ -1,0 +1,190 @@
+"""The one caller of pipelines: prompts, seeds, negative prompts, sizes and a pair become calls, and these pictures."""
+
+import inspect
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.checks import plain
+from diffusers_guidance.engine import Observer
+from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE, borrowed
+from diffusers_guidance.pipelines.pictures.columns import Column, short
+from diffusers_guidance.pipelines.pictures.measures import saturation, tensor_of
+from diffusers_guidance.pipelines.pictures.sizes import sized
+from diffusers_guidance.pipelines.pictures.texts import negatives_of
+from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.policies import EveryStep, Policy
+from diffusers_guidance.report import Report
+from diffusers_guidance.rules import CFG, Rule
+
+
+class Case(NamedTuple):
+    """A picture to be made. Without a negative prompt the pipeline does what it does without one."""
+
+    prompt: str
+    seed: int = 0
+    negative: str | None = None
+
+
+def cases_of(prompts: Sequence[str], seeds: Sequence[int], negative: str | None = None) -> list[Case]:
+    """Every prompt with every seed, the seeds within the prompts."""
+    return [Case(prompt, seed, negative) for prompt in prompts for seed in seeds]
+
+
+@dataclass
+class Result:
+    """What a pair made: pictures in the order of their cases, and a report for each call."""
+
+    name: str
+    rule: Rule
+    policy: Policy
+    guidance_scale: float
+    pictures: list[Any] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
+    seconds: float = 0.0
+    is_default: bool = False
+    """Whether it is the pair that `attach(pipe)` chooses."""
+    calibration: Calibration | None = None
+    """What the policy went by, and what was learned."""
+
+    @property
+    def label(self) -> str:
+        """Rule and policy in short; of the default pair without the settings chosen for the pipeline."""
+        if self.is_default:
+            return f"default: {type(self.rule).__name__} + {type(self.policy).__name__}"
+        return f"{short(self.rule)} + {short(self.policy)}"
+
+    @property
+    def nfe(self) -> int:
+        return sum(report.nfe for report in self.reports)
+
+    @property
+    def nfe_full(self) -> int:
+        return sum(report.nfe_full for report in self.reports)
+
+    @property
+    def nfe_by_sample(self) -> list[float]:
+        return [nfe for report in self.reports for nfe in report.nfe_by_sample]
+
+    @property
+    def saved(self) -> float:
+        return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0
+
+    @property
+    def seconds_per_picture(self) -> float:
+        return self.seconds / len(self.pictures)
+
+    @property
+    def saturation(self) -> float:
+        """Mean HSV saturation, 0 to 1."""
+        return float(saturation(tensor_of(self.pictures)).mean())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is classifier-free guidance as the pipeline does it by itself."""
+        return self.rule.is_plain and isinstance(self.policy, EveryStep)
+
+
+def make(
+    pipe: Any,
+    cases: Sequence[Case],
+    column: Column,
+    *,
+    steps: int,
+    guidance_scale: float = 5.0,
+    batch: int | None = None,
+    progress: Progress = silent,
+    observers: Sequence[Observer] = (),
+    **arguments: Any,
+) -> Result:
+    """The pictures of all cases under a column's rule and policy. What is attached to `pipe` stays so, idle.
+
+    Args:
+        guidance_scale: where the column has none.
+        batch: pictures of one call; None for all.
+        progress: told the column's name and the steps of all calls.
+        observers: told of every step.
+        arguments: more of the pipeline's own, such as `height=512`.
+    """
+    scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
+    rule = DEFAULT_RULE if column.rule is None else column.rule
+    rule, policy = replace(rule, guidance_scale=scale), DEFAULT_POLICY if column.policy is None else column.policy
+    result = Result(column.name, rule, policy, scale, is_default=column.rule is None)
+    size = batch or len(cases)
+    batches = [cases[start : start + size] for start in range(0, len(cases), size)]
+    with borrowed(pipe, rule, policy) as handle:
+        handle.observers += observers
+        for number, part in enumerate(batches):
+            told = _steps_of(progress, column.name, number, steps, len(batches))
+            began = time.perf_counter()
+            result.pictures += pictures_of(pipe, part, steps=steps, progress=told, **arguments)
+            result.seconds += time.perf_counter() - began
+            result.reports.append(handle.report)
+        result.calibration = handle.calibration
+    return result
+
+
+def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: float, **arguments: Any) -> None:
+    """Two steps of plain guidance, so that the next run is not charged for starting up."""
+    make(pipe, cases, Column("warming up", CFG(), EveryStep(), guidance_scale), steps=2, **arguments)
+
+
+def _steps_of(progress: Progress, name: str, number: int, steps: int, calls: int) -> Progress:
+    """What call `number` tells."""
+    if progress is silent:
+        return silent
+    progress(name, number * steps, calls * steps)
+
+    def told(_: str, done: int, total: int, /) -> None:
+        progress(name, number * steps + min(done, steps), calls * steps)
+
+    return told
+
+
+def pictures_of(
+    pipe: Any, cases: Sequence[Case], *, steps: int, progress: Progress = silent, **arguments: Any
+) -> list[Any]:
+    """One call of the pipeline, whatever is attached to it; of a video, the frame in its middle."""
+    call = {"output_type": "pil"} | call_of(pipe, cases, num_inference_steps=steps, **arguments)
+    if progress is not silent and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+
+        def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress("", index + 1, steps)
+            return tensors
+
+        call["callback_on_step_end"] = callback
+    output = pipe(**call)
+    if hasattr(output, "frames"):
+        return [frames[len(frames) // 2] for frames in output.frames]
+    return list(output.images if hasattr(output, "images") else output[0])
+
+
+def call_of(pipe: Any, cases: Sequence[Case], **arguments: Any) -> dict[str, Any]:
+    """The arguments of the call that makes these pictures.
+
+    Args:
+        arguments: those that are not of the cases; where they name one side of a picture, the other is added.
+    """
+    call = {
+        "prompt": [case.prompt for case in cases],
+        # The noise is drawn on the CPU, so that every device makes the same picture.
+        "generator": [torch.Generator("cpu").manual_seed(case.seed) for case in cases],
+    }
+    # A pipeline with a true_cfg_scale guides only beside a negative prompt.
+    needed = "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters
+    if needed or any(case.negative is not None for case in cases):
+        call |= negatives_of(pipe, [case.negative or "" for case in cases])
+    return call | sized(pipe, arguments)
+
+
+def png_of(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()

@@ -1,0 +1,73 @@
+"""Going on after an interruption: a piece of work is done where its record is on disk, and only there."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.pipelines.support.ray import spread
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+class Record:
+    """A JSON file that says what was made, and of what.
+
+    Args:
+        file: where it lies.
+        made_of: what it depends on, by name; plain JSON values.
+        error: raised where the file is of something else.
+    """
+
+    def __init__(self, file: Path, made_of: dict[str, Any], error: type[Exception] = ValueError):
+        self.file, self.error = file, error
+        self.made_of = json.loads(json.dumps(made_of))
+
+    def read(self) -> dict[str, Any] | None:
+        """What it says besides; None where there is no such file.
+
+        A file that was cut short, by a full disk say, does not count: nobody made it on purpose.
+        """
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        if not isinstance(found, dict):
+            return None
+        if {name: found.get(name) for name in self.made_of} != self.made_of:
+            raise self.error(
+                f"{self.file} was made by another prompt or other settings: choose another place, or delete it"
+            )
+        return {name: value for name, value in found.items() if name not in self.made_of}
+
+    def write(self, content: dict[str, Any]) -> None:
+        text = json.dumps(self.made_of | content, indent=1, ensure_ascii=False, allow_nan=False)
+        write(self.file, text.encode() + b"\n")
+
+
+def resumed(
+    work: Callable[[P], Any],
+    pieces: Sequence[P],
+    found: Callable[[P], R | None],
+    keep: Callable[[P, Any], R],
+    **spreading: Any,
+) -> Iterator[tuple[P, R]]:
+    """(piece, its record): first the pieces that are done already, then the others as they are done.
+
+    Args:
+        work: what there is to do, on whatever machine.
+        found: the record of a piece; None where it has yet to be done. It raises where another's lies in its place.
+        keep: writes what was made of a piece, here, and its record last of all; returns that.
+        spreading: of `spread`.
+    """
+    left = []
+    for piece in pieces:
+        record = found(piece)
+        if record is None:
+            left.append(piece)
+        else:
+            yield piece, record
+    for piece, made in spread(work, left, **spreading):
+        yield piece, keep(piece, made)

@@ -1,0 +1,769 @@
+"""The app by its API: what it makes, what it refuses, and that two users and a hostile one do it no harm."""
+
+import ast
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the app needs gradio: pip install 'diffusers-guidance[app]'")
+
+import httpx
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from diffusers_guidance import samples
+from diffusers_guidance.pipelines.app import show as app_show
+from diffusers_guidance.pipelines.app import work as app_work
+from diffusers_guidance.pipelines.app.device import Device, Models, Stopped
+from diffusers_guidance.pipelines.app.page import WAITING
+from diffusers_guidance.pipelines.app.settings import (
+    BUNDLED,
+    KNOBS,
+    OWN,
+    POLICIES,
+    PRESETS,
+    RULES,
+    Generation,
+    Grid,
+    Trial,
+    knobs_of,
+)
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
+from diffusers_guidance.pipelines.pictures.make import Result
+from diffusers_guidance.policies import EveryStep, Hold, LinearAG
+from diffusers_guidance.rules import CFG
+
+pytestmark = pytest.mark.slow
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+HAS_MCP = importlib.util.find_spec("mcp") is not None
+SMALL = {"steps": 3, "compare_with_plain": False}
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """(page, studio) of a server that is up for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        from diffusers_guidance.pipelines.app.page import launch
+
+        page, studio = launch(mcp=HAS_MCP, welcome=False)
+        yield page, studio
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def address(app):
+    return app[0].local_url
+
+
+@pytest.fixture(scope="module")
+def client(address, tmp_path_factory):
+    return Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+@pytest.fixture
+def pipe(app):
+    return app[1].models.get(BUNDLED)
+
+
+def pixels(picture):
+    return np.asarray(picture if isinstance(picture, Image.Image) else Image.open(picture))
+
+
+# What it makes
+
+
+def test_the_endpoints_name_every_parameter_and_have_defaults(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    forms = {"/generate": Generation, "/compare": Grid, "/benchmark": Trial}
+    assert endpoints.keys() == forms.keys()
+    for name, form in forms.items():
+        parameters = endpoints[name]["parameters"]
+        assert [p["parameter_name"] for p in parameters] == [f.name for f in fields(form)]
+        assert all(p["parameter_has_default"] for p in parameters)
+
+
+def test_generate(client, pipe):
+    picture, report, pictures = client.predict(
+        prompt="a red apple, flat style", policy="Hold", period=2, warmup=1, seed=3, steps=4, api_name="/generate"
+    )
+    assert report["nfe"] < report["nfe_full"] == 8
+    assert report["plain"]["nfe"] == 8
+    assert len(report["report"]["steps"]) == 4
+    assert report["settings"]["prompt"] == "a red apple, flat style"
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    assert pixels(picture).shape == (side, side, 3)
+    assert (pixels(picture) == pixels(pictures[0]["image"])).all()
+
+
+@pytest.mark.parametrize(("side", "shape"), [("height", (192, 128, 3)), ("width", (128, 192, 3))])
+def test_a_side_alone_is_that_side_and_the_models_own(client, side, shape):
+    picture = client.predict(**SMALL, **{side: 192}, api_name="/generate")[0]
+    assert pixels(picture).shape == shape
+
+
+def test_no_two_pictures_share_a_file(client):
+    """Gradio names files by content, and writes a file anew while it may be on its way to somebody else."""
+    first, second = (client.predict(**SMALL, api_name="/generate")[0] for _ in range(2))
+    assert (pixels(first) == pixels(second)).all()
+    assert Path(first).read_bytes() != Path(second).read_bytes()
+
+
+def test_pictures_carry_their_settings(client):
+    settings = SMALL | {"policy": "StepAG", "seed": 2**32 - 1, "batch_size": 2}
+    _, _, pictures = client.predict(prompt="a tiger", **settings, api_name="/generate")
+    carried = [json.loads(Image.open(each["image"]).info["diffusers-guidance"]) for each in pictures]
+    assert [facts["settings"]["seed"] for facts in carried] == [2**32 - 1, 0]
+    assert all(facts["settings"]["prompt"] == "a tiger" for facts in carried)
+    assert all(facts["nfe"] < facts["nfe_full"] for facts in carried)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rule": "CFG", "policy": "EveryStep", "guidance_scale": 4, "negative_prompt": 'a "cat"\n\\n {0}'},
+        {"batch_size": 2, "scheduler": "DPM++ 2M", "policy": "AdaptiveGuidance", "threshold": 0.9, "eta": 0.5},
+        {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 160},
+        {"policy": "LinearAG", "rule": "CFG", "guidance_scale": 5, "steps": 20},
+        {"momentum": -0.75, "norm_threshold": 12.5, "eta": 0.35, "period": 4, "warmup": 2, "last": False},
+    ],
+)
+def test_the_code_makes_the_same_pictures(client, settings, tmp_path, monkeypatch):
+    _, report, pictures = client.predict(**SMALL | {"steps": 4} | settings, api_name="/generate")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(report["code"], "code", "exec"), {})
+    assert len(pictures) == settings.get("batch_size", 1)
+    for number, each in enumerate(pictures):
+        assert (pixels(f"picture-{number}.png") == pixels(each["image"])).all()
+
+
+@pytest.mark.parametrize("scheduler", [OWN, "Euler"])
+def test_the_code_makes_the_same_picture_where_steps_are_fused(pipe, scheduler, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    with use_fused_steps(True):
+        settings = Generation(scheduler=scheduler, policy="EveryStep", **SMALL)
+        made = app_work.generate(pipe, settings, lambda *now, **seen: told.append((*now, seen.get("pictures"))))
+        exec(compile(made.code, "code", "exec"), {})
+    assert (pixels("picture-0.png") == pixels(made.guided.pictures[0])).all()
+    assert [now[:3] for now in told] == [("APG + EveryStep", done, 3) for done in range(4)]
+    assert any(pictures for *_, pictures in told)
+
+
+def test_a_new_seed_every_time_is_reported_and_reproducible(client):
+    _, report, pictures = client.predict(random_seed=True, **SMALL, api_name="/generate")
+    seed = report["settings"]["seed"]
+    assert not report["settings"]["random_seed"]
+    _, _, again = client.predict(seed=seed, **SMALL, api_name="/generate")
+    assert (pixels(pictures[0]["image"]) == pixels(again[0]["image"])).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({}, "fitted"), ({"scheduler": "DPM++ 2M"}, "fitted"), ({"steps": 19}, "held"), ({"scheduler": "Euler"}, "held")],
+)
+def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, changed, said):
+    asked = {"rule": "CFG", "policy": "LinearAG", "guidance_scale": 5.0, "steps": 20} | changed
+    outcome = app_work.generate(pipe, Generation(**asked, compare_with_plain=False), lambda *news, **seen: None)
+    assert outcome.guided.name == f"CFG + LinearAG, {said}"
+    assert (outcome.guided.policy.calibration is not None) == (said == "fitted") == ("Calibration.load" in outcome.code)
+    assert "what is left out is a linear combination" in app_show.about(LinearAG)
+    assert f", {said}" in app_show.grid_html(Grid(), [outcome.guided])
+    families = [family for family, *_ in app_work.contestants(20, "ddim-20-5" if said == "fitted" else None)]
+    assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
+
+
+def test_it_opens_with_what_it_says_of_apg(pipe):
+    """Colours at a high scale near those of plain CFG at a low one, burnt without APG, and evaluations saved."""
+    opened = app_work.generate(pipe, Generation(), lambda *news, **seen: None)
+    low = replace(Generation(), rule="CFG", policy="EveryStep", guidance_scale=5.0)
+    low = app_work.generate(pipe, low, lambda *news, **seen: None).guided.saturation
+    assert abs(opened.guided.saturation - low) < 0.15 * low < opened.plain.saturation - low
+    assert opened.guided.saved > 0.15
+
+
+def test_compare(client):
+    grid, figures = client.predict(
+        rules=["CFG", "APG"], policies=["EveryStep", "Hold"], scales=[10.0], steps=2, api_name="/compare"
+    )
+    names = [column["name"] for column in figures["columns"]]
+    assert names == [f"{rule} + {policy} @ 10" for policy in ("EveryStep", "Hold") for rule in ("CFG", "APG")]
+    assert all({"nfe", "saturation", "seconds"} <= column.keys() for column in figures["columns"])
+    facts = json.loads(Image.open(grid).info["diffusers-guidance"])
+    assert facts["settings"]["policies"] == ["EveryStep", "Hold"]
+
+
+def test_benchmark(client):
+    plot, figures = client.predict(prompts=1, steps=4, api_name="/benchmark")
+    full, *others = figures["points"]
+    assert full["nfe"] == 8
+    assert full["psnr"] is None
+    assert len(others) > 8
+    assert others[-1]["name"] == "default: CFG + Forecast"
+    assert others[-1]["nfe"] == 6 and others[-1]["psnr"] > 10
+    json.dumps(figures, allow_nan=False)
+    assert all(point["nfe"] <= 8 for point in others)
+    assert any(point["psnr"] is not None and point["psnr"] > 10 for point in others)
+    assert Image.open(plot).width > 400
+
+
+def test_clients_are_told_the_types_of_all_parameters(client):
+    """What MCP clients hold a model's arguments against."""
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    types = {p["parameter_name"]: p["type"] for name in endpoints for p in endpoints[name]["parameters"]}
+    assert types["scales"]["items"]["type"] == types["guidance_scale"]["type"] == "number"
+    assert types["rules"]["items"] == {"type": "string", "enum": list(RULES)}
+    for name in ("steps", "seed", "batch_size", "width", "height", "period", "prompts"):
+        assert types[name]["type"] == "integer", name
+
+
+def test_knobs_are_the_fields_of_rules_and_policies():
+    for part, types in (("rule", RULES), ("policy", POLICIES)):
+        for kind in types.values():
+            own = [name for name in Generation.kinds() if name in {f.name for f in fields(kind)} - {"guidance_scale"}]
+            assert knobs_of(kind) == own
+            assert set(own) <= set(KNOBS[part])
+    chosen = Generation(rule="CFG", rescale=0.7, policy="Hold", period=4, warmup=2, last=False)
+    assert (chosen.make_rule(None), chosen.make_policy()) == (CFG(rescale=0.7), Hold(4, 2, False))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["costs $5 or $\\frac{6", "<script>alert(1)</script>", "a\nb\n" * 80, "\x00\x1b[0m", "赤いりんご 🍎"]
+)
+def test_any_prompt_can_be_compared(client, prompt, recwarn):
+    grid, figures = client.predict(
+        prompt=prompt, rules=["CFG"], policies=["EveryStep"], scales=[5.0], steps=1, api_name="/compare"
+    )
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert figures["prompts"] == [prompt.strip()]
+    assert Image.open(grid).height < 800
+
+
+def test_the_plot_of_similarities_fits_short_runs_and_runs_without_guidance(pipe):
+    def shown(**asked):
+        settings = Generation(rule="CFG", policy="EveryStep", compare_with_plain=False, **asked)
+        return app_show.similarity_plot(app_work.generate(pipe, settings, lambda *news, **seen: None).guided.reports[0])
+
+    unguided = shown(steps=2, guidance_scale=1)
+    assert "No guidance at scale 1" in unguided and "skipped" not in unguided and "<svg" not in unguided
+    numbers = re.findall(r">(−?[\d.]+)</text>", shown(steps=1).split('id="matplotlib.axis_2"')[0])
+    assert numbers == ["0"]
+
+
+def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
+    assert "1 of 1 step<" in app_show.progress_bar(app_work.News("CFG", 1, 1))
+    families = {family for family, *_ in app_work.contestants(20, "ddim-20-5")}
+    assert len(set(app_show.COLOURS)) >= len(families)
+
+
+def test_words_are_no_markup():
+    result = Result("CFG", CFG(), EveryStep(), 5.0, [Image.new("RGB", (8, 8))])
+    assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), [result])
+    assert "<script" not in app_show.note("<script>")
+    assert "<script" not in app_show.progress_bar(app_work.News("<script>", 1, 2))
+
+
+def test_every_preset_rule_and_policy_runs(pipe):
+    pairs = {*PRESETS.values(), *((rule, "Hold") for rule in RULES), *(("CFG", policy) for policy in POLICIES)}
+    assert {"CFG", "APG"} <= RULES.keys()
+    assert {"EveryStep", "AdaptiveGuidance", "Hold", "Interval", "StepAG"} <= POLICIES.keys()
+    for rule, policy in pairs:
+        settings = Generation(rule=rule, policy=policy, steps=2, compare_with_plain=False)
+        outcome = app_work.generate(pipe, settings, lambda *news, **seen: None)
+        assert outcome.guided.nfe <= 4
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "values", "wanted"),
+    [
+        ("generate", {"steps": 101}, "steps=101: a whole number from 1 to 100"),
+        ("generate", {"steps": 2.5}, "steps=2.5: a whole number"),
+        ("generate", {"steps": "2"}, "steps='2': a whole number"),
+        ("generate", {"steps": None}, "steps is empty: a whole number from 1 to 100"),
+        ("generate", {"steps": True}, "steps=True"),
+        ("generate", {"steps": {"a": 1}}, "steps="),
+        ("generate", {"batch_size": 9}, "batch_size=9"),
+        ("generate", {"guidance_scale": -1}, "guidance_scale=-1"),
+        ("generate", {"seed": 2**40}, "seed=1099511627776: a whole number from 0 to 4294967295, please."),
+        ("generate", {"width": 2048}, "width=2048: for this model from "),
+        ("generate", {"width": 8}, "width=8: for this model from "),
+        ("generate", {"height": 100}, "height=100: a multiple of 8"),
+        ("generate", {"prompt": "x" * 501}, "prompt has 501 characters"),
+        ("generate", {"prompt": "  "}, "prompt is empty"),
+        ("generate", {"prompt": ["a"]}, "prompt=['a']: a text"),
+        ("generate", {"scheduler": "__import__('os')"}, "scheduler="),
+        ("generate", {"rule": "Rule"}, "rule='Rule': one of "),
+        ("generate", {"policy": "EveryStep()"}, "policy="),
+        ("generate", {"policy": "Interval", "start": 0.6, "stop": 0.5}, "start must be below stop"),
+        ("generate", {"compare_with_plain": "yes"}, "true or false"),
+        ("generate", {"model": "/etc"}, "not one this server allows"),
+        ("generate", {"model": "owner/name"}, "--allow-models"),
+        ("compare", {"rules": []}, "at least one of the rules"),
+        ("compare", {"rules": ["CFG", "__class__"]}, "rules="),
+        (
+            "compare",
+            {"policies": ["EveryStep", "Hold"], "scales": [1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0]},
+            "28 pictures: at most 24",
+        ),
+        ("compare", {"scales": [10**9]}, "scales="),
+        ("benchmark", {"prompts": 1000}, "prompts=1000"),
+    ],
+)
+def test_bad_values_are_refused_in_a_sentence(client, endpoint, values, wanted):
+    with pytest.raises(AppError) as refused:
+        client.predict(**values, api_name=f"/{endpoint}")
+    assert wanted in str(refused.value)
+    assert "Traceback" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "\ud800"])
+def test_values_that_are_no_numbers_or_texts_are_refused(value):
+    name = "prompt" if isinstance(value, str) else "guidance_scale"
+    with pytest.raises(ValueError, match=name):
+        Generation(**{name: value})
+
+
+def test_an_unforeseen_error_reaches_the_user_as_a_sentence(client, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("secret /path")
+
+    monkeypatch.setattr(app_work, "call_of", fail)
+    with pytest.raises(AppError, match="Something went wrong here") as refused:
+        client.predict(**SMALL, api_name="/generate")
+    assert "secret" not in str(refused.value)
+    assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "app.py", "../../../etc/passwd", str(samples.MODEL / "model_index.json"), "/proc/self/environ"],
+)
+def test_no_file_of_the_machine_can_be_read(address, path):
+    for route in (f"gradio_api/file={path}", f"file={path}", f"gradio_api/static/{path}"):
+        assert httpx.get(f"{address}{route}").status_code in (403, 404)
+
+
+@pytest.mark.parametrize("link", ["symlink", "dots"])
+def test_no_file_is_reached_from_the_outputs(address, tmp_path, link):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    outputs = Path(os.environ["GRADIO_TEMP_DIR"])
+    path = outputs / "link.txt" if link == "symlink" else f"{outputs}/../{tmp_path.name}/secret.txt"
+    if link == "symlink":
+        path.symlink_to(secret)
+    answer = httpx.get(f"{address}gradio_api/file={quote(str(path))}")
+    assert answer.status_code in (403, 404)
+    assert "secret" not in answer.text.replace("secret.txt", "")
+
+
+def test_events_of_the_page_yield_no_files_and_no_tracebacks(app, address):
+    file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}, "orig_name": "passwd"}
+    events = [f for f in app[0].config["dependencies"] if f["backend_fn"]]
+    assert len(events) > 8
+    for event in events:
+        for given in ([file] * len(event["inputs"]), [None] * len(event["inputs"]), []):
+            answer = raw(address, event["id"], given)
+            assert "root:" not in answer
+            assert "Traceback" not in answer
+            assert ".py" not in answer
+
+
+def raw(address, number, values):
+    """What the server answers to an event sent by hand."""
+    session = f"hand-{number}"
+    request = {"data": values, "fn_index": number, "session_hash": session, "event_data": {"index": 99, "value": None}}
+    answer = httpx.post(f"{address}gradio_api/queue/join", json=request)
+    if answer.status_code != 200:
+        return answer.text
+    with httpx.stream("GET", f"{address}gradio_api/queue/data?session_hash={session}", timeout=600) as stream:
+        return "".join(line for line in stream.iter_lines())
+
+
+def test_long_requests_are_broken_off(address):
+    values = {"data": ["x" * 200_000], "fn_index": 0, "session_hash": "long"}
+    assert httpx.post(f"{address}gradio_api/queue/join", json=values).status_code == 413
+    chunks = (b"x" * 10_000 for _ in range(20))
+    assert httpx.post(f"{address}gradio_api/queue/join", content=chunks).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["gradio_api/upload", "gradio_api/upload/", "gradio_api/upload?upload_id=x", "upload"])
+@pytest.mark.parametrize("size", [5, 2000])
+def test_nothing_is_uploaded(address, path, size):
+    answer = httpx.post(f"{address}{path}", files={"files": ("a.txt", b"x" * size)})
+    assert answer.status_code == 403
+
+
+def test_the_page_names_no_other_host(app):
+    page, _ = app
+    texts = [page.theme_css, page.css, *page.stylesheets]
+    assert not any("http" in text.replace("http://www.w3.org/", "") for text in filter(None, texts))
+    assert not page.analytics_enabled
+    assert page.share_url is None
+
+
+def test_the_queue_cannot_be_passed_by(address):
+    values = list(Generation.defaults().values())
+    for route in ("run", "api"):
+        answer = httpx.post(f"{address}gradio_api/{route}/generate", json={"data": values})
+        assert answer.status_code in (403, 404)
+
+
+# Models of one's own
+
+
+def bundled_copy(folder):
+    return Path(shutil.copytree(samples.MODEL, folder / "model"))
+
+
+def change_index(model, **changes):
+    index = model / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+
+
+def test_the_code_has_the_prompt_as_it_is(pipe):
+    prompt = 'a "red" apple \U0001f34e\n\\ é'
+    code = app_work.reproduce(pipe, Generation(prompt=prompt))
+    assert prompt in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+
+
+def test_an_allowed_model_is_loaded_and_reproduced(tmp_path, monkeypatch):
+    model = str(bundled_copy(tmp_path))
+    settings = Generation(model=model, **SMALL)
+    with pytest.raises(ValueError, match="not one this server allows"):
+        Models().get(model)
+    with pytest.raises(ValueError, match="not one this server allows"):
+        Models([model + "x"]).get(model)
+    outcome = app_work.generate(Models([model]).get(model), settings, lambda *news, **seen: None)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(outcome.code, "code", "exec"), {})
+    assert (pixels("picture-0.png") == pixels(outcome.guided.pictures[0])).all()
+
+
+def foreign_pipeline(model):
+    change_index(model, _class_name=["my_pipeline", "MyPipeline"])
+    (model / "my_pipeline.py").write_text("raise SystemExit('foreign code ran')")
+
+
+def foreign_part(model):
+    change_index(model, unet=["my_unet", "MyUNet"])
+    (model / "unet" / "my_unet.py").write_text("raise SystemExit('foreign code ran')")
+
+
+def pickled_weights(model):
+    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(model / "unet" / "diffusion_pytorch_model.bin")
+
+
+def automatic_class(model):
+    change_index(model, text_encoder=["transformers", "AutoModel"])
+
+
+def no_index(model):
+    (model / "model_index.json").unlink()
+
+
+@pytest.mark.parametrize("spoil", [foreign_pipeline, foreign_part, pickled_weights, automatic_class, no_index])
+def test_models_with_foreign_code_or_pickles_are_refused(tmp_path, spoil):
+    model = bundled_copy(tmp_path)
+    spoil(model)
+    with pytest.raises(ValueError, match="could not be loaded: it must be"):
+        Models(["*"]).get(str(model))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/no/such/folder",
+        "name",
+        "../up/and/away",
+        "https://host/owner/name",
+        "a/b/c",
+        "",
+        "../../etc",
+        "owner/..",
+        "\0",
+    ],
+)
+def test_what_is_no_model_is_refused(name):
+    with pytest.raises(ValueError, match="could not be loaded"):
+        Models(["*"]).get(name)
+
+
+# Many users, one device
+
+
+def test_two_clients_take_turns_and_get_their_own_pictures(client, address, monkeypatch):
+    alone = [client.predict(prompt=prompt, **SMALL, api_name="/generate")[0] for prompt in ("a tiger", "a rocket")]
+    running, most = set(), []
+    take = app_work._take
+
+    def counted(pipe, settings, *args):
+        running.add(settings.prompt)
+        most.append(len(running))
+        try:
+            return take(pipe, settings, *args)
+        finally:
+            running.discard(settings.prompt)
+
+    monkeypatch.setattr(app_work, "_take", counted)
+    other = Client(address, verbose=False)
+    jobs = [
+        each.submit(prompt=prompt, **SMALL, api_name="/generate")
+        for _ in range(2)
+        for each, prompt in ((client, "a tiger"), (other, "a rocket"))
+    ]
+    for number, job in enumerate(jobs):
+        assert (pixels(job.result()[0]) == pixels(alone[number % 2])).all()
+    assert most == [1] * 4
+
+
+def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
+    before = client.predict(**SMALL, api_name="/generate")[0]
+    own, cls = pipe.scheduler, type(pipe)
+    begun, ended = threading.Event(), threading.Event()
+    take = app_work._take
+
+    def noticed(pipe, settings, name, rule, policy, tell):
+        def telling(*now, **seen):
+            begun.set()
+            tell(*now, **seen)
+
+        try:
+            return take(pipe, settings, name, rule, policy, telling)
+        except Stopped:
+            ended.set()
+            raise
+
+    monkeypatch.setattr(app_work, "_take", noticed)
+    job = client.submit(steps=100, scheduler="Euler", batch_size=4, api_name="/generate")
+    assert begun.wait(600)
+    job.cancel()
+    assert ended.wait(600)
+    monkeypatch.undo()
+    after = client.predict(**SMALL, api_name="/generate")[0]
+    assert (pixels(before) == pixels(after)).all()
+    assert pipe.scheduler is own
+    assert "step" not in vars(own)
+    assert type(pipe) is cls
+
+
+def test_a_crowd_is_turned_away_and_does_no_harm(client, monkeypatch):
+    """More jobs than may queue up: some are refused in a sentence, all others come out as they would alone."""
+    alone = client.predict(**SMALL, api_name="/generate")[0]
+    with ThreadPoolExecutor(WAITING + 8) as crowd:
+        jobs = list(
+            crowd.map(
+                lambda _: client.submit(steps=1, compare_with_plain=False, api_name="/generate"), range(WAITING + 8)
+            )
+        )
+    answers = [job.exception() for job in jobs]
+    refused = [str(answer) for answer in answers if answer is not None]
+    assert len(refused) < len(jobs)
+    assert all("queue is full" in answer.lower() for answer in refused)
+    assert refused
+    assert (pixels(client.predict(**SMALL, api_name="/generate")[0]) == pixels(alone)).all()
+
+
+def test_a_device_drops_work_nobody_waits_for():
+    device, done = Device(), []
+
+    def endless(tell):
+        while True:
+            tell("news")
+
+    first, second = device.run(endless), device.run(lambda tell: done.append("second"))
+    assert next(first) == "news"
+    second.close()  # never begun
+    first.close()
+    with pytest.raises(StopIteration) as stopped:
+        next(device.run(lambda tell: "third"))
+    assert stopped.value.value == "third"
+    assert not done
+
+
+def test_a_device_passes_errors_on_and_goes_on():
+    device = Device()
+    with pytest.raises(ZeroDivisionError):
+        next(device.run(lambda tell: 1 / 0))
+    with pytest.raises(StopIteration):
+        next(device.run(lambda tell: None))
+
+
+WORKING_AT_THE_END = """
+import torch
+from diffusers_guidance.pipelines.app.device import Device
+
+def endless(tell):
+    numbers = torch.randn(700, 700)
+    while True:
+        numbers = (numbers @ numbers).tanh()
+        tell(None)
+
+work = Device().run(endless)
+next(work)
+"""
+
+
+def test_the_interpreter_can_end_while_the_device_works():
+    ended = subprocess.run([sys.executable, "-c", WORKING_AT_THE_END], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_scheduler_that_does_not_fit_is_refused(pipe, monkeypatch):
+    monkeypatch.setitem(app_work.SCHEDULERS, OWN, "FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler: does not fit DDIMScheduler; here fit"):
+        app_work.generate(pipe, Generation(**SMALL), lambda *news, **seen: None)
+
+
+# MCP, and how it starts
+
+
+@pytest.mark.skipif(not HAS_MCP, reason="the package mcp is not installed")
+def test_mcp_tools(address):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def heard(progress, total, message):
+        messages.append(message)
+
+    async def use():
+        async with (
+            streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            answer = await session.call_tool("generate", {"prompt": "a tiger", **SMALL}, progress_callback=heard)
+            wrong = await session.call_tool("generate", {"steps": 1000})
+        return tools, answer, wrong
+
+    messages = []
+    tools, answer, wrong = asyncio.run(use())
+    assert messages
+    assert tools.keys() == {"generate", "compare", "benchmark"}
+    assert tools["generate"].inputSchema["properties"].keys() == Generation.kinds().keys()
+    assert answer.content[0].type == "image"
+    assert wrong.isError
+    assert "steps=1000" in wrong.content[0].text
+
+
+def test_the_command_passes_its_options_on(monkeypatch):
+    import typer
+    from typer.testing import CliRunner
+
+    from diffusers_guidance.pipelines.app import page as app_page
+    from diffusers_guidance.pipelines.app import serve as app
+
+    class Page:
+        share_url, local_url = None, "http://127.0.0.1:1234/"
+
+        def block_thread(self):
+            given.append(os.environ["GRADIO_TEMP_DIR"])
+
+    given = []
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    monkeypatch.setattr(app_page, "launch", lambda *options: given.extend(options) or (Page(), None))
+    command = typer.Typer()
+    command.command()(app.serve)
+    answer = CliRunner().invoke(command, ["--port", "1234", "--allow-models", "a/b", "--allow-models", "*"])
+    assert answer.exit_code == 0
+    assert "http://127.0.0.1:1234/" in answer.stdout
+    assert given[:-1] == ["127.0.0.1", 1234, ["a/b", "*"], False, False]
+    assert not Path(given[-1]).exists()
+    assert CliRunner().invoke(command, ["--port", "99999"]).exit_code == 2
+
+
+def test_an_address_where_it_cannot_listen_is_named_by_its_options():
+    from typer.testing import CliRunner
+
+    from diffusers_guidance.pipelines.shell import cli
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for options in (["--port", str(port)], ["--host", "no.such.host.invalid"]):
+            answer = CliRunner().invoke(cli.make_app(), ["app", *options])
+            assert answer.exit_code == 1 and " ".join(options) in answer.output.replace(",", "")
+            assert "choose another" in answer.output and "GRADIO" not in answer.output
+
+
+def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from diffusers_guidance.pipelines.shell.cli import main; main()"
+    command = [sys.executable, "-u", "-c", code, "app", "--port", str(port)]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as app:
+        first = app.stdout.readline()
+        assert list(tmp_path.glob("diffusers-guidance-*"))
+        app.terminate()
+        assert app.wait(600) == 0
+    assert first.startswith(f"The page is at http://127.0.0.1:{port}/")
+    assert not list(tmp_path.glob("diffusers-guidance-*"))
+
+
+# A Hugging Face Space
+
+
+def test_the_files_of_a_space():
+    """Its front matter and requirements fit this package, so that pushing the three files is enough."""
+    space = CHECKOUT / "docs" / "space"
+    package = (CHECKOUT / "pyproject.toml").read_text()
+    lines = (space / "README.md").read_text().split("---\n")[1].splitlines()
+    front = {key: value.strip('"') for key, value in (line.split(": ", 1) for line in lines)}
+    assert front["sdk"] == "gradio"
+    assert (CHECKOUT / front["app_file"]).is_file()
+    wanted = metadata.requires("diffusers-guidance")
+    gradio = next(Requirement(line) for line in wanted if line.startswith("gradio>"))
+    assert gradio.specifier.contains(front["sdk_version"])
+    assert SpecifierSet(metadata.metadata("diffusers-guidance")["Requires-Python"]).contains(front["python_version"])
+    assert f"Python :: {front['python_version']}" in package
+    assert len(front["short_description"]) <= 60
+    (requirement,) = map(Requirement, (space / "requirements.txt").read_text().splitlines())
+    assert requirement.name == metadata.metadata("diffusers-guidance")["Name"]
+    assert requirement.extras <= set(metadata.metadata("diffusers-guidance").get_all("Provides-Extra"))
+
+
+STARTED = """
+import runpy, sys
+sys.path.insert(0, {checkout!r})  # as `python app.py` does
+runpy.run_path({app!r}, run_name="app")
+import kernels
+assert not kernels.__file__.startswith('{checkout}/kernels/'), kernels.__file__
+assert hasattr(kernels, "get_kernel")
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("kernels") is None, reason="Hugging Face's package kernels is not installed"
+)
+def test_the_folder_kernels_does_not_shadow_the_package(tmp_path):
+    code = STARTED.format(checkout=str(CHECKOUT), app=str(CHECKOUT / "app.py"))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"})

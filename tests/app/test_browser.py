@@ -1,0 +1,361 @@
+"""The page in a real browser: Chromium found on PATH or Playwright's own, driven by Playwright.
+
+Skipped, with the reason printed, where there is none; with CI=true in the environment that is a failure.
+Screenshots go to out/screenshots, or to the folder named by DIFFUSERS_GUIDANCE_SCREENSHOTS.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SCREENSHOTS = Path(os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS", "out/screenshots"))
+PATIENCE = 240_000
+"""Milliseconds to wait for what the page does; a limit for what hangs, not a measure."""
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+def absent(reason):
+    """Skips all of this file, or fails it where a browser is required."""
+    if os.environ.get("CI") == "true":
+        raise RuntimeError(f"no browser tests: {reason}")
+    pytest.skip(reason, allow_module_level=True)
+
+
+for package in ("gradio", "playwright"):
+    if importlib.util.find_spec(package) is None:
+        absent(f"the package {package} is not installed")
+
+from playwright.sync_api import expect, sync_playwright  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+expect.set_options(timeout=PATIENCE)
+
+
+def find_chromium(playwright):
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
+    if not Path(found).exists():
+        absent("no Chromium, neither on PATH nor Playwright's own")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A server that is up for all tests here, and opens with a picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        from diffusers_guidance.pipelines.app.page import launch
+
+        page, _ = launch()
+        yield page.local_url
+        page.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens the page for one more user; at the end, no visit may have met an error or another host."""
+    contexts, wrong = [], []
+
+    def open_page(width=1280, height=1000, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: None if is_local(request.url, address) else wrong.append(request.url))
+        page.goto(address)
+        expect(page.get_by_role("button", name="Generate")).to_be_visible()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def is_local(url, address):
+    return url.startswith((address, "data:", "blob:"))
+
+
+def shoot(page, name, full=True):
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full, animations="disabled")
+
+
+def tab(page, name):
+    """Goes to a tab and returns what is in it."""
+    page.get_by_role("tab", name=name).click()
+    return page.get_by_role("tabpanel").filter(visible=True)
+
+
+def open_up(scope, title):
+    """Unfolds what is folded away, or folds it again."""
+    scope.get_by_role("button", name=re.compile(f"^{title}")).filter(visible=True).click()
+
+
+def set_number(scope, label, value):
+    """Types into the number beside a slider, and again if what has just unfolded put its default back."""
+    box = scope.get_by_role("spinbutton", name=re.compile(f"{label}"))
+    for _ in range(50):
+        box.fill(str(value))
+        box.press("Tab")
+        box.page.wait_for_timeout(100)
+        if box.input_value() == str(value):
+            return
+    pytest.fail(f"{label} stays {box.input_value()}")
+
+
+def settings(page, steps):
+    open_up(page, "Picture")
+    set_number(page, "Steps", steps)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_opens_with_a_picture(visit, scheme):
+    page = visit(color_scheme=scheme)
+    expect(page.locator("#slider img").first).to_be_visible()
+    expect(page.locator(".dg-strip img")).to_have_count(4)
+    expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 40")
+    expect(page.locator(".dg-plot svg")).to_be_visible()
+    shoot(page, f"open-{scheme}")
+
+
+def test_generate(visit):
+    page = visit()
+    settings(page, 20)
+    page.get_by_label("Prompt", exact=True).fill("a guitar, 3d style")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".dg-progress progress")).to_be_visible()
+    expect(page.locator("#picture img")).to_be_visible()  # as it forms
+    shoot(page, "generate-running", full=False)
+    expect(page.locator("#status")).to_contain_text("Seed 0")
+    expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 40")
+    open_up(page, "Code that makes")
+    expect(page.locator(".cm-content")).to_contain_text("a guitar, 3d style")
+    shoot(page, "generate")
+
+
+def test_a_batch_and_its_pictures(visit):
+    page = visit()
+    settings(page, 4)
+    set_number(page, "Pictures", 4)
+    page.get_by_role("radio", name="APG", exact=True).check()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#status")).to_contain_text("APG + EveryStep · scale 15 · 4 steps")
+    thumbnails = page.locator(".grid-container button, .thumbnail-item")
+    expect(thumbnails.nth(3)).to_be_visible()
+    before = page.locator("#slider img").last.get_attribute("src")
+    thumbnails.nth(2).click()
+    expect(page.locator("#slider img").last).not_to_have_attribute("src", before)
+    shoot(page, "batch")
+
+
+def test_presets_and_their_knobs(visit):
+    page = visit()
+    open_up(page, "Rule and policy")
+    expect(page.get_by_role("spinbutton", name=re.compile("Momentum"))).to_be_visible()
+    page.get_by_role("radio", name="Forecast", exact=True).check()
+    expect(page.get_by_role("spinbutton", name=re.compile("Momentum"))).to_be_hidden()
+    expect(page.get_by_role("spinbutton", name=re.compile("Rescale"))).to_be_visible()
+    expect(page.get_by_role("spinbutton", name=re.compile("Save"))).to_be_visible()
+    page.get_by_label("Policy", exact=True).click()
+    page.get_by_role("option", name="AdaptiveGuidance").click()
+    expect(page.get_by_role("spinbutton", name=re.compile("Threshold", re.IGNORECASE)).last).to_be_visible()
+    expect(page.get_by_role("radio", name="Forecast", exact=True)).not_to_be_checked()
+    shoot(page, "knobs")
+
+
+def test_compare(visit, tmp_path):
+    page = visit()
+    panel = tab(page, "Compare")
+    panel.get_by_role("button", name="What policies save").click()
+    expect(panel.get_by_role("checkbox", name="Hold")).to_be_checked()  # it has come, and undoes no choice any more
+    panel.get_by_role("checkbox", name="AdaptiveGuidance").uncheck()
+    open_up(panel, "Picture")
+    set_number(panel, "Steps", 8)
+    panel.get_by_role("button", name="Compare").click()
+    expect(panel.get_by_text("4 pictures, seed 0")).to_be_visible()
+    expect(panel.locator(".dg-grid img")).to_have_count(4)
+    expect(panel.locator(".dg-grid figcaption").last).to_contain_text("NFEs, ")
+    shoot(page, "compare")
+    for kind in ("PNG", "JSON"):
+        with page.expect_download() as download:
+            panel.get_by_role("button", name=f"Download {kind}").click()
+        download.value.save_as(tmp_path / kind)
+    assert Image.open(tmp_path / "PNG").width > 400
+    assert len(json.loads((tmp_path / "JSON").read_text())["columns"]) == 4
+    set_number(panel, "Steps", 50)
+    panel.get_by_role("button", name="Compare").click()
+    expect(panel.locator(".dg-progress progress")).to_be_visible()
+    panel.get_by_role("button", name="Cancel").click()
+    expect(panel.get_by_text("Cancelled.")).to_be_visible()
+    expect(panel.get_by_role("button", name="Download")).to_have_count(0)  # they would be of the grid before
+
+
+def test_cancel_with_nothing_running_changes_nothing(visit):
+    page = visit()
+    page.get_by_role("button", name="Cancel").first.click()
+    panel = tab(page, "Compare")
+    panel.get_by_role("button", name="Cancel").click()
+    page.wait_for_timeout(1000)
+    expect(panel.get_by_text("One prompt and one seed under several rules")).to_be_visible()
+    tab(page, "Generate")
+    expect(page.locator("#status")).to_contain_text("Seed 0 · APG + AdaptiveGuidance")
+
+
+def test_a_grid_keeps_its_height_as_it_fills(visit):
+    page = visit()
+    panel = tab(page, "Compare")
+    open_up(panel, "Picture")
+    set_number(panel, "Steps", 5)
+    panel.get_by_role("button", name="Compare").click()
+    before = panel.locator(".dg-grid").bounding_box()["height"]
+    expect(panel.get_by_text("8 pictures, seed 0")).to_be_visible()
+    assert panel.locator(".dg-grid").bounding_box()["height"] == pytest.approx(before, abs=2)
+
+
+def test_benchmark_and_its_cancellation(visit):
+    page = visit()
+    panel = tab(page, "Benchmark")
+    set_number(panel, "Prompts", 1)
+    set_number(panel, "Steps", 4)
+    panel.get_by_role("button", name="Run benchmark").click()
+    expect(panel.locator(".dg-table tbody tr").nth(4)).to_be_visible()
+    panel.get_by_role("button", name="Cancel").click()
+    expect(panel.get_by_text("Cancelled.")).to_be_visible()
+    shoot(page, "benchmark-cancelled")
+    panel.get_by_role("button", name="Run benchmark").click()
+    expect(panel.get_by_text("averaged over 1 prompt")).to_be_visible()
+    shoot(page, "benchmark")
+
+
+def test_cancel_and_go_on(visit):
+    page = visit()
+    settings(page, 100)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".dg-progress progress")).to_be_visible()
+    page.get_by_role("button", name="Cancel").first.click()
+    expect(page.locator("#status")).to_contain_text("Cancelled.")
+    expect(page.locator("#slider img").first).to_be_visible()
+    shoot(page, "cancelled", full=False)
+    set_number(page, "Steps", 3)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#status")).to_contain_text("Seed 0")
+    expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 6")
+
+
+def test_wrong_input_is_answered_in_a_sentence(visit):
+    page = visit()
+    page.get_by_label("Prompt", exact=True).fill("")
+    page.get_by_role("button", name="Generate").click()
+    sentence = "The prompt is empty: say what the picture should show."
+    expect(page.get_by_text(sentence).first).to_be_visible()
+    expect(page.locator("#status")).to_contain_text(sentence)
+    shoot(page, "wrong-input", full=False)
+    page.get_by_label("Prompt", exact=True).fill("x" * 600)
+    assert len(page.get_by_label("Prompt", exact=True).input_value()) == 500
+
+
+def test_two_users_at_once(visit):
+    first, second = visit(), visit()
+    for page, prompt, steps in ((first, "a tiger", 50), (second, "a rocket", 4)):
+        page.get_by_label("Prompt", exact=True).fill(prompt)
+        settings(page, steps)
+    for page in (first, second):
+        page.get_by_role("button", name="Generate").click()
+        if page is first:
+            expect(page.locator(".dg-progress progress")).to_be_visible()
+    expect(second.get_by_text(re.compile(r"queue: *1/1"))).to_be_visible()
+    shoot(second, "queued", full=False)
+    expect(first.locator("#status")).to_contain_text("Seed 0")
+    expect(second.locator(".dg-numbers")).to_contain_text("plain CFG: 8")
+
+
+def test_leaving_frees_the_device(visit):
+    leaving = visit()
+    settings(leaving, 100)
+    set_number(leaving, "Pictures", 8)
+    leaving.get_by_role("button", name="Generate").click()
+    expect(leaving.locator(".dg-progress progress")).to_be_visible()
+    leaving.close()
+    page = visit()
+    settings(page, 3)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 6")
+
+
+def test_phone(visit):
+    page = visit(width=390, height=844, has_touch=True, is_mobile=True)
+    settings(page, 4)
+    open_up(page, "Picture")
+    page.get_by_role("button", name="Generate").tap()
+    expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 8")
+    expect(page.locator("#status")).to_be_in_viewport()
+    for name in ("Compare", "Benchmark", "Generate"):
+        panel = tab(page, name)
+        if name == "Compare":
+            panel.get_by_role("button", name="Picture").click()
+            set_number(panel, "Steps", 1)
+            panel.get_by_role("button", name="Compare").click()
+            expect(panel.get_by_text("8 pictures, seed 0")).to_be_visible()
+        shoot(page, f"phone-{name.lower()}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_by_keyboard(visit):
+    page = visit()
+    settings(page, 3)
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.focus()
+    prompt.fill("a rocket")
+    page.keyboard.press("Enter")
+    expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 6")
+    set_number(page, "Steps", 100)  # long enough to be seen running
+    prompt.focus()
+    page.keyboard.press("Tab")
+    for _ in range(60):  # by Tab alone to the button that starts
+        if page.evaluate("document.activeElement.textContent.trim()") == "Generate":
+            break
+        page.keyboard.press("Tab")
+    else:
+        pytest.fail("Tab does not reach the button")
+    page.keyboard.press("Enter")
+    expect(page.locator(".dg-progress progress")).to_be_visible()
+
+
+NAMELESS = """() => [...document.querySelectorAll('input, textarea, select, button, [role=slider], img')]
+    .filter(e => e.checkVisibility() && !(e.labels && e.labels.length && e.labels[0].textContent.trim())
+        && !e.getAttribute('aria-label') && !e.getAttribute('aria-labelledby') && !e.title && e.alt == null
+        && !e.textContent.trim())
+    .map(e => e.outerHTML.slice(0, 200))"""
+
+
+def test_everything_has_a_label(visit):
+    page = visit()
+    for accordion in page.get_by_role("button", name=re.compile("^(Picture|Rule and policy|Code)")).all():
+        if accordion.is_visible():
+            accordion.click()
+    assert page.evaluate(NAMELESS) == []
+    for name in ("Compare", "Benchmark"):
+        tab(page, name)
+        assert page.evaluate(NAMELESS) == []

@@ -1,0 +1,160 @@
+"""The guidance arithmetic in plain torch: the paper's own listing, broken inputs, and who does which call."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from papers import listing
+
+from diffusers_guidance import kernels
+from diffusers_guidance.kernels import dispatch, reference
+from diffusers_guidance.rules import APG, CFG, Rule
+
+
+def rms(x, exact):
+    return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+ALPHA_15 = 1 / (1 + 15**2) ** 0.5  # variance-preserving, sigma / alpha = 15
+SPACES = {
+    "epsilon, sigma/alpha = 15": (1 / ALPHA_15, -15.0),
+    "v, sigma/alpha = 15": (ALPHA_15, -((1 - ALPHA_15**2) ** 0.5)),
+    "variance exploding, sigma = 80": (1.0, -80.0),
+    "flow, sigma = 0.3": (1.0, -0.3),
+    "epsilon, sigma/alpha = 0.05": (1.00125, -0.05),
+    "sample": (0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("dim", [None, (1, 3, 4)])
+@pytest.mark.parametrize(("r", "eta"), [(1.5, 0.0), (None, 0.3)])
+def test_apg_is_the_papers(space, dim, r, eta):
+    """Three steps with momentum, float32 predictions; the listing gets the very same numbers in float64."""
+    a, b = SPACES[space]
+    generator = torch.Generator().manual_seed(len(space))
+    shape = (2, 4, 3, 8, 8)
+    rule = APG(7.5, norm_threshold=r, momentum=-0.5, eta=eta, norm_dim=dim)
+    dims = (1, 2, 3, 4) if dim is None else dim
+    momentum, average = None, torch.zeros(shape, dtype=torch.float64)
+    for _ in range(3):
+        denoised, difference, sample = torch.randn(3, *shape, generator=generator)
+        sample = sample if a == 0 else sample * abs(b / a)  # a sample as noisy as the space says
+        cond = (denoised - a * sample) / b
+        uncond = cond + 0.1 * difference / abs(b)
+        prediction, momentum = reference.guide(sample, cond, uncond, momentum, a, b, rule)
+        x, c, u = sample.double(), cond.double(), uncond.double()
+        guided, average = listing(a * x + b * c, a * x + b * u, 7.5, average, -0.5, r, eta, dims)
+        assert rms(prediction, (guided - a * x) / b) < 1e-6
+        assert rms(momentum, average) < 1e-6
+
+
+def draws(seed=0, dtype=torch.float32, shape=(3, 4, 5, 5)):
+    generator = torch.Generator().manual_seed(seed)
+    sample, cond, uncond, momentum = torch.randn(4, *shape, generator=generator)
+    return sample.to(dtype), cond.to(dtype), uncond.to(dtype), momentum
+
+
+def test_a_step_is_guidance_and_an_update():
+    x, c, u, m = draws(dtype=torch.float16)
+    rule = APG(5.0)
+    update = kernels.Update((0.9, -0.2), torch.float16, (1.1, -0.6), torch.float32)
+    following, denoised, momentum = kernels.step(x, c, u, m, 1.0, -0.6, rule, update)
+    p, expected = kernels.guide(x, c.float(), u.float(), m, 1.0, -0.6, rule)
+    assert torch.equal(following, (0.9 * x.float() - 0.2 * p).half())
+    assert torch.equal(denoised, 1.1 * x.float() - 0.6 * p)
+    assert torch.equal(momentum, expected)
+
+
+@pytest.mark.parametrize("channels", [(), (4,)])
+def test_extrapolate_is_a_linear_combination(channels):
+    generator = torch.Generator().manual_seed(1)
+    history = torch.randn(6, 2, 4, 3, 3, generator=generator)
+    k = torch.randn(6, *channels, generator=generator)
+    expected = sum(k[i].reshape(-1, 1, 1).double() * history[i].double() for i in range(6))
+    assert rms(kernels.extrapolate(history, k), expected) < 1e-6
+    half = kernels.extrapolate(history.bfloat16(), k)
+    assert half.dtype == torch.bfloat16
+    assert rms(half, expected) < 1e-2
+
+
+class OnlyTorch(Rule):
+    """A rule whose coefficients torch alone can compute."""
+
+    def coefficients(self, gram, b):
+        return kernels.Coefficients(0.0, 1.0, gram.cd / gram.dd, 0.0)
+
+
+class Halved(APG):
+    """Overrides the coefficients and inherits the algebra, which is then another rule's."""
+
+    def coefficients(self, gram, b):
+        return kernels.Coefficients(*(0.5 * k for k in super().coefficients(gram, b)))
+
+
+def test_an_algebra_counts_only_where_nothing_overrides_it():
+    assert [dispatch._is_compiled(cls) for cls in (CFG, APG, OnlyTorch, Halved)] == [True, True, False, False]
+
+
+def fake(device, dtype=torch.float32, requires_grad=False):
+    """What the dispatcher looks at of a tensor on that device."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, requires_grad=requires_grad)
+
+
+def test_the_dispatchers_choice():
+    gpu, cpu = fake("cuda:0"), torch.zeros(2, 3)
+    assert kernels.backend_of(cpu) == "torch"
+    for there in ("cuda:0", "cuda:1", "xpu"):  # ROCm calls its devices cuda
+        assert kernels.backend_of(fake(there), None) == "triton"
+    assert kernels.backend_of(fake("mps")) == "torch"
+    assert kernels.backend_of(gpu, cpu) == "torch"
+    for dtype in (torch.float16, torch.bfloat16):
+        assert kernels.backend_of(fake("cuda:0", dtype), gpu) == "triton"
+    assert kernels.backend_of(fake("cuda:0", torch.float64)) == "torch"  # no float64 in the kernels
+    trained = fake("cuda:0", requires_grad=True)
+    assert kernels.backend_of(trained) == "torch"  # and no gradient
+    with torch.no_grad():
+        assert kernels.backend_of(trained) == "triton"
+
+
+def test_the_choice_can_be_forced(monkeypatch):
+    gpu, cpu = fake("cuda:0"), torch.zeros(2, 3)
+    assert kernels.backend_of(gpu, backend="torch") == "torch"
+    with kernels.use_backend("torch"):
+        assert kernels.backend_of(gpu) == "torch"
+        assert kernels.backend_of(gpu, backend="triton") == "triton"
+        with kernels.use_backend(None):
+            assert kernels.backend_of(gpu) == "triton"
+    assert kernels.backend_of(gpu) == "triton"
+    with pytest.raises(RuntimeError, match="inside"), kernels.use_backend("triton"):
+        assert kernels.backend_of(cpu) == "triton"
+        raise RuntimeError("inside")
+    assert kernels.backend_of(cpu) == "torch"
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        kernels.guide(*draws()[:3], None, 1.0, -1.0, CFG(2.0), backend="cuda")
+    monkeypatch.setattr(dispatch, "launch", None)  # as where Triton cannot be imported
+    assert kernels.backend_of(gpu) == "torch"
+    with pytest.raises(ValueError, match="needs the package triton"):
+        kernels.guide(*draws()[:3], None, 1.0, -1.0, CFG(2.0), backend="triton")
+
+
+def test_one_threads_choice_is_not_anothers():
+    gpu = fake("cuda:0")
+    with ThreadPoolExecutor(1) as other, kernels.use_backend("torch"):
+        assert kernels.backend_of(gpu) == "torch"
+        assert other.submit(kernels.backend_of, gpu).result() == "triton"
+
+
+def test_the_reference_compiles_whole_and_has_a_gradient():
+    """What `torch.compile` and training on the CPU get."""
+    x, c, u, m = draws()
+    rule = APG(5.0)
+    compiled = torch.compile(kernels.guide, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(
+        compiled(x, c, u, m, 1.0, -0.5, rule), kernels.guide(x, c, u, m, 1.0, -0.5, rule), strict=True
+    ):
+        assert rms(ours, eager) < 1e-6
+    c.requires_grad_()
+    kernels.guide(x, c, u, m, 1.0, -0.5, rule)[0].sum().backward()
+    assert c.grad.isfinite().all()

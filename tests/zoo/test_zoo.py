@@ -1,0 +1,30 @@
+"""The tests' own house: helpers that choose cases, and what may import what."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+from pairwise import pairwise
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("sizes", [(13, 3, 6), (2, 2), (4, 3, 2, 5), (1, 4, 1)], ids=str)
+def test_any_two_values_meet(sizes):
+    factors = [[f"{name}{i}" for i in range(size)] for name, size in zip("abcd", sizes, strict=False)]
+    chosen = pairwise(*factors)
+    for i, j in itertools.combinations(range(len(factors)), 2):
+        assert {(each[i], each[j]) for each in chosen} == set(itertools.product(factors[i], factors[j]))
+    largest, second = sorted(sizes)[:-3:-1]
+    assert largest * second <= len(chosen) <= 1.5 * largest * second
+    assert len(set(chosen)) == len(chosen)
+
+
+def test_no_test_file_imports_another():
+    files = {path.stem for path in TESTS.rglob("*.py") if path.parent.name != "zoo" or path.stem.startswith("test_")}
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert not files & {name.split(".")[0] for name in names}, f"{path} imports a test file: {names}"
