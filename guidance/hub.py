@@ -3,10 +3,7 @@
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from diffusers_guidance.calibration import Calibration
+from typing import Any
 
 FILE = "calibration.safetensors"
 """A calibration's file in a folder, and in a repository."""
@@ -48,14 +45,14 @@ def found(name: str | Path, **options: Any) -> Path:
         raise FileNotFoundError(f"{name}: the repository has no {FILE}, so it keeps no calibration") from error
 
 
-def keep(calibration: "Calibration", folder: str | Path, name: str = "") -> None:
+def keep(calibration: Any, folder: str | Path, name: str = "") -> None:
     """Writes the calibration and its card into a folder."""
     folder = Path(folder)
     calibration.save(folder / FILE)
     (folder / "README.md").write_text(card(calibration, name or str(folder)))
 
 
-def push(calibration: "Calibration", name: str, private: bool | None = None, token: str | bool | None = None) -> str:
+def push(calibration: Any, name: str, private: bool | None = None, token: str | bool | None = None) -> str:
     """Puts the calibration and its card into a repository, which is made where it is not there; returns its address."""
     from huggingface_hub import HfApi
 
@@ -69,7 +66,7 @@ def push(calibration: "Calibration", name: str, private: bool | None = None, tok
     return str(done)
 
 
-def card(calibration: "Calibration", name: str) -> str:
+def card(calibration: Any, name: str) -> str:
     """The README of a repository: what the calibration is for, and how it is used."""
     setting = calibration.setting
     networks = [f"`{part}`, a {made.get('class', 'network')}" for part, made in setting.get("denoisers", {}).items()]
