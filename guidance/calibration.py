@@ -10,14 +10,15 @@ arXiv 2312.12487, section 5). With R the predictions known by then, and t the wa
 
     estimate = w . p_R        w = (G_RR + ridge diag G_RR)^-1 G_Rt
 
-Such Grams add: several machines may each calibrate a share.
+Such Grams add: several machines may each calibrate a share. Beside them a calibration keeps how the denoised
+predictions move (`motion.py`), which depends on neither scheduler nor number of steps.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,12 +28,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from diffusers_guidance import hub
 from diffusers_guidance.checks import is_number, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch
+from diffusers_guidance.motion import Motion, merged
 from diffusers_guidance.spaces import Space
 from diffusers_guidance.steps import Action
 
-FORMAT = "diffusers-guidance calibration 1"
+FORMAT = "diffusers-guidance calibration 2"
+READ = (FORMAT, "diffusers-guidance calibration 1")
+"""What `load` reads; the first version had no motions."""
+_MODEL = ("pipeline", "denoisers")
+"""What of a setting a motion depends on."""
 
 
 @dataclass(frozen=True)
@@ -146,18 +153,27 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What `calibrate` measured, and what it was measured on. `save` and `load` keep it in a file of kilobytes.
+    """What was measured of a model, and what it was measured on. `save` and `load` keep it in a file of kilobytes.
 
-    Two of the same settings add: `calibrate(..., share=(0, 2)) + calibrate(..., share=(1, 2))`.
+    It has two parts. Its `motions` serve `Forecast`, with any scheduler, number of steps, scale and size of the model.
+    The moments of its `denoisers` serve `LinearAG`, `Schedule` and `search`, in the one setting they are of.
+    `calibrate` measures both; what a run taught (`Forecast(learn=True)`) are motions alone.
+
+    Two of the same settings add: `calibrate(..., share=(0, 2)) + calibrate(..., share=(1, 2))`. Of other settings, what
+    is `portable` adds.
     """
 
     setting: dict[str, Any]
-    """Plain JSON: the pipeline, its denoisers' and its scheduler's fingerprints, timesteps, each denoiser's guidance
-    scale, `gains`, and the arguments of `calibrate`."""
+    """Plain JSON: the pipeline and its denoisers' fingerprints; with moments, its scheduler's too, timesteps, each
+    denoiser's guidance scale, `gains`, and the arguments of `calibrate`."""
     denoisers: dict[str, Moments]
     """By the denoiser's name in the pipeline."""
     prompts: dict[str, int]
     """How many trajectories were made with each negative prompt."""
+    motions: tuple[Motion, ...] = ()
+    """By noise levels and scale, how the predictions of whole runs move."""
+    source: str = ""
+    """The file, folder or repository it is from."""
 
     @property
     def trajectories(self) -> int:
@@ -166,12 +182,20 @@ class Calibration:
     @property
     def steps(self) -> int:
         """Evaluations of a whole run."""
+        self._need_moments()
         return len(self.setting["timesteps"])
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of its Gram matrices, for results to name it by."""
-        return hashlib.sha256(b"".join(m.gram.numpy().tobytes() for m in self.denoisers.values())).hexdigest()[:16]
+        """16 hexadecimal digits of its matrices: what was measured with it can say so."""
+        measured = [m.gram for m in self.denoisers.values()] or [m.variograms for m in self.motions]
+        return hashlib.sha256(b"".join(numbers.numpy().tobytes() for numbers in measured)).hexdigest()[:16]
+
+    @property
+    def portable(self) -> "Calibration":
+        """The part that serves `Forecast` alone: it adds up whatever scheduler, steps and scale it was made with."""
+        setting = {name: self.setting[name] for name in _MODEL if name in self.setting}
+        return Calibration(setting, {}, {}, self.motions, self.source)
 
     def weights(self, denoiser: str, fit: Fit = DELTAS) -> Tensor:
         """(C, 2T, 2T) Gram matrices that `fit` has coefficients for: by channel, or one for all.
@@ -190,14 +214,29 @@ class Calibration:
 
         A two-stage solver evaluates more often, and some pipelines' scale is one less than w.
         """
+        self._need_moments()
         return {name: self.setting["calibrated"][name] for name in ("num_inference_steps", "guidance_scale")}
 
     @property
     def gains(self) -> Tensor:
         """(steps,) float64: how much an error of each step's prediction moves the sample; see `gains`."""
+        self._need_moments()
         return torch.tensor(self.setting["gains"], dtype=torch.float64)
 
+    def _need_moments(self) -> None:
+        if not self.denoisers:
+            raise CalibrationMismatch(
+                f"{self!r} says how predictions move, and serves Forecast alone: make one with calibrate(pipe, prompts)"
+            )
+
     def __add__(self, other: "Calibration") -> "Calibration":
+        motions = merged([*self.motions, *other.motions])
+        if not (self.denoisers and other.denoisers):
+            whole, part = (self, other) if self.denoisers else (other, self)
+            whole.check({name: part.setting[name] for name in _MODEL if name in part.setting})
+            # Of a pipeline with two denoisers, runs may have seen one or both.
+            known = part.setting.get("denoisers", {}) | whole.setting.get("denoisers", {})
+            return Calibration(whole.setting | {"denoisers": known}, whole.denoisers, whole.prompts, motions)
         setting = self.setting
         made, more = (each.get("calibrated", {}) for each in (self.setting, other.setting))
         if made.get("share") != more.get("share"):
@@ -208,21 +247,25 @@ class Calibration:
         denoisers = {name: moments + other.denoisers[name] for name, moments in self.denoisers.items()}
         texts = {**self.prompts, **other.prompts}
         prompts = {text: self.prompts.get(text, 0) + other.prompts.get(text, 0) for text in texts}
-        return Calibration(setting, denoisers, prompts)
+        return Calibration(setting, denoisers, prompts, motions)
 
     def __repr__(self) -> str:
-        s = self.setting
+        s, source = self.setting, f", from {self.source!r}" if self.source else ""
+        if not self.denoisers:
+            each = [f"{m.runs} of {len(m.levels)} levels at scale {m.scale:g}" for m in self.motions]
+            return f"Calibration({s.get('pipeline', '')}, runs: {', '.join(each)}{source})"
         scales = "/".join(f"{w:g}" for w in dict.fromkeys(s["guidance_scale"].values()))
         return (
             f"Calibration({s['pipeline']}, {s['scheduler']['class']}, {self.steps} steps, "
-            f"guidance_scale={scales}, {self.trajectories} trajectories)"
+            f"guidance_scale={scales}, {self.trajectories} trajectories{source})"
         )
 
     def __hash__(self) -> int:
         return id(self)
 
     def moments(self, denoiser: str) -> Moments:
-        """Those of a denoiser by its name; without a name, the only ones."""
+        """Those of a denoiser by its name; the only ones there are where it has none."""
+        self._need_moments()
         if not denoiser and len(self.denoisers) == 1:
             return next(iter(self.denoisers.values()))
         if denoiser not in self.denoisers:
@@ -285,12 +328,47 @@ class Calibration:
         for name, moments in self.denoisers.items():
             tensors[f"{name}.gram"] = moments.gram.contiguous()
             tensors |= {f"{name}.{space}": seen.contiguous() for space, seen in moments.similarity.items()}
+        for i, motion in enumerate(self.motions):
+            tensors[f"motion {i} levels"] = motion.levels.contiguous()
+            tensors[f"motion {i}"] = motion.variograms.contiguous()
         first = {name: moments.first for name, moments in self.denoisers.items()}
-        described = json.dumps({"setting": self.setting, "first": first, "prompts": self.prompts}, allow_nan=False)
+        motions = [{"scale": motion.scale, "runs": motion.runs} for motion in self.motions]
+        about = {"setting": self.setting, "first": first, "prompts": self.prompts, "motions": motions}
+        described = json.dumps(about, allow_nan=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(serialize(tensors, {"format": FORMAT, "calibration": described}))
         partial.replace(path)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder as `push_to_hub` fills a repository: the file, and a card that says what it is for."""
+        hub.keep(self, folder)
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+        """Puts it into a repository of the Hub, with a card; makes the repository where it is not there.
+
+        Args:
+            name: the repository's, as "owner/name".
+            private: whether a repository that is made is private. Default: as the owner's are.
+            token: of a user who may write there. Default: the one that is logged in.
+
+        Returns:
+            The address of what was written.
+        """
+        return hub.push(self, name, private, token)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> "Calibration":
+        """Reads one from a folder, a file, or a repository of the Hub, "owner/name", which is downloaded once.
+
+        Args:
+            options: of `huggingface_hub.hf_hub_download`, such as `revision`, `token` and `local_files_only`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CalibrationMismatch: not a calibration, or one of another version.
+        """
+        return replace(cls.load(hub.found(name, **options)), source=str(name))
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
@@ -308,10 +386,17 @@ class Calibration:
                 about = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise CalibrationMismatch(f"{path} is not a safetensors file ({error})") from error
-        if about.get("format") != FORMAT:
+            raise CalibrationMismatch(f"{path} is no safetensors file ({error})") from error
+        if about.get("format") not in READ:
             raise CalibrationMismatch(f"{path} has the format {about.get('format')!r}, not {FORMAT!r}: calibrate anew")
-        described = json.loads(about["calibration"])
+        try:
+            return cls._of(json.loads(about["calibration"]), tensors, str(path))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CalibrationMismatch(f"{path} is damaged: {error!r} is missing or not what it should be") from error
+
+    @classmethod
+    def _of(cls, described: dict[str, Any], tensors: dict[str, Tensor], path: str) -> "Calibration":
+        """What a file says."""
         denoisers = {
             name: Moments(
                 first,
@@ -320,7 +405,7 @@ class Calibration:
             )
             for name, first in described["first"].items()
         }
-        total = len(described["setting"]["timesteps"])
+        total = len(described["setting"].get("timesteps", ()))
         for name, moments in denoisers.items():
             square = moments.gram.ndim == 3 and moments.gram.shape[1] == moments.gram.shape[2] == 2 * moments.steps
             if not (square and moments.first + moments.steps <= total and moments.gram.isfinite().all()):
@@ -328,7 +413,17 @@ class Calibration:
                     f"{path} is damaged: the Gram matrices {tuple(moments.gram.shape)} of {name} are not those of "
                     f"{total} timesteps, or not finite. Calibrate anew"
                 )
-        return cls(described["setting"], denoisers, described["prompts"])
+        motions = tuple(
+            Motion(tensors[f"motion {i} levels"], tensors[f"motion {i}"], float(each["scale"]), each["runs"])
+            for i, each in enumerate(described.get("motions", ()))
+        )
+        for motion in motions:
+            if not motion.is_sound:
+                raise CalibrationMismatch(
+                    f"{path} is damaged: the variograms {tuple(motion.variograms.shape)} are not those of "
+                    f"{len(motion.levels)} noise levels, or not finite. Calibrate anew"
+                )
+        return cls(described["setting"], denoisers, described["prompts"], motions, path)
 
 
 @lru_cache(maxsize=64)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance import kernels
+from diffusers_guidance.learning import Recorder
 from diffusers_guidance.policies import Policy, estimated, planned, predicted
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule, settled
@@ -75,6 +76,8 @@ class Engine:
     history: History
     recording: Recording
     observers: Sequence[Observer] = ()
+    recorder: Recorder | None = None
+    """Told of every guided step, of a policy that `learns`."""
     momentum: Tensor | None = field(default=None, repr=False)
     is_checked: bool = False
     """Whether the policy's calibration was found to fit this run."""
@@ -101,7 +104,7 @@ class Engine:
     def check(self, found: Callable[[], dict[str, Any]]) -> None:
         """Refuses a policy calibrated for another setting than the one `found` returns, which it calls once a run."""
         if self.policy.calibration is not None and not self.is_checked:
-            self.policy.calibration.check(found())
+            self.policy.check(found())
         self.is_checked = True
 
     def similarity(self, step: Step, prediction: Prediction) -> Tensor:
@@ -137,6 +140,8 @@ class Engine:
         similarity = self.similarity(step, prediction) if prediction.similarity is None else prediction.similarity
         self.history.see(similarity)
         self.history.keep(prediction, step.velocity, whole=self.policy.remembers)
+        if self.recorder is not None:
+            self.recorder.see(step, prediction)
         cost = prediction.nfe, prediction.nfe_full
         self.recording.add(step, plan, prediction.evaluated, *cost, similarity, prediction.note)
         if self.policy.hands and all(each.action == Action.NEITHER for each in plan):
@@ -180,6 +185,8 @@ class Engine:
 
         For a policy that `hands`, at a guided step that has been reported.
         """
+        if guided is None and self.recorder is not None:
+            self.recorder.skip()
         found = self.policy.hand(step, self.history, guided)
         self.recording.add_to_last(found.note, found.sizes)
         return found.prediction

@@ -1,42 +1,44 @@
 """Forecasts: what to hand the sampler at steps that evaluate nothing, and how to repay the error.
 
-Let D_t be the guided prediction of step t as a denoised sample. Over a run it moves like fractional Brownian motion:
-from step s to step t by about |t - s|^(p/2). Measured p is between 1.3 and 1.7, rougher than a polynomial and
-smoother than a random walk. The best linear estimate of such a motion at t from steps E, with weights that sum to 1, is
+Let D_t be the guided prediction of step t as a denoised sample, and V(t, s) = E |D_t - D_s|^2 the variogram of a run.
+The best linear estimate at t from steps E, with weights that sum to 1, is
 
-    D~_t = sum over k in E of w_k D_k        [ |i - k|^p  1 ] [w]   [ |t - k|^p ]
-                                             [     1      0 ] [m] = [     1     ]
+    D~_t = sum over k in E of w_k D_k        [ V(i, k)  1 ] [w]   [ V(t, k) ]
+                                             [    1     0 ] [m] = [    1    ]
 
-so p = 1 holds the last prediction and interpolates on a line; p near 2 extrapolates along one. A skipped step j gets
-such an estimate from the last two evaluated steps. The next evaluated step i gives a better estimate of it, from three
-steps, and repays the difference. The picture depends on the sum of all errors, each times its step's gain, since
-neighbouring steps move it the same way. So i gets
+With nothing measured, V(t, s) = |t - s|^p: a run moves like fractional Brownian motion, rougher than a polynomial and
+smoother than a random walk. There p = 1 holds the last prediction and interpolates on a line; p near 2 extrapolates
+along one. Measured, V is the model's own (`variogram.py`, `motion.py`). A skipped step j is
+handed such an estimate from the last two evaluated steps. At the next evaluated step i it is known better, by one more,
+and the difference is repaid: what counts for the picture is the sum of all errors, each times its step's gain, since
+neighbouring steps move it the same way. So i is handed
 
     D_i + sum over the skipped steps j since the last evaluated one of (gain_j / gain_i) (D~_j - handed_j)
 
 Everything here is a linear combination of at most three evaluated predictions: no more are kept.
 
-The same model says which steps to skip. If j lies a steps after one evaluated step and b before the next, D_j is known
-up to a variance of about (a b / (a + b))^p. Such an error weighs in the picture by
+Which steps to skip follows from the same V. Skipped between two evaluated ones, D_j is known up to the variance of its
+estimate from these two, whose root the picture feels by gain_j. A power law is the same everywhere in a run, so there
 
     gain_j rho_j^(5/6) = (1 - rho' / rho) rho^(1/3)        (rho: noise over signal, a prime: at the next step)
 
-This power of rho orders measured pictures. Errors of neighbours add up, those of different gaps do not. A shortest path
-minimises the sum over all gaps of the squared sum within each.
+stands for the gain. The power of rho is what orders measured pictures. Errors of neighbours add up, those of different
+gaps do not: the sum over all gaps of the squared sum within each is least along a shortest path.
 """
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from diffusers_guidance.calibration import gains
 from diffusers_guidance.spaces import Space
+from diffusers_guidance.variogram import Measured, PowerLaw, kriged
 
-ROUGHNESS = 1.4
-"""p: over t steps a guided prediction moves by about t^(p/2)."""
+UNMEASURED = PowerLaw()
 
 _HOST: dict = {"dtype": torch.float64, "device": "cpu"}
 
@@ -45,23 +47,22 @@ Combination = dict[int, float]
 
 
 @lru_cache(maxsize=4096)
-def estimate(steps: tuple[int, ...], at: int, roughness: float = ROUGHNESS) -> Combination:
+def estimate(steps: tuple[int, ...], at: int, variogram: PowerLaw | Measured = UNMEASURED) -> Combination:
     """The best estimate of step `at` from the predictions of `steps`."""
-    n, known = len(steps), torch.tensor(steps, **_HOST)
-    system = torch.ones(n + 1, n + 1, **_HOST)
-    system[:n, :n] = (known[:, None] - known).abs() ** roughness
-    system[n, n] = 0
-    wanted = torch.cat([(known - at).abs() ** roughness, torch.ones(1, **_HOST)])
-    return dict(zip(steps, torch.linalg.solve(system, wanted)[:n].tolist(), strict=True))
+    known, wanted = torch.tensor(steps), torch.tensor([at])
+    weights = kriged(variogram.between(known, known), variogram.between(known, wanted))
+    return dict(zip(steps, weights[0].tolist(), strict=True))
 
 
-def forecast(evaluated: Sequence[int], at: int) -> Combination:
-    """What a skipped step gets: an estimate from the last two evaluated ones."""
-    return estimate(tuple(evaluated[-2:]), at)
+def forecast(evaluated: Sequence[int], at: int, variogram: PowerLaw | Measured = UNMEASURED) -> Combination:
+    """What a skipped step is handed: an estimate from the last two evaluated ones."""
+    return estimate(tuple(evaluated[-2:]), at, variogram)
 
 
-def repayment(evaluated: Sequence[int], skipped: Sequence[int], gain: Sequence[float]) -> Combination:
-    """What the last of the `evaluated` steps gets in addition to its own prediction.
+def repayment(
+    evaluated: Sequence[int], skipped: Sequence[int], gain: Sequence[float], variogram: PowerLaw | Measured = UNMEASURED
+) -> Combination:
+    """What the last of the `evaluated` steps is handed beside its own prediction.
 
     Args:
         evaluated: the last three evaluated steps, fewer near the start.
@@ -73,10 +74,33 @@ def repayment(evaluated: Sequence[int], skipped: Sequence[int], gain: Sequence[f
     if gain[now] == 0:  # it does not move the picture: too late
         return found
     for j in skipped:
-        for sign, combination in ((1, estimate(tuple(evaluated[-3:]), j)), (-1, forecast(before, j))):
+        known, handed = estimate(tuple(evaluated[-3:]), j, variogram), forecast(before, j, variogram)
+        for sign, combination in ((1, known), (-1, handed)):
             for step, factor in combination.items():
                 found[step] += sign * factor * gain[j] / gain[now]
     return found
+
+
+@lru_cache(maxsize=64)
+def summed_error(
+    chosen: tuple[bool, ...], table: tuple[Space, ...], by: PowerLaw | Measured, measured: Measured
+) -> float:
+    """The mean square, as `measured`, of the sum of errors times gains, of estimates made `by` a variogram."""
+    gain, total = denoised_gains(table), torch.zeros(len(table), **_HOST)
+    evaluated: list[int] = []
+    skipped: list[int] = []
+    for t, is_evaluated in enumerate(chosen):
+        if is_evaluated:
+            evaluated.append(t)
+            handed = repayment(evaluated[-3:], skipped, gain, by) if skipped else {}
+            skipped = []
+        else:
+            skipped.append(t)
+            handed = forecast(evaluated, t, by)
+            total[t] -= gain[t]
+        for step, factor in handed.items():
+            total[step] += gain[t] * factor
+    return float(-total @ measured.values @ total) / 2  # the factors of all steps sum to 0
 
 
 def combined(predictions: dict[int, Tensor], combination: Combination) -> Tensor:
@@ -92,8 +116,10 @@ def denoised_gains(table: tuple[Space, ...]) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=64)
-def pattern(count: int, evaluations: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
-    """By step, whether it is evaluated: the first, the last two, and the others that are costliest to skip.
+def pattern(
+    count: int, evaluations: int, table: tuple[Space, ...] = (), variogram: PowerLaw | Measured = UNMEASURED
+) -> tuple[bool, ...]:
+    """By step, whether it is evaluated: the first, the last two, and of the others those that are costliest to skip.
 
     Skips no more steps in a row than the budget requires: never two while a little more than half may be evaluated.
 
@@ -105,22 +131,43 @@ def pattern(count: int, evaluations: int, table: tuple[Space, ...] = ()) -> tupl
     evaluations = max(min(evaluations, count), min(count, 2))
     if evaluations == count:
         return (True,) * count
-    weight = _weights(table) if len(table) == count else [1.0] * count
+    weight = weights(table, variogram) if len(table) == count else torch.ones(count, **_HOST)
     if evaluations < 4:
-        return _cheapest(weight, evaluations)
-    return (*_cheapest(weight[:-1], evaluations - 1), True)  # the last step can hardly repay an error just before it
+        return _cheapest(weight, evaluations, variogram)
+    # What was off before the last step, it can hardly repay.
+    return (*_cheapest(weight[:-1], evaluations - 1, variogram), True)
 
 
-def _cheapest(weight: Sequence[float], evaluations: int) -> tuple[bool, ...]:
-    """Which steps to evaluate, including the first and the last, so that skipping the others costs the least."""
-    count, weights = len(weight), torch.tensor(weight, **_HOST)
-    furthest = math.ceil((count - 1) / (evaluations - 1))  # from one evaluated step to the next
-    costs = torch.zeros(furthest + 1, count, **_HOST)  # [g, i]: of skipping the g - 1 steps before i
+def missed(chosen: Sequence[bool], weight: Tensor, variogram: PowerLaw | Measured) -> float:
+    """What a pattern is predicted to miss: the sum over its gaps that `pattern` makes least."""
+    evaluated = [i for i, was in enumerate(chosen) if was]
+    costs = _costs(weight, max((k - i for i, k in pairwise(evaluated)), default=1), variogram)
+    return sum(float(costs[k - i, k]) for i, k in pairwise(evaluated))
+
+
+def _costs(weight: Tensor, furthest: int, variogram: PowerLaw | Measured) -> Tensor:
+    """(furthest + 1, T): [g, i] is what skipping the g - 1 steps before i costs, if i - g and i are evaluated."""
+    count = len(weight)
+    costs = torch.zeros(furthest + 1, count, **_HOST)
+    steps = torch.arange(count)
+    # The variance left of j by the best estimate from i and k, w of i and 1 - w of k.
+    apart = variogram.between(steps, steps)
     for g in range(2, furthest + 1):
-        for a in range(1, g):
-            costs[g, g:] += weights[a : a + count - g].sqrt() * (a * (g - a) / g) ** (ROUGHNESS / 2)
-    costs = costs.square()  # errors between two evaluated steps point the same way
-    least = torch.full((count,), math.inf, **_HOST)  # [i]: cost to reach i with so many evaluations
+        i, k = steps[: count - g, None], steps[g:, None]
+        j = i + steps[1:g]  # (T - g, g - 1)
+        whole, left, right = apart[i, k], apart[i, j], apart[k, j]
+        w = 0.5 + (right - left) / (2 * whole)
+        variance = w * left + (1 - w) * right - w * (1 - w) * whole
+        costs[g, g:] = (weight[j] * variance.clamp(min=0)).sqrt().sum(1)
+    return costs.square()  # errors between two evaluated steps point the same way
+
+
+def _cheapest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured) -> tuple[bool, ...]:
+    """Which steps to evaluate, the first and the last among them, so that skipping the others costs the least."""
+    count = len(weight)
+    furthest = math.ceil((count - 1) / (evaluations - 1))  # from one evaluated step to the next
+    costs = _costs(weight, furthest, variogram)
+    least = torch.full((count,), math.inf, **_HOST)  # [i]: of reaching i with so many evaluations
     least[0] = 0
     gaps = []
     for _ in range(evaluations - 1):
@@ -137,11 +184,13 @@ def _cheapest(weight: Sequence[float], evaluations: int) -> tuple[bool, ...]:
     return tuple(chosen)
 
 
-def _weights(table: tuple[Space, ...]) -> list[float]:
-    """By step, the squared weight of an error of its denoised prediction, times how strongly that moves there."""
-    rho = [space.noise / space.signal if space.signal else math.inf for space in table]
-    found = [
-        gain**2 * r ** (5 / 3) if 0 < r < math.inf else 0.0 for gain, r in zip(denoised_gains(table), rho, strict=True)
-    ]
-    # An unknown weight (pure noise) counts as the largest.
-    return [weight if weight > 0 else max(found) or 1.0 for weight in found]
+def weights(table: tuple[Space, ...], variogram: PowerLaw | Measured = UNMEASURED) -> Tensor:
+    """(T,) by step, the squared part an error has of its denoised prediction; where the variogram does not know how
+    strongly that moves there, times a guess of it."""
+    gain = torch.tensor(denoised_gains(table), **_HOST).square()
+    if variogram.is_measured:
+        return gain
+    rho = torch.tensor([space.noise / space.signal if space.signal else math.inf for space in table], **_HOST)
+    found = torch.where((rho > 0) & rho.isfinite(), gain * rho ** (5 / 3), 0.0)
+    # What is not known (pure noise) is taken to be worth the most.
+    return torch.where(found > 0, found, float(found.max()) or 1.0)

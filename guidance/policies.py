@@ -15,7 +15,8 @@ then decides only how the step is used. To add a policy, subclass `Policy` and w
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,9 +26,21 @@ from diffusers_guidance import kernels
 from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
 from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
-from diffusers_guidance.forecast import combined, denoised_gains, forecast, pattern, repayment
+from diffusers_guidance.forecast import (
+    UNMEASURED,
+    combined,
+    denoised_gains,
+    forecast,
+    missed,
+    pattern,
+    repayment,
+    summed_error,
+    weights,
+)
+from diffusers_guidance.motion import Known, far, known
 from diffusers_guidance.spaces import Space
 from diffusers_guidance.steps import Action, Decision, History, Plan, Step
+from diffusers_guidance.variogram import Measured, PowerLaw
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,20 @@ class Policy:
     calibration = None  # type: Calibration | None
     """What the policy is fitted to; a run of another setting is refused at its first step."""
 
+    learns = False
+    """Whether full runs under it are recorded, for it to be `informed` of what they showed."""
+
     def __post_init__(self) -> None:
         plain_fields(self)
+
+    def check(self, setting: dict[str, Any]) -> None:
+        """Refuses a run whose `setting` is not what the calibration is for."""
+        if self.calibration is not None:
+            self.calibration.check(setting)
+
+    def informed(self, calibration: Calibration | None, lack: str = "") -> "Policy":
+        """The same policy with what is known by now; `lack` says why runs cannot be learned from, if so."""
+        return self
 
     def plan(self, step: Step, history: History) -> Plan:
         """One decision per sample for the next step; `planned` refuses anything else."""
@@ -300,11 +325,14 @@ class Hold(Policy):
 class Forecast(Policy):
     """Skips whole evaluations, forecasts their guided predictions, and repays the forecasts' errors.
 
-    Needs no calibration. The noise levels and the budget say which steps are evaluated: the first, the last,
-    and those that would be the costliest to skip. It skips no two steps in a row while the budget allows
-    (`forecast.pattern`). A skipped step gets an estimate from the last two evaluated guided predictions, as
-    denoised samples. The next evaluated step gets its own prediction and a repayment (`forecast.repayment`). It
-    forecasts the guided prediction itself, so it works with any rule and any pipeline's own formula.
+    Which steps are evaluated follows from the noise levels and the budget: the first, the last, and those that would be
+    the costliest to skip; none are skipped twice in a row while the budget allows it (`forecast.pattern`). A skipped
+    step is handed an estimate from the last two evaluated guided predictions, as denoised samples; the next evaluated
+    one is handed its own and a repayment (`forecast.repayment`). What is forecast is the guided prediction itself, so
+    any rule and any pipeline's own formula go with it.
+
+    It works with what it knows: with nothing, estimates are by a power law; with a calibration, by how this model's
+    predictions move, at any scheduler, number of steps, scale and size.
 
     If a scheduler's predictions cannot be denoised, they are forecast as they are, and nothing is repaid.
 
@@ -312,11 +340,16 @@ class Forecast(Policy):
         save: the least share of the NFEs to save, from 0 to below 1; the first and the last step are always evaluated.
         nfe: instead, the most NFEs of one sample, two for each evaluated step; 4 or more. It does not count
             steps that a run must evaluate: a second denoiser's first, and the next after steps without guidance.
+        calibration: of this model (`calibrate`, or a handle's `calibration`), or where it is kept: a file, a folder, or
+            a repository's name on the Hub, from which it is then downloaded.
+        learn: make a run in full where too little is known of the like, and go by what it shows from the next one on.
     """
 
     save: float = 0.25
     _: KW_ONLY
     nfe: int | None = None
+    calibration: Calibration | None = None
+    learn: bool = False
 
     hands = True
 
@@ -326,16 +359,84 @@ class Forecast(Policy):
             raise ValueError(f"save={self.save!r}: a share of the NFEs from 0 to below 1")
         if self.nfe is not None and not is_whole(self.nfe, 4):
             raise ValueError(f"nfe={self.nfe!r}: a whole number from 4 up (the first and the last step), or None")
+        if not isinstance(self.learn, bool):
+            raise ValueError(f"learn={self.learn!r}: True or False")
+        if isinstance(self.calibration, str | Path):
+            object.__setattr__(self, "calibration", Calibration.from_pretrained(self.calibration))
+        _check_calibration(self.calibration)
+        if self.calibration is not None and not self.calibration.motions:
+            raise CalibrationMismatch(
+                f"{self.calibration!r} does not say how predictions move, which Forecast goes by: calibrate anew"
+            )
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        return self.learn
+
+    def check(self, setting: dict[str, Any]) -> None:
+        if self.calibration is not None:
+            self.calibration.check({"denoisers": setting["denoisers"]})
+
+    def informed(self, calibration: Calibration | None, lack: str = "") -> "Forecast":
+        return replace(self, calibration=calibration, learn=self.learn and not lack)
 
     def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
-        """By step of a run of `count` steps, whether it is evaluated."""
-        evaluations = math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // 2
-        return pattern(count, evaluations, table)
+        """By step of a run of so many, whether it is evaluated.
+
+        By the power law, whatever is known: schedules by what runs had shown measured worse (docs/forecast.md).
+        """
+        return pattern(count, self._evaluations(count), table)
+
+    def _evaluations(self, count: int) -> int:
+        return math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // 2
+
+    def _known(self, table: tuple[Space, ...], scale: float | None) -> Known | None:
+        return None if self.calibration is None else known(self.calibration.motions, table, scale)
+
+    def _by(self, table: tuple[Space, ...], scale: float | None) -> PowerLaw | Measured:
+        """What estimates are made by: of the power law and what was measured, what is off by less in sum, as measured.
+
+        The best estimates of single predictions are not always: few steps far apart repay more evenly by the law.
+        """
+        found = self._known(table, scale)
+        if found is None:
+            return UNMEASURED
+        chosen, measured = self.pattern(len(table), table), found.variogram
+        by_measured, by_law = (summed_error(chosen, table, by, measured) for by in (measured, UNMEASURED))
+        return measured if by_measured * (1 + OPTIMISM / found.motion.runs) < by_law else UNMEASURED
+
+    def _learning(self, table: tuple[Space, ...], scale: float | None) -> str:
+        """Why a run of these steps is made in full, to be learned; nothing where it is not."""
+        if not self.learn or len(table) < 3:
+            return ""
+        found = self._known(table, scale)
+        if found is None:
+            return "nothing is known yet"
+        if scale is not None and far(found.motion, scale) > math.log(2) + 1e-6:
+            return f"scale {scale:g} is far from {found.motion.scale:g}"
+        chosen, weight = self.pattern(len(table), table), weights(table, found.variogram)
+        share = missed(chosen, weight, found.doubt) / (missed(chosen, weight, found.variogram) or 1.0)
+        return f"{share:.0%} of the predicted error is not of what was measured" if share > MOST_DOUBT else ""
+
+    def _told(self, step: Step, scale: float | None) -> str:
+        """What a run goes by, for the report."""
+        if learning := self._learning(step.table, scale):
+            return f"evaluated in full, to learn: {learning}"
+        found = self._known(step.table, scale)
+        if found is None:
+            return ""
+        motion = found.motion
+        at = f"{len(motion.levels)} noise levels at scale {motion.scale:g}"
+        favour = "" if self._by(step.table, scale).is_measured else ", by which a power law is as good here"
+        return f"forecasts by {motion.runs} run{'s' * (motion.runs > 1)} of {at}{favour}"
 
     def plan(self, step: Step, history: History) -> Plan:
+        if not history.guided or history.is_denoised != bool(step.table):
+            return _everyone(history, Action.BOTH)
+        if self._learning(step.table, history.scale):
+            return _everyone(history, Action.BOTH)
         chosen = self.pattern(step.count, step.table)[step.index]
-        known = history.guided and history.is_denoised == bool(step.table)
-        return _everyone(history, Action.BOTH if chosen or not known else Action.NEITHER)
+        return _everyone(history, Action.BOTH if chosen else Action.NEITHER)
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> Handed:
         sample = step.sample
@@ -346,9 +447,14 @@ class Forecast(Policy):
                 f"step {step.index} cannot be forecast: the scheduler was replaced just before, and only one of the "
                 "two has predictions that can be denoised. Replace it before the run, or use another policy"
             )
+        note = ""
+        if history.scale is None:
+            history.scale = step.w
+            note = self._told(step, step.w)
+        by = UNMEASURED if space is None else self._by(step.table, history.scale)
         if guided is None:
             history.skipped.append(step.index)
-            combination = forecast([*known], step.index)
+            combination = forecast([*known], step.index, by)
             return Handed(
                 _predicted(combined(known, combination), sample, space), f"forecast from {_named(combination)}"
             )
@@ -361,13 +467,19 @@ class Forecast(Policy):
         while len(known) > 3:
             del known[min(known)]
         if not skipped or space is None or space.b == 0:
-            return Handed(guided)
+            return Handed(guided, note)
         gain = denoised_gains(step.table)
-        repaid = combined(known, repayment([*known], skipped, gain))
-        # With equal gains a repayment is the sum of the errors as known now.
-        off = combined(known, repayment([*known], skipped, [1.0] * len(gain))) / len(skipped)
+        repaid = combined(known, repayment([*known], skipped, gain, by))
+        # Of equal gains a repayment is the sum of what is now known to have been missing.
+        off = combined(known, repayment([*known], skipped, [1.0] * len(gain), by)) / len(skipped)
         sizes = torch.stack([off.norm(), repaid.norm()]) / now.norm()
         return Handed((guided + repaid / space.b).to(guided.dtype), f"repays {_named(skipped)}", sizes)
+
+
+OPTIMISM = 0.12
+"""By what share more than it says itself the estimates of one run are off by in sum in other runs; half that of two."""
+MOST_DOUBT = 0.5
+"""The share of a forecast's predicted error that may be unmeasured before a run is learned anew."""
 
 
 def _named(steps: Iterable[int]) -> str:

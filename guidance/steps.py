@@ -151,7 +151,9 @@ class History:
     is_denoised: bool = False
     """Whether these are denoised samples, or else in the scheduler's form."""
     skipped: list[int] = field(default_factory=list)
-    """The skipped steps since the last of these."""
+    """The steps since the last of these."""
+    scale: float | None = None
+    """The settled guidance scale of the run's first step, of a policy that `hands`."""
 
     @classmethod
     def following(cls, others: Iterable["History"], steps: int, rows: int, denoiser: str) -> "History":
@@ -165,7 +167,7 @@ class History:
             if other.rows == rows and len(other.similarity["noise"]) <= steps:
                 made.similarity = {space: list(values) for space, values in other.similarity.items()}
                 made.guided, made.skipped = dict(other.guided), list(other.skipped)
-                made.is_denoised = other.is_denoised
+                made.is_denoised, made.scale = other.is_denoised, other.scale
         return made
 
     def agreement(self, space: str) -> Tensor:

@@ -9,10 +9,13 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
+from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.engine import Observer
 from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.learning import Learner, Recorder
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.attach.deferred import deferred
+from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints
 from diffusers_guidance.pipelines.attach.host import Host
 from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.attach.turn import Turn
@@ -46,6 +49,7 @@ class Handle:
         """Runs take turns: a pipeline has one scheduler, which can be in one run at a time."""
         self._last: Report | None = None
         self._here = threading.local()
+        self._learner: Learner = Learner() if original is None else original._learner
 
     @property
     def rule(self) -> Rule:
@@ -81,6 +85,11 @@ class Handle:
             raise GuidanceError("no report yet: call the pipeline first")
         return report
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the policy was given to go by, and what was learned since (`Forecast(learn=True)`)."""
+        return self._learner.calibration(self.policy)
+
     def detach(self) -> None:
         """Restores the pipeline to its state before `attach`; a second call does nothing."""
         if _handle_of(self.pipe) is self:
@@ -96,11 +105,12 @@ class Handle:
         return f"Handle({type(self.pipe).__name__}, rule={self.rule}, policy={self.policy})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the handle belongs to the copied pipeline."""
-        return {"pipe": self.pipe, "_rule": self.rule, "_policy": self.policy}
+        """Copied, it is the handle of the copied pipeline."""
+        return {"pipe": self.pipe, "_rule": self.rule, "_policy": self.policy, "_learned": self._learner.learned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["pipe"], state["_rule"], state["_policy"])  # type: ignore[misc]
+        self._learner.learned = state.get("_learned")
 
     def _heard(self, report: Report) -> None:
         self._last = self._here.report = report
@@ -131,22 +141,27 @@ class Handle:
         return self._guided(arguments, lambda: call(*args, **kwargs))
 
     def _guided(self, arguments: dict[str, Any], work: Callable[[], Any]) -> Any:
-        """What `work` returns, run under guidance; if the work continues after that, its rest too."""
-        run = Host(self.pipe, self.rule, self.policy, arguments, [*self.observers])
+        """What `work` returns, done under a run; where it has only begun by then, the rest too."""
+        policy = self._learner.informed(self.policy, functools.partial(module_fingerprints, self.pipe))
+        recorder = Recorder() if policy.learns else None
+        run = Host(self.pipe, self.rule, policy, arguments, [*self.observers], recorder)
         with self._stretch(run):
             result = work()
         again = functools.partial(self._guided, arguments)
-        later = deferred(
-            result, lambda: self._stretch(run), run.waiting, lambda result: self._finish(run, result), again
-        )
+        finish = functools.partial(self._finish, run, recorder)
+        later = deferred(result, lambda: self._stretch(run), run.waiting, finish, again)
         if later is not None:
             return later
-        self._finish(run, result)
+        finish(result)
         return result
 
-    def _finish(self, run: Host, result: Any) -> None:
-        self._heard(run.report)  # a callback may have made another run in between
+    def _finish(self, run: Host, recorder: Recorder | None, result: Any) -> None:
+        self._heard(run.report)  # another run may have come in between, in a callback
         run.finish(result)
+        if recorder is not None and run.report.formula:
+            name, fingerprints = run.report.pipeline, functools.partial(module_fingerprints, self.pipe)
+            learned = self._learner.take(recorder, name, fingerprints)
+            run.report.note = "; ".join(filter(None, [run.report.note, learned]))
 
     @contextmanager
     def _stretch(self, run: Host) -> Iterator[None]:

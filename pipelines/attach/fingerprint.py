@@ -28,6 +28,12 @@ def setting(pipe: Any, denoiser: str, guidance_scale: float, timesteps: Sequence
     }
 
 
+def module_fingerprints(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Of the pipeline's networks of these names that it has."""
+    parts = {name: getattr(pipe, name, None) for name in names}
+    return {name: module_fingerprint(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+
 def scheduler_fingerprint(scheduler: Any) -> dict[str, Any]:
     """Class and configuration."""
     return {"class": type(scheduler).__name__, "config": _own_config(scheduler)}

@@ -8,6 +8,7 @@ not its scheduler and sample, which denoising needs. `_loop_of` looks these up a
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -18,12 +19,14 @@ from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
+from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import is_number, plain
 from diffusers_guidance.engine import Engine, Observer
 from diffusers_guidance.errors import CalibrationMismatch, GuidanceError, UnsupportedPipeline
+from diffusers_guidance.learning import Learner, Recorder
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.clock import Clock
-from diffusers_guidance.pipelines.attach.fingerprint import setting
+from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints, setting
 from diffusers_guidance.policies import Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
@@ -47,9 +50,10 @@ class Guider(BaseGuidance):
             scale meant for `use_original_formulation`, which counts from 0.
         enabled: False evaluates and uses the conditional prediction alone.
 
-    The configuration is plain JSON. Rule and policy may also be given in its form; they are then rebuilt by name from
-    the imported subclasses of `Rule` and `Policy`. The configuration names what JSON cannot hold (a calibration) as
-    missing. Give that again: `Guider.from_config(config, policy=...)`.
+    The configuration is plain JSON. Rule and policy may also be given as they stand there, and are rebuilt by
+    their names from the subclasses of `Rule` and `Policy` that have been imported. A calibration that was loaded is
+    named there by its file, folder or repository, and loaded again. What JSON cannot hold (one just made) is named as
+    missing, and has to be given again: `Guider.from_config(config, policy=...)`.
     """
 
     _input_predictions = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (the base class asks for a list)
@@ -70,7 +74,8 @@ class Guider(BaseGuidance):
         self.guidance_scale = guidance_scale
         self.register_to_config(guidance_scale=guidance_scale, enabled=enabled)
         self.observers: list[Observer] = []
-        """Called at every step of the next runs; see `engine.Observer`."""
+        """Told of every step of the next runs; see `engine.Observer`."""
+        self._learner = Learner()
         self._run: _Run | None = None
         self._loop = _Loop(None, None)
         self._denoiser = ""
@@ -108,7 +113,12 @@ class Guider(BaseGuidance):
             raise GuidanceError("no report yet: call the pipeline first")
         return self._run.finished_report()
 
-    # What a loop calls, in its order
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the policy was given to go by, and what was learned since (`Forecast(learn=True)`)."""
+        return self._learner.calibration(self.policy)
+
+    # What a loop asks, in the order it does
 
     @property
     def num_conditions(self) -> int:
@@ -132,7 +142,11 @@ class Guider(BaseGuidance):
         timesteps = getattr(scheduler, "timesteps", None)
         if self._run is None or step != following or timesteps is not self._run.timesteps:
             name = type(self._loop.pipe).__name__ if self._loop.pipe is not None else ""
-            self._run = _Run(Recording(Report(name, repr(self.rule), repr(self.policy)), step), timesteps)
+            self._learn()
+            policy = self._learner.informed(self.policy, self._fingerprints)
+            recorder = Recorder() if policy.learns else None
+            recording = Recording(Report(name, repr(self.rule), repr(self.policy)), step)
+            self._run = _Run(recording, timesteps, policy, recorder)
         if scheduler is not None:
             self._run.clock.tick(scheduler, timestep)
         # The first step is evaluated in full, as under `attach`, and planned when the batch is known.
@@ -183,6 +197,8 @@ class Guider(BaseGuidance):
             self._tell(step, prediction, pred)
             if n < pred_cond.shape[1]:
                 pred = torch.cat([pred, pred_cond[:, n:]], 1)
+        if step.index + 1 == step.count:
+            self._learn()  # else, where another denoiser takes over, as the next run begins
         self._loop = _Loop(None, None)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
@@ -248,7 +264,7 @@ class Guider(BaseGuidance):
             )
         if run.engine is None:
             history = History.following(self._histories(run), run.recording.first, len(c), self._denoiser)
-            run.engine = Engine(self.rule, self.policy, history, run.recording)
+            run.engine = Engine(self.rule, run.policy, history, run.recording, recorder=run.recorder)
             run.engine.check(lambda: self._setting(run))
             self._plan = self._planned(run.engine)
         return run.engine
@@ -271,6 +287,16 @@ class Guider(BaseGuidance):
         found = setting(pipe, self._denoiser, self._w, timesteps)
         del found["pipeline"]  # a modular pipeline has classes of its own
         return found
+
+    def _learn(self) -> None:
+        """Takes what the last run of this guider showed, if it was recorded."""
+        run = self._run
+        if run is not None and run.recorder is not None:
+            recorder, run.recorder = run.recorder, None
+            run.note = self._learner.take(recorder, run.recording.report.pipeline, self._fingerprints)
+
+    def _fingerprints(self, names: Sequence[str]) -> dict[str, Any]:
+        return module_fingerprints(self._loop.pipe, names)
 
     def _tokens(self, c: Tensor) -> int:
         """How many of the prediction's tokens are the sample's: Qwen-Image-Edit cuts the reference's off later."""
@@ -305,7 +331,12 @@ class _Run:
 
     recording: Recording
     timesteps: Any
-    """The scheduler's, which makes them anew for every run."""
+    """The scheduler's; they are made anew for every run."""
+    policy: Policy
+    """As it is informed by the runs before."""
+    recorder: Recorder | None = None
+    note: str = ""
+    """What was learned from the run."""
     clock: Clock = dataclasses.field(default_factory=Clock)
     engine: Engine | None = None
     """None until the batch is known."""
@@ -316,6 +347,7 @@ class _Run:
         report = self.recording.finish()
         if self.clock.error is not None:
             report.note = f"no similarities: {self.clock.error}"
+        report.note = self.note or report.note
         return report
 
 
@@ -354,7 +386,9 @@ def _plain(part: Any) -> dict[str, Any]:
 
 
 def _plain_field(value: Any) -> dict[str, Any]:
-    """A field's own fields, or the missing type if JSON cannot hold them."""
+    """A field's own fields, or if JSON cannot hold them, where they are kept, or what is missing."""
+    if isinstance(value, Calibration) and value.source:
+        return {"calibration": value.source}
     try:
         return json.loads(json.dumps(dataclasses.asdict(value)))
     except TypeError:
@@ -376,8 +410,10 @@ def _rebuilt(base: type[Part], saved: Part | dict[str, Any]) -> Part:
             raise ValueError(
                 f"the {value['missing']} of {name} is not in the configuration: give the {base.__name__.lower()} again"
             )
-        if isinstance(value, dict):
-            fields[field.name] = type(getattr(cls, field.name))(**value)  # of its default's type
+        if isinstance(value, dict) and field.name == "calibration":
+            fields[field.name] = Calibration.from_pretrained(value["calibration"])
+        elif isinstance(value, dict):
+            fields[field.name] = type(getattr(cls, field.name))(**value)  # as its default is
         if isinstance(value, list):
             fields[field.name] = tuple(value)
     return cls(**fields)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffusers_guidance.engine import Engine, Guided, Observer
 from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.learning import Recorder
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -62,13 +63,20 @@ class Host:
     """One call of `pipe` with `arguments` (by name, defaults filled in).
 
     Args:
-        observers: called at every step; see `engine.Observer`.
+        observers: told of every step; see `engine.Observer`.
+        recorder: records the run, of a policy that `learns`.
     """
 
     def __init__(
-        self, pipe: Any, rule: Rule, policy: Policy, arguments: dict[str, Any], observers: Sequence[Observer] = ()
+        self,
+        pipe: Any,
+        rule: Rule,
+        policy: Policy,
+        arguments: dict[str, Any],
+        observers: Sequence[Observer] = (),
+        recorder: Recorder | None = None,
     ):
-        self.rule, self.policy, self._observers = rule, policy, observers
+        self.rule, self.policy, self._observers, self._recorder = rule, policy, observers, recorder
         self._call = Call(pipe, arguments)
         self.report = Report(self._call.name, repr(rule), repr(policy))
         self._recording = Recording(self.report)
@@ -413,7 +421,7 @@ class Host:
         loop = [each.engine for each in self._denoisers.values() if each.clock is denoiser.clock]
         before = [engine.history for engine in loop if engine is not None]
         history = History.following(before, self._clock.steps - 1, denoiser.formula.rows, denoiser.name)
-        return Engine(self.rule, self.policy, history, self._recording)
+        return Engine(self.rule, self.policy, history, self._recording, recorder=self._recorder)
 
     def _setting(self, denoiser: Denoiser, step: Step) -> dict[str, Any]:
         """This run's values of what a calibration depends on."""

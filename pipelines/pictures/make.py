@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import plain
 from diffusers_guidance.engine import Observer
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE, borrowed
@@ -49,6 +50,8 @@ class Result:
     seconds: float = 0.0
     is_default: bool = False
     """Whether it is the pair that `attach(pipe)` chooses."""
+    calibration: Calibration | None = None
+    """What the policy went by, and what was learned."""
 
     @property
     def label(self) -> str:
@@ -123,6 +126,7 @@ def make(
             result.pictures += pictures_of(pipe, part, steps=steps, progress=told, **arguments)
             result.seconds += time.perf_counter() - began
             result.reports.append(handle.report)
+        result.calibration = handle.calibration
     return result
 
 

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import math
 import operator
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ class Recorder(EveryStep):
     """By the denoiser's name: the run's step at which its history begins, and the history."""
 
     remembers = True
+    learns = True
+    """The handle keeps how its predictions move."""
 
     def plan(self, step: Step, history: History) -> list[Decision]:
         self.histories.setdefault(history.denoiser, (step.index, history))
@@ -70,13 +73,14 @@ def calibrate(
         pipe: a diffusers pipeline with the scheduler that is to be used later; what is attached to it stays so, idle.
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
         negative_prompts: all of them in turn; name those that will be used, for the fit to serve them too.
-        trajectories: how many runs of one sample.
-        num_inference_steps, guidance_scale: of the runs to be made later; others need another calibration.
+        trajectories: how many runs of one sample. For `Forecast` one is enough (docs/forecast.md).
+        num_inference_steps, guidance_scale: of the runs to be made later; others need another calibration. But
+            `Forecast` is served at any scheduler and scale, and at as many steps or fewer.
         batch_size: trajectories made at once.
         per_channel: a Gram matrix for every channel (dimension 1 of the predictions), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
         path: where to save it, after every batch. A calibration found there is continued.
-        progress: called as progress(what, done, in all).
+        progress: called as progress(what, done, in all), and told how long it will take.
         arguments: more of the pipeline's own, such as `height`.
 
     Raises:
@@ -111,9 +115,11 @@ def calibrate(
     numbers = list(range(k, trajectories, n))
     turn = math.lcm(len(prompts), len(negative_prompts))
     done = _resume(path, pipe, plan, share)
-    found = 0 if done is None else done.trajectories
+    found = before = 0 if done is None else done.trajectories
+    began = time.monotonic()
     while found < len(numbers):
-        progress("calibrating", found, len(numbers))
+        spent, made = time.monotonic() - began, found - before
+        progress(_told_time(spent, made, len(numbers) - found, num_inference_steps), found, len(numbers))
         batch = numbers[found : found + batch_size]
         texts = [prompts[i % len(prompts)] for i in batch]
         negatives = [negative_prompts[(i + i // turn) % len(negative_prompts)] for i in batch]
@@ -128,6 +134,14 @@ def calibrate(
     if done is None:
         raise ValueError(f"share={share} of {trajectories} trajectories is empty: at most {trajectories} shares")
     return done
+
+
+def _told_time(spent: float, made: int, left: int, steps: int) -> str:
+    """What is running and how long it will take: before anything was made, as long as so many pictures."""
+    if not made:
+        return f"calibrating, as long as making {left} pictures of {steps} steps under full guidance"
+    seconds = spent / made * left
+    return f"calibrating, about {f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'} left"
 
 
 def _plan(
@@ -213,7 +227,8 @@ def _run(
     except UnsupportedScheduler:
         about["gains"] = [1.0] * len(about["timesteps"])
     counts = {text: negatives.count(text) for text in dict.fromkeys(negatives)}
-    return Calibration(about, denoisers, counts)
+    motions = () if made.calibration is None else made.calibration.motions
+    return Calibration(about, denoisers, counts, motions)
 
 
 def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from diffusers_guidance.forecast import combined, denoised_gains, estimate, forecast, pattern, repayment
 from diffusers_guidance.pipelines.attach.schedulers import spaces
+from diffusers_guidance.variogram import PowerLaw
 
 
 def table(steps: int = 20, **config):
@@ -32,8 +33,8 @@ def test_an_estimate_keeps_what_stands_still_and_what_is_known(steps, at):
 
 
 def test_the_rougher_the_motion_the_more_is_held():
-    assert estimate((4, 6), 7, 1.0)[6] == pytest.approx(1)  # a random walk stays where it is
-    assert estimate((4, 6), 7, 1.99999)[6] == pytest.approx(1.5, abs=1e-3)  # a line goes on
+    assert estimate((4, 6), 7, PowerLaw(1.0))[6] == pytest.approx(1)  # a random walk stays where it is
+    assert estimate((4, 6), 7, PowerLaw(1.99999))[6] == pytest.approx(1.5, abs=1e-3)  # a line goes on
     assert estimate((4, 8), 6) == pytest.approx({4: 0.5, 8: 0.5})
 
 
@@ -44,7 +45,7 @@ def test_no_other_weights_estimate_such_a_motion_better(roughness, seed):
     times = torch.tensor([*steps, at], dtype=torch.float64)
     power = times**roughness
     covariance = (power[:, None] + power - (times[:, None] - times).abs() ** roughness) / 2
-    best = torch.tensor([*estimate(steps, at, roughness).values(), -1.0], dtype=torch.float64)
+    best = torch.tensor([*estimate(steps, at, PowerLaw(roughness)).values(), -1.0], dtype=torch.float64)
     for _ in range(20):
         moved = torch.cat([torch.randn(3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
         moved[:3] -= moved[:3].mean()

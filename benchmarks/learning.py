@@ -1,0 +1,81 @@
+"""Measures what `Forecast` gains by runs of the model: docs/results/learning/*.json and summary.md.
+
+    python benchmarks/learning.py [ddim-20-5 ...]
+
+Held-out prompts and a seed as in benchmarks/forecast.py; the runs are of calibration prompts. Rows: nothing known; so
+many runs of the setting itself; one of 50 steps of DPM-Solver++, and one at another scale. Each row is written as it is
+made, and those that are there are not made again. Mean PSNR in dB to full guidance.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+from bundled import Bundled, prompts
+from forecast import BUDGETS, SCHEDULERS, Setting
+
+from diffusers_guidance import Calibration, Forecast, calibrate, samples
+from diffusers_guidance.pipelines.support.files import write
+
+OUT = Path(__file__).parents[1] / "docs" / "results" / "learning"
+RUNS = {"ddim-20-5": (1, 2, 4, 8, 16, 200), "dpm-20-5": (1, 2, 4, 8, 16), "euler-20-5": (1,)}
+OTHERS = {"ddim-20-5": ("dpm-50-5", "dpm-20-7.5")}
+NOTHING = "nothing"
+
+
+def motions(bundled: Bundled, name: str, runs: int) -> Calibration:
+    """What so many runs of a setting show."""
+    scheduler, steps, scale = name.split("-")
+    before = bundled.pipe.scheduler
+    bundled.pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(bundled.config)
+    call = {"num_inference_steps": int(steps), "guidance_scale": float(scale)}
+    try:
+        return calibrate(bundled.pipe, prompts(samples.CALIBRATION_PROMPTS), trajectories=runs, **call).portable
+    finally:
+        bundled.pipe.scheduler = before
+
+
+def measure(bundled: Bundled, name: str) -> None:
+    setting = Setting(bundled, name)
+    setting.path = OUT / f"{name}.json"
+    setting.rows = json.loads(setting.path.read_text()) if setting.path.is_file() else []
+    own = [(f"{n} run{'s' * (n > 1)}", (name, n)) for n in RUNS[name]]
+    others = [(f"1 run of {other}", (other, 1)) for other in OTHERS.get(name, ())]
+    wanted = [(NOTHING, None), own[0], *others, *own[1:]]
+    for what, source in wanted:
+        if len([row for row in setting.rows if row["what"] == what]) == len(BUDGETS[setting.steps]):
+            continue
+        made = None if source is None else motions(bundled, *source)
+        for nfe in BUDGETS[setting.steps]:
+            setting.measure(what, nfe, Forecast(nfe=nfe, calibration=made))
+
+
+def summary() -> str:
+    lines = []
+    for name in RUNS:
+        path = OUT / f"{name}.json"
+        rows = json.loads(path.read_text()) if path.is_file() else []
+        scheduler, steps, scale = name.split("-")
+        budgets = BUDGETS[int(steps)]
+        for what in dict.fromkeys(row["what"] for row in rows):
+            found = {row["budget"]: f"{row['psnr']:.1f}" for row in rows if row["what"] == what}
+            setting = f"{SCHEDULERS[scheduler].removesuffix('Scheduler')}, {steps}, {scale}"
+            lines.append(f"| {setting} | {what} | {' | '.join(found.get(nfe, '') for nfe in budgets)} |")
+    return "\n".join(
+        ["| scheduler, steps, scale | known | 30 of 40 | 26 | 20 |", "|---|---|---:|---:|---:|", *lines, ""]
+    )
+
+
+def main() -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    bundled, names = Bundled(), sys.argv[1:] or [*RUNS]
+    if wrong := {*names} - {*RUNS}:
+        sys.exit(f"no settings {', '.join(sorted(wrong))}: choose among {', '.join(RUNS)}")
+    for name in names:
+        measure(bundled, name)
+        write(OUT / "summary.md", f"# Forecast, by what is known\n\nMean PSNR in dB.\n\n{summary()}".encode())
+
+
+if __name__ == "__main__":
+    main()
