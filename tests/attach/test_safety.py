@@ -478,7 +478,7 @@ def test_a_pipeline_of_many_views_without_guidance():
         with attach(pipe, rule, policy) as handle:
             assert torch.equal(run(pipe, entry, 4, guidance_scale=1.0), plain)
         assert handle.report.nfe == handle.report.nfe_full
-        with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="a history of its own"):
+        with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="its own history"):
             run(pipe, entry, 4)
 
 
