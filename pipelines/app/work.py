@@ -148,7 +148,7 @@ def sides_asked(pipe: Any, settings: Generation) -> dict[str, Any]:
     for name, side in asked.items():
         if side not in sides:
             raise ValueError(
-                f"{name}={side}: for this model choose from {sides[0]} to {sides[-1]} pixels in steps of 8."
+                f"{name}={side}: for this model from {sides[0]} to {sides[-1]} pixels in steps of 8, please."
             )
     return asked
 

@@ -78,7 +78,7 @@ def load(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"--model {model}: neither on this machine nor to be had from the hub ({cause})") from error
+        raise ValueError(f"--model {model}: neither on this machine nor available from the hub ({cause})") from error
     pipe.set_progress_bar_config(disable=True)
     try:
         pipe.to(device)

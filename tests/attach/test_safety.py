@@ -258,7 +258,7 @@ def small(cls: type) -> Any:
 def test_a_pipeline_that_leaves_its_evaluations_to_another_is_refused(rule, policy):
     pipe = small(Delegating)
     with attach(pipe, rule, policy):
-        with pytest.raises(UnsupportedPipeline, match="evaluations to a Loop, which is none of its attributes"):
+        with pytest.raises(UnsupportedPipeline, match="evaluations to a Loop, which is not one of its attributes"):
             pipe()
         assert torch.isfinite(pipe(guidance_scale=1.0)).all()
 
