@@ -105,7 +105,7 @@ def test_a_picture_of_another_size_than_asked_for_is_refused(tmp_path, monkeypat
     jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "height": 64}))
     made = Result("", CFG(), EveryStep(), 5.0, [Image.new("RGB", (128, 128))])
     monkeypatch.setattr(generating, "make", lambda *call, **settings: made)
-    with pytest.raises(ValueError, match=r"job 000000, with height=64: .*the pipeline makes 128 of it"):
+    with pytest.raises(ValueError, match=r"job 000000, with height=64: .*the pipeline turns it into 128"):
         generate(jobs, tmp_path / "out", model=MODEL, steps=1)
     assert not (tmp_path / "out").exists()
 
