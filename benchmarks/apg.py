@@ -1,11 +1,11 @@
-"""Which settings of APG suit the bundled model at scale 15: docs/results/apg.json and .md.
+"""Finds the settings of APG that suit the bundled model at scale 15: docs/results/apg.json and .md.
 
     python benchmarks/apg.py
 
-Over a grid of eta, momentum and norm_threshold, at every step and until both predictions agree (AG): saturation,
-contrast, and how often the nearest real picture shows what was asked for. 32 of the prompts calibrated with, a seed of
-their own, 20 steps of DPM-Solver++; CFG at scales 5 and 15 beside it. The benchmark's suite takes its APG from here and
-measures it on held-out prompts. Interrupted, it goes on where it stopped; what another model left is made anew.
+A grid of eta, momentum and norm_threshold, at every step and until both predictions agree (AG), measures saturation,
+contrast, and how often the nearest real picture shows the requested thing. It uses 32 of the calibration's prompts, a
+seed of their own, 20 steps of DPM-Solver++, and CFG at scales 5 and 15. The benchmark's suite takes its APG from here
+and measures it on held-out prompts. It resumes after an interruption, and replaces another model's results.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The bundled model as policies are measured on it, in settings named scheduler-steps-guidance scale: "dpm-20-5"."""
+"""The bundled model for measuring policies, in settings named scheduler-steps-guidance scale, such as "dpm-20-5"."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ def prompts(file: Path) -> list[str]:
 
 
 class Bundled:
-    """The pipeline, on one thread: two of these processes get more done than one with two threads."""
+    """The pipeline, on one thread: two such processes do more than one with two threads."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -28,7 +28,7 @@ class Bundled:
         self.config = self.pipe.scheduler.config
 
     def set_up(self, name: str) -> dict:
-        """Puts the scheduler of that name in; returns the arguments that belong to it."""
+        """Sets the scheduler of that name; returns the arguments that belong to it."""
         scheduler, steps, scale = name.split("-")
         self.pipe.scheduler = _SCHEDULERS[scheduler].from_config(self.config)
         return {"num_inference_steps": int(steps), "guidance_scale": float(scale)}

@@ -2,7 +2,7 @@
 
     python benchmarks/calibrations.py [dpm-20-5 ...]
 
-Interrupted, it goes on where it stopped; what was made with another model is made anew.
+It resumes after an interruption, and replaces another model's calibrations.
 """
 
 from bundled import Bundled, named, prompts, report

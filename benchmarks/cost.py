@@ -1,14 +1,14 @@
-"""What attaching costs: a step of Stable Diffusion with `CFG` and `EveryStep` attached, beside the untouched pipeline.
+"""The cost of attaching: a step of Stable Diffusion with `CFG` and `EveryStep`, beside the untouched pipeline.
 
     python benchmarks/cost.py [--out benchmarks/results] [--rounds 15]
 
-A Stable Diffusion pipeline whose UNet has random weights, since time does not depend on them; of the published size
-on a GPU, smaller on a CPU (it says so). Checks that the attached run is bit-equal, then times whole runs, attached and
-untouched in turns. A run of `STEPS` steps and one of twice as many tell a step's cost from that of a whole run, which
-has the identification of its first step in it. Writes cost-<machine>.json.
+The UNet has random weights, since time does not depend on them. It has the published size
+on a GPU, and is smaller on a CPU (it says so). It checks that the attached run is bit-equal, then times whole runs,
+attached and untouched in turns. A whole run includes the identification at its first step. So runs of `STEPS` steps and
+of twice as many give the cost of a step. Writes cost-<machine>.json.
 
-On a CPU the seconds of the UNet itself, which attaching leaves as they are and which vary by more than is looked for,
-are taken off both sides and put back as their median.
+On a CPU the seconds of the UNet vary by more than the cost, and attaching does not change them. So they
+are subtracted on both sides and added back as their median.
 """
 
 import argparse

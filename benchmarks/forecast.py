@@ -2,9 +2,9 @@
 
     python benchmarks/forecast.py [ddim-20-5 ...]
 
-Settings are scheduler-steps-guidance scale. 16 held-out prompts and a seed, none of which had a part in any choice (the
-first eight prompts had been looked at, with another seed); each row is written as it is made, and those that are there
-are not made again. The mean of the pictures' PSNR to full guidance, of CFG in fewer steps too.
+Settings are scheduler-steps-guidance scale. It uses 16 held-out prompts and one seed, none of them used for any choice
+(the first eight prompts had been looked at, with another seed). It writes each row at once, and keeps existing rows.
+It measures the mean of the pictures' PSNR to full guidance, for CFG in fewer steps too.
 """
 
 import json
@@ -68,7 +68,7 @@ class Setting:
 
 
 def summary() -> str:
-    """A table of all that has been measured."""
+    """A table of all measured rows."""
     lines = [
         "| scheduler, steps, scale | NFEs | CFG in fewer steps | `Hold` | **`Forecast`** | SSIM |",
         "|---|---:|---:|---:|---:|---:|",

@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--out benchmarks/results]
 
-Checks every candidate against float64, then times one guidance step (APG with momentum): CUDA graphs of calls
-on rotating inputs, more of them than the cache holds. Writes kernels.json (machine, versions, every number),
-kernels.md (the table for the docs) and kernels.png. Without a GPU it says so and measures the CPU path alone.
+Checks every candidate against float64, then times one guidance step (APG with momentum) by CUDA graphs of calls
+on rotating inputs, more than the cache holds. Writes kernels.json (machine, versions, every number),
+kernels.md (the table for the docs) and kernels.png. Without a GPU it says so and measures only the CPU path.
 """
 
 import argparse
@@ -37,7 +37,7 @@ REPEATS = 50
 
 
 def of_diffusers(x, c, u, m):
-    """The formula diffusers' guider runs; on the raw predictions, so the sample is not even read."""
+    """The formula of diffusers' guider; on the raw predictions, so it does not read the sample."""
     buffer = MomentumBuffer(RULE.momentum)
     buffer.running_average = m
     return normalized_guidance(
@@ -54,7 +54,7 @@ def triton(x, c, u, m):
 
 
 def two_launches(x, c, u, m):
-    """Triton where even a small group takes two launches."""
+    """Triton with two launches even for a small group."""
     from diffusers_guidance.kernels import launch
 
     numel, launch.GUIDE_NUMEL = launch.GUIDE_NUMEL, 0
@@ -65,7 +65,7 @@ def two_launches(x, c, u, m):
 
 
 def draw(shape, dtype, device):
-    """A step's inputs; the two predictions nearly agree, as they do in a run."""
+    """A step's inputs; the two predictions nearly agree, as in a run."""
     sample, cond, difference, momentum = torch.randn(4, *shape, device=device)
     return sample.to(dtype), cond.to(dtype), (cond + 0.1 * difference).to(dtype), momentum
 
@@ -94,7 +94,7 @@ def quantiles(times):
 
 
 def time_on_gpu(function, sets):
-    """Microseconds a call, from replays of one CUDA graph that goes round all input sets."""
+    """Microseconds a call, from replays of one CUDA graph that cycles through all input sets."""
     for _ in range(3):
         function(*sets[0])
     torch.cuda.synchronize()
@@ -134,7 +134,7 @@ def copy_bandwidth():
 
 
 def bytes_moved(shape, dtype, launches):
-    """What must move: (x, c, u) and momentum in for each pass; prediction and momentum out once."""
+    """Bytes that must move: (x, c, u) and momentum in for each pass; prediction and momentum out once."""
     size = dtype.itemsize
     return torch.Size(shape).numel() * (launches * (3 * size + 4) + size + 4)
 
@@ -250,7 +250,7 @@ def main():
     out = parser.parse_args().out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        print("No GPU: this measures the CPU path alone and says nothing about the kernels' speed.")
+        print("No GPU: this measures only the CPU path and says nothing about the kernels' speed.")
     torch.manual_seed(0)
     with torch.inference_mode():
         bandwidth, rows = measure(device)

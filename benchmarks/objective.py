@@ -1,4 +1,4 @@
-"""What the closed-form search rests on, measured on the bundled model: docs/results/policies/objective-*.json and .md.
+"""Measures the closed-form search's premises on the bundled model: docs/results/policies/objective-*.json and .md.
 
     python benchmarks/objective.py [dpm-20-5 ...]
 
@@ -6,11 +6,11 @@
   power of rho in them one half more and less, and with errors that add up within a gap. For each, the rank correlation
   with the PSNR of real runs over 48 random schedules, and the PSNR of the schedules that minimise it, beside even
   spacing.
-* The gains themselves: what leaving out a single step does to the picture, for each error of its prediction.
+* The gains themselves: how skipping a single step changes the picture, relative to its prediction's error.
 * Fits: target, regressors, ridge, per channel.
-* Negative prompts that were calibrated with, and one that was not.
+* Negative prompts inside the calibration, and one outside.
 
-12 prompts of those calibrated with, a seed of their own. Interrupted, it goes on with the first part not measured.
+It uses 12 of the calibration's prompts and a seed of their own. It resumes at the first part not measured.
 """
 
 import json
@@ -133,7 +133,7 @@ def minimisers(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, 
 
 
 def singles(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, progress: Callable) -> list:
-    """Each step left out alone: root mean square error of the picture over that of the step's prediction."""
+    """Skips each step alone: root mean square error of the picture over that of the step's prediction."""
     rows, steps = [], calibration.steps
     for t in range(1, steps):
         progress("single steps", t, steps)
@@ -143,7 +143,7 @@ def singles(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, pro
         rows.append({"step": t, "rho": float(rho[t]), "psnr": psnr, "measured gain": 10 ** (-psnr / 20) / error})
     formula = calibration.gains[1:]
     measured = torch.tensor([row["measured gain"] for row in rows], dtype=torch.float64)
-    unit = float((formula.log() - measured.log()).mean().exp())  # pictures have units of their own
+    unit = float((formula.log() - measured.log()).mean().exp())  # pictures have their own units
     for row, gain in zip(rows, formula.tolist(), strict=True):
         row["measured gain"] *= unit
         row["gain by the formula"] = gain

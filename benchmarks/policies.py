@@ -2,9 +2,9 @@
 
     python benchmarks/policies.py [--quick] [dpm-20-5 ...]
 
-16 held-out prompts, 8 at 50 steps, with a seed that took no part in calibrating. With --quick, and at 50 steps, only
-five budgets and no searches by real runs, which take minutes each. Interrupted, it goes on where it stopped; what was
-measured with another calibration is measured anew. The summary is of all that has been measured.
+It uses 16 held-out prompts, 8 at 50 steps, with a seed not used for calibrating. With --quick, and at 50 steps, it
+takes only five budgets and no searches by real runs, which take minutes each. It resumes after an interruption, and
+replaces results of another calibration. The summary covers all measured settings.
 """
 
 import sys
@@ -28,9 +28,9 @@ SEED = 4321
 BUDGETS = (0.625, 0.75, 0.875)
 """Shares of the NFEs of full guidance: 25, 30 and 35 of 40."""
 NEAR = 0.7
-"""28 of 40: a budget more for what comes close to full guidance."""
+"""28 of 40: one more budget for policies close to full guidance."""
 SEARCHES = {"dpm-20-5": {"refine": (0, 1, 2), "nas": (1,)}, "dpm-20-7.5": {"refine": (0,)}}
-"""By real runs, and by the paper's method: at which of the budgets."""
+"""The budgets for searches by real runs, and for the paper's method."""
 QUICK = "--quick" in sys.argv
 
 
@@ -64,7 +64,7 @@ def told(name: str) -> str:
 
 
 def summary() -> str:
-    """What the schedules reach beside the best of everything else, at three budgets, and at what cost they are near."""
+    """The PSNR of the schedules beside the best of everything else, at three budgets, and the cost of being close."""
     lines = [
         "Mean PSNR in dB to full guidance over 16 held-out prompts (8 at 50 steps) and one seed.",
         "",

@@ -2,8 +2,8 @@
 
     python benchmarks/publish.py out/bench
 
-Copies report, plots, figures and lines to docs/results/bench, and the tables into the marked part of docs/benchmark.md;
-draws pictures of some columns below each other.
+Copies report, plots, figures and lines to docs/results/bench, and the tables into the marked part of docs/benchmark.md.
+Draws pictures of some columns below each other.
 """
 
 import json

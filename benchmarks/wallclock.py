@@ -1,12 +1,12 @@
-"""What skipped evaluations are worth at real size: seconds of a run's denoiser calls under CFG and under policies.
+"""The worth of skipped evaluations at real size: seconds of a run's denoiser calls under CFG and under policies.
 
     python benchmarks/wallclock.py [--out benchmarks/results] [--rounds 5]
 
-Denoisers of the published configurations, built with random weights (time does not depend on them): the UNets of
+It builds denoisers of the published configurations with random weights (time does not depend on them): the UNets of
 Stable Diffusion 1.5 and SDXL, the transformers of Stable Diffusion 3 and Wan 2.1 1.3B. A run is the denoiser calls
-that a pipeline's loop makes, with halves left out where the policy stops guidance: for a whole batch at once, or
+of a pipeline's loop, and skips halves where the policy stops guidance: for a whole batch at once, or
 sample by sample, each at its own step. Every policy takes turns with CFG, and counts as a ratio to it. Writes
-wallclock.json. Without a GPU it says so and times tiny denoisers, which shows that it works and nothing else.
+wallclock.json. Without a GPU it says so and times tiny denoisers, which only shows that it works.
 """
 
 import argparse
@@ -32,7 +32,7 @@ POLICIES = {
     "guidance off for the last 15 of 30 steps": 15 / 30,  # diffusers issue 5266
 }
 SPREAD = 0.15
-"""Samples of a batch that stop on their own do so this share of the steps before or after, evenly spread."""
+"""Samples that stop separately do so up to this share of the steps earlier or later, evenly spread."""
 
 
 def sd15(tiny: bool):
@@ -143,7 +143,7 @@ DENOISERS = {
 
 
 def stops(share: float, steps: int, batch: int, each: bool) -> list[int]:
-    """How many steps each sample is guided: all alike, or each its own number around the same mean."""
+    """How many guided steps each sample has: all the same number, or different ones around the same mean."""
     if not each:
         return [round(share * steps)] * batch
     offsets = np.linspace(-SPREAD, SPREAD, batch) if batch > 1 else [0.0]
@@ -187,7 +187,7 @@ def moved(value, device, dtype):
 
 
 def measure(name: str, device: str, steps: int, batches: tuple[int, ...], rounds: int) -> list[dict]:
-    """One row per policy and batch size, of one denoiser."""
+    """One row per policy and batch size, for one denoiser."""
     build, how = DENOISERS[name]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
@@ -247,11 +247,11 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = 50 if device == "cuda" else 10
     if device == "cpu":
-        print("No GPU: tiny denoisers on the CPU. This shows that the benchmark works; it says nothing of real sizes.")
+        print("No GPU: tiny denoisers on the CPU. This shows that the benchmark works, and nothing about real sizes.")
     rows = []
     with torch.inference_mode():
         for name in options.only:
-            # A video's step takes seconds: fewer of them say the same.
+            # A video's step takes seconds: fewer of them suffice.
             video = name.startswith("Wan") and device == "cuda"
             batches = (1,) if video else (1, 4, 8)
             rows += measure(name, device, 20 if video else steps, batches, options.rounds)

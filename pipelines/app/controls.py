@@ -1,4 +1,4 @@
-"""The page's controls, made from the forms of `app_settings`, and how the page and its clients follow the work."""
+"""The page's controls, made from the forms of `settings`, and how the page and its clients follow the work."""
 
 import functools
 import inspect
@@ -20,7 +20,7 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 ON_DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
-"""Shared by all events that use the device, so that there is one queue, seen by all who wait in it."""
+"""Shared by all events that use the device, so that all wait in one visible queue."""
 
 
 class Controls:
@@ -40,12 +40,12 @@ class Controls:
             self.made[name] = component(kinds[name], defaults[name], elem_id=f"{self.form.__name__}-{name}", **given)
 
     def _sides(self, model: str = BUNDLED) -> list[tuple[str, int]]:
-        """Sides to choose from: those of the bundled model, round ones for a user's own, which is not loaded yet."""
+        """Sides to choose from: the bundled model's, or round ones for a user's own model, which is not loaded yet."""
         sides = sides_of(self.models.get(BUNDLED)) if model == BUNDLED else range(128, 2049, 64)
         return [("the model's own", 0), *((str(side), side) for side in sides)]
 
     def sides_follow_the_model(self) -> None:
-        """Has another model offer its own sides, and start from its own size."""
+        """Offers another model's own sides, and starts from its own size."""
         sides = [self[name] for name, kind in self.form.kinds().items() if isinstance(kind, Side)]
         self["model"].input(
             lambda model: [gr.update(choices=self._sides(model), value=0) for _ in sides], self["model"], sides,
@@ -73,7 +73,7 @@ class Controls:
 
 
 def component(kind: Any, value: Any, **changes: Any) -> Any:
-    """The control for a setting. What it sends reaches the forms as it is, and is checked there."""
+    """The control for a setting. The forms get what it sends unchanged, and check it."""
     given = {"label": kind.label, "info": kind.info or None, "value": value} | changes
     match kind:
         case Side():
@@ -97,7 +97,7 @@ def component(kind: Any, value: Any, **changes: Any) -> Any:
 
 
 def _described(made: Any, schema: dict[str, Any]) -> Any:
-    """A control that tells clients the JSON type it takes; Gradio would say that all choices are strings."""
+    """A control that tells clients its JSON type; Gradio would say that all choices are strings."""
     made.api_info = lambda: schema
     return made
 
@@ -107,7 +107,7 @@ def _described(made: Any, schema: dict[str, Any]) -> Any:
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """Has every error reach the user as a sentence, and what nobody foresaw the server's log."""
+    """Shows every error to the user as a sentence; unforeseen errors go to the server's log."""
     try:
         yield
     except (ValueError, GuidanceError) as error:
@@ -121,7 +121,7 @@ def sentences() -> Iterator[None]:
 
 
 def reporting(status: Any) -> Callable[[Callable], Callable]:
-    """Has an event of the page leave the sentence of an error in `status`, where it stays once the alert is gone."""
+    """Keeps the sentence of an event's error in `status`, where it stays after the alert is gone."""
 
     def decorated(event: Callable) -> Callable:
         @functools.wraps(event)
@@ -139,7 +139,7 @@ def reporting(status: Any) -> Callable[[Callable], Callable]:
 
 
 def relayed(work: Generator[News, None, R], updates: Callable[[News], Any]) -> Generator[Any, None, R]:
-    """Yields the page's updates for every news of `work`, and returns its result; closing this closes that."""
+    """Yields the page's updates for every news of `work`, and returns its result; closing this closes `work`."""
     try:
         while True:
             yield updates(next(work))
@@ -150,7 +150,7 @@ def relayed(work: Generator[News, None, R], updates: Callable[[News], Any]) -> G
 
 
 def quietly(work: Generator[News, None, R], outputs: int) -> Generator[Any, None, R]:
-    """The same for clients, who are shown nothing before the end, but may cancel at any time."""
+    """The same for clients, who see nothing before the end but may cancel at any time."""
     return relayed(work, lambda news: tuple(gr.skip() for _ in range(outputs)))
 
 

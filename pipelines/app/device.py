@@ -1,4 +1,4 @@
-"""The device of the app: one thread that does one thing at a time, and the models it does it with."""
+"""The device of the app: one thread that does one job at a time, and its models."""
 
 import atexit
 import logging
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(BaseException):
-    """Nobody waits for this work any more. Not an `Exception`, so that no pipeline takes it for its own."""
+    """Nobody waits for this work any more. Not an `Exception`, so that pipelines do not catch it."""
 
 
 class Device:
-    """Runs jobs in a thread of its own, in the order they come in, never two at once; until the interpreter ends."""
+    """Runs jobs in its own thread, in order of arrival, never two at once, until the interpreter ends."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -39,7 +39,7 @@ class Device:
             self._jobs.get()()
 
     def close(self) -> None:
-        """Stops the job at hand the next time it tells something, drops the others, and waits for that.
+        """Stops the current job at its next news, drops the others, and waits for the end.
 
         An interpreter that ends while its thread is in a kernel aborts the process.
         """
@@ -50,9 +50,9 @@ class Device:
     def run(self, job: Callable[[Callable[[Any], None]], R]) -> Generator[Any, None, R]:
         """Yields what `job(tell)` tells, the latest news only, and returns its result.
 
-        `tell(news)` passes news on to whoever waits. It raises `Stopped` where nobody does any more.
+        `tell(news)` passes news on to whoever waits. It raises `Stopped` once nobody waits.
 
-        Closing the generator stops the job the next time it tells something, and drops it if it has not begun.
+        Closing the generator stops the job at its next news, and drops it if it has not begun.
         """
         news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         stopped = threading.Event()
@@ -66,7 +66,7 @@ class Device:
             try:
                 if not stopped.is_set():
                     news.put(("result", job(tell)))
-            except BaseException as error:  # whatever it was, it belongs to the one who waits
+            except BaseException as error:  # any error belongs to the one who waits
                 news.put(("error", error))
 
         self._jobs.put(work)
@@ -85,7 +85,7 @@ class Device:
 
 
 class Models:
-    """The bundled pipeline, and one of the user's own where the server allows that.
+    """The bundled pipeline, and one of the user's own if the server allows it.
 
     Args:
         allowed: names and folders that may be loaded; "*" allows all.
@@ -97,9 +97,9 @@ class Models:
         self._pipes: dict[str, DiffusionPipeline] = {}
 
     def get(self, name: str) -> DiffusionPipeline:
-        """The pipeline of that name, loaded if need be; a `ValueError` says in a sentence why not."""
+        """The pipeline of that name, loaded if needed; a `ValueError` says in a sentence why not."""
         if name != BUNDLED and name not in self.allowed and "*" not in self.allowed:
-            raise ValueError(f"The model {name!r} is not one this server allows (see its option --allow-models).")
+            raise ValueError(f"This server does not allow the model {name!r} (see its option --allow-models).")
         if name not in self._pipes:
             self._pipes = {key: pipe for key, pipe in self._pipes.items() if key == BUNDLED}  # one guest at a time
             self._pipes[name] = self._load(name)
@@ -123,7 +123,7 @@ class Models:
 
 
 def _refuse_foreign(name: str) -> None:
-    """Refuses a pipeline with a part that is not one of diffusers' and transformers' own classes."""
+    """Refuses a pipeline with a part that is not a class of diffusers or transformers."""
     folder = Path(name).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         raise ValueError("neither a folder nor owner/name")
@@ -134,8 +134,8 @@ def _refuse_foreign(name: str) -> None:
 
 
 def _is_known(library: Any = None, name: Any = None, *rest: Any) -> bool:
-    """Whether a part of a pipeline is a class of diffusers or transformers, and not one that looks for others."""
+    """Whether a part of a pipeline is a class of diffusers or transformers, but not one that loads other classes."""
     if library is None:
-        return True  # an optional part that is not there
+        return True  # a missing optional part
     own = library == "diffusers" or hasattr(diffusers.pipelines, str(library))
     return own or (library == "transformers" and not str(name).startswith("Auto"))

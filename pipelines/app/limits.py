@@ -1,4 +1,4 @@
-"""What the server refuses before anything reads it."""
+"""Requests that the server refuses before it reads them."""
 
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
@@ -6,9 +6,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class SmallRequests:
-    """ASGI middleware that breaks off requests larger than any that the page or a client needs to send (413).
+    """ASGI middleware that stops requests larger than the page or a client needs (413).
 
-    Uploads are refused whatever their size (403): nothing here takes a file.
+    It refuses uploads of any size (403): nothing here takes a file.
     """
 
     most = 64 * 1024
@@ -28,7 +28,7 @@ class SmallRequests:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self.most:
-                raise HTTPException(413, f"A request may have {self.most} bytes at most.")
+                raise HTTPException(413, f"A request may have at most {self.most} bytes.")
             return message
 
         await self.app(scope, counted if scope["type"] == "http" else receive, send)

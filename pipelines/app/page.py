@@ -42,7 +42,7 @@ from diffusers_guidance.pipelines.pictures.texts import counted
 WAITING = 32
 """How many may queue up."""
 VISITORS = 128
-"""How many pages have the pictures they show last kept on the server; older ones can no longer choose among theirs."""
+"""How many pages the server keeps the last pictures of; older pages can no longer choose among theirs."""
 
 TO_RESULT = """() => {
     if (innerWidth < 641) document.getElementById("status").scrollIntoView({behavior: "smooth"});
@@ -54,7 +54,7 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     """The whole page.
 
     Args:
-        welcome: whether it opens with a picture, generated here and now.
+        welcome: whether it opens with a picture, generated now.
     """
     first, results = welcomed(studio) if welcome else (None, [])
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -69,8 +69,8 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
 
 
 def welcomed(studio: Studio) -> tuple[Outcome, list[Result]]:
-    """What the page opens with, and beside it what the guidance scale does to the same prompt and seed."""
-    finished(studio.generate(Generation(steps=2)))  # so that the times shown are those of a warm model
+    """What the page opens with, beside pictures of the same prompt and seed at other guidance scales."""
+    finished(studio.generate(Generation(steps=2)))  # warms the model up, for the times shown
     first = finished(studio.generate(Generation()))
     plain = Generation(rule="CFG", policy="EveryStep")
     steps = [finished(studio.generate(replace(plain, guidance_scale=scale))).guided for scale in (1.0, 5.0)]
@@ -178,7 +178,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
         yield shown(outcome)
 
     def on_stop(both: list[Any], shown: str) -> dict[Any, Any]:
-        """The pictures before, for those that have not come about."""
+        """The earlier pictures in place of those not made yet."""
         if not app_show.is_progress(shown):
             return {status: gr.skip()}
         compared = bool(both) and both[0][0] is not None
@@ -205,7 +205,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
     stopped.then(on_stop, [pairs, status], [status, slider, picture], queue=False, **on_page)
 
     def on_select(both: list[Any], selected: gr.SelectData) -> dict[Any, Any]:
-        if selected.index >= len(both):  # the server has forgotten this page's pictures
+        if selected.index >= len(both):  # the server no longer has this page's pictures
             return {picture: gr.skip()}
         plain, guided = both[selected.index]
         return {slider: (plain, guided) if plain is not None else None, picture: guided}
@@ -224,7 +224,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
 
 
 def _shown_if(condition: bool) -> Any:
-    """Whether a part is seen; one that is not stays on the page, so that it is there at once when it is wanted."""
+    """Shows or hides a part; a hidden one stays on the page, so that it appears at once when needed."""
     return True if condition else "hidden"
 
 
@@ -246,7 +246,7 @@ def _pairs(outcome: Outcome) -> list[tuple[Any, Any]]:
 
 
 def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> None:
-    """Presets choose rule and policy; these show what they are, their own knobs, and the preset they make, if any."""
+    """Presets choose rule and policy; these show their meaning, their own knobs, and their preset, if any."""
     rule, policy = controls["rule"], controls["policy"]
     names = [name for part in KNOBS.values() for name in part]
     knobs = [told["rule"], told["policy"], *(controls[name] for name in names)]
@@ -261,7 +261,7 @@ def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> None
         found = next((name for name, pair in PRESETS.items() if pair == (rule, policy)), None)
         return [found, *visible(rule, policy)]
 
-    # In the browser itself, so that whoever presses the button in the next moment gets what was chosen.
+    # It runs in the browser, so that pressing the button at once uses the choice.
     chosen = preset.input(None, preset, [rule, policy], js=f"name => ({json.dumps(PRESETS)})[name]", **quick)
     chosen.then(visible, [rule, policy], knobs, **quick)
     gr.on([rule.input, policy.input], recognise, [rule, policy], [preset, *knobs], **quick)
@@ -301,7 +301,7 @@ def compare_tab(studio: Studio) -> None:
     @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         form = controls.read(values)
-        yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # they hold the result before
+        yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # they hold the last result
 
         def so_far(news: News) -> dict[Any, Any]:
             done = news.so_far.results if news.so_far else []
@@ -356,13 +356,13 @@ def benchmark_tab(studio: Studio) -> None:
                 padding=False,
                 value=app_show.note("How near every policy comes to full CFG, and for how many evaluations."),
             )
-            frontier = gr.HTML(app_show.empty("The plot grows with every policy that is measured."), padding=False)
+            frontier = gr.HTML(app_show.empty("The plot grows with every measured policy."), padding=False)
             table = gr.DownloadButton("Download JSON", visible=False, size="sm")
 
     @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         form, points = controls.read(values), 0
-        yield {table: gr.update(visible=False)}  # it holds the result before
+        yield {table: gr.update(visible=False)}  # it holds the last result
 
         def so_far(news: News) -> dict[Any, Any]:
             nonlocal points
@@ -401,7 +401,7 @@ def benchmark_tab(studio: Studio) -> None:
 
 
 def _buttons(run: Any, stop: Any, on_run: Callable, controls: Controls, status: Any, outputs: list[Any]) -> None:
-    """The button that starts a tab's work, and the one that ends it."""
+    """The buttons that start and end a tab's work."""
     started = run.click(
         on_run, controls.inputs, [status, *outputs], preprocess=False, show_progress_on=status,
         api_visibility="private", **ON_DEVICE,
@@ -428,7 +428,7 @@ def launch(
     share: bool = False,
     welcome: bool = True,
 ) -> tuple[gr.Blocks, Studio]:
-    """Builds the page and serves it from a thread of its own; `page.local_url` is where."""
+    """Builds the page and serves it from its own thread, at `page.local_url`."""
     studio = Studio(allow_models)
     page = build(studio, welcome)
     page.launch(
@@ -444,7 +444,7 @@ def launch(
         allowed_paths=[],
         state_session_capacity=VISITORS,
         app_kwargs={"middleware": [Middleware(SmallRequests)]},
-        max_file_size="1kb",  # nothing here is uploaded
+        max_file_size="1kb",  # nothing here takes uploads
         ssr_mode=False,
         pwa=False,
         css_paths=Path(__file__).with_name("page.css"),
@@ -454,7 +454,7 @@ def launch(
 
 
 def theme() -> gr.Theme:
-    """Quiet colours, legible in light and dark; the fonts are those of `page.css`."""
+    """Quiet colours, legible in light and dark, with the fonts of `page.css`."""
     return gr.themes.Default(
         primary_hue="indigo",
         neutral_hue="slate",

@@ -26,10 +26,10 @@ def serve(
         typer.Option(
             help="A folder or a name on the Hugging Face hub that users may load, or * for all; safetensors "
             "only. Repeatable.",
-            show_default="the bundled model alone",
+            show_default="only the bundled model",
         ),
     ] = None,
-    mcp: Annotated[bool, typer.Option("--mcp", help="Be an MCP server as well.")] = False,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Also be an MCP server.")] = False,
     share: Annotated[bool, typer.Option("--share", help="Make a public address through gradio.live.")] = False,
 ) -> None:
     """Serve the page: generate, compare and benchmark with guidance."""
@@ -38,9 +38,9 @@ def serve(
         raise typer.Exit(1)
     _check_address(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an end like any other, that leaves no pictures behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a normal end, which leaves no pictures behind
     with tempfile.TemporaryDirectory(prefix="diffusers-guidance-") as outputs:
-        os.environ["GRADIO_TEMP_DIR"] = outputs  # its own, so that no other app's files are within reach
+        os.environ["GRADIO_TEMP_DIR"] = outputs  # its own folder, so that other apps' files are out of reach
         try:
             from diffusers_guidance.pipelines.support.loading import quiet
 
@@ -59,11 +59,11 @@ def serve(
 
 
 def _check_address(host: str, port: int) -> None:
-    """Says at once, and by the options' names, where the page cannot listen."""
+    """Refuses at once, by the options' names, an address where the page cannot listen."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            if os.name == "posix":  # elsewhere it would allow what is in use
+            if os.name == "posix":  # elsewhere it would allow ports in use
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What the app may be asked for: every setting with its default, its limits and its words.
+"""The app's settings, each with its default, its limits and its words.
 
-The page, the named API endpoints and the MCP tools are all built from the forms below, and every value that
-arrives, by whatever way, is checked here and nowhere else, by pydantic. Names are looked up in fixed lists.
+The page, the named API endpoints and the MCP tools are all built from the forms below. Pydantic checks every
+arriving value here and nowhere else. Names are looked up in fixed lists.
 """
 
 import functools
@@ -24,7 +24,7 @@ BUNDLED = "bundled"
 """The name of the model that comes with the package."""
 
 EMOJI = APG.preset("emoji")
-"""APG as it is set for the bundled model."""
+"""APG with the bundled model's settings."""
 
 OWN = "the model's own"
 SCHEDULERS: dict[str, str | None] = {
@@ -39,7 +39,7 @@ SCHEDULERS: dict[str, str | None] = {
 
 
 def _usable(types: list[type], first: type) -> dict[str, type]:
-    """By name, those that need no arguments."""
+    """Those that need no arguments, by name."""
     usable = [t for t in types if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(t))]
     return {t.__name__: t for t in sorted(usable, key=lambda t: (t is not first, t.__name__))}
 
@@ -67,7 +67,7 @@ PRESETS = {
 """Pairs of rule and policy to start from; the page opens with the first."""
 
 
-# Kinds of values: each says in words what it takes
+# Kinds of values; each says in words what it takes
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Side(Number):
-    """Of a picture; 0 is the model's own, and the model has limits of its own."""
+    """A picture's side; 0 is the model's own, and the model has its own limits."""
 
     @property
     def type(self) -> Any:
@@ -241,7 +241,7 @@ class Generation(Form):
     period: int = setting(Hold.period, Number("Period", 1, 10, info="Steps from one full evaluation to the next."))
     warmup: int = setting(Hold.warmup, Number("Warm-up", 1, 20, info="First steps, evaluated in full."))
     last: bool = setting(Hold.last, Flag("The last step in full", "Periods count back from it."))
-    compare_with_plain: bool = setting(True, Flag("Compare with plain CFG", "The same seed again, without us."))
+    compare_with_plain: bool = setting(True, Flag("Compare with plain CFG", "The same seed under the pipeline alone."))
     model: str = setting(BUNDLED, MODEL)
 
     def __post_init__(self) -> None:
@@ -251,7 +251,7 @@ class Generation(Form):
         self.make_policy()
 
     def settled(self) -> "Generation":
-        """These settings with their seed drawn, if it was to be."""
+        """These settings, with a drawn seed if they ask for one."""
         return replace(self, seed=random.randrange(2**32), random_seed=False) if self.random_seed else self
 
     @property
@@ -280,7 +280,7 @@ class Generation(Form):
 
 
 def _knobs_among(parts: Iterable[type]) -> list[str]:
-    """The settings that are fields of some of these classes, and so go by those fields' names."""
+    """The settings that are fields of some of these classes, under the fields' names."""
     return [name for name in Generation.kinds() if any(name in _field_names(part) for part in parts)]
 
 
@@ -297,7 +297,7 @@ KNOBS = {
     part: [name for name in _knobs_among(types.values()) if name != "guidance_scale"]
     for part, types in (("rule", RULES), ("policy", POLICIES))
 }
-"""The knobs of rules and of policies: a setting of `Generation` is one if it bears the name of a field of theirs."""
+"""The knobs of rules and of policies: settings of `Generation` with the name of a field of theirs."""
 
 
 _FIRST = next(iter(COMPARISONS.values()))

@@ -27,29 +27,29 @@ from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import Report
 
 INK = "#123457"
-"""Stands for the colour of the page's text; no other colour may be the same."""
+"""Represents the colour of the page's text; no other colour may equal it."""
 COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444", "#86198f")
 
 
 @functools.cache
 def _parts() -> Any:
-    """The macros of `parts.html`; what they are given is escaped."""
+    """The macros of `parts.html`, which escape their arguments."""
     filters = {"counted": counted, "data_uri": data_uri, "decibels": _decibels, "breakable": _breakable}
     return template(__package__, "parts.html", **filters).module
 
 
 def head(results: Sequence[Result]) -> str:
-    """What the page says first, beside small pictures, each over its scale and how it was guided."""
+    """The page's opening text, beside small pictures, each over its scale and guidance."""
     return str(_parts().head(results))
 
 
 def progress_bar(news: News) -> str:
-    """Where a piece of work is."""
+    """A job's progress."""
     return str(_parts().progress_bar(news))
 
 
 def is_progress(html: str) -> bool:
-    """Whether that is a `progress_bar`, so that something is running."""
+    """Whether it is a `progress_bar`, so that something is running."""
     return "<progress" in (html or "")
 
 
@@ -59,7 +59,7 @@ def note(text: str) -> str:
 
 
 def numbers(outcome: Outcome) -> str:
-    """What a picture cost, beside what plain CFG costs."""
+    """A picture's cost, beside that of plain CFG."""
     return str(_parts().numbers(outcome.guided, outcome.plain))
 
 
@@ -69,13 +69,13 @@ def about(part: type) -> str:
     if part is LinearAG:
         sentence += (
             " It is fitted where the bundled model has a calibration for the scheduler, steps and scale (DDIM or "
-            "DPM++ 2M, 20 or 50 steps, scale 5); otherwise the last difference is held. The result says which."
+            "DPM++ 2M, 20 or 50 steps, scale 5); otherwise it holds the last difference. The result says which."
         )
     return str(_parts().about(re.split("`([^`]+)`", sentence)))
 
 
 def empty(words: str) -> str:
-    """A place where something will be."""
+    """A placeholder."""
     return str(_parts().place(words))
 
 
@@ -83,7 +83,7 @@ def empty(words: str) -> str:
 
 
 def similarity_plot(report: Report) -> str:
-    """How the two predictions come to agree over the steps; shaded where one of them was not evaluated."""
+    """How the two predictions come to agree over the steps; steps that skipped one are shaded."""
     if not any(step.nfe_full > len(step.evaluated) for step in report.steps):
         return empty("No guidance at scale 1: every step makes one prediction, so there are no two to compare.")
     figure = report.plot()
@@ -115,7 +115,7 @@ def frontier_plot(frontier: Frontier) -> Figure:
     figure = Figure(figsize=(7.0, 3.9), layout="constrained")
     axes = figure.add_subplot(xlabel="network evaluations per picture", ylabel="PSNR to full CFG, dB")
     families = list(dict.fromkeys(point.family for point in frontier.points[1:]))
-    # Every family looks its own way, whatever their number; points that coincide are all seen.
+    # Each family has its own look, however many there are; coinciding points all stay visible.
     looks = zip(families, itertools.cycle(COLOURS), itertools.cycle("XosD^*vP"), itertools.count(10, -1), strict=False)
     for family, colour, marker, size in looks:
         known = sorted((p.nfe, p.psnr) for p in frontier.points if p.family == family and _is_known(p.psnr))
@@ -147,7 +147,7 @@ def _plot(svg: str, caption: str) -> str:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """A figure as inline SVG in the page's own font and colour, light or dark."""
+    """A figure as inline SVG in the page's font and colour, light or dark."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(INK)
@@ -178,7 +178,7 @@ def _svg_text() -> Any:
 
 
 def _layout(grid: Grid, results: Sequence[Result]) -> tuple[list[str], list[str], dict[tuple[int, int], Result]]:
-    """Row labels, column labels and the results by (row, column): rules or, where there are several, scales across."""
+    """Row labels, column labels and the results by (row, column); several scales run across, else rules."""
     if len(grid.scales) > 1:
         columns = [f"scale {scale:g}" for scale in grid.scales]
         several = len(grid.policies) > 1
@@ -194,7 +194,7 @@ def _caption(result: Result) -> tuple[str, str]:
 
 
 def grid_html(grid: Grid, results: Sequence[Result]) -> str:
-    """The pictures there are so far, in their places."""
+    """The pictures made so far, in their places."""
     rows, columns, placed = _layout(grid, results)
     cells = {place: (result, *_caption(result)) for place, result in placed.items()}
     return str(_parts().grid(grid.prompt, rows, columns, cells))
@@ -239,7 +239,7 @@ def to_picture(figure: Figure) -> Image.Image:
 
 
 def data_uri(picture: Image.Image, largest: int = 384) -> str:
-    """A picture, made small, as an address that needs no file."""
+    """A small version of a picture, as a data address."""
     small = picture.convert("RGB")
     small.thumbnail((largest, largest))
     out = io.BytesIO()

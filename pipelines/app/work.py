@@ -1,4 +1,4 @@
-"""The work behind the app's three buttons: generate, compare, benchmark. Knows pipelines, not pages."""
+"""The work behind the app's three buttons: generate, compare, benchmark. It knows pipelines, not pages."""
 
 import functools
 import inspect
@@ -36,7 +36,7 @@ R = TypeVar("R")
 
 @dataclass
 class News:
-    """What a `Tell` was told, on its way to the page."""
+    """The arguments of a `Tell`, on their way to the page."""
 
     what: str
     done: int
@@ -46,7 +46,7 @@ class News:
 
 
 class Tell(Progress, Protocol):
-    """A `Progress` that can be shown something too; raises `Stopped` where nobody waits any more."""
+    """A `Progress` that can also show something; raises `Stopped` once nobody waits."""
 
     def __call__(
         self, what: str, done: int, total: int, /, pictures: list[Image.Image] | None = None, so_far: Any = None
@@ -58,7 +58,7 @@ class Tell(Progress, Protocol):
 
 @dataclass
 class Outcome:
-    """What "Generate" made: with the chosen pair, with plain CFG if wanted, and the code for it."""
+    """The result of "Generate": pictures of the chosen pair, of plain CFG if wanted, and the code."""
 
     settings: Generation
     guided: Result
@@ -78,7 +78,7 @@ def _measured(result: Result) -> dict[str, Any]:
 
 
 def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outcome:
-    """Runs the pipeline under the chosen rule and policy, after that by itself if the settings ask for it."""
+    """Runs the pipeline under the chosen rule and policy, then by itself if the settings ask for that."""
     plain_pair = CFG(), EveryStep()
     with scheduled(pipe, SCHEDULERS[settings.scheduler]):
         pair = settings.make_rule(pipe), policy_of(pipe, settings)
@@ -97,7 +97,7 @@ def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outco
 
 
 def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell) -> Result:
-    """One call of the pipeline, watched."""
+    """One watched call of the pipeline."""
 
     def watch(step: Step, prediction: Prediction | None, guided: Tensor) -> None:
         tell(name, step.index + 1, step.count, pictures=preview(step, guided))
@@ -111,7 +111,7 @@ def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, te
 
 
 def policy_of(pipe: Any, settings: Generation) -> Policy:
-    """The chosen policy; LinearAG with a bundled calibration that was made for just this, where there is one."""
+    """The chosen policy; LinearAG gets a bundled calibration if one fits exactly."""
     name = fitting_calibration(pipe, settings)
     if settings.policy == LinearAG.__name__ and name is not None:
         return LinearAG(Calibration.load(calibration_file(name)))
@@ -135,7 +135,7 @@ def _calibrated() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def estimates(policy: Policy) -> str:
-    """What stands in for evaluations that LinearAG skips, as said beside its name."""
+    """The substitute for evaluations that LinearAG skips, in words beside its name."""
     if not isinstance(policy, LinearAG):
         return ""
     return ", held" if policy.calibration is None else ", fitted"
@@ -154,7 +154,7 @@ def sides_asked(pipe: Any, settings: Generation) -> dict[str, Any]:
 
 
 def sides_of(pipe: Any) -> range:
-    """The widths and heights, in pixels, that a pipeline's pictures may have here: from half to twice its own."""
+    """The widths and heights, in pixels, allowed here for a pipeline's pictures: from half to twice its own."""
     own = max(own_size(pipe) or (1024,))
     return range(own // 16 * 8, 2 * own + 1, 8)
 
@@ -199,7 +199,7 @@ def reproduce(pipe: Any, settings: Generation) -> str:
 
 
 def _argument(value: Any) -> str:
-    """An argument of a call as one writes it; a text for each picture is the same for all."""
+    """An argument of a call as code; a text for each picture is the same for all."""
     if isinstance(value, list):
         text = json.dumps(value[0], ensure_ascii=False)
         return text if len(value) == 1 else f"[{text}] * {len(value)}"
@@ -207,7 +207,7 @@ def _argument(value: Any) -> str:
 
 
 def _written(part: Any) -> str:
-    """A rule or policy as one writes it."""
+    """A rule or policy as code."""
     return f"{type(part).__name__}({arguments(part)})"
 
 
@@ -226,7 +226,7 @@ def columns_of(pipe: Any, grid: Grid) -> list[Column]:
 
 
 def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
-    """The pictures of the grid; after each one, all there are so far are told."""
+    """The pictures of the grid; after each one, tells all made so far."""
     comparison: Comparison | None = None
     with scheduled(pipe, SCHEDULERS[grid.scheduler]):
         columns = columns_of(pipe, grid)
@@ -255,7 +255,7 @@ class Point:
     nfe: float
     """Per picture."""
     psnr: float | None
-    """Mean over pictures in dB, `EQUAL` where they are the same; None for full CFG itself."""
+    """Mean over pictures in dB, `EQUAL` if they are the same; None for full CFG itself."""
     seconds: float
     """Per picture."""
     saturation: float
@@ -263,7 +263,7 @@ class Point:
 
 @dataclass
 class Frontier:
-    """What the benchmark measured so far."""
+    """What the benchmark has measured so far."""
 
     trial: Trial
     steps: int
@@ -279,10 +279,10 @@ class Frontier:
 
 
 def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, str, int]]:
-    """(family, column, steps) of every way of saving that is measured against full CFG.
+    """(family, column, steps) of every way of saving to measure against full CFG.
 
     Args:
-        calibration: the name of one that fits; without it LinearAG holds, and nothing can be searched.
+        calibration: the name of one that fits; without it LinearAG holds, and `search` is not possible.
     """
     named = f"calibration={calibration!r}"
     linear = ("LinearAG", f"LinearAG({named})", steps) if calibration else ("LinearAG, held", "LinearAG", steps)
@@ -324,7 +324,7 @@ def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> Frontier:
 
 
 def _part_of(tell: Tell, what: str, number: int, count: int, steps: int, so_far: Any) -> Progress:
-    """What run `number` of `count` tells, each as long as this one."""
+    """The progress of run `number` of `count`, each as long as this one."""
 
     def progress(_: str, done: int, total: int, /) -> None:
         total = max(total, steps)
@@ -334,7 +334,7 @@ def _part_of(tell: Tell, what: str, number: int, count: int, steps: int, so_far:
 
 
 class Preview:
-    """Decodes denoised latents into small pictures, for at most a fifth of the time a run takes."""
+    """Decodes denoised latents into small pictures, in at most a fifth of a run's time."""
 
     largest = 384
 
@@ -351,7 +351,7 @@ class Preview:
         vae: Any = getattr(self.pipe, "vae", None)
         factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
         if factor is None or vae.config.latent_channels != denoised.shape[1]:
-            return None  # packed or otherwise its own affair
+            return None  # packed, or in another form of its own
         latents = denoised / factor + (getattr(vae.config, "shift_factor", None) or 0)
         decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         pictures = self.pipe.image_processor.postprocess(decoded, output_type="pil")
@@ -363,17 +363,17 @@ class Preview:
 
 
 def label(picture: Image.Image, facts: dict[str, Any]) -> None:
-    """Has a picture carry its settings, as PNG metadata once it is saved.
+    """Adds its settings to a picture, as PNG metadata once it is saved.
 
-    With the moment in it no two files are the same: Gradio names files by what is in them, and would write anew
-    one that somebody else is being sent.
+    The current time makes every file different: Gradio names files by their content, and would overwrite
+    one that is being sent to somebody else.
     """
     made = {"version": version("diffusers-guidance"), "made": datetime.now(timezone.utc).isoformat()}
     picture.info["diffusers-guidance"] = json.dumps(made | facts)
 
 
 class Studio:
-    """The work above, one piece at a time on one device, for whoever asks."""
+    """The work above, one job at a time on one device."""
 
     def __init__(self, allow_models: Sequence[str] = ()):
         self.models = Models(allow_models)

@@ -176,7 +176,7 @@ def check_end(
     unseen = company.stranger or (call.guides and not (denoisers and has_schedulers))
     if company.left_to or (not steps and unseen):
         other = company.left_to or company.stranger
-        other = f"a {other}, which is none" if other else "networks and schedulers that are none"
+        other = f"a {other}, which is not one" if other else "networks and schedulers that are none"
         raise UnsupportedPipeline(
             f"{name} left its evaluations to {other} of its attributes, so its guidance could not "
             "be found; attach to the pipeline that has them"

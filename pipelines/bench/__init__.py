@@ -1,1 +1,1 @@
-"""The benchmark: what is saved and what it costs."""
+"""The benchmark: what rules and policies save, and at what cost."""

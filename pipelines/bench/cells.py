@@ -1,4 +1,4 @@
-"""What one cell of a benchmark does, on whatever machine it runs: make pictures, or take the time."""
+"""What one cell of a benchmark does, on any machine: make pictures, or measure time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -34,9 +34,9 @@ class Done:
 
 
 def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) -> Done:
-    """Runs a cell from nothing but its arguments, so that any process gives the same.
+    """Runs a cell from its arguments alone, so that any process gives the same.
 
-    A column that this pipeline cannot run is no error: the record says under "left out" why.
+    A column that this pipeline cannot run is not an error: the record says why under "left out".
     """
     pipe = pipeline(suite.model, device, dtype)
     with scheduled(pipe, cell.scheduler):
@@ -51,7 +51,7 @@ def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) ->
 
 
 def _make(pipe: Any, suite: Suite, cases: list[Case], column: Column, steps: int | None = None, **how: Any) -> Result:
-    """`make` with what a suite says of all runs."""
+    """`make` with the suite's settings for all runs."""
     return make(pipe, cases, column, steps=steps or suite.steps, guidance_scale=suite.guidance_scale, **how)
 
 
@@ -70,12 +70,12 @@ def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict
 
 
 def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
-    """The effective guidance scale of the column's rule where every step is guided, over all prompts."""
+    """The effective guidance scale of the column's rule with every step guided, over all prompts."""
     asked, strength = suite.scale(column), Strength()
     cases = cases_of(suite.prompts, [cell.seed], suite.negative)
     guided = Column(column.name, column.rule or DEFAULT_RULE, EveryStep(), asked)
     made = _make(pipe, suite, cases, guided, batch=cell.batch, observers=[strength])
-    # In the pipeline's own words: some count their scale from 0, so that theirs is w - 1.
+    # As the pipeline counts: some count their scale from 0, so that theirs is w - 1.
     w = next(step.guidance_scale for step in made.reports[-1].steps if step.guidance_scale is not None)
     return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": strength.mean - (w - asked)}, []
 
@@ -84,7 +84,7 @@ def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dic
 
 
 class Rates:
-    """Evaluations and seconds of the denoiser in a step with guidance and in one without: the pipeline's own."""
+    """Evaluations and seconds of the denoiser in the pipeline's own steps with and without guidance."""
 
     def __init__(self, pipe: Any, suite: Suite, batch: int):
         self.pipe, self.suite, self.batch = pipe, suite, batch
@@ -94,7 +94,7 @@ class Rates:
         """Per step, a number for each round."""
 
     def round(self, keep: bool = True) -> None:
-        """Takes the time of both once."""
+        """Times both once."""
         for kind, scale in self.scales.items():
             column = Column(kind, CFG(), EveryStep(), scale)
             with _denoiser_clock(self.pipe) as clock:
@@ -106,17 +106,17 @@ class Rates:
 
     @property
     def tell(self) -> bool:
-        """Whether scale 1 is no guidance, so that they say what a skipped evaluation takes."""
+        """Whether scale 1 turns guidance off, so that the rates tell the cost of a skipped evaluation."""
         return self.evaluations["unguided"] < self.evaluations["guided"]
 
 
 def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
-    """Evaluations a second at the whole batch and at the half that is left without guidance, alternately."""
+    """Evaluations a second at the whole batch and at the half that remains without guidance, in turns."""
     rates = Rates(pipe, suite, cell.batch)
     for round in range(suite.timing.rounds + 1):
         rates.round(keep=round > 0)  # the first warms up
     if not rates.tell:
-        raise GuidanceError(f"{type(pipe).__name__} guides at scale 1 too: what a skipped evaluation takes is unknown")
+        raise GuidanceError(f"{type(pipe).__name__} guides at scale 1 too: the time of a skipped evaluation is unknown")
     step = {kind: _quantiles(seconds) for kind, seconds in rates.seconds.items()}
     per_second = {kind: rates.evaluations[kind] / step[kind]["median"] for kind in step}
     return {
@@ -128,7 +128,7 @@ def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str
 def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
     """Seconds of a call, in turns with the baseline's, so that drift cancels.
 
-    Each turn gives a ratio; and the saving that was possible in that turn, from the denoiser's own times in it.
+    Each turn gives a ratio, and the possible saving by the denoiser's own times in that turn.
     """
     rates = Rates(pipe, suite, cell.batch)
     base = suite.column(suite.entry(suite.baseline))
@@ -138,7 +138,7 @@ def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[s
     for round in range(suite.timing.rounds + 1):
         pair = [("baseline", base, suite.baseline), ("column", column, cell.column)]
         for kind, each, name in pair if round % 2 else reversed(pair):
-            with _peak_memory(pipe) as memory:  # a picture on the host waits for the device by itself
+            with _peak_memory(pipe) as memory:  # bringing a picture to the host waits for the device
                 made = _make(pipe, suite, _few(suite, cell.batch), each, suite.entry(name).steps)
             if round:
                 taken[kind].append(made.seconds)
@@ -167,7 +167,7 @@ def possible_saving(
         evaluations, seconds: of the denoiser in a "guided" and in an "unguided" step.
         whole: seconds of the baseline's call.
     """
-    # Between the two sizes measured, linearly: where only some samples of a batch skip.
+    # Linear between the two measured sizes: sometimes only some samples of a batch skip.
     sizes = [0.0, evaluations["unguided"], evaluations["guided"]]
     times = [0.0, seconds["unguided"], seconds["guided"]]
     took = {kind: float(np.interp(rows[kind], sizes, times).sum()) for kind in ("baseline", "column")}
@@ -205,7 +205,7 @@ def _denoiser_clock(pipe: Any) -> Iterator[list[float]]:
         clock.append(time.perf_counter() - began.pop())
 
     for _, component in components(pipe):
-        # The decoder is a network too, but is called by its methods.
+        # The decoder is a network too, but pipelines call its methods.
         if isinstance(component, torch.nn.Module):
             hooks += [component.register_forward_pre_hook(before), component.register_forward_hook(after)]
     try:
@@ -217,13 +217,13 @@ def _denoiser_clock(pipe: Any) -> Iterator[list[float]]:
 
 @contextmanager
 def _peak_memory(pipe: Any) -> Iterator[Callable[[], int | None]]:
-    """A function that says the most bytes in use inside the block; None where that cannot be known."""
+    """A function that returns the most bytes in use inside the block; None if unknown."""
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         yield torch.cuda.max_memory_allocated
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
     except OSError:
         yield lambda: None
         return

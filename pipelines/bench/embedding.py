@@ -1,4 +1,4 @@
-"""A small network that embeds pictures, so that the real ones most like a generated one can be looked up.
+"""A small network that embeds pictures, to look up the real pictures most similar to a generated one.
 
 Its weights lie beside a model (`metrics.Retrieval`); `benchmarks/training/embedding.py` trains it.
 """
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZE = 64
-"""Pixels a side that it looks at."""
+"""Side of its input in pixels."""
 
 
 class Embedding(nn.Module):
     """Pictures (B, 3, 64, 64) in [-1, 1] to vectors of length 1, (B, 128).
 
     Args:
-        concepts, styles: How many it is to tell apart.
+        concepts, styles: how many it tells apart.
     """
 
     def __init__(self, concepts: int, styles: int):

@@ -1,4 +1,4 @@
-"""From a benchmark's lines and pictures to its figures: each a mean over prompts and seeds with its 95 % interval."""
+"""Turns a benchmark's lines and pictures into figures: means over prompts and seeds with their 95 % intervals."""
 
 import importlib.util
 import json
@@ -32,13 +32,13 @@ from diffusers_guidance.pipelines.support.loading import load_whole
 Record = dict[str, Any]
 RESAMPLINGS = 2000
 NOTHING = 0.01
-"""A share of the seconds that is too little to have a share of."""
+"""A share of the seconds too small to divide by."""
 CLIP = "openai/clip-vit-base-patch16"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured of pictures: how it is called, said and shown."""
+    """A measure of pictures: its key, its name, its meaning and its format."""
 
     name: str
     title: str
@@ -75,7 +75,7 @@ class Figure:
 
 
 def interval(values: np.ndarray) -> Figure:
-    """Of (seeds, prompts) values: bootstrap that draws seeds and prompts anew, for both were chosen by chance.
+    """A figure from (seeds, prompts) values: the bootstrap draws both anew, since both were chosen by chance.
 
     Owen (2007), "The pigeonhole bootstrap"; on the cautious side.
     """
@@ -85,7 +85,7 @@ def interval(values: np.ndarray) -> Figure:
 
 
 def relative(values: np.ndarray, reference: np.ndarray) -> Figure:
-    """How much larger one mean is than another over the same seeds and prompts, drawn together; 0.1 is 10 %."""
+    """By what share one mean exceeds another over the same seeds and prompts, drawn together; 0.1 is 10 %."""
     low, high = np.quantile(_resampled(values) / _resampled(reference) - 1, [0.025, 0.975])
     return Figure(float(values.mean() / reference.mean() - 1), float(low), float(high))
 
@@ -107,21 +107,21 @@ def _resampled(values: np.ndarray) -> np.ndarray:
 
 
 class Retrieval:
-    """Whether the real picture nearest to a generated one is of the concept that the prompt names.
+    """Whether the real picture nearest to a generated one shows the concept that the prompt names.
 
-    Lies beside a model as `retrieval.safetensors`, if it has one: `network.*`, the weights of
-    `embedding.Embedding`, trained apart from the generator; `pool` (N, D), the vectors of real
+    A model may have it as `retrieval.safetensors`. The file has `network.*`, the weights of
+    `embedding.Embedding`, trained separately from the generator; `pool` (N, D), the vectors of real
     pictures; and in the metadata `concepts`, a JSON list of N names.
 
     Args:
-        embed: Pictures (B, H, W, 3) uint8 to vectors of length 1 (B, D).
+        embed: pictures (B, H, W, 3) uint8 to vectors of length 1 (B, D).
     """
 
     FILE = "retrieval.safetensors"
 
     def __init__(self, embed: Callable[[Tensor], Tensor], pool: Tensor, concepts: Sequence[str]):
         if len(pool) != len(concepts):
-            raise ValueError(f"{len(pool)} vectors in the pool, {len(concepts)} concepts: one for each, please")
+            raise ValueError(f"{len(pool)} vectors in the pool, {len(concepts)} concepts: give one for each")
         self.embed, self.pool, self.concepts = embed, pool, list(concepts)
 
     @classmethod
@@ -129,7 +129,7 @@ class Retrieval:
         """Reads what `save` wrote.
 
         Raises:
-            OSError: no such file.
+            OSError: the file does not exist.
         """
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name).float() for name in content.keys()}  # noqa: SIM118 (not a mapping)
@@ -148,12 +148,12 @@ class Retrieval:
         save_file(halves, file, {"concepts": json.dumps(list(concepts))})
 
     def concept(self, prompt: str) -> str | None:
-        """The longest concept whose words the prompt has, one after the other."""
+        """The longest concept whose words the prompt has in a row."""
         said = f" {' '.join(prompt.lower().replace(',', ' ').split())} "
         return max((c for c in set(self.concepts) if f" {c.lower()} " in said), key=len, default=None)
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(N,) 1 or 0; NaN where the prompt names no concept of the pool."""
+        """(N,) 1 or 0; NaN if the prompt names no concept of the pool."""
         whole = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
         nearest = (self.embed(whole) @ self.pool.T).argmax(1).tolist()
         wanted = [self.concept(prompt) for prompt in prompts]
@@ -164,10 +164,10 @@ class Retrieval:
 def clip_scorer() -> Callable[[Tensor, Sequence[str]], Tensor]:
     """CLIP score (Hessel et al. 2021) from weights that are on this machine; downloads nothing.
 
-    Straight from the model: torchmetrics 1.9 does not know what CLIP returns since transformers 5.
+    It uses the model directly: torchmetrics 1.9 does not know what CLIP returns since transformers 5.
 
     Raises:
-        OSError: they are not.
+        OSError: the weights are missing.
     """
     from transformers import CLIPModel, CLIPProcessor
 
@@ -194,7 +194,7 @@ def lpips_scorer() -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS from weights that are on this machine; downloads nothing.
 
     Raises:
-        OSError: they are not.
+        OSError: the weights are missing.
         ImportError: torchvision, which has the network, is not installed.
     """
     if importlib.util.find_spec("torchvision") is None:
@@ -213,7 +213,7 @@ def lpips_scorer() -> Callable[[Tensor, Tensor], Tensor]:
 
 @dataclass
 class Scorers:
-    """The measures that need weights; None, and a reason in `left_out`, where they are not to be had."""
+    """The measures that need weights; None, with a reason in `left_out`, for those that are missing."""
 
     lpips: Callable[[Tensor, Tensor], Tensor] | None
     clip_score: Callable[[Tensor, Sequence[str]], Tensor] | None
@@ -246,7 +246,7 @@ class Scorers:
 
 @dataclass
 class Row:
-    """One column under one scheduler, all its figures; values are (seeds, prompts)."""
+    """All figures of one column under one scheduler; values are (seeds, prompts)."""
 
     name: str
     scheduler: str
@@ -257,7 +257,7 @@ class Row:
     nfe: Figure
     saved: float
     reference: str | None
-    """The column of full CFG that fidelity is measured to; None where there is none, or it is that itself."""
+    """The column of full CFG that fidelity refers to; None if there is none, or if this is it."""
     values: dict[str, np.ndarray]
     figures: dict[str, Figure]
     pictures: list[list[Path]]
@@ -265,7 +265,7 @@ class Row:
 
 @dataclass
 class TimingRow:
-    """One column's time at one batch size, beside what its skipped evaluations could have saved."""
+    """One column's time at one batch size, beside the possible saving of its skipped evaluations."""
 
     name: str
     batch: int
@@ -275,7 +275,7 @@ class TimingRow:
     saved: float
     possible: float | None
     shares: dict[str, float] | None
-    """Of the possible saving, by run and turn: 20 and 80 %; None where nothing could be saved."""
+    """Share of the possible saving, by run and turn: 20 and 80 % quantiles; None if nothing could be saved."""
     peak: int | None
     baseline_peak: int | None
 
@@ -286,7 +286,7 @@ class TimingRow:
 
 @dataclass
 class Verdict:
-    """A target of the suite, what came out, and whether that meets it (None: not measured)."""
+    """A target of the suite, the result, and whether that meets it (None: not measured)."""
 
     column: str
     measure: str
@@ -310,7 +310,7 @@ class Summary:
 
     @property
     def measures(self) -> list[Measure]:
-        """Those that were measured of any column."""
+        """Those measured for any column."""
         return [m for m in MEASURES if any(m.name in row.figures for row in self.rows)]
 
 
@@ -318,7 +318,7 @@ def summarise(suite: Suite, lines: Sequence[Record], out: Path, scorers: Scorers
     """The figures of a suite from `bench`'s lines and the pictures in `out`.
 
     Raises:
-        GuidanceError: there is nothing to compare with, for the baseline could not be run.
+        GuidanceError: there is nothing to compare with, since the baseline could not be run.
     """
     scorers = scorers or Scorers.find(suite.model)
     left_out = {_title(name): why for name, why in scorers.left_out.items()}
@@ -411,11 +411,11 @@ def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> lis
 
 
 def _timing(line: Record) -> TimingRow:
-    """The saving that was had, and the one that the denoiser's own times at whole and half batches allow."""
+    """The actual saving, and the one that the denoiser's own times at whole and half batches allow."""
     possible = float(np.median(line["possible"])) if line["possible"] else None
     shares = None
     if possible is not None and possible > NOTHING:
-        # Over the median of the possible: in a single turn that may be nothing.
+        # Divided by the median of the possible: in a single turn that may be zero.
         low, high = np.quantile([(1 - ratio) / possible for ratio in line["ratios"]], [0.2, 0.8])
         shares = {"p20": float(low), "p80": float(high)}
     return TimingRow(

@@ -1,4 +1,4 @@
-"""A benchmark as people read it: one HTML page that needs nothing beside it, and tables in Markdown for the docs."""
+"""A benchmark's report: one self-contained HTML page, and tables in Markdown for the docs."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ def save(summary: Summary, out: Path) -> list[Path]:
 
 
 def html(summary: Summary) -> str:
-    """The page; pictures and plots are in it."""
+    """The page, with its pictures and plots inside."""
     filters = {"picture": _picture, "memory": _memory, "pair": _pair, "counted": counted}
     schedulers = list(dict.fromkeys(row.scheduler for row in summary.rows))
     return template(__package__, "report.html", **filters).render(
@@ -86,7 +86,7 @@ def markdown(summary: Summary) -> str:
 
 
 def as_json(summary: Summary) -> str:
-    """Every figure as plain JSON."""
+    """All figures as plain JSON."""
     rows = [
         {**{k: v for k, v in vars(row).items() if k not in ("values", "pictures", "figures", "nfe")},
          "nfe": asdict(row.nfe), "figures": {name: asdict(found) for name, found in row.figures.items()}}
@@ -143,13 +143,13 @@ def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
         names.append((row.name, x, at, colour))
     axes.margins(x=0.25, y=0.15)
     _plain(axes)
-    plot.draw_without_rendering()  # places are settled from here on
+    plot.draw_without_rendering()  # fixes all positions
     _name(axes, names)
     return "Fidelity for evaluations: further up is closer to full guidance, further left is cheaper.", _svg(plot)
 
 
 def _name(axes: Any, names: list[tuple[str, float, Figure, str]]) -> None:
-    """Writes names beside their points, on no other name, point or interval where there is such a place."""
+    """Writes names beside their points, where possible without covering another name, point or interval."""
 
     def box(x: float, low: float, high: float) -> Bbox:
         return Bbox(axes.transData.transform([(x, low), (x, high)])).padded(5)
@@ -195,7 +195,7 @@ def look_plot(summary: Summary) -> tuple[str, str]:
 
 
 def time_plot(summary: Summary) -> tuple[str, str] | None:
-    """What was saved beside what could be."""
+    """The actual savings beside the possible ones."""
     rows = summary.timings
     if not rows:
         return None

@@ -1,7 +1,7 @@
-"""The benchmark's engine: which cells are left to do, doing them here or on Ray, and keeping what they gave.
+"""The benchmark's engine: finds the cells left to do, does them here or on Ray, and keeps their results.
 
-`results.jsonl` has a line for each finished cell and for each environment one ran in. A line is written when all its
-pictures are; so whatever is interrupted leaves finished cells and nothing else, and the next call does the others.
+`results.jsonl` has a line for each finished cell and for each environment one ran in. A line is written after all its
+pictures. So an interruption leaves only finished cells, and the next call does the others.
 """
 
 import functools
@@ -34,14 +34,14 @@ def bench(
     """Does the suite's cells that `out` does not hold yet; returns the lines of all its cells, environments first.
 
     Args:
-        out: folder of results.jsonl and pictures/; cells of other suites in it are left alone.
-        device, dtype: as of the command line's; None chooses.
-        on_ray: whether on the Ray cluster of `support.ray.cluster()`. What is timed is never timed beside other work.
+        out: folder of results.jsonl and pictures/; cells of other suites in it stay.
+        device, dtype: as on the command line; None chooses.
+        on_ray: whether to use the Ray cluster of `support.ray.cluster()`. Timing never runs beside other work.
         resources: of a cell on Ray, see `spread`.
 
     Raises:
         ValueError: the suite names something that does not exist.
-        GuidanceError: never for one column's sake, whose lines then say what was left out and why.
+        GuidanceError: never because of one column; its lines then say what was left out and why.
     """
     progress = progress or silent
     results = Results(out / "results.jsonl")
@@ -78,7 +78,7 @@ def bench(
         if wanted is None or scale is not None:
             cells.append(replace(cell, effective=scale))
         else:
-            total -= 1  # what it was to be as strong as was left out, by name
+            total -= 1  # the column to match in strength was left out, by name
     do(cells)
     do(suite.timing_cells(), at_once=1)
     used = {record["environment"] for record in mine}
@@ -94,7 +94,7 @@ def _keep(results: "Results", out: Path, key: str, cell: Cell, done: Done) -> di
 
 
 class Results:
-    """A file of JSON lines that is only ever added to; the torn last line of a killed run is cut off."""
+    """A file of JSON lines that only grows; the torn last line of a killed run is cut off."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -113,10 +113,10 @@ class Results:
                 else:
                     self.cells[record["key"]] = record
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}, line {number}: no result of a benchmark; move the file away") from None
+                raise ValueError(f"{file}, line {number}: not a benchmark's result; move the file away") from None
 
     def found(self, key: str) -> dict[str, Any] | None:
-        """The finished cell of that key; None where it has yet to be done, or its pictures are no longer there."""
+        """The finished cell of that key; None if it is still to do, or its pictures are gone."""
         record = self.cells.get(key)
         lost = record is not None and not all(
             (self.file.parent / name).is_file() for name in record.get("pictures", ())
@@ -124,7 +124,7 @@ class Results:
         return None if lost else record
 
     def add(self, record: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
-        """Writes the line of a finished cell, after its environment's if that is a new one."""
+        """Writes the line of a finished cell, after its environment's if that is new."""
         ran = {"kind": "environment", **environment}
         found = next((n for n, other in self.environments.items() if other == ran | {"id": n}), None)
         if found is None:

@@ -1,4 +1,4 @@
-"""A benchmark's suite: one readable YAML file, and the cells of work it stands for."""
+"""A benchmark's suite: one readable YAML file, and its cells of work."""
 
 import functools
 import hashlib
@@ -21,15 +21,15 @@ from diffusers_guidance.pipelines.support.written import Count, Scale, Seed, Tex
 from diffusers_guidance.rules import CFG
 
 SUITE = samples.MODEL.parent / "suites" / "emoji.yaml"
-"""That of the bundled model."""
+"""The bundled model's suite."""
 
 JUDGED = ("saved", "share_of_possible", "psnr", "ssim", "lpips", "saturation", "contrast", "clipped", "clip_score",
           "retrieval")  # fmt: skip
-"""What a target may be about: shares of NFEs and of the time that was possible, and the measures of pictures."""
+"""What a target may judge: shares of NFEs and of the possible time, and the measures of pictures."""
 
 
 def _judgeable(target: Any) -> dict[str, Any]:
-    """Refuses what could not be judged once everything has run."""
+    """Refuses targets that could not be judged after the run."""
     kinds = ({"at_least"}, {"within", "of"}, {"within_points", "of"})
     asked = set(target) - {"column", "measure"} if isinstance(target, dict) else set()
     if asked not in kinds or not {"column", "measure"} <= set(target):
@@ -39,7 +39,7 @@ def _judgeable(target: Any) -> dict[str, Any]:
     if target["measure"] not in JUDGED:
         raise ValueError(f"targets: there is no measure {target['measure']!r}; there are {', '.join(JUDGED)}")
     if "of" in target and target["measure"] in JUDGED[:2]:
-        raise ValueError(f"targets: {target['measure']} of {target['column']} is no figure to stay within: at_least")
+        raise ValueError(f"targets: {target['measure']} of {target['column']} cannot be a reference: use at_least")
     for name in asked - {"of"}:
         if isinstance(target[name], bool) or not isinstance(target[name], int | float):
             raise ValueError(f"targets: {name} of {target['column']} is {target[name]!r}; a number")
@@ -50,7 +50,7 @@ Target = Annotated[dict[str, Any], BeforeValidator(_judgeable)]
 
 
 def _within(where: str) -> Callable[[str, Any, str], str]:
-    """Sentences about what is written somewhere in a file."""
+    """Makes sentences about a value at a place in a file."""
     return lambda name, value, wanted: f"{where}: {in_a_file(name, value, wanted)}"
 
 
@@ -89,7 +89,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured; read from a file by `Suite.read`."""
+    """What to measure; `Suite.read` reads it from a file."""
 
     model: Text
     prompts: tuple[Text, ...]
@@ -105,14 +105,14 @@ class Suite:
     timing: Annotated[Timing, parts_of(Timing)] = field(default_factory=Timing)
     targets: tuple[Target, ...] = ()
     held_out: bool = False
-    """Whether the prompts were compared with those that something was fitted to."""
+    """Whether the prompts were compared with those used for fitting."""
     name: str = "suite"
     folder: str = "."
-    """Where its file lies; what its columns name is looked for there."""
+    """The folder of its file, which its columns' paths are relative to."""
 
     @classmethod
     def read(cls, file: Path = SUITE) -> "Suite":
-        """The suite in a YAML file; what it names is looked for beside it.
+        """The suite in a YAML file; paths in it are relative to it.
 
         Raises:
             ValueError: something is missing, unknown or of the wrong kind; the message says what.
@@ -141,7 +141,7 @@ class Suite:
         if isinstance(given["prompts"], str):
             listed = beside / given["prompts"]
             if not listed.is_file():
-                raise ValueError(f"prompts: {given['prompts']!r} names no file; write [{given['prompts']}] for a list")
+                raise ValueError(f"prompts: {given['prompts']!r} is not a file; write [{given['prompts']}] for a list")
             given["prompts"] = read_lines(listed)
         if not isinstance(given["columns"], dict) or not given["columns"]:
             raise ValueError(f"columns: {given['columns']!r}; each by a name, such as {{fewer steps: StepAG(0.5)}}")
@@ -179,7 +179,7 @@ class Suite:
         return next(entry for entry in self.columns if entry.name == name)
 
     def column(self, entry: Entry, effective: float | None = None) -> Column:
-        """The pair of an entry; `effective` is the scale measured of the column it is to be as strong as."""
+        """The pair of an entry; `effective` is the measured scale of the column whose strength it matches."""
         if entry.as_strong_as is not None:
             return Column(entry.name, CFG(), Column.parse("CFG").policy, effective)
         if entry.search is not None:
@@ -193,7 +193,7 @@ class Suite:
     # Cells
 
     def effective_cells(self) -> list["Cell"]:
-        """One for each column that another is to be as strong as, and each scheduler."""
+        """One for each scheduler and each column whose strength another matches."""
         wanted = dict.fromkeys(entry.as_strong_as for entry in self.columns if entry.as_strong_as)
         return [self._cell("effective", s, name, seed=self.seeds[0]) for s in self.schedulers for name in wanted]
 
@@ -206,7 +206,7 @@ class Suite:
         ]
 
     def timing_cells(self) -> list["Cell"]:
-        """The cost of a half batch, then the columns, at each batch size; of the first scheduler."""
+        """The cost of a half batch, then the columns, at each batch size, with the first scheduler."""
         first = self.schedulers[0]
         cells = []
         for batch in self.timing.batches if self.timing.columns else ():
@@ -220,7 +220,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class Cell:
-    """A piece of work that is done whole or not at all."""
+    """A piece of work, done whole or not at all."""
 
     kind: str
     """"effective", "pictures", "rate" or "timing"."""
@@ -229,15 +229,15 @@ class Cell:
     seed: int
     batch: int
     effective: float | None = None
-    """The scale measured of the column that this one is to be as strong as."""
+    """The measured scale of the column whose strength this one matches."""
 
     def key(self, suite: Suite, model: str, device: str, dtype: str, machine: str = "") -> str:
-        """Names the cell and all that its result depends on, so that nothing else is taken for it.
+        """Names the cell and all that its result depends on, so that nothing else can pass for it.
 
         Args:
             model: its `fingerprint`.
-            device, dtype: as asked for.
-            machine: what seconds depend on besides.
+            device, dtype: as requested.
+            machine: what else seconds depend on.
         """
         entry = suite.entry(self.column)
         settings = [suite.steps, suite.guidance_scale, suite.negative, list(suite.prompts)]

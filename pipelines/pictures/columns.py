@@ -1,4 +1,4 @@
-"""Columns: a rule, a policy and a guidance scale as one types them, and as one reads them."""
+"""Columns: a rule, a policy and a guidance scale, as users type and read them."""
 
 import ast
 import inspect
@@ -17,7 +17,7 @@ from diffusers_guidance.rules import CFG, Rule
 from diffusers_guidance.schedules import closed_form
 
 COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.preset("normalised")@15')
-"""What `compare` shows unless asked for something else."""
+"""What `compare` shows by default."""
 
 BUNDLED = tuple('APG.preset("emoji")+AG@15' if "APG" in column else column for column in COLUMNS)
 """The same on the bundled model, for which APG has a preset."""
@@ -40,14 +40,14 @@ def searched(
     error: float | None = None,
     skip: bool = True,
 ) -> Schedule:
-    """`search` as columns have it: the budget first, and the calibration by name."""
+    """`search` in columns: the budget first, and the calibration by name."""
     if not isinstance(calibration, Calibration):
-        raise ValueError(f"search needs a calibration, by its file or as one of {', '.join(bundled_calibrations())}")
+        raise ValueError(f"search needs a calibration: a file, or one of {', '.join(bundled_calibrations())}")
     return closed_form(calibration, nfe, error=error, skip=skip)
 
 
 def calibration_file(name: str, beside: Path = Path()) -> Path:
-    """That of a calibration: a path, seen from `beside`, or the name of one of the bundled model's.
+    """A calibration's file: a path relative to `beside`, or the name of one of the bundled model's.
 
     Raises:
         ValueError: it is neither.
@@ -61,7 +61,7 @@ def calibration_file(name: str, beside: Path = Path()) -> Path:
 
 
 def bundled_calibrations() -> list[str]:
-    """The names of the bundled model's."""
+    """The names of the bundled model's calibrations."""
     return sorted(file.stem for file in samples.CALIBRATIONS.glob("*.safetensors"))
 
 
@@ -73,7 +73,7 @@ _BY_NAME |= {"ag": AdaptiveGuidance, "search": searched}
 class Column:
     """A rule under a policy at a guidance scale (None: that of the whole comparison).
 
-    Without rule and policy it is the pair that `attach(pipe)` chooses.
+    Without rule and policy, it is the pair that `attach(pipe)` chooses.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Column:
         """Reads a rule, a policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12".
 
         A missing rule is CFG, a missing policy EveryStep; "default" is what `attach(pipe)` chooses. Arguments
-        are Python literals; nothing is evaluated. A calibration is given by its file, seen from `beside`, or by the
+        are Python literals; nothing is evaluated. A calibration is a file, relative to `beside`, or the
         name of a bundled one: 'LinearAG(calibration="dpm-20-5")', 'search(25, calibration="mine.safetensors")'.
         """
         try:
@@ -114,7 +114,7 @@ def _terms(node: ast.expr) -> list[ast.expr]:
 
 
 def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, float | None]:
-    """What stands before the @, and the number after it."""
+    """The part before the @, and the number after it."""
     if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)):
         return node, None
     try:
@@ -127,7 +127,7 @@ def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, float | None]:
 
 
 def _build(text: str, node: ast.expr, beside: Path) -> Any:
-    """The rule or policy that `Name`, `Name(arguments)` or `Name.method(arguments)` stands for."""
+    """The rule or policy that `Name`, `Name(arguments)` or `Name.method(arguments)` means."""
     given = node if isinstance(node, ast.Call) else None
     target = given.func if given else node
     method = target.attr if isinstance(target, ast.Attribute) else None
@@ -171,7 +171,7 @@ def _unread(text: str, why: str) -> ValueError:
 
 
 def arguments(part: Rule | Policy, but: Sequence[str] = ()) -> str:
-    """The arguments of a rule or policy that are not its defaults, without its guidance scale."""
+    """The arguments of a rule or policy that differ from its defaults, without its guidance scale."""
     return ", ".join(
         f"{field.name}={getattr(part, field.name)!r}"
         for field in fields(part)
@@ -185,10 +185,10 @@ def changes(part: Rule | Policy) -> str:
 
 
 def short(part: Rule | Policy) -> str:
-    """A rule or policy much as one would write it, without its guidance scale and what it is calibrated with."""
+    """A rule or policy much as users write it, without its guidance scale and calibration."""
     if isinstance(part, Schedule):
         return f"Schedule of {part.nfe} NFEs"
     given = changes(part)
     title = type(part).__name__ + (f"({given})" if given else "")
-    # What the paper extrapolates is fitted to a calibration; without one, the last difference is held.
+    # The paper fits its estimates to a calibration; without one, LinearAG holds the last difference.
     return f"{title}, held" if isinstance(part, LinearAG) and part.calibration is None else title

@@ -32,13 +32,13 @@ class Comparison:
     results: list[Result]
 
     def reference(self, result: Result) -> Result | None:
-        """Plain classifier-free guidance at the same scale, if it is another column."""
+        """Plain classifier-free guidance at the same scale, if another column has it."""
         same = (r for r in self.results if r.is_plain and r.guidance_scale == result.guidance_scale)
         found = next(same, None)
         return None if found is result else found
 
     def psnr(self, result: Result) -> float | None:
-        """dB between a column's pictures and its reference's, the mean over pictures."""
+        """PSNR of a column's pictures to its reference's in dB, the mean over pictures."""
         reference = self.reference(result)
         if reference is None:
             return None
@@ -89,12 +89,12 @@ def compare(
     """Generates every prompt with every seed in every column.
 
     Args:
-        pipe: any pipeline that `attach` takes; what is attached to it stays so, idle.
+        pipe: any pipeline that `attach` takes; what is attached to it stays attached, idle.
         columns: `Column`s, or texts for `Column.parse`.
-        guidance_scale: of the columns that have none of their own.
+        guidance_scale: for columns without a scale of their own.
         negative: the negative prompt of all pictures.
-        batch: pictures generated at once; None for all. A picture does not depend on it (up to rounding).
-        warm_up: whether two untimed steps are run first, so that the first column is not charged for starting up.
+        batch: pictures per call; None for all. A picture does not depend on it (up to rounding).
+        warm_up: whether to run two untimed steps first, so that the first column does not pay for the start.
         arguments: passed on to the pipeline's call, such as `height=512`.
     """
     prompts, seeds = prompts_of(prompts), plain(list(seeds))

@@ -15,7 +15,7 @@ from diffusers_guidance.rules import CFG
 
 
 class Score(NamedTuple):
-    """Means over pictures: NFEs and seconds of one; PSNR in dB, SSIM and LPIPS to full guidance."""
+    """Means over pictures: NFEs and seconds of each; PSNR in dB, SSIM and LPIPS to full guidance."""
 
     nfe: float
     psnr: float
@@ -28,16 +28,16 @@ class Fidelity:
     """Pictures of full guidance, made once, and any policy's distance to them.
 
     Args:
-        pipe: a text-to-image pipeline; what is attached to it stays so, idle.
+        pipe: a text-to-image pipeline; what is attached to it stays attached, idle.
         prompts, seeds: each prompt with each seed.
         num_inference_steps, guidance_scale, negative_prompt: of every run.
-        batch_size: pictures made at once.
-        lpips: whether to measure LPIPS (AlexNet) too. Its weights are downloaded unless they are there already.
-        progress: told the steps of the reference's calls.
-        arguments: more of the pipeline's own.
+        batch_size: pictures per call.
+        lpips: whether to measure LPIPS (AlexNet) too. Its weights are downloaded if missing.
+        progress: gets the steps of the reference's calls.
+        arguments: more arguments of the pipeline.
 
     Raises:
-        ImportError: SSIM and LPIPS are torchmetrics', of the extra `cli`; LPIPS needs torchvision besides.
+        ImportError: SSIM and LPIPS need torchmetrics, from the extra `cli`; LPIPS also needs torchvision.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Fidelity:
     def run(
         self, policy: Policy | Column, num_inference_steps: int | None = None, progress: Progress = silent
     ) -> Result:
-        """What a policy makes, or a whole column, of all prompts and seeds.
+        """The pictures of a policy, or of a whole column, for all prompts and seeds.
 
         Args:
-            num_inference_steps: other than the reference's.
-            progress: told the steps of all calls.
+            num_inference_steps: if it differs from the reference's.
+            progress: gets the steps of all calls.
         """
         column = policy if isinstance(policy, Column) else Column(short(policy), CFG(), policy)
         steps = num_inference_steps or self.steps
@@ -82,7 +82,7 @@ class Fidelity:
         return float(psnr(tensor_of(result.pictures), self.reference).mean())
 
     def score(self, result: Result) -> Score:
-        """All that is measured of what `run` made."""
+        """All measures of what `run` made."""
         pictures = tensor_of(result.pictures)
         perceived = None if self.lpips is None else float(self.lpips(pictures, self.reference))
         likeness = float(ssim(pictures, self.reference).mean())
@@ -90,5 +90,5 @@ class Fidelity:
         return Score(nfe, self.psnr(result), likeness, perceived, seconds)
 
     def __call__(self, policy: Policy | Column, num_inference_steps: int | None = None) -> Score:
-        """The score of a policy; `num_inference_steps` where it has others than the reference."""
+        """The score of a policy; `num_inference_steps` if it differs from the reference's."""
         return self.score(self.run(policy, num_inference_steps))

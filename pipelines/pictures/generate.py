@@ -1,6 +1,6 @@
-"""Pictures for a file of prompts: resumable, spread over a Ray cluster if there is one, nothing written by halves.
+"""Pictures for a file of prompts: resumable, optionally spread over a Ray cluster, and never half written.
 
-A job's picture is written before its metadata; where the metadata is, the job is done.
+A job's picture is written before its metadata. If the metadata exists, the job is done.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Job:
     seed: int = 0
     negative_prompt: str | None = None
     arguments: tuple[tuple[str, Any], ...] = field(default=())
-    """More of the pipeline's call, such as ("height", 512)."""
+    """More arguments of the pipeline's call, such as ("height", 512)."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -48,11 +48,11 @@ class Job:
 def read_jobs(file: Path) -> list[Job]:
     """The jobs of a file of JSON lines.
 
-    A line is an object with `prompt`; `id` names its files (default: its number, from 0), `seed` is 0 and
-    `negative_prompt` none unless given, and all else goes to the pipeline's call.
+    A line is an object with `prompt`. `id` names its files (default: its number, from 0). The default of `seed` is 0,
+    and `negative_prompt` has none. All else goes to the pipeline's call.
 
     Raises:
-        ValueError: with the line's number and what is wrong with it.
+        ValueError: it says the line's number and what is wrong with it.
     """
     jobs: list[Job] = []
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -64,7 +64,7 @@ def read_jobs(file: Path) -> list[Job]:
             raise ValueError(f"{file}, line {number}: {error}") from None
     if len({job.id for job in jobs}) < len(jobs):
         twice = next(job.id for n, job in enumerate(jobs) if job.id in {other.id for other in jobs[:n]})
-        raise ValueError(f"{file}: the id {twice!r} is there twice")
+        raise ValueError(f"{file}: the id {twice!r} occurs twice")
     if not jobs:
         raise ValueError(f'{file} holds no prompt; write one a line, as {{"prompt": "a red apple"}}')
     return jobs
@@ -116,19 +116,19 @@ def generate(
     resources: dict[str, float] | None = None,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
-    """Makes `out/<id>.png` and `out/<id>.json` for every job that has none yet made with the same settings.
+    """Makes `out/<id>.png` and `out/<id>.json` for every job without files from the same settings.
 
     Args:
         column: rule, policy and scale, or a text for `Column.parse`.
-        guidance_scale: where the column has none.
-        batch: jobs of one call of the pipeline; those that differ in more than prompt and seed are not mixed.
-        on_ray: whether on the cluster of `support.ray.cluster()`; a lost worker's batch is done again, and only that.
+        guidance_scale: for a column without one.
+        batch: jobs per call of the pipeline; jobs that differ in more than prompt and seed are not mixed.
+        on_ray: whether to use the cluster of `support.ray.cluster()`; only a lost worker's batch is done again.
 
     Returns:
-        How many were made, and how many were there.
+        How many were made, and how many already existed.
 
     Raises:
-        ValueError: files in `out` have the ids of these jobs, but were made otherwise.
+        ValueError: files in `out` have the ids of these jobs, but come from other settings.
     """
     parsed = Column.parse(column) if isinstance(column, str) else column
     steps, scale = plain([steps, guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale])
@@ -138,7 +138,7 @@ def generate(
         made_with["calibration"] = parsed.policy.calibration.digest
     records = {job.id: Record(out / f"{job.id}.json", job.about | {"made_with": made_with}) for job in jobs}
     there = {name for name, record in records.items() if record.read() is not None and (out / f"{name}.png").exists()}
-    # Cut from all jobs, so that a picture's batch, and with it its last bit, does not depend on what is there already.
+    # Cut from all jobs: a picture's batch, and with it its last bit, must not depend on which files exist.
     batches: list[list[Job]] = []
     for job in jobs:
         if batches and len(batches[-1]) < batch and _call(batches[-1][0]) == _call(job):
@@ -175,7 +175,7 @@ def generate(
 
 
 def _made(pipe: Any, part: list[Job], column: Column, **settings: Any) -> Result:
-    """What one call makes; what its lines' own arguments do to it is said with the first line's name."""
+    """What one call makes; errors from its lines' own arguments name the first line."""
     first, arguments = part[0], dict(part[0].arguments)
     unknown = set(arguments) - set(inspect.signature(type(pipe).__call__).parameters)
     if unknown:

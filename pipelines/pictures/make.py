@@ -1,4 +1,4 @@
-"""The one caller of pipelines: prompts, seeds, negative prompts, sizes and a pair become calls, and these pictures."""
+"""The one caller of pipelines: turns prompts, seeds, negative prompts, sizes and a pair into calls and pictures."""
 
 import inspect
 import io
@@ -25,7 +25,7 @@ from diffusers_guidance.rules import CFG, Rule
 
 
 class Case(NamedTuple):
-    """A picture to be made. Without a negative prompt the pipeline does what it does without one."""
+    """A picture to make. Without a negative prompt, the pipeline uses its own default."""
 
     prompt: str
     seed: int = 0
@@ -39,7 +39,7 @@ def cases_of(prompts: Sequence[str], seeds: Sequence[int], negative: str | None 
 
 @dataclass
 class Result:
-    """What a pair made: pictures in the order of their cases, and a report for each call."""
+    """A pair's results: pictures in the order of their cases, and a report for each call."""
 
     name: str
     rule: Rule
@@ -55,7 +55,7 @@ class Result:
 
     @property
     def label(self) -> str:
-        """Rule and policy in short; of the default pair without the settings chosen for the pipeline."""
+        """Rule and policy in short; for the default pair, without the settings chosen for the pipeline."""
         if self.is_default:
             return f"default: {type(self.rule).__name__} + {type(self.policy).__name__}"
         return f"{short(self.rule)} + {short(self.policy)}"
@@ -87,7 +87,7 @@ class Result:
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is classifier-free guidance as the pipeline does it by itself."""
+        """Whether this is the pipeline's own classifier-free guidance."""
         return self.rule.is_plain and isinstance(self.policy, EveryStep)
 
 
@@ -103,14 +103,14 @@ def make(
     observers: Sequence[Observer] = (),
     **arguments: Any,
 ) -> Result:
-    """The pictures of all cases under a column's rule and policy. What is attached to `pipe` stays so, idle.
+    """The pictures of all cases under a column's rule and policy. What is attached to `pipe` stays attached, idle.
 
     Args:
-        guidance_scale: where the column has none.
-        batch: pictures of one call; None for all.
-        progress: told the column's name and the steps of all calls.
-        observers: told of every step.
-        arguments: more of the pipeline's own, such as `height=512`.
+        guidance_scale: for a column without one.
+        batch: pictures per call; None for all.
+        progress: gets the column's name and the steps of all calls.
+        observers: called at every step.
+        arguments: more arguments of the pipeline, such as `height=512`.
     """
     scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
     rule = DEFAULT_RULE if column.rule is None else column.rule
@@ -131,12 +131,12 @@ def make(
 
 
 def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: float, **arguments: Any) -> None:
-    """Two steps of plain guidance, so that the next run is not charged for starting up."""
+    """Two steps of plain guidance, so that the next run does not pay for the start."""
     make(pipe, cases, Column("warming up", CFG(), EveryStep(), guidance_scale), steps=2, **arguments)
 
 
 def _steps_of(progress: Progress, name: str, number: int, steps: int, calls: int) -> Progress:
-    """What call `number` tells."""
+    """The progress of call `number`."""
     if progress is silent:
         return silent
     progress(name, number * steps, calls * steps)
@@ -150,7 +150,7 @@ def _steps_of(progress: Progress, name: str, number: int, steps: int, calls: int
 def pictures_of(
     pipe: Any, cases: Sequence[Case], *, steps: int, progress: Progress = silent, **arguments: Any
 ) -> list[Any]:
-    """One call of the pipeline, whatever is attached to it; of a video, the frame in its middle."""
+    """One call of the pipeline, whatever is attached to it; for a video, its middle frame."""
     call = {"output_type": "pil"} | call_of(pipe, cases, num_inference_steps=steps, **arguments)
     if progress is not silent and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
 
@@ -169,14 +169,14 @@ def call_of(pipe: Any, cases: Sequence[Case], **arguments: Any) -> dict[str, Any
     """The arguments of the call that makes these pictures.
 
     Args:
-        arguments: those that are not of the cases; where they name one side of a picture, the other is added.
+        arguments: those that the cases do not set; if they name one side of a picture, the other is added.
     """
     call = {
         "prompt": [case.prompt for case in cases],
-        # The noise is drawn on the CPU, so that every device makes the same picture.
+        # Noise drawn on the CPU makes the same picture on every device.
         "generator": [torch.Generator("cpu").manual_seed(case.seed) for case in cases],
     }
-    # A pipeline with a true_cfg_scale guides only beside a negative prompt.
+    # A pipeline with a true_cfg_scale guides only with a negative prompt.
     needed = "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters
     if needed or any(case.negative is not None for case in cases):
         call |= negatives_of(pipe, [case.negative or "" for case in cases])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 EQUAL = 100.0
-"""dB of a picture that is its reference: what would be infinite has no part in a mean."""
+"""dB of a picture equal to its reference, instead of infinity, which would spoil a mean."""
 
 
 def tensor_of(pictures: Sequence[Any]) -> Tensor:
-    """(N, 3, H, W) from 0 to 1, of images, or of tensors (3, H, W) that are so already."""
+    """(N, 3, H, W) from 0 to 1, from images, or from tensors (3, H, W) already in this form."""
     if isinstance(pictures[0], Tensor):
         return torch.stack([picture.float().cpu() for picture in pictures])
     whole = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
@@ -25,7 +25,7 @@ def tensor_of(pictures: Sequence[Any]) -> Tensor:
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
     """Peak signal to noise ratio in dB; at most `EQUAL`.
 
-    That of several pictures is the mean of these, everywhere: one that differs much does not drown the others.
+    The PSNR of several pictures is always the mean of these: one very different picture does not drown the others.
     """
     error = (pictures - reference).square().flatten(1).mean(1)
     return -10 * error.clamp(min=10 ** (-EQUAL / 10)).log10()
@@ -40,13 +40,13 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
 
 
 def lpips_network() -> Any:
-    """LPIPS (Zhang et al. 2018), the mean over a batch. Its weights are downloaded unless they are here already."""
+    """LPIPS (Zhang et al. 2018), the mean over a batch. Its weights are downloaded if missing."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()
 
 
-# Of themselves
+# Without a reference
 
 
 def saturation(pictures: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A comparison as a picture: the contact sheet (rows: prompts, columns: rules and policies) and its similarities."""
+"""A comparison as pictures: the contact sheet (rows: prompts, columns: rules and policies) and its similarities."""
 
 import io
 import json
@@ -47,16 +47,16 @@ def save(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 
 def contact_sheet(comparison: Comparison) -> Image.Image:
-    """One row per prompt and seed, one column per rule and policy, NFEs and the share saved above it."""
+    """One row per prompt and seed, one column per rule and policy, with NFEs and the saved share above it."""
     width, height = cell_size(comparison.results[0].pictures[0])
-    unit = width / 192  # all text and space grows with the pictures
+    unit = width / 192  # all text and space grow with the pictures
     gap, margin = round(10 * unit), round(24 * unit)
     plain, bold = _font("DejaVuSans", 15 * unit), _font("DejaVuSans-Bold", 16 * unit)
     small = _font("DejaVuSans", 13 * unit)
 
     heads = [_head(result, bold, plain) for result in comparison.results]
     if all(head[-1][0] == "" for head in heads):
-        heads = [head[:-1] for head in heads]  # no column saves anything: no line for it
+        heads = [head[:-1] for head in heads]  # no column saves anything: drop that line
     heads = [_wrap(head, width) for head in heads]
     labels = []
     for prompt in comparison.prompts:
@@ -139,12 +139,12 @@ def _foot(comparison: Comparison) -> str:
 
 @cache
 def _font(name: str, size: float) -> ImageFont.FreeTypeFont:
-    """A font that comes with matplotlib, and so is the same everywhere."""
+    """A font that comes with matplotlib, so it is the same everywhere."""
     return ImageFont.truetype(own_font(name), size)
 
 
 def _wrap(lines: list[Line], width: int) -> list[Line]:
-    """Breaks lines at spaces, before brackets and after commas, and within a word that is too long by itself."""
+    """Breaks lines at spaces, before brackets and after commas, and within words longer than a line."""
     wrapped = []
     for text, font, colour in lines:
         line = ""

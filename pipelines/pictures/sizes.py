@@ -1,4 +1,4 @@
-"""The size of pictures: what a call asks for, what the pipeline makes of itself, and whether both agree."""
+"""The size of pictures: what a call asks for, what the pipeline makes, and whether both agree."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ SIDES = ("height", "width")
 
 
 def check_sides(arguments: Mapping[str, Any]) -> dict[str, int]:
-    """The sides that a call's arguments name; a `ValueError` says which one is no side."""
+    """The sides that a call's arguments name; a `ValueError` says which one is not a side."""
     asked = {side: arguments[side] for side in SIDES if arguments.get(side) is not None}
     for side, value in asked.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -20,9 +20,9 @@ def check_sides(arguments: Mapping[str, Any]) -> dict[str, int]:
 
 
 def sized(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments with both sides where they name one, the other being the model's own.
+    """A call's arguments; if they name one side, the model's own is added for the other.
 
-    Many pipelines of diffusers take their own size for both where either is missing, and say nothing.
+    If either is missing, many pipelines of diffusers silently take their own size for both.
     """
     asked = check_sides(arguments)
     if len(asked) != 1:
@@ -35,13 +35,13 @@ def sized(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
     if own is None:
         (side,) = asked
         raise ValueError(
-            f"{side}={asked[side]} without {missing}: {type(pipe).__name__} has no size of its own; name both"
+            f"{side}={asked[side]} without {missing}: {type(pipe).__name__} has no default size; name both"
         )
     return arguments | {missing: own[SIDES.index(missing)]}
 
 
 def own_size(pipe: Any) -> tuple[int, int] | None:
-    """(height, width) in pixels of the pictures that a pipeline makes unless told otherwise; None where unknown."""
+    """(height, width) in pixels of the pictures that a pipeline makes by default; None if unknown."""
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     size = getattr(pipe, "default_sample_size", None) or getattr(getattr(network, "config", None), "sample_size", None)
     pair = (size, size) if isinstance(size, int) else tuple(size or ())
@@ -52,8 +52,8 @@ def own_size(pipe: Any) -> tuple[int, int] | None:
 
 
 def check_size(pictures: Sequence[Image.Image], arguments: Mapping[str, Any]) -> None:
-    """Refuses pictures of another size than was asked for: a pipeline may round or ignore it."""
+    """Refuses pictures of another size than requested: a pipeline may round or ignore it."""
     for side, wanted in check_sides(arguments).items():
         made = getattr(pictures[0], side)
         if made != wanted:
-            raise ValueError(f"{side}={wanted}: the pipeline makes {made} of it; ask for that, or for another size")
+            raise ValueError(f"{side}={wanted}: the pipeline turns it into {made}; use that, or another size")

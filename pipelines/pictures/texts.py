@@ -1,4 +1,4 @@
-"""Prompts as they are given from Python, and numbers of things as they are read."""
+"""Prompts as Python callers give them, and counts in words."""
 
 import inspect
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ def prompts_of(prompts: Sequence[str]) -> list[str]:
     """The prompts as a list.
 
     Raises:
-        ValueError: it is a single text, which would be read letter by letter, or something in it is not a text.
+        ValueError: it is a single text, which would be read letter by letter, or an item is not a text.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts={prompts!r}: a list of texts; for one prompt, [{prompts!r}]")
@@ -24,7 +24,7 @@ def negatives_of(pipe: Any, texts: list[str]) -> dict[str, list[str]]:
     """The argument `negative_prompt`, one text a picture, for a pipeline that has it.
 
     Raises:
-        ValueError: it has none, and not all of the texts are empty.
+        ValueError: the pipeline has none, and not all texts are empty.
     """
     if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
         return {"negative_prompt": texts}

@@ -1,7 +1,7 @@
-"""`calibrate`: runs a pipeline under full guidance and keeps how its predictions go together.
+"""`calibrate`: runs a pipeline under full guidance and keeps how its predictions correlate.
 
-Every trajectory follows from its number alone (prompt, negative prompt, seed), so an interrupted calibration goes
-on where it stopped, and shares made on several machines add up to the whole.
+A trajectory's number alone determines it (prompt, negative prompt, seed). So an interrupted calibration resumes
+where it stopped, and shares from several machines add up to the whole.
 """
 
 import functools
@@ -37,7 +37,7 @@ from diffusers_guidance.rules import CFG
 
 @dataclass(frozen=True)
 class Recorder(EveryStep):
-    """Full guidance that leaves the histories of the run's denoisers in `histories`."""
+    """Full guidance that keeps the histories of the run's denoisers in `histories`."""
 
     histories: dict[str, tuple[int, History]] = field(default_factory=dict, repr=False)
     """By the denoiser's name: the run's step at which its history begins, and the history."""
@@ -70,22 +70,22 @@ def calibrate(
     """Runs `pipe` with full guidance over prompts and seeds, and keeps the predictions' Gram matrices.
 
     Args:
-        pipe: a diffusers pipeline with the scheduler that is to be used later; what is attached to it stays so, idle.
+        pipe: a diffusers pipeline with the scheduler to be used later; what is attached to it stays attached, idle.
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
-        negative_prompts: all of them in turn; name those that will be used, for the fit to serve them too.
+        negative_prompts: used in turn; name those that you will use, so that the fit serves them too.
         trajectories: how many runs of one sample. For `Forecast` one is enough (docs/forecast.md).
-        num_inference_steps, guidance_scale: of the runs to be made later; others need another calibration. But
-            `Forecast` is served at any scheduler and scale, and at as many steps or fewer.
-        batch_size: trajectories made at once.
-        per_channel: a Gram matrix for every channel (dimension 1 of the predictions), for `Fit(per_channel=True)`.
+        num_inference_steps, guidance_scale: those of later runs; others need another calibration. But `Forecast` is
+            served at any scheduler and scale, and at as many steps or fewer.
+        batch_size: trajectories per call.
+        per_channel: whether to keep a Gram matrix for every channel (dimension 1), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
-        path: where to save it, after every batch. A calibration found there is continued.
+        path: where to save it, after every batch. An existing calibration there is continued.
         progress: called as progress(what, done, in all), and told how long it will take.
-        arguments: more of the pipeline's own, such as `height`.
+        arguments: more arguments of the pipeline, such as `height`.
 
     Raises:
-        CalibrationMismatch: what lies at `path` was made with another model or other settings.
-        UnsupportedPipeline: the pipeline does no classifier-free guidance that could be identified.
+        CalibrationMismatch: the file at `path` was made with another model or other settings.
+        UnsupportedPipeline: no classifier-free guidance of the pipeline could be identified.
     """
     prompts, negative_prompts = prompts_of(prompts), prompts_of(negative_prompts)
     if not prompts or not negative_prompts:
@@ -108,7 +108,7 @@ def calibrate(
     if len(share) != 2 or not all(is_whole(each, 0) for each in share) or not share[0] < share[1]:
         raise ValueError(f"share={share!r}: (k, n), whole numbers with 0 <= k < n")
     if path is not None and Path(path).is_dir():
-        raise ValueError(f"path={str(path)!r} is a folder: the calibration's file is wanted")
+        raise ValueError(f"path={str(path)!r} is a folder: give the calibration's file")
     progress = progress or silent
     k, n = share
     plan = _plan(prompts, negative_prompts, seed, num_inference_steps, guidance_scale, per_channel, arguments)
@@ -166,14 +166,14 @@ def _plan(
 
 
 def _told(value: Any) -> Any:
-    """A value as its content alone tells it, not where in memory it is."""
+    """A value by its content, not by its place in memory."""
     if isinstance(value, list | tuple):
         return type(value)(_told(each) for each in value)
     if isinstance(value, dict):
         return {name: _told(each) for name, each in value.items()}
     if isinstance(value, Tensor):
         value = value.detach().cpu().float().numpy()
-    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):  # of numpy, and pictures
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):  # numpy arrays and pictures
         array = numpy.ascontiguousarray(value)
         return f"{array.shape} {array.dtype} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
     return getattr(value, "__qualname__", value)
@@ -205,16 +205,16 @@ def _run(
             raise GuidanceError(
                 f"{name} guided {history.rows} samples of {len(prompts)}: ask for one picture of each prompt"
             )
-        own = len(history.cond)  # what comes before is another's, whom it took over from
+        own = len(history.cond)  # earlier entries are those of the denoiser before it
         similarity = {space: history.agreement(space)[-own:].T.contiguous() for space in ("denoised", "noise")}
         products = gram(history.cond, history.uncond, per_channel)
         if not products.isfinite().all():
             raise GuidanceError(
-                f"the predictions of {name} for the seeds {seeds[0]} to {seeds[-1]} are not all finite: nothing can "
+                f"the predictions of {name} for the seeds {seeds[0]} to {seeds[-1]} are not all finite, so nothing can "
                 "be fitted to them: calibrate in another precision, or without these prompts"
             )
         denoisers[name] = Moments(first, products, similarity)
-    # The scale w of the formula; some pipelines call it by one less, and experts may have one each.
+    # The scale w of the formula; some pipelines take w - 1, and experts may have one each.
     scales = {step.denoiser: step.guidance_scale for step in reversed(report.steps) if step.guidance_scale}
     about: dict[str, Any] = {}
     table = [float(t) for t in pipe.scheduler.timesteps.tolist()]
@@ -232,7 +232,7 @@ def _run(
 
 
 def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:
-    """Where in the scheduler's table a run was: image to image begins later, and some pipelines stop early."""
+    """A run's place in the scheduler's table: image to image begins later, and some pipelines stop early."""
     n = len(seen)
     begins = (i for i in range(len(table) - n + 1) if list(table[i : i + n]) == list(seen))
     begin = next(begins, None)
@@ -242,7 +242,7 @@ def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:
 def gram(cond: Sequence[Tensor], uncond: Sequence[Tensor], per_channel: bool = False) -> Tensor:
     """(C, 2T, 2T) float64 inner products of T predictions c and of d = c - u, each (B, C, ...), summed over the batch.
 
-    C is 1, unless `per_channel`. On the host, a sample at a time.
+    C is 1 unless `per_channel`. Works on the host, one sample at a time.
     """
     total = torch.zeros((), dtype=torch.float64)
     for row in range(cond[0].shape[0]):
@@ -255,7 +255,7 @@ def gram(cond: Sequence[Tensor], uncond: Sequence[Tensor], per_channel: bool = F
 
 
 def _resume(path: str | Path | None, pipe: Any, plan: dict[str, Any], share: tuple[int, int]) -> Calibration | None:
-    """What an earlier call left at `path`, if it was made with the same pipeline and settings."""
+    """An earlier call's calibration at `path`, if it has the same pipeline and settings."""
     if path is None or not Path(path).is_file():
         return None
     found = Calibration.load(path)
@@ -282,15 +282,15 @@ def calibrate_on_ray(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Calibration:
-    """`calibrate` on the machines of a Ray cluster: its workers make shares, and the shares are added.
+    """`calibrate` on the machines of a Ray cluster: its workers make shares, which are then added.
 
     Args:
         load: makes the pipeline, on a worker.
-        shares: into how many parts the work is cut, from one for each worker up.
-        address: of the cluster, such as "auto". Default: one started on this machine for as long as it takes.
+        shares: how many parts to cut the work into, at least one for each worker.
+        address: of the cluster, such as "auto". Default: a cluster started on this machine for this call.
         resources: of a share, such as {"num_gpus": 1}. Default: {"num_cpus": 1}.
         path: where to save it. Finished shares wait beside it; another call with the same arguments uses them.
-        settings: more of `calibrate`'s.
+        settings: more arguments of `calibrate`.
 
     Raises:
         ImportError: Ray is not installed.

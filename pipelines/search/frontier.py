@@ -1,4 +1,4 @@
-"""The frontier: fidelity to full guidance against NFEs, for every way this package knows of saving them."""
+"""The frontier: fidelity to full guidance against NFEs, for every way of this package to save them."""
 
 import io
 import itertools
@@ -38,13 +38,13 @@ EVEN = "both skipped, evenly"
 SEARCHED = "search"
 REFINED = "search(refine=...)"
 OURS = (CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
-"""Those with fitted estimates other than the published one."""
+"""Series with fitted estimates, except the published one."""
 OTHERS = (FEWER, STOP, INTERVAL, AG, HOLD, PERIODIC, PUBLISHED_HELD, PUBLISHED, NAS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One policy as measured; `nfe` is of one sample, averaged where it differs."""
+    """One measured policy; `nfe` is for one sample, averaged if samples differ."""
 
     series: str
     label: str
@@ -56,7 +56,7 @@ class Row:
 
 
 class _Planned(NamedTuple):
-    """A row to be: its policy, which may take a search to make, and its steps where they are others."""
+    """A planned row: its policy, which may need a search, and its steps if they differ."""
 
     series: str
     label: str
@@ -80,28 +80,28 @@ def frontier(
     path: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Measures every kind of policy on prompts and seeds that took no part in calibrating and searching.
+    """Measures every kind of policy on prompts and seeds not used for calibrating or searching.
 
     Args:
         calibration: of this pipeline as it is set up.
         prompts, seeds: to measure with.
-        search_prompts: for what searches by real runs.
-        nfes: budgets at which policies that have one are measured. Default: eight, from a quarter to 7/8 of full
+        search_prompts: for searches by real runs.
+        nfes: budgets for policies that take one. Default: eight, from a quarter to 7/8 of full
             guidance's NFEs.
-        stops: after how many steps guidance is stopped. Default: after each.
+        stops: the numbers of steps after which to stop guidance. Default: each.
         refine, nas: budgets at which to search by real runs, and by the paper's method.
         lpips: whether to measure LPIPS too; see `Fidelity`.
-        path: JSON file to write after every row; rows found in it are not measured again.
+        path: JSON file to write after every row; rows already in it are not measured again.
         progress: called as progress(what, done, in all).
 
     Raises:
-        CalibrationMismatch: what lies at `path` was measured with another calibration, other prompts or seeds.
+        CalibrationMismatch: the file at `path` has another calibration, other prompts or seeds.
     """
     if nfes is None:
         nfes = [round(2 * calibration.steps * share) for share in (0.25, 0.375, 0.5, 0.575, 0.625, 0.675, 0.75, 0.875)]
-    seeds, nfes = plain([list(seeds), list(nfes)])  # what is written is of plain numbers
+    seeds, nfes = plain([list(seeds), list(nfes)])  # the file holds plain numbers
     planned = _plan(pipe, calibration, search_prompts, sorted({*nfes}), stops, refine, nas)
-    plan = {way.label: way for way in planned}  # two budgets may come to the same row
+    plan = {way.label: way for way in planned}  # two budgets may give the same row
     record = None if path is None else _record(path, _about(calibration, prompts, seeds, lpips))
     known = {row.label: row for row in _rows(record)}
     progress = progress or silent
@@ -117,7 +117,7 @@ def frontier(
     def keep(way: _Planned, row: Row) -> Row:
         known[way.label] = row
         if record is not None:
-            record.write({"rows": [asdict(row) for row in known.values()]})  # those of other plans too
+            record.write({"rows": [asdict(row) for row in known.values()]})  # including rows of other plans
         return row
 
     found = resumed(measure, list(plan.values()), lambda way: known.get(way.label), keep)
@@ -134,7 +134,7 @@ def _plan(
     refine: Iterable[int],
     nas: Iterable[int],
 ) -> Iterator[_Planned]:
-    """Every row; searches run when their row does."""
+    """Every row; a search runs when its row does."""
     count, steps = calibration.steps, calibration.call["num_inference_steps"]
 
     def row(series: str, label: str, make: Callable[..., Policy], *args: Any, steps: int | None = None) -> _Planned:
@@ -175,7 +175,7 @@ def _plan(
         yield row(NAS, f"search_nas({nfe})", make, pipe, search_prompts, nfe)
 
 
-# What the rows say
+# Reading the rows
 
 
 def best_at(rows: Sequence[Row], series: Sequence[str], nfe: float) -> tuple[float, str] | None:
@@ -191,7 +191,7 @@ def best_at(rows: Sequence[Row], series: Sequence[str], nfe: float) -> tuple[flo
 
 
 def cheapest(rows: Sequence[Row], psnr: float) -> Row | None:
-    """The row with the fewest NFEs of all that come within `psnr` dB of full guidance, or better."""
+    """The row with the fewest NFEs among those with at least `psnr` dB to full guidance."""
     return min((row for row in rows if row.psnr >= psnr), key=lambda row: (row.nfe, -row.psnr), default=None)
 
 
@@ -209,7 +209,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
-    """PSNR to full guidance against NFEs, a line per series; ours drawn heavier."""
+    """Plots PSNR to full guidance against NFEs, a line per series; this package's are heavier, others dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
@@ -234,7 +234,7 @@ def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
 
 
 def read(path: str | Path) -> list[Row]:
-    """The rows in a file that `frontier` wrote; none where there is no file."""
+    """The rows in a file that `frontier` wrote; none if the file is missing."""
     return _rows(_record(path, {}))
 
 

@@ -5,7 +5,7 @@ alone, or guidance at one of k strengths. Their mixture is one linear combinatio
 
     g = c + kappa d        d = c - u        kappa = -p_uncond + sum over k of p_k (w_k - 1)
 
-so the relaxed search is a guidance rule with a kappa of its own at each step, and runs in the unmodified pipeline
+so the relaxed search is a guidance rule with its own kappa at each step. It runs in the unmodified pipeline
 with gradients on: through formula, scheduler and network, to the final latents.
 """
 
@@ -35,7 +35,7 @@ from diffusers_guidance.steps import Step
 
 @dataclass(frozen=True)
 class Mixture(Rule):
-    """g = c + kappa d with a kappa of its own at every step."""
+    """g = c + kappa d with its own kappa at every step."""
 
     kappas: Sequence[Tensor] | Tensor = ()
 
@@ -64,20 +64,20 @@ def search_nas(
 ) -> Schedule:
     """The schedule of full and conditional evaluations that replicates full guidance best, by gradient descent.
 
-    The paper uses 10 000 pairs of noise and picture and 1.5 GPU days; here a pair is made as it is needed, and the
-    defaults use 120, minutes on the bundled model on a CPU.
+    The paper uses 10 000 pairs of noise and picture and 1.5 GPU days. Here pairs are made when needed, and the
+    defaults use 120, which takes minutes on the bundled model on a CPU.
 
     Args:
-        prompts: iteration i takes the next `batch_size` of them, with a seed of its own.
-        nfe: network evaluations of one sample to come to, from one more than full guidance has steps to twice as many;
-            a solver of two stages counts each.
-        guidance_scale: of the guidance to be replicated.
-        strengths: the scales w to choose from at each step, times that of full guidance. A `Schedule` has one scale:
-            with several, the steps that settle for any of them become "both".
-        iterations, batch_size, rate: of Adam on the logits, whose softmax hardens along the way.
-        penalty: weight of the expected NFEs beyond `nfe`, a share of the steps, beside the loss: the squared error
-            of the final latents over that of no guidance.
-        arguments: more of the pipeline's own.
+        prompts: iteration i takes the next `batch_size` of them, with its own seed.
+        nfe: the budget, network evaluations of one sample: from one more than full guidance has steps to twice as many;
+            each stage of a two-stage solver counts.
+        guidance_scale: of the guidance to replicate.
+        strengths: the scales w to choose from at each step, as multiples of full guidance's. A `Schedule` has one
+            scale: with several, steps that choose any of them become "both".
+        iterations, batch_size, rate: of Adam on the logits, whose softmax hardens over time.
+        penalty: weight of the expected NFEs beyond `nfe`, as a share of the steps, added to the loss. The loss is the
+            squared error of the final latents over that of no guidance.
+        arguments: more arguments of the pipeline.
 
     Returns:
         A `Schedule`: "both" where guidance was the most probable, within the budget; "conditional" elsewhere.
@@ -95,7 +95,7 @@ def search_nas(
 
             with torch.no_grad():
                 target, scale = run(CFG())
-                steps = len(scale)  # evaluations: a solver of two stages makes two a step
+                steps = len(scale)  # evaluations: a two-stage solver makes two a step
                 if not steps < nfe <= 2 * steps:
                     raise ValueError(f"nfe={nfe!r}: from {steps + 1} to {2 * steps} for these {steps} evaluations")
                 plain = run(Mixture(kappas=torch.zeros(steps)))[0]
@@ -117,13 +117,13 @@ def search_nas(
             optimizer.step()
     assert logits is not None
     guided = logits.detach().softmax(-1)[:, 2:].sum(-1)
-    guided[0] = math.inf  # the first evaluation of a run is always a full one
+    guided[0] = math.inf  # the first evaluation of a run is always full
     chosen = guided.topk(max(1, min(len(guided), nfe - len(guided)))).indices.tolist()
     return Schedule(["both" if t in chosen else "conditional" for t in range(len(guided))])
 
 
 def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(final latents, w of each step) of a run whose operations are recorded wherever gradients are on."""
+    """(final latents, w of each step) of a run that records operations wherever gradients are on."""
     function = inspect.unwrap(type(pipe).__call__)  # without the pipeline's torch.no_grad
     cases = [Case(text, seed + j, "") for j, text in enumerate(texts)]
     bound = inspect.signature(function).bind(pipe, **call_of(pipe, cases, output_type="latent", **call))
@@ -135,13 +135,13 @@ def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any
         latents = function(pipe, **named).images
     if not run.report.formula:
         raise UnsupportedPipeline(f"{type(pipe).__name__} used no guidance at guidance_scale={call['guidance_scale']}")
-    # w is not what the call says where a pipeline counts its scale from 0; 1 is no guidance.
+    # If a pipeline counts its scale from 0, w is not the call's value; 1 means no guidance.
     return latents, torch.tensor([step.guidance_scale or 1.0 for step in run.report.steps])
 
 
 @contextmanager
 def checkpointed(pipe: Any) -> Iterator[None]:
-    """Frees the activations of the denoisers' forward passes, and makes them again when gradients need them."""
+    """Frees the activations of the denoisers' forward passes, and recomputes them when gradients need them."""
     modules = [getattr(pipe, name) for name in ("unet", "transformer") if getattr(pipe, name, None) is not None]
     if not modules:
         raise UnsupportedPipeline(f"{type(pipe).__name__} has neither unet nor transformer to search policies for")

@@ -1,4 +1,4 @@
-"""`search`: the best schedule of evaluations, in closed form, and if wanted by what real runs say about its like."""
+"""`search`: the best schedule of evaluations, in closed form, and optionally refined by real runs."""
 
 import itertools
 from collections.abc import Sequence
@@ -26,29 +26,29 @@ def search(
     progress: Progress | None = None,
     **arguments: Any,
 ) -> Schedule:
-    """The schedule of full evaluations with the least predicted error for a budget, or the cheapest with an error.
+    """The schedule of full evaluations with the least predicted error for a budget, or the cheapest within an error.
 
     Without `refine` it is closed form, and takes well under a second for 50 steps.
 
     Args:
-        calibration: of the pipeline, scheduler, steps and scale it is for.
-        nfe: network evaluations of one sample, from two for each denoiser up to twice the steps.
-        error: instead of `nfe`: the most error predicted, as a share of what guidance does (0.05, say).
-        skip: whether a step may evaluate nothing at all ("neither"); else every step evaluates the conditional
-            prediction, and the least is an NFE a step and one more for each denoiser.
+        calibration: for the schedule's pipeline, scheduler, steps and scale.
+        nfe: network evaluations of one sample, from two for each denoiser to twice the steps.
+        error: instead of `nfe`, the largest predicted error, as a share of what guidance does (such as 0.05).
+        skip: whether a step may evaluate nothing ("neither"). Otherwise every step evaluates the conditional
+            prediction, and the least `nfe` is one a step and one more for each denoiser.
         fit: how skipped predictions are estimated.
-        refine: (pipe, prompts). Real runs decide: the closed form's best, its relatives, even spacing and, where it
-            is as cheap, the published schedule are measured by PSNR to full guidance, then neighbours of the best.
-            None of these measures better than what is returned. With a dozen prompts it takes `runs` + 1 times as
+        refine: (pipe, prompts). Real runs decide: they measure PSNR to full guidance of the closed form's best, its
+            variants, even spacing and, if as cheap, the published schedule, then of the best one's neighbours.
+            No schedule measured better than the returned one. With a dozen prompts it takes `runs` + 1 times as
             long as making a dozen pictures.
-        seed: of the pictures; not one of those calibrated with.
-        runs: schedules measured in all; those listed above at least.
+        seed: of the pictures; use none of the calibration's.
+        runs: how many schedules to measure in all; at least those listed above.
         progress: called as progress(what, done, in all).
-        arguments: more of the pipeline's own, such as `height`.
+        arguments: more arguments of the pipeline, such as `height`.
 
     Raises:
         ValueError: neither or both of `nfe` and `error`, or one out of range.
-        CalibrationMismatch: `pipe` is not what the calibration was made for.
+        CalibrationMismatch: the calibration was not made for `pipe`.
     """
     found = closed_form(calibration, nfe, error=error, skip=skip, fit=fit)
     if refine is None:

@@ -14,13 +14,13 @@ from diffusers_guidance.pipelines.pictures.generate import generate, read_jobs
 from diffusers_guidance.pipelines.shell.common import MODEL, Device, Dtype, Model, Scheduler, reporting
 from diffusers_guidance.pipelines.support.ray import cluster
 
-Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster, started here if need be.")]
-Address = Annotated[str | None, typer.Option(help='Of the Ray cluster to use with --ray: "auto", say.')]
+Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster, started here if needed.")]
+Address = Annotated[str | None, typer.Option(help='Ray cluster to use with --ray, such as "auto".')]
 
 
 def bench_command(
     suite: Annotated[
-        Path, typer.Option(help="YAML file of what to measure.", show_default="that of the bundled model")
+        Path, typer.Option(help="YAML file that says what to measure.", show_default="the bundled model's")
     ] = SUITE,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, pictures and report.html.")] = Path("out/bench"),
     ray: Ray = False,
@@ -28,9 +28,9 @@ def bench_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure what rules and policies save on a model, in evaluations and in seconds, and what that costs in quality.
+    """Measure what rules and policies save on a model, in evaluations and seconds, and what that costs in quality.
 
-    The same command continues an interrupted benchmark.
+    The same command resumes an interrupted benchmark.
     """
     with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
         wanted = Suite.read(suite)
@@ -48,26 +48,26 @@ def bench_command(
 
 def generate_command(
     jobs: Annotated[
-        Path, typer.Argument(help='JSON lines: {"prompt": ..., "id"?, "seed"?, "negative_prompt"?} and more of a call.')
+        Path, typer.Argument(help='JSON lines: {"prompt": ..., "id"?, "seed"?, "negative_prompt"?}; more for the call.')
     ],
     out: Annotated[Path, typer.Option(help="Folder for the pictures and their metadata.")] = Path("out/generate"),
     column: Annotated[
-        str, typer.Option(help='Rule + policy @ scale: "APG@12+AG", say, or "search(25, calibration=FILE)".')
+        str, typer.Option(help='Rule + policy @ scale, such as "APG@12+AG" or "search(25, calibration=FILE)".')
     ] = "default",
     model: Model = MODEL,
     scheduler: Scheduler = None,
     steps: Annotated[int, typer.Option(min=1)] = 20,
-    scale: Annotated[float, typer.Option(min=0, help="Guidance scale, where --column names none.")] = 5.0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 4,
+    scale: Annotated[float, typer.Option(min=0, help="Guidance scale, if --column names none.")] = 5.0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 4,
     ray: Ray = False,
     ray_address: Address = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make a picture for every line of a JSONL file, and say beside it how. The same command continues."""
+    """Make a picture for every line of a JSONL file, with a JSON file of its settings. The same command resumes."""
     with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
         made, had = generate(
             read_jobs(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
             batch=batch, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
-    typer.echo(f"{made} pictures made, {had} were there already: {out}")
+    typer.echo(f"{made} pictures made, {had} already existed: {out}")

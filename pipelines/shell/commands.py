@@ -39,7 +39,7 @@ Steps = Annotated[int, typer.Option(min=1)]
 
 def compare_command(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="One row of pictures each.", show_default="those of --prompts")
+        list[str] | None, typer.Argument(help="Each makes one row of pictures.", show_default="those of --prompts")
     ] = None,
     prompts_file: Annotated[
         Path, typer.Option("--prompts", help="Text file, one prompt a line.", show_default="the bundled ones")
@@ -55,11 +55,11 @@ def compare_command(
     ] = None,
     seed: Seeds = None,
     steps: Steps = 20,
-    scale: Annotated[float, typer.Option(min=0, help="Guidance scale of columns that name none.")] = 5.0,
+    scale: Annotated[float, typer.Option(min=0, help="Guidance scale for columns that name none.")] = 5.0,
     negative: Annotated[str | None, typer.Option(help="Negative prompt of all pictures.")] = None,
     scheduler: Scheduler = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures made at once; fewer need less memory.", show_default="all")
+        int | None, typer.Option(min=1, help="Pictures per call; fewer need less memory.", show_default="all")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for contact_sheet.png, similarity.png and compare.json.")] = Path(
         "out/compare"
@@ -67,11 +67,11 @@ def compare_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make the same pictures under several rules and policies, side by side, and say what each column costs."""
+    """Make the same pictures under several rules and policies, side by side, with the cost of each column."""
     with reporting() as progress:
         columns = [Column.parse(text) for text in column or (BUNDLED if model == MODEL else COLUMNS)]
         texts = list(prompts or read_lines(prompts_file))
-        out.mkdir(parents=True, exist_ok=True)  # now rather than after the pictures are made
+        out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
         comparison = compare(
             load(model, scheduler, device, dtype), texts, columns, seeds=seed or [0], steps=steps,
             guidance_scale=scale, negative=negative, batch=batch, progress=progress,
@@ -83,22 +83,22 @@ def compare_command(
 
 
 def calibrate_command(
-    out: Annotated[Path, typer.Argument(dir_okay=False, help="File to write. What it holds is continued.")],
+    out: Annotated[Path, typer.Argument(dir_okay=False, help="File to write; an existing calibration is continued.")],
     prompts: Prompts = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
     negative: Annotated[
-        list[str] | None, typer.Option(help="Negative prompts to be ready for; repeatable.", show_default="none")
+        list[str] | None, typer.Option(help="Negative prompts that you will use; repeatable.", show_default="none")
     ] = None,
     trajectories: Annotated[int, typer.Option(min=1)] = 200,
     steps: Steps = 20,
     scale: Annotated[float, typer.Option(min=1)] = 5.0,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 8,
-    per_channel: Annotated[bool, typer.Option(help="A Gram matrix for each channel.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 8,
+    per_channel: Annotated[bool, typer.Option(help="Keep a Gram matrix for each channel.")] = False,
     ray: Annotated[int, typer.Option(min=0, help="Shares to make on a Ray cluster; 0: no cluster.")] = 0,
     ray_address: Annotated[
-        str | None, typer.Option(help='Of the cluster: "auto", say.', show_default="one on this machine")
+        str | None, typer.Option(help='Address of the cluster, such as "auto".', show_default="one on this machine")
     ] = None,
     ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each share.")] = 0,
     device: Device = None,
@@ -131,8 +131,8 @@ def calibrate_command(
 def search_command(
     calibration: Calibrated,
     nfe: Annotated[int | None, typer.Option(help="Network evaluations of one picture.")] = None,
-    error: Annotated[float | None, typer.Option(help="Instead: the most error predicted, 0.05 say.")] = None,
-    skip: Annotated[bool, typer.Option(help="Whether steps may evaluate nothing at all.")] = True,
+    error: Annotated[float | None, typer.Option(help="Instead of --nfe: the largest predicted error.")] = None,
+    skip: Annotated[bool, typer.Option(help="Whether steps may evaluate nothing.")] = True,
     refine: Annotated[bool, typer.Option(help="Let real runs on a dozen of --prompts decide; needs --model.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Schedules that --refine measures.")] = 24,
     prompts: Prompts = samples.CALIBRATION_PROMPTS,
@@ -141,7 +141,7 @@ def search_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Find the best schedule for a budget, or the cheapest one for an error, from a calibration."""
+    """Find the best schedule for a budget, or the cheapest within an error, from a calibration."""
     with reporting() as progress:
         made = Calibration.load(calibration)
         real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts))) if refine else None
@@ -158,7 +158,7 @@ def search_nas_command(
     steps: Annotated[int, typer.Option(min=2)] = 20,
     scale: Annotated[float, typer.Option(min=1)] = 5.0,
     iterations: Annotated[int, typer.Option(min=1)] = 60,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of an iteration.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per iteration.")] = 2,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -178,18 +178,18 @@ def frontier_command(
     ] = samples.HELDOUT_PROMPTS,
     search_prompts: Annotated[
         Path,
-        typer.Option(help="For searches by real runs, which use twelve of them.", show_default="the bundled ones"),
+        typer.Option(help="Prompts for searches by real runs, which use twelve.", show_default="the bundled ones"),
     ] = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
     seed: Annotated[
         list[int] | None, typer.Option(min=0, max=2**63 - 1, help="Repeatable.", show_default="4321")
     ] = None,
-    nfe: Annotated[list[int] | None, typer.Option(help="Budgets; repeatable.", show_default="eight of them")] = None,
+    nfe: Annotated[list[int] | None, typer.Option(help="Budgets; repeatable.", show_default="eight")] = None,
     refine: Annotated[list[int] | None, typer.Option(help="Budgets to search by real runs too; repeatable.")] = None,
     nas: Annotated[list[int] | None, typer.Option(help="Budgets for the paper's search; repeatable.")] = None,
-    lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; downloads its weights unless they are here.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
+    lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; downloads its weights if missing.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for frontier.json, .md and .png.")] = Path("out/frontier"),
     device: Device = None,
     dtype: Dtype = None,
@@ -217,7 +217,7 @@ def frontier_command(
 
 
 def _dozen(prompts: list[str]) -> list[str]:
-    """Twelve of the prompts, or all of fewer, evenly: files tend to be sorted."""
+    """Twelve of the prompts, evenly spread since files tend to be sorted; all if there are fewer."""
     return [prompts[i * len(prompts) // 12] for i in range(12)] if len(prompts) > 12 else prompts
 
 

@@ -1,4 +1,4 @@
-"""What the subcommands of `diffusers-guidance` share: options, progress, errors in a line."""
+"""What the subcommands of `diffusers-guidance` share: options, progress, one-line errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ Model = Annotated[
 ]
 Scheduler = Annotated[
     str | None,
-    typer.Option(help="Its class, such as DPMSolverMultistepScheduler.", show_default="the pipeline's own"),
+    typer.Option(help="A scheduler class, such as DPMSolverMultistepScheduler.", show_default="the pipeline's own"),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...", show_default="a GPU if there is one")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
@@ -47,16 +47,16 @@ class Bar:
 
 @contextmanager
 def reporting(goes_on: bool = False) -> Iterator[Bar]:
-    """A progress bar while it runs; an error that the user can mend is said in a line, without a traceback.
+    """A progress bar while it runs; prints errors that the user can fix in one line, without a traceback.
 
     Args:
-        goes_on: whether the same command, given again, goes on where it was interrupted.
+        goes_on: whether the same command resumes after an interruption.
     """
     try:
         with Bar() as bar:
             yield bar
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here" if goes_on else "stopped", err=True)
+        typer.echo("stopped; the same command resumes from here" if goes_on else "stopped", err=True)
         raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, GuidanceError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)

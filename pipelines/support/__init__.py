@@ -1,1 +1,1 @@
-"""What all of them need: files, loading, Ray, the machine."""
+"""What all the others need: files, loading, Ray, the machine."""

@@ -1,4 +1,4 @@
-"""Files: texts read with their name in every error, and whole files written or none."""
+"""Files: reads texts with the file's name in every error, and writes files whole or not at all."""
 
 import os
 from pathlib import Path
@@ -8,19 +8,19 @@ def read_text(path: Path) -> str:
     """The text in a UTF-8 file.
 
     Raises:
-        ValueError: it is in another encoding, or it is not text.
+        ValueError: it has another encoding, or is not text.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as that") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
 
 def read_lines(file: Path) -> list[str]:
     """The lines of a file that are neither empty nor comments.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: there are none.
     """
     lines = (line.strip() for line in read_text(file).splitlines())
     found = [line for line in lines if line and not line.startswith("#")]
@@ -30,7 +30,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`; a kill in the middle leaves what was there before."""
+    """Writes `content` to `path`; a kill in the middle leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:

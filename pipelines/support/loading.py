@@ -1,4 +1,4 @@
-"""Loading: pipelines and networks as diffusers and transformers load them, but never with weights drawn at random."""
+"""Loads pipelines and networks as diffusers and transformers do, but never with weights drawn at random."""
 
 import functools
 import hashlib
@@ -23,11 +23,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class MissingWeights(ValueError):
-    """Not all weights of a network are in its files."""
+    """A network's files lack some of its weights."""
 
 
 def quiet() -> None:
-    """Keeps the libraries' advice to programmers, and their own progress bars, off the terminal."""
+    """Keeps the libraries' advice to programmers and their progress bars off the terminal."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -43,19 +43,19 @@ def load(
     model: str, scheduler: str | None = None, device: str | None = None, dtype: str | None = None,
     cls: Any = DiffusionPipeline,
 ) -> Any:  # fmt: skip
-    """The pipeline in a folder or, only where there is no such folder, of that name on the hub.
+    """The pipeline in a folder or, only if there is no such folder, of that name on the hub.
 
-    It is read from safetensors, and no code that comes with it runs.
+    It is read from safetensors, and runs no code that comes with it.
 
     Args:
-        scheduler: a class of diffusers to put, configured as the pipeline's own, in its place.
+        scheduler: a class of diffusers that replaces the pipeline's own, with its configuration.
         device: None for `best_device()`.
-        dtype: a name out of `DTYPES`; None for float32 on a CPU, else bfloat16.
-        cls: whose `from_pretrained` loads it.
+        dtype: a name from `DTYPES`; None for float32 on a CPU, else bfloat16.
+        cls: the class whose `from_pretrained` loads it.
 
     Raises:
-        ValueError: an argument names nothing that there is; the message names the command line's option.
-        MissingWeights: not all weights are in the files.
+        ValueError: an argument names something that does not exist; the message names the command line's option.
+        MissingWeights: the files lack some weights.
     """
     quiet()
     device = device or best_device()
@@ -78,7 +78,7 @@ def load(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"--model {model}: neither on this machine nor to be had from the hub ({cause})") from error
+        raise ValueError(f"--model {model}: neither on this machine nor available from the hub ({cause})") from error
     pipe.set_progress_bar_config(disable=True)
     try:
         pipe.to(device)
@@ -90,10 +90,10 @@ def load(
 
 
 def load_whole(cls: Any, source: Any, **options: Any) -> Any:
-    """`cls.from_pretrained(source, **options)`, of a pipeline or a network.
+    """`cls.from_pretrained(source, **options)`, for a pipeline or a network.
 
     Raises:
-        MissingWeights: what diffusers and transformers only warn of.
+        MissingWeights: where diffusers and transformers only warn.
     """
     with _watched() as missing:
         loaded = cls.from_pretrained(source, **options)
@@ -109,7 +109,7 @@ def load_whole(cls: Any, source: Any, **options: Any) -> Any:
 
 @contextmanager
 def _watched() -> Iterator[dict[str, list[str]]]:
-    """By class, the weights that networks loaded inside the block, in this thread, do not find in their files."""
+    """By class, the weights missing from the files of networks loaded inside the block, in this thread."""
     from transformers import PreTrainedModel
 
     missing: dict[str, list[str]] = {}
@@ -128,7 +128,7 @@ def _watched() -> Iterator[dict[str, list[str]]]:
 
 
 def _telling(load: Callable, tell: Callable[[type, list[str]], None]) -> Callable:
-    """A `from_pretrained` that tells of missing weights."""
+    """A `from_pretrained` that reports missing weights."""
 
     @functools.wraps(load)
     def from_pretrained(cls: type, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -140,9 +140,9 @@ def _telling(load: Callable, tell: Callable[[type, list[str]], None]) -> Callabl
 
 
 def fingerprint(model: str) -> str:
-    """Tells models in a folder apart, by their files' names, sizes, beginnings and ends; of the hub's, the name.
+    """Tells models in a folder apart by their files' names, sizes, beginnings and ends; models on the hub by name.
 
-    What lies beside a pipeline's components and their index (a card, an evaluation) is no part of it.
+    Files beside a pipeline's components and their index (a card, an evaluation) do not count.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The machine: what seconds and pictures depend on, to be written beside them."""
+"""The machine: what seconds and pictures depend on, to record with them."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 
 def environment(pipe: Any) -> dict[str, Any]:
-    """Hardware, versions, dtype and commit: what a number needs beside it."""
+    """Hardware, versions, dtype and commit, to record with every number."""
     packages = ("diffusers-guidance", "diffusers", "transformers", "torch")
     cuda = pipe.device.type == "cuda"
     return {
@@ -27,7 +27,7 @@ def environment(pipe: Any) -> dict[str, Any]:
 
 
 def machine(device: str | None) -> str:
-    """What seconds depend on, as far as it can be told before anything is loaded."""
+    """What seconds depend on, as far as known before anything is loaded."""
     cuda = torch.cuda.is_available() and not (device or "cuda").startswith("cpu")
     name = torch.cuda.get_device_name(device if cuda and device else None) if cuda else device or "cpu"
     return f"{_processor()}, {torch.get_num_threads()} threads, {name}"
@@ -42,7 +42,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout this package is used from, "+" where it was changed since; None for an installed one."""
+    """The commit of this package's checkout, with "+" if it was changed since; None if installed."""
     where = Path(__file__).parents[2]
     try:
         command = ("git", "-C", str(where), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")

@@ -1,10 +1,10 @@
-"""How far a piece of work is, as it is told to the command line's bar, to the app and to callers in Python."""
+"""Progress of work, as reported to the command line's bar, to the app and to Python callers."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """progress(what is running, done, in all); what it raises ends the work."""
+    """progress(what is running, done, in all); an exception from it ends the work."""
 
     def __call__(self, what: str, done: int, total: int, /) -> None: ...
 
@@ -14,11 +14,11 @@ def silent(what: str, done: int, total: int, /) -> None:
 
 
 def part(whole: Progress, before: int, total: int, name: str | None = None) -> Progress:
-    """What a part of the work tells, told as of the whole.
+    """Reports a part's progress as that of the whole.
 
     Args:
-        before: what was done before the part.
-        total: in all.
+        before: how much was done before the part.
+        total: how much there is in all.
         name: what is running; None for the part's own words.
     """
 

@@ -1,4 +1,4 @@
-"""Work spread over a Ray cluster, or done here piece by piece: one pipeline per worker, lost workers made good."""
+"""Spreads work over a Ray cluster, or does it here piece by piece: one pipeline per worker; lost work is repeated."""
 
 import contextlib
 import functools
@@ -13,22 +13,22 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 3
-"""How many times a piece is begun again whose worker was lost."""
+"""How many times to restart a piece whose worker was lost."""
 
 
 def spread(
     work: Callable[[T], R], pieces: Sequence[T], *, on_ray: bool = False, resources: dict[str, float] | None = None,
     at_once: int | None = None,
 ) -> Iterator[tuple[T, R]]:  # fmt: skip
-    """(piece, work(piece)) as they are done: in order here, in any order on Ray.
+    """(piece, work(piece)) as they finish: in order here, in any order on Ray.
 
-    A worker that dies costs the piece it was at another try (`RETRIES` at most) and nothing else. What `work`
-    raises ends the whole.
+    If a worker dies, only its current piece is tried again (at most `RETRIES` times). An exception from `work`
+    ends everything.
 
     Args:
-        on_ray: whether on the cluster of `cluster()`, else in this process.
-        resources: of a piece, such as {"num_gpus": 1}. Default: a GPU where the cluster has some, else a CPU.
-        at_once: pieces at the same time at most; None for as many as the cluster has room for.
+        on_ray: whether to use the cluster of `cluster()`, or else this process.
+        resources: of a piece, such as {"num_gpus": 1}. Default: a GPU if the cluster has some, else a CPU.
+        at_once: the most pieces at the same time; None for as many as fit on the cluster.
     """
     if not on_ray:
         for piece in pieces:
@@ -50,7 +50,7 @@ def spread(
             for reference in done:
                 yield running.pop(reference), ray.get(reference)
     finally:
-        for reference in running:  # an interrupt leaves nothing running on the cluster
+        for reference in running:  # after an interrupt, nothing stays running on the cluster
             ray.cancel(reference, force=True)
 
 
@@ -79,5 +79,5 @@ def cluster(address: str | None = None) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def pipeline(model: str, device: str | None, dtype: str | None) -> DiffusionPipeline:
-    """This process' pipeline: loaded once, and kept until another is asked for."""
+    """This process's pipeline: loaded once, and kept until another is requested."""
     return load(model, device=device, dtype=dtype)

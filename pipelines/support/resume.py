@@ -1,4 +1,4 @@
-"""Going on after an interruption: a piece of work is done where its record is on disk, and only there."""
+"""Resuming after an interruption: a piece of work is done if, and only if, its record is on disk."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,12 @@ R = TypeVar("R")
 
 
 class Record:
-    """A JSON file that says what was made, and of what.
+    """A JSON file that says what was made, and from what.
 
     Args:
-        file: where it lies.
+        file: its path.
         made_of: what it depends on, by name; plain JSON values.
-        error: raised where the file is of something else.
+        error: raised if the file was made from something else.
     """
 
     def __init__(self, file: Path, made_of: dict[str, Any], error: type[Exception] = ValueError):
@@ -26,9 +26,9 @@ class Record:
         self.made_of = json.loads(json.dumps(made_of))
 
     def read(self) -> dict[str, Any] | None:
-        """What it says besides; None where there is no such file.
+        """The rest of its content; None if the file does not exist.
 
-        A file that was cut short, by a full disk say, does not count: nobody made it on purpose.
+        A truncated file, such as from a full disk, does not count.
         """
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ class Record:
             return None
         if {name: found.get(name) for name in self.made_of} != self.made_of:
             raise self.error(
-                f"{self.file} was made by another prompt or other settings: choose another place, or delete it"
+                f"{self.file} was made with another prompt or other settings: choose another place, or delete it"
             )
         return {name: value for name, value in found.items() if name not in self.made_of}
 
@@ -54,13 +54,13 @@ def resumed(
     keep: Callable[[P, Any], R],
     **spreading: Any,
 ) -> Iterator[tuple[P, R]]:
-    """(piece, its record): first the pieces that are done already, then the others as they are done.
+    """(piece, its record): first the pieces already done, then the others as they finish.
 
     Args:
-        work: what there is to do, on whatever machine.
-        found: the record of a piece; None where it has yet to be done. It raises where another's lies in its place.
-        keep: writes what was made of a piece, here, and its record last of all; returns that.
-        spreading: of `spread`.
+        work: does a piece, on any machine.
+        found: the record of a piece; None if it is still to do. Raises if another piece's record is in its place.
+        keep: writes a piece's results here, and its record last; returns the record.
+        spreading: arguments of `spread`.
     """
     left = []
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Other schedulers for a pipeline: which fit it, and a fresh one by its class's name."""
+"""Other schedulers for a pipeline: which ones fit, and a fresh one by its class name."""
 
 import copy
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ import diffusers
 
 
 def scheduler_of(own: Any, name: str | None) -> Any:
-    """A fresh scheduler of that class, configured as the pipeline's own: solvers carry history between calls.
+    """A fresh scheduler of that class, with the pipeline's configuration: solvers carry history between calls.
 
     Args:
         own: the pipeline's.
-        name: a class of diffusers that `own` can be exchanged for; None for its own.
+        name: a class of diffusers that can replace `own`; None for its own.
 
     Raises:
-        ValueError: it cannot, since it expects other noise levels or other predictions; the message lists what can.
+        ValueError: it expects other noise levels or other predictions; the message lists those that fit.
     """
     if name is None:
         return copy.deepcopy(own)
@@ -24,13 +24,13 @@ def scheduler_of(own: Any, name: str | None) -> Any:
     if type(own).__name__.startswith("FlowMatch"):  # diffusers lists nothing as compatible with these
         fitting |= {each: getattr(diffusers, each) for each in FLOW if hasattr(diffusers, each)}
     if name not in fitting:
-        raise ValueError(f"scheduler {name}: does not fit {type(own).__name__}; here fit {', '.join(sorted(fitting))}")
+        raise ValueError(f"scheduler {name} does not fit {type(own).__name__}; these do: {', '.join(sorted(fitting))}")
     return fitting[name].from_config(own.config)
 
 
 @contextmanager
 def scheduled(pipe: Any, name: str | None) -> Iterator[None]:
-    """Puts a scheduler of that class in place, and the pipeline's own back at the end; see `scheduler_of`."""
+    """Sets a scheduler of that class, and restores the pipeline's own at the end; see `scheduler_of`."""
     own = pipe.scheduler
     pipe.scheduler = scheduler_of(own, name)
     try:

@@ -1,4 +1,4 @@
-"""HTML from templates that lie beside the code; whatever is put into them is escaped."""
+"""HTML from templates beside the code; inserted values are escaped."""
 
 from importlib.resources import files
 from typing import Any
@@ -7,7 +7,7 @@ import jinja2
 
 
 def template(package: str, name: str, **filters: Any) -> jinja2.Template:
-    """A package's template; a name that it does not know is an error."""
+    """A package's template; unknown names are errors."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

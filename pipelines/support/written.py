@@ -1,4 +1,4 @@
-"""What people write, in files and forms: checked by pydantic, and refused in a sentence."""
+"""What people write in files and forms: pydantic checks it, and errors are sentences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Says of a type in words what is wanted, in place of pydantic's own."""
+    """Says in words what a type accepts, in place of pydantic's own message."""
 
     words: str
 
@@ -27,7 +27,7 @@ class Wanted:
 
 
 def refused(wanted: str) -> PydanticCustomError:
-    """For a validator to raise: the value is not what is wanted."""
+    """For a validator to raise: the value is not acceptable."""
     return PydanticCustomError("wanted", "{wanted}", {"wanted": wanted})
 
 
@@ -38,7 +38,7 @@ Scale = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), Wanted("
 
 
 def parts_of(cls: type, but: str = "") -> BeforeValidator:
-    """For a dataclass within another: what is written are some of its fields, by name.
+    """For a dataclass within another: people write some of its fields, by name.
 
     Args:
         but: a field that is not written there.
@@ -58,19 +58,19 @@ def in_a_file(name: str, value: Any, wanted: str) -> str:
 
 
 def checked(kind: type[T] | Any, given: Any, say: Callable[[str, Any, str], str] = in_a_file) -> T:
-    """What is given, as a type has it: a dataclass, a model, anything that pydantic knows.
+    """The given value, converted to a type: a dataclass, a model, anything that pydantic knows.
 
     Args:
-        say: from a name, a value and what is wanted to the sentence.
+        say: makes the sentence from a name, a value and what is accepted.
 
     Raises:
-        ValueError: it does not fit. The sentence is about the first such value.
+        ValueError: a value does not fit. The sentence is about the first such value.
     """
     try:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":  # a check of ours, in its own words
+    if first["type"] == "value_error":  # our own check has its own words
         raise ValueError(str(first["ctx"]["error"]))
     name = ": ".join(str(part) for part in first["loc"] if not isinstance(part, int))
     wanted = f"a list, such as [{first['input']}]" if first["type"] == "tuple_type" else first["msg"]

@@ -188,7 +188,7 @@ def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, 
     outcome = app_work.generate(pipe, Generation(**asked, compare_with_plain=False), lambda *news, **seen: None)
     assert outcome.guided.name == f"CFG + LinearAG, {said}"
     assert (outcome.guided.policy.calibration is not None) == (said == "fitted") == ("Calibration.load" in outcome.code)
-    assert "what is left out is a linear combination" in app_show.about(LinearAG)
+    assert "a linear combination of past predictions" in app_show.about(LinearAG)
     assert f", {said}" in app_show.grid_html(Grid(), [outcome.guided])
     families = [family for family, *_ in app_work.contestants(20, "ddim-20-5" if said == "fitted" else None)]
     assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
@@ -320,7 +320,7 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("generate", {"policy": "EveryStep()"}, "policy="),
         ("generate", {"policy": "Interval", "start": 0.6, "stop": 0.5}, "start must be below stop"),
         ("generate", {"compare_with_plain": "yes"}, "true or false"),
-        ("generate", {"model": "/etc"}, "not one this server allows"),
+        ("generate", {"model": "/etc"}, "This server does not allow the model"),
         ("generate", {"model": "owner/name"}, "--allow-models"),
         ("compare", {"rules": []}, "at least one of the rules"),
         ("compare", {"rules": ["CFG", "__class__"]}, "rules="),
@@ -453,9 +453,9 @@ def test_the_code_has_the_prompt_as_it_is(pipe):
 def test_an_allowed_model_is_loaded_and_reproduced(tmp_path, monkeypatch):
     model = str(bundled_copy(tmp_path))
     settings = Generation(model=model, **SMALL)
-    with pytest.raises(ValueError, match="not one this server allows"):
+    with pytest.raises(ValueError, match="This server does not allow the model"):
         Models().get(model)
-    with pytest.raises(ValueError, match="not one this server allows"):
+    with pytest.raises(ValueError, match="This server does not allow the model"):
         Models([model + "x"]).get(model)
     outcome = app_work.generate(Models([model]).get(model), settings, lambda *news, **seen: None)
     monkeypatch.chdir(tmp_path)
@@ -634,7 +634,7 @@ def test_the_interpreter_can_end_while_the_device_works():
 
 def test_a_scheduler_that_does_not_fit_is_refused(pipe, monkeypatch):
     monkeypatch.setitem(app_work.SCHEDULERS, OWN, "FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler: does not fit DDIMScheduler; here fit"):
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler does not fit DDIMScheduler; these do"):
         app_work.generate(pipe, Generation(**SMALL), lambda *news, **seen: None)
 
 

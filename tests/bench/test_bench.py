@@ -123,7 +123,7 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
         ("measure: psnr", "measure: psrn", "no measure 'psrn'"),
         ("at_least: 0.3", "at_leats: 0.3", "write a column, a measure"),
         ("at_least: 99", "at_least: a lot", "at_least of stopped is 'a lot'"),
-        ("measure: saturation", "measure: saved", "saved of APG is no figure to stay within"),
+        ("measure: saturation", "measure: saved", "saved of APG cannot be a reference"),
         ("steps: 3", "steps: 0", "steps: 0; a whole number from 1 up"),
         ("steps: 3", "steps: x", "steps: 'x'; a whole number from 1 up"),
         ("steps: 3", "steps: true", "steps: True; a whole number"),
@@ -138,7 +138,7 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
         ("seeds: [1, 2]", "seeds: 3", "seeds: 3; a list, such as [3]"),
         ("seeds: [1, 2]", "seeds: [1, 1]", "seeds: [1, 1]; at least one, and each once"),
         ("prompts: [a red apple, a rocket]", "prompts: 3", "prompts: 3; a list"),
-        ("prompts: [a red apple, a rocket]", "prompts: a cat", "prompts: 'a cat' names no file; write [a cat]"),
+        ("prompts: [a red apple, a rocket]", "prompts: a cat", "prompts: 'a cat' is not a file; write [a cat]"),
         ("schedulers: [DPMSolverMultistepScheduler]", "schedulers: DDIM", "schedulers: 'DDIM'; a list"),
         ("  CFG: CFG\n", "  CFG: [CFG]\n", "columns: 'CFG' is ['CFG']; write a pair"),
         ("  CFG: CFG\n", "  CFG: {pear: CFG}\n", "columns: 'CFG': {'pear': 'CFG'}; some of"),
@@ -349,7 +349,7 @@ def test_a_cell_whose_picture_is_lost_is_done_again(tmp_path):
 
 def test_lines_that_are_no_results_are_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"some": "thing"}\n')
-    with pytest.raises(ValueError, match="line 1: no result of a benchmark"):
+    with pytest.raises(ValueError, match="line 1: not a benchmark's result"):
         Results(tmp_path / "results.jsonl")
 
 

@@ -327,7 +327,7 @@ def test_prompts_are_a_list_of_texts(pipe, prompts, said):
         (["--model", "nowhere"], "no such folder, and a name on the hub has the form owner/name"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--scheduler", "Euler"], "EulerDiscreteScheduler"),
-        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "does not fit DDIMScheduler; here fit"),
+        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "does not fit DDIMScheduler; these do"),
         (["--model", ""], "--model is empty"),
         (["--prompts", NOT_UTF8], "latin.txt is not UTF-8 text (byte 3)"),
         (["--dtype", "int8"], "float32, bfloat16, float16"),
@@ -371,7 +371,7 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch
     result = command("compare", "a lemon", "--model", "owner/name", "--out", tmp_path)
     assert result.exit_code == 1 and "stacktrace" not in result.output
     assert (
-        "--model owner/name: neither on this machine nor to be had from the hub (the network is down)" in result.output
+        "--model owner/name: neither on this machine nor available from the hub (the network is down)" in result.output
     )
 
 
@@ -379,8 +379,8 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch
     ("arguments", "said"),
     [
         (["compare"], "stopped\n"),
-        (["calibrate", "out.safetensors"], "stopped; the same command goes on from here\n"),
-        (["generate", "jobs.jsonl"], "stopped; the same command goes on from here\n"),
+        (["calibrate", "out.safetensors"], "stopped; the same command resumes from here\n"),
+        (["generate", "jobs.jsonl"], "stopped; the same command resumes from here\n"),
     ],
 )
 def test_an_interrupt_says_whether_the_command_goes_on(arguments, said, monkeypatch, tmp_path):

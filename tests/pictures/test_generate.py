@@ -57,7 +57,7 @@ def test_every_line_becomes_a_picture_with_what_made_it_beside_it(tmp_path):
     file, out = jobs_file(tmp_path, *LINES), tmp_path / "out"
     command = ["generate", str(file), "--out", str(out), "--steps", "3", "--column", "StepAG(0.3)"]
     done = CliRunner().invoke(cli.make_app(), command)
-    assert done.exit_code == 0 and "3 pictures made, 0 were there already" in done.output
+    assert done.exit_code == 0 and "3 pictures made, 0 already existed" in done.output
     names = {path.name for path in out.iterdir()}
     assert names == {f"{name}.{kind}" for name in ("000000", "rocket", "000002") for kind in ("png", "json")}
     about = json.loads((out / "rocket.json").read_text())
@@ -67,11 +67,11 @@ def test_every_line_becomes_a_picture_with_what_made_it_beside_it(tmp_path):
     (out / "rocket.json").unlink()  # as if killed between picture and metadata
     before = (out / "rocket.png").read_bytes(), os.stat(out / "000000.png").st_mtime_ns
     again = CliRunner().invoke(cli.make_app(), command)
-    assert "1 pictures made, 2 were there already" in again.output
+    assert "1 pictures made, 2 already existed" in again.output
     assert before == ((out / "rocket.png").read_bytes(), os.stat(out / "000000.png").st_mtime_ns)
 
     other = CliRunner().invoke(cli.make_app(), [*command, "--scale", "9"])
-    assert other.exit_code == 1 and "was made by another prompt or other settings" in " ".join(other.output.split())
+    assert other.exit_code == 1 and "was made with another prompt or other settings" in " ".join(other.output.split())
 
 
 def test_an_argument_the_pipeline_does_not_take_is_named(tmp_path):
@@ -105,7 +105,7 @@ def test_a_picture_of_another_size_than_asked_for_is_refused(tmp_path, monkeypat
     jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "height": 64}))
     made = Result("", CFG(), EveryStep(), 5.0, [Image.new("RGB", (128, 128))])
     monkeypatch.setattr(generating, "make", lambda *call, **settings: made)
-    with pytest.raises(ValueError, match=r"job 000000, with height=64: .*the pipeline makes 128 of it"):
+    with pytest.raises(ValueError, match=r"job 000000, with height=64: .*the pipeline turns it into 128"):
         generate(jobs, tmp_path / "out", model=MODEL, steps=1)
     assert not (tmp_path / "out").exists()
 
@@ -131,7 +131,7 @@ def test_metadata_that_was_cut_short_is_made_anew(tmp_path):
         ('{"text": "a rocket"}', 'line 2: an object with a text "prompt"'),
         ('{"prompt": "a rocket", "id": "../x"}', "line 2: id '../x'"),
         ('{"prompt": "a rocket", "seed": -1}', "line 2: seed -1"),
-        ('{"prompt": "a rocket", "id": "000000"}', "'000000' is there twice"),
+        ('{"prompt": "a rocket", "id": "000000"}', "'000000' occurs twice"),
     ],
 )
 def test_a_wrong_line_is_named_before_anything_is_made(tmp_path, line, message):

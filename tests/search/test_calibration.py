@@ -461,7 +461,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="calibrate"):
         Calibration.load(tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(CalibrationMismatch, match="no safetensors"):
+    with pytest.raises(CalibrationMismatch, match="not a safetensors"):
         Calibration.load(tmp_path / "text")
     from safetensors.torch import save_file
 

@@ -17,7 +17,7 @@ def test_a_record_is_read_by_whoever_made_it_the_same_way(tmp_path):
     assert record.read() is None
     record.write({"nfe": 7})
     assert Record(record.file, {"sizes": [1, 2], "seed": 3}).read() == {"nfe": 7}
-    with pytest.raises(CalibrationMismatch, match=r"a\.json was made by another prompt or other settings"):
+    with pytest.raises(CalibrationMismatch, match=r"a\.json was made with another prompt or other settings"):
         Record(record.file, {"seed": 4}, CalibrationMismatch).read()
     record.file.write_text(record.file.read_text()[:-9])
     assert record.read() is None

@@ -55,7 +55,7 @@ REFUSED = {
 WHOLE = {n: "perturbed attention needs all branches" for n, entry in PIPELINES.items() if "PAG" in entry.cls}
 """Pipelines that are guided, but of whose evaluations none can be left out, and why."""
 
-PLAIN_ONLY = {"StableDiffusionPanoramaPipeline": r"each of its views would need a history of its own"}
+PLAIN_ONLY = {"StableDiffusionPanoramaPipeline": r"each of its views would need its own history"}
 """Pipelines to which nothing but plain guidance at every step can be attached, and what they must say."""
 
 OWN_SCALES = {"StableVideoDiffusionPipeline": r"parts of a prediction at different scales"}
