@@ -30,22 +30,48 @@ from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.pipelines.support.ray import cluster
 from diffusers_guidance.pipelines.support.resume import resumed
-from diffusers_guidance.policies import Decision, EveryStep, History, Step
+from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
+from diffusers_guidance.steps import Prediction, Step
 
 
 @dataclass(frozen=True)
-class Recorder(EveryStep):
-    """Full guidance that leaves the histories of the run's denoisers in `histories`."""
+class Verified(EveryStep):
+    """Full guidance, refused at a step whose formula does not hold; under `EveryStep` the report only says so."""
 
-    histories: dict[str, tuple[int, History]] = field(default_factory=dict, repr=False)
-    """By the denoiser's name: the run's step at which its history begins, and the history."""
 
-    remembers = True
+@dataclass
+class Recorded:
+    """What one denoiser put out at its guided steps; lists by step."""
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
-        self.histories.setdefault(history.denoiser, (step.index, history))
-        return super().plan(step, history)
+    first: int
+    """The run's step at which it begins."""
+    cond: list[Tensor] = field(default_factory=list)
+    uncond: list[Tensor] = field(default_factory=list)
+    similarities: list[Tensor] = field(default_factory=list)
+    """(2, rows) each, of the denoised predictions and of the noise."""
+
+    @property
+    def similarity(self) -> dict[str, Tensor]:
+        """By space, (rows, steps) on the host."""
+        both = torch.stack(self.similarities).float().cpu().permute(1, 2, 0)
+        return {space: values.contiguous() for space, values in zip(("denoised", "noise"), both, strict=True)}
+
+
+class Recorder:
+    """An observer that keeps what a run's denoisers put out, by their names; it takes full guidance."""
+
+    def __init__(self) -> None:
+        self.denoisers: dict[str, Recorded] = {}
+
+    def __call__(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:
+        if prediction is None:
+            return
+        found = self.denoisers.setdefault(step.denoiser, Recorded(step.index))
+        for seen, own in zip((found.cond, found.uncond), prediction.own, strict=True):
+            seen.append(own)
+        assert prediction.similarity is not None  # an attached run's is known by now
+        found.similarities.append(prediction.similarity)
 
 
 def calibrate(
@@ -178,28 +204,26 @@ def _run(
     """The calibration of one batch."""
     recorder = Recorder()
     cases = list(map(Case, prompts, seeds, negatives))
-    column = Column("calibration", CFG(), recorder, guidance_scale)
+    column = Column("calibration", CFG(), Verified(), guidance_scale)
     with torch.no_grad():
-        made = make(pipe, cases, column, steps=steps, **{"output_type": "latent"} | arguments)
+        made = make(pipe, cases, column, steps=steps, observers=[recorder], **{"output_type": "latent"} | arguments)
     (report,) = made.reports
-    if not recorder.histories:
+    if not recorder.denoisers:
         raise GuidanceError(f"nothing to calibrate: {report.note or 'no guided step was seen'}")
 
     denoisers = {}
-    for name, (first, history) in recorder.histories.items():
-        if history.rows != len(prompts):
+    for name, seen in recorder.denoisers.items():
+        if others := {len(each) for each in seen.cond} - {len(prompts)}:
             raise GuidanceError(
-                f"{name} guided {history.rows} samples of {len(prompts)}: ask for one picture of each prompt"
+                f"{name} guided {min(others)} samples of {len(prompts)}: ask for one picture of each prompt"
             )
-        own = len(history.cond)  # what comes before is another's, whom it took over from
-        similarity = {space: history.agreement(space)[-own:].T.contiguous() for space in ("denoised", "noise")}
-        products = gram(history.cond, history.uncond, per_channel)
+        products = gram(seen.cond, seen.uncond, per_channel)
         if not products.isfinite().all():
             raise GuidanceError(
                 f"the predictions of {name} for the seeds {seeds[0]} to {seeds[-1]} are not all finite: nothing can "
                 "be fitted to them: calibrate in another precision, or without these prompts"
             )
-        denoisers[name] = Moments(first, products, similarity)
+        denoisers[name] = Moments(seen.first, products, seen.similarity)
     # The scale w of the formula; some pipelines call it by one less, and experts may have one each.
     scales = {step.denoiser: step.guidance_scale for step in reversed(report.steps) if step.guidance_scale}
     about: dict[str, Any] = {}
