@@ -29,6 +29,7 @@ from torch import Tensor
 
 from diffusers_guidance.checks import is_number, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch
+from diffusers_guidance.files import write
 from diffusers_guidance.spaces import Space
 from diffusers_guidance.steps import Action
 
@@ -280,17 +281,13 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, all at once or not at all."""
-        path = Path(path)
         tensors = {}
         for name, moments in self.denoisers.items():
             tensors[f"{name}.gram"] = moments.gram.contiguous()
             tensors |= {f"{name}.{space}": seen.contiguous() for space, seen in moments.similarity.items()}
         first = {name: moments.first for name, moments in self.denoisers.items()}
         described = json.dumps({"setting": self.setting, "first": first, "prompts": self.prompts}, allow_nan=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(serialize(tensors, {"format": FORMAT, "calibration": described}))
-        partial.replace(path)
+        write(Path(path), serialize(tensors, {"format": FORMAT, "calibration": described}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":

@@ -7,6 +7,7 @@ on where it stopped, and shares made on several machines add up to the whole.
 import functools
 import hashlib
 import inspect
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -137,20 +138,29 @@ def calibrate(
     numbers = list(range(k, trajectories, n))
     turn = math.lcm(len(prompts), len(negative_prompts))
     done = _resume(path, pipe, plan, share)
-    found = 0 if done is None else done.trajectories
-    while found < len(numbers):
-        progress("calibrating", found, len(numbers))
-        batch = numbers[found : found + batch_size]
+    had = 0 if done is None else done.trajectories
+
+    def one(span: tuple[int, int]) -> Calibration:
+        progress("calibrating", span[0], len(numbers))
+        batch = numbers[slice(*span)]
         texts = [prompts[i % len(prompts)] for i in batch]
         negatives = [negative_prompts[(i + i // turn) % len(negative_prompts)] for i in batch]
         seeds = [seed + i for i in batch]
         part = _run(pipe, texts, negatives, seeds, num_inference_steps, guidance_scale, per_channel, arguments)
         part.setting.update(calibrated={**plan, "share": list(share)})
+        return part
+
+    def keep(span: tuple[int, int], part: Calibration) -> Calibration:
+        nonlocal done
         done = part if done is None else done + part
-        found += len(batch)
         if path is not None:
             done.save(path)
-    progress("calibrating", found, len(numbers))
+        return done
+
+    ends = sorted({0, had, *range(had, len(numbers), batch_size), max(had, len(numbers))})
+    for _ in resumed(one, [*itertools.pairwise(ends)], lambda span: done if span[1] <= had else None, keep):
+        pass
+    progress("calibrating", max(had, len(numbers)), len(numbers))
     if done is None:
         raise ValueError(f"share={share} of {trajectories} trajectories is empty: at most {trajectories} shares")
     return done

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import BUNDLED, COLUMNS, Column
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
 from diffusers_guidance.pipelines.pictures.sheet import save
@@ -28,7 +29,7 @@ from diffusers_guidance.pipelines.shell.common import (
     With,
     reporting,
 )
-from diffusers_guidance.pipelines.support.files import read_lines, write
+from diffusers_guidance.pipelines.support.files import read_lines
 from diffusers_guidance.pipelines.support.loading import load
 from diffusers_guidance.pipelines.support.modules import import_own
 from diffusers_guidance.policies import Schedule

@@ -1,6 +1,5 @@
-"""Files: texts read with their name in every error, and whole files written or none."""
+"""Texts read with their file's name in every error."""
 
-import os
 from pathlib import Path
 
 
@@ -27,14 +26,3 @@ def read_lines(file: Path) -> list[str]:
     if not found:
         raise ValueError(f"{file} holds no prompt; write one a line")
     return found
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`; a kill in the middle leaves what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

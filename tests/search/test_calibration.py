@@ -241,6 +241,20 @@ def test_shares_add_up_and_negative_prompts_take_turns(pipe):
     assert whole.denoisers["unet"].gram.shape == (4, 2 * STEPS, 2 * STEPS)
 
 
+def test_a_full_disk_leaves_the_calibration_that_was_there(pipe, tmp_path, monkeypatch):
+    path = tmp_path / "kept.safetensors"
+    made = calibration_of(pipe, trajectories=2, path=path)
+    before = path.read_bytes()
+
+    def refuse(*args):
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="no space"):
+        made.save(path)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
 def test_interrupted_it_goes_on_where_it_stopped(pipe, tmp_path):
     path = tmp_path / "calibration.safetensors"
 
