@@ -16,8 +16,8 @@ import torch
 from bundled import OUT, Bundled, prompts
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Policy, Rule, attach, samples
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.bench.metrics import Retrieval, contrast, saturation
-from diffusers_guidance.pipelines.support.files import write
 
 SCALE = 15.0
 SEED = 1000

@@ -23,7 +23,7 @@ import diffusers
 import torch
 
 from diffusers_guidance import CFG, EveryStep, attach
-from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.support.machine import environment
 
 STEPS = 10

@@ -16,8 +16,8 @@ import diffusers
 from bundled import Bundled, prompts
 
 from diffusers_guidance import EveryStep, Forecast, Hold, Policy, samples
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
-from diffusers_guidance.pipelines.support.files import write
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "forecast"
 SEED = 97531

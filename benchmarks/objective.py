@@ -23,9 +23,9 @@ from diffusers import DiffusionPipeline
 
 from diffusers_guidance import Calibration, EveryStep, Fit, Schedule, calibrate, samples, search
 from diffusers_guidance.calibration import combinations
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
-from diffusers_guidance.pipelines.support.files import write
 from diffusers_guidance.schedules import errors_of, even, pair_residuals, shortest
 
 SEED = 77_000

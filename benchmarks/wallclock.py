@@ -22,7 +22,7 @@ import diffusers
 import numpy as np
 import torch
 
-from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.files import write
 
 POLICIES = {
     # Where the published adaptive runs stop guidance, as a share of the steps.

@@ -31,6 +31,7 @@ from torch import Tensor
 from diffusers_guidance import hub
 from diffusers_guidance.checks import is_number, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch
+from diffusers_guidance.files import write
 from diffusers_guidance.motion import Motion, merged
 from diffusers_guidance.spaces import Space
 from diffusers_guidance.steps import Action
@@ -323,7 +324,6 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, all at once or not at all."""
-        path = Path(path)
         tensors = {}
         for name, moments in self.denoisers.items():
             tensors[f"{name}.gram"] = moments.gram.contiguous()
@@ -335,10 +335,7 @@ class Calibration:
         motions = [{"scale": motion.scale, "runs": motion.runs} for motion in self.motions]
         about = {"setting": self.setting, "first": first, "prompts": self.prompts, "motions": motions}
         described = json.dumps(about, allow_nan=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(serialize(tensors, {"format": FORMAT, "calibration": described}))
-        partial.replace(path)
+        write(Path(path), serialize(tensors, {"format": FORMAT, "calibration": described}))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder as `push_to_hub` fills a repository: the file, and a card that says what it is for."""

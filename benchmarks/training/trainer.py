@@ -7,7 +7,6 @@ share the gradients over gloo: on shared cores they are only slowed, where one p
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from diffusers_guidance.files import write
 
 Loss = Callable[[nn.Module, torch.Generator, float], dict[str, Tensor]]
 """loss(model, generator, progress from 0 to 1): by name, what is summed and minimised; a mean over a worker's share."""
@@ -296,9 +298,8 @@ def branch(folder: Path, to: Path) -> None:
 def _write(tensors: dict[str, Tensor], folder: Path, step: int, seconds: float) -> None:
     about = json.dumps({"step": step, "seconds": seconds})
     tensors = {k: v.contiguous() for k, v in tensors.items()}
-    save_file(tensors, folder / "state.part", metadata={"about": about})
-    os.replace(folder / "state.part", folder / "state.safetensors")
-    (folder / "state.json").write_text(about)
+    write(folder / "state.safetensors", serialize(tensors, {"about": about}))
+    write(folder / "state.json", about.encode())
 
 
 def start(train: Callable[..., Any], workers: int, *arguments: Any) -> None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -79,8 +80,9 @@ def component(kind: Any, value: Any, **changes: Any) -> Any:
         case Side():
             made = gr.Dropdown(**given | {"info": None})
             return _described(made, {"type": "integer", "description": kind.info})
-        case Number() if kind.high - kind.low > 10_000:
-            return gr.Number(minimum=kind.low, maximum=kind.high, precision=0, **given)
+        case Number() if kind.optional or kind.high - kind.low > 10_000:
+            low, high = (end if math.isfinite(end) else None for end in (kind.low, kind.high))
+            return gr.Number(minimum=low, maximum=high, step=kind.step, precision=0 if kind.whole else None, **given)
         case Number():
             return gr.Slider(kind.low, kind.high, step=kind.step, precision=0 if kind.whole else None, **given)
         case Flag():

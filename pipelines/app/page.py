@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,17 @@ from diffusers_guidance.pipelines.app.controls import (
 )
 from diffusers_guidance.pipelines.app.limits import SmallRequests
 from diffusers_guidance.pipelines.app.settings import (
+    BUNDLED,
     COMPARISONS,
     EXAMPLES,
-    KNOBS,
-    POLICIES,
     PRESETS,
-    RULES,
     Generation,
     Grid,
     Trial,
+    knobs,
     knobs_of,
+    policies,
+    rules,
 )
 from diffusers_guidance.pipelines.app.work import News, Outcome, Studio
 from diffusers_guidance.pipelines.pictures.make import Result
@@ -69,12 +69,11 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
 
 
 def welcomed(studio: Studio) -> tuple[Outcome, list[Result]]:
-    """What the page opens with, beside pictures of the same prompt and seed at other guidance scales."""
-    finished(studio.generate(Generation(steps=2)))  # warms the model up, for the times shown
+    """What the page opens with, and beside it both uses, on the same prompt and seed: less time, and a high scale."""
+    finished(studio.generate(Generation(steps=2)))  # so that the times shown are those of a warm model
     first = finished(studio.generate(Generation()))
-    plain = Generation(rule="CFG", policy="EveryStep")
-    steps = [finished(studio.generate(replace(plain, guidance_scale=scale))).guided for scale in (1.0, 5.0)]
-    return first, [*steps, *filter(None, (first.plain, first.guided))]
+    high = finished(studio.generate(Generation(**PRESETS["High scale without burn"].settings())))
+    return first, [result for each in (first, high) for result in (each.plain, each.guided) if result is not None]
 
 
 # Generate
@@ -94,7 +93,7 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
                 list(PRESETS),
                 value=next(iter(PRESETS)),
                 label="Guidance",
-                info="APG takes the burn out of high scales; AG and Forecast save evaluations.",
+                info="What you want; each sets the scale that it is for.",
                 elem_classes="dg-choices",
             )
             controls.add("guidance_scale")
@@ -113,11 +112,11 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
                 controls.sides_follow_the_model()
             with gr.Accordion("Rule and policy", open=False):
                 told = {}
-                for part, types in (("rule", RULES), ("policy", POLICIES)):
+                for part, types in (("rule", rules()), ("policy", policies())):
                     controls.add(part)
                     chosen_first = types[Generation.defaults()[part]]
                     told[part] = gr.HTML(app_show.about(chosen_first), padding=False)
-                    for name in KNOBS[part]:
+                    for name in [name for each in types.values() for name in knobs_of(each)]:
                         controls.add(name, visible=name in knobs_of(chosen_first))
         with gr.Column(scale=6, min_width=300):
             status = gr.HTML(app_show.note(_summary(first) if first else "Ready."), elem_id="status", padding=False)
@@ -246,25 +245,38 @@ def _pairs(outcome: Outcome) -> list[tuple[Any, Any]]:
 
 
 def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> None:
-    """Presets choose rule and policy; these show their meaning, their own knobs, and their preset, if any."""
+    """Presets choose rule, policy, scale and knobs; these show what they are, and the preset they make, if any."""
     rule, policy = controls["rule"], controls["policy"]
-    names = [name for part in KNOBS.values() for name in part]
-    knobs = [told["rule"], told["policy"], *(controls[name] for name in names)]
+    owners = {name: knob.owner for name, knob in knobs().items()}
+    kinds: dict[str, dict[str, Any]] = {"rule": {**rules()}, "policy": {**policies()}}
+    shown = [told["rule"], told["policy"], *(controls[name] for name in owners)]
+    set_by = {"rule": rule, "policy": policy, "guidance_scale": controls["guidance_scale"]}
+    set_by |= {name: controls[name] for name in owners}
     quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
     def visible(rule: str, policy: str) -> list[Any]:
-        parts = RULES[rule], POLICIES[policy]
-        shown = [name for part in parts for name in knobs_of(part)]
-        return [*map(app_show.about, parts), *(gr.update(visible=name in shown) for name in names)]
+        parts = kinds["rule"][rule], kinds["policy"][policy]
+        return [*map(app_show.about, parts), *(gr.update(visible=owner in parts) for owner in owners.values())]
 
-    def recognise(rule: str, policy: str) -> list[Any]:
-        found = next((name for name, pair in PRESETS.items() if pair == (rule, policy)), None)
-        return [found, *visible(rule, policy)]
-
-    # It runs in the browser, so that pressing the button at once uses the choice.
-    chosen = preset.input(None, preset, [rule, policy], js=f"name => ({json.dumps(PRESETS)})[name]", **quick)
-    chosen.then(visible, [rule, policy], knobs, **quick)
-    gr.on([rule.input, policy.input], recognise, [rule, policy], [preset, *knobs], **quick)
+    # In the browser itself, so that whoever presses the button in the next moment gets what was chosen.
+    known = json.dumps([{name: each.settings(model) for name, each in PRESETS.items()} for model in (BUNDLED, "")])
+    names = json.dumps([*set_by])
+    of_model = f"({known})[model == {json.dumps(BUNDLED)} ? 0 : 1]"
+    choose = f"""(name, model, ...now) => {{
+        const wanted = {of_model}[name];
+        return {names}.map((each, i) => each in wanted ? wanted[each] : now[i]);
+    }}"""
+    # At whatever scale: that of a preset is where to start from.
+    recognise = f"""(model, ...now) => {{
+        const is = (wanted, each, i) => !(each in wanted) || each == "guidance_scale" || wanted[each] === now[i];
+        const found = Object.entries({of_model}).find(([_, wanted]) => {names}.every((each, i) => is(wanted, each, i)));
+        return found ? found[0] : null;
+    }}"""
+    model, settings = controls["model"], [*set_by.values()]
+    chosen = preset.input(None, [preset, model, *settings], settings, js=choose, **quick)
+    chosen.then(visible, [rule, policy], shown, **quick)
+    gr.on([rule.input, policy.input], visible, [rule, policy], shown, **quick)
+    gr.on([each.input for each in settings], None, [model, *settings], preset, js=recognise, **quick)
 
 
 # Compare

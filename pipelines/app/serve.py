@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from diffusers_guidance.pipelines.support.modules import HELP, import_own
+
 
 def main() -> None:
     """Entry point of `app.py`."""
@@ -29,7 +31,8 @@ def serve(
             show_default="only the bundled model",
         ),
     ] = None,
-    mcp: Annotated[bool, typer.Option("--mcp", help="Also be an MCP server.")] = False,
+    own: Annotated[list[str] | None, typer.Option("--with", help=HELP, show_default="none")] = None,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Be an MCP server as well.")] = False,
     share: Annotated[bool, typer.Option("--share", help="Make a public address through gradio.live.")] = False,
 ) -> None:
     """Serve the page: generate, compare and benchmark with guidance."""
@@ -50,8 +53,9 @@ def serve(
             typer.secho(f"{error}; the app needs a few more packages: pip install 'diffusers-guidance[app]'", err=True)
             raise typer.Exit(1) from None
         try:
+            import_own(own or ())
             page, _ = launch(host, port, allow_models or (), mcp, share)
-        except OSError as error:
+        except (ValueError, OSError) as error:
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
         typer.echo(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.")

@@ -5,19 +5,22 @@ arriving value here and nowhere else. Names are looked up in fixed lists.
 """
 
 import functools
+import inspect
+import math
 import random
+import re
 import reprlib
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, create_model
 
-from diffusers_guidance.pipelines.pictures.columns import POLICIES as POLICY_TYPES
-from diffusers_guidance.pipelines.pictures.columns import RULES as RULE_TYPES
+from diffusers_guidance.pipelines.pictures.columns import known_policies, known_rules
 from diffusers_guidance.pipelines.pictures.make import Case
 from diffusers_guidance.pipelines.support.written import Wanted, checked, refused
-from diffusers_guidance.policies import EveryStep, Forecast, Hold, Policy
+from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Forecast, Policy
 from diffusers_guidance.rules import APG, CFG, Rule
 
 BUNDLED = "bundled"
@@ -41,11 +44,21 @@ SCHEDULERS: dict[str, str | None] = {
 def _usable(types: list[type], first: type) -> dict[str, type]:
     """Those that need no arguments, by name."""
     usable = [t for t in types if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(t))]
-    return {t.__name__: t for t in sorted(usable, key=lambda t: (t is not first, t.__name__))}
+    found: dict[str, type] = {first.__name__: first}
+    for each in usable:
+        found.setdefault(each.__name__, each)  # the package's own names stay its own
+    return found
 
 
-RULES: dict[str, type[Rule]] = _usable(RULE_TYPES, CFG)
-POLICIES: dict[str, type[Policy]] = _usable(POLICY_TYPES, EveryStep)
+def rules() -> dict[str, type[Rule]]:
+    """By name, those to choose from: CFG, the package's others, and those that were imported."""
+    return _usable(known_rules(), CFG)
+
+
+def policies() -> dict[str, type[Policy]]:
+    """Likewise the policies."""
+    return _usable(known_policies(), EveryStep)
+
 
 EXAMPLES = ("a dog face, noto style", "a tiger, noto style", "a hamburger, 3d style", "a soccer ball",
             "a red apple, flat style", "a guitar, 3d style")  # fmt: skip
@@ -53,18 +66,14 @@ EXAMPLES = ("a dog face, noto style", "a tiger, noto style", "a hamburger, 3d st
 
 COMPARISONS = {
     "What the scale does": (("CFG", "APG"), ("EveryStep",), (1.0, 5.0, 10.0, 15.0)),
-    "Rules at high scales": (tuple(RULES), ("EveryStep",), (5.0, 15.0, 25.0)),
+    "Rules at high scales": (
+        ("CFG", "APG", "CFGZeroStar", "MagnitudeAware", "TCFG"),
+        ("EveryStep",),
+        (5.0, 15.0, 25.0),
+    ),
     "What policies save": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance", "Hold"), (5.0,)),
 }
 """Rules, policies and scales to start from; the page opens with the first."""
-
-PRESETS = {
-    "APG + AG": ("APG", "AdaptiveGuidance"),
-    "APG": ("APG", "EveryStep"),
-    "Forecast": ("CFG", "Forecast"),
-    "Plain CFG": ("CFG", "EveryStep"),
-}
-"""Pairs of rule and policy to start from; the page opens with the first."""
 
 
 # Kinds of values; each says in words what it takes
@@ -95,16 +104,28 @@ class Number:
     high: float
     step: float = 1
     info: str = ""
+    optional: bool = False
+    """Whether it may be empty, which is None."""
 
     @property
     def whole(self) -> bool:
         return self.step == int(self.step)
 
     @property
+    def words(self) -> str:
+        """What is wanted."""
+        words = ["a whole number" if self.whole else "a number"]
+        if math.isfinite(self.low):
+            words += [f"from {_plain(self.low)}", f"to {_plain(self.high)}" if math.isfinite(self.high) else "up"]
+        return " ".join(words) + ", or nothing" * self.optional
+
+    @property
     def type(self) -> Any:
-        wanted = f"{'a whole number' if self.whole else 'a number'} from {_plain(self.low)} to {_plain(self.high)}"
-        limits = Field(strict=True, ge=self.low, le=self.high, multiple_of=1 if self.whole else None)
-        return Annotated[float, limits, Wanted(wanted), AfterValidator(int if self.whole else float)]
+        limits = Field(
+            strict=True, ge=self.low, le=self.high, multiple_of=1 if self.whole else None, allow_inf_nan=False
+        )
+        number: Any = Annotated[float, limits, AfterValidator(int if self.whole else float)]
+        return Annotated[number | None if self.optional else number, Wanted(self.words)]
 
 
 @dataclass(frozen=True)
@@ -168,35 +189,176 @@ def _plain(number: float) -> str:
     return str(int(number)) if number == int(number) else f"{number:g}"
 
 
-def setting(default: Any, kind: Any) -> Any:
-    """A field of a form."""
-    return field(default=default, metadata={"kind": kind})
+F = TypeVar("F", bound="Form")
 
 
-@dataclass(frozen=True)
+class Setting(NamedTuple):
+    """One of a form's: what it is unless given, and what it takes."""
+
+    default: Any
+    kind: Any
+
+
+def setting(default: Any, kind: Any | Callable[[], Any]) -> Any:
+    """A setting of a form, an attribute of its class; a kind that depends on what was imported is made when asked."""
+    return Setting(default, kind)
+
+
 class Form:
-    """Base of the forms: checks every field when it is made."""
+    """Base of the forms: checks every setting when it is made."""
 
-    def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in self.kinds()}
-        read: BaseModel = checked(type(self)._schema(), given, _said)
-        for name, value in read:
-            object.__setattr__(self, name, value)
+    def __init__(self, **given: Any):
+        kinds = self.kinds()
+        if unknown := given.keys() - kinds:
+            raise TypeError(f"{min(unknown)} is no setting: there are {', '.join(kinds)}")
+        read: BaseModel = checked(_schema(type(self).__name__, tuple(kinds.items())), self.defaults() | given, _said)
+        self.__dict__.update(read)
+        self.check()
+
+    def check(self) -> None:
+        """Refuses settings that do not go together."""
 
     @classmethod
-    @functools.cache
-    def _schema(cls) -> type[BaseModel]:
-        types: dict[str, Any] = {name: (kind.type, ...) for name, kind in cls.kinds().items()}
-        return create_model(cls.__name__, **types)
+    def settings(cls) -> dict[str, Setting]:
+        """All there are, by name."""
+        own = {name: each for name, each in vars(cls).items() if isinstance(each, Setting)}
+        return {name: Setting(each.default, _now(each.kind)) for name, each in own.items()}
 
     @classmethod
     def kinds(cls) -> dict[str, Any]:
-        """The kind of every field, by name."""
-        return {f.name: f.metadata["kind"] for f in fields(cls)}
+        """The kind of every setting, by name."""
+        return {name: each.kind for name, each in cls.settings().items()}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        return {f.name: f.default for f in fields(cls)}
+        return {name: each.default for name, each in cls.settings().items()}
+
+    def values(self) -> dict[str, Any]:
+        """Every setting as it is here, by name."""
+        return dict(vars(self))
+
+    def but(self: F, **changes: Any) -> F:
+        """A form with some settings changed."""
+        return type(self)(**self.values() | changes)
+
+
+def _now(kind: Any) -> Any:
+    return kind() if inspect.isfunction(kind) else kind
+
+
+@functools.lru_cache
+def _schema(name: str, kinds: tuple[tuple[str, Any], ...]) -> type[BaseModel]:
+    types: dict[str, Any] = {name: (kind.type, ...) for name, kind in kinds}
+    return create_model(name, **types)
+
+
+# Knobs
+
+
+class Knob(NamedTuple):
+    """A field of a rule or policy that can be set here."""
+
+    owner: type
+    field: str
+    setting: Setting
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "APG": {
+        "momentum": Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions."),
+        "norm_threshold": Number("Norm threshold", 0, 100, 0.5, "Cap on the update; empty: no cap.", optional=True),
+        "eta": Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."),
+        "reference_numel": None,
+    },
+    "CFG": {"rescale": Number("Rescale", 0, 1, 0.05, "Pulls the contrast back; 0 is off.")},
+    "CFGZeroStar": {"zero_init": Number("Zero steps", 0, 20, info="First steps that stand still.")},
+    "MagnitudeAware": {"alpha": Number("Alpha", 0, 50, 0.5, "How strongly far moves are damped; 0 is CFG.")},
+    "AdaptiveGuidance": {
+        "threshold": Number("Threshold", 0.5, 1, 0.001, "Similarity from which guidance stops."),
+        "patience": Number("Patience", 1, 10, info="Steps in a row that must reach it."),
+        "space": OneOf("Space", ("denoised", "noise"), "The predictions that are compared."),
+    },
+    "Interval": {
+        "start": Number("Start", 0, 1, 0.05, "Guide from this share of the steps."),
+        "stop": Number("Stop", 0, 1, 0.05, "Guide up to this share of the steps."),
+        "by": None,
+    },
+    "StepAG": {"p": Number("Share", 0.05, 1, 0.05, "Guide in this first share of the steps.")},
+    "Forecast": {
+        "save": Number("Save", 0, 0.75, 0.05, "The share of the evaluations to skip."),
+        "nfe": None,
+    },
+    "Hold": {
+        "period": Number("Period", 1, 10, info="Steps from one full evaluation to the next."),
+        "warmup": Number("Warm-up", 1, 20, info="First steps, evaluated in full."),
+        "last": Flag("The last step in full", "Periods count back from it."),
+    },
+}
+"""How fields of the package's own rules and policies are shown; None: not at all. Others follow from their types."""
+
+
+def knobs() -> dict[str, Knob]:
+    """Those of all rules and policies, each with its owner's default.
+
+    One goes by its field's name, or by its owner's and the field's where that name is another's already.
+    """
+    found: dict[str, Knob] = {}
+    taken = {name for name, each in vars(Generation).items() if isinstance(each, Setting)}
+    for owner in [*rules().values(), *policies().values()]:
+        for field, made in _fields(owner).items():
+            name = field if field not in taken else f"{owner.__name__}_{field}"
+            found[name] = Knob(owner, field, made)
+            taken.add(name)
+    return found
+
+
+def knobs_of(owner: type) -> list[str]:
+    """The knobs that a rule or policy has; its other fields keep their defaults."""
+    return [name for name, knob in knobs().items() if knob.owner is owner]
+
+
+def _fields(owner: type) -> dict[str, Setting]:
+    """A rule's or policy's own settings, by field."""
+    shown = KINDS.get(owner.__name__, {}) if owner.__module__.split(".")[0] == __name__.split(".")[0] else {}
+    try:
+        hints: Mapping[str, Any] = get_type_hints(owner)
+    except NameError:  # of names for type checkers alone
+        hints = {}
+    found = {}
+    for each in fields(owner):
+        if each.name == "guidance_scale" or not each.init or each.default is MISSING:
+            continue
+        hint = hints.get(each.name, type(each.default))
+        kind = shown[each.name] if each.name in shown else _kind(hint, each.name, _told(owner, each.name))
+        if kind is not None:
+            found[each.name] = Setting(each.default, kind)
+    return found
+
+
+def _kind(hint: Any, name: str, info: str) -> Any:
+    """What a field of that type takes; None where it is nothing that one can set here."""
+    label = name.replace("_", " ").capitalize()
+    given = [each for each in get_args(hint) if each is not NoneType]
+    if get_origin(hint) is Literal and all(isinstance(each, str) for each in given):
+        return OneOf(label, tuple(given), info)
+    optional = NoneType in get_args(hint) and len(given) == 1
+    plain = given[0] if optional else hint
+    if plain is bool and not optional:
+        return Flag(label, info)
+    if plain in (int, float):
+        return Number(label, -math.inf, math.inf, 1 if plain is int else 0.01, info, optional)
+    return None
+
+
+def _told(owner: type, name: str) -> str:
+    """The first sentence of what its documentation's "Args" say of a field."""
+    said = re.search(
+        rf"^\s*{name}: (.+?)(?:\.\s|\.?\n\s*\n|\.?\n\s*\w+: |\.?\s*$)", inspect.getdoc(owner) or "", re.M | re.S
+    )
+    if said is None:
+        return ""
+    sentence = " ".join(said[1].split())
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 # Settings that several forms share
@@ -210,13 +372,12 @@ SEED = Number("Seed", 0, 2**32 - 1)
 MODEL = Text("Model", "A folder or a name on the Hugging Face hub, from those this server allows.", 300)
 
 
-@dataclass(frozen=True)
 class Generation(Form):
     """One press of the button "Generate"."""
 
     prompt: str = setting(EXAMPLES[0], PROMPT)
     negative_prompt: str = setting("", NEGATIVE)
-    guidance_scale: float = setting(15.0, SCALE)
+    guidance_scale: float = setting(5.0, SCALE)
     steps: int = setting(20, STEPS)
     scheduler: str = setting(OWN, SCHEDULER)
     seed: int = setting(0, SEED)
@@ -224,35 +385,24 @@ class Generation(Form):
     batch_size: int = setting(1, Number("Pictures", 1, 8, info="Seeds count up from the first."))
     width: int = setting(0, Side("Width", 0, 2048, 8, "0: the model's own."))
     height: int = setting(0, Side("Height", 0, 2048, 8, "0: the model's own."))
-    rule: str = setting("APG", OneOf("Rule", tuple(RULES), "How both predictions of a step become one."))
-    policy: str = setting("AdaptiveGuidance", OneOf("Policy", tuple(POLICIES), "Which of them each step evaluates."))
-    momentum: float = setting(
-        EMOJI.momentum, Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions.")
-    )
-    norm_threshold: float = setting(0.0, Number("Norm threshold", 0, 100, 0.5, "Cap on the update; 0: the preset's."))
-    eta: float = setting(EMOJI.eta, Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."))
-    rescale: float = setting(0.0, Number("Rescale", 0, 1, 0.05, "Pulls the contrast back; 0 is off."))
-    threshold: float = setting(0.99, Number("Threshold", 0.5, 1, 0.001, "Similarity from which guidance stops."))
-    patience: int = setting(1, Number("Patience", 1, 10, info="Steps in a row that must reach it."))
-    start: float = setting(0.1, Number("Start", 0, 1, 0.05, "Guide from this share of the steps."))
-    stop: float = setting(0.6, Number("Stop", 0, 1, 0.05, "Guide up to this share of the steps."))
-    p: float = setting(0.5, Number("Share", 0.05, 1, 0.05, "Guide in this first share of the steps."))
-    save: float = setting(Forecast.save, Number("Save", 0, 0.75, 0.05, "The share of the evaluations to skip."))
-    period: int = setting(Hold.period, Number("Period", 1, 10, info="Steps from one full evaluation to the next."))
-    warmup: int = setting(Hold.warmup, Number("Warm-up", 1, 20, info="First steps, evaluated in full."))
-    last: bool = setting(Hold.last, Flag("The last step in full", "Periods count back from it."))
-    compare_with_plain: bool = setting(True, Flag("Compare with plain CFG", "The same seed under the pipeline alone."))
+    rule: str = setting("CFG", lambda: OneOf("Rule", tuple(rules()), "How both predictions of a step become one."))
+    policy: str = setting("Forecast", lambda: OneOf("Policy", tuple(policies()), "Which of them each step evaluates."))
+    compare_with_plain: bool = setting(True, Flag("Compare with plain CFG", "The same seed again, without us."))
     model: str = setting(BUNDLED, MODEL)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @classmethod
+    def settings(cls) -> dict[str, Setting]:
+        return super().settings() | {name: knob.setting for name, knob in knobs().items()}
+
+    def check(self) -> None:
         if not self.prompt:
             raise ValueError("The prompt is empty: say what the picture should show.")
+        self._with_knobs(rules()[self.rule]())
         self.make_policy()
 
     def settled(self) -> "Generation":
-        """These settings, with a drawn seed if they ask for one."""
-        return replace(self, seed=random.randrange(2**32), random_seed=False) if self.random_seed else self
+        """These settings with their seed drawn, if it was to be."""
+        return self.but(seed=random.randrange(2**32), random_seed=False) if self.random_seed else self
 
     @property
     def seeds(self) -> list[int]:
@@ -263,54 +413,57 @@ class Generation(Form):
         return [Case(self.prompt, seed, self.negative_prompt or None) for seed in self.seeds]
 
     def make_rule(self, pipe: Any) -> Rule:
-        """The chosen rule with its knobs; APG starts from the preset for this model."""
-        if self.rule == "APG":
-            base: Rule = EMOJI if self.model == BUNDLED else APG.preset(pipe)
-        else:
-            base = RULES[self.rule]()
-        return replace(base, **self._knobs(base))
+        """The chosen rule with its knobs. Of APG, what is no knob here is as `APG.preset` has it for the pipeline."""
+        apg = self.rule == APG.__name__ and self.model != BUNDLED
+        return self._with_knobs(APG.preset(pipe) if apg else rules()[self.rule]())
 
     def make_policy(self) -> Policy:
-        base = POLICIES[self.policy]()
-        return replace(base, **self._knobs(base))
+        return self._with_knobs(policies()[self.policy]())
 
-    def _knobs(self, base: Any) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in knobs_of(type(base))}
-        return {name: value for name, value in values.items() if (name, value) != ("norm_threshold", 0)}
-
-
-def _knobs_among(parts: Iterable[type]) -> list[str]:
-    """The settings that are fields of some of these classes, under the fields' names."""
-    return [name for name in Generation.kinds() if any(name in _field_names(part) for part in parts)]
+    def _with_knobs(self, base: Any) -> Any:
+        own = {knob.field: getattr(self, name) for name, knob in knobs().items() if knob.owner is type(base)}
+        return replace(base, **own)
 
 
-def _field_names(part: type) -> list[str]:
-    return [f.name for f in fields(part)]
+class Preset(NamedTuple):
+    """A pair to start from, and the guidance scale that it is for."""
+
+    rule: Rule
+    policy: Policy
+    guidance_scale: float
+
+    def settings(self, model: str = BUNDLED) -> dict[str, Any]:
+        """What it sets: both names, the scale, the knobs of both; of APG its own defaults on a model of one's own."""
+        rule = self.rule if model == BUNDLED else type(self.rule)()
+        names = {"rule": type(rule).__name__, "policy": type(self.policy).__name__}
+        return {**names, "guidance_scale": self.guidance_scale, **as_preset(rule), **as_preset(self.policy)}
 
 
-def knobs_of(part: type) -> list[str]:
-    """The knobs that a rule or policy has; its other fields keep their defaults."""
-    return [name for name in KNOBS["rule"] + KNOBS["policy"] if name in _field_names(part)]
-
-
-KNOBS = {
-    part: [name for name in _knobs_among(types.values()) if name != "guidance_scale"]
-    for part, types in (("rule", RULES), ("policy", POLICIES))
+PRESETS = {
+    "Same picture, less time": Preset(CFG(), Forecast(0.25), 5.0),
+    "Half the time": Preset(CFG(), Forecast(0.5), 5.0),
+    "High scale without burn": Preset(EMOJI, AdaptiveGuidance(), 15.0),
+    "Both": Preset(EMOJI, Forecast(0.25), 7.5),
+    "Plain CFG": Preset(CFG(), EveryStep(), 5.0),
 }
-"""The knobs of rules and of policies: settings of `Generation` with the name of a field of theirs."""
+"""What to start from; the page opens with the first."""
+
+
+def as_preset(part: Rule | Policy) -> dict[str, Any]:
+    """The knobs that make this of a rule or policy."""
+    return {name: getattr(part, knob.field) for name, knob in knobs().items() if knob.owner is type(part)}
 
 
 _FIRST = next(iter(COMPARISONS.values()))
 
 
-@dataclass(frozen=True)
 class Grid(Form):
     """One press of the button "Compare"."""
 
     prompt: str = setting(EXAMPLES[0], PROMPT)
     negative_prompt: str = setting("", NEGATIVE)
-    rules: tuple[str, ...] = setting(_FIRST[0], SomeOf("Rules", tuple(RULES)))
-    policies: tuple[str, ...] = setting(_FIRST[1], SomeOf("Policies", tuple(POLICIES)))
+    rules: tuple[str, ...] = setting(_FIRST[0], lambda: SomeOf("Rules", tuple(rules())))
+    policies: tuple[str, ...] = setting(_FIRST[1], lambda: SomeOf("Policies", tuple(policies())))
     scales: tuple[float, ...] = setting(
         _FIRST[2], SomeOf("Guidance scales", (1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 12.5, 15.0, 20.0, 25.0))
     )
@@ -322,8 +475,7 @@ class Grid(Form):
     most = 24
     """Pictures in a grid."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if not self.prompt:
             raise ValueError("The prompt is empty: say what the pictures should show.")
         cells = len(self.rules) * len(self.policies) * len(self.scales)
@@ -331,7 +483,6 @@ class Grid(Form):
             raise ValueError(f"That is a grid of {cells} pictures: at most {self.most}, please.")
 
 
-@dataclass(frozen=True)
 class Trial(Form):
     """One press of the button "Run benchmark"."""
 

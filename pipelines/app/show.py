@@ -96,16 +96,16 @@ def similarity_plot(report: Report) -> str:
     for line in axes.lines if len(axes.lines) == 2 else ():
         line.set_color(COLOURS[0])
     for step in report.steps:
-        share = step.evaluated.count("conditional") / len(step.evaluated)
+        share = sum(each != "both" for each in step.evaluated) / len(step.evaluated)
         if share:
             axes.axvspan(step.index - 0.5, step.index + 0.5, color=COLOURS[0], alpha=0.13 * share, lw=0)
-    skipped = sum("conditional" in step.evaluated for step in report.steps)
+    skipped = sum(any(each != "both" for each in step.evaluated) for step in report.steps)
     summary = (
-        f"Similarity of both predictions over {counted(len(report.steps), 'step')}; {skipped} of them skipped one."
+        f"Similarity of both predictions over {counted(len(report.steps), 'step')}; {skipped} of them skipped some."
     )
     return _plot(
         _svg(figure, summary),
-        "How far the predictions with and without the prompt agree. Shaded: the steps that skipped an evaluation, "
+        "How far the predictions with and without the prompt agree. Shaded: the steps that skipped evaluations, "
         f"{skipped} of {len(report.steps)}.",
     )
 

@@ -18,7 +18,16 @@ from torch import Tensor
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.pipelines.app.device import Device, Models
-from diffusers_guidance.pipelines.app.settings import BUNDLED, SCHEDULERS, Generation, Grid, Trial
+from diffusers_guidance.pipelines.app.settings import (
+    BUNDLED,
+    EMOJI,
+    PRESETS,
+    SCHEDULERS,
+    Generation,
+    Grid,
+    Trial,
+    as_preset,
+)
 from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
@@ -69,7 +78,7 @@ class Outcome:
         """All but the pictures, as plain JSON types."""
         plain = {"plain": _measured(self.plain)} if self.plain else {}
         reports = {"report": self.guided.reports[0].to_dict()}
-        return {"settings": asdict(self.settings)} | _measured(self.guided) | plain | reports | {"code": self.code}
+        return {"settings": self.settings.values()} | _measured(self.guided) | plain | reports | {"code": self.code}
 
 
 def _measured(result: Result) -> dict[str, Any]:
@@ -89,9 +98,9 @@ def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outco
             plain = _take(pipe, settings, "Plain CFG", *plain_pair, tell)
     for result in filter(None, (guided, plain)):
         for seed, picture in zip(settings.seeds, result.pictures, strict=True):
-            made = asdict(settings) | {"seed": seed, "batch_size": 1}
+            made = settings.values() | {"seed": seed, "batch_size": 1}
             if result is plain:
-                made |= {"rule": "CFG", "policy": "EveryStep", "rescale": 0.0}
+                made |= PRESETS["Plain CFG"].settings() | {"guidance_scale": settings.guidance_scale}
             label(picture, {"settings": made, "nfe": result.nfe, "nfe_full": result.nfe_full})
     return Outcome(settings, guided, plain, code)
 
@@ -169,7 +178,9 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     device = "" if pipe.device.type == "cpu" else f'.to("{pipe.device.type}")'
     rule, policy = settings.make_rule(pipe), policy_of(pipe, settings)
     used = [rule, policy, *filter(None, [policy.calibration])]
-    names = ", ".join([*sorted({type(part).__name__ for part in used}), "attach"])
+    ours = [type(part) for part in used if _is_ours(type(part))]
+    names = ", ".join([*sorted({kind.__name__ for kind in ours}), "attach"])
+    others = sorted({f"from {kind.__module__} import {kind.__name__}" for kind in map(type, used) if kind not in ours})
     written = _written(policy)
     if policy.calibration is not None:
         file = f"{fitting_calibration(pipe, settings)}.safetensors"
@@ -189,6 +200,7 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     lines += [f"from diffusers_guidance import {names}"]
     own = ["CALIBRATIONS"] * (policy.calibration is not None) + ["MODEL"] * bundled
     lines += [f"from diffusers_guidance.samples import {', '.join(own)}"] if own else []
+    lines += others
     lines += ["", f"pipe = {cls}.from_pretrained({', '.join(load)}){device}"]
     lines += [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
     lines += [f"handle = attach(pipe, rule={_written(rule)}, policy={written})", "images = pipe("]
@@ -196,6 +208,11 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     lines += [").images", "print(handle.report)", "for number, image in enumerate(images):"]
     lines += ['    image.save(f"picture-{number}.png")']
     return "\n".join(lines) + "\n"
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether it comes with the package."""
+    return kind.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _argument(value: Any) -> str:
@@ -215,13 +232,15 @@ def _written(part: Any) -> str:
 
 
 def columns_of(pipe: Any, grid: Grid) -> list[Column]:
-    """One per picture, scales within rules within policies."""
+    """One per picture, scales within rules within policies. APG is as the presets have it on the bundled model."""
+    apg = as_preset(EMOJI) if grid.model == BUNDLED else {}
+    asked = {"steps": grid.steps, "model": grid.model} | apg
     return [
         Column(f"{rule} + {policy} @ {scale:g}", made.make_rule(pipe), policy_of(pipe, made), scale)
         for policy in grid.policies
         for rule in grid.rules
         for scale in grid.scales
-        for made in [Generation(rule=rule, policy=policy, guidance_scale=scale, steps=grid.steps, model=grid.model)]
+        for made in [Generation(rule=rule, policy=policy, guidance_scale=scale, **asked)]
     ]
 
 
@@ -275,7 +294,7 @@ class Frontier:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return {"settings": asdict(self.trial), "points": [asdict(point) for point in self.points]}
+        return {"settings": self.trial.values(), "points": [asdict(point) for point in self.points]}
 
 
 def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, str, int]]:

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.bench.metrics import Figure, Measure, Summary
 from diffusers_guidance.pipelines.pictures.texts import counted
-from diffusers_guidance.pipelines.support.files import write
 from diffusers_guidance.pipelines.support.templates import template
 
 INK, GREY, BLUE, GREEN = "#1a1a1a", "#8a8a8a", "#2f6fde", "#1a7f37"

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.bench.cells import Done, run_cell
 from diffusers_guidance.pipelines.bench.suite import Cell, Suite
-from diffusers_guidance.pipelines.support.files import write
 from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.machine import machine
 from diffusers_guidance.pipelines.support.progress import Progress, silent

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import math
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -23,14 +24,34 @@ BUNDLED = tuple('APG.preset("emoji")+AG@15' if "APG" in column else column for c
 """The same on the bundled model, for which APG has a preset."""
 
 
+def known_rules() -> list[type[Rule]]:
+    """The package's rules by name, then those of all modules that were imported since."""
+    return [*_public(rules, Rule), *_imported(Rule)]
+
+
+def known_policies() -> list[type[Policy]]:
+    """Likewise the policies."""
+    return [*_public(policies, Policy), *_imported(Policy)]
+
+
 def _public(module: Any, base: type) -> list[type]:
     """The module's classes of a kind, by name."""
     found = [each for name, each in sorted(vars(module).items()) if inspect.isclass(each) and not name.startswith("_")]
     return [each for each in found if issubclass(each, base) and each is not base]
 
 
-RULES = _public(rules, Rule)
-POLICIES = _public(policies, Policy)
+def _imported(base: type) -> list[type]:
+    """The kind's classes that modules outside this package have at their top, by public names."""
+    own = __name__.split(".")[0]
+    found: dict[type, None] = {}
+    left: list[type] = list(base.__subclasses__())
+    while left:
+        each = left.pop(0)
+        left += each.__subclasses__()
+        at_top = getattr(sys.modules.get(each.__module__), each.__name__, None) is each
+        if at_top and each.__module__.split(".")[0] != own and not each.__name__.startswith("_"):
+            found[each] = None  # once, however many of them it is made of
+    return [*found]
 
 
 def searched(
@@ -65,8 +86,11 @@ def bundled_calibrations() -> list[str]:
     return sorted(file.stem for file in samples.CALIBRATIONS.glob("*.safetensors"))
 
 
-_BY_NAME: dict[str, Callable[..., Any]] = {c.__name__.lower(): c for c in [*RULES, *POLICIES]}
-_BY_NAME |= {"ag": AdaptiveGuidance, "search": searched}
+def _by_name() -> dict[str, Callable[..., Any]]:
+    """What columns are made of; the package's own names stay its own."""
+    others = {each.__name__.lower(): each for base in (Rule, Policy) for each in _imported(base)}
+    own = {each.__name__.lower(): each for each in [*_public(rules, Rule), *_public(policies, Policy)]}
+    return {**others, **own, "ag": AdaptiveGuidance, "search": searched}
 
 
 @dataclass(frozen=True)
@@ -134,7 +158,7 @@ def _build(text: str, node: ast.expr, beside: Path) -> Any:
     target = target.value if isinstance(target, ast.Attribute) else target
     if not isinstance(target, ast.Name):
         raise _unread(text, f"{ast.unparse(node)} is neither a rule nor a policy")
-    found = _BY_NAME.get(target.id.lower())
+    found = _by_name().get(target.id.lower())
     if found is None:
         raise _unread(text, f"there is no {target.id}")
     make = found
@@ -162,7 +186,7 @@ def _build(text: str, node: ast.expr, beside: Path) -> Any:
 
 
 def _unread(text: str, why: str) -> ValueError:
-    rules, policies = (", ".join(c.__name__ for c in kind) for kind in (RULES, POLICIES))
+    rules, policies = (", ".join(c.__name__ for c in kind) for kind in (known_rules(), known_policies()))
     return ValueError(
         f"column {text!r}: {why}. Write RULE, POLICY or RULE+POLICY, then @SCALE if you like: "
         '"APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12", "search(25, calibration=FILE)", "default". '

@@ -15,10 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from diffusers_guidance.checks import plain
 from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make, png_of
 from diffusers_guidance.pipelines.pictures.sizes import check_sides, check_size
-from diffusers_guidance.pipelines.support.files import read_text, write
+from diffusers_guidance.pipelines.support.files import read_text
 from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.machine import environment
 from diffusers_guidance.pipelines.support.progress import Progress, silent

@@ -7,6 +7,7 @@ where it stopped, and shares from several machines add up to the whole.
 import functools
 import hashlib
 import inspect
+import itertools
 import math
 import operator
 import time
@@ -31,24 +32,51 @@ from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.pipelines.support.ray import cluster
 from diffusers_guidance.pipelines.support.resume import resumed
-from diffusers_guidance.policies import Decision, EveryStep, History, Step
+from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
+from diffusers_guidance.steps import Prediction, Step
 
 
 @dataclass(frozen=True)
-class Recorder(EveryStep):
-    """Full guidance that keeps the histories of the run's denoisers in `histories`."""
+class Verified(EveryStep):
+    """Full guidance, refused at a step whose formula does not hold; under `EveryStep` the report only says so."""
 
-    histories: dict[str, tuple[int, History]] = field(default_factory=dict, repr=False)
-    """By the denoiser's name: the run's step at which its history begins, and the history."""
-
-    remembers = True
     learns = True
     """The handle keeps how its predictions move."""
 
-    def plan(self, step: Step, history: History) -> list[Decision]:
-        self.histories.setdefault(history.denoiser, (step.index, history))
-        return super().plan(step, history)
+
+@dataclass
+class Recorded:
+    """What one denoiser put out at its guided steps; lists by step."""
+
+    first: int
+    """The run's step at which it begins."""
+    cond: list[Tensor] = field(default_factory=list)
+    uncond: list[Tensor] = field(default_factory=list)
+    similarities: list[Tensor] = field(default_factory=list)
+    """(2, rows) each, of the denoised predictions and of the noise."""
+
+    @property
+    def similarity(self) -> dict[str, Tensor]:
+        """By space, (rows, steps) on the host."""
+        both = torch.stack(self.similarities).float().cpu().permute(1, 2, 0)
+        return {space: values.contiguous() for space, values in zip(("denoised", "noise"), both, strict=True)}
+
+
+class Recorder:
+    """An observer that keeps what a run's denoisers put out, by their names; it takes full guidance."""
+
+    def __init__(self) -> None:
+        self.denoisers: dict[str, Recorded] = {}
+
+    def __call__(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:
+        if prediction is None:
+            return
+        found = self.denoisers.setdefault(step.denoiser, Recorded(step.index))
+        for seen, own in zip((found.cond, found.uncond), prediction.own, strict=True):
+            seen.append(own)
+        assert prediction.similarity is not None  # an attached run's is known by now
+        found.similarities.append(prediction.similarity)
 
 
 def calibrate(
@@ -115,22 +143,31 @@ def calibrate(
     numbers = list(range(k, trajectories, n))
     turn = math.lcm(len(prompts), len(negative_prompts))
     done = _resume(path, pipe, plan, share)
-    found = before = 0 if done is None else done.trajectories
+    had = 0 if done is None else done.trajectories
     began = time.monotonic()
-    while found < len(numbers):
-        spent, made = time.monotonic() - began, found - before
-        progress(_told_time(spent, made, len(numbers) - found, num_inference_steps), found, len(numbers))
-        batch = numbers[found : found + batch_size]
+
+    def one(span: tuple[int, int]) -> Calibration:
+        spent, made = time.monotonic() - began, span[0] - had
+        progress(_told_time(spent, made, len(numbers) - span[0], num_inference_steps), span[0], len(numbers))
+        batch = numbers[slice(*span)]
         texts = [prompts[i % len(prompts)] for i in batch]
         negatives = [negative_prompts[(i + i // turn) % len(negative_prompts)] for i in batch]
         seeds = [seed + i for i in batch]
         part = _run(pipe, texts, negatives, seeds, num_inference_steps, guidance_scale, per_channel, arguments)
         part.setting.update(calibrated={**plan, "share": list(share)})
+        return part
+
+    def keep(span: tuple[int, int], part: Calibration) -> Calibration:
+        nonlocal done
         done = part if done is None else done + part
-        found += len(batch)
         if path is not None:
             done.save(path)
-    progress("calibrating", found, len(numbers))
+        return done
+
+    ends = sorted({0, had, *range(had, len(numbers), batch_size), max(had, len(numbers))})
+    for _ in resumed(one, [*itertools.pairwise(ends)], lambda span: done if span[1] <= had else None, keep):
+        pass
+    progress("calibrating", max(had, len(numbers)), len(numbers))
     if done is None:
         raise ValueError(f"share={share} of {trajectories} trajectories is empty: at most {trajectories} shares")
     return done
@@ -192,28 +229,26 @@ def _run(
     """The calibration of one batch."""
     recorder = Recorder()
     cases = list(map(Case, prompts, seeds, negatives))
-    column = Column("calibration", CFG(), recorder, guidance_scale)
+    column = Column("calibration", CFG(), Verified(), guidance_scale)
     with torch.no_grad():
-        made = make(pipe, cases, column, steps=steps, **{"output_type": "latent"} | arguments)
+        made = make(pipe, cases, column, steps=steps, observers=[recorder], **{"output_type": "latent"} | arguments)
     (report,) = made.reports
-    if not recorder.histories:
+    if not recorder.denoisers:
         raise GuidanceError(f"nothing to calibrate: {report.note or 'no guided step was seen'}")
 
     denoisers = {}
-    for name, (first, history) in recorder.histories.items():
-        if history.rows != len(prompts):
+    for name, seen in recorder.denoisers.items():
+        if others := {len(each) for each in seen.cond} - {len(prompts)}:
             raise GuidanceError(
-                f"{name} guided {history.rows} samples of {len(prompts)}: ask for one picture of each prompt"
+                f"{name} guided {min(others)} samples of {len(prompts)}: ask for one picture of each prompt"
             )
-        own = len(history.cond)  # earlier entries are those of the denoiser before it
-        similarity = {space: history.agreement(space)[-own:].T.contiguous() for space in ("denoised", "noise")}
-        products = gram(history.cond, history.uncond, per_channel)
+        products = gram(seen.cond, seen.uncond, per_channel)
         if not products.isfinite().all():
             raise GuidanceError(
                 f"the predictions of {name} for the seeds {seeds[0]} to {seeds[-1]} are not all finite, so nothing can "
                 "be fitted to them: calibrate in another precision, or without these prompts"
             )
-        denoisers[name] = Moments(first, products, similarity)
+        denoisers[name] = Moments(seen.first, products, seen.similarity)
     # The scale w of the formula; some pipelines take w - 1, and experts may have one each.
     scales = {step.denoiser: step.guidance_scale for step in reversed(report.steps) if step.guidance_scale}
     about: dict[str, Any] = {}

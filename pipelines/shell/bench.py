@@ -11,7 +11,8 @@ from diffusers_guidance.pipelines.bench.metrics import summarise
 from diffusers_guidance.pipelines.bench.run import bench
 from diffusers_guidance.pipelines.bench.suite import SUITE, Suite
 from diffusers_guidance.pipelines.pictures.generate import generate, read_jobs
-from diffusers_guidance.pipelines.shell.common import MODEL, Device, Dtype, Model, Scheduler, reporting
+from diffusers_guidance.pipelines.shell.common import MODEL, Device, Dtype, Model, Scheduler, With, reporting
+from diffusers_guidance.pipelines.support.modules import import_own
 from diffusers_guidance.pipelines.support.ray import cluster
 
 Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster, started here if needed.")]
@@ -22,6 +23,7 @@ def bench_command(
     suite: Annotated[
         Path, typer.Option(help="YAML file that says what to measure.", show_default="the bundled model's")
     ] = SUITE,
+    own: With = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, pictures and report.html.")] = Path("out/bench"),
     ray: Ray = False,
     ray_address: Address = None,
@@ -33,6 +35,7 @@ def bench_command(
     The same command resumes an interrupted benchmark.
     """
     with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
+        _import_own(own, ray)
         wanted = Suite.read(suite)
         lines = bench(wanted, out, device=device, dtype=dtype, on_ray=ray, progress=progress)
         summary = summarise(wanted, lines, out)
@@ -54,6 +57,7 @@ def generate_command(
     column: Annotated[
         str, typer.Option(help='Rule + policy @ scale, such as "APG@12+AG" or "search(25, calibration=FILE)".')
     ] = "default",
+    own: With = None,
     model: Model = MODEL,
     scheduler: Scheduler = None,
     steps: Annotated[int, typer.Option(min=1)] = 20,
@@ -66,8 +70,15 @@ def generate_command(
 ) -> None:
     """Make a picture for every line of a JSONL file, with a JSON file of its settings. The same command resumes."""
     with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
+        _import_own(own, ray)
         made, had = generate(
             read_jobs(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
             batch=batch, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
     typer.echo(f"{made} pictures made, {had} already existed: {out}")
+
+
+def _import_own(own: list[str] | None, ray: bool) -> None:
+    if own and ray:
+        raise ValueError("--with and --ray: a cluster's workers do not have your modules; use one of both")
+    import_own(own or ())

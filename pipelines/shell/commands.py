@@ -10,6 +10,7 @@ from rich.table import Table
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import BUNDLED, COLUMNS, Column
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
 from diffusers_guidance.pipelines.pictures.sheet import save
@@ -25,10 +26,12 @@ from diffusers_guidance.pipelines.shell.common import (
     Scheduler,
     Seed,
     Seeds,
+    With,
     reporting,
 )
-from diffusers_guidance.pipelines.support.files import read_lines, write
+from diffusers_guidance.pipelines.support.files import read_lines
 from diffusers_guidance.pipelines.support.loading import load
+from diffusers_guidance.pipelines.support.modules import import_own
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import predicted_error
 
@@ -53,6 +56,7 @@ def compare_command(
             show_default=f"{', '.join(BUNDLED)}; on another model with {COLUMNS[-1]}",
         ),
     ] = None,
+    own: With = None,
     seed: Seeds = None,
     steps: Steps = 20,
     scale: Annotated[float, typer.Option(min=0, help="Guidance scale for columns that name none.")] = 5.0,
@@ -69,6 +73,7 @@ def compare_command(
 ) -> None:
     """Make the same pictures under several rules and policies, side by side, with the cost of each column."""
     with reporting() as progress:
+        import_own(own or ())
         columns = [Column.parse(text) for text in column or (BUNDLED if model == MODEL else COLUMNS)]
         texts = list(prompts or read_lines(prompts_file))
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures

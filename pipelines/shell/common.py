@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.support.modules import HELP
 
 MODEL = str(samples.MODEL)
 Model = Annotated[
@@ -19,6 +20,7 @@ Scheduler = Annotated[
     typer.Option(help="A scheduler class, such as DPMSolverMultistepScheduler.", show_default="the pipeline's own"),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...", show_default="a GPU if there is one")]
+With = Annotated[list[str] | None, typer.Option("--with", help=HELP, show_default="none")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 Seeds = Annotated[list[int] | None, typer.Option(min=0, max=2**63 - 1, help="Repeatable.", show_default="0")]
 Dtype = Annotated[

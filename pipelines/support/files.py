@@ -1,6 +1,5 @@
-"""Files: reads texts with the file's name in every error, and writes files whole or not at all."""
+"""Texts read with their file's name in every error."""
 
-import os
 from pathlib import Path
 
 
@@ -27,14 +26,3 @@ def read_lines(file: Path) -> list[str]:
     if not found:
         raise ValueError(f"{file} holds no prompt; write one a line")
     return found
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`; a kill in the middle leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

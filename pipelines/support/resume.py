@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.support.ray import spread
 
 P = TypeVar("P")

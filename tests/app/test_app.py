@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
@@ -33,23 +32,28 @@ from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
 from diffusers_guidance.pipelines.app.device import Device, Models, Stopped
-from diffusers_guidance.pipelines.app.page import WAITING
+from diffusers_guidance.pipelines.app.page import WAITING, build
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
-    KNOBS,
     OWN,
-    POLICIES,
     PRESETS,
-    RULES,
     Generation,
     Grid,
     Trial,
+    as_preset,
+    knobs,
     knobs_of,
+    policies,
+    rules,
 )
+from diffusers_guidance.pipelines.app.work import Studio
+from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.fused import use_fused_steps
-from diffusers_guidance.pipelines.pictures.make import Result
-from diffusers_guidance.policies import EveryStep, Hold, LinearAG
-from diffusers_guidance.rules import CFG
+from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.pictures.make import Result, make
+from diffusers_guidance.pipelines.support.modules import import_own
+from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Forecast, Hold, LinearAG
+from diffusers_guidance.rules import APG, CFG
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +103,7 @@ def test_the_endpoints_name_every_parameter_and_have_defaults(client):
     assert endpoints.keys() == forms.keys()
     for name, form in forms.items():
         parameters = endpoints[name]["parameters"]
-        assert [p["parameter_name"] for p in parameters] == [f.name for f in fields(form)]
+        assert [p["parameter_name"] for p in parameters] == [*form.kinds()]
         assert all(p["parameter_has_default"] for p in parameters)
 
 
@@ -143,10 +147,33 @@ def test_pictures_carry_their_settings(client):
     [
         {},
         {"rule": "CFG", "policy": "EveryStep", "guidance_scale": 4, "negative_prompt": 'a "cat"\n\\n {0}'},
-        {"batch_size": 2, "scheduler": "DPM++ 2M", "policy": "AdaptiveGuidance", "threshold": 0.9, "eta": 0.5},
-        {"scheduler": "Euler ancestral", "policy": "Interval", "start": 0.0, "norm_threshold": 5, "width": 160},
+        {
+            "batch_size": 2,
+            "scheduler": "DPM++ 2M",
+            "policy": "AdaptiveGuidance",
+            "threshold": 0.9,
+            "rule": "APG",
+            "eta": 0.5,
+        },
+        {
+            "scheduler": "Euler ancestral",
+            "policy": "Interval",
+            "stop": 0.6,
+            "rule": "APG",
+            "norm_threshold": 5,
+            "width": 160,
+        },
         {"policy": "LinearAG", "rule": "CFG", "guidance_scale": 5, "steps": 20},
-        {"momentum": -0.75, "norm_threshold": 12.5, "eta": 0.35, "period": 4, "warmup": 2, "last": False},
+        {
+            "rule": "APG",
+            "momentum": -0.75,
+            "norm_threshold": None,
+            "eta": 0.35,
+            "policy": "Hold",
+            "period": 4,
+            "warmup": 2,
+            "last": True,
+        },
     ],
 )
 def test_the_code_makes_the_same_pictures(client, settings, tmp_path, monkeypatch):
@@ -163,7 +190,7 @@ def test_the_code_makes_the_same_picture_where_steps_are_fused(pipe, scheduler, 
     monkeypatch.chdir(tmp_path)
     told = []
     with use_fused_steps(True):
-        settings = Generation(scheduler=scheduler, policy="EveryStep", **SMALL)
+        settings = Generation(scheduler=scheduler, rule="APG", policy="EveryStep", **SMALL)
         made = app_work.generate(pipe, settings, lambda *now, **seen: told.append((*now, seen.get("pictures"))))
         exec(compile(made.code, "code", "exec"), {})
     assert (pixels("picture-0.png") == pixels(made.guided.pictures[0])).all()
@@ -196,8 +223,9 @@ def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, 
 
 def test_it_opens_with_what_it_says_of_apg(pipe):
     """Colours at a high scale near those of plain CFG at a low one, burnt without APG, and evaluations saved."""
-    opened = app_work.generate(pipe, Generation(), lambda *news, **seen: None)
-    low = replace(Generation(), rule="CFG", policy="EveryStep", guidance_scale=5.0)
+    high = Generation(**PRESETS["High scale without burn"].settings())
+    opened = app_work.generate(pipe, high, lambda *news, **seen: None)
+    low = Generation(rule="CFG", policy="EveryStep", guidance_scale=5.0)
     low = app_work.generate(pipe, low, lambda *news, **seen: None).guided.saturation
     assert abs(opened.guided.saturation - low) < 0.15 * low < opened.plain.saturation - low
     assert opened.guided.saved > 0.15
@@ -233,19 +261,144 @@ def test_clients_are_told_the_types_of_all_parameters(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     types = {p["parameter_name"]: p["type"] for name in endpoints for p in endpoints[name]["parameters"]}
     assert types["scales"]["items"]["type"] == types["guidance_scale"]["type"] == "number"
-    assert types["rules"]["items"] == {"type": "string", "enum": list(RULES)}
+    assert types["rules"]["items"] == {"type": "string", "enum": list(rules())}
     for name in ("steps", "seed", "batch_size", "width", "height", "period", "prompts"):
         assert types[name]["type"] == "integer", name
 
 
-def test_knobs_are_the_fields_of_rules_and_policies():
-    for part, types in (("rule", RULES), ("policy", POLICIES)):
-        for kind in types.values():
-            own = [name for name in Generation.kinds() if name in {f.name for f in fields(kind)} - {"guidance_scale"}]
-            assert knobs_of(kind) == own
-            assert set(own) <= set(KNOBS[part])
+def test_knobs_are_the_fields_of_rules_and_policies_with_their_defaults():
+    for kind in [*rules().values(), *policies().values()]:
+        for name in knobs_of(kind):
+            assert Generation.defaults()[name] == getattr(kind(), knobs()[name].field), name
+    for kind, names in ((rules()["APG"], ["momentum", "norm_threshold", "eta"]), (Hold, ["period", "warmup", "last"])):
+        assert knobs_of(kind) == names
     chosen = Generation(rule="CFG", rescale=0.7, policy="Hold", period=4, warmup=2, last=False)
     assert (chosen.make_rule(None), chosen.make_policy()) == (CFG(rescale=0.7), Hold(4, 2, False))
+    for name, rule in rules().items():
+        assert Generation(rule=name).make_rule(None) == rule()
+    for name, policy in policies().items():
+        assert Generation(policy=name).make_policy() == policy()
+
+
+def test_presets_come_with_the_scale_they_are_for_and_the_page_opens_with_the_default_pair():
+    first, half, high, both, plain = (Generation(**each.settings()) for each in PRESETS.values())
+    assert [*PRESETS] == ["Same picture, less time", "Half the time", "High scale without burn", "Both", "Plain CFG"]
+    assert first.values() == Generation().values()
+    assert (first.make_rule(None), first.make_policy()) == (DEFAULT_RULE, DEFAULT_POLICY)
+    assert half.make_policy() == Forecast(0.5) and half.make_rule(None) == CFG()
+    assert (high.make_rule(None), high.make_policy()) == (APG.preset("emoji"), AdaptiveGuidance())
+    assert (both.make_rule(None), both.make_policy()) == (APG.preset("emoji"), Forecast())
+    assert (plain.make_rule(None), plain.make_policy()) == (CFG(), EveryStep())
+    assert high.guidance_scale > both.guidance_scale > plain.guidance_scale == half.guidance_scale
+    assert PRESETS["High scale without burn"].settings("another/model").items() >= as_preset(APG()).items()
+
+
+OWN_PARTS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from diffusers_guidance import APG, CFG, Coefficients, Decision, Policy, Rule
+
+@dataclass(frozen=True)
+class Softer(Rule):
+    \"\"\"CFG at a share of its scale.
+
+    Args:
+        share: of the scale. More is more.
+        momentum: none, but it has APG's name.
+    \"\"\"
+
+    share: float = 0.25
+    momentum: float = 0.0
+
+    def coefficients(self, gram, b):
+        zero = 0.0 * gram.cc
+        return Coefficients(zero, 1.0 + zero, self.share * (self.w - 1) + zero, zero)
+
+@dataclass(frozen=True)
+class Late(Policy):
+    first: int = 2
+    most: float | None = None
+    mode: str = "no knob"
+
+    def plan(self, step, history):
+        return [Decision("both" if step.index < self.first else "conditional")] * history.rows
+
+@dataclass(frozen=True)
+class Needy(Policy):
+    wanted: int
+
+class _Hidden(CFG):
+    pass
+"""
+
+
+@pytest.fixture
+def own_parts(tmp_path, monkeypatch):
+    """A file with a rule and a policy of one's own, as --with names it; gone afterwards."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "own_parts.py"
+    file.write_text(OWN_PARTS)
+    yield str(file)
+    sys.modules.pop("own_parts", None)
+
+
+def test_a_rule_and_a_policy_of_ones_own_are_offered_with_their_own_knobs(own_parts, pipe, tmp_path, monkeypatch):
+    import_own([own_parts])
+    assert {"Softer"} <= rules().keys() and {"Late"} <= policies().keys()
+    assert not {"Needy", "_Hidden"} & {*rules(), *policies()}
+    assert knobs_of(rules()["Softer"]) == ["share", "Softer_momentum"]
+    assert knobs_of(policies()["Late"]) == ["first", "most"]
+    defaults = {"share": 0.25, "Softer_momentum": 0.0, "first": 2, "most": None, "momentum": -0.5}
+    assert Generation.defaults().items() >= defaults.items()
+    assert Generation.kinds()["share"].info == "Of the scale."
+    made = build(Studio(), welcome=False)
+    parts = {each["props"].get("elem_id"): each["props"] for each in made.config["components"]}
+    assert parts["Generation-share"]["value"] == 0.25 and parts["Generation-first"]["value"] == 2
+    assert parts["Generation-momentum"]["value"] == -0.5 and parts["Generation-Softer_momentum"]["value"] == 0.0
+    assert "Softer" in [value for _, value in parts["Generation-rule"]["choices"]]
+    assert "Late" in [value for _, value in parts["Grid-policies"]["choices"]]
+
+    settings = Generation(rule="Softer", policy="Late", guidance_scale=9.0, first=3, **SMALL | {"steps": 5})
+    outcome = app_work.generate(pipe, settings, lambda *news, **seen: None)
+    assert outcome.guided.nfe == 3 * 2 + 2
+    column = Column.parse("Softer(share=0.25)+Late(3)@9")
+    again = make(pipe, settings.cases, column, steps=5)
+    assert (pixels(again.pictures[0]) == pixels(outcome.guided.pictures[0])).all()
+    plain = make(pipe, settings.cases, Column.parse("CFG+Late(3)@3"), steps=5)  # 1 + 0.25 (9 - 1)
+    assert abs(pixels(plain.pictures[0]) - pixels(again.pictures[0]).astype(int)).max() <= 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(outcome.code, "code", "exec"), {})
+    assert (pixels("picture-0.png") == pixels(outcome.guided.pictures[0])).all()
+    with pytest.raises(ValueError, match=r"first=2\.5: a whole number, please"):
+        Generation(first=2.5)
+    with pytest.raises(ValueError, match="most='x': a number, or nothing, please"):
+        Generation(most="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1", "neither a rule nor a policy"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        (OWN_PARTS.replace("Softer", "APG"), "APG is taken"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(own_parts, text, said):
+    Path(own_parts).write_text(text)
+    with pytest.raises(ValueError, match=f"--with .*: .*{said}"):
+        import_own([own_parts])
+    with pytest.raises(ValueError, match="--with no_such_module: no such module"):
+        import_own(["no_such_module"])
+    from typer.testing import CliRunner
+
+    from diffusers_guidance.pipelines.shell import cli
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for command in (["app", "--port", port], ["compare"]):
+        answer = CliRunner().invoke(cli.make_app(), [*command, "--with", "no_such_module"])
+        assert answer.exit_code == 1 and "no such module" in answer.output
 
 
 @pytest.mark.parametrize(
@@ -271,6 +424,13 @@ def test_the_plot_of_similarities_fits_short_runs_and_runs_without_guidance(pipe
     assert numbers == ["0"]
 
 
+def test_the_plot_shades_every_step_that_skipped_something(pipe):
+    for policy, skipped in (("Forecast", 5), ("Hold", 10), ("EveryStep", 0)):
+        asked = Generation(policy=policy, compare_with_plain=False)
+        report = app_work.generate(pipe, asked, lambda *news, **seen: None).guided.reports[0]
+        assert f"skipped evaluations, {skipped} of 20" in app_show.similarity_plot(report)
+
+
 def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
     assert "1 of 1 step<" in app_show.progress_bar(app_work.News("CFG", 1, 1))
     families = {family for family, *_ in app_work.contestants(20, "ddim-20-5")}
@@ -285,11 +445,15 @@ def test_words_are_no_markup():
 
 
 def test_every_preset_rule_and_policy_runs(pipe):
-    pairs = {*PRESETS.values(), *((rule, "Hold") for rule in RULES), *(("CFG", policy) for policy in POLICIES)}
-    assert {"CFG", "APG"} <= RULES.keys()
-    assert {"EveryStep", "AdaptiveGuidance", "Hold", "Interval", "StepAG"} <= POLICIES.keys()
-    for rule, policy in pairs:
-        settings = Generation(rule=rule, policy=policy, steps=2, compare_with_plain=False)
+    own = [{name for name, kind in each.items() if kind.__module__.startswith("diffusers_guidance.")}
+           for each in (rules(), policies())]  # fmt: skip
+    assert {"CFG", "APG"} <= own[0]
+    assert {"EveryStep", "AdaptiveGuidance", "Hold", "Interval", "StepAG"} <= own[1]
+    chosen = [preset.settings() for preset in PRESETS.values()]
+    chosen += [{"rule": rule, "policy": "Hold"} for rule in own[0]]
+    chosen += [{"rule": "CFG", "policy": policy} for policy in own[1]]
+    for each in chosen:
+        settings = Generation(**each, steps=2, compare_with_plain=False)
         outcome = app_work.generate(pipe, settings, lambda *news, **seen: None)
         assert outcome.guided.nfe <= 4
 

@@ -159,9 +159,9 @@ def test_a_batch_and_its_pictures(visit):
     page = visit()
     settings(page, 4)
     set_number(page, "Pictures", 4)
-    page.get_by_role("radio", name="APG", exact=True).check()
+    page.get_by_role("radio", name="High scale without burn", exact=True).check()
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#status")).to_contain_text("APG + EveryStep · scale 15 · 4 steps")
+    expect(page.locator("#status")).to_contain_text("APG + AdaptiveGuidance · scale 15 · 4 steps")
     thumbnails = page.locator(".grid-container button, .thumbnail-item")
     expect(thumbnails.nth(3)).to_be_visible()
     before = page.locator("#slider img").last.get_attribute("src")
@@ -172,16 +172,23 @@ def test_a_batch_and_its_pictures(visit):
 
 def test_presets_and_their_knobs(visit):
     page = visit()
+    expect(page.get_by_role("radio", name="Same picture, less time", exact=True)).to_be_checked()
+    page.get_by_role("radio", name="High scale without burn", exact=True).check()
     open_up(page, "Rule and policy")
     expect(page.get_by_role("spinbutton", name=re.compile("Momentum"))).to_be_visible()
-    page.get_by_role("radio", name="Forecast", exact=True).check()
+    expect(page.get_by_role("spinbutton", name=re.compile("Norm threshold"))).to_have_value("6")
+    expect(page.get_by_role("spinbutton", name=re.compile("Guidance scale"))).to_have_value("15")
+    page.get_by_role("radio", name="Half the time", exact=True).check()
+    expect(page.get_by_role("spinbutton", name=re.compile("Guidance scale"))).to_have_value("5")
+    set_number(page, "Save", 0.25)
+    expect(page.get_by_role("radio", name="Same picture, less time", exact=True)).to_be_checked()
     expect(page.get_by_role("spinbutton", name=re.compile("Momentum"))).to_be_hidden()
     expect(page.get_by_role("spinbutton", name=re.compile("Rescale"))).to_be_visible()
     expect(page.get_by_role("spinbutton", name=re.compile("Save"))).to_be_visible()
     page.get_by_label("Policy", exact=True).click()
     page.get_by_role("option", name="AdaptiveGuidance").click()
     expect(page.get_by_role("spinbutton", name=re.compile("Threshold", re.IGNORECASE)).last).to_be_visible()
-    expect(page.get_by_role("radio", name="Forecast", exact=True)).not_to_be_checked()
+    expect(page.get_by_role("radio", name="Same picture, less time", exact=True)).not_to_be_checked()
     shoot(page, "knobs")
 
 
@@ -220,7 +227,7 @@ def test_cancel_with_nothing_running_changes_nothing(visit):
     page.wait_for_timeout(1000)
     expect(panel.get_by_text("One prompt and one seed under several rules")).to_be_visible()
     tab(page, "Generate")
-    expect(page.locator("#status")).to_contain_text("Seed 0 · APG + AdaptiveGuidance")
+    expect(page.locator("#status")).to_contain_text("Seed 0 · CFG + Forecast")
 
 
 def test_a_grid_keeps_its_height_as_it_fills(visit):

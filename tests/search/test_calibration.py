@@ -241,6 +241,20 @@ def test_shares_add_up_and_negative_prompts_take_turns(pipe):
     assert whole.denoisers["unet"].gram.shape == (4, 2 * STEPS, 2 * STEPS)
 
 
+def test_a_full_disk_leaves_the_calibration_that_was_there(pipe, tmp_path, monkeypatch):
+    path = tmp_path / "kept.safetensors"
+    made = calibration_of(pipe, trajectories=2, path=path)
+    before = path.read_bytes()
+
+    def refuse(*args):
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="no space"):
+        made.save(path)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
 def test_interrupted_it_goes_on_where_it_stopped(pipe, tmp_path):
     path = tmp_path / "calibration.safetensors"
 
@@ -401,13 +415,11 @@ def test_two_experts_have_a_history_and_a_fit_each():
         pytest.skip("this diffusers has no WanPipeline")
     pipe = entry.build()
     recorder = Recorder()
-    with attach(pipe, CFG(), recorder) as handle:
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        handle.observers.append(recorder)
         run(pipe, entry, steps=6, guidance_scale_2=3.0)
-    assert set(recorder.histories) == set(entry.denoisers)
-    moments = {
-        name: Moments(first, gram(history.cond, history.uncond), {})
-        for name, (first, history) in recorder.histories.items()
-    }
+    assert set(recorder.denoisers) == set(entry.denoisers)
+    moments = {name: Moments(seen.first, gram(seen.cond, seen.uncond), {}) for name, seen in recorder.denoisers.items()}
     assert sum(each.steps for each in moments.values()) == len(pipe.scheduler.timesteps)
     scales = {step.denoiser: step.guidance_scale for step in handle.report.steps}
     assert len({*scales.values()}) == 2  # a scale each
@@ -592,13 +604,14 @@ def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
     from modular import Pair, assert_same, by_hand
 
     pair = Pair("StableDiffusionXLPipeline")
-    with attach(pair.classic, CFG(), recorder := Recorder()):
+    with attach(pair.classic, CFG(), EveryStep()) as handle:
+        handle.observers.append(recorder := Recorder())
         pair.run_classic(2)
-        ((name, (first, history)),) = recorder.histories.items()
+        ((name, seen),) = recorder.denoisers.items()
         table = pair.classic.scheduler.timesteps.tolist()
         made = setting(pair.classic, name, pair.family.scale, table) | {"gains": [1.0] * steps}
-    similarity = {space: history.agreement(space).T for space in ("denoised", "noise")}
-    found = Calibration(made, {name: Moments(first, gram(history.cond, history.uncond), similarity)}, {"": 2})
+    moments = Moments(seen.first, gram(seen.cond, seen.uncond), seen.similarity)
+    found = Calibration(made, {name: moments}, {"": 2})
     with attach(pair.classic, CFG(), Schedule(["both", "both", "extrapolate", "both", "extrapolate"], found)):
         expected = pair.run_classic(2)
     (guider,) = pair.guide(CFG(), Schedule(["both", "both", "extrapolate", "both", "extrapolate"], found))
