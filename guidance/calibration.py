@@ -383,7 +383,7 @@ class Calibration:
                 about = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise CalibrationMismatch(f"{path} is no safetensors file ({error})") from error
+            raise CalibrationMismatch(f"{path} is not a safetensors file ({error})") from error
         if about.get("format") not in READ:
             raise CalibrationMismatch(f"{path} has the format {about.get('format')!r}, not {FORMAT!r}: calibrate anew")
         try:

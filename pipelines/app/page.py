@@ -379,18 +379,16 @@ def benchmark_tab(studio: Studio) -> None:
         def so_far(news: News) -> dict[Any, Any]:
             nonlocal points
             updates = {status: app_show.progress_bar(news)}
-            if news.so_far is not None and len(news.so_far.points) != points:
-                points = len(news.so_far.points)
+            if news.so_far is not None and len(news.so_far) != points:
+                points = len(news.so_far)
                 updates[frontier] = app_show.frontier_html(news.so_far)
             return updates
 
         found = yield from relayed(studio.benchmark(form), so_far)
         yield {
-            status: app_show.note(
-                f"{len(found.points)} ways of guiding, averaged over {counted(form.prompts, 'prompt')}."
-            ),
+            status: app_show.note(f"{len(found)} ways of guiding, averaged over {counted(form.prompts, 'prompt')}."),
             frontier: app_show.frontier_html(found),
-            table: gr.update(value=_json_file(found.to_dict(), "benchmark.json"), visible=True),
+            table: gr.update(value=_json_file(app_work.figures(form, found), "benchmark.json"), visible=True),
         }
 
     _buttons(run, stop, on_run, controls, status, [frontier, table])
@@ -400,7 +398,7 @@ def benchmark_tab(studio: Studio) -> None:
         found = yield from quietly(studio.benchmark(form), 2)
         plot = app_show.to_picture(app_show.frontier_plot(found))
         app_work.label(plot, {"settings": {name: getattr(form, name) for name in form.kinds()}})
-        yield plot, found.to_dict()
+        yield plot, app_work.figures(form, found)
 
     endpoint(
         controls,

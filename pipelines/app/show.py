@@ -16,12 +16,13 @@ from matplotlib.text import Text
 from PIL import Image
 
 from diffusers_guidance.pipelines.app.settings import Grid
-from diffusers_guidance.pipelines.app.work import Frontier, News, Outcome, estimates
+from diffusers_guidance.pipelines.app.work import News, Outcome, estimates
 from diffusers_guidance.pipelines.pictures.compare import Comparison
 from diffusers_guidance.pipelines.pictures.fonts import lettering
 from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.pictures.texts import counted
+from diffusers_guidance.pipelines.search.frontier import Row
 from diffusers_guidance.pipelines.support.templates import template
 from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import Report
@@ -110,36 +111,32 @@ def similarity_plot(report: Report) -> str:
     )
 
 
-def frontier_plot(frontier: Frontier) -> Figure:
+def frontier_plot(rows: Sequence[Row]) -> Figure:
     """Fidelity to full CFG against its cost; further up and to the left is better."""
     figure = Figure(figsize=(7.0, 3.9), layout="constrained")
     axes = figure.add_subplot(xlabel="network evaluations per picture", ylabel="PSNR to full CFG, dB")
-    families = list(dict.fromkeys(point.family for point in frontier.points[1:]))
-    # Each family has its own look, however many there are; coinciding points all stay visible.
+    families = list(dict.fromkeys(row.series for row in rows[1:]))
+    # Every family looks its own way, whatever their number; points that coincide are all seen.
     looks = zip(families, itertools.cycle(COLOURS), itertools.cycle("XosD^*vP"), itertools.count(10, -1), strict=False)
     for family, colour, marker, size in looks:
-        known = sorted((p.nfe, p.psnr) for p in frontier.points if p.family == family and _is_known(p.psnr))
+        known = sorted((row.nfe, row.psnr) for row in rows if row.series == family and row.psnr < EQUAL)
         if known:
             axes.plot(*zip(*known, strict=True), marker=marker, ms=size, color=colour, label=family, lw=1.4)
-    if frontier.points:
-        axes.axvline(frontier.points[0].nfe, color="#94a3b8", ls="--", lw=1, label="full CFG")
+    if rows:
+        axes.axvline(rows[0].nfe, color="#94a3b8", ls="--", lw=1, label="full CFG")
         axes.legend(fontsize="small", frameon=False)
     axes.grid(alpha=0.25)
     return figure
 
 
-def frontier_html(frontier: Frontier) -> str:
+def frontier_html(rows: Sequence[Row]) -> str:
     """The plot and its table."""
-    svg = _svg(frontier_plot(frontier), "Fidelity to full CFG against network evaluations, by policy.")
-    return str(_parts().frontier(svg, frontier.points))
+    svg = _svg(frontier_plot(rows), "Fidelity to full CFG against network evaluations, by policy.")
+    return str(_parts().frontier(svg, rows))
 
 
-def _is_known(psnr: float | None) -> bool:
-    return psnr is not None and psnr < EQUAL
-
-
-def _decibels(psnr: float | None) -> str:
-    return f"{psnr:.1f} dB" if _is_known(psnr) else "the same"
+def _decibels(psnr: float) -> str:
+    return f"{psnr:.1f} dB" if psnr < EQUAL else "the same"
 
 
 def _plot(svg: str, caption: str) -> str:

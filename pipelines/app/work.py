@@ -5,7 +5,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
@@ -33,6 +33,7 @@ from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.make import Case, Result, call_of, make, start_up
 from diffusers_guidance.pipelines.pictures.sizes import own_size
+from diffusers_guidance.pipelines.search.frontier import Row
 from diffusers_guidance.pipelines.support.files import read_lines
 from diffusers_guidance.pipelines.support.progress import Progress
 from diffusers_guidance.pipelines.support.solvers import scheduled
@@ -265,38 +266,6 @@ def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
 # Benchmark
 
 
-@dataclass
-class Point:
-    """One way of making the pictures: its cost, and how near it comes to full CFG."""
-
-    family: str
-    name: str
-    nfe: float
-    """Per picture."""
-    psnr: float | None
-    """Mean over pictures in dB, `EQUAL` if they are the same; None for full CFG itself."""
-    seconds: float
-    """Per picture."""
-    saturation: float
-
-
-@dataclass
-class Frontier:
-    """What the benchmark has measured so far."""
-
-    trial: Trial
-    steps: int
-    points: list[Point] = field(default_factory=list)
-
-    def add(self, family: str, name: str, made: Result, psnr: float | None) -> None:
-        nfe = made.nfe / len(made.pictures)
-        self.points.append(Point(family, name, nfe, psnr, made.seconds_per_picture, made.saturation))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return {"settings": self.trial.values(), "points": [asdict(point) for point in self.points]}
-
-
 def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, str, int]]:
     """(family, column, steps) of every way of saving to measure against full CFG.
 
@@ -319,27 +288,32 @@ def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, s
     ]
 
 
-def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> Frontier:
-    """Network evaluations against fidelity to full CFG, for every way of saving them."""
+def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Row]:
+    """Network evaluations against fidelity to full CFG, for every way of saving them; the first row is full CFG's."""
     prompts = read_lines(samples.PROMPTS)[: trial.prompts]
-    frontier = Frontier(trial, trial.steps)
+    rows: list[Row] = []
     with scheduled(pipe, SCHEDULERS[trial.scheduler]):
         ways = contestants(trial.steps, fitting_calibration(pipe, trial))
 
         def told(name: str, number: int, steps: int) -> Progress:
-            return _part_of(tell, name, number, len(ways) + 1, steps, frontier)
+            return _part_of(tell, name, number, len(ways) + 1, steps, [*rows])
 
         start_up(pipe, [Case(prompt, trial.seed, "") for prompt in prompts], trial.guidance_scale)
         fidelity = Fidelity(
             pipe, prompts, [trial.seed], num_inference_steps=trial.steps, guidance_scale=trial.guidance_scale,
             progress=told("CFG", 0, trial.steps),
         )  # fmt: skip
-        frontier.add("CFG", f"CFG, {trial.steps} steps", fidelity.full, None)
+        rows.append(Row("CFG", f"CFG, {trial.steps} steps", *fidelity.score(fidelity.full)))
         for number, (family, column, steps) in enumerate(ways, 1):
             made = fidelity.run(Column.parse(column), steps, told(column, number, steps))
             name = f"CFG, {steps} steps" if column == "CFG" else made.label if made.is_default else column
-            frontier.add(family, name, made, fidelity.psnr(made))
-    return frontier
+            rows.append(Row(family, name, *fidelity.score(made)))
+    return rows
+
+
+def figures(trial: Trial, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the benchmark measured, as plain JSON types."""
+    return {"settings": trial.values(), "rows": [asdict(row) for row in rows]}
 
 
 def _part_of(tell: Tell, what: str, number: int, count: int, steps: int, so_far: Any) -> Progress:
@@ -404,7 +378,7 @@ class Studio:
     def compare(self, grid: Grid) -> Generator[News, None, Comparison]:
         return self._run(compare_grid, grid)
 
-    def benchmark(self, trial: Trial) -> Generator[News, None, Frontier]:
+    def benchmark(self, trial: Trial) -> Generator[News, None, list[Row]]:
         return self._run(benchmark, trial)
 
     def _run(self, job: Callable[..., R], form: Any) -> Generator[News, None, R]:

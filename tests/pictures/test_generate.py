@@ -140,7 +140,7 @@ def test_a_wrong_line_is_named_before_anything_is_made(tmp_path, line, message):
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from diffusers_guidance.pipelines.support import files
+    from diffusers_guidance import files
 
     files.write(tmp_path / "a.json", b"old")
 
