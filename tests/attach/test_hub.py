@@ -136,7 +136,7 @@ def test_a_repository_keeps_a_calibration_and_its_card(server, calibration, tmp_
 @pytest.mark.parametrize(
     "files, says",
     [({}, "nor a repository on the Hub"), ({NAME: {"README.md": b"empty"}}, f"has no {FILE}"),
-     ({NAME: {FILE: b"not a file of tensors"}}, "is no safetensors file")],
+     ({NAME: {FILE: b"not a file of tensors"}}, "is not a safetensors file")],
     ids=["no repository", "no file", "another file"],
 )  # fmt: skip
 def test_what_is_not_there_is_said(server, tmp_path, files, says):
