@@ -301,28 +301,28 @@ from diffusers_guidance import APG, CFG, Coefficients, Decision, Policy, Rule
 
 @dataclass(frozen=True)
 class Softer(Rule):
-    \"\"\"CFG at a share of its scale.
+    \"\"\"CFG at a share_of_scale of its scale.
 
     Args:
-        share: of the scale. More is more.
+        share_of_scale: of the scale. More is more.
         momentum: none, but it has APG's name.
     \"\"\"
 
-    share: float = 0.25
+    share_of_scale: float = 0.25
     momentum: float = 0.0
 
     def coefficients(self, gram, b):
         zero = 0.0 * gram.cc
-        return Coefficients(zero, 1.0 + zero, self.share * (self.w - 1) + zero, zero)
+        return Coefficients(zero, 1.0 + zero, self.share_of_scale * (self.w - 1) + zero, zero)
 
 @dataclass(frozen=True)
 class Late(Policy):
-    first: int = 2
-    most: float | None = None
+    opening_steps: int = 2
+    at_most: float | None = None
     mode: str = "no knob"
 
     def plan(self, step, history):
-        return [Decision("both" if step.index < self.first else "conditional")] * history.rows
+        return [Decision("both" if step.index < self.opening_steps else "conditional")] * history.rows
 
 @dataclass(frozen=True)
 class Needy(Policy):
@@ -347,22 +347,22 @@ def test_a_rule_and_a_policy_of_ones_own_are_offered_with_their_own_knobs(own_pa
     import_own([own_parts])
     assert {"Softer"} <= rules().keys() and {"Late"} <= policies().keys()
     assert not {"Needy", "_Hidden"} & {*rules(), *policies()}
-    assert knobs_of(rules()["Softer"]) == ["share", "Softer_momentum"]
-    assert knobs_of(policies()["Late"]) == ["first", "most"]
-    defaults = {"share": 0.25, "Softer_momentum": 0.0, "first": 2, "most": None, "momentum": -0.5}
+    assert knobs_of(rules()["Softer"]) == ["share_of_scale", "Softer_momentum"]
+    assert knobs_of(policies()["Late"]) == ["opening_steps", "at_most"]
+    defaults = {"share_of_scale": 0.25, "Softer_momentum": 0.0, "opening_steps": 2, "at_most": None, "momentum": -0.5}
     assert Generation.defaults().items() >= defaults.items()
-    assert Generation.kinds()["share"].info == "Of the scale."
+    assert Generation.kinds()["share_of_scale"].info == "Of the scale."
     made = build(Studio(), welcome=False)
     parts = {each["props"].get("elem_id"): each["props"] for each in made.config["components"]}
-    assert parts["Generation-share"]["value"] == 0.25 and parts["Generation-first"]["value"] == 2
+    assert parts["Generation-share_of_scale"]["value"] == 0.25 and parts["Generation-opening_steps"]["value"] == 2
     assert parts["Generation-momentum"]["value"] == -0.5 and parts["Generation-Softer_momentum"]["value"] == 0.0
     assert "Softer" in [value for _, value in parts["Generation-rule"]["choices"]]
     assert "Late" in [value for _, value in parts["Grid-policies"]["choices"]]
 
-    settings = Generation(rule="Softer", policy="Late", guidance_scale=9.0, first=3, **SMALL | {"steps": 5})
+    settings = Generation(rule="Softer", policy="Late", guidance_scale=9.0, opening_steps=3, **SMALL | {"steps": 5})
     outcome = app_work.generate(pipe, settings, lambda *news, **seen: None)
     assert outcome.guided.nfe == 3 * 2 + 2
-    column = Column.parse("Softer(share=0.25)+Late(3)@9")
+    column = Column.parse("Softer(share_of_scale=0.25)+Late(3)@9")
     again = make(pipe, settings.cases, column, steps=5)
     assert (pixels(again.pictures[0]) == pixels(outcome.guided.pictures[0])).all()
     plain = make(pipe, settings.cases, Column.parse("CFG+Late(3)@3"), steps=5)  # 1 + 0.25 (9 - 1)
@@ -370,10 +370,10 @@ def test_a_rule_and_a_policy_of_ones_own_are_offered_with_their_own_knobs(own_pa
     monkeypatch.chdir(tmp_path)
     exec(compile(outcome.code, "code", "exec"), {})
     assert (pixels("picture-0.png") == pixels(outcome.guided.pictures[0])).all()
-    with pytest.raises(ValueError, match=r"first=2\.5: a whole number, please"):
-        Generation(first=2.5)
-    with pytest.raises(ValueError, match="most='x': a number, or nothing, please"):
-        Generation(most="x")
+    with pytest.raises(ValueError, match=r"opening_steps=2\.5: a whole number, please"):
+        Generation(opening_steps=2.5)
+    with pytest.raises(ValueError, match="at_most='x': a number, or nothing, please"):
+        Generation(at_most="x")
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_folder_serves_as_a_repository_does(calibration, tmp_path):
     with pytest.raises(ValueError, match="owner/name"):
         calibration.push_to_hub("no owner")
     (tmp_path / "text").write_text("words")
-    with pytest.raises(CalibrationMismatch, match="no safetensors"):
+    with pytest.raises(CalibrationMismatch, match="not a safetensors"):
         Forecast(calibration=tmp_path / "text")
 
 
