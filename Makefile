@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Threads that wait for one another asleep: spinning ones fight over cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Tests are spread over the cores; `--seed` runs a failure again, which the header names.
-SPREAD = -n auto --dist worksteal
+SPREAD = -n auto --dist worksteal -W ignore
 
 .PHONY: demo app test quick conformance lint kernels wheel calibrations objective frontier bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
@@ -21,7 +21,7 @@ test: install ## every test
 	$(BIN)/pytest $(SPREAD)
 
 quick: install ## those that need no browser, no cluster and no process of their own; under a minute
-	$(BIN)/pytest $(SPREAD) -m "not slow" --ignore tests/app --ignore tests/bench
+	$(BIN)/pytest $(SPREAD) -m "not slow" $(patsubst %,--ignore tests/%,app bench search training samples)
 
 conformance: install ## holds attach to its promises on every pipeline of docs/pipelines.md; minutes
 	$(BIN)/pytest tests/zoo/conformance_suite.py

@@ -19,6 +19,8 @@ from diffusers_guidance.motion import Motion
 from diffusers_guidance.pipelines.attach.guider import Guider
 from diffusers_guidance.variogram import power
 
+pytestmark = pytest.mark.slow
+
 NAME = "owner/model-guidance"
 
 

@@ -35,6 +35,8 @@ from diffusers_guidance.motion import Motion, known, level, merged, served
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.variogram import Measured, PowerLaw, kriged, power
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 
