@@ -71,7 +71,7 @@ class Cut:
         return bool(self.whole) or self.keeps_state
 
     def forget(self) -> None:
-        """Forgets what it knows of a batch that is no more."""
+        """Forgets what it knows of a batch that is gone."""
         self.whole, self.splits = "", True
         self.known.clear()
         vars(self).pop("watch", None)

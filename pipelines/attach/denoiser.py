@@ -1,4 +1,4 @@
-"""One denoiser within one run: what it was asked, what was left out, and what stands in for it."""
+"""One denoiser within one run: what it was asked, what was skipped, and what stands in for that."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,13 +42,13 @@ class Denoiser:
     marks: list[dict[str, Tensor]] = field(default_factory=list)
     """By branch, what of a call's arguments tells that it is for that one; where another one comes first."""
     puts_out_more: bool = False
-    """Whether its output holds more than the prediction (the sound of a video), of which there are no estimates."""
+    """Whether its output holds more than the prediction (the sound of a video), which cannot be estimated."""
     leader: "Denoiser | None" = None
     """Of a network that works ahead of a denoiser, row by row, such as a ControlNet: that denoiser."""
     shape: torch.Size | None = None
     """Of its predictions, by which the formula was identified."""
     follower_cut: bool = False
-    """Whether such a network left out rows at this step, so that they can no longer be asked for."""
+    """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
 
     held: list[Tensor] = field(default_factory=list)
     """What was put out at the last step that was evaluated, of a policy that `hands`."""
@@ -124,7 +124,7 @@ class Denoiser:
     def settle(self) -> None:
         """At the end of a step: which of its calls were the step's.
 
-        Calls on another batch before them are somebody's probe; where there are no others, the batch is another one.
+        Calls on another batch before them are somebody's probe; without others, the batch itself is another one.
         So are further calls on the same batch before the step's own, where all were evaluated in full. What is called
         after the step's own has a part in its guidance.
         """
@@ -230,7 +230,7 @@ class Denoiser:
         return self.nfe + aside, self.nfe_full + aside
 
     def run_aside(self, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """A call that is no part of a step's prediction: evaluated as it is, and counted."""
+        """A call that is not part of a step's prediction: it is evaluated as it is, and counted."""
         self.aside += batch.count(args, kwargs)
         return call(*args, **kwargs)
 
@@ -367,7 +367,7 @@ class Denoiser:
         return self.engine.fill(self.step, self.plan, cond, uncond, self.evaluates)
 
     def _run_ahead(self, leader: "Denoiser", asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Leaves out the rows that its leader is about to leave out."""
+        """Skips the rows that its leader is about to skip."""
         formula = leader.formula
         assert formula is not None
         total = formula.rows * formula.branches
@@ -433,7 +433,7 @@ def _kept(formula: Formula, evaluates: list[bool]) -> tuple[list[int], list[int]
     n, total = formula.rows, formula.rows * formula.branches
     kept = [row for row in range(total) if row // n == formula.cond_index or evaluates[row % n]]
     place = {row: i for i, row in enumerate(kept)}
-    # A left-out row stands in as its conditional partner, so that u + s (c - u) gives c exactly.
+    # A skipped row is replaced by its conditional partner, so that u + s (c - u) gives c exactly.
     return kept, [place.get(row, place[formula.cond_index * n + row % n]) for row in range(total)]
 
 

@@ -17,7 +17,7 @@ _SAMPLED = 16
 def setting(pipe: Any, denoiser: str, guidance_scale: float, timesteps: Sequence[float]) -> dict[str, Any]:
     """Of a pipeline in a run with these `timesteps`; `guidance_scale` is the denoiser's w.
 
-    Compared are only things that both sides state, so what cannot be read (weights that are offloaded) is left out.
+    Only what both sides state is compared, so what cannot be read (weights that are offloaded) is skipped.
     """
     return {
         "pipeline": type(pipe).__name__,

@@ -6,7 +6,7 @@ order, the first that succeeds:
 1. a formula at scales read by name that gives the output bit for bit;
 2. a plain one at a scale that is solved for, bit for bit: a pipeline may read its scale where nobody else can;
 3. one that gives it up to rounding, where rounding is far smaller than guidance;
-4. of three branches, any affine combination; else one mixed with the sample.
+4. with three branches, any affine combination; else one mixed with the sample.
 
 Two formulas may fit that take different halves for the conditional one: `u + s (c - u)` is `c + (1 - s) (u - c)`, and
 with 0 < s < 1 either half may be meant. A scale that is read by name and fits in one order settles it, and so does the
@@ -621,7 +621,7 @@ def _narrowed(
 ) -> float | None:
     """A scale at which a sum of two terms gives `target`, if none further than `span` of itself away does too.
 
-    Between two scales each term lies between what it is at both, and so does the rounded sum: where that leaves out
+    Between two scales each term lies between what it is at both, and so does the rounded sum: where that excludes
     one number of the target, none of the scales between fits.
     """
     zero = torch.zeros_like(c)
@@ -745,7 +745,7 @@ def _same(formula: Formula, s: Scale, other: Formula, of: Scale) -> bool:
 
 
 def _noise(dtype: torch.dtype) -> float:
-    """What rounding in it does beside that of a sample in float32; 0 where it is no more."""
+    """What rounding in it does beside that of a sample in float32; 0 where it is not more."""
     return torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0
 
 

@@ -98,7 +98,7 @@ def take(tree: Any, rows: int, index: list[int], reading: Reading = READINGS[0],
 
 def _select(tensor: Tensor, index: list[int]) -> Tensor:
     if index and index == list(range(index[0], index[0] + len(index))):
-        # Copied, so that its place in the whole is no new case for compiled code.
+        # Copied, so that its place in the whole is not a new case for compiled code.
         return tensor[index[0] : index[0] + len(index)].clone()
     return torch.stack([tensor[i] for i in index])  # a tensor of indices would have to be sent to the device
 
@@ -117,7 +117,7 @@ def _leaves(tree: Any, rows: int, name: str = "") -> Iterator[tuple[str, Any]]:
 def doubts(tree: Any, rows: int, groups: int) -> list[str]:
     """Names of the arguments of which it is open whether and how they are cut.
 
-    What repeats in each of the batch's `groups` (latents, sizes) was made by repeating it, and is no doubt.
+    What repeats in each of the batch's `groups` (latents, sizes) was made by repeating it, and is not in doubt.
     """
 
     def repeats(value: Tensor) -> bool:
