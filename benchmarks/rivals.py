@@ -2,10 +2,10 @@
 
     python benchmarks/rivals.py [ddim-20-5 ...]
 
-Each rival is a few lines, from its paper. All forecast the guided prediction: a forecast that is linear in the network's
-outputs gives the same from both outputs. Each is measured on the steps that `Forecast` evaluates, and on evenly spaced
-ones, as their authors space them: the first step, the last, and every n-th. Prompts, seed, settings and rows are those
-of `forecast.py`.
+Each rival is a few lines, from its paper. All forecast the guided prediction: a forecast that is linear in what the
+network puts out gives the same from both predictions. Each is measured on the steps that `Forecast` evaluates, and on
+evenly spaced ones, as their authors space them: the first step, the last, and every n-th. Prompts, seed, settings and
+rows are those of `forecast.py`.
 """
 
 import json
