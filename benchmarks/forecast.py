@@ -18,6 +18,7 @@ from bundled import Bundled, prompts
 from diffusers_guidance import EveryStep, Forecast, Hold, Policy, samples
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.pictures.measures import PSNR
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "forecast"
 SEED = 97531
@@ -96,7 +97,7 @@ def main() -> None:
         sys.exit(f"no settings {', '.join(sorted(wrong))}: choose among {', '.join(NAMES)}")
     for name in names:
         Setting(bundled, name).measure_all()
-        write(OUT / "summary.md", f"# Forecast, nothing calibrated\n\nMean PSNR in dB.\n\n{summary()}".encode())
+        write(OUT / "summary.md", f"# Forecast, nothing calibrated\n\nMean PSNR in dB. {PSNR}.\n\n{summary()}".encode())
 
 
 if __name__ == "__main__":

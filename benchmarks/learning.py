@@ -16,6 +16,7 @@ from bundled import Bundled, prompts
 from forecast import BUDGETS, SCHEDULERS, Setting
 
 from diffusers_guidance import Calibration, Forecast, calibrate, samples
+from diffusers_guidance.pipelines.pictures.measures import PSNR
 from diffusers_guidance.pipelines.support.files import write
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "learning"
@@ -74,7 +75,7 @@ def main() -> None:
         sys.exit(f"no settings {', '.join(sorted(wrong))}: choose among {', '.join(RUNS)}")
     for name in names:
         measure(bundled, name)
-        write(OUT / "summary.md", f"# Forecast, by what is known\n\nMean PSNR in dB.\n\n{summary()}".encode())
+        write(OUT / "summary.md", f"# Forecast, by what is known\n\nMean PSNR in dB. {PSNR}.\n\n{summary()}".encode())
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from diffusers_guidance.calibration import combinations
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.pictures.measures import PSNR
 from diffusers_guidance.schedules import errors_of, even, pair_residuals, shortest
 
 SEED = 77_000
@@ -210,12 +211,12 @@ def markdown(name: str, found: dict) -> str:
     return "\n\n".join(
         [
             f"# The objective of the search, {name}",
-            f"Mean PSNR in dB to full guidance; 12 prompts. {found['calibration']}.",
+            f"Mean PSNR in dB to full guidance; 12 prompts. {found['calibration']}. {PSNR}.",
             f"Rank correlation with PSNR over {len(random_rows['rows'])} random schedules:",
             table(correlations),
             "What the minimisers measure:",
             table(found["minimisers"]),
-            "Gains, by leaving out one step; in units that make both columns alike on average:",
+            "Gains, by skipping at one step; in units that make both columns alike on average:",
             table(found["single steps"]),
             "Fits:",
             table(found["fits"]),

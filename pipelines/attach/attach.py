@@ -9,7 +9,6 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.engine import Observer
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.learning import Learner, Recorder
@@ -18,6 +17,7 @@ from diffusers_guidance.pipelines.attach.deferred import deferred
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints
 from diffusers_guidance.pipelines.attach.host import Host
 from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of, release_call
+from diffusers_guidance.pipelines.attach.pair import Pair
 from diffusers_guidance.pipelines.attach.turn import Turn
 from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.report import Report
@@ -34,7 +34,7 @@ DEFAULT_POLICY = Forecast()
 without a calibration, it is closest to full guidance on the bundled model (docs/forecast.md)."""
 
 
-class Handle:
+class Handle(Pair):
     """What `attach` returns; also a context manager, which detaches at the end."""
 
     def __init__(self, pipe: DiffusionPipeline, rule: Rule, policy: Policy, original: "Handle | None" = None):
@@ -52,28 +52,6 @@ class Handle:
         self._learner: Learner = Learner() if original is None else original._learner
 
     @property
-    def rule(self) -> Rule:
-        """The rule of the next run; may be set at any time."""
-        return self._rule
-
-    @rule.setter
-    def rule(self, rule: Rule) -> None:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule={rule!r}: an instance of a rule, such as APG() or CFG()")
-        self._rule = rule
-
-    @property
-    def policy(self) -> Policy:
-        """The policy of the next run; may be set at any time."""
-        return self._policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        if not isinstance(policy, Policy):
-            raise TypeError(f"policy={policy!r}: an instance of a policy, such as AdaptiveGuidance() or EveryStep()")
-        self._policy = policy
-
-    @property
     def report(self) -> Report:
         """What the last run evaluated and saved; an interrupted run's report ends where it was interrupted.
 
@@ -84,11 +62,6 @@ class Handle:
         if report is None:
             raise GuidanceError("no report yet: call the pipeline first")
         return report
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """What the policy was given to go by, and what was learned since (`Forecast(learn=True)`)."""
-        return self._learner.calibration(self.policy)
 
     def detach(self) -> None:
         """Restores the pipeline to its state before `attach`; a second call does nothing."""

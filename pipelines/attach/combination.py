@@ -310,9 +310,14 @@ class Combination:
         return self.anchor == "denoised" or self.mixed in NETWORKS
 
     @property
+    def is_by_number(self) -> bool:
+        """Whether each number of the output depends on the same one of each branch alone."""
+        return not self.finish and not self.needs_space
+
+    @property
     def is_stable(self) -> bool:
         """Whether the same numbers give the same bits in any layout: nothing is summed up, nothing fused."""
-        return not self.finish and not self.needs_space and self.anchor not in ("lerp", "added")
+        return self.is_by_number and self.anchor not in ("lerp", "added")
 
     def terms(self, y: Tensor, around: Around) -> Tensor:
         """`y`, one of `cut`, as large as what the pipeline computes with: so much may be lost to rounding."""

@@ -181,7 +181,7 @@ class Cut:
             # No row has a row of its sample.
             self.splits = self._fits(call, args, kwargs, whole, n * groups, sorted(torn))
         if not self.splits:
-            return f"samples are left out only all at once, {why}"
+            return f"samples are skipped only all at once, {why}"
         return f"a part of the batch was tried on its own, {why}"
 
     def follows(self, formula: Formula, made: Sequence[Call], kept: list[int], source: list[int]) -> bool:

@@ -299,7 +299,7 @@ class Denoiser:
             return batch.with_prediction(self.template, y)
         cond, uncond = self.engine.both(self.step)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
-        y = formula.outputs(branches)[branch].clone()
+        y = formula.layout.apply(branches)[branch].clone()
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
 
@@ -315,11 +315,11 @@ class Denoiser:
         assert y is not None
         if y.shape != self.shape:  # a callback has made the samples larger, say
             return self._run_whole(call, args, kwargs, total, len(kept))
-        branches = formula.parts([y])
+        branches = formula.layout.invert([y])
         cond = branches[formula.cond_index]
         if any(each.action == Action.EXTRAPOLATE for each in self.plan or ()):
             filled = [cond if i == formula.cond_index else self._filled(cond, each) for i, each in enumerate(branches)]
-            (y,) = formula.outputs(filled)
+            (y,) = formula.layout.apply(filled)
             output = batch.with_prediction(output, y)
         self._note(y, len(kept), total)
         return output

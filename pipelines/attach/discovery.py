@@ -21,9 +21,11 @@ from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.combination import SOLVED
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
 from diffusers_guidance.pipelines.attach.formula import Formula
-from diffusers_guidance.pipelines.attach.identify import SINGLE, Sample, best, identify, solve, turned
+from diffusers_guidance.pipelines.attach.identify import SINGLE, identify, turned
 from diffusers_guidance.pipelines.attach.layout import views
 from diffusers_guidance.pipelines.attach.residual import Fit, Residual, mixture, norm, residual
+from diffusers_guidance.pipelines.attach.sample import Sample
+from diffusers_guidance.pipelines.attach.solve import best, solve
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, to_host
 from diffusers_guidance.rules import Rule
@@ -43,6 +45,20 @@ class Order(NamedTuple):
 
 _ORDERS: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[type, Order]] = WeakKeyDictionary()
 """By network and the pipeline's class."""
+
+
+class At(NamedTuple):
+    """A guided step of a pipeline."""
+
+    denoiser: Denoiser
+    step: Step
+    output: Tensor
+    """The pipeline's own prediction."""
+    sample: Tensor
+    clock: Clock
+    plan: Plan
+    evaluated: Sequence[bool]
+    """By row, whether all of its branches were."""
 
 
 class Seen(NamedTuple):
@@ -115,40 +131,27 @@ class Discovery:
             order = Order(formula, first if formula.cond_index else first[::-1])
             _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.call.pipe)] = order
 
-    def verify(
-        self,
-        denoiser: Denoiser,
-        step: Step,
-        output: Tensor,
-        sample: Tensor,
-        clock: Clock,
-        plan: Plan,
-        evaluated: Sequence[bool],
-        note: str,
-    ) -> tuple[Step, Prediction]:
+    def verify(self, at: At, note: str) -> tuple[Step, Prediction]:
         """The step with its scale, and its prediction, once the pipeline's formula has reproduced its `output`.
 
         It returns at once if the check can wait.
         """
 
-        def see() -> Seen:
-            return self._see(denoiser, step, output, sample, clock, plan, evaluated)
-
         def noted(*more: str) -> str:
             return "; ".join(filter(None, [note, *more]))
 
-        seen = see()
+        denoiser, seen = at.denoiser, self._see(at)
         if not self.acts and denoiser.formula is not None and denoiser.formula.is_read:
             self._check_later(denoiser.formula, seen.residual)
             return seen.step, replace(seen.prediction, similarity=seen.similarity, note=noted())
         fit, similarity = _fetched(seen)
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
-        is_turned = formula.scale is None and any(evaluated) and seen.step.w < -_ROUNDING
+        is_turned = formula.scale is None and any(at.evaluated) and seen.step.w < -_ROUNDING
         doubt = turned(formula, seen.step.w) if is_turned else ""
         if doubt or not fit.fits:
             try:
-                self._identify_anew(denoiser, output, sample, clock, doubt or _held(formula, fit))
+                self._identify_anew(at, doubt or _held(formula, fit))
             except UnsupportedPipeline:
                 if self.acts:
                     raise
@@ -158,33 +161,25 @@ class Discovery:
                 if not doubt:
                     return seen.step, replace(found, note=noted())
                 return replace(seen.step, w=None), replace(found, note=noted(f"not verified: {doubt}"))
-            seen = see()
+            seen = self._see(at)
             _, similarity = _fetched(seen)
         return seen.step, replace(seen.prediction, similarity=similarity, note=noted())
 
-    def _identify_anew(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock, why: str) -> None:
+    def _identify_anew(self, at: At, why: str) -> None:
         """Finds another formula for the same batch when the known one fails; without one, refuses and says `why`."""
-        formula = denoiser.formula
-        around = self.call.around(sample, clock.space)
-        found = identify(denoiser.outputs, output, self.call.scales, around, formula)
+        denoiser, formula = at.denoiser, at.denoiser.formula
+        around = self.call.around(at.sample, at.clock.space)
+        found = identify(denoiser.outputs, at.output, self.call.scales, around, formula)
         again = found.formula
         if again is None and found.undetermined and found.tried != SINGLE:
             return  # the output agrees with both predictions
         if formula is None or again is None or again.rows != formula.rows:
-            raise self.unsupported(denoiser, output, why)
+            raise self.unsupported(denoiser, at.output, why)
         denoiser.settle_for(again)
 
-    def _see(
-        self,
-        denoiser: Denoiser,
-        step: Step,
-        output: Tensor,
-        sample: Tensor,
-        clock: Clock,
-        plan: Plan,
-        evaluated: Sequence[bool],
-    ) -> Seen:
+    def _see(self, at: At) -> Seen:
         """The step as the formula reads it; waits for nothing, unless it must solve for the scale."""
+        denoiser, step, output, sample, clock, plan, evaluated = at
         formula = denoiser.formula
         assert formula is not None and denoiser.engine is not None
         target, x = formula.view.working(output), formula.view.working(sample)

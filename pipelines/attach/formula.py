@@ -2,9 +2,9 @@
 
     formula = layout (where the branches are)  x  combination (how they become one)
 
-`identify` finds the one that reproduces a pipeline's own number, so no table of pipelines is needed. A formula that
-gave the number bit for bit must go on doing so; what rounding may do to any other is measured where it is found.
-Checking a formula at a later step waits for nothing on the device: see `Residual`.
+`identify` finds the formula that reproduces a pipeline's own number, so no table of pipelines is needed. If a formula
+gave that number bit for bit, it must do so at every later step. For other formulas, the first step shows how much
+rounding may do. A check at a later step does not wait for the device: see `Residual`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.combination import TRIOS, Around, Combination, read
-from diffusers_guidance.pipelines.attach.layout import Layout
+from diffusers_guidance.pipelines.attach.layout import Layout, View
 from diffusers_guidance.pipelines.attach.residual import Residual, Scale, residual
 
 Scales = Mapping[str, Callable[[], Any]]
@@ -23,25 +23,59 @@ Scales = Mapping[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Formula(Layout, Combination):
+class Formula(Combination):
     """model_output = finish(u + w (c - u)), with c and u cut out of the denoiser's outputs.
 
     With more than two branches, u is the affine combination of the others that makes this so: any affine
     combination sum_k w_k y_k (sum_k w_k = 1) is c + (w_c - 1) (c - u) with u = sum_{k != c} w_k y_k / (1 - w_c).
 
     Args:
+        layout: which outputs are the branches; what is asked of a formula most often is its layout's.
         weights: of the other branches in u, in their order; they sum to 1.
         trio: which branches are a trio's (c, a, b).
-        value: its scale where it was found.
-        noise: what rounding may do to it, as a share of the largest terms; 0: nothing, it holds bit for bit.
+        value: its scale at the step where it was found.
+        noise: how much rounding may change it, as a share of the largest terms; 0: not at all.
         exact: whether it gave the output bit for bit where it was found.
     """
 
+    layout: Layout
     weights: tuple[float, ...] = (1.0,)
     trio: tuple[int, ...] = ()
     value: Scale = 1.0
     noise: float = 0.0
     exact: bool = False
+
+    @property
+    def batched(self) -> bool:
+        return self.layout.batched
+
+    @property
+    def branches(self) -> int:
+        return self.layout.branches
+
+    @property
+    def cond_index(self) -> int:
+        return self.layout.cond_index
+
+    @property
+    def view(self) -> View:
+        return self.layout.view
+
+    @property
+    def rows(self) -> int:
+        return self.layout.rows
+
+    @property
+    def calls(self) -> int:
+        return self.layout.calls
+
+    @property
+    def others(self) -> list[int]:
+        return self.layout.others
+
+    def towards(self, cond: int, **changes: Any) -> "Formula":
+        """The same with that branch as the conditional one, and with other `changes`."""
+        return replace(self, layout=replace(self.layout, cond_index=cond), **changes)
 
     @property
     def is_read(self) -> bool:
@@ -51,22 +85,26 @@ class Formula(Layout, Combination):
     @property
     def hands_it_on(self) -> bool:
         """Whether the scheduler gets the combination itself, as it is."""
-        return self.is_direct and not self.finish
+        return self.layout.is_direct and not self.finish
 
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(cond, uncond) as the denoiser put them out, from a step's outputs."""
-        parts = self.parts(outputs)
+        """(cond, uncond) of a step's outputs, as the denoiser made them."""
+        parts = self.layout.invert(outputs)
         cond = parts[self.cond_index]
         return cond, self.away(parts).to(cond.dtype)
 
     def away(self, parts: Sequence[Tensor]) -> Tensor:
-        """u, of all branches; of more than two in float32 at least."""
+        """u, from all branches; with more than two, in float32 at least."""
         others = [parts[i] for i in self.others]
         if len(others) == 1:
             return others[0]
         working = torch.promote_types(others[0].dtype, torch.float32)
         uncond = sum(weight * part.to(working) for weight, part in zip(self.weights, others, strict=True))
         return uncond  # type: ignore[return-value]
+
+    def chosen(self, parts: Sequence[Tensor], s: Scale = 1.0) -> tuple[Tensor, Tensor]:
+        """(c, u) of all branches at its scale `s`."""
+        return parts[self.cond_index], self.at(s).away(parts)
 
     def seen(self, half: Tensor, around: Around) -> Tensor:
         """A half as the scheduler would get it, one row per sample."""
@@ -78,7 +116,7 @@ class Formula(Layout, Combination):
         return self.seen(cond, around), self.seen(uncond, around)
 
     def at(self, s: Scale) -> "Formula":
-        """This formula where its scale is `s`: that of a trio has a part in u."""
+        """This formula at its scale `s`, which is a part of u if there are three branches."""
         if not isinstance(s, tuple):
             return self
         w, *weights = TRIOS[self.anchor].weights(*s)
@@ -87,7 +125,7 @@ class Formula(Layout, Combination):
         return replace(self, weights=tuple(by_branch[i] / (1 - w) for i in self.others) if w != 1 else (0.5, 0.5))
 
     def read(self, scales: Scales, output: Tensor) -> Scale | None:
-        """Its scale, as the pipeline has it now; None where that cannot be told."""
+        """The pipeline's present scale; None if it cannot be read."""
         found = [read(scales[name](), output) if name in scales else None for name in (self.scale, self.second) if name]
         if self.second is None:
             return found[0]
@@ -96,7 +134,7 @@ class Formula(Layout, Combination):
 
     def reproduce(self, outputs: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler at its scale `s`, one row per sample."""
-        return self.combined([self.treated(self.view(part), around) for part in self.parts(outputs)], s, around)
+        return self.combined([self.treated(self.view(part), around) for part in self.layout.invert(outputs)], s, around)
 
     def residual(
         self,
@@ -109,11 +147,11 @@ class Formula(Layout, Combination):
         is_strict: bool = True,
         is_finite: bool = False,
     ) -> Residual:
-        """Compares what it makes of (c, u), of `cut`, with the pipeline's own; it allows what rounding may do.
+        """Compares `expected`, made from the (c, u) of `cut`, with the pipeline's own output; rounding is allowed for.
 
         Args:
-            is_strict: whether a formula that was exact must be so again; else it may be off in its last digits.
-            is_finite: whether all of these numbers are.
+            is_strict: whether an exact formula must be exact again; otherwise its last digits may differ.
+            is_finite: whether all of these numbers are finite.
         """
         eps = max(torch.finfo(c.dtype).eps, torch.finfo(self.dtype).eps)
         if self.exact and self.is_stable and is_strict:
@@ -134,4 +172,4 @@ class Formula(Layout, Combination):
         return self.apply(parts[self.cond_index], self.away(parts), s, around)
 
     def __str__(self) -> str:
-        return f"{Layout.__str__(self)}; {Combination.__str__(self)}"
+        return f"{self.layout}; {Combination.__str__(self)}"

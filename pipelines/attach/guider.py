@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
@@ -27,13 +27,14 @@ from diffusers_guidance.learning import Learner, Recorder
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints, setting
+from diffusers_guidance.pipelines.attach.pair import Pair, Part
 from diffusers_guidance.policies import Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
 from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step
 
 
-class Guider(BaseGuidance):
+class Guider(Pair, BaseGuidance):
     """A rule and a policy in place of diffusers' guiders.
 
         pipe.update_components(guider=Guider(APG(), AdaptiveGuidance(), guidance_scale=12))  # Modular Diffusers
@@ -82,29 +83,10 @@ class Guider(BaseGuidance):
         self._plan: Plan | None = None
         self._batches: set[int] = set()
 
-    @property
-    def rule(self) -> Rule:
-        """The rule of the next run; may be set at any time."""
-        return self._rule
-
-    @rule.setter
-    def rule(self, rule: Rule) -> None:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule={rule!r}: an instance of a rule, such as APG() or CFG()")
-        self._rule = rule
-        self.register_to_config(rule=_plain(rule))
-
-    @property
-    def policy(self) -> Policy:
-        """The policy of the next run; may be set at any time."""
-        return self._policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        if not isinstance(policy, Policy):
-            raise TypeError(f"policy={policy!r}: an instance of a policy, such as AdaptiveGuidance() or EveryStep()")
-        self._policy = policy
-        self.register_to_config(policy=_plain(policy))
+    def _checked(self, name: str, part: Part, kind: type[Part], such: str) -> Part:
+        """The rule or policy that is set, and noted in the configuration."""
+        self.register_to_config(**{name: _plain(super()._checked(name, part, kind, such))})
+        return part
 
     @property
     def report(self) -> Report:
@@ -112,11 +94,6 @@ class Guider(BaseGuidance):
         if self._run is None:
             raise GuidanceError("no report yet: call the pipeline first")
         return self._run.finished_report()
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """What the policy was given to go by, and what was learned since (`Forecast(learn=True)`)."""
-        return self._learner.calibration(self.policy)
 
     # What a loop asks, in the order it does
 
@@ -374,9 +351,6 @@ def _loop_of(guider: Guider, frame: FrameType | None) -> _Loop:
                 return _Loop(value, latents if isinstance(latents, Tensor) else None)
         frame = frame.f_back
     return _Loop(None, None)
-
-
-Part = TypeVar("Part", Rule, Policy)
 
 
 def _plain(part: Any) -> dict[str, Any]:

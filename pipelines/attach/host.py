@@ -34,7 +34,7 @@ from diffusers_guidance.pipelines.attach.company import (
     refuse_unseen,
 )
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
-from diffusers_guidance.pipelines.attach.discovery import Discovery
+from diffusers_guidance.pipelines.attach.discovery import At, Discovery
 from diffusers_guidance.pipelines.attach.fingerprint import setting
 from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
 from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
@@ -336,7 +336,9 @@ class Host:
             evaluated = denoiser.evaluates
         engine, plan = denoiser.engine, denoiser.plan
         assert engine is not None and plan is not None
-        step, prediction = self._discovery.verify(denoiser, step, output, sample, self._clock, plan, evaluated, note)
+        step, prediction = self._discovery.verify(
+            At(denoiser, step, output, sample, self._clock, plan, evaluated), note
+        )
         nfe, nfe_full = denoiser.take_cost()
         prediction = replace(prediction, nfe=nfe, nfe_full=nfe_full)
         formula, w = denoiser.formula, step.w

@@ -1,54 +1,40 @@
 """Finding out which `Formula` is behind the prediction that a pipeline hands to its scheduler.
 
-The search is decided on a sample of the numbers, on the host, and confirmed on all of them, on the device. In this
-order, the first that succeeds:
+The search is decided on a sample of the numbers, on the host, and confirmed on all of them, on the device. These are
+tried in turn, and the first that succeeds is taken:
 
-1. a formula at scales read by name that gives the output bit for bit;
-2. a plain one at a scale that is solved for, bit for bit: a pipeline may read its scale where nobody else can;
-3. one that gives it up to rounding, where rounding is far smaller than guidance;
-4. with three branches, any affine combination; else one mixed with the sample.
+1. a formula at scales read by name, if it gives the output bit for bit;
+2. a plain formula at a scale that is solved for, bit for bit: a pipeline may read its scale where nobody else can;
+3. a formula that gives the output up to rounding, if rounding is far smaller than guidance;
+4. with three branches, any affine combination; with two, one mixed with the sample.
 
 Two formulas may fit that take different halves for the conditional one: `u + s (c - u)` is `c + (1 - s) (u - c)`, and
-with 0 < s < 1 either half may be meant. A scale that is read by name and fits in one order settles it, and so does the
-order found at another scale; otherwise it is said, and no formula is chosen. At s = 1 and s = 0 the output is one half
-as it is: which of them that is, a later step tells. A scale that nobody can read is taken to be above 0, and once the
-order is known to contradict that, it is said.
+with 0 < s < 1 either half may be meant. A scale that is read by name and fits in one order settles it. So does the
+order found at another scale. Otherwise no formula is chosen, and the reason says so. At s = 1 and s = 0 the output is
+one of both halves, and a later step tells which. A scale that nobody can read is taken to be above 0. If the known
+order contradicts that, the reason says so.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.combination import (
-    ANCHORS,
-    FINISHES,
-    NETWORKS,
-    SOLVED,
-    TRIOS,
-    Around,
-    read,
-)
+from diffusers_guidance.pipelines.attach.combination import SOLVED, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula, Scales
-from diffusers_guidance.pipelines.attach.layout import View, views
-from diffusers_guidance.pipelines.attach.residual import Fit, Scale, exact, mixture, norm
+from diffusers_guidance.pipelines.attach.reading import GLOBAL, Reading, compared, differ, layouts, readings
+from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm
+from diffusers_guidance.pipelines.attach.sample import is_finite, pieces
+from diffusers_guidance.pipelines.attach.solve import SOLVABLE, solved
 
-_SIZE = 8192
-"""About how many numbers a search is decided on."""
 _FEW = 1 / 64
 """The share of numbers that may round to another side where a formula is followed in all its operations."""
-MEETS = ("denoised", "own", "wants")
-"""What of a network's may be combined, the likely ones first; see `Formula.meets`."""
 _NOTHING = "no sum of the denoiser's outputs, each times a number, was found to give that"
-_GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
-"""Finishes by a number of a sample as a whole."""
-
-
 AGREE = "both predictions agree to rounding"
 SINGLE = "the output is one of both predictions as it is, as at a scale of 0 or 1"
 
@@ -59,99 +45,6 @@ class Identified(NamedTuple):
     formula: Formula | None
     undetermined: bool
     tried: str
-
-
-class Sample:
-    """Some of the numbers of tensors of one shape, as whole fibers along their last dimension; of few, all."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        rows, *inner, width = shape if len(shape) > 1 else (*shape, 1)
-        fibers = max(1, _SIZE // max(1, rows * width))
-        self.shape = shape
-        self.whole = math.prod(inner) <= 2 * fibers
-        if not self.whole:
-            generator = torch.Generator().manual_seed(0)
-            places = [torch.randint(n, (rows, fibers), generator=generator) for n in inner]
-            self.index = (torch.arange(rows)[:, None], *places)
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """(rows, fibers, width) on the host; of few numbers, the tensor itself."""
-        if not self.whole:
-            t = t.detach()[tuple(i.to(t.device) for i in self.index)]
-        return t.detach().cpu()
-
-    def of(self, s: Scale) -> Scale:
-        """A scale as it belongs to the sample."""
-        return self(s.expand(self.shape)) if isinstance(s, Tensor) else s
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A way to read branches off a step's outputs, on a sample of the numbers.
-
-    Args:
-        formula: of which order, anchor, finish and scale are open.
-        parts: the branches as they are combined.
-        seen: the same as the scheduler would get them.
-        target: the scheduler's own number.
-        around: what it may depend on.
-        sample: which numbers these are.
-    """
-
-    formula: Formula
-    parts: list[Tensor]
-    seen: list[Tensor]
-    target: Tensor
-    around: Around
-    sample: Sample
-
-    def off(self, formula: Formula, s: Scale) -> float:
-        """How far the formula is off, as a share of what rounding allows; 0 is exact. Above 1 it cannot be the one."""
-        s = self.sample.of(s)
-        if formula.finish in _GLOBAL and not self.sample.whole:
-            return self._off_by_a_factor(formula, s)
-        expected = formula.combined(self.parts, s, self.around)
-        if torch.equal(expected, self.target):
-            return 0.0
-        if formula.is_stable:
-            return math.inf
-        return _ratio(_fit(formula, self.seen, expected, self.target, s, self.around))
-
-    def _off_by_a_factor(self, formula: Formula, s: Scale) -> float:
-        """The same where only all numbers of a row tell by what it is multiplied."""
-        g = replace(formula, finish="").combined(self.parts, s, self.around)
-        g, target = (exact(t).flatten(1) for t in (g, self.target))
-        factor = (g * target).sum(1, keepdim=True) / (g * g).sum(1, keepdim=True)
-        allowed = 8 * torch.finfo(self.target.dtype).eps * float(target.norm())
-        return float((factor * g - target).norm()) / allowed if allowed else math.inf
-
-    def solved(self, cond: int) -> tuple[float, Fit]:
-        """(w, fit): the w that explains the target best as `u + w (c - u)`, and how well it does."""
-        c, u, target = (exact(t) for t in (self.seen[cond], self.seen[1 - cond], self.target))
-        d = c - u
-        w = float(((target - u) * d).sum() / (d * d).sum())
-        fit = _fit(self.formula, self.seen, u + w * d, target, w, self.around)
-        return w, fit
-
-    def differs(self, ulps: float) -> bool:
-        """Whether any two branches do, by more than so many units of rounding."""
-        return any(_differ(a, b, ulps) for a, b in itertools.combinations(self.parts, 2))
-
-    @property
-    def size(self) -> float:
-        """How far the branches are apart."""
-        return norm(self.seen[0] - self.seen[1])
-
-
-def _ratio(fit: Fit) -> float:
-    return 0.0 if fit.equal else fit.error / fit.allowed if fit.allowed else math.inf
-
-
-def _fit(formula: Formula, parts: Sequence[Tensor], expected: Tensor, target: Tensor, s: Scale, around: Around) -> Fit:
-    """How well `expected` explains `target`, with all that rounding may do."""
-    c, u = parts[formula.cond_index], formula.away(parts)
-    found = formula.residual(expected, target, c, u, s, around, is_finite=True)
-    return found.fit(found.norms.tolist())
 
 
 def identify(
@@ -168,7 +61,7 @@ def identify(
         known: one found before, of the same network: its order tells where either half may be the conditional one.
         told: asked first: which of both is, by what they were made from.
     """
-    if not all(_is_finite(t) for t in (*outputs, output)):
+    if not all(is_finite(t) for t in (*outputs, output)):
         return _identify_finite(outputs, output, scales, around, known, told)
     live: dict[str, float | Tensor] = {}
     for label, get in scales.items():
@@ -176,37 +69,35 @@ def identify(
         same = (isinstance(other, float) and other == value for other in live.values())
         if value is not None and (isinstance(value, Tensor) or not any(same)):
             live[label] = value
-    return _Search(outputs, output, live, around, known, told).found()
+    return _Search(outputs, output, live, around, known, functools.cache(told)).found()
 
 
+@dataclass
 class _Search:
-    """One search; `doubts` are formulas of which it is open which half they take for the conditional one."""
+    """One search."""
 
-    def __init__(
-        self,
-        outputs: Sequence[Tensor],
-        output: Tensor,
-        live: Mapping[str, float | Tensor],
-        around: Around,
-        known: Formula | None,
-        told: Callable[[], int | None],
-    ) -> None:
-        self.outputs, self.output, self.live, self.around, self.known = outputs, output, live, around, known
-        self.told = functools.cache(told)
-        self.readings: list[Reading] = []
-        self.doubts: list[str] = []
-        self.open = False
-        """Whether several scales fit."""
-        self.single = False
-        """Whether the output is one of both halves, and nothing tells which."""
-        self.against = ""
-        """What the order that is known does not go with."""
-        self.tried: tuple[float, str] = (math.inf, "")
-        self.fitted: tuple[Formula, Scale, Fit] | None = None
-        """The last that was compared on all numbers."""
+    outputs: Sequence[Tensor]
+    output: Tensor
+    live: Mapping[str, float | Tensor]
+    around: Around
+    known: Formula | None
+    told: Callable[[], int | None]
+    readings: list[Reading] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    """Formulas of which it is open which half they take for the conditional one."""
+    open: bool = False
+    """Whether several scales fit."""
+    single: bool = False
+    """Whether the output is one of both halves, and nothing tells which."""
+    against: str = ""
+    """What contradicts the known order."""
+    tried: tuple[float, str] = (math.inf, "")
+    """How near the nearest came, and which that was."""
+    fitted: tuple[Formula, Scale, Fit] | None = None
+    """The last that was compared on all numbers."""
 
     def found(self) -> Identified:
-        for reading in self._read():
+        for reading in readings(self.outputs, self.output, self.around):
             if formula := self._by_name(reading):
                 return Identified(formula, False, "")
             if self._is_in_doubt:
@@ -216,53 +107,31 @@ class _Search:
             return Identified(None, False, self._shapes())
         pairs = [reading for reading in self.readings if reading.formula.branches == 2]
         apart = [reading for reading in pairs if reading.differs(2.0)]
-        steps = (
-            (self._by_solving, [reading for reading in pairs if reading.differs(0.25)]),
+
+        def mixed() -> Iterator[Reading]:
+            return itertools.chain.from_iterable(reading.of_networks() for reading in apart)
+
+        steps: list[tuple[Callable[[Reading], Formula | None], Iterable[Reading]]] = [
+            (self._by_solving, (reading for reading in pairs if reading.differs(0.25))),
             (self._by_rounding, apart),
-            (self._by_weights, [reading for reading in self.readings if reading not in pairs]),
-            (self._by_network, apart),
-            (self._near_network, apart),
+            (self._by_weights, (reading for reading in self.readings if reading.formula.branches > 2)),
+            (self._by_name, mixed()),
+            (self._by_rounding, mixed()),
             (self._by_mixing, apart),
-        )
-        for step, readings in steps:
-            for reading in readings:
+        ]
+        for step, among in steps:
+            for reading in among:
                 if formula := step(reading):
                     return Identified(formula, False, "")
-                if self.single:
+                if self.single or (reading.formula.mixed and self._is_in_doubt):
                     return self._in_doubt()
             if self._is_in_doubt:
                 return self._in_doubt()
-        if any(_agrees(reading) for reading in self.readings):
+        if any(reading.agrees for reading in self.readings):
             return Identified(None, True, AGREE)
         return Identified(None, False, self._several() or self.tried[1] or _NOTHING)
 
     # What there is
-
-    def _read(self) -> Iterator[Reading]:
-        """Every way to read the branches that fits the shapes, plain ones first."""
-        output, shape = self.output, None if self.around.sample is None else self.around.sample.shape
-        for batched, parts in _layouts(self.outputs):
-            for view in views(parts[0].shape, output.shape, shape):
-                target = view.working(output)
-                if not view.holds(output):
-                    continue
-                if view.channels and not _is_handed_on(view, parts, output):
-                    continue
-                sample, here = Sample(target.shape), self.around.through(view)
-                x = here.sample
-                near = replace(here, sample=sample(x) if x is not None and x.shape == target.shape else None)
-                seen = [view.sign * sample(view.part(part)) for part in parts]
-                ways = (
-                    [(False, False), (True, False), (False, True)] if parts[0].dtype != output.dtype else [(False,) * 2]
-                )
-                for upcast, widens in ways:
-                    rows, n = parts[0].shape[0], len(parts)
-                    formula = Formula(
-                        batched=batched, branches=n, cond_index=0, view=view, rows=rows,
-                        anchor="u", upcast=upcast, finish="", scale=None, dtype=output.dtype, widens=widens,
-                    )  # fmt: skip
-                    treated = [formula.treated(y, near) for y in seen]
-                    yield Reading(formula, treated, treated, sample(target), near, sample)
 
     def _shapes(self) -> str:
         n = len(self.outputs)
@@ -271,7 +140,7 @@ class _Search:
         each, left = divmod(self.outputs[0].shape[0], self.output.shape[0])
         if n == 1 and each > 3 and not left:
             return f"it evaluated {each} predictions of each sample in one call: combinations of two or three are known"
-        if not list(_layouts(self.outputs)):
+        if not list(layouts(self.outputs)):
             return f"its outputs of {n} call{'s' if n > 1 else ''} are not two or three predictions of one shape"
         return "no part of the denoiser's output has the scheduler's shape"
 
@@ -279,7 +148,7 @@ class _Search:
         """What is seen of three branches where none is the one that all guidance is towards."""
         for reading in self.readings:
             weights, fit = mixture(reading.target, *reading.parts)
-            if reading.formula.branches == 3 and fit.fits:
+            if reading.formula.branches > 2 and fit.fits:
                 seen = ", ".join(f"{weight:.4g}" for weight in weights)
                 return (
                     f"the output is the sum of its three predictions times {seen}: that is not guidance towards one of "
@@ -292,10 +161,10 @@ class _Search:
     def _by_name(self, reading: Reading) -> Formula | None:
         """At scales read by name, bit for bit; of what fits, the first, if all mean the same."""
         fitting: list[tuple[Formula, Scale]] = []
-        for formula, s in _named(reading, self.live):
+        for formula, s in reading.named(self.live):
             if any(_same(formula, s, *other) for other in fitting) or reading.off(formula, s) > 1:
                 continue
-            if self._is_guided(formula, reading, s) and self._confirms(formula, s):
+            if self._is_guided(formula, reading, s) and reading.meets(formula, s) and self._confirms(formula, s):
                 fitting.append((formula, s))
         return self._chosen(self._ordered(fitting), self._exact)
 
@@ -303,17 +172,19 @@ class _Search:
         """Plainly combined at a scale that nobody can read, bit for bit."""
         for cond in range(2):
             w, fit = reading.solved(cond)
-            if not fit.fits or (w < -0.5 and not self._is_known(replace(reading.formula, cond_index=cond))):
+            if not fit.fits or (w < -0.5 and not self._is_known(reading.formula.towards(cond))):
                 continue  # or it is the other half that it guides towards
-            formula = replace(reading.formula, cond_index=cond)
-            c, u = formula.cut(self.outputs, self.around.through(formula.view))
-            target = formula.view.working(self.output)
-            for anchor in _MONOTONE + _SUMS:
-                tried = replace(formula, anchor=anchor)
-                s = solve(tried, c, u, target, reading.sample)
+            few = reading.seen[cond], reading.seen[1 - cond], reading.target
+            for anchor in SOLVABLE:
+                formula = reading.formula.towards(cond, anchor=anchor)
+
+                def whole(formula: Formula = formula) -> Iterator[tuple[Tensor, ...]]:
+                    return ((*formula.chosen(parts), target) for parts, target in self._all(formula))
+
+                s = solved(formula, few, whole)
                 if s is not None:
-                    if self._leads(tried, tried.w(s)):
-                        return self._exact(tried, s)
+                    if self._leads(formula, formula.w(s)):
+                        return self._exact(formula, s)
                     break
         return None
 
@@ -322,14 +193,14 @@ class _Search:
         found = [self._plainly(reading, cond) for cond in range(2)]
         fitting = [(formula, s) for each in found for formula, s in each]
         if not fitting:
-            fitting = list(self._finished(reading))
+            fitting = self._finished(reading)
         ordered = self._ordered(fitting)
         distinct = [each for i, each in enumerate(ordered) if not any(_same(*each, *other) for other in ordered[:i])]
-        return self._chosen([each for each in distinct if self._fits_all(*each)], self._close)
+        return self._chosen([each for each in distinct if self._fit(*each).fits], self._close)
 
     def _plainly(self, reading: Reading, cond: int) -> list[tuple[Formula, Scale]]:
         """`u + w (c - u)`, at a scale read by name if one is near, else at the one that explains the output best."""
-        formula, size = replace(reading.formula, cond_index=cond), reading.size
+        formula, size = reading.formula.towards(cond), reading.size
         w, fit = reading.solved(cond)
         self._try(formula, w, fit, size)
         if not (fit.fits and math.isfinite(w) and fit.allowed < 0.1 * max(w, 1 - w) * size):
@@ -344,77 +215,55 @@ class _Search:
             return sorted(by_name, key=lambda each: abs(each[0].w(each[1]) - w))[:1]
         return [(formula, w)] if self._leads(formula, w) else []
 
-    def _finished(self, reading: Reading) -> Iterator[tuple[Formula, Scale]]:
+    def _finished(self, reading: Reading) -> list[tuple[Formula, Scale]]:
         """Treated in some way, at a scale read by name, which must make a difference that rounding does not."""
-        for formula, s in _named(reading, self.live):
+        found: list[tuple[Formula, Scale]] = []
+        for formula, s in reading.named(self.live):
             if isinstance(s, tuple) or not (formula.finish or formula.needs_space or isinstance(s, Tensor)):
                 continue
-            if formula.finish in _GLOBAL and not reading.sample.whole and reading.off(formula, s) > 1:
+            if any(_same(formula, s, *other) for other in found):
+                continue
+            if formula.finish in GLOBAL and not reading.sample.whole and reading.off(formula, s) > 1:
                 continue
             parts, seen, near, target = reading.parts, reading.seen, reading.around, reading.target
             s_: Any = reading.sample.of(s)
-            if formula.finish in _GLOBAL and not reading.sample.whole:
+            if formula.finish in GLOBAL and not reading.sample.whole:
                 near = self.around.through(formula.view)
-                parts = seen = [formula.seen(part, near) for part in formula.parts(self.outputs)]
+                parts = seen = [formula.seen(part, near) for part in formula.layout.invert(self.outputs)]
                 target, s_ = formula.view.working(self.output), s
             expected = formula.combined(parts, s_, near)
-            fit = _fit(formula, seen, expected, target, s_, near)
+            fit = compared(formula, seen, expected, target, s_, near)
             self._try(formula, formula.w(s), fit, norm(seen[0] - seen[1]))
             other = norm(formula.combined(parts, 1.1 * s_, near) - expected)
             if not (fit.fits and 2 * fit.allowed < other):
                 continue
             # Where a scale beside it fits better, it only happens to be near the one that is used.
             beside = (norm(formula.combined(parts, f * s_, near) - target) for f in (0.99, 1.01))
-            if fit.error <= min(beside) and self._fits_all(formula, s):
-                yield formula, s
+            if fit.error <= min(beside) and self._fit(formula, s).fits:
+                found.append((formula, s))
+        return found
 
     def _by_weights(self, reading: Reading) -> Formula | None:
         """Of three branches: an affine combination that guides towards one of them."""
         found: list[tuple[Formula, Scale]] = []
         for cond in range(reading.formula.branches):
-            w, weights, is_certain = _weights(reading, cond)
+            w, weights, is_certain = reading.weights(cond)
             if weights is None:
                 continue
-            formula = replace(reading.formula, cond_index=cond, weights=weights)
-            fit = _fit(
-                formula,
-                reading.parts,
-                formula.combined(reading.parts, w, reading.around),
-                reading.target,
-                w,
-                reading.around,
-            )
-            self._try(formula, w, fit, norm(reading.parts[cond] - formula.away(reading.parts)))
-            if fit.fits and is_certain and self._fits_all(formula, w):
+            formula, parts = reading.formula.towards(cond, weights=weights), reading.parts
+            made = formula.combined(parts, w, reading.around)
+            fit = compared(formula, parts, made, reading.target, w, reading.around)
+            self._try(formula, w, fit, norm(parts[cond] - formula.away(parts)))
+            if fit.fits and is_certain and self._fit(formula, w).fits:
                 found.append((formula, w))
         return self._chosen(found, self._close)
-
-    def _by_network(self, reading: Reading) -> Formula | None:
-        """With the sample mixed in, in a way that is known, bit for bit."""
-        return self._first(self._by_name, reading)
-
-    def _near_network(self, reading: Reading) -> Formula | None:
-        """The same up to rounding."""
-        return self._first(self._by_rounding, reading)
-
-    def _first(self, step: Callable[[Reading], Formula | None], reading: Reading) -> Formula | None:
-        """What `step` finds first where the network predicts something else than the scheduler wants."""
-        around = reading.around
-        for network, meets in itertools.product(NETWORKS, MEETS if around.fits(reading.target) else ()):
-            noise = _noise(reading.parts[0].dtype)
-            formula = replace(reading.formula, mixed=network, meets=meets, noise=noise)
-            parts, seen = ([how(y, around) for y in reading.parts] for how in (formula.treated, formula.handed))
-            found = step(replace(reading, formula=formula, parts=parts, seen=seen))
-            if found is not None or self._is_in_doubt:
-                return found
-        return None
 
     def _by_mixing(self, reading: Reading) -> Formula | None:
         """With the sample mixed in, in a way of which only the numbers are known."""
         if reading.around.sample is None:
             return None
         for cond in range(2):
-            formula = replace(reading.formula, cond_index=cond)
+            formula = reading.formula.towards(cond)
             cut = formula.cut(self.outputs, self.around.through(formula.view))
             c, u = (reading.sample(half) for half in cut)
             (_, beta_c, beta_u), fit = mixture(reading.target, reading.around.sample, c, u)
@@ -455,9 +304,6 @@ class _Search:
             return known.cond_index
         return told
 
-    def _knows(self, formula: Formula) -> bool:
-        return self._order(formula) is not None
-
     def _is_known(self, formula: Formula) -> bool:
         return self._order(formula) == formula.cond_index
 
@@ -468,7 +314,7 @@ class _Search:
 
     def _is_single(self, formula: Formula, w: float) -> bool:
         """Whether the output is one of two halves, and their order is not known."""
-        return formula.branches == 2 and min(abs(w), abs(w - 1)) <= self._rounding and not self._knows(formula)
+        return formula.branches == 2 and min(abs(w), abs(w - 1)) <= self._rounding and self._order(formula) is None
 
     def _leads(self, formula: Formula, w: float) -> bool:
         """Whether c is the half that is meant where the scale was solved for: guidance is towards it.
@@ -479,7 +325,7 @@ class _Search:
         if self._is_single(formula, w):
             self.single = True
             return False
-        if self._knows(formula):
+        if self._order(formula) is not None:
             if self._is_known(formula) and w < -self._rounding:
                 held = self.known is not None and self.known.cond_index == formula.cond_index
                 self.against = turned(formula, w) if held else _away(formula, w)
@@ -491,7 +337,7 @@ class _Search:
     def _is_guided(self, formula: Formula, reading: Reading, s: Scale) -> bool:
         """Whether there is enough to be seen of what the formula says: a good part of the numbers differs."""
         parts = reading.parts
-        return _differ(parts[formula.cond_index], formula.at(s).away(parts), ulps=0.25)
+        return differ(parts[formula.cond_index], formula.at(s).away(parts), ulps=0.25)
 
     def _confirms(self, formula: Formula, s: Scale) -> bool:
         """Whether it gives all of the output, bit for bit.
@@ -499,33 +345,46 @@ class _Search:
         Where the sample is mixed in, but for the few numbers that a factor's last digit rounds to another side.
         """
         here = self.around.through(formula.view)
-        made, output = formula.reproduce(self.outputs, s, here), formula.view.working(self.output)
-        if not formula.mixed:
-            return torch.equal(made, output)
-        return float((made != output).float().mean()) < _FEW and self._fits_all(formula, s)
+        made = ((formula.combined(parts, s, here), target) for parts, target in self._all(formula, s))
+        if formula.is_stable:
+            return all(torch.equal(*both) for both in made)
+        given, target = next(made)
+        if float((given != target).float().mean()) >= _FEW:
+            return False
+        if formula.mixed:
+            return self._fit(formula, s).fits
+        # A part may round in another way than the whole.
+        return torch.equal(formula.reproduce(self.outputs, s, here), formula.view.working(self.output))
 
-    def _fits_all(self, formula: Formula, s: Scale) -> bool:
-        """Whether it gives all of the output up to rounding."""
-        return self._fit_of_all(formula, s).fits
-
-    def _fit_of_all(self, formula: Formula, s: Scale) -> Fit:
+    def _fit(self, formula: Formula, s: Scale) -> Fit:
+        """How well it gives all of the output, up to rounding."""
         if self.fitted is not None and self.fitted[0] is formula and self.fitted[1] is s:
             return self.fitted[2]
-        here = self.around.through(formula.view)
-        c, u = formula.cut(self.outputs, here)
-        expected = formula.reproduce(self.outputs, s, here)
-        found = formula.residual(expected, formula.view.working(self.output), c, u, s, here, is_finite=True)
-        fit = found.fit(found.norms.tolist())
-        self._try(formula, formula.w(s), fit, norm(c - u))
+        here, found, apart = self.around.through(formula.view), [], []
+        for parts, target in self._all(formula, s):
+            c, u = formula.chosen(parts, s) if formula.is_by_number else formula.cut(self.outputs, here)
+            given = formula.combined(parts, s, here)
+            found.append(formula.residual(given, target, c, u, s, here, is_finite=True))
+            apart.append(norm(c - u))
+        fit = found[0].fit(torch.stack([each.norms for each in found]).norm(dim=0).tolist())
+        self._try(formula, formula.w(s), fit, math.hypot(*apart))
         self.fitted = (formula, s, fit)
         return fit
+
+    def _all(self, formula: Formula, s: Scale = 1.0) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """(the branches as they are combined, the output) of all numbers, in pieces where that is possible."""
+        view, here = formula.view, self.around.through(formula.view)
+        whole = (*map(view.part, formula.layout.invert(self.outputs)), view.working(self.output))
+        split = formula.is_by_number and not isinstance(s, Tensor)
+        for *parts, target in pieces(*whole) if split else [whole]:
+            yield [formula.treated(view.signed(y), here) for y in parts], target
 
     def _exact(self, formula: Formula, s: Scale) -> Formula:
         return replace(formula.at(s), exact=True, value=s, noise=formula.noise * math.sqrt(_FEW))
 
     def _close(self, formula: Formula, s: Scale) -> Formula:
         """With the rounding that was seen: no later step may be much further off."""
-        fit = self._fit_of_all(formula, s)
+        fit = self._fit(formula, s)
         share = max(2 * fit.error / fit.allowed, 0.125) if fit.allowed else 1.0
         seen = self.outputs[0].dtype
         is_half = torch.finfo(seen).bits < 32 and not formula.needs_space
@@ -574,223 +433,10 @@ def _away(formula: Formula, w: float) -> str:
     )
 
 
-def solve(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample | None = None) -> float | None:
-    """The scale at which a plain formula gives `target` bit for bit, from c and u of `cut`; None: there is none.
-
-    The scale at which it did so before is tried first. Rounding is monotone, so that a scale too small for one number
-    and too large for another never fits.
-    """
-
-    def made(c: Tensor, u: Tensor, s: float) -> Tensor:
-        return formula.anchored(c, u, s).to(formula.dtype)
-
-    before = formula.value
-    if formula.exact and isinstance(before, float) and not ((made(c, u, before) != target) & target.isfinite()).any():
-        return before
-    sample = Sample(target.shape) if sample is None else sample
-    near, span = best(formula, c, u, target, sample), 0.02
-    c_, u_, t_ = (sample(t).flatten() for t in (c, u, target))
-    finite = torch.isfinite(c_) & torch.isfinite(u_) & torch.isfinite(t_)
-    c_, u_, t_ = c_[finite], u_[finite], t_[finite]
-    if not math.isfinite(near) or not len(t_):
-        return None
-    search = _bisected if formula.anchor in _MONOTONE else _narrowed
-    for _ in range(4):
-        found = search(made, c_, u_, t_, near, span)
-        if found is None:
-            return None
-        all_made = made(c, u, found)
-        if torch.equal(all_made, target):
-            return found
-        wrong = (all_made != target) & torch.isfinite(target)
-        places = wrong.flatten().nonzero().flatten()[:_SIZE]
-        if not len(places):
-            return found
-        c_, u_, t_ = (torch.cat([few, all_.flatten()[places].cpu()]) for few, all_ in ((c_, c), (u_, u), (t_, target)))
-    return None
-
-
-_MONOTONE = ("u", "c", "lerp", "added", "in float32")
-"""Anchors of which each number rises or falls with the scale, however it is rounded."""
-_SUMS = ("weighted",)
-"""Those of which only both terms do, `s c` and `(1 - s) u`. All others are one of these at another scale."""
-
-
-def _narrowed(
-    made: Callable[[Tensor, Tensor, float], Tensor], c: Tensor, u: Tensor, target: Tensor, near: float, span: float
-) -> float | None:
-    """A scale at which a sum of two terms gives `target`, if none further than `span` of itself away does too.
-
-    Between two scales each term lies between what it is at both, and so does the rounded sum: where that excludes
-    one number of the target, none of the scales between fits.
-    """
-    zero = torch.zeros_like(c)
-
-    def fits(s: float) -> bool:
-        return torch.equal(made(c, u, s), target)
-
-    def may_fit(low: float, high: float) -> bool:
-        ends = [(made(c, zero, s), made(zero, u, s)) for s in (low, high)]
-        least, most = (
-            torch.stack([pick(*terms) for terms in zip(*ends, strict=True)]).sum(0)
-            for pick in (torch.minimum, torch.maximum)
-        )
-        least, most, there = (t.to(c.dtype) for t in (least, most, target))  # rounded where the sum may be
-        return bool(((least <= there) & (there <= most)).all())
-
-    def is_telling(s: float) -> bool:
-        off = span * max(abs(s), 0.1)
-        return not (fits(s - off) or fits(s + off))
-
-    for s in dict.fromkeys(float(f"{near:.{digits}g}") for digits in range(1, 7)):
-        if fits(s):
-            return s if is_telling(s) else None
-    reach = 0.1 * max(abs(near), 1.0)
-    waiting = [(near - reach, near + reach)]
-    for _ in range(400):
-        if not waiting:
-            return None
-        low, high = waiting.pop()
-        middle = (low + high) / 2
-        if fits(middle):
-            return middle if is_telling(middle) else None
-        if may_fit(low, high):
-            halves = [(low, middle), (middle, high)]
-            waiting += halves[::-1] if near < middle else halves  # the last is searched first
-    return None
-
-
-def _bisected(
-    made: Callable[[Tensor, Tensor, float], Tensor], c: Tensor, u: Tensor, target: Tensor, near: float, span: float
-) -> float | None:
-    """The middle of all scales that give `target`, if they are less than `span` of themselves apart."""
-    along = (c.float() - u.float()).sign()
-
-    def side(s: float) -> int | None:
-        """1: s is too large, -1: too small, 0: it fits; None: both, for different numbers."""
-        off = (made(c, u, s).float() - target.float()) * along
-        high, low = bool((off > 0).any()), bool((off < 0).any())
-        return None if high and low else int(high) - int(low)
-
-    if not torch.equal(made(c, u, near)[along == 0], target[along == 0]):
-        return None
-    reach = 0.1 * max(abs(near), 1.0)
-    low, high, fitting = near - reach, near + reach, None
-    while high - low > 1e-9 * reach:
-        middle = (low + high) / 2
-        found = side(middle)
-        if found is None:
-            return None
-        if found == 0:
-            fitting = middle
-            break
-        low, high = (low, middle) if found > 0 else (middle, high)
-    if fitting is None:
-        return None
-    least, most = fitting, fitting
-    for _ in range(12):
-        middle = (low + least) / 2
-        low, least = (low, middle) if side(middle) == 0 else (middle, least)
-        middle = (most + high) / 2
-        most, high = (middle, high) if side(middle) == 0 else (most, middle)
-    if most - least > span * max(abs(fitting), 0.1):
-        return None
-    middle = (least + most) / 2
-    rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 8))
-    return next((s for s in rounded if least <= s <= most), middle)
-
-
-def best(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample | None = None) -> float:
-    """The scale that explains a sample of the `target` best; see `Combination.invert`."""
-    sample = Sample(target.shape) if sample is None else sample
-    return formula.invert(sample(c), sample(u), sample(target))
-
-
-def _named(reading: Reading, live: Mapping[str, float | Tensor]) -> Iterator[tuple[Formula, Scale]]:
-    """Every formula at the scales read by name that the reading may be of, plain ones first."""
-    formula, around = reading.formula, reading.around
-    if formula.branches == 3:
-        numbers = [(label, s) for label, s in live.items() if isinstance(s, float)]
-        for anchor, order in itertools.product(TRIOS, itertools.permutations(range(3))):
-            for (first, s), (second, t) in itertools.product(numbers, repeat=2):
-                yield (
-                    replace(formula, cond_index=order[0], anchor=anchor, trio=order, scale=first, second=second),
-                    (s, t),
-                )
-        return
-    is_plain = any(isinstance(s, Tensor) for s in live.values()) or reading.solved(1)[1].fits
-    finishes, anchors = (_finishes(around), list(ANCHORS)) if not formula.mixed else ([""], ["u", "c"])
-    for finish, cond, anchor in itertools.product(finishes, range(2), anchors):
-        in_space = anchor == "denoised"
-        if in_space and not around.fits(reading.target):
-            continue
-        if in_space and reading.parts[0].dtype != formula.dtype:  # there it makes no difference
-            continue
-        if not (is_plain or in_space or finish):
-            continue
-        for label, value in live.items():
-            yield replace(formula, cond_index=cond, anchor=anchor, finish=finish, scale=label), value
-
-
-def _finishes(around: Around) -> list[str]:
-    """Those that a call like this may ask for."""
-    asked = {"guidance_rescale": around.rescale > 0, "at most the norm of c as a whole": around.norm > 0}
-    return [name for name in FINISHES if asked.get(name, True)]
-
-
 def _same(formula: Formula, s: Scale, other: Formula, of: Scale) -> bool:
     """Whether both mean the same: the same half at the same w."""
     w, v = formula.w(s), other.w(of)
     return formula.cond_index == other.cond_index and abs(w - v) <= 1e-3 * max(abs(w), abs(v))
-
-
-def _noise(dtype: torch.dtype) -> float:
-    """What rounding in it does beside that of a sample in float32; 0 where it is not more."""
-    return torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0
-
-
-def _layouts(outputs: Sequence[Tensor]) -> Iterator[tuple[bool, list[Tensor]]]:
-    """(batched, branches): how the step's calls may be split into branches."""
-    if len(outputs) == 1:
-        rows = outputs[0].shape[0]
-        yield from ((True, list(outputs[0].chunk(n))) for n in (2, 3) if rows % n == 0 and rows >= n)
-    elif len(outputs) in (2, 3) and len({y.shape for y in outputs}) == 1:
-        yield False, list(outputs)
-
-
-def _is_handed_on(view: View, parts: Sequence[Tensor], output: Tensor) -> bool:
-    """Whether the channels that are not guided plainly come from one of the branches; a few numbers tell at most."""
-    for few in (1, None):
-        seen, *of = (t[..., :few] for t in (output, *parts))
-        rest = view.rest(seen, seen)[: parts[0].shape[0]]
-        if not any(torch.equal(view.rest(part, seen), rest) for part in of):
-            return False
-    return True
-
-
-def _differ(c: Tensor, u: Tensor, ulps: float) -> bool:
-    """Whether there is any guidance to be seen; where both are equal, every formula fits.
-
-    Where rounding is allowed for, `ulps` must exceed it. Exact equality tells formulas apart as soon as a good
-    part of the numbers differs at all, which is long before that in half precision.
-    """
-    return norm(c - u) > ulps * torch.finfo(c.dtype).eps * norm(c)
-
-
-def _agrees(reading: Reading) -> bool:
-    """Whether the branches agree to rounding, and the output with them."""
-    c, u, target, x = reading.parts[0], reading.parts[1], reading.target, reading.around.sample
-    if reading.differs(2.0):
-        return False
-    allowed = 4 * max(torch.finfo(t.dtype).eps for t in (c, target)) * norm(target)
-    if norm(target.float() - c.float()) <= allowed + 20 * norm(c - u):
-        return True
-    return x is not None and mixture(target, x, c)[1].fits
-
-
-def _is_finite(t: Tensor) -> bool:
-    total = t.sum(dtype=torch.promote_types(t.dtype, torch.float32))
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(t).all())
 
 
 def _identify_finite(
@@ -813,29 +459,6 @@ def _identify_finite(
     kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
     around = replace(around, sample=None if sample is None else sample[finite])
     found = identify(kept, output[finite], scales, around, known, told)
-    whole = None if found.formula is None else replace(found.formula, rows=rows)
+    formula = found.formula
+    whole = None if formula is None else replace(formula, layout=replace(formula.layout, rows=rows))
     return found._replace(formula=whole)
-
-
-def _weights(reading: Reading, cond: int) -> tuple[float, tuple[float, ...] | None, bool]:
-    """(w, the other branches' weights in u, whether they are certain), if the output guides towards `cond`.
-
-    Each of the others must be pushed away from: what is left of InstructPix2Pix's weights when the wrong branch is
-    taken for the conditional one has another sign.
-    """
-    c, *others = (exact(reading.parts[i]).flatten() for i in (cond, *_others(reading.formula, cond)))
-    basis, y = torch.stack([other - c for other in others], 1), exact(reading.target).flatten() - c
-    gram = basis.T @ basis
-    if not bool(torch.linalg.eigvalsh(gram)[0] > 1e-12 * gram.trace()):  # equal branches leave the weights open
-        return 1.0, None, False
-    factors = torch.linalg.solve(gram, basis.T @ y)
-    total = float(factors.sum())  # 1 - w
-    if total >= 0 or float(factors.max()) > 1e-3 * abs(total):
-        return 1.0, None, False
-    error = float((basis @ factors - y).norm()) / math.sqrt(len(y))
-    uncertain = error * float(torch.linalg.inv(gram).diagonal().max().sqrt())
-    return 1 - total, tuple((factors / total).tolist()), uncertain < 0.01 * abs(total)
-
-
-def _others(formula: Formula, cond: int) -> list[int]:
-    return replace(formula, cond_index=cond).others

@@ -22,8 +22,8 @@ class View:
         dim, start, stop: the slice of the branch that counts; stop None: all of it.
         sign: -1 where the pipeline negates.
         shape: of the working tensor, but for its rows.
-        tokens: the branch is (rows, tokens, C) of a (rows, C, frames, height, width), a leading frame perhaps
-            left out.
+        tokens: the branch is (rows, tokens, C) of a (rows, C, frames, height, width), with one more frame in front
+            or without it.
         frames: the scheduler holds the frames of (rows, C, frames, ...) as rows of their own; 0: it does not.
         copies: the scheduler holds the batch that many times over.
         channels: only the first `channels` are guided, the others follow the conditional branch; 0: all.
@@ -40,7 +40,9 @@ class View:
     channels: int = 0
 
     def __call__(self, y: Tensor) -> Tensor:
-        y = self.part(y)
+        return self.signed(self.part(y))
+
+    def signed(self, y: Tensor) -> Tensor:
         return y if self.sign == 1 else -y
 
     def part(self, y: Tensor) -> Tensor:
@@ -155,13 +157,13 @@ class Layout:
         """Whether the scheduler holds the prediction as guidance works on it, one row per sample."""
         return not self.view.frames and self.view.copies == 1 and not self.view.channels
 
-    def parts(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The branches of a step's outputs, (rows, ...) each."""
-        return outputs[0].chunk(self.branches) if self.batched else outputs
+    def apply(self, branches: Sequence[Tensor]) -> list[Tensor]:
+        """A step's outputs, from its branches, (rows, ...) each."""
+        return [torch.cat([*branches])] if self.batched else [*branches]
 
-    def outputs(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The inverse: the outputs of which these are the branches."""
-        return [torch.cat([*parts])] if self.batched else [*parts]
+    def invert(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The branches of a step's outputs."""
+        return outputs[0].chunk(self.branches) if self.batched else outputs
 
     def __str__(self) -> str:
         names = ["cond" if i == self.cond_index else "uncond" for i in range(self.branches)]

@@ -1,5 +1,6 @@
 """How far a reproduced number is off, and what rounding allows; read from the device when it is asked for."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ class Fit(NamedTuple):
     allowed: float
 
     @property
-    def equal(self) -> bool:
-        return self.error == 0
+    def ratio(self) -> float:
+        """Of both; 0 where nothing is off."""
+        return 0.0 if self.error == 0 else self.error / self.allowed if self.allowed else math.inf
 
     @property
     def fits(self) -> bool:

@@ -1,8 +1,8 @@
 """Taking some samples out of a denoiser call, and putting its output back together.
 
-A call's arguments are a tree of tuples, lists, dicts and tensors. What has one entry per row of the batch is
-cut (tensors along their first dimension), the rest is passed on. Where shapes leave open what is meant, a
-`Reading` decides; `doubts` says whether there is anything to decide, and a trial finds the right one.
+A call's arguments are a tree of tuples, lists, dicts and tensors. An argument with one entry per row of the batch is
+cut (tensors along their first dimension), and all others are passed on. Some shapes do not tell whether to cut. Then a
+`Reading` decides: `doubts` names these arguments, and a trial finds the right reading.
 """
 
 import itertools
@@ -21,16 +21,16 @@ _POSITIONAL = re.compile(r"rope|rotary|freqs|coords|grid|position|_ids$|_shapes$
 
 @dataclass(frozen=True)
 class Reading:
-    """What is cut of the arguments whose shape leaves it open.
+    """Which arguments are cut if their shape does not tell.
 
     Args:
-        tables: arguments called like position tables, when they have as many entries as the batch has rows.
-        elements: lists of as many tensors as rows, by element even if each tensor has that many rows too.
-        lists: such lists by element where the tensors have not; else they have one entry for something else
-            than a row (an IP-Adapter, say), and each tensor is cut that leads with the rows.
-        folded: tensors with a multiple of the rows (frames folded into the batch), in blocks.
-        second: tensors with the rows in their second dimension.
-        first: tensors with as many entries as rows in both dimensions, along the first.
+        tables: cut those named like position tables, if they have as many entries as the batch has rows.
+        elements: cut a list of as many tensors as rows by element, even if each tensor has that many rows too.
+        lists: cut such a list by element if its tensors have another number of rows. If False, an entry stands for
+            something else than a row (an IP-Adapter, say), and each tensor is cut that leads with the rows.
+        folded: cut tensors with a multiple of the rows (frames folded into the batch) in blocks.
+        second: cut tensors that have the rows in their second dimension.
+        first: cut tensors with as many entries as rows in both dimensions along the first.
     """
 
     tables: bool = True
@@ -88,12 +88,17 @@ def take(tree: Any, rows: int, index: list[int], reading: Reading = READINGS[0],
             return _select(tree.unflatten(0, (rows, -1)), index).flatten(0, 1)
         return tree
     if isinstance(tree, dict):
-        kept = {key: take(value, rows, index, reading, str(key)) for key, value in tree.items()}
-        return kept if type(tree) is dict else type(tree)(**kept)
+        return _like(tree, {key: take(value, rows, index, reading, str(key)) for key, value in tree.items()})
     if isinstance(tree, list | tuple):
-        kept_items = [take(value, rows, index, reading, name) for value in tree]
-        return type(tree)(*kept_items) if hasattr(tree, "_fields") else type(tree)(kept_items)
+        return _like(tree, [take(value, rows, index, reading, name) for value in tree])
     return tree
+
+
+def _like(tree: Any, parts: Any) -> Any:
+    """A tree of the same kind, with other parts."""
+    if isinstance(tree, dict):
+        return parts if type(tree) is dict else type(tree)(**parts)
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
 
 
 def _select(tensor: Tensor, index: list[int]) -> Tensor:
@@ -115,9 +120,9 @@ def _leaves(tree: Any, rows: int, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def doubts(tree: Any, rows: int, groups: int) -> list[str]:
-    """Names of the arguments of which it is open whether and how they are cut.
+    """The names of the arguments whose shapes do not tell whether and how to cut them.
 
-    What repeats in each of the batch's `groups` (latents, sizes) was made by repeating it, and is not in doubt.
+    An argument that repeats in each of the batch's `groups` (latents, sizes) is not in doubt.
     """
 
     def repeats(value: Tensor) -> bool:
@@ -152,7 +157,7 @@ def prediction(output: Any) -> Tensor | None:
 def puts_out_more(output: Any) -> bool:
     """Whether a denoiser's output holds another tensor of numbers beside its prediction.
 
-    A cache is none: it is nested deeper than a prediction's fellow would be.
+    A cache does not count: it is nested deeper than another prediction would be.
     """
     parts = tuple(output.values()) if isinstance(output, dict) else output
     if isinstance(parts, tuple | list) and len(parts) == 1 and isinstance(parts[0], tuple | list | dict):
@@ -163,16 +168,12 @@ def puts_out_more(output: Any) -> bool:
 
 
 def copied(tree: Any) -> Any:
-    """The same numbers in memory of their own: what a network puts out it may use again, and empty what it is given."""
+    """The same numbers in memory of their own: a network may use its output again, and empty its arguments."""
     if isinstance(tree, Tensor):
         return tree.clone()
     if isinstance(tree, dict):
-        kept = {key: copied(value) for key, value in tree.items()}
-        return kept if type(tree) is dict else type(tree)(**kept)
-    if isinstance(tree, list | tuple):
-        items = [copied(value) for value in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
+        return _like(tree, {key: copied(value) for key, value in tree.items()})
+    return _like(tree, [copied(value) for value in tree]) if isinstance(tree, list | tuple) else tree
 
 
 def merged(chosen: list[bool], there: Any, otherwise: Any) -> Any:
@@ -181,25 +182,21 @@ def merged(chosen: list[bool], there: Any, otherwise: Any) -> Any:
         fits = isinstance(otherwise, Tensor) and there.shape == otherwise.shape and _leads(there, len(chosen))
         return pick(chosen, there, otherwise) if fits else there
     if isinstance(there, dict) and isinstance(otherwise, dict):
-        kept = {key: merged(chosen, value, otherwise.get(key)) for key, value in there.items()}
-        return kept if type(there) is dict else type(there)(**kept)
+        return _like(there, {key: merged(chosen, value, otherwise.get(key)) for key, value in there.items()})
     if isinstance(there, tuple) and isinstance(otherwise, tuple) and len(there) == len(otherwise):
-        return type(there)(merged(chosen, a, b) for a, b in zip(there, otherwise, strict=True))
+        return _like(there, [merged(chosen, a, b) for a, b in zip(there, otherwise, strict=True)])
     if isinstance(there, list) and isinstance(otherwise, list) and len(there) == len(otherwise) == len(chosen):
         return [a if was else b for was, a, b in zip(chosen, there, otherwise, strict=True)]
     return there
 
 
 def marks(calls: Sequence[Any]) -> list[dict[str, Tensor]]:
-    """By call, those tensors among its arguments that it does not share with any other: they tell which it is.
-
-    Empty where there are none.
-    """
+    """For each call, those tensors among its arguments that differ from all other calls', so that they identify it."""
     return [{name: t.clone() for name, t in each.items()} for each in _differing([dict(_named(c)) for c in calls])]
 
 
 def halves(calls: Sequence[Any], rows: int) -> list[dict[str, Tensor]]:
-    """What both branches of a step, in one call on `rows` or two, do not share: of each the tensors it was given."""
+    """For both branches of a step, in one call on `rows` or in two: those of its arguments that differ between them."""
     if len(calls) > 1:
         return _differing([dict(_named(call)) for call in calls])
     cut = {name: t.chunk(2) for call in calls for name, t in _named(call) if _leads(t, rows)} if rows % 2 == 0 else {}
@@ -220,7 +217,7 @@ def _differing(named: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 def conditional(
     halves: Sequence[dict[str, Tensor]], arguments: Mapping[str, Any], before: Sequence[dict[str, Tensor]]
 ) -> int | None:
-    """Which of two `halves` is the conditional one, as far as what they were made from tells.
+    """Which of two `halves` is the conditional one; None if their arguments do not tell.
 
     Args:
         arguments: the pipeline's: embeddings by name; prompts, of which some differ where no negative ones do.
@@ -288,11 +285,7 @@ def _named(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     """All tensors of a tree."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensors(value)
+    return (tensor for _, tensor in _named(tree))
 
 
 def with_prediction(output: Any, value: Tensor) -> Any:
@@ -301,15 +294,14 @@ def with_prediction(output: Any, value: Tensor) -> Any:
         return value
     if isinstance(output, dict):
         first, *others = output.items()
-        changed = {first[0]: with_prediction(first[1], value), **dict(others)}
-        return changed if type(output) is dict else type(output)(**changed)
+        return _like(output, {first[0]: with_prediction(first[1], value), **dict(others)})
     if isinstance(output, list) and output and all(isinstance(v, Tensor) for v in output):
         return list(value.unbind(0))
-    return type(output)((with_prediction(output[0], value), *output[1:]))
+    return _like(output, [with_prediction(output[0], value), *output[1:]])
 
 
 def sample(args: tuple, kwargs: dict) -> Tensor | list[Tensor] | None:
-    """The first argument of a denoiser call that has rows; a timestep, one number or one a row, only for want of it."""
+    """The first argument of a denoiser call that has rows; if there is none, the timestep, one or one per row."""
 
     def has_rows(value: Any, dims: int) -> bool:
         if isinstance(value, list):

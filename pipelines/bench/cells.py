@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from diffusers_guidance.effective import Strength
@@ -31,12 +32,14 @@ class Done:
     record: dict[str, Any]
     environment: dict[str, Any]
     pictures: list[bytes] = field(default_factory=list)
+    decoded: bytes = b""
+    """The same pictures as floats, a file of safetensors; empty if there are none."""
 
 
 def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) -> Done:
     """Runs a cell from its arguments alone, so that any process gives the same.
 
-    A column that this pipeline cannot run is not an error: the record says why under "left out".
+    A column that this pipeline cannot run is not an error: the record says why under "not measured".
     """
     pipe = pipeline(suite.model, device, dtype)
     with scheduled(pipe, cell.scheduler):
@@ -44,10 +47,13 @@ def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) ->
         try:
             column = suite.column(suite.entry(cell.column), cell.effective)
             run = {"effective": _effective, "pictures": _pictures, "rate": _rate, "timing": _timing}[cell.kind]
-            record, pictures = run(pipe, suite, cell, column)
+            record, made = run(pipe, suite, cell, column)
         except GuidanceError as error:
-            record, pictures = {"left out": f"{type(error).__name__}: {error}"}, []
-    return Done(place | record, environment(pipe), pictures)
+            record, made = {"not measured": f"{type(error).__name__}: {error}"}, None
+    if made is None:
+        return Done(place | record, environment(pipe))
+    decoded = safetensors.torch.save({"pictures": made.floats.contiguous()})
+    return Done(place | record, environment(pipe), [png_of(picture) for picture in made.pictures], decoded)
 
 
 def _make(pipe: Any, suite: Suite, cases: list[Case], column: Column, steps: int | None = None, **how: Any) -> Result:
@@ -58,7 +64,7 @@ def _make(pipe: Any, suite: Suite, cases: list[Case], column: Column, steps: int
 # Pictures
 
 
-def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], Result]:
     """All prompts with the cell's seed."""
     steps, cases = suite.entry(cell.column).steps or suite.steps, cases_of(suite.prompts, [cell.seed], suite.negative)
     made = _make(pipe, suite, cases, column, steps, batch=cell.batch)
@@ -66,10 +72,10 @@ def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict
         "rule": repr(made.rule), "policy": repr(made.policy), "plain": made.is_plain and cell.effective is None,
         "guidance_scale": made.guidance_scale, "steps": steps, "seed": cell.seed, "nfe": made.nfe_by_sample,
         "seconds": made.seconds,
-    }, [png_of(picture) for picture in made.pictures]  # fmt: skip
+    }, made  # fmt: skip
 
 
-def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], None]:
     """The effective guidance scale of the column's rule with every step guided, over all prompts."""
     asked, strength = suite.scale(column), Strength()
     cases = cases_of(suite.prompts, [cell.seed], suite.negative)
@@ -77,7 +83,7 @@ def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dic
     made = _make(pipe, suite, cases, guided, batch=cell.batch, observers=[strength])
     # As the pipeline counts: some count their scale from 0, so that theirs is w - 1.
     w = next(step.guidance_scale for step in made.reports[-1].steps if step.guidance_scale is not None)
-    return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": strength.mean - (w - asked)}, []
+    return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": strength.mean - (w - asked)}, None
 
 
 # Time
@@ -110,7 +116,7 @@ class Rates:
         return self.evaluations["unguided"] < self.evaluations["guided"]
 
 
-def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], None]:
     """Evaluations a second at the whole batch and at the half that remains without guidance, in turns."""
     rates = Rates(pipe, suite, cell.batch)
     for round in range(suite.timing.rounds + 1):
@@ -122,10 +128,10 @@ def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str
     return {
         "batch": cell.batch, "evaluations": rates.evaluations, "seconds_per_step": step,
         "evaluations_per_second": per_second,
-    }, []  # fmt: skip
+    }, None  # fmt: skip
 
 
-def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], list[bytes]]:
+def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], None]:
     """Seconds of a call, in turns with the baseline's, so that drift cancels.
 
     Each turn gives a ratio, and the possible saving by the denoiser's own times in that turn.
@@ -154,7 +160,7 @@ def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[s
         "batch": cell.batch, "seconds": _quantiles(taken["column"], cell.batch), "rows": rows,
         "baseline_seconds": _quantiles(taken["baseline"], cell.batch), "ratio": _quantiles(ratios), "ratios": ratios,
         "possible": possible, "peak_memory": peak,
-    }, []  # fmt: skip
+    }, None  # fmt: skip
 
 
 def possible_saving(

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.bench.embedding import Embedding, embed
 from diffusers_guidance.pipelines.bench.suite import Suite
+from diffusers_guidance.pipelines.pictures.fidelity import likeness
 from diffusers_guidance.pipelines.pictures.measures import (
+    PSNR,
     clipped,
     contrast,
     lpips_network,
-    psnr,
     saturation,
-    ssim,
     tensor_of,
 )
 from diffusers_guidance.pipelines.support.loading import load_whole
@@ -50,7 +50,7 @@ MEASURES = (
     Measure(
         "psnr",
         "PSNR, dB",
-        "peak signal to noise ratio to full CFG of the same scale, prompt and seed, the mean of the pictures' dB",
+        f"peak signal to noise ratio to full CFG of the same scale, prompt and seed. {PSNR}",
         "{:.1f}",
     ),
     Measure("ssim", "SSIM", "structural similarity to the same"),
@@ -213,12 +213,12 @@ def lpips_scorer() -> Callable[[Tensor, Tensor], Tensor]:
 
 @dataclass
 class Scorers:
-    """The measures that need weights; None, with a reason in `left_out`, for those that are missing."""
+    """The measures that need weights; None, with a reason in `not_measured`, for those that are missing."""
 
     lpips: Callable[[Tensor, Tensor], Tensor] | None
     clip_score: Callable[[Tensor, Sequence[str]], Tensor] | None
     retrieval: Retrieval | None
-    left_out: dict[str, str]
+    not_measured: dict[str, str]
 
     @classmethod
     def find(cls, model: str) -> "Scorers":
@@ -228,17 +228,17 @@ class Scorers:
             "retrieval": lambda: Retrieval.load(Path(model) / Retrieval.FILE),
         }
         found: dict[str, Any] = dict.fromkeys(makers)
-        left_out = {}
+        not_measured = {}
         for name, make in makers.items():
             try:
                 found[name] = make()
             except (OSError, ImportError) as error:
                 words = " ".join(str(error).split())
-                left_out[name] = {
+                not_measured[name] = {
                     "clip_score": f"the weights of {CLIP} are not on this machine",
                     "retrieval": f"{Path(model).name} has no {Retrieval.FILE}" if "No such file" in words else words,
                 }.get(name, words)
-        return cls(**found, left_out=left_out)
+        return cls(**found, not_measured=not_measured)
 
 
 # Columns
@@ -305,7 +305,7 @@ class Summary:
     rates: list[Record]
     effective: list[Record]
     environments: list[Record]
-    left_out: dict[str, str]
+    not_measured: dict[str, str]
     verdicts: list[Verdict]
 
     @property
@@ -321,36 +321,37 @@ def summarise(suite: Suite, lines: Sequence[Record], out: Path, scorers: Scorers
         GuidanceError: there is nothing to compare with, since the baseline could not be run.
     """
     scorers = scorers or Scorers.find(suite.model)
-    left_out = {_title(name): why for name, why in scorers.left_out.items()}
+    not_measured = {_title(name): why for name, why in scorers.not_measured.items()}
     if scorers.retrieval is not None:
         nameless = [prompt for prompt in suite.prompts if scorers.retrieval.concept(prompt) is None]
-        left_out |= {
+        not_measured |= {
             f"retrieval of {prompt!r}": "it names no concept that the pool has pictures of" for prompt in nameless
         }
     for line in lines:
-        if "left out" in line:
-            left_out |= {what: line["left out"] for what in _missing(suite, line)}
-    done = [line for line in lines if "left out" not in line]
+        if "not measured" in line:
+            not_measured |= {what: line["not measured"] for what in _missing(suite, line)}
+    done = [line for line in lines if "not measured" not in line]
     rows = []
     for scheduler in dict.fromkeys(line["scheduler"] for line in done if line["kind"] == "pictures"):
         mine = [line for line in done if line["kind"] == "pictures" and line["scheduler"] == scheduler]
         if any(line["column"] == suite.baseline for line in mine):
             rows += _rows(suite, mine, out, scorers)
     if not rows:
-        why = [line["left out"] for line in lines if line.get("column") == suite.baseline and "left out" in line]
+        mine = (line for line in lines if line.get("column") == suite.baseline)
+        why = [line["not measured"] for line in mine if "not measured" in line]
         raise GuidanceError(f"the baseline, {suite.baseline}, could not be run: {why[0] if why else 'it made nothing'}")
     rates = [line for line in done if line["kind"] == "rate"]
     timings = [_timing(line) for line in done if line["kind"] == "timing"]
     summary = Summary(
         suite, rows, timings, rates, [line for line in done if line["kind"] == "effective"],
-        [line for line in done if line["kind"] == "environment"], left_out, [],
+        [line for line in done if line["kind"] == "environment"], not_measured, [],
     )  # fmt: skip
     summary.verdicts = [_verdict(target, summary) for target in suite.targets]
     return summary
 
 
 def _missing(suite: Suite, line: Record) -> list[str]:
-    """What is missing from the report because a cell was left out."""
+    """What is missing from the report because a cell was not measured."""
     where = f", {line['scheduler']}" if len(suite.schedulers) > 1 else ""
     if line["kind"] in ("rate", "timing"):
         what = "" if line["kind"] == "timing" else ", seconds of a half batch"
@@ -369,6 +370,9 @@ def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> lis
         name: tensor_of([Image.open(out / file) for r in own for file in r["pictures"]])
         for name, own in columns.items()
     }
+    decoded = {
+        name: torch.cat([load_file(out / r["decoded"])["pictures"] for r in own]) for name, own in columns.items()
+    }
     full = {own[0]["guidance_scale"]: name for name, own in reversed(columns.items())
             if own[0]["plain"] and own[0]["steps"] == suite.steps}  # fmt: skip
     cost = np.mean([r["nfe"] for r in columns[suite.baseline]])
@@ -380,9 +384,10 @@ def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> lis
         reference = None if reference == name else reference
         scores = {"saturation": saturation(shown), "contrast": contrast(shown), "clipped": clipped(shown)}
         if reference is not None:
-            scores |= {"psnr": psnr(shown, pictures[reference]), "ssim": ssim(shown, pictures[reference])}
+            pair = decoded[name], decoded[reference]
+            scores |= likeness(*pair)
             if scorers.lpips is not None:
-                scores["lpips"] = scorers.lpips(shown, pictures[reference])
+                scores["lpips"] = scorers.lpips(*pair)
         texts = list(suite.prompts) * len(suite.seeds)
         for measure in ("clip_score", "retrieval"):
             scorer = getattr(scorers, measure)

@@ -15,6 +15,7 @@ from matplotlib.transforms import Bbox
 
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.bench.metrics import Figure, Measure, Summary
+from diffusers_guidance.pipelines.pictures.contest import plane
 from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.pipelines.support.templates import template
 
@@ -79,8 +80,8 @@ def markdown(summary: Summary) -> str:
         head = ["target", "wanted", "found", ""]
         found = [[f"{v.column}: {v.measure}", v.wanted, v.found, met[v.met]] for v in summary.verdicts]
         lines += [*_table(head, found), ""]
-    if summary.left_out:
-        lines += ["Left out:", "", *[f"* {name}: {why}" for name, why in summary.left_out.items()], ""]
+    if summary.not_measured:
+        lines += ["Not measured:", "", *[f"* {name}: {why}" for name, why in summary.not_measured.items()], ""]
     lines += [f"Measured on: {_machine(e)}." for e in summary.environments]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -103,7 +104,7 @@ def as_json(summary: Summary) -> str:
         "rates": summary.rates,
         "effective": summary.effective,
         "targets": [asdict(v) for v in summary.verdicts],
-        "left_out": summary.left_out,
+        "not_measured": summary.not_measured,
     }
     return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -134,7 +135,7 @@ def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
     if not rows:
         return None
     plot = Plot(figsize=(7.2, 4.2), layout="constrained")
-    axes = plot.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full CFG, dB")
+    axes = plane(plot)
     names = []
     for row in sorted(rows, key=lambda row: row.figures["psnr"].mean):
         at, x = row.figures["psnr"], row.nfe.mean

@@ -41,7 +41,7 @@ def bench(
 
     Raises:
         ValueError: the suite names something that does not exist.
-        GuidanceError: never because of one column; its lines then say what was left out and why.
+        GuidanceError: never because of one column; its lines then say what was not measured and why.
     """
     progress = progress or silent
     results = Results(out / "results.jsonl")
@@ -78,7 +78,7 @@ def bench(
         if wanted is None or scale is not None:
             cells.append(replace(cell, effective=scale))
         else:
-            total -= 1  # the column to match in strength was left out, by name
+            total -= 1  # the column to match in strength was not measured, and is named
     do(cells)
     do(suite.timing_cells(), at_once=1)
     used = {record["environment"] for record in mine}
@@ -90,7 +90,10 @@ def _keep(results: "Results", out: Path, key: str, cell: Cell, done: Done) -> di
     for file, content in zip(files, done.pictures, strict=True):
         write(out / file, content)
     record = {"key": key, **done.record, "scheduler_asked": cell.scheduler}
-    return results.add(record | ({"pictures": files} if files else {}), done.environment)
+    if files:
+        record |= {"pictures": files, "decoded": f"pictures/{key}/decoded.safetensors"}
+        write(out / record["decoded"], done.decoded)
+    return results.add(record, done.environment)
 
 
 class Results:
@@ -118,10 +121,10 @@ class Results:
     def found(self, key: str) -> dict[str, Any] | None:
         """The finished cell of that key; None if it is still to do, or its pictures are gone."""
         record = self.cells.get(key)
-        lost = record is not None and not all(
-            (self.file.parent / name).is_file() for name in record.get("pictures", ())
-        )
-        return None if lost else record
+        if record is not None and "pictures" in record:
+            files = [*record["pictures"], record.get("decoded", "")]  # earlier versions kept no floats
+            record = record if all((self.file.parent / name).is_file() for name in files) else None
+        return record
 
     def add(self, record: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
         """Writes the line of a finished cell, after its environment's if that is new."""

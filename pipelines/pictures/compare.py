@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers_guidance.checks import plain
 from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column
 from diffusers_guidance.pipelines.pictures.make import Result, cases_of, make, start_up
-from diffusers_guidance.pipelines.pictures.measures import psnr, tensor_of
+from diffusers_guidance.pipelines.pictures.measures import psnr
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, part, silent
 
@@ -38,11 +38,9 @@ class Comparison:
         return None if found is result else found
 
     def psnr(self, result: Result) -> float | None:
-        """PSNR of a column's pictures to its reference's in dB, the mean over pictures."""
+        """PSNR of a column's pictures to its reference's in dB, as decoded; the mean over pictures."""
         reference = self.reference(result)
-        if reference is None:
-            return None
-        return float(psnr(tensor_of(result.pictures), tensor_of(reference.pictures)).mean())
+        return None if reference is None else float(psnr(result.floats, reference.floats).mean())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as plain JSON types."""

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from diffusers_guidance.pipelines.pictures.columns import Column, short
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make
-from diffusers_guidance.pipelines.pictures.measures import lpips_network, psnr, ssim, tensor_of
+from diffusers_guidance.pipelines.pictures.measures import lpips_network, psnr, ssim
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Policy
@@ -15,13 +16,18 @@ from diffusers_guidance.rules import CFG
 
 
 class Score(NamedTuple):
-    """Means over pictures: NFEs and seconds of each; PSNR in dB, SSIM and LPIPS to full guidance."""
+    """Means over pictures: NFEs and seconds of each; PSNR in dB, SSIM and LPIPS to full guidance, of decoded floats."""
 
     nfe: float
     psnr: float
     ssim: float
     lpips: float | None = None
     seconds: float | None = None
+
+
+def likeness(pictures: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """PSNR in dB and SSIM of each picture to its reference, both as decoded."""
+    return {"psnr": psnr(pictures, reference), "ssim": ssim(pictures, reference)}
 
 
 class Fidelity:
@@ -59,10 +65,10 @@ class Fidelity:
         self.cases = [Case(prompt, seed, negative_prompt) for seed in seeds for prompt in prompts]
         if not self.cases:
             raise ValueError("prompts and seeds: at least one of each")
-        self.call = {"guidance_scale": guidance_scale, "batch": batch_size, "output_type": "pt", **arguments}
+        self.call = {"guidance_scale": guidance_scale, "batch": batch_size, **arguments}
         self.lpips = lpips_network() if lpips else None
         self.full = self.run(EveryStep(), progress=progress)
-        self.reference = tensor_of(self.full.pictures)
+        self.reference = self.full.floats
 
     def run(
         self, policy: Policy | Column, num_inference_steps: int | None = None, progress: Progress = silent
@@ -79,15 +85,15 @@ class Fidelity:
 
     def psnr(self, result: Result) -> float:
         """The mean of the pictures' dB to full guidance."""
-        return float(psnr(tensor_of(result.pictures), self.reference).mean())
+        return float(psnr(result.floats, self.reference).mean())
 
     def score(self, result: Result) -> Score:
         """All measures of what `run` made."""
-        pictures = tensor_of(result.pictures)
+        pictures = result.floats
         perceived = None if self.lpips is None else float(self.lpips(pictures, self.reference))
-        likeness = float(ssim(pictures, self.reference).mean())
+        means = {name: float(of.mean()) for name, of in likeness(pictures, self.reference).items()}
         nfe, seconds = result.nfe / len(self.cases), result.seconds_per_picture
-        return Score(nfe, self.psnr(result), likeness, perceived, seconds)
+        return Score(nfe, **means, lpips=perceived, seconds=seconds)
 
     def __call__(self, policy: Policy | Column, num_inference_steps: int | None = None) -> Score:
         """The score of a policy; `num_inference_steps` if it differs from the reference's."""

@@ -3,17 +3,23 @@
 import inspect
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from torch import Tensor
 
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import plain
 from diffusers_guidance.engine import Observer
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE, borrowed
+from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of
 from diffusers_guidance.pipelines.pictures.columns import Column, short
 from diffusers_guidance.pipelines.pictures.measures import saturation, tensor_of
 from diffusers_guidance.pipelines.pictures.sizes import sized
@@ -46,6 +52,9 @@ class Result:
     policy: Policy
     guidance_scale: float
     pictures: list[Any] = field(default_factory=list)
+    """As they are shown, with 8 bits a colour."""
+    decoded: list[Tensor] = field(default_factory=list)
+    """The same as the pipeline decoded them: floats (3, H, W) from 0 to 1, by which they are compared."""
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0
     is_default: bool = False
@@ -81,6 +90,11 @@ class Result:
         return self.seconds / len(self.pictures)
 
     @property
+    def floats(self) -> Tensor:
+        """(N, 3, H, W) from 0 to 1, as decoded."""
+        return tensor_of(self.decoded or self.pictures)
+
+    @property
     def saturation(self) -> float:
         """Mean HSV saturation, 0 to 1."""
         return float(saturation(tensor_of(self.pictures)).mean())
@@ -101,6 +115,7 @@ def make(
     batch: int | None = None,
     progress: Progress = silent,
     observers: Sequence[Observer] = (),
+    gradients: bool = False,
     **arguments: Any,
 ) -> Result:
     """The pictures of all cases under a column's rule and policy. What is attached to `pipe` stays attached, idle.
@@ -110,6 +125,7 @@ def make(
         batch: pictures per call; None for all.
         progress: gets the column's name and the steps of all calls.
         observers: called at every step.
+        gradients: whether gradients are recorded, if they are turned on: pipelines turn them off in their call.
         arguments: more arguments of the pipeline, such as `height=512`.
     """
     scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
@@ -118,16 +134,32 @@ def make(
     result = Result(column.name, rule, policy, scale, is_default=column.rule is None)
     size = batch or len(cases)
     batches = [cases[start : start + size] for start in range(0, len(cases), size)]
-    with borrowed(pipe, rule, policy) as handle:
+    with borrowed(pipe, rule, policy) as handle, _recording(pipe) if gradients else nullcontext():
         handle.observers += observers
         for number, part in enumerate(batches):
             told = _steps_of(progress, column.name, number, steps, len(batches))
             began = time.perf_counter()
-            result.pictures += pictures_of(pipe, part, steps=steps, progress=told, **arguments)
+            made = pictures_of(pipe, part, steps=steps, progress=told, **{"output_type": "np"} | arguments)
             result.seconds += time.perf_counter() - began
+            if isinstance(made[0], np.ndarray):
+                result.decoded += [torch.from_numpy(picture).permute(2, 0, 1) for picture in made]
+                made = VaeImageProcessor.numpy_to_pil(np.stack(made))
+            result.pictures += made
             result.reports.append(handle.report)
         result.calibration = handle.calibration
     return result
+
+
+@contextmanager
+def _recording(pipe: Any) -> Iterator[None]:
+    """Has the calls of an attached pipeline do without the pipeline's own `torch.no_grad`."""
+    handler, function = handler_of(pipe), inspect.unwrap(type(pipe).__call__)
+    assert handler is not None
+    catch_call(pipe, lambda pipe, call, args, kwargs: handler(pipe, partial(function, pipe), args, kwargs))
+    try:
+        yield
+    finally:
+        catch_call(pipe, handler)
 
 
 def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: float, **arguments: Any) -> None:

@@ -10,6 +10,9 @@ from torch import Tensor
 EQUAL = 100.0
 """dB of a picture equal to its reference, instead of infinity, which would spoil a mean."""
 
+PSNR = "PSNR is the mean of the pictures' dB; they are compared as decoded, in floats"
+"""What every table of it says."""
+
 
 def tensor_of(pictures: Sequence[Any]) -> Tensor:
     """(N, 3, H, W) from 0 to 1, from images, or from tensors (3, H, W) already in this form."""
@@ -25,7 +28,8 @@ def tensor_of(pictures: Sequence[Any]) -> Tensor:
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
     """Peak signal to noise ratio in dB; at most `EQUAL`.
 
-    The PSNR of several pictures is always the mean of these: one very different picture does not drown the others.
+    It is measured on floats as the pipeline decoded them, before they are rounded to 8 bits. The PSNR of several
+    pictures is the mean of these numbers, so that one very different picture does not drown the others.
     """
     error = (pictures - reference).square().flatten(1).mean(1)
     return -10 * error.clamp(min=10 ** (-EQUAL / 10)).log10()

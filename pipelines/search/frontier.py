@@ -3,10 +3,10 @@
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -14,7 +14,9 @@ from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import plain
 from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.files import write
+from diffusers_guidance.pipelines.pictures.contest import FEWER, Row, Way, draw, plane
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.pictures.measures import PSNR
 from diffusers_guidance.pipelines.search.nas import search_nas
 from diffusers_guidance.pipelines.search.search import search
 from diffusers_guidance.pipelines.support.progress import Progress, silent
@@ -23,7 +25,6 @@ from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Hold, Inter
 from diffusers_guidance.schedules import even
 from diffusers_guidance.steps import Action
 
-FEWER = "CFG, fewer steps"
 STOP = "guidance stopped (StepAG, diffusers' cut-off)"
 INTERVAL = "Interval from 10 %"
 AG = "AG"
@@ -40,28 +41,6 @@ REFINED = "search(refine=...)"
 OURS = (CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
 """Series with fitted estimates, except the published one."""
 OTHERS = (FEWER, STOP, INTERVAL, AG, HOLD, PERIODIC, PUBLISHED_HELD, PUBLISHED, NAS)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured policy; `nfe` is for one sample, averaged if samples differ."""
-
-    series: str
-    label: str
-    nfe: float
-    psnr: float
-    ssim: float
-    lpips: float | None = None
-    seconds: float | None = None
-
-
-class _Planned(NamedTuple):
-    """A planned row: its policy, which may need a search, and its steps if they differ."""
-
-    series: str
-    label: str
-    make: Callable[[], Policy]
-    steps: int | None
 
 
 def frontier(
@@ -107,14 +86,14 @@ def frontier(
     progress = progress or silent
     fidelity: Fidelity | None = None
 
-    def measure(way: _Planned) -> Row:
+    def measure(way: Way) -> Row:
         nonlocal fidelity
         progress(way.label, list(plan).index(way.label), len(plan))
         if fidelity is None:
             fidelity = Fidelity(pipe, prompts, seeds, **calibration.call, batch_size=batch_size, lpips=lpips)
-        return Row(way.series, way.label, *fidelity(way.make(), way.steps))
+        return way.measured(fidelity)
 
-    def keep(way: _Planned, row: Row) -> Row:
+    def keep(way: Way, row: Row) -> Row:
         known[way.label] = row
         if record is not None:
             record.write({"rows": [asdict(row) for row in known.values()]})  # including rows of other plans
@@ -133,12 +112,12 @@ def _plan(
     stops: Iterable[int] | None,
     refine: Iterable[int],
     nas: Iterable[int],
-) -> Iterator[_Planned]:
+) -> Iterator[Way]:
     """Every row; a search runs when its row does."""
     count, steps = calibration.steps, calibration.call["num_inference_steps"]
 
-    def row(series: str, label: str, make: Callable[..., Policy], *args: Any, steps: int | None = None) -> _Planned:
-        return _Planned(series, label, partial(make, *args), steps)
+    def row(series: str, label: str, make: Callable[..., Policy], *args: Any, steps: int | None = None) -> Way:
+        return Way(series, label, partial(make, *args), steps)
 
     for nfe in nfes:
         fewer = max(1, round(steps * nfe / (2 * count)))
@@ -205,7 +184,7 @@ def table(rows: Sequence[Row]) -> str:
         cells += [f"{row.lpips:.4f}"] if row.lpips is not None else []
         series = f"**{row.series}**" if row.series in OURS else row.series
         lines.append(f"| {' | '.join([*cells, series, row.label])} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"{PSNR}."]) + "\n"
 
 
 def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
@@ -213,16 +192,9 @@ def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full guidance (dB)")
+    axes = plane(figure)
     axes.set_title(title)
-    for i, name in enumerate(dict.fromkeys(row.series for row in rows)):
-        line = sorted((row.nfe, row.psnr) for row in rows if row.series == name)
-        color = OURS.index(name) if name in OURS else 5 + OTHERS.index(name) % 5
-        axes.plot(
-            *zip(*line, strict=True), marker="osD^v<>Xp*hP"[i % 12], markersize=5, label=name, color=f"C{color}",
-            linewidth=2.4 if name in OURS else 1.2, linestyle="-" if name in OURS else "--",
-        )  # fmt: skip
-    axes.grid(alpha=0.3)
+    draw(axes, rows, OTHERS)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)

@@ -9,7 +9,6 @@ so the relaxed search is a guidance rule with its own kappa at each step. It run
 with gradients on: through formula, scheduler and network, to the final latents.
 """
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_guidance import kernels
 from diffusers_guidance.errors import UnsupportedPipeline
-from diffusers_guidance.pipelines.attach.host import Host
-from diffusers_guidance.pipelines.pictures.make import Case, call_of
+from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.pictures.make import Case, make
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Schedule
@@ -83,7 +82,7 @@ def search_nas(
         A `Schedule`: "both" where guidance was the most probable, within the budget; "conditional" elsewhere.
     """
     prompts, progress = prompts_of(prompts), progress or silent
-    call = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
+    call = dict(steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
     logits: Tensor | None = None
     with kernels.use_backend("torch"), checkpointed(pipe):
         for i in range(iterations):
@@ -124,19 +123,15 @@ def search_nas(
 
 def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(final latents, w of each step) of a run that records operations wherever gradients are on."""
-    function = inspect.unwrap(type(pipe).__call__)  # without the pipeline's torch.no_grad
     cases = [Case(text, seed + j, "") for j, text in enumerate(texts)]
-    bound = inspect.signature(function).bind(pipe, **call_of(pipe, cases, output_type="latent", **call))
-    named = {name: value for name, value in bound.arguments.items() if name != "self"}
-    bound.apply_defaults()
-    run = Host(pipe, rule, EveryStep(), dict(bound.arguments))
-    with run.hooks(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
-        latents = function(pipe, **named).images
-    if not run.report.formula:
+        made = make(pipe, cases, Column("", rule, EveryStep()), gradients=True, output_type="latent", **call)
+    (report,) = made.reports
+    if not report.formula:
         raise UnsupportedPipeline(f"{type(pipe).__name__} used no guidance at guidance_scale={call['guidance_scale']}")
     # If a pipeline counts its scale from 0, w is not the call's value; 1 means no guidance.
-    return latents, torch.tensor([step.guidance_scale or 1.0 for step in run.report.steps])
+    return torch.stack(made.pictures), torch.tensor([step.guidance_scale or 1.0 for step in report.steps])
 
 
 @contextmanager

@@ -43,8 +43,8 @@ def bench_command(
     for verdict in summary.verdicts:
         mark = {True: "met", False: "NOT MET", None: "-"}[verdict.met]
         typer.echo(f"{mark:8} {verdict.column}: {verdict.measure} {verdict.wanted}; found {verdict.found}")
-    for name, why in summary.left_out.items():
-        typer.echo(f"left out: {name} ({why})")
+    for name, why in summary.not_measured.items():
+        typer.echo(f"not measured: {name} ({why})")
     for file in files:
         typer.echo(f"wrote {file}")
 

@@ -13,6 +13,7 @@ from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import BUNDLED, COLUMNS, Column
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
+from diffusers_guidance.pipelines.pictures.measures import PSNR
 from diffusers_guidance.pipelines.pictures.sheet import save
 from diffusers_guidance.pipelines.search.calibrate import calibrate, calibrate_on_ray
 from diffusers_guidance.pipelines.search.frontier import frontier, plot, table
@@ -243,7 +244,7 @@ def _print_comparison(comparison: Comparison) -> None:
             "" if psnr is None else f"{psnr:.1f} dB",
         )
     Console().print(table)
-    typer.echo("PSNR: the mean of the pictures' dB.")
+    typer.echo(f"{PSNR}.")
 
 
 def _print_schedule(schedule: Schedule) -> None:

@@ -1,4 +1,4 @@
-"""Two lines around a pipeline: APG beside plain guidance at a high scale, and evaluations left out at an ordinary one.
+"""Two lines around a pipeline: APG beside plain guidance at a high scale, and evaluations skipped at an ordinary one.
 
     python wrap.py                                              # the bundled model, nothing to download
     python wrap.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompt "a raccoon in a space suit" --device cuda

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, TRIOS, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula
-from diffusers_guidance.pipelines.attach.layout import View
+from diffusers_guidance.pipelines.attach.layout import Layout, View
 from diffusers_guidance.pipelines.attach.residual import mixture, residual
 from diffusers_guidance.spaces import Space
 
@@ -26,9 +26,11 @@ def drawn(count, dtype=torch.float64, shape=SHAPE):
 
 
 def formula(anchor="u", **changes):
-    given = {"batched": True, "branches": 2, "cond_index": 1, "upcast": False, "finish": "", "scale": "guidance_scale"}
-    dtype = changes.pop("dtype", torch.float64)
-    return Formula(view=View(SHAPE[1:]), anchor=anchor, rows=SHAPE[0], dtype=dtype, **{**given, **changes})
+    places = {"batched": True, "branches": 2, "cond_index": 1}
+    places |= {name: changes.pop(name) for name in places.keys() & changes.keys()}
+    layout = Layout(view=View(SHAPE[1:]), rows=SHAPE[0], **places)
+    given = {"upcast": False, "finish": "", "scale": "guidance_scale", "dtype": torch.float64}
+    return Formula(layout=layout, anchor=anchor, **{**given, **changes})
 
 
 def exploding(sigma):
@@ -73,7 +75,7 @@ def test_halves_are_cut_out_of_one_call_or_of_two(cond, batched):
     assert one.calls == len(outputs) and one.others == [1 - cond]
     for found, expected in zip(one.halves(outputs), (c, u), strict=True):
         assert torch.equal(found, expected)
-    turned = replace(one, view=replace(one.view, sign=-1))
+    turned = replace(one, layout=replace(one.layout, view=replace(one.view, sign=-1)))
     for found, expected in zip(turned.cut(outputs, Around()), (-c, -u), strict=True):
         assert torch.equal(found, expected)
     torch.testing.assert_close(turned.reproduce(outputs, 3.0, Around()), -(u + 3 * (c - u)))

@@ -12,7 +12,7 @@ from tiny import PIPELINES, run
 from torch import Tensor
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, UnsupportedPipeline, attach
-from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.layout import Layout
 
 STEPS = 6
 WAITS = {
@@ -105,14 +105,14 @@ def test_a_step_that_is_not_what_it_was_taken_for(policy, monkeypatch):
     pipe = entry.build()
     plain = run(pipe, entry, 60)
     calls = []
-    parts = Formula.parts
+    invert = Layout.invert
 
     def distorted(self, outputs):
         calls.append(outputs)
-        one, other = parts(self, outputs)
+        one, other = invert(self, outputs)
         return (one, other) if len(calls) < 120 else (one + 0.01 * other.roll(1, -1), other)
 
-    monkeypatch.setattr(Formula, "parts", distorted)
+    monkeypatch.setattr(Layout, "invert", distorted)
     with attach(pipe, CFG(), policy) as handle:
         if policy != EveryStep():
             with pytest.raises(UnsupportedPipeline, match=r"could not be verified.*is off by"):

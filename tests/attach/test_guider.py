@@ -358,7 +358,7 @@ def test_predictions_without_a_batch_dimension_are_refused():
         by_hand(Guider(CFG(), Hold(2)), batch=1)
 
 
-def test_reference_tokens_behind_the_samples_are_left_out_of_account():
+def test_reference_tokens_behind_the_samples_do_not_count():
     pair = Pair("QwenImagePipeline")
     (guider,) = pair.guide(APG(), EveryStep())
     expected = pair.run()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffusers_guidance.pipelines.attach import layout as attached
 from diffusers_guidance.pipelines.attach.combination import Around
 from diffusers_guidance.pipelines.attach.identify import identify
 from diffusers_guidance.pipelines.attach.layout import View, views
@@ -101,6 +102,18 @@ def test_channels_that_are_not_guided_follow_as_they_are(sign):
     assert torch.equal(view.rest(whole, whole), beside(y))
     assert torch.equal(view.rest(sign * whole, whole), beside(y))
     assert torch.equal(view.emit(other, whole), torch.cat([other, beside(y)], 1))
+
+
+@given(batched=st.booleans(), branches=st.integers(2, 3), cond=st.integers(0, 1), rows_=st.integers(1, 3))
+def test_a_layout_puts_branches_out_and_takes_them_apart_again(batched, branches, cond, rows_):
+    parts = [rows(rows_, False, key) for key in range(branches)]
+    view = View(tuple(parts[0].shape[1:]))
+    layout = attached.Layout(batched=batched, branches=branches, cond_index=cond, view=view, rows=rows_)
+    outputs = layout.apply(parts)
+    assert len(outputs) == layout.calls == (1 if batched else branches)
+    assert [len(y) for y in outputs] == [rows_ * branches // layout.calls] * layout.calls
+    assert all(torch.equal(a, b) for a, b in zip(layout.invert(outputs), parts, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(layout.apply(layout.invert(outputs)), outputs, strict=True))
 
 
 def test_copies_that_differ_are_not_told_by_one_row_a_sample():

@@ -22,7 +22,7 @@ from diffusers_guidance.spaces import Space
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers on NumPy, and on deprecated schedulers
 
-LEFT_OUT = {
+REFUSED = {
     "AmusedScheduler": "discrete tokens",
     "BlockRefinementScheduler": "discrete tokens",
     "DiscreteDDIMScheduler": "discrete tokens",
@@ -290,7 +290,7 @@ def assert_sum(terms: tuple[Tensor, ...], expected: Tensor, tolerance: float, wh
     assert error.max() < tolerance, f"{what}: off by {error.max():.1e} of its terms"
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES.keys() - LEFT_OUT.keys()))
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - REFUSED.keys()))
 def test_denoises(name: str, seed: int) -> None:
     if is_dummy(name):
         pytest.skip(f"{name} needs {', '.join(CLASSES[name]._backends)}")
@@ -327,7 +327,7 @@ def test_denoises(name: str, seed: int) -> None:
     assert checked >= 4
 
 
-def test_left_out() -> None:
+def test_which_are_refused() -> None:
     """A scheduler new to diffusers shows up here, or in `test_denoises`."""
     refused = {}
     for name in CLASSES:
@@ -342,8 +342,8 @@ def test_left_out() -> None:
             assert "Supported" in str(error)
             refused[name] = str(error).split(". Supported")[0]
     for name, error in refused.items():
-        print(f"{name}: {LEFT_OUT.get(name)} ({error})")
-    assert refused.keys() == LEFT_OUT.keys() & CLASSES.keys()
+        print(f"{name}: {REFUSED.get(name)} ({error})")
+    assert refused.keys() == REFUSED.keys() & CLASSES.keys()
 
 
 def scheduler_of(name: str, steps: int, **options: Any) -> Any:
@@ -398,7 +398,7 @@ def test_zero_terminal_snr() -> None:
         spaces(scheduler_of("DDIMScheduler", 5, prediction_type="epsilon", **options))
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES.keys() - LEFT_OUT.keys()))
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - REFUSED.keys()))
 def test_scheduler_is_left_as_it_was(name: str) -> None:
     scheduler = scheduler_of(name, 4)
     if isinstance(getattr(scheduler, "sigmas", None), Tensor):
@@ -430,7 +430,7 @@ class Away(Tensor):
         return result
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES.keys() - LEFT_OUT.keys()))
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - REFUSED.keys()))
 def test_transfers(name: str) -> None:
     """None from a device where the steps are counted in sigmas on the host, else one."""
     scheduler = scheduler_of(name, 4)

@@ -70,7 +70,7 @@ targets:
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
     file = tmp_path_factory.mktemp("suite") / "little.yaml"
-    # Made with other guidance: the column that needs it must be left out by name.
+    # Made with other guidance: the column that needs it must be named as not measured.
     calibration = samples.CALIBRATIONS / "dpm-20-7.5.safetensors"
     file.write_text(TEXT.replace("CALIBRATION", str(calibration)))
     return Suite.read(file)
@@ -280,7 +280,7 @@ def test_strength_is_said_as_the_pipeline_counts_its_scale(suite):
     assert found["effective"] == pytest.approx(5, rel=1e-4)
 
 
-def test_a_column_that_cannot_run_is_left_out_by_name_and_the_others_are_done(suite, tmp_path):
+def test_a_column_that_cannot_run_is_not_measured_by_name_and_the_others_are_done(suite, tmp_path):
     from dataclasses import replace
 
     from diffusers_guidance.pipelines.bench.suite import Timing
@@ -289,11 +289,11 @@ def test_a_column_that_cannot_run_is_left_out_by_name_and_the_others_are_done(su
     little = replace(suite, columns=searched, steps=20, seeds=(1,), prompts=("a rocket",), timing=Timing(), targets=())
     lines = bench(little, tmp_path)
     by_name = {line["column"]: line for line in of_kind(lines, "pictures")}
-    assert "CalibrationMismatch" in by_name["searched elsewhere"]["left out"]
+    assert "CalibrationMismatch" in by_name["searched elsewhere"]["not measured"]
     assert len(by_name["CFG"]["pictures"]) == 1
     summary = summarise(little, lines, tmp_path)
     assert [row.name for row in summary.rows] == ["CFG"]
-    assert "guidance_scale" in summary.left_out["searched elsewhere"]
+    assert "guidance_scale" in summary.not_measured["searched elsewhere"]
     assert "searched elsewhere" in html(summary) and "searched elsewhere" in markdown(summary)
 
 
@@ -366,16 +366,16 @@ def test_what_fails_is_missing_by_name_and_loses_nothing_else(without_search, li
 
     timed, (strength,) = of_kind(lines, "timing"), of_kind(lines, "effective")
     suite = replace(without_search, schedulers=("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"))
-    broken = [{**timed[0], "column": "CFG", "left out": "first"}, {**strength, "left out": "second"}]
+    broken = [{**timed[0], "column": "CFG", "not measured": "first"}, {**strength, "not measured": "second"}]
     other = [line | {"scheduler": "UniPCMultistepScheduler"} for line in of_kind(lines, "pictures")]
-    other = [line | {"left out": "third"} if line["column"] == "CFG" else line for line in other]
+    other = [line | {"not measured": "third"} if line["column"] == "CFG" else line for line in other]
     summary = summarise(suite, [*lines, *broken, *other], out)
     assert {row.scheduler for row in summary.rows} == {"DPMSolverMultistepScheduler"}
-    found = summary.left_out
+    found = summary.not_measured
     assert found["CFG, at batch 1"] == "first"
     assert found["as strong, DPMSolverMultistepScheduler"] == "second"
     assert found["all columns, UniPCMultistepScheduler"] == "third"
-    none = [line | {"left out": "at all"} for line in lines if line["kind"] == "pictures"]
+    none = [line | {"not measured": "at all"} for line in lines if line["kind"] == "pictures"]
     with pytest.raises(GuidanceError, match="the baseline, CFG, could not be run: at all"):
         summarise(suite, none, out)
 
@@ -431,11 +431,11 @@ def test_retrieval_finds_the_concept_that_is_asked_for(tmp_path):
     assert retrieval.concept("an apple") == "apple" and retrieval.concept("apples") is None
 
 
-def test_what_needs_weights_that_are_not_there_is_left_out_by_name():
+def test_what_needs_weights_that_are_not_there_is_not_measured_by_name():
     scorers = Scorers.find(str(samples.MODEL / "nowhere"))
     for name in ("lpips", "clip_score", "retrieval"):
-        assert (getattr(scorers, name) is None) == (name in scorers.left_out)
-    assert "retrieval" in scorers.left_out
+        assert (getattr(scorers, name) is None) == (name in scorers.not_measured)
+    assert "retrieval" in scorers.not_measured
 
 
 def test_the_summary_compares_with_full_guidance_and_judges_the_targets(without_search, lines, out):
@@ -463,7 +463,7 @@ def test_what_seconds_are_and_how_sure_their_share_is_stands_in_the_report(witho
                                             ["red apple"]), {})  # fmt: skip
     summary = summarise(suite, timed, out, scorers)
     assert summary.verdicts[0].found == "100% (70% to 130%) at batch 1"
-    assert "retrieval of 'a cosmic thought'" in summary.left_out and len(summary.left_out) == 1
+    assert "retrieval of 'a cosmic thought'" in summary.not_measured and len(summary.not_measured) == 1
     for page in (markdown(summary), html(summary)):
         assert "Seconds are medians, with their 20 and 80 % quantiles" in page
         assert "a cosmic thought" in page
@@ -491,8 +491,8 @@ def test_the_report_needs_nothing_beside_it_and_shows_every_column(without_searc
     tables = markdown(summary)
     for row in summary.rows:
         assert row.name in page and f"| {row.name} |" in tables
-    for name in summary.left_out:
-        assert f"left out: {name}" in page and f"* {name}: " in tables
+    for name in summary.not_measured:
+        assert f"not measured: {name}" in page and f"* {name}: " in tables
 
 
 def test_the_command_measures_reports_and_says_errors_in_a_line(without_search, tmp_path):

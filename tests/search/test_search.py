@@ -109,7 +109,7 @@ def test_an_evaluation_left_over_goes_where_it_helps_most(seed, parts):
 
 
 @pytest.mark.parametrize("free", [[1], [3, 4], [1, 2, 3, 4, 5, 6, 7]])
-def test_steps_that_move_nothing_are_left_out_first(seed, free):
+def test_steps_that_move_nothing_are_skipped_first(seed, free):
     calibration = invented(8)
     for t in free:
         calibration.setting["gains"][t] = 0.0

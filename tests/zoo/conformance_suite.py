@@ -53,7 +53,7 @@ REFUSED = {
 """Pipelines that cannot be attached to: what they must say, and why it is so."""
 
 WHOLE = {n: "perturbed attention needs all branches" for n, entry in PIPELINES.items() if "PAG" in entry.cls}
-"""Pipelines that are guided, but of whose evaluations none can be left out, and why."""
+"""Pipelines that are guided, but of whose evaluations none can be skipped, and why."""
 
 PLAIN_ONLY = {"StableDiffusionPanoramaPipeline": r"each of its views would need its own history"}
 """Pipelines to which nothing but plain guidance at every step can be attached, and what they must say."""
@@ -105,7 +105,7 @@ def test_pipeline_keeps_its_promises(name):
         assert all(each == "both" for step in handle.report.steps for each in step.evaluated)
         assert any("on its own" in step.note for step in handle.report.steps)
         assert conformance.relative(result, truth.result) > 1e-4  # they are used unguided nevertheless
-        status, skipping = "verified, nothing is left out", WHOLE[name]
+        status, skipping = "verified, nothing is skipped", WHOLE[name]
     else:
         _, skipped = conformance.skips(pipe, entry, batch, first, truth)
         assert skipped.nfe < skipped.nfe_full
@@ -116,7 +116,7 @@ def test_pipeline_keeps_its_promises(name):
     elif not entry.independent:
         apart = "its rows depend on one another"
     elif name in WHOLE:
-        apart = "nothing is left out"
+        apart = "nothing is skipped"
     else:
         conformance.decides_per_sample(pipe, entry, plain=truth.result)
         apart = "yes"
