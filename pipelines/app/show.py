@@ -4,7 +4,6 @@ import base64
 import functools
 import inspect
 import io
-import itertools
 import re
 import textwrap
 from collections.abc import Sequence
@@ -18,18 +17,17 @@ from PIL import Image
 from diffusers_guidance.pipelines.app.settings import Grid
 from diffusers_guidance.pipelines.app.work import News, Outcome, estimates
 from diffusers_guidance.pipelines.pictures.compare import Comparison
+from diffusers_guidance.pipelines.pictures.contest import COLOURS, Row, draw, plane
 from diffusers_guidance.pipelines.pictures.fonts import lettering
 from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.pictures.texts import counted
-from diffusers_guidance.pipelines.search.frontier import Row
 from diffusers_guidance.pipelines.support.templates import template
 from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import Report
 
 INK = "#123457"
 """Represents the colour of the page's text; no other colour may equal it."""
-COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444", "#86198f")
 
 
 @functools.cache
@@ -114,18 +112,11 @@ def similarity_plot(report: Report) -> str:
 def frontier_plot(rows: Sequence[Row]) -> Figure:
     """Fidelity to full CFG against its cost; further up and to the left is better."""
     figure = Figure(figsize=(7.0, 3.9), layout="constrained")
-    axes = figure.add_subplot(xlabel="network evaluations per picture", ylabel="PSNR to full CFG, dB")
-    families = list(dict.fromkeys(row.series for row in rows[1:]))
-    # Every family looks its own way, whatever their number; points that coincide are all seen.
-    looks = zip(families, itertools.cycle(COLOURS), itertools.cycle("XosD^*vP"), itertools.count(10, -1), strict=False)
-    for family, colour, marker, size in looks:
-        known = sorted((row.nfe, row.psnr) for row in rows if row.series == family and row.psnr < EQUAL)
-        if known:
-            axes.plot(*zip(*known, strict=True), marker=marker, ms=size, color=colour, label=family, lw=1.4)
+    axes = plane(figure)
+    draw(axes, rows[1:])
     if rows:
         axes.axvline(rows[0].nfe, color="#94a3b8", ls="--", lw=1, label="full CFG")
         axes.legend(fontsize="small", frameon=False)
-    axes.grid(alpha=0.25)
     return figure
 
 

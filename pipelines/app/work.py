@@ -30,10 +30,10 @@ from diffusers_guidance.pipelines.app.settings import (
 )
 from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
+from diffusers_guidance.pipelines.pictures.contest import Row, contestants
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.make import Case, Result, call_of, make, start_up
 from diffusers_guidance.pipelines.pictures.sizes import own_size
-from diffusers_guidance.pipelines.search.frontier import Row
 from diffusers_guidance.pipelines.support.files import read_lines
 from diffusers_guidance.pipelines.support.progress import Progress
 from diffusers_guidance.pipelines.support.solvers import scheduled
@@ -266,28 +266,6 @@ def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
 # Benchmark
 
 
-def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, str, int]]:
-    """(family, column, steps) of every way of saving to measure against full CFG.
-
-    Args:
-        calibration: the name of one that fits; without it LinearAG holds, and `search` is not possible.
-    """
-    named = f"calibration={calibration!r}"
-    linear = ("LinearAG", f"LinearAG({named})", steps) if calibration else ("LinearAG, held", "LinearAG", steps)
-    searched = [("search", f"search({round(share * 2 * steps)}, {named})", steps) for share in (0.5, 0.625, 0.75)]
-    fewer = sorted({max(2, round(share * steps)) for share in (0.5, 0.65, 0.8)} - {steps})
-    return [
-        *(("fewer steps of CFG", "CFG", few) for few in fewer),
-        *(("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})", steps) for t in (0.95, 0.98, 0.99, 0.995)),
-        *(("Interval", f"Interval(0.0, {stop})", steps) for stop in (0.3, 0.5, 0.7)),
-        *(("Hold", f"Hold({period})", steps) for period in (2, 3, 4)),
-        *(("Forecast", f"Forecast({save})", steps) for save in (0.35, 0.5)),
-        linear,
-        *(searched if calibration else ()),
-        ("attach(pipe)", "default", steps),
-    ]
-
-
 def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Row]:
     """Network evaluations against fidelity to full CFG, for every way of saving them; the first row is full CFG's."""
     prompts = read_lines(samples.PROMPTS)[: trial.prompts]
@@ -304,10 +282,8 @@ def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Row]:
             progress=told("CFG", 0, trial.steps),
         )  # fmt: skip
         rows.append(Row("CFG", f"CFG, {trial.steps} steps", *fidelity.score(fidelity.full)))
-        for number, (family, column, steps) in enumerate(ways, 1):
-            made = fidelity.run(Column.parse(column), steps, told(column, number, steps))
-            name = f"CFG, {steps} steps" if column == "CFG" else made.label if made.is_default else column
-            rows.append(Row(family, name, *fidelity.score(made)))
+        for number, way in enumerate(ways, 1):
+            rows.append(way.measured(fidelity, told(way.label, number, way.steps or trial.steps)))
     return rows
 
 

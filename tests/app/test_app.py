@@ -50,6 +50,7 @@ from diffusers_guidance.pipelines.app.work import Studio
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.pictures.contest import COLOURS, contestants
 from diffusers_guidance.pipelines.pictures.make import Result, make
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.support.modules import import_own
@@ -218,7 +219,7 @@ def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, 
     assert (outcome.guided.policy.calibration is not None) == (said == "fitted") == ("Calibration.load" in outcome.code)
     assert "a linear combination of past predictions" in app_show.about(LinearAG)
     assert f", {said}" in app_show.grid_html(Grid(), [outcome.guided])
-    families = [family for family, *_ in app_work.contestants(20, "ddim-20-5" if said == "fitted" else None)]
+    families = [way.series for way in contestants(20, "ddim-20-5" if said == "fitted" else None)]
     assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
 
 
@@ -436,8 +437,8 @@ def test_the_plot_shades_every_step_that_skipped_something(pipe):
 
 def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
     assert "1 of 1 step<" in app_show.progress_bar(app_work.News("CFG", 1, 1))
-    families = {family for family, *_ in app_work.contestants(20, "ddim-20-5")}
-    assert len(set(app_show.COLOURS)) >= len(families)
+    families = {way.series for way in contestants(20, "ddim-20-5")}
+    assert len(set(COLOURS)) >= len(families)
 
 
 def test_words_are_no_markup():
