@@ -82,7 +82,7 @@ def search_nas(
         A `Schedule`: "both" where guidance was the most probable, within the budget; "conditional" elsewhere.
     """
     prompts, progress = prompts_of(prompts), progress or silent
-    call = dict(steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
+    call = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
     logits: Tensor | None = None
     with kernels.use_backend("torch"), checkpointed(pipe):
         for i in range(iterations):
@@ -123,10 +123,13 @@ def search_nas(
 
 def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(final latents, w of each step) of a run that records operations wherever gradients are on."""
-    cases = [Case(text, seed + j, "") for j, text in enumerate(texts)]
+    cases, call = [Case(text, seed + j, "") for j, text in enumerate(texts)], dict(call)
+    steps = call.pop("num_inference_steps")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
-        made = make(pipe, cases, Column("", rule, EveryStep()), gradients=True, output_type="latent", **call)
+        made = make(
+            pipe, cases, Column("", rule, EveryStep()), steps=steps, gradients=True, output_type="latent", **call
+        )
     (report,) = made.reports
     if not report.formula:
         raise UnsupportedPipeline(f"{type(pipe).__name__} used no guidance at guidance_scale={call['guidance_scale']}")
