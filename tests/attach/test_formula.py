@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny import PIPELINES, run
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
 from diffusers_guidance.pipelines.attach.combination import Around
 from diffusers_guidance.pipelines.attach.identify import identify
+from diffusers_guidance.pipelines.attach.sample import SIZE, pieces
 
 WAYS = {
     "u + w (c - u)": lambda c, u, w: u + w * (c - u),
@@ -113,6 +115,50 @@ def test_a_named_scale_is_found_at_distances_of_real_models(way, dtype):
             c, u = pair(apart, dtype, (1, 4, 32, 32))
             formula = found([u, c], WAYS[way](c, u, w), {"guidance_scale": w, "embedded_guidance_scale": 3.5}).formula
             assert (formula.cond_index, formula.scale, formula.exact) == (1, "guidance_scale", True)
+
+
+@settings(deadline=None)
+@given(
+    shape=st.sampled_from([(3,), (2, 5), (2, 3, 4), (1, 7, 40_000), (2, 300_000), (2, 4, 3, 300, 300), (0, 4, 8)]),
+    views=st.booleans(),
+)
+def test_pieces_are_all_of_the_numbers_once_and_in_order(shape, views):
+    whole = torch.arange(2 * math.prod(shape)).reshape(2 * shape[0], *shape[1:]).split(max(shape[0], 1)) or ()
+    one, other = (t.clone() if views else t for t in whole[:2]) if shape[0] else (torch.empty(shape),) * 2
+    found = [*pieces(one, other)]
+    assert all(a.shape == b.shape for a, b in found)
+    for whole, parts in zip((one, other), zip(*found, strict=True) if found else ((), ()), strict=True):
+        assert torch.equal(torch.cat([part.flatten() for part in parts] or [torch.empty(0)]), whole.flatten())
+
+
+class Passes(TorchDispatchMode):
+    """How often all of the numbers are gone through, in operations on far more of them than a sample has."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.count = numbers, 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = out if isinstance(out, list | tuple) else [out]
+        largest = max((t.numel() for t in (*args, *made) if isinstance(t, torch.Tensor)), default=0)
+        if largest > 4 * SIZE and not function.is_view and function is not torch.ops.aten.detach.default:
+            self.count += largest / self.numbers
+        return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_search_is_decided_on_a_sample_and_confirmed_on_all(way, is_named, dtype):
+    """Confirming takes some passes: is all finite, what is made, is it the same; else how far it is off, twice."""
+    c, u = pair(0.1, dtype, (1, 16, 8, 64, 64))
+    outputs, output = [torch.cat([u, c])], WAYS[way](c, u, 5.3)
+    scales = {"embedded_guidance_scale": lambda: 3.5} | ({"guidance_scale": lambda: 5.3} if is_named else {})
+    with Passes(c.numel()) as passes:
+        identify(outputs, output, scales, Around())
+    print(f"{passes.count:.1f} passes")
+    assert passes.count < 30
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -31,7 +31,7 @@ from diffusers_guidance import (
 from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column, short
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
 from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own_font
-from diffusers_guidance.pipelines.pictures.make import Case, Result, pictures_of
+from diffusers_guidance.pipelines.pictures.make import Case, Result, make, pictures_of
 from diffusers_guidance.pipelines.pictures.measures import EQUAL, psnr, tensor_of
 from diffusers_guidance.pipelines.pictures.sheet import _font, _wrap, cell_size, contact_sheet, save, similarity_plot
 from diffusers_guidance.pipelines.shell import cli
@@ -451,6 +451,20 @@ def test_saturation_and_psnr():
     assert comparison(near).psnr(near) is None
     rescaled = result("rescaled", (255, 0, 0), rule=CFG(5.0, rescale=0.7))
     assert comparison(rescaled, near).psnr(near) is None
+
+
+def test_pictures_are_compared_as_decoded_not_as_they_are_rounded():
+    plain, near = result("CFG", (51, 51, 51)), result("Hold", (51, 51, 51), policy=Hold())
+    plain.decoded, near.decoded = [torch.full((3, 96, 96), 0.2)], [torch.full((3, 96, 96), 0.201)]
+    assert comparison(plain, near).psnr(near) == pytest.approx(60, abs=1e-3)
+
+
+def test_what_is_made_is_kept_as_decoded_and_as_shown(pipe):
+    call = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16}
+    made = make(pipe, [Case("a cat", 3)], Column("CFG", CFG(), EveryStep(), 4.0), steps=2, height=16, width=16)
+    for kind, found in (("np", made.decoded[0].permute(1, 2, 0).numpy()), ("pil", np.array(made.pictures[0]))):
+        (expected,) = pipe(["a cat"], generator=[torch.Generator().manual_seed(3)], output_type=kind, **call).images
+        assert np.array_equal(found, np.array(expected))
 
 
 def test_psnr_of_several_pictures_is_the_mean_of_their_dB():
