@@ -234,8 +234,7 @@ class _Search:
             expected = formula.combined(parts, s_, near)
             fit = compared(formula, seen, expected, target, s_, near)
             self._try(formula, formula.w(s), fit, norm(seen[0] - seen[1]))
-            other = norm(formula.combined(parts, 1.1 * s_, near) - expected)
-            if not (fit.fits and 2 * fit.allowed < other):
+            if not fit.fits or 2 * fit.allowed >= norm(formula.combined(parts, 1.1 * s_, near) - expected):
                 continue
             # Where a scale beside it fits better, it only happens to be near the one that is used.
             beside = (norm(formula.combined(parts, f * s_, near) - target) for f in (0.99, 1.01))
