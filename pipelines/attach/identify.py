@@ -34,6 +34,8 @@ from diffusers_guidance.pipelines.attach.solve import SOLVABLE, solved
 
 _FEW = 1 / 64
 """The share of numbers that may round to another side where a formula is followed in all its operations."""
+_ENDS = 64
+"""How many numbers at the ends of a piece may be computed in another way than amid the whole."""
 _NOTHING = "no sum of the denoiser's outputs, each times a number, was found to give that"
 AGREE = "both predictions agree to rounding"
 SINGLE = "the output is one of both predictions as it is, as at a scale of 0 or 1"
@@ -348,11 +350,10 @@ class _Search:
         if formula.is_stable:
             return all(torch.equal(*both) for both in made)
         given, target = next(made)
-        if float((given != target).float().mean()) >= _FEW:
+        if int((given != target).sum()) >= (_FEW * target.numel() if formula.mixed else _ENDS):
             return False
         if formula.mixed:
             return self._fit(formula, s).fits
-        # A part may round in another way than the whole.
         return torch.equal(formula.reproduce(self.outputs, s, here), formula.view.working(self.output))
 
     def _fit(self, formula: Formula, s: Scale) -> Fit:

@@ -39,8 +39,8 @@ class Sample:
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """All of tensors of one shape: on the host the same few channels of each at a time, on a device at once."""
-    if tensors[0].ndim < 2 or tensors[0].device.type != "cpu":
+    """All of tensors of one shape: if they are contiguous on the host, a few channels at a time, else at once."""
+    if tensors[0].ndim < 2 or not all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
         yield tensors
         return
     for row in zip(*(t.split(1) for t in tensors), strict=True):
