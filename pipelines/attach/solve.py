@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ def solved(formula: Formula, few: Triple, whole: Callable[[], Iterable[Triple]])
         return None
     search = _bisected if formula.anchor in _MONOTONE else _narrowed
     for _ in range(4):
-        found = search(lambda c, u, s: _made(formula, c, u, s), *few, near, span)
+        c, u, target = few
+        found = search(partial(_made, formula), c, u, target, near, span)
         if found is None:
             return None
         missed = _missed(formula, found, whole())

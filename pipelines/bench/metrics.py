@@ -337,8 +337,8 @@ def summarise(suite: Suite, lines: Sequence[Record], out: Path, scorers: Scorers
         if any(line["column"] == suite.baseline for line in mine):
             rows += _rows(suite, mine, out, scorers)
     if not rows:
-        mine = (line for line in lines if line.get("column") == suite.baseline)
-        why = [line["not measured"] for line in mine if "not measured" in line]
+        base = (line for line in lines if line.get("column") == suite.baseline)
+        why = [line["not measured"] for line in base if "not measured" in line]
         raise GuidanceError(f"the baseline, {suite.baseline}, could not be run: {why[0] if why else 'it made nothing'}")
     rates = [line for line in done if line["kind"] == "rate"]
     timings = [_timing(line) for line in done if line["kind"] == "timing"]
