@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusers_guidance import kernels
 from diffusers_guidance.learning import Recorder
+from diffusers_guidance.observation import Observation, unseen
 from diffusers_guidance.policies import Policy, estimated, planned, predicted
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule, settled
@@ -107,15 +108,28 @@ class Engine:
             self.policy.check(found())
         self.is_checked = True
 
-    def similarity(self, step: Step, prediction: Prediction) -> Tensor:
-        """(2, rows): of the denoised predictions and of the noise; NaN where unknown. Does not wait for the device."""
+    def observe(
+        self,
+        step: Step,
+        prediction: Prediction,
+        output: Tensor | None = None,
+        expected: Tensor | None = None,
+        s: float = 0.0,
+    ) -> Observation:
+        """What the step shows of itself, in one pass that does not wait for the device.
+
+        Args:
+            output, expected, s: what it is verified by; see `kernels.reference.observe`.
+        """
         c, u, x, space = prediction.cond, prediction.uncond, step.sample, step.space
-        unknown = torch.full((2, len(prediction.evaluated)), torch.nan, device=c.device)
-        if space is None or x is None or not any(prediction.evaluated):
-            return unknown
-        pairs = ((space.a, space.b), (space.p, space.q))
-        found = torch.stack([kernels.similarity(x, c, u, *pair).float() for pair in pairs])
-        return pick(prediction.evaluated, found.T, unknown.T).T
+        ways = (0.0, 0.0), (0.0, 0.0)
+        if x is not None and space is not None and any(prediction.evaluated):
+            ways = (space.a, space.b), (space.p, space.q)
+        else:
+            x = space = None
+        if x is None and output is None:
+            return unseen(len(prediction.evaluated))
+        return Observation(kernels.observe(x, c, u, *ways, output, expected, s), space, prediction.evaluated)
 
     def guide(
         self,
@@ -137,13 +151,17 @@ class Engine:
             Decision(Action.BOTH) if Action(each.action).is_estimated and was else each
             for each, was in zip(plan, prediction.evaluated, strict=True)
         ]
-        similarity = self.similarity(step, prediction) if prediction.similarity is None else prediction.similarity
-        self.history.see(similarity)
-        self.history.keep(prediction, step.velocity, whole=self.policy.remembers)
+        seen = self.observe(step, prediction) if prediction.observation is None else prediction.observation
+        history = self.history
+        history.seen.append(seen)
+        if self.policy.estimates:
+            history.keep_difference(prediction, step.velocity)
+        if self.policy.remembers:
+            history.keep(prediction, *self.policy.reads(step, history))
         if self.recorder is not None:
             self.recorder.see(step, prediction)
         cost = prediction.nfe, prediction.nfe_full
-        self.recording.add(step, plan, prediction.evaluated, *cost, similarity, prediction.note)
+        self.recording.add(step, plan, prediction.evaluated, *cost, seen, prediction.note)
         if self.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return Guided(None)  # nothing new to combine
         return self._combined(step, plan, prediction, own, finish, fuse)

@@ -175,3 +175,58 @@ def similarity(sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float)
     dim = tuple(range(1, X.ndim))
     XX, Xd, dd = (X * X).sum(dim), (X * d).sum(dim), (d * d).sum(dim)
     return (XX - Xd) / (XX * (XX - 2 * Xd + dd)).sqrt()
+
+
+def observe(
+    sample: Tensor | None,
+    cond: Tensor,
+    uncond: Tensor,
+    denoised: tuple[float, float] = (0.0, 0.0),
+    noise: tuple[float, float] = (0.0, 0.0),
+    output: Tensor | None = None,
+    expected: Tensor | None = None,
+    s: float = 0.0,
+) -> Tensor:
+    """(B, parts, 9): what one guided step shows of itself, as sums over numbers; whoever reads them adds up the parts.
+
+        <e, e>  <o, o>  <c, c>  <u, u>    <X, X>  <X, d>  <d, d>    <N, N>  <N, d>
+
+    with d = c - u, X = a x + b c and N = p x + q c for `denoised` (a, b) and `noise` (p, q); and with e what
+    `expected` is off by from o, an `output` made of both predictions. In the first four, what is not finite
+    counts as 0.
+
+    Args:
+        sample: x; None: the last four are 0.
+        output: None: the first four are 0.
+        expected: default: `u + s (c - u)`, rounded after every operation as torch does in the dtype of c.
+    """
+    working = torch.promote_types(cond.dtype, torch.float32)
+    c, u, dims = cond.to(working), uncond.to(working), tuple(range(1, cond.ndim))
+    d = c - u
+    nothing = c.new_zeros(c.shape[0])
+
+    def product(v: Tensor, w: Tensor) -> Tensor:
+        return (v * w).sum(dims)
+
+    sums = [nothing] * 4
+    if output is not None:
+        made = uncond + s * (cond - uncond) if expected is None else expected
+        e, o, finite_c, finite_u = (t.to(working).nan_to_num(0, 0, 0) for t in (made, output, c, u))
+        sums = [product(t, t) for t in (e.sub_(o), o, finite_c, finite_u)]
+    dd = product(d, d)
+    if sample is None:
+        return torch.stack([*sums, nothing, nothing, dd, nothing, nothing], 1)[:, None]
+    x = sample.to(working)
+    X, N = (of_x * x + of_c * c for of_x, of_c in (denoised, noise))
+    return torch.stack([*sums, product(X, X), product(X, d), dd, product(N, N), product(N, d)], 1)[:, None]
+
+
+def mix(tensors: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """The sum of factors times tensors of one shape, formed in place in at least float32."""
+    working = torch.promote_types(dtype, torch.float32)
+    for each in tensors:
+        working = torch.promote_types(working, each.dtype)
+    total = tensors[0].to(working) * factors[0]
+    for each, factor in zip(tensors[1:], factors[1:], strict=True):
+        total.add_(each, alpha=factor)
+    return total.to(dtype)

@@ -225,6 +225,8 @@ class Host:
                 "its guidance, attach needs a model_output and a sample; use it without attach"
             )
         output, sample = given["model_output"], given["sample"]
+        if self._discovery.acts:
+            self._recording.read()  # what the last step sent
         self._tick(denoiser, scheduler, timestep)
 
         def fuse() -> FusedStep | None:
