@@ -166,6 +166,12 @@ class Engine:
             return Guided(None)  # nothing new to combine
         return self._combined(step, plan, prediction, own, finish, fuse)
 
+    def skip(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> None:
+        """Reports a step that evaluated nothing, of a policy that `hands`."""
+        nothing = unseen(len(plan))
+        self.history.seen.append(nothing)
+        self.recording.add(step, plan, [False] * len(plan), nfe, nfe_full, nothing, note)
+
     def _combined(
         self,
         step: Step,

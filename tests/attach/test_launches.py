@@ -1,0 +1,212 @@
+"""What attaching costs a device: kernels launched at a step, and memory kept from one to the next.
+
+Counted on tensors that stand for a device's (`OnDevice`), by every operation on them outside the network. The
+package's own passes count as one launch each, as Triton makes them (`tests/kernels/test_triton.py`).
+"""
+
+import weakref
+from contextlib import contextmanager
+
+import diffusers
+import pytest
+import torch
+from device import OnDevice, on_device
+from tiny import PIPELINES
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from diffusers_guidance import (
+    APG,
+    CFG,
+    AdaptiveGuidance,
+    EveryStep,
+    Fit,
+    Forecast,
+    Hold,
+    LinearAG,
+    Schedule,
+    attach,
+    calibrate,
+    kernels,
+)
+from diffusers_guidance.pipelines.attach import fused
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
+
+CALL = {"guidance_scale": 4.0, "height": 16, "width": 16}
+STEPS = 12
+
+
+class Meter(TorchDispatchMode):
+    """Counts launches on a device's tensors, and its memory where one prediction's bytes are `unit`."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.unit, self.by_step, self.names, self.mixed = unit, [], [], []
+        self.is_inside = False
+        self.alive = weakref.WeakSet()
+        self.kept, self.peak = [], []
+        """By step, predictions' worth of memory as the network is called, and at most until the next call."""
+
+    def is_device(self, each):
+        return isinstance(each, OnDevice) or (isinstance(each, Tensor) and each in self.alive)
+
+    def launch(self, name):
+        if not self.is_inside and self.by_step:
+            self.by_step[-1] += 1
+            self.names[-1].append(name)
+
+    def memory(self):
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.alive}
+        return sum(n for n in sizes.values() if n >= self.unit) / self.unit
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if not any(map(self.is_device, tensors)):
+            return out
+        others = [each for each in tensors if not self.is_device(each) and each.ndim]
+        if others and not self.is_inside and "copy" not in str(function):
+            self.mixed.append(str(function))  # a device would refuse it
+        returns = function._schema.returns
+        is_view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+        if not (is_view or "empty" in str(function) or "detach" in str(function) or "alias" in str(function)):
+            self.launch(str(function))
+        if not self.is_inside:
+            self.alive.update(each for each in tree_leaves(out) if isinstance(each, Tensor))
+            if self.peak:
+                self.peak[-1] = max(self.peak[-1], self.memory())
+        return out
+
+
+@contextmanager
+def metered(pipe, monkeypatch, rows):
+    """Yields a `Meter` of the runs of `pipe` inside the block."""
+    meter = Meter(rows * 4 * 8 * 8 * pipe.unet.dtype.itemsize)
+
+    def one_launch(function):
+        def counted(*args, **kwargs):
+            with _disable_current_modes():
+                out = function(*args, **kwargs)
+            if any(map(meter.is_device, tree_leaves((args, kwargs)))):
+                meter.launch(function.__name__)
+                meter.alive.update(each for each in tree_leaves(out) if isinstance(each, Tensor))
+            return out
+
+        return counted
+
+    for name in ("observe", "mix", "guide", "extrapolate"):
+        monkeypatch.setattr(kernels, name, one_launch(getattr(kernels, name)))
+    monkeypatch.setattr(fused, "step", one_launch(fused.step))
+
+    def enter(module, args):
+        meter.is_inside = True
+
+    def leave(module, args, output):
+        meter.is_inside = False
+
+    scale_model_input = pipe.scheduler.scale_model_input
+
+    def begin(*args, **kwargs):  # a step of the loop begins
+        meter.kept.append(meter.memory())
+        meter.by_step.append(0)
+        meter.names.append([])
+        meter.peak.append(0.0)
+        return scale_model_input(*args, **kwargs)
+
+    hooks = [pipe.unet.register_forward_pre_hook(enter), pipe.unet.register_forward_hook(leave)]
+    pipe.scheduler.scale_model_input = begin
+    try:
+        with on_device(pipe, pipe.unet), meter:
+            yield meter
+    finally:
+        for hook in hooks:
+            hook.remove()
+        del pipe.scheduler.scale_model_input
+        monkeypatch.undo()
+
+
+def built(dtype):
+    pipe = PIPELINES["StableDiffusionPipeline"].build()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    return pipe.to(dtype)
+
+
+def meter_of(pipe, monkeypatch, rule, policy, rows=2, fuse=None):
+    """(meter, report) of a run; without a rule, of the untouched pipeline."""
+    call = CALL | {"num_inference_steps": STEPS, "output_type": "latent"}
+    with metered(pipe, monkeypatch, rows) as meter, use_fused_steps(fuse):
+        if rule is None:
+            pipe(["a cat"] * rows, **call)
+            return meter, None
+        with attach(pipe, rule, policy) as handle:
+            pipe(["a cat"] * rows, **call)
+    assert not meter.mixed, meter.mixed
+    return meter, handle.report
+
+
+# The first step identifies, and the last is followed by the decoder.
+MOST = [
+    (CFG(), EveryStep(), None, 18),
+    (APG(), EveryStep(), None, 20),
+    (APG(), EveryStep(), True, 12),
+    (CFG(), AdaptiveGuidance(), None, 18),
+    (APG(), AdaptiveGuidance(), None, 20),
+    (CFG(), Hold(2), None, 20),
+    (CFG(), Forecast(0.4), None, 25),
+    (APG(), Forecast(0.4), None, 26),
+    (CFG(), Forecast(0.7), None, 25),
+]
+
+
+@pytest.mark.parametrize(("rule", "policy", "fuse", "most"), MOST, ids=str)
+def test_launches_of_a_step(rule, policy, fuse, most, monkeypatch):
+    pipe = built(torch.float16)
+    untouched, _ = meter_of(pipe, monkeypatch, None, None)
+    print(untouched.by_step, untouched.names[3])
+    assert {*untouched.by_step[1:-1]} == {14}
+    meter, _ = meter_of(pipe, monkeypatch, rule, policy, fuse=fuse)
+    print(meter.by_step, *meter.names[5:9], sep="\n")
+    assert max(meter.by_step[1:-1]) <= most
+
+
+@pytest.mark.parametrize("fit", [Fit("recent"), Fit("all")], ids=str)
+def test_launches_and_memory_of_a_search(fit, monkeypatch):
+    """A skipped step adds one pass for each estimate; what is kept is what a later one reads."""
+    pipe = built(torch.float32)
+    call = CALL | {"num_inference_steps": STEPS}
+    made = calibrate(pipe, ["a cat", "a dog"], trajectories=2, batch_size=2, **call)
+    actions = ["both", "both"] + ["extrapolate", "both", "neither", "both"] * 2 + ["conditional", "both"]
+    untouched, _ = meter_of(pipe, monkeypatch, None, None)
+    meter, report = meter_of(pipe, monkeypatch, CFG(), Schedule(actions, made, fit))
+    print(meter.by_step, untouched.kept, meter.kept, *meter.names[5:9], sep="\n")
+    assert report.nfe < report.nfe_full
+    assert max(meter.by_step[1:-1]) <= 25
+    kept = [now - then for now, then in zip(meter.kept, untouched.kept, strict=True)]
+    print(kept)
+    if fit.regressors == "recent":
+        assert max(kept) <= 7
+    assert kept[-1] <= 1  # no estimate comes after it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "policy", "most"),
+    [
+        (CFG(), EveryStep(), 0),
+        (APG(), EveryStep(), 2),
+        (CFG(), Hold(2), 2),
+        (CFG(), LinearAG(), 2),
+        (CFG(), Forecast(0.4), 5),
+        (CFG(), Forecast(0.7), 5),
+    ],
+    ids=str,
+)
+def test_memory_kept_from_step_to_step(rule, policy, most, dtype, monkeypatch):
+    pipe = built(dtype)
+    untouched, _ = meter_of(pipe, monkeypatch, None, None)
+    meter, _ = meter_of(pipe, monkeypatch, rule, policy)
+    kept = [now - then for now, then in zip(meter.kept, untouched.kept, strict=True)]
+    peak = [now - then for now, then in zip(meter.peak, untouched.peak, strict=True)]
+    print(kept, peak)
+    assert max(kept[1:]) <= most
