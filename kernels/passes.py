@@ -86,11 +86,11 @@ def observe_kernel(
 
 @triton.jit
 def mix_kernel(
-    t0, t1, t2, t3, t4, t5, t6, t7, out, f0, f1, f2, f3, f4, f5, f6, f7, numel, TILE: tl.constexpr
+    t0, t1, t2, t3, t4, t5, t6, t7, out, f0, f1, f2, f3, f4, f5, f6, f7, size, TILE: tl.constexpr
 ):  # fmt: skip
     """out = f0 t0 + f1 t1 + ..., of the tensors that are given."""
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = offsets < numel
+    mask = offsets < size
     total = _float32(f0) * tl.load(t0 + offsets, mask, other=0.0).to(tl.float32)
     if t1 is not None:
         total += _float32(f1) * tl.load(t1 + offsets, mask, other=0.0).to(tl.float32)
