@@ -260,6 +260,8 @@ class Host:
             return step(*args, **kwargs)
         handed = guided.tensor
         self._handed = Handed.for_output(output, lambda: handed)
+        if (fused := fuse()) is not None:
+            return fused.take(handed)
         args, kwargs = with_argument(taken, args, kwargs, "model_output", handed)
         return step(*args, **kwargs)
 
