@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import diffusers
 import pytest
 import torch
-from device import OnDevice, on_device
+from device import OnDevice, on_device, unnoticed
 from tiny import PIPELINES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -46,7 +46,7 @@ class Meter(TorchDispatchMode):
         self.is_inside = False
         self.alive = weakref.WeakSet()
         self.kept, self.peak = [], []
-        """By step, predictions' worth of memory as the network is called, and at most until the next call."""
+        """Predictions' worth of memory: by evaluation, as the network is called; by step, the most beside that."""
 
     def is_device(self, each):
         return isinstance(each, OnDevice) or (isinstance(each, Tensor) and each in self.alive)
@@ -66,7 +66,7 @@ class Meter(TorchDispatchMode):
         if not any(map(self.is_device, tensors)):
             return out
         others = [each for each in tensors if not self.is_device(each) and each.ndim]
-        if others and not self.is_inside and "copy" not in str(function):
+        if others and not self.is_inside and len(self.by_step) > 2 and "copy" not in str(function):
             self.mixed.append(str(function))  # a device would refuse it
         returns = function._schema.returns
         is_view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
@@ -101,6 +101,7 @@ def metered(pipe, monkeypatch, rows):
 
     def enter(module, args):
         meter.is_inside = True
+        meter.kept.append(meter.memory())
 
     def leave(module, args, output):
         meter.is_inside = False
@@ -108,13 +109,13 @@ def metered(pipe, monkeypatch, rows):
     scale_model_input = pipe.scheduler.scale_model_input
 
     def begin(*args, **kwargs):  # a step of the loop begins
-        meter.kept.append(meter.memory())
         meter.by_step.append(0)
         meter.names.append([])
         meter.peak.append(0.0)
         return scale_model_input(*args, **kwargs)
 
-    hooks = [pipe.unet.register_forward_pre_hook(enter), pipe.unet.register_forward_hook(leave)]
+    net = pipe.unet
+    hooks = [net.register_forward_pre_hook(unnoticed(enter)), net.register_forward_hook(unnoticed(leave))]
     pipe.scheduler.scale_model_input = begin
     try:
         with on_device(pipe, pipe.unet), meter:
@@ -145,29 +146,33 @@ def meter_of(pipe, monkeypatch, rule, policy, rows=2, fuse=None):
     return meter, handle.report
 
 
+OWN = 13
+"""What a step of Stable Diffusion with Euler launches by itself in half precision, beside its network."""
 # The first step identifies, and the last is followed by the decoder.
-MOST = [
-    (CFG(), EveryStep(), None, 18),
-    (APG(), EveryStep(), None, 20),
-    (APG(), EveryStep(), True, 12),
-    (CFG(), AdaptiveGuidance(), None, 18),
-    (APG(), AdaptiveGuidance(), None, 20),
-    (CFG(), Hold(2), None, 20),
-    (CFG(), Forecast(0.4), None, 25),
-    (APG(), Forecast(0.4), None, 26),
-    (CFG(), Forecast(0.7), None, 25),
+ADDED = [
+    (CFG(), EveryStep(), None, 2),
+    (APG(), EveryStep(), None, 3),
+    (APG(), EveryStep(), True, -5),
+    (CFG(), AdaptiveGuidance(), None, 2),
+    (APG(), AdaptiveGuidance(), None, 3),
+    (CFG(), Hold(2), None, 4),
+    (CFG(), Forecast(0.4), None, 11),
+    (CFG(), Forecast(0.4), True, 4),
+    (APG(), Forecast(0.4), None, 12),
+    (CFG(), Forecast(0.7), None, 12),
 ]
 
 
-@pytest.mark.parametrize(("rule", "policy", "fuse", "most"), MOST, ids=str)
+@pytest.mark.parametrize(("rule", "policy", "fuse", "most"), ADDED, ids=str)
 def test_launches_of_a_step(rule, policy, fuse, most, monkeypatch):
     pipe = built(torch.float16)
     untouched, _ = meter_of(pipe, monkeypatch, None, None)
     print(untouched.by_step, untouched.names[3])
-    assert {*untouched.by_step[1:-1]} == {14}
-    meter, _ = meter_of(pipe, monkeypatch, rule, policy, fuse=fuse)
+    assert {*untouched.by_step[2:-1]} == {OWN}
+    meter, report = meter_of(pipe, monkeypatch, rule, policy, fuse=fuse)
     print(meter.by_step, *meter.names[5:9], sep="\n")
-    assert max(meter.by_step[1:-1]) <= most
+    assert (report.nfe < report.nfe_full) == isinstance(policy, Hold | Forecast)
+    assert max(meter.by_step[2:-1]) <= OWN + most
 
 
 @pytest.mark.parametrize("fit", [Fit("recent"), Fit("all")], ids=str)
@@ -181,8 +186,8 @@ def test_launches_and_memory_of_a_search(fit, monkeypatch):
     meter, report = meter_of(pipe, monkeypatch, CFG(), Schedule(actions, made, fit))
     print(meter.by_step, untouched.kept, meter.kept, *meter.names[5:9], sep="\n")
     assert report.nfe < report.nfe_full
-    assert max(meter.by_step[1:-1]) <= 25
-    kept = [now - then for now, then in zip(meter.kept, untouched.kept, strict=True)]
+    assert max(meter.by_step[2:-1]) <= OWN + 8
+    kept = [now - max(untouched.kept) for now in meter.kept]
     print(kept)
     if fit.regressors == "recent":
         assert max(kept) <= 7
@@ -205,8 +210,8 @@ def test_launches_and_memory_of_a_search(fit, monkeypatch):
 def test_memory_kept_from_step_to_step(rule, policy, most, dtype, monkeypatch):
     pipe = built(dtype)
     untouched, _ = meter_of(pipe, monkeypatch, None, None)
-    meter, _ = meter_of(pipe, monkeypatch, rule, policy)
-    kept = [now - then for now, then in zip(meter.kept, untouched.kept, strict=True)]
-    peak = [now - then for now, then in zip(meter.peak, untouched.peak, strict=True)]
-    print(kept, peak)
-    assert max(kept[1:]) <= most
+    meter, report = meter_of(pipe, monkeypatch, rule, policy)
+    kept = [now - max(untouched.kept) for now in meter.kept]
+    print(kept, max(meter.peak) - max(untouched.peak))
+    assert max(kept) <= most
+    assert (report.nfe < report.nfe_full) == (type(policy) is not EveryStep)

@@ -1,5 +1,6 @@
 """Tensors that stand for a device's, on the CPU: they count how often their host waits for them."""
 
+import types
 from contextlib import contextmanager
 
 import torch
@@ -23,10 +24,16 @@ class OnDevice(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         OnDevice.waits += function in WAITS and not (function is torch.where and len(args) > 1)
-        if function is Tensor.to and "cpu" in map(str, args):
+        if function is Tensor.to and any(str(a) == "cpu" for a in args if isinstance(a, str | torch.device)):
             OnDevice.waits += not (kwargs or {}).get("non_blocking")
         out = super().__torch_function__(function, types, args, kwargs or {})
         return out.as_subclass(Tensor) if function is Tensor.cpu else out
+
+
+def unnoticed(hook):
+    """A hook as if torch had put it there: attach looks into those of others, and leaves a batch whole for some."""
+    home = {**hook.__globals__, "__name__": "torch"}
+    return types.FunctionType(hook.__code__, home, hook.__name__, hook.__defaults__, hook.__closure__)
 
 
 class Event:
@@ -50,20 +57,23 @@ def on_device(pipe, network):
     observation.is_here = lambda numbers: not isinstance(numbers, OnDevice)
     observation.send = lambda numbers: (numbers.as_subclass(Tensor).clone(), Event(waits))
 
-    def mark(module, args, output):
+    def called(module, args):
         waits.append(OnDevice.waits)
+
+    def put_out(module, args, output):
         return (output[0].as_subclass(OnDevice), *output[1:])  # pipelines ask for a tuple
 
     def marked(*args, **kwargs):
         set_timesteps(*args, **kwargs)
         pipe.scheduler.timesteps = pipe.scheduler.timesteps.as_subclass(OnDevice)
 
-    hook = network.register_forward_hook(mark)
+    hooks = [network.register_forward_pre_hook(unnoticed(called)), network.register_forward_hook(unnoticed(put_out))]
     pipe.scheduler.set_timesteps = marked
     try:
         yield waits
     finally:
         waits.append(OnDevice.waits)
         observation.is_here, observation.send = here, send
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         del pipe.scheduler.set_timesteps
