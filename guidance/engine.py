@@ -111,7 +111,9 @@ class Engine:
     def observe(
         self,
         step: Step,
-        prediction: Prediction,
+        c: Tensor,
+        u: Tensor,
+        evaluated: Sequence[bool],
         output: Tensor | None = None,
         expected: Tensor | None = None,
         s: float = 0.0,
@@ -119,17 +121,18 @@ class Engine:
         """What the step shows of itself, in one pass that does not wait for the device.
 
         Args:
+            c, u, evaluated: see `Prediction`.
             output, expected, s: what it is verified by; see `kernels.reference.observe`.
         """
-        c, u, x, space = prediction.cond, prediction.uncond, step.sample, step.space
+        x, space = step.sample, step.space
         ways = (0.0, 0.0), (0.0, 0.0)
-        if x is not None and space is not None and any(prediction.evaluated):
+        if x is not None and space is not None and any(evaluated):
             ways = (space.a, space.b), (space.p, space.q)
         else:
             x = space = None
         if x is None and output is None:
-            return unseen(len(prediction.evaluated))
-        return Observation(kernels.observe(x, c, u, *ways, output, expected, s), space, prediction.evaluated)
+            return unseen(len(evaluated))
+        return Observation(kernels.observe(x, c, u, *ways, output, expected, s), space, evaluated)
 
     def guide(
         self,
@@ -151,7 +154,9 @@ class Engine:
             Decision(Action.BOTH) if Action(each.action).is_estimated and was else each
             for each, was in zip(plan, prediction.evaluated, strict=True)
         ]
-        seen = self.observe(step, prediction) if prediction.observation is None else prediction.observation
+        seen = prediction.observation
+        if seen is None:
+            seen = self.observe(step, prediction.cond, prediction.uncond, prediction.evaluated)
         history = self.history
         history.seen.append(seen)
         if self.policy.estimates:

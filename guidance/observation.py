@@ -5,6 +5,7 @@ they are made (`Arrival`), and read once the next step's networks have been aske
 these has been passed by then. Where the host itself computes, numbers have arrived when they are made.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -74,14 +75,14 @@ class Observation:
 
         With X and d = b (c - u): <X, X - d> / sqrt(<X, X> <X - d, X - d>).
         """
-        found = torch.full((2, len(self._evaluated)), torch.nan)
-        if self._space is None or not any(self._evaluated):
-            return found
-        _, _, _, _, XX, Xd, dd, NN, Nd = torch.tensor(self._totals, dtype=torch.float64).unbind(1)
-        for row, (VV, Vd, b) in enumerate(((XX, Xd, self._space.b), (NN, Nd, self._space.q))):
-            found[row] = (VV - b * Vd) / (VV * (VV - 2 * b * Vd + b * b * dd)).sqrt()
-        found[:, [not was for was in self._evaluated]] = torch.nan
-        return found
+        found = [[math.nan] * len(self._evaluated) for _ in range(2)]
+        if self._space is not None and any(self._evaluated):
+            for i, was in enumerate(self._evaluated):
+                _, _, _, _, XX, NN, dd, Xd, Nd = self._totals[i]
+                for each, VV, Vd, b in zip(found, (XX, NN), (Xd, Nd), (self._space.b, self._space.q), strict=True):
+                    size = VV * (VV - 2 * b * Vd + b * b * dd)
+                    each[i] = (VV - b * Vd) / math.sqrt(size) if was and size > 0 else math.nan
+        return torch.tensor(found)
 
     @property
     def norms(self) -> list[float]:

@@ -146,14 +146,17 @@ def planned(policy: Policy, step: Step, history: History) -> Plan:
             raise TypeError(
                 f'{said} returned {each!r} for sample {row}: it must be a Decision, such as Decision("both", "why")'
             )
-        if not isinstance(each.action, str) or each.action not in {*Action}:
+        if not isinstance(each.action, str) or each.action not in _ACTIONS:
             raise ValueError(f"{said} decided {each.action!r} for sample {row}: choose one of {', '.join(Action)}")
         if each.action == Action.NEITHER and not policy.hands and type(policy).predict is Policy.predict:
             raise ValueError(
                 f'{said} decided "neither" for sample {row}, but {type(policy).__name__} has no estimate of both '
                 "predictions: give it a method `predict`, or decide otherwise"
             )
-    return [Decision(Action(action), why) for action, why in plan]
+    return [each if isinstance(each.action, Action) else Decision(Action(each.action), each.why) for each in plan]
+
+
+_ACTIONS = frozenset(Action)
 
 
 def estimated(policy: Policy, step: Step, history: History, cond: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def observe_kernel(
     a, b, p, q, s = _float32(a), _float32(b), _float32(p), _float32(q), _float32(s)
     group, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     z = tl.zeros([TILE // FOLD], tl.float32)
-    ee, oo, cc, uu, XX, Xd, dd, NN, Nd = z, z, z, z, z, z, z, z, z
+    ee, oo, cc, uu, XX, NN, dd, Xd, Nd = z, z, z, z, z, z, z, z, z
     for chunk in range(part, rows * tl.cdiv(columns, TILE), parts):
         offsets, mask = _offsets(
             group, chunk, groups_1, columns, group_stride_0, group_stride_1, row_stride, column_stride, TILE
@@ -52,7 +52,6 @@ def observe_kernel(
         c = tl.load(cond + offsets, mask, other=0.0).to(tl.float32)
         u = tl.load(uncond + offsets, mask, other=0.0).to(tl.float32)
         d = c - u
-        dd += _fold(d * d, FOLD)
         if output is not None:
             o = _finite(tl.load(output + offsets, mask, other=0.0).to(tl.float32))
             if expected is not None:
@@ -69,8 +68,9 @@ def observe_kernel(
             x = tl.load(sample + offsets, mask, other=0.0).to(tl.float32)
             X, N = a * x + b * c, p * x + q * c
             XX += _fold(X * X, FOLD)
-            Xd += _fold(X * d, FOLD)
             NN += _fold(N * N, FOLD)
+            dd += _fold(d * d, FOLD)
+            Xd += _fold(X * d, FOLD)
             Nd += _fold(N * d, FOLD)
     to = sums + (group.to(tl.int64) * parts + part) * 9
     tl.store(to, tl.sum(ee))
@@ -78,9 +78,9 @@ def observe_kernel(
     tl.store(to + 2, tl.sum(cc))
     tl.store(to + 3, tl.sum(uu))
     tl.store(to + 4, tl.sum(XX))
-    tl.store(to + 5, tl.sum(Xd))
+    tl.store(to + 5, tl.sum(NN))
     tl.store(to + 6, tl.sum(dd))
-    tl.store(to + 7, tl.sum(NN))
+    tl.store(to + 7, tl.sum(Xd))
     tl.store(to + 8, tl.sum(Nd))
 
 

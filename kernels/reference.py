@@ -189,36 +189,31 @@ def observe(
 ) -> Tensor:
     """(B, parts, 9): what one guided step shows of itself, as sums over numbers; whoever reads them adds up the parts.
 
-        <e, e>  <o, o>  <c, c>  <u, u>    <X, X>  <X, d>  <d, d>    <N, N>  <N, d>
+        <e, e>  <o, o>  <c, c>  <u, u>    <X, X>  <N, N>  <d, d>  <X, d>  <N, d>
 
     with d = c - u, X = a x + b c and N = p x + q c for `denoised` (a, b) and `noise` (p, q); and with e what
     `expected` is off by from o, an `output` made of both predictions. In the first four, what is not finite
     counts as 0.
 
     Args:
-        sample: x; None: the last four are 0.
+        sample: x; None: the last five are 0.
         output: None: the first four are 0.
         expected: default: `u + s (c - u)`, rounded after every operation as torch does in the dtype of c.
     """
     working = torch.promote_types(cond.dtype, torch.float32)
-    c, u, dims = cond.to(working), uncond.to(working), tuple(range(1, cond.ndim))
-    d = c - u
-    nothing = c.new_zeros(c.shape[0])
-
-    def product(v: Tensor, w: Tensor) -> Tensor:
-        return (v * w).sum(dims)
-
-    sums = [nothing] * 4
+    c, u, dims = cond.to(working), uncond.to(working), tuple(range(2, cond.ndim + 1))
+    sums = c.new_zeros(c.shape[0], 9)
     if output is not None:
         made = uncond + s * (cond - uncond) if expected is None else expected
-        e, o, finite_c, finite_u = (t.to(working).nan_to_num(0, 0, 0) for t in (made, output, c, u))
-        sums = [product(t, t) for t in (e.sub_(o), o, finite_c, finite_u)]
-    dd = product(d, d)
-    if sample is None:
-        return torch.stack([*sums, nothing, nothing, dd, nothing, nothing], 1)[:, None]
-    x = sample.to(working)
-    X, N = (of_x * x + of_c * c for of_x, of_c in (denoised, noise))
-    return torch.stack([*sums, product(X, X), product(X, d), dd, product(N, N), product(N, d)], 1)[:, None]
+        terms = torch.stack([made.to(working), output.to(working), c, u], 1).nan_to_num_(0, 0, 0)
+        terms[:, 0].sub_(terms[:, 1])
+        sums[:, :4] = terms.square_().sum(dims)
+    if sample is not None:
+        X, N = ((c * of_c).add_(sample, alpha=of_x) for of_x, of_c in (denoised, noise))
+        vectors = torch.stack([X, N, c - u], 1)
+        sums[:, 7:] = (vectors[:, :2] * vectors[:, 2:]).sum(dims)
+        sums[:, 4:7] = vectors.square_().sum(dims)
+    return sums[:, None]
 
 
 def mix(tensors: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype) -> Tensor:

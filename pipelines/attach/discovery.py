@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedPipeline
-from diffusers_guidance.observation import Arrival
+from diffusers_guidance.observation import Arrival, Observation
 from diffusers_guidance.pipelines.attach import rows
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -136,25 +136,26 @@ class Discovery:
         clock: Clock,
         plan: Plan,
         evaluated: Sequence[bool],
+        cost: tuple[int, int],
         note: str,
     ) -> tuple[Step, Prediction]:
         """The step with its scale, and its prediction, once the pipeline's formula has reproduced its `output`.
 
         It returns at once if the check can wait.
+
+        Args:
+            cost: the step's evaluations, and those that plain guidance would have made.
         """
 
         def see() -> Seen:
-            return self._see(denoiser, step, output, sample, clock, plan, evaluated)
-
-        def noted(*more: str) -> str:
-            return "; ".join(filter(None, [note, *more]))
+            return self._see(denoiser, step, output, sample, clock, plan, evaluated, cost, note)
 
         seen = see()
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
         if formula.is_read and not (self.acts and (seen.is_here or self.is_in_doubt)):
             self._check_later(denoiser, output, formula, seen)
-            return seen.step, replace(seen.prediction, note=noted())
+            return seen.step, seen.prediction
         self.is_in_doubt = False
         fit = seen.fit
         is_turned = formula.scale is None and any(evaluated) and seen.step.w < -_ROUNDING
@@ -168,10 +169,11 @@ class Discovery:
                 # Nothing is done in its place: the report says so.
                 self._check_later(denoiser, output, formula, seen)
                 if not doubt:
-                    return seen.step, replace(seen.prediction, note=noted())
-                return replace(seen.step, w=None), replace(seen.prediction, note=noted(f"not verified: {doubt}"))
+                    return seen.step, seen.prediction
+                told = "; ".join(filter(None, [note, f"not verified: {doubt}"]))
+                return replace(seen.step, w=None), replace(seen.prediction, note=told)
             seen = see()
-        return seen.step, replace(seen.prediction, note=noted())
+        return seen.step, seen.prediction
 
     def _identify_anew(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock, why: str) -> None:
         """Finds another formula for the same batch when the known one fails; without one, refuses and says `why`."""
@@ -194,6 +196,8 @@ class Discovery:
         clock: Clock,
         plan: Plan,
         evaluated: Sequence[bool],
+        cost: tuple[int, int],
+        note: str,
     ) -> Seen:
         """The step as the formula reads it; waits for nothing, unless it must solve for the scale."""
         formula = denoiser.formula
@@ -226,9 +230,10 @@ class Discovery:
             if formula.scale is not None:
                 live = formula.read(self.call.scales, target)
                 s = s if live is None else live
-                formula = formula.at(s)
-                denoiser.settle_for(formula)
-                c, u = formula.cut(denoiser.outputs, around)
+                known, formula = formula, formula.at(s)
+                if formula is not known:
+                    denoiser.settle_for(formula)
+                    c, u = formula.cut(denoiser.outputs, around)
             elif guided:
                 exactly = solve(formula, c, u, target) if formula.exact else None
                 s = best(formula, c, u, target) if exactly is None else exactly
@@ -246,21 +251,23 @@ class Discovery:
         space = clock.denoising(self.call.name, self.rule, self.policy, x, c)
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = replace(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
-        halves = formula.halves(denoiser.outputs)
-        prediction, observe = Prediction(c, u, evaluated, halves), denoiser.engine.observe
-        if norms is not None:
+        halves, observe = formula.halves(denoiser.outputs), denoiser.engine.observe
+
+        def seen(is_here: bool, norms: Callable[[], Sequence[float]], found: Observation) -> Seen:
+            nfe, nfe_full = cost
             return Seen(
-                step, replace(prediction, observation=observe(step, prediction)), tolerance, lambda: norms, True
+                step, Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note), tolerance, norms, is_here
             )
-        if formula.needs_space or not c.shape == target.shape == (c if expected is None else expected).shape:
-            # The terms it rounds are others than c and u.
-            made = c if expected is None else expected
-            sent = Arrival(residual(made, target, formula.terms(c, around), formula.terms(u, around), tolerance).norms)
-            prediction = replace(prediction, observation=observe(step, prediction))
-            return Seen(step, prediction, tolerance, lambda: sent.read().tolist(), sent.is_here)
-        scale = s if isinstance(s, float) else 0.0
-        found = observe(step, prediction, target, expected, scale)
-        return Seen(step, replace(prediction, observation=found), tolerance, lambda: found.norms, found.is_here)
+
+        if norms is not None:
+            return seen(True, lambda: norms, observe(step, c, u, evaluated))
+        made = c if expected is None else expected
+        if formula.needs_space or not c.shape == target.shape == made.shape:  # it rounds other terms than c and u
+            terms = formula.terms(c, around), formula.terms(u, around)
+            sent = Arrival(residual(made, target, *terms, tolerance).norms)
+            return seen(sent.is_here, lambda: sent.read().tolist(), observe(step, c, u, evaluated))
+        found = observe(step, c, u, evaluated, target, expected, s if isinstance(s, float) else 0.0)
+        return seen(found.is_here, lambda: found.norms, found)
 
     def unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
         """The refusal of a step, for what was `seen`."""

@@ -356,9 +356,9 @@ class Host:
         assert engine is not None and plan is not None
         if self.policy.hands and not denoiser.nfe:
             return self._forecast(denoiser, engine, plan, step, output, sample, note)
-        step, prediction = self._discovery.verify(denoiser, step, output, sample, self._clock, plan, evaluated, note)
-        nfe, nfe_full = denoiser.take_cost()
-        prediction = replace(prediction, nfe=nfe, nfe_full=nfe_full)
+        step, prediction = self._discovery.verify(
+            denoiser, step, output, sample, self._clock, plan, evaluated, denoiser.take_cost(), note
+        )
         formula, w = denoiser.formula, step.w
         assert formula is not None
         engine.check(lambda: self._setting(denoiser, step))

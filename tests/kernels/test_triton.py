@@ -255,8 +255,7 @@ def test_observe_against_the_reference(seed, case, monkeypatch):
                 found = found.double().cpu().sum(1)
                 # The products of two vectors may cancel: they are compared with the vectors' sizes.
                 size = exact.clone()
-                size[:, 5] = (exact[:, 4] * exact[:, 6]).sqrt()
-                size[:, 8] = (exact[:, 7] * exact[:, 6]).sqrt()
+                size[:, 7:] = (exact[:, 4:6] * exact[:, 6:7]).sqrt()
                 assert ((found - exact).abs() <= 2e-5 * size).all(), (found, exact)
                 if given is output:
                     assert (found[:, 0] == 0).all()
