@@ -4,7 +4,6 @@ Counted on tensors that stand for a device's (`OnDevice`), by every operation on
 package's own passes count as one launch each, as Triton makes them (`tests/kernels/test_triton.py`).
 """
 
-import weakref
 from contextlib import contextmanager
 
 import diffusers
@@ -15,6 +14,7 @@ from tiny import PIPELINES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from diffusers_guidance import (
     APG,
@@ -44,12 +44,18 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.unit, self.by_step, self.names, self.mixed = unit, [], [], []
         self.is_inside = False
-        self.alive = weakref.WeakSet()
+        self.alive = WeakIdKeyDictionary()
         self.kept, self.peak = [], []
         """Predictions' worth of memory: by evaluation, as the network is called; by step, the most beside that."""
 
     def is_device(self, each):
         return isinstance(each, OnDevice) or (isinstance(each, Tensor) and each in self.alive)
+
+    def follow(self, made):
+        """Takes what was made for tensors of the device."""
+        for each in tree_leaves(made):
+            if isinstance(each, Tensor):
+                self.alive[each] = True
 
     def launch(self, name):
         if not self.is_inside and self.by_step:
@@ -57,7 +63,7 @@ class Meter(TorchDispatchMode):
             self.names[-1].append(name)
 
     def memory(self):
-        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.alive}
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in list(self.alive.keys())}
         return sum(n for n in sizes.values() if n >= self.unit) / self.unit
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -73,7 +79,7 @@ class Meter(TorchDispatchMode):
         if not (is_view or "empty" in str(function) or "detach" in str(function) or "alias" in str(function)):
             self.launch(str(function))
         if not self.is_inside:
-            self.alive.update(each for each in tree_leaves(out) if isinstance(each, Tensor))
+            self.follow(out)
             if self.peak:
                 self.peak[-1] = max(self.peak[-1], self.memory())
         return out
@@ -90,7 +96,7 @@ def metered(pipe, monkeypatch, rows):
                 out = function(*args, **kwargs)
             if any(map(meter.is_device, tree_leaves((args, kwargs)))):
                 meter.launch(function.__name__)
-                meter.alive.update(each for each in tree_leaves(out) if isinstance(each, Tensor))
+                meter.follow(out)
             return out
 
         return counted
