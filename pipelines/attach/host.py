@@ -239,8 +239,8 @@ class Host:
                 "its guidance, attach needs a model_output and a sample; use it without attach"
             )
         output, sample = given["model_output"], given["sample"]
-        if self._discovery.acts:
-            self._recording.read()  # what the last step sent
+        if self._discovery.acts and denoiser.nfe:  # this step's network is queued: what the last one sent is there
+            self._recording.read()
         self._tick(denoiser, scheduler, timestep)
 
         def fuse() -> FusedStep | None:
