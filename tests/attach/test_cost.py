@@ -77,7 +77,7 @@ def test_nothing_is_waited_for_that_was_not_before(tiny, rule, policy):
     """Beyond identification at the first step, and the last step's numbers at the end."""
     pipe, network, work = tiny
     extra, report = added(pipe, network, rule, policy, work)
-    assert extra[1:-1] == [0] * (len(extra) - 2)
+    assert max(extra[1:-1]) <= 0  # a step that calls no network lacks what the network waits for
     assert 0 < extra[0] <= 90  # identification, and reading the scheduler's table, once a run
     assert extra[-1] <= (STEPS if policy.learns else 1)  # or what a run has taught
     for step in report.steps:
@@ -92,7 +92,7 @@ def test_a_search_waits_for_nothing(per_channel):
     for actions in ("both both extrapolate neither both neither", "both extrapolate conditional both extrapolate both"):
         policy = Schedule(actions.split(), made, Fit(per_channel=per_channel))
         extra, report = added(pipe, pipe.unet, CFG(), policy, lambda: pipe("a cat", output_type="latent", **call))
-        assert extra[1:-1] == [0] * (len(extra) - 2)
+        assert max(extra[1:-1]) <= 0  # a step that calls no network lacks what the network waits for
         assert extra[-1] <= 1
         assert report.nfe < report.nfe_full
 

@@ -39,19 +39,22 @@ def unnoticed(hook):
 class Event:
     """Recorded by a device that works on a step's network until the next one's has been asked for."""
 
+    dry = None
+    """How many calls there were when the device ran dry."""
+
     def __init__(self, calls):
         self.calls, self.at = calls, len(calls)
 
     def synchronize(self):
-        if self.at == len(self.calls):  # nothing else is queued: the device runs dry
+        if self.at == len(self.calls) != Event.dry:  # nothing else is queued: the device runs dry
             OnDevice.waits += 1
-            self.at -= 1
+            Event.dry = self.at
 
 
 @contextmanager
 def on_device(pipe, network):
     """Has the network's outputs and the scheduler's timesteps stand for tensors of a device; yields waits by step."""
-    waits = []
+    waits, Event.dry = [], None
     set_timesteps = pipe.scheduler.set_timesteps
     here, send = observation.is_here, observation.send
     observation.is_here = lambda numbers: not isinstance(numbers, OnDevice)
