@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusers_guidance import kernels
 from diffusers_guidance.learning import Recorder
+from diffusers_guidance.observation import Observation, unseen
 from diffusers_guidance.policies import Policy, estimated, planned, predicted
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule, settled
@@ -107,15 +108,31 @@ class Engine:
             self.policy.check(found())
         self.is_checked = True
 
-    def similarity(self, step: Step, prediction: Prediction) -> Tensor:
-        """(2, rows): of the denoised predictions and of the noise; NaN where unknown. Does not wait for the device."""
-        c, u, x, space = prediction.cond, prediction.uncond, step.sample, step.space
-        unknown = torch.full((2, len(prediction.evaluated)), torch.nan, device=c.device)
-        if space is None or x is None or not any(prediction.evaluated):
-            return unknown
-        pairs = ((space.a, space.b), (space.p, space.q))
-        found = torch.stack([kernels.similarity(x, c, u, *pair).float() for pair in pairs])
-        return pick(prediction.evaluated, found.T, unknown.T).T
+    def observe(
+        self,
+        step: Step,
+        c: Tensor,
+        u: Tensor,
+        evaluated: Sequence[bool],
+        output: Tensor | None = None,
+        expected: Tensor | None = None,
+        s: float = 0.0,
+    ) -> Observation:
+        """What the step shows of itself, in one pass that does not wait for the device.
+
+        Args:
+            c, u, evaluated: see `Prediction`.
+            output, expected, s: what it is verified by; see `kernels.reference.observe`.
+        """
+        x, space = step.sample, step.space
+        ways = (0.0, 0.0), (0.0, 0.0)
+        if x is not None and space is not None and any(evaluated):
+            ways = (space.a, space.b), (space.p, space.q)
+        else:
+            x = space = None
+        if x is None and output is None:
+            return unseen(len(evaluated))
+        return Observation(kernels.observe(x, c, u, *ways, output, expected, s), space, evaluated)
 
     def guide(
         self,
@@ -137,16 +154,28 @@ class Engine:
             Decision(Action.BOTH) if Action(each.action).is_estimated and was else each
             for each, was in zip(plan, prediction.evaluated, strict=True)
         ]
-        similarity = self.similarity(step, prediction) if prediction.similarity is None else prediction.similarity
-        self.history.see(similarity)
-        self.history.keep(prediction, step.velocity, whole=self.policy.remembers)
+        seen = prediction.observation
+        if seen is None:
+            seen = self.observe(step, prediction.cond, prediction.uncond, prediction.evaluated)
+        history = self.history
+        history.seen.append(seen)
+        if self.policy.estimates:
+            history.keep_difference(prediction, step.velocity)
+        if self.policy.remembers:
+            history.keep(prediction, *self.policy.reads(step, history))
         if self.recorder is not None:
             self.recorder.see(step, prediction)
         cost = prediction.nfe, prediction.nfe_full
-        self.recording.add(step, plan, prediction.evaluated, *cost, similarity, prediction.note)
+        self.recording.add(step, plan, prediction.evaluated, *cost, seen, prediction.note)
         if self.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return Guided(None)  # nothing new to combine
         return self._combined(step, plan, prediction, own, finish, fuse)
+
+    def skip(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> None:
+        """Reports a step that evaluated nothing, of a policy that `hands`."""
+        nothing = unseen(len(plan))
+        self.history.seen.append(nothing)
+        self.recording.add(step, plan, [False] * len(plan), nfe, nfe_full, nothing, note)
 
     def _combined(
         self,

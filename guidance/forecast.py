@@ -34,6 +34,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from diffusers_guidance import kernels
 from diffusers_guidance.calibration import gains
 from diffusers_guidance.spaces import Space
 from diffusers_guidance.variogram import Measured, PowerLaw, kriged
@@ -105,8 +106,8 @@ def summed_error(
 
 def combined(predictions: dict[int, Tensor], combination: Combination) -> Tensor:
     """The combination of `predictions`, given by step; at least float32."""
-    terms = [factor * predictions[step] for step, factor in combination.items()]
-    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+    terms = [predictions[step] for step in combination]
+    return kernels.mix(terms, [*combination.values()], terms[0].dtype)
 
 
 @lru_cache(maxsize=16)

@@ -14,8 +14,9 @@ then decides only how the step is used. To add a policy, subclass `Policy` and w
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
 from diffusers_guidance.forecast import (
     UNMEASURED,
+    Combination,
     combined,
     denoised_gains,
     forecast,
@@ -50,7 +52,9 @@ class Policy:
     needs_denoised = False
     """Whether `plan` uses similarities, and so needs a scheduler whose predictions can be denoised."""
     remembers = False
-    """Whether `estimate` looks back on all predictions of the run; the history then keeps them."""
+    """Whether `estimate` looks back on all predictions of the run; the history then keeps those that `reads` names."""
+    estimates = True
+    """Whether `plan` may say "extrapolate". If not, the history keeps no difference of both predictions."""
     hands = False
     """Whether the scheduler gets what `hand` makes of a step's guided prediction, whatever rule and pipeline did.
     Such a policy needs no `predict` for steps that evaluate neither prediction."""
@@ -59,6 +63,10 @@ class Policy:
 
     learns = False
     """Whether full runs under it are recorded, for it to be `informed` of what they showed."""
+
+    def __init_subclass__(cls) -> None:
+        if "plan" in vars(cls) and "estimates" not in vars(cls):
+            cls.estimates = True  # whatever the plan that it replaces may say
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -82,9 +90,17 @@ class Policy:
         It holds each sample's last difference of both as a velocity. That is like holding it as noise at low noise
         levels, and as denoised sample at high ones.
         """
-        assert history.delta is not None and history.velocity is not None
-        factor = history.velocity / step.velocity
-        return cond - history.delta * factor.to(cond.dtype).view(-1, *[1] * (cond.ndim - 1))
+        assert history.delta is not None
+        factors = [velocity / step.velocity for velocity in history.velocity]
+        if len({*factors}) == 1:
+            return kernels.mix([cond, history.delta], [1.0, -factors[0]], cond.dtype)
+        rows = zip(cond.split(1), history.delta.split(1), factors, strict=True)
+        return torch.cat([kernels.mix([c, d], [1.0, -factor], cond.dtype) for c, d, factor in rows])
+
+    def reads(self, step: Step, history: History) -> tuple[Collection[int] | None, Collection[int] | None]:
+        """Of which guided steps so far, this one included, later estimates read the conditional and the unconditional
+        predictions, of a policy that `remembers`; None: all."""
+        return None, None
 
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         """(cond, uncond), (rows, ...) each, where `plan` said "neither"."""
@@ -107,8 +123,8 @@ class Handed(NamedTuple):
     prediction: Tensor
     note: str = ""
     sizes: Tensor | None = None
-    """(2,), on the device, relative to the denoised prediction: the average error of the forecasts before this step,
-    and the size of the repayment."""
+    """(3,), on the device, norms: of the average error of the forecasts before this step, of the repayment, and of the
+    denoised prediction, all denoised."""
 
 
 def planned(policy: Policy, step: Step, history: History) -> Plan:
@@ -130,14 +146,17 @@ def planned(policy: Policy, step: Step, history: History) -> Plan:
             raise TypeError(
                 f'{said} returned {each!r} for sample {row}: it must be a Decision, such as Decision("both", "why")'
             )
-        if not isinstance(each.action, str) or each.action not in {*Action}:
+        if not isinstance(each.action, str) or each.action not in _ACTIONS:
             raise ValueError(f"{said} decided {each.action!r} for sample {row}: choose one of {', '.join(Action)}")
         if each.action == Action.NEITHER and not policy.hands and type(policy).predict is Policy.predict:
             raise ValueError(
                 f'{said} decided "neither" for sample {row}, but {type(policy).__name__} has no estimate of both '
                 "predictions: give it a method `predict`, or decide otherwise"
             )
-    return [Decision(Action(action), why) for action, why in plan]
+    return [each if isinstance(each.action, Action) else Decision(Action(each.action), each.why) for each in plan]
+
+
+_ACTIONS = frozenset(Action)
 
 
 def estimated(policy: Policy, step: Step, history: History, cond: Tensor) -> Tensor:
@@ -176,6 +195,8 @@ def _everyone(history: History, action: Action | str, why: str = "") -> Plan:
 class EveryStep(Policy):
     """Both predictions at every step: ordinary classifier-free guidance."""
 
+    estimates = False
+
     def plan(self, step: Step, history: History) -> Plan:
         return _everyone(history, Action.BOTH)
 
@@ -199,6 +220,7 @@ class AdaptiveGuidance(Policy):
     patience: int = 1
 
     needs_denoised = True
+    estimates = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,16 +246,30 @@ class AdaptiveGuidance(Policy):
         return cls(threshold, chosen)  # type: ignore[arg-type]
 
     def plan(self, step: Step, history: History) -> Plan:
-        agree = history.agreement(self.space) >= self.threshold  # (steps, rows), False for NaN
-        if len(agree) < self.patience:
-            return _everyone(history, Action.BOTH)
-        crossed = agree.unfold(0, self.patience, 1).all(-1)  # (steps - patience + 1, rows)
-        first = crossed.int().argmax(0) + self.patience - 1
+        """Goes by the similarities that have arrived, and waits for the last one only while a sample is within reach.
+
+        Where one jumps from out of reach, its sample is guided for a step more.
+        """
+        seen = history.agreement(self.space, arrived=True)
+        stopped = self._stopped(seen)
+        if any(i is None and self._is_near(row) for i, row in zip(stopped, seen.unbind(1), strict=True)):
+            stopped = self._stopped(history.agreement(self.space))
         why = f"similarity reached {self.threshold:g} at step"
-        return [
-            Decision(Action.CONDITIONAL, f"{why} {i}") if done else Decision(Action.BOTH)
-            for done, i in zip(crossed.any(0).tolist(), first.tolist(), strict=True)
-        ]
+        return [Decision(Action.BOTH) if i is None else Decision(Action.CONDITIONAL, f"{why} {i}") for i in stopped]
+
+    def _stopped(self, seen: Tensor) -> list[int | None]:
+        """By sample, the step at which it had reached the threshold as often as it must; `seen` is (steps, rows)."""
+        agree = seen >= self.threshold  # False for NaN
+        if len(agree) < self.patience:
+            return [None] * seen.shape[1]
+        crossed = agree.unfold(0, self.patience, 1).all(-1)  # (steps - patience + 1, rows)
+        first = (crossed.int().argmax(0) + self.patience - 1).tolist()
+        return [i if done else None for i, done in zip(first, crossed.any(0).tolist(), strict=True)]
+
+    def _is_near(self, seen: Tensor) -> bool:
+        """Whether a sample's similarity, known by step, may reach the threshold at the next one."""
+        known = [value for value in seen.tolist() if value == value]
+        return bool(known) and 1 - known[-1] <= REACH * (1 - self.threshold) + 1e-6
 
 
 @dataclass(frozen=True)
@@ -247,6 +283,8 @@ class Interval(Policy):
     start: float = 0.0
     stop: float = 1.0
     by: Literal["fraction", "sigma"] = "fraction"
+
+    estimates = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,6 +319,8 @@ class StepAG(Policy):
     """Guidance in the first `p` of the steps, conditional only afterwards (Step AG, arXiv 2506.08351)."""
 
     p: float = 0.5
+
+    estimates = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -352,6 +392,7 @@ class Forecast(Policy):
     learn: bool = False
 
     hands = True
+    estimates = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -455,27 +496,44 @@ class Forecast(Policy):
         if guided is None:
             history.skipped.append(step.index)
             combination = forecast([*known], step.index, by)
-            return Handed(
-                _predicted(combined(known, combination), sample, space), f"forecast from {_named(combination)}"
-            )
+            return Handed(_predicted(known, combination, sample, space), f"forecast from {_named(combination)}")
         if history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values()):
             known.clear()  # from another scheduler, or other samples
             history.skipped.clear()
         history.is_denoised = space is not None
         skipped, history.skipped = history.skipped, []
         known[step.index] = now = _denoised(guided, sample, space)
-        while len(known) > 3:
+        made = Handed(guided, note) if not skipped or space is None or space.b == 0 else None
+        if made is None:
+            gain = denoised_gains(step.table)
+            repaid = combined(known, repayment([*known], skipped, gain, by))
+            sizes = [self._off(known, skipped, gain, by, repaid), repaid.norm(), now.norm()]
+            handed = kernels.mix([guided, repaid], [1.0, 1 / space.b], guided.dtype)
+            made = Handed(handed, f"repays {_named(skipped)}", torch.stack(sizes))
+        while len(known) > 2:  # a later estimate reads the last two and its own
             del known[min(known)]
-        if not skipped or space is None or space.b == 0:
-            return Handed(guided, note)
-        gain = denoised_gains(step.table)
-        repaid = combined(known, repayment([*known], skipped, gain, by))
-        # Of equal gains a repayment is the sum of what is now known to have been missing.
-        off = combined(known, repayment([*known], skipped, [1.0] * len(gain), by)) / len(skipped)
-        sizes = torch.stack([off.norm(), repaid.norm()]) / now.norm()
-        return Handed((guided + repaid / space.b).to(guided.dtype), f"repays {_named(skipped)}", sizes)
+        return made
+
+    def _off(
+        self,
+        known: dict[int, Tensor],
+        skipped: Sequence[int],
+        gain: Sequence[float],
+        by: PowerLaw | Measured,
+        repaid: Tensor,
+    ) -> Tensor:
+        """The norm of the average error of the forecasts since the step before the last `known` one.
+
+        Of equal gains a repayment is the sum of what is now known to have been missing.
+        """
+        if len(skipped) == 1 and gain[skipped[0]] and gain[max(known)]:  # that, but for its gain
+            return repaid.norm() * (gain[max(known)] / gain[skipped[0]])
+        return combined(known, repayment([*known], skipped, [1.0] * len(gain), by)).norm() / len(skipped)
 
 
+REACH = 3.0
+"""By what factor a similarity's distance from 1 may fall in a step; of 100 steps of the bundled model's runs, 99 do not
+take it further."""
 OPTIMISM = 0.12
 """By what share more than it says itself the estimates of one run are off by in sum in other runs; half that of two."""
 MOST_DOUBT = 0.5
@@ -489,15 +547,21 @@ def _named(steps: Iterable[int]) -> str:
 
 def _denoised(guided: Tensor, sample: Tensor | None, space: Space | None) -> Tensor:
     """A guided prediction to remember: denoised where possible; always a copy, at least float32."""
-    working = guided.to(torch.promote_types(guided.dtype, torch.float32), copy=True)
-    return working if space is None or sample is None else space.a * sample.to(working.dtype) + space.b * working
-
-
-def _predicted(denoised: Tensor, sample: Tensor | None, space: Space | None) -> Tensor:
-    """The prediction that denoises to it."""
+    working = torch.promote_types(guided.dtype, torch.float32)
     if space is None or sample is None:
-        return denoised
-    return (denoised - space.a * sample.to(denoised.dtype)) / (space.b or 1.0)  # b = 0: any prediction will do
+        return guided.to(working, copy=True)
+    return kernels.mix([sample, guided], [space.a, space.b], torch.promote_types(working, sample.dtype))
+
+
+def _predicted(
+    known: dict[int, Tensor], combination: Combination, sample: Tensor | None, space: Space | None
+) -> Tensor:
+    """The prediction that denoises to a combination of those in `known`."""
+    if space is None or sample is None:
+        return combined(known, combination)
+    b = space.b or 1.0  # at b = 0 any prediction will do
+    terms = [*(known[step] for step in combination), sample]
+    return kernels.mix(terms, [*(factor / b for factor in combination.values()), -space.a / b], terms[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -552,16 +616,22 @@ class Schedule(Policy):
     def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:
         if self.calibration is None:
             return super().estimate(step, history, cond)
-        (delta,) = self._combined(step, history, [*history.cond, cond], "delta")
-        return (cond.to(delta.dtype) - delta).to(cond.dtype)
+        here = len(history.cond)
+        _, delta = self._rows(step, history)
+        return _mixed([*history.cond, cond], history.uncond, _one(here, delta) - delta)
 
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
-        cond, delta = self._combined(step, history, history.cond, "cond", "delta")
-        dtype = history.cond[-1].dtype
-        return cond.to(dtype), (cond - delta).to(dtype)
+        cond, delta = self._rows(step, history)
+        found = [_mixed(history.cond, history.uncond, factors) for factors in (cond, cond - delta)]
+        return found[0], found[1]
 
-    def _combined(self, step: Step, history: History, conds: Sequence[Tensor], *wanted: str) -> list[Tensor]:
-        """The step's "cond" or "delta" as fitted combinations of the conditional predictions and past deltas."""
+    def reads(self, step: Step, history: History) -> tuple[Collection[int] | None, Collection[int] | None]:
+        if self.calibration is None or history.denoiser not in self.calibration.denoisers:
+            return None, None
+        return _read_later(self.calibration, history.denoiser, tuple(self.actions), self.fit, len(history.cond))
+
+    def _rows(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
+        """(2T, C) each, the factors of the step's cond and delta: on the conditional predictions, then on deltas."""
         assert self.calibration is not None
         moments, seen = self.calibration.moments(history.denoiser), len(history.cond)
         if step.index - seen != moments.first:
@@ -569,20 +639,48 @@ class Schedule(Policy):
                 f"this run's first guided step is {step.index - seen}; {self.calibration!r} began at {moments.first}"
             )
         table = self.calibration.coefficients(history.denoiser, self.actions, self.fit)  # (C, 2T, 2T)
-        working = torch.promote_types(conds[0].dtype, torch.float32)
-        found = []
-        for what in wanted:
-            factors = table[:, seen if what == "cond" else moments.steps + seen].T  # (2T, C): on conds, then on deltas
-            used = factors.any(1).nonzero().flatten()
-            past = []
-            for i in used.tolist():
-                step_, is_delta = i % moments.steps, i >= moments.steps
-                cond = conds[step_].to(working)
-                past.append(cond - history.uncond[step_].to(working) if is_delta else cond)
-            factors = factors[used]
-            factors = factors[:, 0] if factors.shape[1] == 1 else factors
-            found.append(kernels.extrapolate(torch.stack(past), factors))
-        return found
+        return table[:, seen].T, table[:, moments.steps + seen].T
+
+
+def _one(step: int, like: Tensor) -> Tensor:
+    """The factors of a step's conditional prediction itself."""
+    found = torch.zeros_like(like)
+    found[step] = 1.0
+    return found
+
+
+def _mixed(conds: Sequence[Tensor], unconds: Sequence[Tensor], factors: Tensor) -> Tensor:
+    """The sum of (2T, C) factors times conditional predictions, then times deltas, with delta = cond - uncond."""
+    of_cond, of_delta = factors.chunk(2)
+    tensors = [*zip(conds, of_cond + of_delta, strict=False), *zip(unconds, -of_delta, strict=False)]
+    used = [(tensor, each) for tensor, each in tensors if each.any()]
+    dtype = conds[-1].dtype
+    if factors.shape[1] == 1:
+        return kernels.mix([tensor for tensor, _ in used], [float(each) for _, each in used], dtype)
+    total = torch.zeros_like(used[0][0], dtype=torch.promote_types(dtype, torch.float32))
+    for tensor, each in used:
+        by_channel = each.to(total.dtype).view(-1, *[1] * (tensor.ndim - 2))
+        by_channel = by_channel.pin_memory() if tensor.is_cuda else by_channel
+        total.addcmul_(tensor.to(total.dtype), by_channel.to(tensor.device, non_blocking=True))
+    return total.to(dtype)
+
+
+@lru_cache(maxsize=1024)
+def _read_later(
+    calibration: Calibration, denoiser: str, actions: tuple[Action, ...], fit: Fit, seen: int
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Which of the first `seen` + 1 steps' predictions the estimates after them read: conditional, unconditional."""
+    moments = calibration.moments(denoiser)
+    own = actions[moments.first : moments.first + moments.steps]
+    used = calibration.coefficients(denoiser, actions, fit).any(0)  # (2T, 2T)
+    later = torch.zeros(2 * moments.steps, dtype=torch.bool)
+    for t in range(seen + 1, len(own)):
+        if own[t].is_estimated:
+            later |= used[moments.steps + t]
+        if own[t] == Action.NEITHER:
+            later |= used[t]
+    conds, deltas = ({*each.nonzero().flatten().tolist()} for each in later.chunk(2))
+    return frozenset(conds | deltas), frozenset(deltas)
 
 
 @dataclass(frozen=True)
@@ -625,6 +723,9 @@ class LinearAG(Policy):
 
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         return self.schedule(step.count).predict(step, history)
+
+    def reads(self, step: Step, history: History) -> tuple[Collection[int] | None, Collection[int] | None]:
+        return self.schedule(step.count).reads(step, history)
 
 
 def _check_calibration(calibration: Any) -> None:

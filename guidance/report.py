@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.checks import plain
+from diffusers_guidance.observation import Arrival, Observation
 from diffusers_guidance.steps import Action, Plan, Step
 
 
@@ -148,7 +149,7 @@ class Recording:
 
     def __init__(self, report: Report, first: int = 0):
         self.report, self.first = report, first
-        self._unread: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        self._unread: list[Callable[[], None]] = []
 
     def add(
         self,
@@ -157,7 +158,7 @@ class Recording:
         evaluated: Sequence[bool],
         nfe: int,
         nfe_full: int,
-        similarity: Tensor | None = None,
+        seen: Observation | None = None,
         note: str = "",
     ) -> None:
         """Adds a step.
@@ -165,7 +166,7 @@ class Recording:
         Args:
             plan: how each sample was used.
             evaluated: by sample, whether both of its predictions were evaluated.
-            similarity: (2, rows), of the denoised predictions and of the noise.
+            seen: what the step showed of itself.
         """
         alone = [Action.NEITHER if each.action == Action.NEITHER else Action.CONDITIONAL for each in plan]
         reasons = dict.fromkeys(filter(None, [note, *(each.why for each in plan)]))
@@ -187,44 +188,42 @@ class Recording:
         )
         added = self.report.steps[-1]
 
-        def tell(values: Tensor) -> None:
-            added.similarity, added.similarity_noise = map(to_list, values)
+        def tell() -> None:
+            added.similarity, added.similarity_noise = map(to_list, seen.similarity)
 
-        if similarity is not None:
-            self.read_later(similarity, tell)
+        if seen is not None:
+            self.read_later(tell)
 
-    def read_later(self, numbers: Tensor, tell: Callable[[Tensor], None]) -> None:
-        """Has `tell` given these numbers at the end of the run, on the host."""
-        self._unread.append((numbers, tell))
+    def read_later(self, tell: Callable[[], None]) -> None:
+        """Has `tell`, which reads numbers on their way to the host, called at the next `read`."""
+        self._unread.append(tell)
+
+    def read(self) -> None:
+        """Reads what was sent since the last time; waits for what has not arrived yet."""
+        while self._unread:
+            self._unread.pop(0)()
 
     def add_to_last(self, note: str, sizes: Tensor | None = None) -> None:
         """Adds a policy's note on the last step's forecast, and its error; see `Handed`."""
         step = self.report.steps[-1]
         step.add_note(note)
 
-        def tell(values: Tensor) -> None:
-            step.off, step.repaid = to_list(values)
-            off, repaid = values.tolist()
+        if sizes is None:
+            return
+        sent = Arrival(sizes)
+
+        def tell() -> None:
+            *norms, whole = sent.read()
+            step.off, step.repaid = to_list(torch.stack(norms) / whole)
+            off, repaid = (math.nan if each is None else each for each in (step.off, step.repaid))
             step.note += f": off by {off:.2g}, repaid {repaid:.2g}, of the denoised prediction"
 
-        if sizes is not None:
-            self.read_later(sizes, tell)
+        self.read_later(tell)
 
     def finish(self) -> Report:
-        """The report, once what is on the device has been brought to the host, in one transfer."""
-        unread, self._unread = self._unread, []
-        for (_, tell), values in zip(unread, to_host([numbers for numbers, _ in unread]), strict=True):
-            tell(values)
+        """The report, once all its numbers have arrived."""
+        self.read()
         return self.report
-
-
-def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers on the host, by one transfer for all."""
-    if not tensors:
-        return []
-    numbers = torch.cat([each.detach().flatten().to(tensors[0].device) for each in tensors]).cpu()
-    parts = numbers.split([each.numel() for each in tensors])
-    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 def to_list(values: Tensor) -> list[float | None]:

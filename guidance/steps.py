@@ -6,7 +6,7 @@ Prediction   what was evaluated, with estimates for the rest
 History      what a run has seen so far
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusers_guidance.observation import Observation
 from diffusers_guidance.spaces import Space
 
 
@@ -108,8 +109,8 @@ class Prediction:
     """Network evaluations made, of all samples together. Default: two for each evaluated sample, one for others."""
     nfe_full: int = -1
     """Those that plain guidance would have made. Default: two for each sample."""
-    similarity: Tensor | None = None
-    """(2, rows): of the denoised predictions and of the noise, if already known."""
+    observation: Observation | None = None
+    """What the step showed of itself, if that is known already."""
     note: str = ""
     """The report's note on it."""
 
@@ -125,6 +126,14 @@ class Prediction:
         """(cond, uncond) as the network put them out."""
         return (self.cond, self.uncond) if self.put_out is None else self.put_out
 
+    @property
+    def similarity(self) -> Tensor | None:
+        """(2, rows) of the denoised predictions and of the noise, NaN where unknown; None before an observer is told.
+
+        It waits for the device.
+        """
+        return None if self.observation is None else self.observation.similarity
+
 
 @dataclass
 class History:
@@ -133,17 +142,19 @@ class History:
     rows: int
     denoiser: str = ""
     """Its name in the pipeline, such as "unet"."""
-    similarity: dict[str, list[Tensor]] = field(default_factory=lambda: {"denoised": [], "noise": []})
-    """By space: one (rows,) tensor a step, NaN for samples whose halves were not both evaluated.
+    seen: list[Observation] = field(default_factory=list)
+    """By step, what it showed of itself.
 
     They begin with those of the denoiser it took over from in this run, as Wan 2.2's second expert does.
     """
     delta: Tensor | None = None
-    """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out."""
-    velocity: Tensor | None = None
-    """(rows,): the factor from a prediction to `v` at the step of `delta`."""
+    """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out; of a policy that
+    `estimates`."""
+    velocity: list[float] = field(default_factory=list)
+    """By row, the factor from a prediction to `v` at the step of `delta`."""
     cond: list[Tensor] = field(default_factory=list)
-    """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
+    """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`; where no later
+    estimate reads one, an empty tensor."""
     uncond: list[Tensor] = field(default_factory=list)
     """Likewise the unconditional ones; for skipped samples, the substitute."""
     guided: dict[int, Tensor] = field(default_factory=dict)
@@ -164,36 +175,49 @@ class History:
         """
         made = cls(rows, denoiser)
         for other in others:
-            if other.rows == rows and len(other.similarity["noise"]) <= steps:
-                made.similarity = {space: list(values) for space, values in other.similarity.items()}
+            if other.rows == rows and len(other.seen) <= steps:
+                made.seen = [*other.seen]
                 made.guided, made.skipped = dict(other.guided), list(other.skipped)
                 made.is_denoised, made.scale = other.is_denoised, other.scale
         return made
 
-    def agreement(self, space: str) -> Tensor:
-        """(steps so far, rows) similarities on the host, NaN where unknown."""
-        seen = self.similarity[space]
-        seen[:] = [values.float().cpu() for values in seen]  # earlier ones are there already: waits only for the last
-        return torch.stack(seen) if seen else torch.empty(0, self.rows)
+    def agreement(self, space: str, arrived: bool = False) -> Tensor:
+        """(steps so far, rows) similarities on the host, NaN where unknown.
 
-    def see(self, similarity: Tensor) -> None:
-        """Keeps a step's (2, rows) similarities, of denoised predictions and of noise."""
-        for name, values in zip(("denoised", "noise"), similarity, strict=True):
-            self.similarity[name].append(values)
+        Args:
+            space: "denoised" or "noise".
+            arrived: without the last step's where a device still has them; else this waits for it.
+        """
+        seen = self.seen[:-1] if arrived and self.seen and not self.seen[-1].is_here else self.seen
+        row = ("denoised", "noise").index(space)
+        return torch.stack([each.similarity[row] for each in seen]) if seen else torch.empty(0, self.rows)
 
-    def keep(self, prediction: Prediction, velocity: float, whole: bool) -> None:
-        """Keeps what estimates need of a step's predictions; all of them if `whole`."""
+    def keep_difference(self, prediction: Prediction, velocity: float) -> None:
+        """Keeps the difference of a step's predictions, of rows that evaluated both."""
+        evaluated = prediction.evaluated
+        if any(evaluated):
+            cond, uncond = prediction.own
+            before, was = self.delta, self.velocity or [velocity] * self.rows
+            self.delta = cond - uncond if before is None else pick(evaluated, cond - uncond, before)
+            self.velocity = [velocity if new else old for new, old in zip(evaluated, was, strict=True)]
+
+    def keep(self, prediction: Prediction, conds: Collection[int] | None, unconds: Collection[int] | None) -> None:
+        """Keeps a step's predictions.
+
+        Args:
+            conds: the steps whose conditional predictions later estimates read, and no others; None: all.
+            unconds: likewise the unconditional ones.
+        """
         cond, uncond = prediction.own
-        if whole:
-            self.cond.append(cond)
-            self.uncond.append(uncond)
-        if any(prediction.evaluated):
-            delta = cond - uncond
-            factor = torch.full((self.rows,), velocity, device=delta.device)
-            if self.delta is not None and self.velocity is not None:
-                delta = pick(prediction.evaluated, delta, self.delta)
-                factor = pick(prediction.evaluated, factor, self.velocity)
-            self.delta, self.velocity = delta, factor
+        self.cond.append(cond)
+        self.uncond.append(uncond)
+        for kept, others, read in ((self.cond, self.uncond, conds), (self.uncond, self.cond, unconds)):
+            for i in range(len(kept)):
+                if read is not None and i not in read and kept[i].numel():
+                    shared = kept[i].untyped_storage().data_ptr() == others[i].untyped_storage().data_ptr()
+                    kept[i] = kept[i].new_empty(0)
+                    if shared:  # both are parts of one output
+                        others[i] = others[i].clone()
 
     def lapse(self) -> None:
         """Forgets what forecasts are made from, since this step was not guided."""

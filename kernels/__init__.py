@@ -1,4 +1,4 @@
-"""The guidance arithmetic behind one dispatcher: `guide`, `step`, `similarity`, `extrapolate`."""
+"""The guidance arithmetic behind one dispatcher: `guide`, `step`, `observe`, `mix`, `similarity`, `extrapolate`."""
 
 if __name__ == "kernels":
     # If Python starts in the checkout, diffusers and transformers find this folder when they look for Hugging Face's
@@ -14,7 +14,16 @@ if __name__ == "kernels":
         sys.modules[__name__] = importlib.util.module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules[__name__])
 else:
-    from diffusers_guidance.kernels.dispatch import backend_of, extrapolate, guide, similarity, step, use_backend
+    from diffusers_guidance.kernels.dispatch import (
+        backend_of,
+        extrapolate,
+        guide,
+        mix,
+        observe,
+        similarity,
+        step,
+        use_backend,
+    )
     from diffusers_guidance.kernels.reference import Coefficients, Gram, Update
 
     __all__ = [
@@ -24,6 +33,8 @@ else:
         "backend_of",
         "extrapolate",
         "guide",
+        "mix",
+        "observe",
         "similarity",
         "step",
         "use_backend",

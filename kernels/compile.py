@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffusers_guidance.kernels import coefficients, launch, programs
+from diffusers_guidance.kernels import coefficients, launch, passes, programs
 from diffusers_guidance.kernels.algebra import ALGEBRAS
 
 TARGETS = {
@@ -37,6 +37,8 @@ class Specialisation(NamedTuple):
     constants: dict[str, Any]
     threads: int
     ctas: int = 1
+    fuses: bool = True
+    """Whether products and sums may become one operation."""
 
 
 class Usage(NamedTuple):
@@ -91,8 +93,23 @@ def specialisations(cluster: bool) -> Iterator[Specialisation]:
             launch.THREADS,
         )
 
+    for dtype, verified, expected in itertools.product(FOLD, (False, True), (False, True)):
+        inputs = {"sample": dtype, "cond": dtype, "uncond": dtype, "sums": "fp32"}
+        inputs |= {"output": dtype if verified else None, "expected": dtype if verified and expected else None}
+        label = f"observe {dtype}" + (", with an output" if verified else "") + (" and what is expected" * expected)
+        if verified or not expected:
+            constants = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
+            yield Specialisation(label, passes.observe_kernel, inputs, constants, launch.THREADS, fuses=False)
+    for dtype, count in itertools.product(FOLD, (1, 2, 3, 4, passes.TERMS)):
+        pointers = {f"t{i}": dtype if i < count else None for i in range(passes.TERMS)} | {"out": dtype}
+        constants = {"TILE": launch.TILE}
+        yield Specialisation(f"mix {count} {dtype}", passes.mix_kernel, pointers, constants, launch.THREADS)
 
-FLOATS = ("numel", "a", "b", "beta", "p0", "p1", "p2", "p3", "out_x", "out_p", "denoised_x", "denoised_p")
+
+FLOATS = (
+    *("numel", "a", "b", "p", "q", "s", "beta", "p0", "p1", "p2", "p3", "out_x", "out_p", "denoised_x", "denoised_p"),
+    *(f"f{i}" for i in range(passes.TERMS)),
+)
 
 
 def compile(one: Specialisation, target: GPUTarget) -> Any:
@@ -108,11 +125,14 @@ def compile(one: Specialisation, target: GPUTarget) -> Any:
         elif name in ("groups_1", "rows", "column_stride"):
             signature[name], constants[name] = "constexpr", 1
         else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
+            signature[name] = (
+                "fp32" if name in FLOATS and not (one.kernel is passes.mix_kernel and name == "numel") else "i32"
+            )
     sizes = [n for n, kind in signature.items() if kind[0] == "*" or (kind == "i32" and n not in ("parts", "count"))]
     attributes = {(one.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in sizes}
     source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": one.threads // target.warp_size} | ({"num_ctas": one.ctas} if one.ctas > 1 else {})
+    options |= {} if one.fuses else {"enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
 
 

@@ -3,7 +3,7 @@
 `backend="torch"` or `"triton"` in a call, or `with use_backend(...)` around it, overrides that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -14,9 +14,9 @@ from diffusers_guidance.kernels import reference
 from diffusers_guidance.kernels.reference import Gram, Rule, Update
 
 try:
-    from diffusers_guidance.kernels import launch  # registers torch.ops.diffusers_guidance
+    from diffusers_guidance.kernels import launch, passes  # registers torch.ops.diffusers_guidance
 except ImportError:
-    launch = None  # type: ignore[assignment]
+    launch = passes = None  # type: ignore[assignment]
 
 _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
@@ -112,6 +112,30 @@ def extrapolate(history: Tensor, coefficients: Tensor, backend: str | None = Non
     if backend_of(history, backend=backend) == "torch":
         return reference.extrapolate(history, coefficients)
     return torch.ops.diffusers_guidance.extrapolate(history, coefficients)
+
+
+def observe(
+    sample: Tensor | None,
+    cond: Tensor,
+    uncond: Tensor,
+    denoised: tuple[float, float] = (0.0, 0.0),
+    noise: tuple[float, float] = (0.0, 0.0),
+    output: Tensor | None = None,
+    expected: Tensor | None = None,
+    s: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """(B, parts, 9) sums that a guided step is verified and judged by; see `reference.observe`."""
+    if backend_of(sample, cond, uncond, output, expected, backend=backend) == "torch":
+        return reference.observe(sample, cond, uncond, denoised, noise, output, expected, s)
+    return torch.ops.diffusers_guidance.observe(sample, cond, uncond, [*denoised, *noise], output, expected, s)
+
+
+def mix(tensors: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype, backend: str | None = None) -> Tensor:
+    """The sum of factors times tensors; see `reference.mix`."""
+    if backend_of(*tensors, backend=backend) == "torch":
+        return reference.mix(tensors, factors, dtype)
+    return torch.ops.diffusers_guidance.mix([*tensors], [*factors], dtype)
 
 
 def _settings(

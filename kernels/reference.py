@@ -175,3 +175,53 @@ def similarity(sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float)
     dim = tuple(range(1, X.ndim))
     XX, Xd, dd = (X * X).sum(dim), (X * d).sum(dim), (d * d).sum(dim)
     return (XX - Xd) / (XX * (XX - 2 * Xd + dd)).sqrt()
+
+
+def observe(
+    sample: Tensor | None,
+    cond: Tensor,
+    uncond: Tensor,
+    denoised: tuple[float, float] = (0.0, 0.0),
+    noise: tuple[float, float] = (0.0, 0.0),
+    output: Tensor | None = None,
+    expected: Tensor | None = None,
+    s: float = 0.0,
+) -> Tensor:
+    """(B, parts, 9): what one guided step shows of itself, as sums over numbers; whoever reads them adds up the parts.
+
+        <e, e>  <o, o>  <c, c>  <u, u>    <X, X>  <N, N>  <d, d>  <X, d>  <N, d>
+
+    with d = c - u, X = a x + b c and N = p x + q c for `denoised` (a, b) and `noise` (p, q); and with e what
+    `expected` is off by from o, an `output` made of both predictions. In the first four, what is not finite
+    counts as 0.
+
+    Args:
+        sample: x; None: the last five are 0.
+        output: None: the first four are 0.
+        expected: default: `u + s (c - u)`, rounded after every operation as torch does in the dtype of c.
+    """
+    working = torch.promote_types(cond.dtype, torch.float32)
+    c, u, dims = cond.to(working), uncond.to(working), tuple(range(2, cond.ndim + 1))
+    sums = c.new_zeros(c.shape[0], 9)
+    if output is not None:
+        made = uncond + s * (cond - uncond) if expected is None else expected
+        terms = torch.stack([made.to(working), output.to(working), c, u], 1).nan_to_num_(0, 0, 0)
+        terms[:, 0].sub_(terms[:, 1])
+        sums[:, :4] = terms.square_().sum(dims)
+    if sample is not None:
+        X, N = ((c * of_c).add_(sample, alpha=of_x) for of_x, of_c in (denoised, noise))
+        vectors = torch.stack([X, N, c - u], 1)
+        sums[:, 7:] = (vectors[:, :2] * vectors[:, 2:]).sum(dims)
+        sums[:, 4:7] = vectors.square_().sum(dims)
+    return sums[:, None]
+
+
+def mix(tensors: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """The sum of factors times tensors of one shape, formed in place in at least float32."""
+    working = torch.promote_types(dtype, torch.float32)
+    for each in tensors:
+        working = torch.promote_types(working, each.dtype)
+    total = tensors[0].to(working) * factors[0]
+    for each, factor in zip(tensors[1:], factors[1:], strict=True):
+        total.add_(each, alpha=factor)
+    return total.to(dtype)

@@ -1,5 +1,6 @@
 """One call of a pipeline: its arguments, and what the pipeline says of its guidance while it runs."""
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,27 @@ from torch import Tensor
 from diffusers_guidance.pipelines.attach.combination import Around, read
 from diffusers_guidance.pipelines.attach.formula import Scales
 from diffusers_guidance.spaces import Space
+
+
+@dataclass(frozen=True)
+class _Scales(Mapping[str, Callable[[], Any]]):
+    """Those among a pipeline's attributes and its call's arguments, which come first."""
+
+    attributes: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Callable[[], Any]:
+        if "guidance_scale" in name or "cfg_scale" in name or "pag_scale" in name:
+            for each in (self.arguments, self.attributes):
+                if name in each:
+                    return lambda: each[name]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in {**self.attributes, **self.arguments} if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass(frozen=True)
@@ -27,11 +49,7 @@ class Call:
     def scales(self) -> Scales:
         """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
 
-        def named(name: str) -> bool:
-            return "guidance_scale" in name or "cfg_scale" in name or "pag_scale" in name
-
-        here = {name: lambda name=name: getattr(self.pipe, name) for name in vars(self.pipe) if named(name)}
-        return here | {n: lambda n=n: self.arguments[n] for n in self.arguments if named(n)}
+        return _Scales(vars(self.pipe), self.arguments)
 
     @property
     def guides(self) -> bool | None:
@@ -53,8 +71,8 @@ class Call:
     def option(self, name: str) -> float:
         """A number among the call's arguments, as the pipeline has it now."""
         value = getattr(self.pipe, f"_{name}", self.arguments.get(name))
-        if isinstance(value, bool):
-            return float(value)
+        if value is None or isinstance(value, bool):
+            return float(value or 0)
         number = read(value, torch.empty(0))
         return number if isinstance(number, float) else 0.0
 

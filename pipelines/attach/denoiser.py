@@ -50,8 +50,8 @@ class Denoiser:
     follower_cut: bool = False
     """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
 
-    held: list[Tensor] = field(default_factory=list)
-    """What was put out at the last step that was evaluated, of a policy that `hands`."""
+    held: Tensor | None = None
+    """The conditional branch of the last step that was evaluated, of a policy that `hands`."""
 
     step: Step = field(default_factory=Step)
     """The coming one, as the plan was made for it."""
@@ -178,8 +178,10 @@ class Denoiser:
         return y
 
     def hold(self) -> None:
-        """Keeps what was put out at this step, to put it out again where nothing is evaluated."""
-        self.held = self.outputs  # copies as they are
+        """Keeps what was put out at this step for one branch, to put it out for all where nothing is evaluated."""
+        assert self.formula is not None
+        cond = self.formula.parts(self.outputs)[self.formula.cond_index]
+        self.held = cond.clone() if self.formula.batched else cond  # a copy as it is
 
     def end_step(self) -> None:
         self.plan, self.follower_cut, self.is_scanned = None, False, False
@@ -294,7 +296,9 @@ class Denoiser:
     def _run_nothing(self, formula: Formula, branch: int) -> Any:
         assert self.engine is not None
         if self.policy.hands:  # what is put out has no part in what the scheduler is handed
-            y = self.held[branch].clone()
+            assert self.held is not None
+            y = formula.outputs([self.held] * formula.branches)[branch]
+            y = y if formula.batched else y.clone()
             self._note(y, 0, len(y))
             return batch.with_prediction(self.template, y)
         cond, uncond = self.engine.both(self.step)
@@ -416,6 +420,8 @@ class Denoiser:
         before = self.cut.nfe
         note = self.cut.find_out(self.formula, self.inputs, cuts)
         self.nfe += self.cut.nfe - before
+        if (y := batch.prediction(self.template)) is not None:  # its numbers are replaced wherever it serves
+            self.template = batch.with_prediction(self.template, y.new_zeros(()).expand(y.shape))
         return note
 
     def follow(self, leader: "Denoiser") -> None:

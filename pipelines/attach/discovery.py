@@ -1,12 +1,13 @@
 """How a pipeline guides: identified from the numbers of one step, and verified at every other step.
 
-If a rule or a policy acts on the formula, every step waits for the numbers that verify it, with the similarities in the
-same transfer. If nothing changes (plain guidance at every step) and the pipeline's scale can be read, the run waits for
-nothing before its end. The report then names the steps that the formula did not fit.
+Verification waits for nothing, where the pipeline's scale can be read. On a device a step's numbers are read at the
+next one: what did not fit is refused then, one step late. If nothing changes (plain guidance at every step), they are
+read at the end of the run, and the report names the steps that the formula did not fit. Where the host computes, they
+are there at once. A scale that must be solved for is waited for.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.observation import Arrival, Observation
 from diffusers_guidance.pipelines.attach import rows
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -23,11 +25,11 @@ from diffusers_guidance.pipelines.attach.denoiser import Denoiser
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.identify import SINGLE, identify, turned
 from diffusers_guidance.pipelines.attach.layout import views
-from diffusers_guidance.pipelines.attach.residual import Fit, Residual, mixture, norm, residual
+from diffusers_guidance.pipelines.attach.residual import Fit, Tolerance, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import Sample
 from diffusers_guidance.pipelines.attach.solve import best, solve
 from diffusers_guidance.policies import EveryStep, Policy
-from diffusers_guidance.report import Recording, to_host
+from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule
 from diffusers_guidance.steps import Action, Plan, Prediction, Step
 
@@ -59,6 +61,10 @@ class At(NamedTuple):
     plan: Plan
     evaluated: Sequence[bool]
     """By row, whether all of its branches were."""
+    cost: tuple[int, int]
+    """The step's evaluations, and those that plain guidance would have made."""
+    note: str
+    """The report's note on it."""
 
 
 class Seen(NamedTuple):
@@ -66,9 +72,17 @@ class Seen(NamedTuple):
 
     step: Step
     prediction: Prediction
-    residual: Residual
-    similarity: Tensor
-    """(2, rows)."""
+    """With what it shows of itself."""
+    tolerance: Tolerance
+    norms: Callable[[], Sequence[float]]
+    """Of the error, of the output, of c and of u; waits for them."""
+    is_here: bool
+    """Whether they are there at once."""
+
+    @property
+    def fit(self) -> Fit:
+        """How far the formula is off; waits for the numbers."""
+        return self.tolerance.fit(self.norms())
 
 
 class Discovery:
@@ -78,6 +92,8 @@ class Discovery:
         self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
         self.acts = not (rule.is_plain and type(policy) is EveryStep)
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
+        self.is_in_doubt = False
+        """Whether the last step that was read was off in its last digits: the next one is waited for."""
 
     def is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Whether this step evaluated more than one branch; False if it evaluated one and used it unchanged."""
@@ -90,7 +106,7 @@ class Discovery:
             if view.channels or not view.holds(output):
                 continue
             alone, target = view(y).to(output.dtype), view.working(output)
-            found = residual(alone, target, target, target, 0.0)
+            found = residual(alone, target, target, target, Tolerance(0.0, torch.finfo(target.dtype).eps))
             if found.fit(found.norms.tolist()).fits:
                 return False
             # Or the single prediction is converted to the scheduler's kind.
@@ -131,22 +147,19 @@ class Discovery:
             order = Order(formula, first if formula.cond_index else first[::-1])
             _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.call.pipe)] = order
 
-    def verify(self, at: At, note: str) -> tuple[Step, Prediction]:
+    def verify(self, at: At) -> tuple[Step, Prediction]:
         """The step with its scale, and its prediction, once the pipeline's formula has reproduced its `output`.
 
         It returns at once if the check can wait.
         """
-
-        def noted(*more: str) -> str:
-            return "; ".join(filter(None, [note, *more]))
-
         denoiser, seen = at.denoiser, self._see(at)
-        if not self.acts and denoiser.formula is not None and denoiser.formula.is_read:
-            self._check_later(denoiser.formula, seen.residual)
-            return seen.step, replace(seen.prediction, similarity=seen.similarity, note=noted())
-        fit, similarity = _fetched(seen)
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
+        if formula.is_read and not (self.acts and (seen.is_here or self.is_in_doubt)):
+            self._check_later(denoiser, at.output, formula, seen)
+            return seen.step, seen.prediction
+        self.is_in_doubt = False
+        fit = seen.fit
         is_turned = formula.scale is None and any(at.evaluated) and seen.step.w < -_ROUNDING
         doubt = turned(formula, seen.step.w) if is_turned else ""
         if doubt or not fit.fits:
@@ -156,14 +169,13 @@ class Discovery:
                 if self.acts:
                     raise
                 # Nothing is done in its place: the report says so.
-                self._check_later(formula, seen.residual)
-                found = replace(seen.prediction, similarity=seen.similarity)
+                self._check_later(denoiser, at.output, formula, seen)
                 if not doubt:
-                    return seen.step, replace(found, note=noted())
-                return replace(seen.step, w=None), replace(found, note=noted(f"not verified: {doubt}"))
+                    return seen.step, seen.prediction
+                told = "; ".join(filter(None, [at.note, f"not verified: {doubt}"]))
+                return replace(seen.step, w=None), replace(seen.prediction, note=told)
             seen = self._see(at)
-            _, similarity = _fetched(seen)
-        return seen.step, replace(seen.prediction, similarity=similarity, note=noted())
+        return seen.step, seen.prediction
 
     def _identify_anew(self, at: At, why: str) -> None:
         """Finds another formula for the same batch when the known one fails; without one, refuses and says `why`."""
@@ -179,7 +191,7 @@ class Discovery:
 
     def _see(self, at: At) -> Seen:
         """The step as the formula reads it; waits for nothing, unless it must solve for the scale."""
-        denoiser, step, output, sample, clock, plan, evaluated = at
+        denoiser, step, output, sample, clock, plan, evaluated, cost, note = at
         formula = denoiser.formula
         assert formula is not None and denoiser.engine is not None
         target, x = formula.view.working(output), formula.view.working(sample)
@@ -203,16 +215,17 @@ class Discovery:
             # The pipeline's loss by cancellation before it scaled the result cannot be seen from here.
             whole = norm(target.nan_to_num(0, 0, 0))
             allowed = max(fit.allowed * math.sqrt(target.numel() / few(target).numel()), 1e-3 * whole)
-            found = Residual(torch.tensor([error, allowed, 0.0, 0.0], device=c.device), 0.0, 1.0)
+            tolerance, norms = Tolerance(0.0, 1.0), (error, allowed, 0.0, 0.0)
             c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
         else:
             s: Any = formula.value  # without guidance the scale does not matter
             if formula.scale is not None:
                 live = formula.read(self.call.scales, target)
                 s = s if live is None else live
-                formula = formula.at(s)
-                denoiser.settle_for(formula)
-                c, u = formula.cut(denoiser.outputs, around)
+                known, formula = formula, formula.at(s)
+                if formula is not known:
+                    denoiser.settle_for(formula)
+                    c, u = formula.cut(denoiser.outputs, around)
             elif guided:
                 exactly = solve(formula, c, u, target) if formula.exact else None
                 s = best(formula, c, u, target) if exactly is None else exactly
@@ -220,8 +233,8 @@ class Discovery:
                     formula = replace(formula, value=s)
                     denoiser.settle_for(formula)
             w = formula.w(s)
-            expected = formula.reproduce(denoiser.outputs, s, around)
-            found = formula.residual(expected, target, c, u, s, around, is_strict=self.acts)
+            tolerance, norms = formula.tolerance(s, c.dtype, is_strict=self.acts), None
+            expected = formula.expected(denoiser.outputs, c, u, s, around)
             if isinstance(s, Tensor) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
                     f"{self.call.name} guides parts of a prediction at different scales, but {self.rule} has "
@@ -230,17 +243,41 @@ class Discovery:
         space = clock.denoising(self.call.name, self.rule, self.policy, x, c)
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = replace(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
-        halves = formula.halves(denoiser.outputs)
-        prediction = Prediction(c, u, evaluated, halves)
-        return Seen(step, prediction, found, denoiser.engine.similarity(step, prediction))
+        halves, observe = formula.halves(denoiser.outputs), denoiser.engine.observe
+
+        def seen(is_here: bool, norms: Callable[[], Sequence[float]], found: Observation) -> Seen:
+            nfe, nfe_full = cost
+            return Seen(
+                step, Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note), tolerance, norms, is_here
+            )
+
+        if norms is not None:
+            return seen(True, lambda: norms, observe(step, c, u, evaluated))
+        made = c if expected is None else expected
+        if formula.needs_space or not c.shape == target.shape == made.shape:  # it rounds other terms than c and u
+            terms = formula.terms(c, around), formula.terms(u, around)
+            sent = Arrival(residual(made, target, *terms, tolerance).norms)
+            return seen(sent.is_here, lambda: sent.read().tolist(), observe(step, c, u, evaluated))
+        found = observe(step, c, u, evaluated, target, expected, s if isinstance(s, float) else 0.0)
+        return seen(found.is_here, lambda: found.norms, found)
 
     def unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
         """The refusal of a step, for what was `seen`."""
-        shapes = ", ".join(str(tuple(y.shape)) for y in denoiser.outputs) or "none that is a tensor"
+        return self._refusal(denoiser, [y.shape for y in denoiser.outputs], output.shape, self._place, seen)
+
+    @property
+    def _place(self) -> int:
+        """The coming step's, in the report."""
+        return len(self.recording.report.steps)
+
+    def _refusal(
+        self, denoiser: Denoiser, put_out: Sequence[torch.Size], output: torch.Size, step: int, seen: str
+    ) -> UnsupportedPipeline:
+        shapes = ", ".join(str(tuple(shape)) for shape in put_out) or "none that is a tensor"
         return UnsupportedPipeline(
             f"the guidance of {self.call.name} could not be verified, so it is left alone. Step "
-            f"{len(self.recording.report.steps)}: {denoiser.name} put out {shapes}; scheduler.step got "
-            f"{tuple(output.shape)}; {seen}. To go on, {self.advice(denoiser)}use the pipeline without attach."
+            f"{step}: {denoiser.name} put out {shapes}; scheduler.step got {tuple(output)}; {seen}. To go on, "
+            f"{self.advice(denoiser)}use the pipeline without attach."
         )
 
     def advice(self, denoiser: Denoiser) -> str:
@@ -257,23 +294,26 @@ class Discovery:
             )
         return "".join(f"{each}, or " for each in advice)
 
-    def _check_later(self, formula: Formula, residual: Residual) -> None:
-        """Says at the end of the run whether the formula held at the coming step of the report."""
-        steps, place = self.recording.report.steps, len(self.recording.report.steps)
+    def _check_later(self, denoiser: Denoiser, output: Tensor, formula: Formula, seen: Seen) -> None:
+        """Sees to it that the coming step of the report is refused, or noted, when it is read and did not fit."""
+        steps, place = self.recording.report.steps, self._place
+        put_out, got = [y.shape for y in denoiser.outputs], output.shape
+        tolerance, norms = seen.tolerance, seen.norms  # and not the predictions, which would be kept until then
+        rounding = Tolerance(tolerance.s, torch.finfo(seen.prediction.cond.dtype).eps)
 
-        def tell(norms: Tensor) -> None:
-            fit = residual.fit(norms.tolist())
-            if not fit.fits and place < len(steps):  # nothing was done in place of the pipeline's own guidance
+        def tell() -> None:
+            fit = tolerance.fit(norms())
+            if fit.fits:
+                return
+            if self.acts:
+                if not rounding.fit(norms()).fits:
+                    raise self._refusal(denoiser, put_out, got, place, _held(formula, fit))
+                self.is_in_doubt = True  # written in another order, perhaps, than the first step could tell
+            elif place < len(steps):  # nothing was done in place of the pipeline's own guidance
                 steps[place].guidance_scale = None
                 steps[place].add_note(f"not verified: {_held(formula, fit)}")
 
-        self.recording.read_later(residual.norms, tell)
-
-
-def _fetched(seen: Seen) -> tuple[Fit, Tensor]:
-    """(fit, similarity) on the host, by one transfer."""
-    norms, similarity = to_host([seen.residual.norms, seen.similarity])
-    return seen.residual.fit(norms.tolist()), similarity
+        self.recording.read_later(tell)
 
 
 def _held(formula: Formula, fit: Fit) -> str:

@@ -4,7 +4,7 @@
 
 `identify` finds the formula that reproduces a pipeline's own number, so no table of pipelines is needed. If a formula
 gave that number bit for bit, it must do so at every later step. For other formulas, the first step shows how much
-rounding may do. A check at a later step does not wait for the device: see `Residual`.
+rounding may do. A check at a later step does not wait for the device: see `discovery`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.combination import TRIOS, Around, Combination, read
 from diffusers_guidance.pipelines.attach.layout import Layout, View
-from diffusers_guidance.pipelines.attach.residual import Residual, Scale, residual
+from diffusers_guidance.pipelines.attach.residual import Residual, Scale, Tolerance, residual
 
 Scales = Mapping[str, Callable[[], Any]]
 """Where the pipeline's guidance scale may be read, by name."""
@@ -153,16 +153,26 @@ class Formula(Combination):
             is_strict: whether an exact formula must be exact again; otherwise its last digits may differ.
             is_finite: whether all of these numbers are finite.
         """
-        eps = max(torch.finfo(c.dtype).eps, torch.finfo(self.dtype).eps)
+        tolerance = self.tolerance(s, c.dtype, is_strict)
+        return residual(expected, output, self.terms(c, around), self.terms(u, around), tolerance, is_finite)
+
+    def tolerance(self, s: Scale, dtype: torch.dtype, is_strict: bool = True) -> Tolerance:
+        """What rounding may do to what it makes at its scale `s` of (c, u), of `cut`, in their `dtype`."""
+        eps = max(torch.finfo(dtype).eps, torch.finfo(self.dtype).eps)
         if self.exact and self.is_stable and is_strict:
-            noise, floor = 0.0, 0.0
-        elif self.exact and self.is_stable:
-            noise, floor = 0.0, eps / 16
-        elif not self.needs_space and (self.finish or self.exact):  # it rounds nothing larger than what comes out
-            noise, floor = 0.0, 4 * eps
-        else:
-            noise, floor = self.noise or torch.finfo(c.dtype).eps, 0.0
-        return residual(expected, output, self.terms(c, around), self.terms(u, around), s, noise, floor, is_finite)
+            return Tolerance(s, 0.0)
+        if self.exact and self.is_stable:
+            return Tolerance(s, 0.0, eps / 16)
+        if not self.needs_space and (self.finish or self.exact):  # it rounds nothing larger than what comes out
+            return Tolerance(s, 0.0, 4 * eps)
+        return Tolerance(s, self.noise or torch.finfo(dtype).eps)
+
+    def expected(self, outputs: Sequence[Tensor], c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor | None:
+        """What it makes of a step's outputs; None where that is `u + s (c - u)` of (c, u), of `cut`, in their dtype."""
+        simple = self.anchor == "u" and self.branches == 2 and not (self.finish or self.mixed or self.widens)
+        if simple and isinstance(s, float) and c.dtype == u.dtype == self.dtype:
+            return None
+        return self.reproduce(outputs, s, around)
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """The same, of `treated` branches."""

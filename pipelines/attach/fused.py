@@ -5,6 +5,7 @@ In place of `scheduler.step(*args, **kwargs)`:
     fused = fused_step(scheduler, *args, **kwargs)
     if fused is not None:  # else the scheduler's own step
         output, momentum = fused(cond, uncond, momentum, a, b, rule)
+        output = fused.take(guided)  # or so, of what is guided already
 
 `use_fused_steps(False)` turns it off.
 """
@@ -24,6 +25,7 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete as flow
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from diffusers_guidance import kernels
 from diffusers_guidance.kernels.dispatch import backend_of, step
 from diffusers_guidance.kernels.reference import Rule, Update
 
@@ -65,10 +67,19 @@ class FusedStep:
     ) -> tuple[Any, Tensor]:
         """What the scheduler's step would return for the guided prediction, and the new momentum."""
         next_sample, denoised, momentum = step(self.sample, cond, uncond, momentum, a, b, rule, self.update, backend)
+        return self._returned(next_sample, denoised), momentum
+
+    def take(self, prediction: Tensor) -> Any:
+        """What the scheduler's step would return for a prediction that is guided already, such as a forecast."""
+        update, terms = self.update, [self.sample, prediction]
+        denoised = None if update.denoised is None else kernels.mix(terms, update.denoised, update.denoised_dtype)
+        return self._returned(kernels.mix(terms, update.next, update.dtype), denoised)
+
+    def _returned(self, next_sample: Tensor, denoised: Tensor | None) -> Any:
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index += 1
         returned = (next_sample,) if denoised is None else (next_sample, denoised)
-        return (self.output(*returned) if self.return_dict else returned), momentum
+        return self.output(*returned) if self.return_dict else returned
 
 
 def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:

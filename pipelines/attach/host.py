@@ -42,7 +42,7 @@ from diffusers_guidance.pipelines.attach.parts import components, part
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
-from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
+from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step
 
 _NOT_YET = ": nothing to identify yet"
 _STEP = ("model_output", "timestep", "sample")
@@ -54,9 +54,22 @@ class Handed:
     """What the scheduler got at the last step that the pipeline did not guide itself."""
 
     output: Tensor
-    """A copy of the pipeline's own prediction."""
+    """The pipeline's own prediction; a copy where nothing tells that it was changed since."""
+    version: int | None
     guided: Callable[[], Tensor]
     """The replacement."""
+
+    @classmethod
+    def for_output(cls, output: Tensor, guided: Callable[[], Tensor]) -> "Handed":
+        if output.is_inference():
+            return cls(output.clone(), None, guided)
+        return cls(output, output._version, guided)
+
+    def is_for(self, output: Any) -> bool:
+        """Whether a further step's prediction is the same."""
+        if self.version is not None and self.output._version != self.version:
+            return False
+        return output is self.output or (isinstance(output, Tensor) and torch.equal(output, self.output))
 
 
 class Host:
@@ -203,6 +216,7 @@ class Host:
             planned.begin_step(self._step_of(planned, coming=True))
         if planned is denoiser:
             self._active = denoiser
+            self._handed = None  # the next step is on another evaluation
         self._was_called = True
         return denoiser.run(call, args, kwargs)
 
@@ -225,6 +239,8 @@ class Host:
                 "its guidance, attach needs a model_output and a sample; use it without attach"
             )
         output, sample = given["model_output"], given["sample"]
+        if self._discovery.acts and denoiser.nfe:  # this step's network is queued: what the last one sent is there
+            self._recording.read()
         self._tick(denoiser, scheduler, timestep)
 
         def fuse() -> FusedStep | None:
@@ -237,13 +253,15 @@ class Host:
             for each in self._denoisers.values():
                 each.end_step()
         if guided.again is not None:
-            self._handed = Handed(output.clone(), guided.again)
+            self._handed = Handed.for_output(output, guided.again)
             return guided.result
         if guided.tensor is None:
             self._handed = None
             return step(*args, **kwargs)
         handed = guided.tensor
-        self._handed = Handed(output.clone(), lambda: handed)
+        self._handed = Handed.for_output(output, lambda: handed)
+        if (fused := fuse()) is not None:
+            return fused.take(handed)
         args, kwargs = with_argument(taken, args, kwargs, "model_output", handed)
         return step(*args, **kwargs)
 
@@ -290,7 +308,7 @@ class Host:
         if self._handed is None:
             return args, kwargs
         output = by_name(taken, args, kwargs).get("model_output")
-        if not (isinstance(output, Tensor) and torch.equal(output, self._handed.output)):
+        if not self._handed.is_for(output):
             refuse_again(self._call.name, len(self.report.steps) - 1, self.rule, self.policy)
         return with_argument(taken, args, kwargs, "model_output", self._handed.guided().to(output.dtype))
 
@@ -336,11 +354,11 @@ class Host:
             evaluated = denoiser.evaluates
         engine, plan = denoiser.engine, denoiser.plan
         assert engine is not None and plan is not None
+        if self.policy.hands and not denoiser.nfe:
+            return self._forecast(denoiser, engine, plan, step, output, sample, note)
         step, prediction = self._discovery.verify(
-            At(denoiser, step, output, sample, self._clock, plan, evaluated), note
+            At(denoiser, step, output, sample, self._clock, plan, evaluated, denoiser.take_cost(), note)
         )
-        nfe, nfe_full = denoiser.take_cost()
-        prediction = replace(prediction, nfe=nfe, nfe_full=nfe_full)
         formula, w = denoiser.formula, step.w
         assert formula is not None
         engine.check(lambda: self._setting(denoiser, step))
@@ -366,8 +384,21 @@ class Host:
             return Guided(None, found.result, lambda: view.emit(again(), output))
         if self.policy.hands:
             handed = self._hand(denoiser, step, output if handed is None else handed, sample)
-        self._tell(prediction if denoiser.nfe else None, step, output if handed is None else handed, sample)
+        self._tell(prediction, step, output if handed is None else handed, sample)
         return Guided(None if handed is output else handed)
+
+    def _forecast(
+        self, denoiser: Denoiser, engine: Engine, plan: Plan, step: Step, output: Tensor, sample: Tensor, note: str
+    ) -> Guided:
+        """A step that evaluated nothing: there is nothing to verify, and what the scheduler gets is forecast."""
+        formula = denoiser.formula
+        assert formula is not None
+        s = formula.read(self._call.scales, formula.view.working(output)) if formula.scale is not None else None
+        step = replace(step, w=engine.history.scale if s is None else formula.w(s))
+        engine.skip(step, plan, *denoiser.take_cost(), note)
+        handed = self._hand(denoiser, step, output, sample)
+        self._tell(None, step, handed, sample)
+        return Guided(handed)
 
     def _check_batch(self, denoiser: Denoiser, output: Tensor) -> None:
         """Forgets the known batch if the step has another one; refuses evaluations that belong to neither."""

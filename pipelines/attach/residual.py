@@ -27,11 +27,9 @@ class Fit(NamedTuple):
         return self.error <= self.allowed
 
 
-class Residual(NamedTuple):
-    """What a `Fit` is made of, still on the device: nobody waits for it until `norms` is read."""
+class Tolerance(NamedTuple):
+    """What rounding may do to a reproduction of an output."""
 
-    norms: Tensor
-    """(4,): of the error, of the output, of c and of u."""
     s: Scale
     noise: float
     """What rounding may do, as a share of the largest terms."""
@@ -39,7 +37,7 @@ class Residual(NamedTuple):
     """And of the output alone."""
 
     def fit(self, norms: Sequence[float]) -> Fit:
-        """The fit, from `norms` as they have been read."""
+        """The fit, from the norms of the error, of the output, of c and of u."""
         error, output, c, u = norms
         s = self.s
         largest = (
@@ -47,6 +45,18 @@ class Residual(NamedTuple):
         )
         # Every order of operations rounds terms no larger than these, each by less than eps.
         return Fit(error, self.noise * (output + largest * (c + u)) + self.floor * output)
+
+
+class Residual(NamedTuple):
+    """What a `Fit` is made of, still on the device: nobody waits for it until `norms` is read."""
+
+    norms: Tensor
+    """(4,): of the error, of the output, of c and of u."""
+    tolerance: Tolerance
+
+    def fit(self, norms: Sequence[float]) -> Fit:
+        """The fit, from `norms` as they have been read."""
+        return self.tolerance.fit(norms)
 
 
 def exact(x: Tensor) -> Tensor:
@@ -68,9 +78,7 @@ def residual(
     output: Tensor,
     c: Tensor,
     u: Tensor,
-    s: Scale,
-    noise: float | None = None,
-    floor: float = 0.0,
+    tolerance: Tolerance,
     is_finite: bool = False,
 ) -> Residual:
     """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype.
@@ -78,17 +86,15 @@ def residual(
     What is not finite counts as zero, so that the same numbers must be broken in both, and the others agree.
 
     Args:
-        noise: what rounding may do. Default: all that it can in the dtype of c.
         is_finite: whether everything is known to be, so that nothing has to be counted as zero.
     """
-    noise = torch.finfo(c.dtype).eps if noise is None else noise
     if expected.shape != output.shape:
-        return Residual(torch.tensor([float("inf"), 0, 0, 0]), s, noise, floor)
+        return Residual(torch.tensor([float("inf"), 0, 0, 0]), tolerance)
     if not is_finite:
         expected, output, c, u = (t.nan_to_num(0, 0, 0) for t in (expected, output, c, u))
     # Each in a pass of its own: what is large is not copied to be compared.
     norms = torch.stack([_norm(t) for t in (expected - output, output, c, u)])
-    return Residual(norms, s, noise, floor)
+    return Residual(norms, tolerance)
 
 
 def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Fit]:

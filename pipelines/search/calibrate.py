@@ -24,6 +24,7 @@ from torch import Tensor
 from diffusers_guidance.calibration import Calibration, Moments, gains
 from diffusers_guidance.checks import is_number, is_whole, plain
 from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
+from diffusers_guidance.observation import Observation
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprint, scheduler_fingerprint, setting
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.columns import Column
@@ -53,13 +54,13 @@ class Recorded:
     """The run's step at which it begins."""
     cond: list[Tensor] = field(default_factory=list)
     uncond: list[Tensor] = field(default_factory=list)
-    similarities: list[Tensor] = field(default_factory=list)
-    """(2, rows) each, of the denoised predictions and of the noise."""
+    seen: list[Observation] = field(default_factory=list)
+    """What the steps showed of themselves."""
 
     @property
     def similarity(self) -> dict[str, Tensor]:
         """By space, (rows, steps) on the host."""
-        both = torch.stack(self.similarities).float().cpu().permute(1, 2, 0)
+        both = torch.stack([each.similarity for each in self.seen]).permute(1, 2, 0)
         return {space: values.contiguous() for space, values in zip(("denoised", "noise"), both, strict=True)}
 
 
@@ -75,8 +76,8 @@ class Recorder:
         found = self.denoisers.setdefault(step.denoiser, Recorded(step.index))
         for seen, own in zip((found.cond, found.uncond), prediction.own, strict=True):
             seen.append(own)
-        assert prediction.similarity is not None  # an attached run's is known by now
-        found.similarities.append(prediction.similarity)
+        assert prediction.observation is not None  # an attached run's is there by now
+        found.seen.append(prediction.observation)
 
 
 def calibrate(

@@ -4,98 +4,118 @@
 """
 
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
+from device import on_device
 from tiny import PIPELINES, run
-from torch import Tensor
 
-from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, UnsupportedPipeline, attach
+from diffusers_guidance import (
+    APG,
+    CFG,
+    AdaptiveGuidance,
+    EveryStep,
+    Fit,
+    Forecast,
+    Hold,
+    Interval,
+    LinearAG,
+    Schedule,
+    StepAG,
+    UnsupportedPipeline,
+    attach,
+    calibrate,
+)
 from diffusers_guidance.pipelines.attach.layout import Layout
+from diffusers_guidance.policies import REACH
 
 STEPS = 6
-WAITS = {
-    *(Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.nonzero, Tensor.is_nonzero),
-    *(Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__contains__),
-    *(Tensor.equal, torch.equal, torch.nonzero, torch.is_nonzero, torch.allclose, Tensor.unique),
-}
 
 
-class OnDevice(Tensor):
-    """A tensor that counts when its values are asked for; all that is computed from it is one too."""
-
-    waits = 0
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        OnDevice.waits += function in WAITS
-        out = super().__torch_function__(function, types, args, kwargs or {})
-        return out.as_subclass(Tensor) if function is Tensor.cpu else out
-
-
-@contextmanager
-def on_device(pipe, network):
-    """Has the network's outputs and the scheduler's timesteps stand for tensors of a device; yields waits by step."""
-    waits = []
-    set_timesteps = pipe.scheduler.set_timesteps
-
-    def mark(module, args, output):
-        waits.append(OnDevice.waits)
-        return (output[0].as_subclass(OnDevice), *output[1:])  # pipelines ask for a tuple
-
-    def marked(*args, **kwargs):
-        set_timesteps(*args, **kwargs)
-        pipe.scheduler.timesteps = pipe.scheduler.timesteps.as_subclass(OnDevice)
-
-    hook = network.register_forward_hook(mark)
-    pipe.scheduler.set_timesteps = marked
-    try:
-        yield waits
-    finally:
-        waits.append(OnDevice.waits)
-        hook.remove()
-        del pipe.scheduler.set_timesteps
-
-
-def waits_by_step(pipe, entry, network, batch):
-    """Waits from one evaluation to the next, the last up to the end of the run; of one call a step."""
+def waits_by_step(pipe, network, work):
+    """Waits from one evaluation to the next, the last up to the end of the run; of one call an evaluated step."""
     with on_device(pipe, network) as waits:
-        run(pipe, entry, STEPS, batch)
-    per_step = [after - before for before, after in itertools.pairwise(waits)]
-    assert len(per_step) == STEPS
-    return per_step
+        work()
+    return [after - before for before, after in itertools.pairwise(waits)]
+
+
+def added(pipe, network, rule, policy, work):
+    """(waits that attaching adds from one evaluation to the next, the report)."""
+    first, own, *_ = waits_by_step(pipe, network, work)  # a pipeline's own waits, after the first step the same
+    with attach(pipe, rule, policy) as handle:
+        waits = waits_by_step(pipe, network, work)
+    steps = [i for i, step in enumerate(handle.report.steps) if step.nfe] + [STEPS]
+    print(f"{own=}, {waits=}, {steps=}")
+    found = [n - own * (stop - start) for n, (start, stop) in zip(waits, itertools.pairwise(steps), strict=True)]
+    return [found[0] - (first - own), *found[1:]], handle.report
 
 
 @pytest.fixture(params=["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
 def tiny(request):
     entry = PIPELINES[request.param]
     pipe = entry.build()
-    return pipe, entry, getattr(pipe, entry.denoisers[0])
+    return pipe, getattr(pipe, entry.denoisers[0]), lambda: run(pipe, entry, STEPS, 3)
 
 
-def test_nothing_is_waited_for_that_was_not_before(tiny):
-    """Beyond identification at the first step, and one transfer of all that was verified, at the end."""
-    untouched = waits_by_step(*tiny, 3)
-    with attach(tiny[0], CFG(), EveryStep()) as handle:
-        attached = waits_by_step(*tiny, 3)
-    extra = [after - before for after, before in zip(attached, untouched, strict=True)]
-    print(f"{untouched=}, {extra=}")
-    assert extra[1:] == [0] * (STEPS - 2) + [1]
-    assert 0 < extra[0] <= 80  # identification, and reading the scheduler's table, once a run
-    assert all(value is not None for step in handle.report.steps for value in step.similarity)
+LOOKING_AT_NOTHING = [
+    (CFG(), EveryStep()),
+    (APG(), EveryStep()),
+    (CFG(), Hold(2)),
+    (APG(), Hold(3)),
+    (CFG(), Interval(0.2, 0.7)),
+    (CFG(), StepAG(0.5)),
+    (CFG(), LinearAG()),
+    (APG(), LinearAG()),
+    (CFG(), Forecast(0.4)),
+    (APG(), Forecast(0.4)),
+    (CFG(), Forecast(0.4, learn=True)),
+]
 
 
-@pytest.mark.parametrize(
-    ("rule", "policy"), [(CFG(), AdaptiveGuidance(0.5)), (APG(), AdaptiveGuidance()), (CFG(), Hold(2))], ids=str
-)
-def test_where_something_is_done_one_transfer_a_step(tiny, rule, policy):
-    untouched = waits_by_step(*tiny, 3)
-    with attach(tiny[0], rule, policy):
-        attached = waits_by_step(*tiny, 3)
-    extra = [after - before for after, before in zip(attached, untouched, strict=True)]
-    print(f"{untouched=}, {extra=}")
+@pytest.mark.parametrize(("rule", "policy"), LOOKING_AT_NOTHING, ids=str)
+def test_nothing_is_waited_for_that_was_not_before(tiny, rule, policy):
+    """Beyond identification at the first step, and the last step's numbers at the end."""
+    pipe, network, work = tiny
+    extra, report = added(pipe, network, rule, policy, work)
+    assert max(extra[1:-1]) <= 0  # a step that calls no network lacks what the network waits for
+    assert 0 < extra[0] <= 90  # identification, and reading the scheduler's table, once a run
+    assert extra[-1] <= (STEPS if policy.learns else 1)  # or what a run has taught
+    for step in report.steps:
+        assert [value is not None for value in step.similarity] == [was == "both" for was in step.evaluated]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_search_waits_for_nothing(per_channel):
+    pipe = PIPELINES["StableDiffusionPipeline"].build()
+    call = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "height": 16, "width": 16}
+    made = calibrate(pipe, ["a red apple", "a tiger"], trajectories=2, per_channel=per_channel, **call)
+    for actions in ("both both extrapolate neither both neither", "both extrapolate conditional both extrapolate both"):
+        policy = Schedule(actions.split(), made, Fit(per_channel=per_channel))
+        extra, report = added(pipe, pipe.unet, CFG(), policy, lambda: pipe("a cat", output_type="latent", **call))
+        assert max(extra[1:-1]) <= 0  # a step that calls no network lacks what the network waits for
+        assert extra[-1] <= 1
+        assert report.nfe < report.nfe_full
+
+
+@pytest.mark.parametrize("rule", [CFG(), APG()], ids=str)
+@pytest.mark.parametrize("threshold", [0.3, 0.9, 0.999, 1.0])
+def test_adaptive_guidance_waits_only_within_reach(tiny, rule, threshold):
+    """And decides as where it sees every similarity at once, or guides a step more where one jumps."""
+    pipe, network, work = tiny
+    policy = AdaptiveGuidance(threshold)
+    with attach(pipe, rule, policy) as handle:
+        work()
+    at_once = handle.report
+    extra, report = added(pipe, network, rule, policy, work)
     assert max(extra[1:]) <= 1
+    for i, step in enumerate(report.steps[2:], 2):
+        seen = [value for value in report.steps[i - 2].similarity if value is not None]  # what has arrived by then
+        if not any(1 - value <= REACH * (1 - threshold) + 1e-5 for value in seen) or report.steps[i - 1].nfe == 3:
+            assert extra[i - 1] == 0, step
+    nfe = [step.nfe for step in report.steps]
+    print(nfe, [step.nfe for step in at_once.steps])
+    assert 0 <= report.nfe - at_once.nfe <= 3  # at most one a sample
+    assert all(now >= then.nfe for now, then in zip(nfe, at_once.steps, strict=True))
 
 
 @pytest.mark.parametrize("policy", [EveryStep(), Hold(2)], ids=str)

@@ -483,10 +483,10 @@ def test_a_pipeline_of_many_views_without_guidance():
 
 
 def test_the_users_exception_is_not_hidden_by_the_report(monkeypatch):
-    def broken(unread: Any) -> Any:
+    def broken(arrival: Any) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr("diffusers_guidance.report.to_host", broken)
+    monkeypatch.setattr("diffusers_guidance.observation.Arrival.read", broken)
     pipe = SD.build()
 
     def fail(pipe: Any, kwargs: dict) -> None:

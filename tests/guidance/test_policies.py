@@ -1,6 +1,7 @@
 """Policies by themselves: what they plan from a history, what they estimate, and values that are refused."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,12 @@ def actions(policy, count, rows=1, sigma=lambda i: None):
     return "".join(plan[0].action[0] for plan in plans)
 
 
+def showing(denoised, noise, is_here=True):
+    """What a step shows whose similarities are these."""
+    similarity = torch.stack([torch.as_tensor(denoised), torch.as_tensor(noise)])
+    return SimpleNamespace(similarity=similarity, is_here=is_here)
+
+
 def test_every_step():
     assert actions(EveryStep(), 3) == "bbb"
 
@@ -58,8 +65,7 @@ def test_adaptive_guidance_stops_each_sample_after_its_own_crossing(space):
     stopped = []
     for i, row in enumerate(seen):
         stopped.append([d.action for d in policy.plan(Step(i, 5), history)])
-        history.similarity[space].append(torch.tensor(row))
-        history.similarity["noise" if space == "denoised" else "denoised"].append(torch.ones(3))
+        history.seen.append(showing(row, torch.ones(3)) if space == "denoised" else showing(torch.ones(3), row))
     stopped.append([d.action for d in policy.plan(Step(3, 5), history)])
     assert stopped == [
         ["both", "both", "both"],
@@ -74,7 +80,7 @@ def test_patience_wants_a_row_of_agreeing_steps():
     policy = AdaptiveGuidance(0.9, patience=2)
     history = History(1)
     for value, expected in [(0.95, "both"), (0.8, "both"), (0.95, "both"), (0.92, "conditional"), (NAN, "conditional")]:
-        history.similarity["denoised"].append(torch.tensor([value]))
+        history.seen.append(showing([value], [1.0]))
         assert policy.plan(Step(0, 9), history)[0].action == expected
 
 
@@ -101,7 +107,7 @@ def test_hold_step_ag_and_the_published_schedule():
 
 def test_the_held_difference_is_held_as_a_velocity():
     delta, cond = torch.randn(2, 2, 3, 4)
-    history = History(2, delta=delta, velocity=torch.tensor([1.0, 2.0]))
+    history = History(2, delta=delta, velocity=[1.0, 2.0])
     estimate = Hold(2).estimate(Step(3, 9, velocity=4.0), history, cond)
     expected = cond - delta * torch.tensor([0.25, 0.5]).view(2, 1, 1)
     torch.testing.assert_close(estimate, expected)

@@ -24,6 +24,7 @@ if not (ON_GPU or INTERPRETED):
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
 launch = pytest.importorskip("diffusers_guidance.kernels.launch", reason="needs triton 3.3 or newer")
+passes = pytest.importorskip("diffusers_guidance.kernels.passes", reason="needs triton 3.3 or newer")
 _offsets = launch.programs._offsets
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU alone can show it")
@@ -224,6 +225,68 @@ def test_similarity_against_the_reference():
     nan, fine = kernels.similarity(x, c, u, 1.0, -0.5, backend="triton")
     assert nan.isnan()
     assert fine.isfinite()
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_observe_against_the_reference(seed, case, monkeypatch):
+    monkeypatch.setattr(passes, "observe_kernel", Counted(passes.observe_kernel))
+    (sample, cond, uncond, _), a, b, _, label = drawn(random.Random(seed + case))
+    print(label)
+    ways, s = ((a, b), (1.0, 0.4)), 7.5
+    output = uncond + s * (cond - uncond)
+    off = output + 0.1 * output.abs().max().to(output.dtype) * torch.randn_like(output)
+    for given in (None, output, off):
+        for expected in (None, *([output] if given is not None else [])):
+            for x in (None, sample):
+                found = kernels.observe(x, cond, uncond, *ways, given, expected, s, backend="triton")
+                x, c, u, o, e = exactly((x, cond, uncond, given, output))
+                exact = reference.observe(x, c, u, *ways, o, e).sum(1)
+                found = found.double().cpu().sum(1)
+                # The products of two vectors may cancel: they are compared with the vectors' sizes.
+                size = exact.clone()
+                size[:, 7:] = (exact[:, 4:6] * exact[:, 6:7]).sqrt()
+                assert ((found - exact).abs() <= 2e-5 * size).all(), (found, exact)
+                if given is output:
+                    assert (found[:, 0] == 0).all()
+    assert passes.observe_kernel.launches == 10
+
+
+def test_observe_counts_what_is_not_finite_as_zero():
+    cond, uncond = torch.randn(2, 3, 4, 5, 6, device=DEVICE)
+    cond[1, 0, 0, 0], uncond[2, 1, 1, 1] = torch.inf, torch.nan
+    output = uncond + 3.0 * (cond - uncond)
+    for backend in ("torch", "triton"):
+        sums = kernels.observe(None, cond, uncond, output=output, s=3.0, backend=backend).sum(1)
+        assert sums[:, :4].isfinite().all()
+        assert (sums[:, 0] == 0).all()
+    output[0, 0, 0, 0] = torch.nan
+    assert kernels.observe(None, cond, uncond, output=output, s=3.0, backend="triton").sum(1)[0, 0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 20])
+def test_mix_against_the_reference(dtype, count, monkeypatch):
+    monkeypatch.setattr(passes, "mix_kernel", Counted(passes.mix_kernel))
+    kinds = [dtype, torch.float32]
+    tensors = [torch.randn(2, 3, 5, 7, device=DEVICE).to(kinds[i % 2]) for i in range(count)]
+    tensors[-1] = in_order(tensors[-1], [0, 2, 3, 1])
+    factors = torch.randn(count).tolist()
+    found = kernels.mix(tensors, factors, dtype, backend="triton")
+    exact = sum(factor * t.double() for factor, t in zip(factors, tensors, strict=True))
+    assert found.dtype == dtype
+    assert rms(found, exact) < max(1e-6, ROUNDING * HALF.get(dtype, 0.0))
+    assert passes.mix_kernel.launches == {9: 2, 20: 3}.get(count, 1)
 
 
 def test_a_batch_of_nobody():

@@ -1,0 +1,95 @@
+"""What a guided step shows of itself, and how its numbers get from the device to the host: nobody waits on the way.
+
+A device works behind its host. To ask for a number of the current step is to let it run dry. So numbers are sent when
+they are made (`Arrival`), and read once the next step's networks have been asked for: what was made before
+these has been passed by then. Where the host itself computes, numbers have arrived when they are made.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.spaces import Space
+
+
+def is_here(numbers: Tensor) -> bool:
+    """Whether the host may read them without waiting."""
+    return numbers.device.type == "cpu"
+
+
+def send(numbers: Tensor) -> tuple[Tensor, torch.Event | None]:
+    """A copy on the host, complete after the event; without one, the numbers themselves, on a device that has none."""
+    device = numbers.device
+    stream = getattr(torch.get_device_module(device), "current_stream", None)
+    if stream is None or not hasattr(torch.Stream, "record_event"):
+        return numbers, None
+    sent = numbers.to("cpu", non_blocking=True)  # into pinned memory
+    return sent, stream(device).record_event()
+
+
+class Arrival:
+    """Numbers on their way to the host."""
+
+    def __init__(self, numbers: Tensor):
+        self.is_here = is_here(numbers)
+        """Whether they were there at once."""
+        self._numbers, self._event = (numbers.detach(), None) if self.is_here else send(numbers.detach())
+
+    def read(self) -> Tensor:
+        """On the host; waits for them where they are not there yet."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        self._numbers = self._numbers.cpu()
+        return self._numbers
+
+
+class Observation:
+    """The sums of `kernels.observe`, of a step's rows.
+
+    Args:
+        sums: (rows, parts, 9).
+        space: of the step; None: not known.
+        evaluated: by row, whether both predictions are the network's own.
+    """
+
+    def __init__(self, sums: Tensor, space: Space | None, evaluated: Sequence[bool]):
+        self._sums, self._space, self._evaluated = Arrival(sums), space, evaluated
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was on the host at once."""
+        return self._sums.is_here
+
+    @cached_property
+    def _totals(self) -> list[list[float]]:
+        """By row, the nine sums."""
+        return self._sums.read().double().sum(1).tolist()
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """(2, rows): cosines of the denoised predictions and of the noise, NaN where unknown; waits for them.
+
+        With X and d = b (c - u): <X, X - d> / sqrt(<X, X> <X - d, X - d>).
+        """
+        found = [[math.nan] * len(self._evaluated) for _ in range(2)]
+        if self._space is not None and any(self._evaluated):
+            for i, was in enumerate(self._evaluated):
+                _, _, _, _, XX, NN, dd, Xd, Nd = self._totals[i]
+                for each, VV, Vd, b in zip(found, (XX, NN), (Xd, Nd), (self._space.b, self._space.q), strict=True):
+                    size = VV * (VV - 2 * b * Vd + b * b * dd)
+                    each[i] = (VV - b * Vd) / math.sqrt(size) if was and size > 0 else math.nan
+        return torch.tensor(found)
+
+    @property
+    def norms(self) -> list[float]:
+        """Of what the step's output was off by, of the output, of c and of u: over all rows; waits for them."""
+        return [sum(row[i] for row in self._totals) ** 0.5 for i in range(4)]
+
+
+def unseen(rows: int) -> Observation:
+    """Of a step that did not evaluate both predictions."""
+    return Observation(torch.zeros(rows, 1, 9), None, [False] * rows)
