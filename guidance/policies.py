@@ -505,6 +505,7 @@ class Forecast(Policy):
         known[step.index] = now = _denoised(guided, sample, space)
         made = Handed(guided, note) if not skipped or space is None or space.b == 0 else None
         if made is None:
+            assert space is not None
             gain = denoised_gains(step.table)
             repaid = combined(known, repayment([*known], skipped, gain, by))
             sizes = [self._off(known, skipped, gain, by, repaid), repaid.norm(), now.norm()]

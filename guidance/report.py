@@ -188,10 +188,12 @@ class Recording:
         )
         added = self.report.steps[-1]
 
-        def tell() -> None:
-            added.similarity, added.similarity_noise = map(to_list, seen.similarity)
-
         if seen is not None:
+            arriving = seen  # not None
+
+            def tell() -> None:
+                added.similarity, added.similarity_noise = map(to_list, arriving.similarity)
+
             self.read_later(tell)
 
     def read_later(self, tell: Callable[[], None]) -> None:

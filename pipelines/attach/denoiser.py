@@ -180,7 +180,7 @@ class Denoiser:
     def hold(self) -> None:
         """Keeps what was put out at this step for one branch, to put it out for all where nothing is evaluated."""
         assert self.formula is not None
-        cond = self.formula.parts(self.outputs)[self.formula.cond_index]
+        cond = self.formula.layout.invert(self.outputs)[self.formula.cond_index]
         self.held = cond.clone() if self.formula.batched else cond  # a copy as it is
 
     def end_step(self) -> None:
@@ -297,7 +297,7 @@ class Denoiser:
         assert self.engine is not None
         if self.policy.hands:  # what is put out has no part in what the scheduler is handed
             assert self.held is not None
-            y = formula.outputs([self.held] * formula.branches)[branch]
+            y = formula.layout.apply([self.held] * formula.branches)[branch]
             y = y if formula.batched else y.clone()
             self._note(y, 0, len(y))
             return batch.with_prediction(self.template, y)

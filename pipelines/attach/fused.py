@@ -72,7 +72,9 @@ class FusedStep:
     def take(self, prediction: Tensor) -> Any:
         """What the scheduler's step would return for a prediction that is guided already, such as a forecast."""
         update, terms = self.update, [self.sample, prediction]
-        denoised = None if update.denoised is None else kernels.mix(terms, update.denoised, update.denoised_dtype)
+        denoised = None
+        if update.denoised is not None and update.denoised_dtype is not None:
+            denoised = kernels.mix(terms, update.denoised, update.denoised_dtype)
         return self._returned(kernels.mix(terms, update.next, update.dtype), denoised)
 
     def _returned(self, next_sample: Tensor, denoised: Tensor | None) -> Any:
