@@ -28,7 +28,7 @@ from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
 from diffusers_guidance.forecast import (
     UNMEASURED,
-    combined,
+    combined_at,
     denoised_gains,
     forecast,
     missed,
@@ -449,29 +449,44 @@ class Forecast(Policy):
             )
         note = ""
         if history.scale is None:
-            history.scale = step.w
-            note = self._told(step, step.w)
+            history.scale = _typical(step)
+            note = self._told(step, history.scale)
         by = UNMEASURED if space is None else self._by(step.table, history.scale)
+        if guided is not None and (
+            history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values())
+        ):
+            history.lapse()  # from another scheduler, or other samples
+        if step.w is not None:
+            history.scales[step.index] = step.w
         if guided is None:
             history.skipped.append(step.index)
             combination = forecast([*known], step.index, by)
             return Handed(
-                _predicted(combined(known, combination), sample, space), f"forecast from {_named(combination)}"
+                _predicted(combined_at(step.w, history, combination), sample, space),
+                f"forecast from {_named(combination)}",
             )
-        if history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values()):
-            known.clear()  # from another scheduler, or other samples
-            history.skipped.clear()
         history.is_denoised = space is not None
         skipped, history.skipped = history.skipped, []
         known[step.index] = now = _denoised(guided, sample, space)
+        if history.direction is not None:
+            history.slopes[step.index] = history.direction if space is None else space.b * history.direction
         while len(known) > 3:
-            del known[min(known)]
+            oldest = min(known)
+            del known[oldest]
+            history.slopes.pop(oldest, None)
         if not skipped or space is None or space.b == 0:
             return Handed(guided, note)
-        gain = denoised_gains(step.table)
-        repaid = combined(known, repayment([*known], skipped, gain, by))
+
+        def repaid_by(gain: Sequence[float]) -> Tensor:
+            if not history.slopes:
+                return combined_at(step.w, history, repayment([*known], skipped, gain, by))
+            each = [repayment([*known], [j], gain, by) for j in skipped]
+            at = [combined_at(history.scales.get(j), history, one) for j, one in zip(skipped, each, strict=True)]
+            return torch.stack(at).sum(0)
+
+        repaid = repaid_by(denoised_gains(step.table))
         # Of equal gains a repayment is the sum of what is now known to have been missing.
-        off = combined(known, repayment([*known], skipped, [1.0] * len(gain), by)) / len(skipped)
+        off = repaid_by([1.0] * len(step.table)) / len(skipped)
         sizes = torch.stack([off.norm(), repaid.norm()]) / now.norm()
         return Handed((guided + repaid / space.b).to(guided.dtype), f"repays {_named(skipped)}", sizes)
 
@@ -480,6 +495,13 @@ OPTIMISM = 0.12
 """By what share more than it says itself the estimates of one run are off by in sum in other runs; half that of two."""
 MOST_DOUBT = 0.5
 """The share of a forecast's predicted error that may be unmeasured before a run is learned anew."""
+
+
+def _typical(step: Step) -> float | None:
+    """The scale that a run is known by: its mean where it is scheduled, and over samples."""
+    if step.mean_w is not None or step.w is None:
+        return step.mean_w
+    return sum(step.w) / len(step.w) if isinstance(step.w, tuple) else step.w
 
 
 def _named(steps: Iterable[int]) -> str:

@@ -33,7 +33,8 @@ class StepReport:
     """Network evaluations made, of all samples together."""
     nfe_full: int
     """Those the pipeline would have made by itself."""
-    guidance_scale: float | None = None
+    guidance_scale: float | list[float] | None = None
+    """The settled scale w, where 1 is the conditional prediction alone; a list where it differs by sample."""
     denoiser: str = ""
     note: str = ""
     off: float | None = None
@@ -103,13 +104,16 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.pipeline}: {self.rule} with {self.policy}", self.summary()]
         lines += [self.note] if self.note else []
-        lines.append("step  timestep     sigma  NFEs  evaluated      similarity         why")
+        changes = len({str(step.guidance_scale) for step in self.steps} - {"None"}) > 1
+        scale = "  scale   " if changes else ""
+        lines.append(f"step  timestep     sigma{scale}  NFEs  evaluated      similarity         why")
         for step in self.steps:
             known = [value for value in step.similarity if value is not None]
             spread = f"{min(known):.4f}..{max(known):.4f}" if len(known) > 1 else "".join(f"{v:.4f}" for v in known)
             ran = "/".join(f"{step.evaluated.count(kind)} {kind}" for kind in dict.fromkeys(step.evaluated))
             lines.append(
-                f"{step.index:4d}  {_short(step.timestep):>8}  {_short(step.sigma):>8}  {step.nfe:4d}"
+                f"{step.index:4d}  {_short(step.timestep):>8}  {_short(step.sigma):>8}"
+                f"{f'  {_spread(step.guidance_scale):<8}' if changes else ''}  {step.nfe:4d}"
                 f"  {ran:<13}  {spread:<17}  {step.note}".rstrip()
             )
         return "\n".join(lines)
@@ -180,7 +184,7 @@ class Recording:
                 similarity_noise=[None] * len(plan),
                 nfe=nfe,
                 nfe_full=nfe_full,
-                guidance_scale=step.w,
+                guidance_scale=list(step.w) if isinstance(step.w, tuple) else step.w,
                 denoiser=step.denoiser,
                 note="; ".join(reasons),
             )
@@ -238,6 +242,12 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in numbers.items()
     }
+
+
+def _spread(scale: float | list[float] | None) -> str:
+    if not isinstance(scale, list):
+        return _short(scale)
+    return "..".join(_short(end) for end in dict.fromkeys([min(scale), max(scale)]))
 
 
 def _short(value: float | None) -> str:

@@ -60,7 +60,7 @@ class Discovery:
 
     def __init__(self, call: Call, rule: Rule, policy: Policy, recording: Recording):
         self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
-        self.acts = not (rule.is_plain and type(policy) is EveryStep)
+        self.acts = not (rule.is_plain and type(policy) is EveryStep) or rule.is_scheduled
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
 
     def is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
@@ -144,8 +144,10 @@ class Discovery:
         fit, similarity = _fetched(seen)
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
-        is_turned = formula.scale is None and any(evaluated) and seen.step.w < -_ROUNDING
-        doubt = turned(formula, seen.step.w) if is_turned else ""
+        w = seen.step.w
+        assert not isinstance(w, tuple)  # the pipeline's own
+        is_turned = formula.scale is None and any(evaluated) and w < -_ROUNDING
+        doubt = turned(formula, w) if is_turned else ""
         if doubt or not fit.fits:
             try:
                 self._identify_anew(denoiser, output, sample, clock, doubt or _held(formula, fit))
@@ -194,11 +196,11 @@ class Discovery:
         c, u = formula.cut(denoiser.outputs, around)
         guided = any(evaluated) or not all(each.action == Action.CONDITIONAL for each in plan)
         if formula.mixed == SOLVED:
-            if not self.rule.is_plain:
+            if not self.rule.is_plain or self.rule.is_scheduled:
                 raise UnsupportedPipeline(
                     f"{self.call.name} changes its guided prediction in an unknown way, and may "
-                    f"change that of {self.rule} in another: {self.advice(denoiser)}use CFG() as the rule, with "
-                    "any policy"
+                    f"change that of {self.rule} in another: {self.advice(denoiser)}use CFG() as the rule, without "
+                    "a scale of its own, with any policy"
                 )
             few = Sample(target.shape)
             (alpha, *betas), fit = mixture(*(few(t) for t in ((target, x, c, u) if guided else (target, x, c))))
@@ -227,6 +229,11 @@ class Discovery:
             w = formula.w(s)
             expected = formula.reproduce(denoiser.outputs, s, around)
             found = formula.residual(expected, target, c, u, s, around, is_strict=self.acts)
+            if isinstance(s, Tensor | tuple) and self.rule.is_scheduled:
+                raise UnsupportedPipeline(
+                    f"{self.call.name} guides at several scales at once, and the schedule of {self.rule} is of one: "
+                    "give its rule no guidance_scale, and set the pipeline's own"
+                )
             if isinstance(s, Tensor) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
                     f"{self.call.name} guides parts of a prediction at different scales, but {self.rule} has "

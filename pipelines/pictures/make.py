@@ -22,6 +22,7 @@ from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
+from diffusers_guidance.scales import Given, stand_in
 
 
 class Case(NamedTuple):
@@ -44,7 +45,7 @@ class Result:
     name: str
     rule: Rule
     policy: Policy
-    guidance_scale: float
+    guidance_scale: Given
     pictures: list[Any] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0
@@ -97,7 +98,7 @@ def make(
     column: Column,
     *,
     steps: int,
-    guidance_scale: float = 5.0,
+    guidance_scale: Given = 5.0,
     batch: int | None = None,
     progress: Progress = silent,
     observers: Sequence[Observer] = (),
@@ -130,9 +131,9 @@ def make(
     return result
 
 
-def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: float, **arguments: Any) -> None:
+def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: Given, **arguments: Any) -> None:
     """Two steps of plain guidance, so that the next run does not pay for the start."""
-    make(pipe, cases, Column("warming up", CFG(), EveryStep(), guidance_scale), steps=2, **arguments)
+    make(pipe, cases, Column("warming up", CFG(), EveryStep(), stand_in(guidance_scale)), steps=2, **arguments)
 
 
 def _steps_of(progress: Progress, name: str, number: int, steps: int, calls: int) -> Progress:
