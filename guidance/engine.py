@@ -11,6 +11,7 @@
 `guide` once their predictions exist.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -161,7 +162,8 @@ class Engine:
         if self.recorder is not None:
             self.recorder.see(step, prediction)
         cost = prediction.nfe, prediction.nfe_full
-        self.recording.add(step, plan, prediction.evaluated, *cost, similarity, prediction.note)
+        difference = noise_difference(step, prediction) if any(prediction.evaluated) else None
+        self.recording.add(step, plan, prediction.evaluated, *cost, similarity, prediction.note, difference)
         if self.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return Guided(None)  # nothing new to combine
         return self._combined(step, plan, prediction, own, finish, fuse)
@@ -233,6 +235,18 @@ class Engine:
         """Tells the observers of a step, and what the sampler receives."""
         for observer in self.observers:
             observer(step, prediction, guided)
+
+
+def noise_difference(step: Step, prediction: Prediction) -> Tensor:
+    """(rows,): `||cond - uncond||` of the noise predictions, on the device; NaN for rows that were not evaluated.
+
+    Where the noise is not known, of the predictions as they are.
+    """
+    c, u = prediction.cond, prediction.uncond
+    working = torch.promote_types(c.dtype, torch.float32)
+    factor = 1.0 if step.space is None or not math.isfinite(step.space.q) else abs(step.space.q)
+    found = factor * (c.to(working) - u.to(working)).flatten(1).norm(dim=1)
+    return pick(prediction.evaluated, found, torch.full_like(found, torch.nan))
 
 
 def _direction(guided: Tensor, prediction: Prediction, w: scales.W) -> Tensor:

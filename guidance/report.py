@@ -42,6 +42,8 @@ class StepReport:
     of a batch as a whole."""
     repaid: float | None = None
     """The size of the repayment, likewise."""
+    difference: list[float | None] = field(default_factory=list)
+    """By sample, the norm of the difference of both noise predictions; None where they were not both evaluated."""
 
     def add_note(self, note: str) -> None:
         """Adds to what is said of the step."""
@@ -83,13 +85,26 @@ class Report:
         return found
 
     @property
+    def difference(self) -> list[float]:
+        """By sample, `||cond - uncond||` of the noise predictions, summed over the steps that evaluated both.
+
+        Of several seeds for one prompt, those with more of it tend to be better (CFG-Rejection, arXiv 2505.23343), and
+        the first steps tell: `generate --best-of`.
+        """
+        found = [0.0] * max((len(step.difference) for step in self.steps), default=0)
+        for step in self.steps:
+            for i, value in enumerate(step.difference):
+                found[i] += value or 0.0
+        return found
+
+    @property
     def saved(self) -> float:
         """Share of the network evaluations saved, 0 to 1 (negative where a check cost one and nothing was saved)."""
         return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types; values that are not finite become None."""
-        totals = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
+        totals = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved, "difference": self.difference}
         head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note")}
         return head | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
 
@@ -163,6 +178,7 @@ class Recording:
         nfe_full: int,
         similarity: Tensor | None = None,
         note: str = "",
+        difference: Tensor | None = None,
     ) -> None:
         """Adds a step.
 
@@ -170,6 +186,7 @@ class Recording:
             plan: how each sample was used.
             evaluated: by sample, whether both of its predictions were evaluated.
             similarity: (2, rows), of the denoised predictions and of the noise.
+            difference: (rows,), the norm of that of the noise predictions.
         """
         alone = [Action.NEITHER if each.action == Action.NEITHER else Action.CONDITIONAL for each in plan]
         reasons = dict.fromkeys(filter(None, [note, *(each.why for each in plan)]))
@@ -187,6 +204,7 @@ class Recording:
                 guidance_scale=list(step.w) if isinstance(step.w, tuple) else step.w,
                 denoiser=step.denoiser,
                 note="; ".join(reasons),
+                difference=[None] * len(plan),
             )
         )
         added = self.report.steps[-1]
@@ -194,8 +212,13 @@ class Recording:
         def tell(values: Tensor) -> None:
             added.similarity, added.similarity_noise = map(to_list, values)
 
+        def tell_difference(values: Tensor) -> None:
+            added.difference = to_list(values)
+
         if similarity is not None:
             self.read_later(similarity, tell)
+        if difference is not None:
+            self.read_later(difference, tell_difference)
 
     def read_later(self, numbers: Tensor, tell: Callable[[Tensor], None]) -> None:
         """Has `tell` given these numbers at the end of the run, on the host."""

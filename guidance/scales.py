@@ -119,6 +119,13 @@ def guides(given: Given) -> bool:
     return any(number != 1 for each in _read(given) for number in each.numbers)
 
 
+def parts(given: Given) -> tuple[int, tuple[str, ...]]:
+    """How many samples it is for, 1 where it says nothing of them; and the networks that it names."""
+    found = _read(given) if isinstance(given, str) else ()
+    names = [name for each in found if isinstance(each, Experts) for name, _ in each.by]
+    return max(len(found), 1), tuple(dict.fromkeys(names))
+
+
 def text(given: Given | None) -> str:
     """As a user would write it."""
     return "" if given is None else _told(given)

@@ -64,10 +64,10 @@ def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict
     """All prompts with the cell's seed."""
     steps, cases = suite.entry(cell.column).steps or suite.steps, cases_of(suite.prompts, [cell.seed], suite.negative)
     made = _make(pipe, suite, cases, column, steps, batch=cell.batch)
-    given = made.guidance_scale
+    given = text(made.guidance_scale) if changes(made.guidance_scale) else made.guidance_scale
     return {
         "rule": repr(made.rule), "policy": repr(made.policy), "plain": made.is_plain and cell.effective is None,
-        "guidance_scale": text(given) if changes(given) else given, "steps": steps, "seed": cell.seed, "nfe": made.nfe_by_sample,
+        "guidance_scale": given, "steps": steps, "seed": cell.seed, "nfe": made.nfe_by_sample,
         "seconds": made.seconds,
     }, [png_of(picture) for picture in made.pictures]  # fmt: skip
 

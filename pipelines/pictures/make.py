@@ -4,6 +4,7 @@ import inspect
 import io
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 
 from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.checks import plain
-from diffusers_guidance.engine import Observer
+from diffusers_guidance.checks import is_whole, plain
+from diffusers_guidance.engine import Observer, noise_difference
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE, borrowed
 from diffusers_guidance.pipelines.pictures.columns import Column, short
 from diffusers_guidance.pipelines.pictures.measures import saturation, tensor_of
@@ -23,6 +24,7 @@ from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
 from diffusers_guidance.scales import Given, stand_in
+from diffusers_guidance.steps import Prediction, Step
 
 
 class Case(NamedTuple):
@@ -129,6 +131,81 @@ def make(
             result.reports.append(handle.report)
         result.calibration = handle.calibration
     return result
+
+
+class Best(NamedTuple):
+    """The seed chosen out of several, and what each showed."""
+
+    case: Case
+    """With the best seed."""
+    differences: dict[int, float]
+    """By seed, `||cond - uncond||` of the noise, summed over the first steps."""
+    nfe: int
+    """Network evaluations that the choice took."""
+
+
+def best_of(
+    pipe: Any,
+    case: Case,
+    column: Column,
+    *,
+    seeds: Sequence[int],
+    after: int,
+    steps: int,
+    guidance_scale: Given = 5.0,
+    batch: int | None = None,
+    **arguments: Any,
+) -> Best:
+    """The case with the seed whose first steps promise the most (CFG-Rejection, arXiv 2505.23343).
+
+    Each seed is run for the first `after` of `steps` steps under full guidance, and given up. Of one prompt's samples
+    those that the condition moves most in their first steps tend to be the better ones; the authors look at 10 of 50.
+
+    Args:
+        batch: seeds per call; None for all.
+
+    Raises:
+        ValueError: no seed, or not at least one step and fewer than all; or no step of the run guided.
+    """
+    if not seeds or not is_whole(after, 1) or after >= steps:
+        raise ValueError(f"seeds={list(seeds)!r}, after={after!r}: at least one seed, and from 1 to {steps - 1} steps")
+    found: dict[int, float] = {}
+    size, nfe = batch or len(seeds), 0
+    tried = replace(column, rule=column.rule or DEFAULT_RULE, policy=EveryStep())
+    for start in range(0, len(seeds), size):
+        part = seeds[start : start + size]
+        race = _Race(after)
+        with suppress(_Enough):
+            make(
+                pipe, [case._replace(seed=seed) for seed in part], tried, steps=steps, guidance_scale=guidance_scale,
+                observers=[race], **arguments,
+            )  # fmt: skip
+        if race.total is None or len(race.total) != len(part):
+            raise ValueError("best_of needs a pipeline that does classifier-free guidance, one picture for each seed")
+        found |= dict(zip(part, race.total.tolist(), strict=True))
+        nfe += race.nfe
+    return Best(case._replace(seed=max(found, key=lambda seed: found[seed])), found, nfe)
+
+
+class _Enough(Exception):
+    """Ends a run of which only the first steps are wanted."""
+
+
+@dataclass
+class _Race:
+    """An observer that adds up differences, and ends the run after so many steps."""
+
+    after: int
+    total: torch.Tensor | None = None
+    nfe: int = 0
+
+    def __call__(self, step: Step, prediction: Prediction | None, guided: torch.Tensor) -> None:
+        if prediction is not None:
+            now = noise_difference(step, prediction).double()
+            self.total = now if self.total is None else self.total + now
+            self.nfe += prediction.nfe
+        if step.index + 1 >= self.after:
+            raise _Enough
 
 
 def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: Given, **arguments: Any) -> None:

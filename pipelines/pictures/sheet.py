@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusers_guidance import scales
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import changes, short
 from diffusers_guidance.pipelines.pictures.compare import Comparison
@@ -19,7 +20,6 @@ from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own
 from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.policies import AdaptiveGuidance
-from diffusers_guidance.scales import text
 
 SMALLEST, LARGEST = 192, 512
 """Pixels of a picture's longer side on the sheet: smaller ones are enlarged a whole number of times."""
@@ -93,7 +93,7 @@ def similarity_plot(comparison: Comparison) -> Figure:
     figure: Figure = first.plot()
     axes = figure.axes[0]
     which = "" if len(result.reports) == 1 else ", first batch"
-    title = f"{result.label}, scale {text(result.guidance_scale)}: {first.summary()}{which}"
+    title = f"{result.label}, scale {scales.text(result.guidance_scale)}: {first.summary()}{which}"
     axes.set_title(title, fontsize="medium", wrap=True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     names = [f"{p}, seed {s}" if len(comparison.seeds) > 1 else p for p in comparison.prompts for s in comparison.seeds]
@@ -114,7 +114,7 @@ def cell_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def _head(result: Result, bold: Any, plain: Any) -> list[Line]:
-    scale = f"scale {text(result.guidance_scale)}"
+    scale = f"scale {scales.text(result.guidance_scale)}"
     saved = f"{result.saved:.0%} saved" if result.nfe != result.nfe_full else ""
     if result.is_default:
         title, _, pair = result.label.partition(": ")
