@@ -1,5 +1,7 @@
 """A guidance scale drawn as a curve over the steps of a run, for the page."""
 
+import html
+
 from diffusers_guidance import scales
 from diffusers_guidance.steps import Step
 
@@ -26,6 +28,14 @@ def values(given: scales.Given, steps: int) -> dict[str, list[float]]:
     return found
 
 
+def shown(given: str, steps: int) -> str:
+    """The curve, why there is none, or nothing for nothing."""
+    try:
+        return curve(given, steps) if given.strip() else ""
+    except ValueError as error:
+        return f"<p>{html.escape(str(error))}</p>"
+
+
 def curve(given: scales.Given, steps: int) -> str:
     """As an SVG picture: a line for each sample or network, and the least and the largest scale as text."""
     lines = values(given, steps)
@@ -42,11 +52,10 @@ def curve(given: scales.Given, steps: int) -> str:
     for number, (name, line) in enumerate(lines.items()):
         points = " ".join(place(i, value) for i, value in enumerate(line))
         colour = COLOURS[number % len(COLOURS)]
-        title = f"<title>{name}</title>" if name else ""
+        title = f"<title>{html.escape(name)}</title>" if name else ""
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2">{title}</polyline>')
     told = f"{low:g}" if low == high else f"{low:.3g} to {high:.3g}"
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="guidance scale over {steps} steps, {told}" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(drawn)}'
-        f'<text x="{WIDTH - EDGE}" y="{EDGE + 9}" text-anchor="end" font-size="11" fill="currentColor">{told}</text></svg>'
-    )
+    drawn.append(f'<text x="{WIDTH - EDGE}" y="{EDGE + 9}" text-anchor="end" font-size="11">{told}</text>')
+    about = f'role="img" aria-label="guidance scale over {steps} steps, {told}"'
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" fill="currentColor" xmlns="http://www.w3.org/2000/svg"'
+    return f"<svg {size} {about}>{''.join(drawn)}</svg>"

@@ -22,6 +22,8 @@ from diffusers_guidance.pipelines.pictures.make import Case
 from diffusers_guidance.pipelines.support.written import Wanted, checked, refused
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Forecast, Policy
 from diffusers_guidance.rules import APG, CFG, Rule
+from diffusers_guidance.scales import Given
+from diffusers_guidance.scales import checked as checked_scale
 
 BUNDLED = "bundled"
 """The name of the model that comes with the package."""
@@ -379,6 +381,7 @@ def _told(owner: type, name: str) -> str:
 PROMPT = Text("Prompt")
 NEGATIVE = Text("Negative prompt", "What the picture should not show.")
 SCALE = Number("Guidance scale", 1, 30, 0.5, "How strongly the prompt counts; 1 is no guidance.")
+SCHEDULE = Text("Scale over the steps", 'Instead of one scale, such as "linear(9, 3)" or "3x5+7"; empty: one.', 200)
 STEPS = Number("Steps", 1, 100)
 SCHEDULER = OneOf("Scheduler", tuple(SCHEDULERS))
 SEED = Number("Seed", 0, 2**32 - 1)
@@ -391,6 +394,7 @@ class Generation(Form):
     prompt: str = setting(EXAMPLES[0], PROMPT)
     negative_prompt: str = setting("", NEGATIVE)
     guidance_scale: float = setting(5.0, SCALE)
+    schedule: str = setting("", SCHEDULE)
     steps: int = setting(20, STEPS)
     scheduler: str = setting(OWN, SCHEDULER)
     seed: int = setting(0, SEED)
@@ -410,12 +414,18 @@ class Generation(Form):
     def check(self) -> None:
         if not self.prompt:
             raise ValueError("The prompt is empty: say what the picture should show.")
+        checked_scale(self.schedule or None)
         self._with_knobs(rules()[self.rule]())
         self.make_policy()
 
     def settled(self) -> "Generation":
         """These settings with their seed drawn, if it was to be."""
         return self.but(seed=random.randrange(2**32), random_seed=False) if self.random_seed else self
+
+    @property
+    def scale(self) -> Given:
+        """The guidance scale, or its schedule where there is one."""
+        return self.schedule or self.guidance_scale
 
     @property
     def seeds(self) -> list[int]:
