@@ -92,7 +92,8 @@ class Engine:
         given = self._given(step)
         w = tuple(self.origin + s for s in given) if isinstance(given, tuple) else self.origin + given
         assert self.rule.guidance_scale is not None
-        return replace(step, w=w, mean_w=scales.mean(self.rule.guidance_scale, step, self.origin))
+        run = replace(step, rows=self.history.rows)
+        return replace(step, w=w, mean_w=scales.mean(self.rule.guidance_scale, run, self.origin))
 
     def _given(self, step: Step) -> scales.W:
         """The schedule's value as the host counts it."""
@@ -100,8 +101,15 @@ class Engine:
         return scales.at(self.rule.guidance_scale, replace(step, rows=self.history.rows), self.origin)
 
     def plan(self, step: Step) -> Plan:
-        """What to evaluate at the next step."""
-        return planned(self.policy, self.settle(step), self.history)
+        """What to evaluate at the next step: where a schedule rests at 1, the conditional prediction alone."""
+        step = self.settle(step)
+        found = planned(self.policy, step, self.history)
+        if not (self.rule.is_scheduled and self.rule.rests_at_one) or self.policy.hands:
+            return found
+        w = step.w if isinstance(step.w, tuple) else (step.w,) * len(found)
+        rests = [scale == 1 and each.action != Action.NEITHER for scale, each in zip(w, found, strict=True)]
+        alone = Decision(Action.CONDITIONAL, "scale 1")
+        return [alone if rest else each for rest, each in zip(rests, found, strict=True)]
 
     def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
         """The unconditional prediction where it was evaluated, an estimate where the plan wants one, `cond` elsewhere.

@@ -74,6 +74,8 @@ class Rule:
         """Whether this rule is the pipeline's own `u + w (c - u)`, which then stays untouched."""
         return False
 
+    rests_at_one = True
+    """Whether at a scale of 1 it is the conditional prediction alone, so that the other need not be evaluated."""
     fuses = True
     """Whether its step may be fused with the scheduler's; not where it carries something else than the momentum."""
 
@@ -319,6 +321,7 @@ class BetaCFG(Rule):
         share = step.index / (step.count - 1) if step.count > 1 else 0.0
         return replace(self, guidance_scale=step.w * self.density(share))  # type: ignore[operator]
 
+    rests_at_one = False
     algebra = coefficients.beta_cfg
 
     def settings(self, numel: int) -> tuple[float, ...]:
@@ -352,6 +355,7 @@ class TAG(Rule):
             raise ValueError(f"{self!r} needs the sample, which has no part in predictions of the clean sample")
         return super().at(step)
 
+    rests_at_one = False
     algebra = coefficients.tag
 
     def settings(self, numel: int) -> tuple[float, ...]:
@@ -415,6 +419,7 @@ class MomentumGuidance(Rule):
     beta: float = 0.6
 
     needs_denoised = True  # it uses m, which others have in denoised space
+    rests_at_one = False
     fuses = False
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ step, and nothing else in the package asks.
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.checks import is_number, plain
+from diffusers_guidance.spaces import Space
 from diffusers_guidance.steps import Step, pick
 
 Given = float | tuple[float, ...] | str
@@ -47,6 +48,8 @@ def checked(given: Any) -> Given | None:
     Raises:
         ValueError: it is none of these; says what is wrong.
     """
+    if getattr(given, "ndim", None) == 1 and hasattr(given, "tolist"):  # an array or a tensor
+        given = given.tolist()
     if given is None or is_number(given, 0):
         return given
     if isinstance(given, Mapping):
@@ -99,10 +102,17 @@ def mean(given: Given, step: Step, origin: float = 0.0) -> float:
 
 def by_step(given: Given, step: Step, origin: float = 0.0) -> list[float]:
     """The settled scale w at every step of the run that `step` belongs to; of a batch, the mean."""
-    spaces = step.table or (None,) * step.count
-    run = [replace(step, index=i, count=len(spaces), space=space) for i, space in enumerate(spaces)]
+    table = step.table if isinstance(given, str) and "cfgpp" in given else ()
+    return list(_whole_run(given, len(step.table) or step.count, table, step.rows, step.denoiser, origin))
+
+
+@lru_cache(maxsize=256)
+def _whole_run(
+    given: Given, count: int, table: tuple[Space, ...], rows: int, denoiser: str, origin: float
+) -> tuple[float, ...]:
+    run = [Step(i, count, rows=rows, denoiser=denoiser, table=table) for i in range(count)]
     found = [at(given, each, origin) for each in run]
-    return [origin + (sum(w) / len(w) if isinstance(w, tuple) else w) for w in found]
+    return tuple(origin + (sum(w) / len(w) if isinstance(w, tuple) else w) for w in found)
 
 
 def stand_in(given: Given) -> float:

@@ -8,9 +8,9 @@ import torch
 from conformance import recorded, relative
 from diffusers.guiders import ClassifierFreeGuidance
 from modular import Pair
-from tiny import PIPELINES, run
+from tiny import PIPELINES, counting, run
 
-from diffusers_guidance import APG, CFG, EveryStep, Forecast, StepAG, UnsupportedPipeline, attach
+from diffusers_guidance import APG, CFG, TAG, EveryStep, Forecast, StepAG, UnsupportedPipeline, attach
 from diffusers_guidance.pipelines.attach.guider import Guider
 
 pytestmark = pytest.mark.slow
@@ -129,6 +129,25 @@ def test_policies_go_with_it(policy):
     skipped = [step.index for step in handle.report.steps if step.evaluated[0] != "both"]
     assert skipped
     assert all(torch.equal(found.outputs[i], full.outputs[i]) for i in range(skipped[0]))
+
+
+@pytest.mark.parametrize("rule", [CFG, APG, TAG], ids=lambda rule: rule.__name__)
+def test_where_it_rests_at_1_the_unconditional_half_is_not_evaluated(rule):
+    """But where the rule does something there too."""
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    with attach(pipe, rule("5x2+1"), EveryStep()) as handle, counting(pipe.unet) as count:
+        made = run(pipe, entry, 4, batch=2)
+    rests = rule is not TAG
+    assert count.rows == [4, 4, 2, 2] if rests else [4, 4, 4, 4]
+    assert handle.report.nfe == sum(count.rows)
+    assert [step.note for step in handle.report.steps[2:]] == ["scale 1" if rests else ""] * 2
+    if rests:
+        with attach(pipe, rule("5x4"), StepAG(0.5)):
+            assert relative(made, run(pipe, entry, 4, batch=2)) < 1e-6
+    with attach(pipe, rule("5x2+1 | 5"), EveryStep()) as handle:
+        run(pipe, entry, 4, batch=2)
+    assert handle.report.nfe == (14 if rests else 16)
 
 
 def test_the_wrong_number_of_steps_is_refused_and_the_pipeline_stays_usable():

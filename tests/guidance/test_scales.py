@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -46,6 +47,9 @@ def test_what_a_schedule_comes_to():
     assert run({"transformer": 4, "transformer_2": [1, 2, 3]}, 3, denoiser="transformer_2") == [1, 2, 3]
     assert run("transformer: 4; transformer_2: 3", 2, denoiser="transformer") == [4, 4]
     assert run("5 | 3x1+7", 2, rows=2) == [(5, 3), (5, 7)]
+    assert run(torch.tensor([3.0, 4.5]), 2) == [3, 4.5] == run(np.array([3.0, 4.5]), 2)
+    assert scales.mean("linear(9, 3) | 5", Step(0, 4, rows=2)) == 5.5
+    assert scales.by_step((3.0, 5.0), Step(1, 2), origin=1.0) == [4, 6]
 
 
 @given(st.lists(st.tuples(st.floats(0, 99), st.integers(1, 9)), min_size=1, max_size=5))
