@@ -19,17 +19,17 @@ def test_hunyuanimages_own_guider_is_its_preset():
 
     entry = PIPELINES["HunyuanImagePipeline"]
     pipe = entry.build()
-    pipe.guider = AdaptiveProjectedMixGuidance()
+    pipe.guider = pipe.ocr_guider = AdaptiveProjectedMixGuidance()  # it has another for prompts with text
     with recorded(pipe.scheduler) as own:
         run(pipe, entry, 10)
-    pipe.guider = Guider(APG.preset(pipe), EveryStep())
+    pipe.guider = pipe.ocr_guider = Guider(APG.preset(pipe), EveryStep())
     with recorded(pipe.scheduler) as found:
         run(pipe, entry, 10)
     assert torch.equal(found.outputs[0], own.outputs[0])
     for output, expected in zip(found.outputs, own.outputs, strict=True):
         assert relative(output, expected) < 1e-4
     assert [step.guidance_scale for step in pipe.guider.report.steps] == [3.5] * 6 + [10.0] * 4
-    pipe.guider = Guider(CFG("3.5x6+10"), EveryStep())
+    pipe.guider = pipe.ocr_guider = Guider(CFG("3.5x6+10"), EveryStep())
     with recorded(pipe.scheduler) as plain:
         run(pipe, entry, 10)
     assert relative(plain.outputs[6], own.outputs[6]) > 1e-3  # APG is not CFG
