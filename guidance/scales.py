@@ -336,4 +336,4 @@ def _told(given: Any) -> str:
 
 
 def _refused(given: Any, why: str) -> ValueError:
-    return ValueError(f"guidance_scale={given!r}: {why + '; ' if why else ''}wanted is {WANTED}")
+    return ValueError(f"guidance_scale={given!r}: {WANTED}{f'. Here {why}' if why else ''}")

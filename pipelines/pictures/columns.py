@@ -147,7 +147,7 @@ def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, Given | None]:
     try:
         return node.left, checked(plain(ast.literal_eval(node.right)))
     except (ValueError, TypeError) as error:
-        why = str(error) if "wanted is" in str(error) else "wanted is a number from 0 up, a list, or a quoted schedule"
+        why = str(error) if "guidance_scale=" in str(error) else "a number from 0 up, a list, or a quoted schedule"
         raise _unread(text, f"the guidance scale {ast.unparse(node.right)}: {why}") from None
 
 
