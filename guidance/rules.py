@@ -259,22 +259,22 @@ class RenormCFG(Rule):
     Args:
         guidance_scale: w. None takes the pipeline call's.
         norm_dim: dimensions of the norms. None: the whole sample. (-3,) on (B, C, H, W): each pixel by itself.
-        at_most: whether it is only shortened, never lengthened.
+        shorten_only: whether it is only shortened, never lengthened.
     """
 
     norm_dim: tuple[int, ...] | None = None
-    at_most: bool = False
+    shorten_only: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "norm_dim", _dims(self.norm_dim))
-        if not isinstance(self.at_most, bool):
-            raise ValueError(f"at_most={self.at_most!r}: True or False")
+        if not isinstance(self.shorten_only, bool):
+            raise ValueError(f"shorten_only={self.shorten_only!r}: True or False")
 
     algebra = coefficients.renormed
 
     def settings(self, numel: int) -> tuple[float, ...]:
-        return self.w, float(self.at_most)
+        return self.w, float(self.shorten_only)
 
     @classmethod
     def preset(cls, family: str, **changes: Any) -> "RenormCFG":
@@ -640,15 +640,19 @@ RENORMED = {
         "each row of (B, C, H, W) (diffusers, pipeline_lumina2.py, `cfg_normalization`)",
     ),
     "longcat-image": Preset(
-        RenormCFG(norm_dim=(-1,), at_most=True), "", "each token, only shortened (diffusers, pipeline_longcat_image.py)"
+        RenormCFG(norm_dim=(-1,), shorten_only=True),
+        "",
+        "each token, only shortened (diffusers, pipeline_longcat_image.py)",
     ),
     "z-image": Preset(
-        RenormCFG(at_most=True),
+        RenormCFG(shorten_only=True),
         "",
         "the whole sample, only shortened (diffusers, pipeline_z_image.py)",
     ),
     "per-pixel": Preset(
-        RenormCFG(norm_dim=(-3,), at_most=True), "", "each pixel of (B, C, H, W), only shortened (ComfyUI's CFGNorm)"
+        RenormCFG(norm_dim=(-3,), shorten_only=True),
+        "",
+        "each pixel of (B, C, H, W), only shortened (ComfyUI's CFGNorm)",
     ),
 }
 """CFG of the conditional prediction's length, as pipelines and papers have it."""

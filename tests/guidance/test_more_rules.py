@@ -140,14 +140,14 @@ def test_the_presets_are_diffusers_own_lines(draw, dtype):
 
 @given(st.integers(0, 2**31), st.floats(1, 20), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_renormed_predictions_have_the_length_they_should(seed, w, at_most):
+def test_renormed_predictions_have_the_length_they_should(seed, w, shorten_only):
     generator = torch.Generator().manual_seed(seed)
     c, u = torch.randn(2, 3, 4, 6, dtype=torch.float64, generator=generator)
     c, u = torch.stack([c, 2 * c]), torch.stack([u, c])
-    g, _ = RenormCFG(w, norm_dim=(-2, -1), at_most=at_most).guided(c, c, u, None, 0.0, 1.0)
+    g, _ = RenormCFG(w, norm_dim=(-2, -1), shorten_only=shorten_only).guided(c, c, u, None, 0.0, 1.0)
     plain = (c + (w - 1) * (c - u)).norm(dim=(-2, -1))
     wanted = c.norm(dim=(-2, -1))
-    expected = torch.minimum(plain, wanted) if at_most else wanted
+    expected = torch.minimum(plain, wanted) if shorten_only else wanted
     torch.testing.assert_close(g.norm(dim=(-2, -1)), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -199,7 +199,7 @@ def test_zeros_stay_unguided(rule):
         lambda: MomentumGuidance(alpha=-1),
         lambda: MomentumGuidance(beta=1),
         lambda: RenormCFG(norm_dim=(0,)),
-        lambda: RenormCFG(at_most=2),
+        lambda: RenormCFG(shorten_only=2),
         lambda: RenormCFG.preset("nobody's"),
         lambda: APG(start=-1),
         lambda: APG(form="ours"),

@@ -43,7 +43,7 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU alone can show it")
 HALF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ROUNDING = 1.05
 OTHERS = [CFGZeroStar(7.5), TCFG(7.5), MagnitudeAware(7.5), BetaCFG(7.5), TAG(7.5), MomentumGuidance(7.5)]
-OTHERS += [RenormCFG(7.5), RenormCFG(7.5, at_most=True), APG(7.5, form="diffusers").at(Step(w=7.5))]
+OTHERS += [RenormCFG(7.5), RenormCFG(7.5, shorten_only=True), APG(7.5, form="diffusers").at(Step(w=7.5))]
 
 
 if INTERPRETED:  # the interpreter truncates to bfloat16 where a GPU rounds
