@@ -37,15 +37,32 @@ if TYPE_CHECKING:  # at run time `__getattr__` finds these
         StepAG,
     )
     from diffusers_guidance.report import Report, StepReport
-    from diffusers_guidance.rules import APG, CFG, TCFG, CFGZeroStar, Coefficients, Gram, MagnitudeAware, Rule
+    from diffusers_guidance.rules import (
+        ADG,
+        APG,
+        CFG,
+        TAG,
+        TCFG,
+        BetaCFG,
+        CFGZeroStar,
+        Coefficients,
+        Gram,
+        MagnitudeAware,
+        MomentumGuidance,
+        RenormCFG,
+        Rule,
+    )
     from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
 
 __all__ = [
+    "ADG",
     "APG",
     "CFG",
+    "TAG",
     "TCFG",
     "Action",
     "AdaptiveGuidance",
+    "BetaCFG",
     "CFGZeroStar",
     "Calibration",
     "CalibrationMismatch",
@@ -64,8 +81,10 @@ __all__ = [
     "Interval",
     "LinearAG",
     "MagnitudeAware",
+    "MomentumGuidance",
     "Policy",
     "Prediction",
+    "RenormCFG",
     "Report",
     "Rule",
     "Schedule",
@@ -95,7 +114,10 @@ _HOMES = {
         "StepAG",
     ),
     "report": ("Report", "StepReport"),
-    "rules": ("APG", "CFG", "TCFG", "CFGZeroStar", "Coefficients", "Gram", "MagnitudeAware", "Rule"),
+    "rules": (
+        "ADG", "APG", "CFG", "TAG", "TCFG", "BetaCFG", "CFGZeroStar", "Coefficients", "Gram", "MagnitudeAware",
+        "MomentumGuidance", "RenormCFG", "Rule",
+    ),
     "steps": ("Action", "Decision", "History", "Prediction", "Step"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -255,7 +255,8 @@ class Calibration:
         if not self.denoisers:
             each = [f"{m.runs} of {len(m.levels)} levels at scale {m.scale:g}" for m in self.motions]
             return f"Calibration({s.get('pipeline', '')}, runs: {', '.join(each)}{source})"
-        scales = "/".join(f"{w:g}" for w in dict.fromkeys(s["guidance_scale"].values()))
+        runs = [w if isinstance(w, list) else [w] for w in s["guidance_scale"].values()]
+        scales = "/".join(dict.fromkeys("..".join(f"{w:g}" for w in dict.fromkeys([ws[0], ws[-1]])) for ws in runs))
         return (
             f"Calibration({s['pipeline']}, {s['scheduler']['class']}, {self.steps} steps, "
             f"guidance_scale={scales}, {self.trajectories} trajectories{source})"

@@ -11,14 +11,15 @@
 `guide` once their predictions exist.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from diffusers_guidance import kernels
+from diffusers_guidance import kernels, scales
 from diffusers_guidance.learning import Recorder
 from diffusers_guidance.observation import Observation, unseen
 from diffusers_guidance.policies import Policy, estimated, planned, predicted
@@ -70,6 +71,7 @@ class Engine:
         history: what the run has seen; a new one for another batch.
         recording: takes the steps' reports.
         observers: called at every step.
+        origin: the settled scale at which the host's own number is 0: 1 where it writes `c + s (c - u)`.
     """
 
     rule: Rule
@@ -82,10 +84,33 @@ class Engine:
     momentum: Tensor | None = field(default=None, repr=False)
     is_checked: bool = False
     """Whether the policy's calibration was found to fit this run."""
+    origin: float = 0.0
+
+    def settle(self, step: Step) -> Step:
+        """The step with the scale that a schedule has there; without a schedule, as it is."""
+        if not self.rule.is_scheduled:
+            return step
+        given = self._given(step)
+        w = tuple(self.origin + s for s in given) if isinstance(given, tuple) else self.origin + given
+        assert self.rule.guidance_scale is not None
+        run = replace(step, rows=self.history.rows)
+        return replace(step, w=w, mean_w=scales.mean(self.rule.guidance_scale, run, self.origin))
+
+    def _given(self, step: Step) -> scales.W:
+        """The schedule's value as the host counts it."""
+        assert self.rule.guidance_scale is not None
+        return scales.at(self.rule.guidance_scale, replace(step, rows=self.history.rows), self.origin)
 
     def plan(self, step: Step) -> Plan:
-        """What to evaluate at the next step."""
-        return planned(self.policy, step, self.history)
+        """What to evaluate at the next step: where a schedule rests at 1, the conditional prediction alone."""
+        step = self.settle(step)
+        found = planned(self.policy, step, self.history)
+        if not (self.rule.is_scheduled and self.rule.rests_at_one) or self.policy.hands:
+            return found
+        w = step.w if isinstance(step.w, tuple) else (step.w,) * len(found)
+        rests = [scale == 1 and each.action != Action.NEITHER for scale, each in zip(w, found, strict=True)]
+        alone = Decision(Action.CONDITIONAL, "scale 1")
+        return [alone if rest else each for rest, each in zip(rests, found, strict=True)]
 
     def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
         """The unconditional prediction where it was evaluated, an estimate where the plan wants one, `cond` elsewhere.
@@ -139,17 +164,19 @@ class Engine:
         step: Step,
         plan: Plan,
         prediction: Prediction,
-        own: Callable[[], Tensor],
+        own: Callable[[float | None], Tensor],
         finish: Callable[[Tensor, Tensor], Tensor] = lambda guided, cond: guided,
         fuse: Callable[[], FusedStep | None] = lambda: None,
     ) -> Guided:
         """Guides a step's prediction, remembers what later steps look back on, and reports.
 
         Args:
-            own: the host's own combination of both predictions, `u + w (c - u)` in its order of operations.
+            own: the host's own combination of both predictions, `u + s (c - u)` in its order of operations, at a scale
+                as it counts; at None, the one it has by itself.
             finish: what the host does to a combination, given the conditional prediction.
             fuse: the scheduler's step, if it can be fused with guidance here.
         """
+        step = self.settle(step)
         plan = [  # no estimate where the prediction was evaluated after all
             Decision(Action.BOTH) if Action(each.action).is_estimated and was else each
             for each, was in zip(plan, prediction.evaluated, strict=True)
@@ -173,7 +200,7 @@ class Engine:
 
     def skip(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> None:
         """Reports a step that evaluated nothing, of a policy that `hands`."""
-        nothing = unseen(len(plan))
+        step, nothing = self.settle(step), unseen(len(plan))
         self.history.seen.append(nothing)
         self.recording.add(step, plan, [False] * len(plan), nfe, nfe_full, nothing, note)
 
@@ -182,25 +209,37 @@ class Engine:
         step: Step,
         plan: Plan,
         prediction: Prediction,
-        own: Callable[[], Tensor],
+        own: Callable[[float | None], Tensor],
         finish: Callable[[Tensor, Tensor], Tensor],
         fuse: Callable[[], FusedStep | None],
     ) -> Guided:
-        c, u = prediction.cond, prediction.uncond
+        c, u, rows = prediction.cond, prediction.uncond, len(plan)
         unguided = [each.action == Action.CONDITIONAL for each in plan]
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, prediction.evaluated, strict=True)]
-            return Guided(pick(stray, finish(c, c), own()) if any(stray) else None)
-        rule, space, before = settled(self.rule, step), step.space, self.momentum
+            if self.rule.is_scheduled:  # the host has combined them at another scale
+                made = scales.by_row(self._given(step), rows, own)
+                return Guided(pick(stray, finish(c, c), made) if any(stray) else made)
+            return Guided(pick(stray, finish(c, c), own(None)) if any(stray) else None)
+        space, before = step.space, self.momentum
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         x = c if step.sample is None else step.sample
 
         def combine() -> tuple[Tensor, Tensor]:
-            g, carried = kernels.guide(x, c, u, before, a, b, rule)
+            made: dict[Any, tuple[Tensor, Tensor]] = {}
+
+            def at(w: Any) -> Tensor:
+                made[w] = settled(self.rule, replace(step, w=w)).guided(x, c, u, before, a, b)
+                return made[w][0]
+
+            g = scales.by_row(step.w, rows, at)
+            carried = scales.by_row(step.w, rows, lambda w: made[w][1])
             carried = pick(unguided, torch.zeros_like(carried) if before is None else before, carried)
             return finish(pick(unguided, c, g), c), carried
 
-        fused = fuse() if space is not None and not any(unguided) and not self.policy.hands else None
+        fusible = space is not None and not any(unguided) and not self.policy.hands and not isinstance(step.w, tuple)
+        rule = settled(self.rule, step) if fusible else self.rule
+        fused = fuse() if fusible and rule.fuses else None
         if fused is not None:
             result, self.momentum = fused(c, u, before, a, b, rule)
             return Guided(None, result, lambda: combine()[0])
@@ -209,14 +248,22 @@ class Engine:
             self.momentum = carried
         return Guided(guided)
 
-    def hand(self, step: Step, guided: Tensor | None) -> Tensor:
+    def hand(self, step: Step, guided: Tensor | None, prediction: Prediction | None = None) -> Tensor:
         """What the sampler receives in place of `guided`, which is None where nothing was evaluated.
 
         For a policy that `hands`, at a guided step that has been reported.
+
+        Args:
+            prediction: what `guided` was made of.
         """
         if guided is None and self.recorder is not None:
             self.recorder.skip()
-        found = self.policy.hand(step, self.history, guided)
+        step, known = self.settle(step), self.history
+        changes = self.rule.is_scheduled or (step.w is not None and known.scale not in (None, step.w))
+        known.direction = None
+        if changes and guided is not None and prediction is not None and step.w is not None:
+            known.direction = _direction(guided, prediction, step.w)
+        found = self.policy.hand(step, known, guided)
         self.recording.add_to_last(found.note, found.sizes)
         return found.prediction
 
@@ -226,18 +273,49 @@ class Engine:
             observer(step, prediction, guided)
 
 
+def noise_difference(step: Step, prediction: Prediction) -> Tensor:
+    """(rows,): `||cond - uncond||` of the noise predictions, on the device; NaN for rows that were not evaluated.
+
+    Where the noise is not known, of the predictions as they are.
+    """
+    c, u = prediction.cond, prediction.uncond
+    working = torch.promote_types(c.dtype, torch.float32)
+    factor = 1.0 if step.space is None or not math.isfinite(step.space.q) else abs(step.space.q)
+    found = factor * (c.to(working) - u.to(working)).flatten(1).norm(dim=1)
+    return pick(prediction.evaluated, found, torch.full_like(found, torch.nan))
+
+
+def _direction(guided: Tensor, prediction: Prediction, w: scales.W) -> Tensor:
+    """What one more of the scale adds to a guided prediction: at any w but 1, its own part of what guidance adds.
+
+    So it is exact for rules that are linear in w. The prediction may have fewer channels.
+    """
+    working = torch.promote_types(guided.dtype, torch.float32)
+    c, u = prediction.cond.to(working), prediction.uncond.to(working)
+    g = guided.to(working)[:, : c.shape[1]]
+    found = scales.by_row(w, len(g), lambda each: (g - c) / (each - 1) if abs(each - 1) > 0.01 else c - u)
+    if found.shape == guided.shape:
+        return found
+    return torch.cat([found, torch.zeros_like(guided[:, c.shape[1] :], dtype=working)], 1)
+
+
 def advance(engine: Engine, host: Host, step: Step) -> None:
     """One step of a loop that lets the engine call its networks.
 
     Args:
-        step: with its sample and its settled guidance scale.
+        step: with its sample and its settled guidance scale, which a rule's schedule replaces.
     """
+    step = engine.settle(step)
     plan = engine.plan(step)
     prediction = host.predict(step, plan)
     c, u, w = prediction.cond, prediction.uncond, 1.0 if step.w is None else step.w
-    found = engine.guide(step, plan, prediction, lambda: u + w * (c - u)).tensor
-    guided = u + w * (c - u) if found is None else found
+
+    def own(s: float | None) -> Tensor:
+        return u + (scales.column(w, c) if s is None else s) * (c - u)
+
+    found = engine.guide(step, plan, prediction, own).tensor
+    guided = own(None) if found is None else found
     if engine.policy.hands:
-        guided = engine.hand(step, guided if prediction.nfe else None)
+        guided = engine.hand(step, guided if prediction.nfe else None, prediction)
     engine.tell(step, prediction if prediction.nfe else None, guided)
     host.resume(step, guided)

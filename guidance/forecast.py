@@ -34,9 +34,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusers_guidance import kernels
+from diffusers_guidance import kernels, scales
 from diffusers_guidance.calibration import gains
 from diffusers_guidance.spaces import Space
+from diffusers_guidance.steps import History
 from diffusers_guidance.variogram import Measured, PowerLaw, kriged
 
 UNMEASURED = PowerLaw()
@@ -108,6 +109,21 @@ def combined(predictions: dict[int, Tensor], combination: Combination) -> Tensor
     """The combination of `predictions`, given by step; at least float32."""
     terms = [predictions[step] for step in combination]
     return kernels.mix(terms, [*combination.values()], terms[0].dtype)
+
+
+def at_scale(w: scales.W | None, history: History) -> dict[int, Tensor]:
+    """The history's guided predictions by step, each as it would be at the scale w.
+
+    A guided prediction is D = X + (w - 1) B. Where the scale changes, what it is at step k is not what it would be at
+    another step's scale; but D_k + (w - w_k) B_k is, and B is kept beside it. So what is estimated is the motion of the
+    predictions, and never that of the schedule, which is known.
+    """
+    found = dict(history.guided)
+    for step, guided in history.guided.items():
+        slope, there = history.slopes.get(step), history.scales.get(step)
+        if slope is not None and there is not None and w is not None and w != there:
+            found[step] = guided + (scales.column(w, slope) - scales.column(there, slope)) * slope
+    return found
 
 
 @lru_cache(maxsize=16)

@@ -84,6 +84,13 @@ class Observation:
                     each[i] = (VV - b * Vd) / math.sqrt(size) if was and size > 0 else math.nan
         return torch.tensor(found)
 
+    @cached_property
+    def difference(self) -> Tensor:
+        """(rows,): `||cond - uncond||` of the noise, NaN where unknown; waits for it."""
+        q = math.nan if self._space is None else abs(self._space.q)
+        rows = zip(self._totals, self._evaluated, strict=True)
+        return torch.tensor([q * row[6] ** 0.5 if was and math.isfinite(q) else math.nan for row, was in rows])
+
     @property
     def norms(self) -> list[float]:
         """Of what the step's output was off by, of the output, of c and of u: over all rows; waits for them."""

@@ -30,6 +30,7 @@ from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
 from diffusers_guidance.forecast import (
     UNMEASURED,
     Combination,
+    at_scale,
     combined,
     denoised_gains,
     forecast,
@@ -490,46 +491,55 @@ class Forecast(Policy):
             )
         note = ""
         if history.scale is None:
-            history.scale = step.w
-            note = self._told(step, step.w)
+            history.scale = _typical(step)
+            note = self._told(step, history.scale)
         by = UNMEASURED if space is None else self._by(step.table, history.scale)
+        if guided is not None and (
+            history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values())
+        ):
+            history.lapse()  # from another scheduler, or other samples
+        if step.w is not None:
+            history.scales[step.index] = step.w
         if guided is None:
             history.skipped.append(step.index)
             combination = forecast([*known], step.index, by)
-            return Handed(_predicted(known, combination, sample, space), f"forecast from {_named(combination)}")
-        if history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values()):
-            known.clear()  # from another scheduler, or other samples
-            history.skipped.clear()
+            made = _predicted(at_scale(step.w, history), combination, sample, space)
+            return Handed(made, f"forecast from {_named(combination)}")
         history.is_denoised = space is not None
         skipped, history.skipped = history.skipped, []
         known[step.index] = now = _denoised(guided, sample, space)
-        made = Handed(guided, note) if not skipped or space is None or space.b == 0 else None
-        if made is None:
+        if history.direction is not None:
+            history.slopes[step.index] = history.direction if space is None else space.b * history.direction
+        found = Handed(guided, note) if not skipped or space is None or space.b == 0 else None
+        if found is None:
             assert space is not None
             gain = denoised_gains(step.table)
-            repaid = combined(known, repayment([*known], skipped, gain, by))
-            sizes = [self._off(known, skipped, gain, by, repaid), repaid.norm(), now.norm()]
+            repaid = _missing(history, skipped, gain, by)
+            sizes = [self._off(history, skipped, gain, by, repaid), repaid.norm(), now.norm()]
             handed = kernels.mix([guided, repaid], [1.0, 1 / space.b], guided.dtype)
-            made = Handed(handed, f"repays {_named(skipped)}", torch.stack(sizes))
+            found = Handed(handed, f"repays {_named(skipped)}", torch.stack(sizes))
         while len(known) > 2:  # a later estimate reads the last two and its own
-            del known[min(known)]
-        return made
+            oldest = min(known)
+            del known[oldest]
+            history.slopes.pop(oldest, None)
+        return found
 
     def _off(
         self,
-        known: dict[int, Tensor],
+        history: History,
         skipped: Sequence[int],
         gain: Sequence[float],
         by: PowerLaw | Measured,
         repaid: Tensor,
     ) -> Tensor:
-        """The norm of the average error of the forecasts since the step before the last `known` one.
+        """The norm of the average error of the forecasts since the step before the last evaluated one.
 
         Of equal gains a repayment is the sum of what is now known to have been missing.
         """
-        if len(skipped) == 1 and gain[skipped[0]] and gain[max(known)]:  # that, but for its gain
-            return repaid.norm() * (gain[max(known)] / gain[skipped[0]])
-        return combined(known, repayment([*known], skipped, [1.0] * len(gain), by)).norm() / len(skipped)
+        now = max(history.guided)
+        if len(skipped) == 1 and gain[skipped[0]] and gain[now]:  # that, but for its gain
+            return repaid.norm() * (gain[now] / gain[skipped[0]])
+        return _missing(history, skipped, [1.0] * len(gain), by).norm() / len(skipped)
 
 
 REACH = 3.0
@@ -539,6 +549,13 @@ OPTIMISM = 0.12
 """By what share more than it says itself the estimates of one run are off by in sum in other runs; half that of two."""
 MOST_DOUBT = 0.5
 """The share of a forecast's predicted error that may be unmeasured before a run is learned anew."""
+
+
+def _typical(step: Step) -> float | None:
+    """The scale that a run is known by: its mean where it is scheduled, and over samples."""
+    if step.mean_w is not None or step.w is None:
+        return step.mean_w
+    return sum(step.w) / len(step.w) if isinstance(step.w, tuple) else step.w
 
 
 def _named(steps: Iterable[int]) -> str:
@@ -552,6 +569,16 @@ def _denoised(guided: Tensor, sample: Tensor | None, space: Space | None) -> Ten
     if space is None or sample is None:
         return guided.to(working, copy=True)
     return kernels.mix([sample, guided], [space.a, space.b], torch.promote_types(working, sample.dtype))
+
+
+def _missing(history: History, skipped: Sequence[int], gain: Sequence[float], by: PowerLaw | Measured) -> Tensor:
+    """What is to be added to the last evaluated denoised prediction to repay the steps skipped before it."""
+    known = history.guided
+    if not history.slopes:
+        return combined(known, repayment([*known], skipped, gain, by))
+    return torch.stack(
+        [combined(at_scale(history.scales.get(j), history), repayment([*known], [j], gain, by)) for j in skipped]
+    ).sum(0)
 
 
 def _predicted(

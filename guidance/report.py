@@ -34,7 +34,8 @@ class StepReport:
     """Network evaluations made, of all samples together."""
     nfe_full: int
     """Those the pipeline would have made by itself."""
-    guidance_scale: float | None = None
+    guidance_scale: float | list[float] | None = None
+    """The settled scale w, where 1 is the conditional prediction alone; a list where it differs by sample."""
     denoiser: str = ""
     note: str = ""
     off: float | None = None
@@ -42,6 +43,8 @@ class StepReport:
     of a batch as a whole."""
     repaid: float | None = None
     """The size of the repayment, likewise."""
+    difference: list[float | None] = field(default_factory=list)
+    """By sample, the norm of the difference of both noise predictions; None where they were not both evaluated."""
 
     def add_note(self, note: str) -> None:
         """Adds to what is said of the step."""
@@ -83,13 +86,26 @@ class Report:
         return found
 
     @property
+    def difference(self) -> list[float]:
+        """By sample, `||cond - uncond||` of the noise predictions, summed over the steps that evaluated both.
+
+        Of several seeds for one prompt, those with more of it tend to be better (CFG-Rejection, arXiv 2505.23343), and
+        the first steps tell: `generate --best-of`.
+        """
+        found = [0.0] * max((len(step.difference) for step in self.steps), default=0)
+        for step in self.steps:
+            for i, value in enumerate(step.difference):
+                found[i] += value or 0.0
+        return found
+
+    @property
     def saved(self) -> float:
         """Share of the network evaluations saved, 0 to 1 (negative where a check cost one and nothing was saved)."""
         return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types; values that are not finite become None."""
-        totals = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
+        totals = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved, "difference": self.difference}
         head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note")}
         return head | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
 
@@ -104,13 +120,16 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.pipeline}: {self.rule} with {self.policy}", self.summary()]
         lines += [self.note] if self.note else []
-        lines.append("step  timestep     sigma  NFEs  evaluated      similarity         why")
+        changes = len({str(step.guidance_scale) for step in self.steps} - {"None"}) > 1
+        scale = "  scale   " if changes else ""
+        lines.append(f"step  timestep     sigma{scale}  NFEs  evaluated      similarity         why")
         for step in self.steps:
             known = [value for value in step.similarity if value is not None]
             spread = f"{min(known):.4f}..{max(known):.4f}" if len(known) > 1 else "".join(f"{v:.4f}" for v in known)
             ran = "/".join(f"{step.evaluated.count(kind)} {kind}" for kind in dict.fromkeys(step.evaluated))
             lines.append(
-                f"{step.index:4d}  {_short(step.timestep):>8}  {_short(step.sigma):>8}  {step.nfe:4d}"
+                f"{step.index:4d}  {_short(step.timestep):>8}  {_short(step.sigma):>8}"
+                f"{f'  {_spread(step.guidance_scale):<8}' if changes else ''}  {step.nfe:4d}"
                 f"  {ran:<13}  {spread:<17}  {step.note}".rstrip()
             )
         return "\n".join(lines)
@@ -181,9 +200,10 @@ class Recording:
                 similarity_noise=[None] * len(plan),
                 nfe=nfe,
                 nfe_full=nfe_full,
-                guidance_scale=step.w,
+                guidance_scale=list(step.w) if isinstance(step.w, tuple) else step.w,
                 denoiser=step.denoiser,
                 note="; ".join(reasons),
+                difference=[None] * len(plan),
             )
         )
         added = self.report.steps[-1]
@@ -193,6 +213,7 @@ class Recording:
 
             def tell() -> None:
                 added.similarity, added.similarity_noise = map(to_list, arriving.similarity)
+                added.difference = to_list(arriving.difference)
 
             self.read_later(tell)
 
@@ -239,6 +260,12 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in numbers.items()
     }
+
+
+def _spread(scale: float | list[float] | None) -> str:
+    if not isinstance(scale, list):
+        return _short(scale)
+    return "..".join(_short(end) for end in dict.fromkeys([min(scale), max(scale)]))
 
 
 def _short(value: float | None) -> str:

@@ -9,13 +9,16 @@ module and give it one. Everything else (spaces, momentum, policies, pipelines) 
 """
 
 import copy
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
+from diffusers_guidance import scales
 from diffusers_guidance.checks import is_number, is_whole, plain, plain_fields
-from diffusers_guidance.kernels import Coefficients, Gram, coefficients
+from diffusers_guidance.kernels import Coefficients, Gram, coefficients, guide
 from diffusers_guidance.kernels.algebra import Algebra
 from diffusers_guidance.kernels.reference import gram
 from diffusers_guidance.steps import Step
@@ -27,10 +30,11 @@ class Rule:
 
     Args:
         guidance_scale: w, where 1 is the conditional prediction alone. None takes the pipeline call's. Under `attach`
-            it replaces the call's own argument: if a pipeline counts that from 0 (Z-Image), w is one more.
+            it replaces the call's own argument: if a pipeline counts that from 0 (Z-Image), w is one more. It may be a
+            number, a list by step, or a schedule such as "linear(9, 3)" or "3x3+7x45": see `scales`.
     """
 
-    guidance_scale: float | None = None
+    guidance_scale: scales.Given | None = None
 
     # Not annotated, so these are not fields here: a rule that lets users choose declares the field itself.
     momentum = 0.0
@@ -45,8 +49,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        if self.guidance_scale is not None and not is_number(self.guidance_scale, 0):
-            raise ValueError(f"guidance_scale={self.guidance_scale!r}: a number from 0 up, or None for the call's own")
+        object.__setattr__(self, "guidance_scale", scales.checked(self.guidance_scale))
 
     def at(self, step: Step) -> "Rule":
         """This rule at one step of a run, whose settled guidance scale is `step.w`."""
@@ -55,14 +58,32 @@ class Rule:
     @property
     def w(self) -> float:
         """The settled guidance scale."""
-        if self.guidance_scale is None:
-            raise ValueError("guidance_scale is not set: use rule.at(Step(w=guidance_scale)) first")
+        if self.guidance_scale is None or isinstance(self.guidance_scale, str | tuple):
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale!r} is not settled: use rule.at(Step(w=guidance_scale)) first"
+            )
         return self.guidance_scale
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether its scale follows a schedule, in place of the pipeline's own."""
+        return scales.changes(self.guidance_scale)
 
     @property
     def is_plain(self) -> bool:
         """Whether this rule is the pipeline's own `u + w (c - u)`, which then stays untouched."""
         return False
+
+    rests_at_one = True
+    """Whether at a scale of 1 it is the conditional prediction alone, so that the other need not be evaluated."""
+    fuses = True
+    """Whether its step may be fused with the scheduler's; not where it carries something else than the momentum."""
+
+    def guided(
+        self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
+    ) -> tuple[Tensor, Tensor]:
+        """The guided prediction, and what is carried to the next step: the new momentum (`kernels.guide`)."""
+        return guide(sample, cond, uncond, momentum, a, b, self)
 
     algebra: ClassVar[Algebra | None] = None
     """The factors as a function of the Gram, b and the `settings`, which Triton compiles too; see `kernels.algebra`."""
@@ -127,6 +148,9 @@ class APG(Rule):
             (B, frames, C, H, W), or (1, 3, 4) on (B, C, frames, H, W): each frame of a video separately.
         reference_numel: if set, r is meant for a group of that many numbers and scales with
             sqrt(numel / reference_numel); 65536 reads r "as on SDXL at 1024 pixels".
+        start: how many steps are guided by CFG before the first of APG; their directions count for the momentum.
+        form: "paper" acts on denoised predictions, `c + (w - 1) update`; "diffusers" on predictions as the model makes
+            them, `u + w update`, as diffusers' guiders do.
 
     With eta=1, norm_threshold=None and momentum=0 this is CFG.
     """
@@ -136,11 +160,17 @@ class APG(Rule):
     eta: float = 0.0
     norm_dim: tuple[int, ...] | None = None
     reference_numel: int | None = None
+    start: int = 0
+    form: Literal["paper", "diffusers"] = "paper"
 
     needs_denoised = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not is_whole(self.start, 0):
+            raise ValueError(f"start={self.start!r}: a whole number of steps from 0 up")
+        if self.form not in ("paper", "diffusers"):
+            raise ValueError(f'form={self.form!r}: "paper" or "diffusers"')
         if self.norm_threshold is not None and not (is_number(self.norm_threshold) and self.norm_threshold > 0):
             raise ValueError(f"norm_threshold={self.norm_threshold!r}: a number above 0, or None for no cap")
         if not (is_number(self.momentum) and -1 < self.momentum < 1):
@@ -149,17 +179,17 @@ class APG(Rule):
             raise ValueError(f"eta={self.eta!r}: a number from 0 (orthogonal part alone) to 1 (the whole update)")
         if self.reference_numel is not None and not is_whole(self.reference_numel, 1):
             raise ValueError(f"reference_numel={self.reference_numel!r}: a whole number above 0, or None")
-        if self.norm_dim is not None:
-            given = self.norm_dim
-            dims = plain(tuple(given)) if isinstance(given, list | tuple) else ()
-            if not dims or not all(is_whole(i) and i != 0 for i in dims) or len({*dims}) < len(dims):
-                raise ValueError(
-                    f"norm_dim={given!r}: one or more dimensions as whole numbers, such as (-3, -2, -1), each once and "
-                    "not the batch (0); or None for the whole sample"
-                )
-            object.__setattr__(self, "norm_dim", dims)
+        object.__setattr__(self, "norm_dim", _dims(self.norm_dim))
 
     algebra = coefficients.apg
+
+    def at(self, step: Step) -> Rule:
+        if step.index < self.start:
+            return _CarryingCFG(step.w, self.momentum, self.form)
+        if self.form == "diffusers":
+            own = {field.name: getattr(self, field.name) for field in fields(self)}
+            return _FromU(**own | {"guidance_scale": step.w})
+        return super().at(step)
 
     def settings(self, numel: int) -> tuple[float, ...]:
         return self.w, self.momentum, self._threshold(numel), self.eta
@@ -187,6 +217,231 @@ class APG(Rule):
             name = type(family).__name__
             preset = next((p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"])
         return replace(preset.rule, **changes)
+
+
+@dataclass(frozen=True)
+class _FromU(APG):
+    """APG on predictions as the model makes them: what is carried is the average of `c - u`."""
+
+    algebra = coefficients.apg_from_u
+
+    def guided(
+        self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
+    ) -> tuple[Tensor, Tensor]:
+        return guide(sample, cond, uncond, momentum, 0.0, 1.0, self)
+
+
+@dataclass(frozen=True)
+class _CarryingCFG(Rule):
+    """CFG that carries APG's momentum on."""
+
+    momentum: float = 0.0
+    form: str = "paper"
+
+    needs_denoised = True
+    fuses = False
+    algebra = coefficients.cfg
+
+    def guided(
+        self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
+    ) -> tuple[Tensor, Tensor]:
+        a, b = (a, b) if self.form == "paper" else (0.0, 1.0)
+        return guide(sample, cond, uncond, momentum, a, b, self)
+
+
+@dataclass(frozen=True)
+class RenormCFG(Rule):
+    """CFG whose result is as long as the conditional prediction, or at most as long.
+
+    `g ||c|| / ||g||` with `g = u + w (c - u)`. Over whole samples it is EP-CFG (arXiv 2412.09966) without its
+    percentiles. Pipelines have their own: `RenormCFG.preset("qwen-image")` and the others of `RENORMED`.
+
+    Args:
+        guidance_scale: w. None takes the pipeline call's.
+        norm_dim: dimensions of the norms. None: the whole sample. (-3,) on (B, C, H, W): each pixel by itself.
+        shorten_only: whether it is only shortened, never lengthened.
+    """
+
+    norm_dim: tuple[int, ...] | None = None
+    shorten_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "norm_dim", _dims(self.norm_dim))
+        if not isinstance(self.shorten_only, bool):
+            raise ValueError(f"shorten_only={self.shorten_only!r}: True or False")
+
+    algebra = coefficients.renormed
+
+    def settings(self, numel: int) -> tuple[float, ...]:
+        return self.w, float(self.shorten_only)
+
+    @classmethod
+    def preset(cls, family: str, **changes: Any) -> "RenormCFG":
+        """As a pipeline or a paper has it: a name from `RENORMED`, with some fields changed."""
+        if family not in RENORMED:
+            raise ValueError(f"family={family!r}: one of {', '.join(RENORMED)}")
+        return replace(RENORMED[family].rule, **changes)
+
+
+@dataclass(frozen=True)
+class BetaCFG(Rule):
+    """beta-CFG (arXiv 2502.10574): `u + w p(t) (c - u) / ||c - u||^gamma`, p the density of a beta distribution.
+
+    On predictions as the model makes them. Guidance is least at both ends of the run, where p is 0 and the
+    unconditional prediction alone is left. Since `||c - u||` grows with the square root of the latent's size, so must w
+    where gamma is 1: what is 5 for CFG is about 5 ||c - u||.
+
+    Args:
+        guidance_scale: w. None takes the pipeline call's.
+        gamma: power of the norm; 0 leaves the curve alone, 1 is the authors' choice.
+        a, b: the distribution's parameters, from 1 up; the authors use 2 and 2, or 2 and 3.
+    """
+
+    gamma: float = 1.0
+    a: float = 2.0
+    b: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.gamma, 0):
+            raise ValueError(f"gamma={self.gamma!r}: a number from 0 (no norm) up")
+        for name in ("a", "b"):
+            if not is_number(getattr(self, name), 1):
+                raise ValueError(f"{name}={getattr(self, name)!r}: a number from 1 up")
+
+    def density(self, share: float) -> float:
+        """p at a share of the run, from 0 to 1."""
+        whole = math.gamma(self.a) * math.gamma(self.b) / math.gamma(self.a + self.b)
+        return float(share ** (self.a - 1) * (1 - share) ** (self.b - 1)) / whole
+
+    def at(self, step: Step) -> Rule:
+        if step.w is None:
+            return super().at(step)
+        share = step.index / (step.count - 1) if step.count > 1 else 0.0
+        return replace(self, guidance_scale=step.w * self.density(share))  # type: ignore[operator]
+
+    rests_at_one = False
+    algebra = coefficients.beta_cfg
+
+    def settings(self, numel: int) -> tuple[float, ...]:
+        return self.w, self.gamma
+
+
+@dataclass(frozen=True)
+class TAG(Rule):
+    """Tangential amplifying guidance (arXiv 2510.04533): CFG, then its part across the sample times eta.
+
+    The paper splits a solver's step along the sample x and across it, and lengthens the part across. Of a solver that
+    looks at one prediction a step (DDIM, Euler), that is the same as lengthening the prediction's part across x. This
+    does the latter, with any solver.
+
+    Args:
+        guidance_scale: w. None takes the pipeline call's.
+        eta: factor of the part across, 1 or a little more; 1 is CFG.
+    """
+
+    eta: float = 1.15
+
+    needs_denoised = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.eta, 1):
+            raise ValueError(f"eta={self.eta!r}: a number from 1 (plain CFG) up")
+
+    def at(self, step: Step) -> Rule:
+        if step.space is not None and step.space.a == 0:
+            raise ValueError(f"{self!r} needs the sample, which has no part in predictions of the clean sample")
+        return super().at(step)
+
+    rests_at_one = False
+    algebra = coefficients.tag
+
+    def settings(self, numel: int) -> tuple[float, ...]:
+        return self.w, self.eta
+
+
+@dataclass(frozen=True)
+class ADG(Rule):
+    """Angle domain guidance (arXiv 2506.11039): turns the denoised prediction, and does not lengthen it.
+
+    With theta the angle between both denoised predictions, X turns on by (w - 1) theta, at most by `most`, away from
+    the unconditional one. The result is at most sqrt(2) times as long as X.
+
+    Args:
+        guidance_scale: w. None takes the pipeline call's.
+        most: the largest angle in radians; pi / 3 is the authors'.
+    """
+
+    most: float = math.pi / 3
+
+    needs_denoised = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (is_number(self.most, 0, math.pi) and self.most > 0):
+            raise ValueError(f"most={self.most!r}: an angle in radians above 0, up to pi")
+
+    def coefficients(self, gram: Gram, b: float) -> Coefficients:
+        """cos(t) X + sin(t) / sin(theta) (X - <U, X> / <U, U> U), t = min((w - 1) theta, most) and U = X - b d.
+
+        |X| |U| sin(theta) is the area of X and U, and so of X and b d: no angle is lost to rounding.
+        """
+        if b == 0:
+            return Coefficients(0.0, 1.0, 0.0, 0.0)
+        UX, UU = gram.XX - b * gram.Xd, gram.XX - 2 * b * gram.Xd + b * b * gram.dd
+        area = abs(b) * (gram.XX * gram.dd - gram.Xd * gram.Xd).clamp(min=0).sqrt()
+        theta = torch.atan2(area, UX)
+        t = ((self.w - 1) * theta).clamp(-self.most, self.most)
+        sine = area / (gram.XX * UU).sqrt()
+        turned = torch.where(sine > 1e-3, t.sin() / sine, self.w - 1)
+        # X + b (g - c) = cos(t) X + turned ((1 - UX / UU) X + UX / UU b d)
+        along = t.cos() - 1 + turned * (b * b * gram.dd - b * gram.Xd) / UU
+        return Coefficients(along / b, torch.ones_like(along), turned * UX / UU, 0.0 * along)
+
+
+@dataclass(frozen=True)
+class MomentumGuidance(Rule):
+    """Momentum guidance (arXiv 2602.20360, Algorithm 1): CFG, then on from the average of the steps before.
+
+    `v + alpha (v - m)` with `v = u + w (c - u)`, and `m = (1 - beta) v + beta m` for the next step; m starts at the
+    first v. It is made for flow matching's velocities. On models that predict noise it acts on the noise, which is the
+    velocity of `x / signal`.
+
+    Args:
+        guidance_scale: w. None takes the pipeline call's.
+        alpha: how far to go on; 0 is CFG.
+        beta: how much of the average is kept, from 0 to below 1.
+    """
+
+    alpha: float = 0.5
+    beta: float = 0.6
+
+    needs_denoised = True  # it uses m, which others have in denoised space
+    rests_at_one = False
+    fuses = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.alpha, 0):
+            raise ValueError(f"alpha={self.alpha!r}: a number from 0 (plain CFG) up")
+        if not (is_number(self.beta, 0) and self.beta < 1):
+            raise ValueError(f"beta={self.beta!r}: a number from 0 to below 1")
+
+    algebra = coefficients.momentum_guidance
+
+    def settings(self, numel: int) -> tuple[float, ...]:
+        return self.w, self.alpha
+
+    def guided(
+        self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
+    ) -> tuple[Tensor, Tensor]:
+        found, _ = guide(sample, cond, uncond, momentum, a, b, self)
+        working = torch.promote_types(cond.dtype, torch.float32)
+        c = cond.to(working)
+        v = c + (self.w - 1) * (c - uncond.to(working))
+        return found, v if momentum is None else v + self.beta * (momentum - v)
 
 
 @dataclass(frozen=True)
@@ -266,6 +521,19 @@ class MagnitudeAware(Rule):
         return self.w, self.alpha
 
 
+def _dims(given: Any) -> tuple[int, ...] | None:
+    """The dimensions of a norm, checked; None: all but the batch."""
+    if given is None:
+        return None
+    dims = plain(tuple(given)) if isinstance(given, list | tuple) else ()
+    if not dims or not all(is_whole(i) and i != 0 for i in dims) or len({*dims}) < len(dims):
+        raise ValueError(
+            f"norm_dim={given!r}: one or more dimensions as whole numbers, such as (-3, -2, -1), each once and "
+            "not the batch (0); or None for the whole sample"
+        )
+    return dims
+
+
 def settled(rule: Rule, step: Step) -> Rule:
     """`rule.at(step)`, refused if it needs the denoised prediction without saying so: it would get c for X.
 
@@ -325,7 +593,7 @@ def _looked_at(rule: Rule) -> str:
 class Preset(NamedTuple):
     """Settings of a rule, the class-name prefix of their pipelines, and their source."""
 
-    rule: APG
+    rule: Any
     pipelines: str
     source: str
 
@@ -343,7 +611,10 @@ PRESETS = {
         "per frame of (B, C, frames, H, W), as Waver's README and diffusers PR 13551 advise",
     ),
     "hunyuanimage-2.1": Preset(
-        APG(norm_threshold=10.0), "HunyuanImage", "shipped with HunyuanImage 2.1, w = 10, after 5 steps of CFG at 3.5"
+        APG("3.5x6+10", norm_threshold=10.0, start=6, form="diffusers"),
+        "HunyuanImage",
+        "shipped with HunyuanImage 2.1: CFG at 3.5 up to step 5, then APG at 10 "
+        "(diffusers.guiders.AdaptiveProjectedMixGuidance)",
     ),
     "ace-step": Preset(
         APG(momentum=-0.75, norm_threshold=2.5, norm_dim=(1,)), "AceStep", "shipped with ACE-Step, over time alone"
@@ -358,3 +629,30 @@ PRESETS = {
 Flow-matching models apply their settings to the velocity as the network predicts it. Here, as in the paper, the cap is
 on the denoised prediction's update, which is sigma times the velocity's. So it loosens at the last steps.
 """
+
+
+RENORMED = {
+    "ep-cfg": Preset(RenormCFG(), "", "arXiv 2412.09966, without its percentiles"),
+    "qwen-image": Preset(RenormCFG(norm_dim=(-1,)), "", "each token (diffusers, pipeline_qwenimage.py, `comb_pred`)"),
+    "lumina-2": Preset(
+        RenormCFG(norm_dim=(-1,)),
+        "",
+        "each row of (B, C, H, W) (diffusers, pipeline_lumina2.py, `cfg_normalization`)",
+    ),
+    "longcat-image": Preset(
+        RenormCFG(norm_dim=(-1,), shorten_only=True),
+        "",
+        "each token, only shortened (diffusers, pipeline_longcat_image.py)",
+    ),
+    "z-image": Preset(
+        RenormCFG(shorten_only=True),
+        "",
+        "the whole sample, only shortened (diffusers, pipeline_z_image.py)",
+    ),
+    "per-pixel": Preset(
+        RenormCFG(norm_dim=(-3,), shorten_only=True),
+        "",
+        "each pixel of (B, C, H, W), only shortened (ComfyUI's CFGNorm)",
+    ),
+}
+"""CFG of the conditional prediction's length, as pipelines and papers have it."""

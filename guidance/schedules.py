@@ -236,11 +236,12 @@ def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibrati
     return Schedule(actions, calibration, fit)
 
 
-def errors_of(gram: Tensor, w: float, made: Tensor) -> Tensor:
+def errors_of(gram: Tensor, w: float | Tensor, made: Tensor) -> Tensor:
     """(T,) norms of the errors of c_t + (w - 1) d_t, for the combinations `made` that replace the predictions.
 
     Args:
         gram: (C, 2T, 2T), whose channels add.
+        w: the guidance scale, or (T, 1) of each step.
         made: (C, 2T, 2T)
     """
     steps = gram.shape[-1] // 2
@@ -254,14 +255,15 @@ def _firsts(calibration: Calibration) -> set[int]:
     return {moments.first for moments in calibration.denoisers.values()}
 
 
-def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[str, Moments, Tensor, float]]:
-    """Each denoiser's name, moments, the gains (T,) of its steps, and its guidance scale."""
+def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[str, Moments, Tensor, float | Tensor]]:
+    """Each denoiser's name, moments, the gains (T,) of its steps, and its guidance scale; (T, 1) if it is scheduled."""
     gain = calibration.gains * torch.exp(tilt * torch.linspace(0, 1, calibration.steps, dtype=torch.float64))
-    scales = calibration.setting["guidance_scale"]
-    return [
-        (name, each, gain[each.first : each.first + each.steps], scales[name])
-        for name, each in calibration.denoisers.items()
-    ]
+    found = []
+    for name, each in calibration.denoisers.items():
+        own, w = slice(each.first, each.first + each.steps), calibration.setting["guidance_scale"][name]
+        by_step = torch.tensor(w[own], dtype=torch.float64)[:, None] if isinstance(w, list) else w
+        found.append((name, each, gain[own], by_step))
+    return found
 
 
 def _neighbours(actions: Sequence[Action | str], firsts: set[int]) -> list[tuple[Action | str, ...]]:

@@ -64,7 +64,7 @@ Plan = list[Decision]
 class Step:
     """One evaluation of a run. A two-stage solver such as Heun makes two evaluations a step; each counts.
 
-    A policy's `plan` sees it before the evaluation, when `sample` and `w` are not known yet.
+    A policy's `plan` sees it before the evaluation, when `sample` is not known yet, and `w` only if it is scheduled.
     """
 
     index: int = 0
@@ -77,8 +77,13 @@ class Step:
     """What sample and prediction mean; None if unknown."""
     sample: Tensor | None = None
     """(rows, ...): x_t as the scheduler has it; None if it cannot denoise the prediction."""
-    w: float | None = None
-    """The settled guidance scale, where 1 is the conditional prediction alone."""
+    w: float | tuple[float, ...] | None = None
+    """The settled guidance scale, where 1 is the conditional prediction alone; or one for each sample.
+
+    A rule gets a number: samples that differ are guided apart.
+    """
+    mean_w: float | None = None
+    """Its mean over the run where it follows a schedule; None: it is `w`, as far as is known."""
     rows: int = 1
     """Samples in the batch."""
     denoiser: str = ""
@@ -164,7 +169,13 @@ class History:
     skipped: list[int] = field(default_factory=list)
     """The steps since the last of these."""
     scale: float | None = None
-    """The settled guidance scale of the run's first step, of a policy that `hands`."""
+    """The settled guidance scale of the run's first step, or the mean of a schedule, of a policy that `hands`."""
+    direction: Tensor | None = None
+    """Of the step just guided, what one more of the scale adds to its guided prediction; None where it stays."""
+    scales: dict[int, float | tuple[float, ...]] = field(default_factory=dict)
+    """By step, the scales of `guided` and `skipped`, where they change."""
+    slopes: dict[int, Tensor] = field(default_factory=dict)
+    """By step, what one more of the scale adds to `guided`, where it changes."""
 
     @classmethod
     def following(cls, others: Iterable["History"], steps: int, rows: int, denoiser: str) -> "History":
@@ -179,6 +190,7 @@ class History:
                 made.seen = [*other.seen]
                 made.guided, made.skipped = dict(other.guided), list(other.skipped)
                 made.is_denoised, made.scale = other.is_denoised, other.scale
+                made.scales, made.slopes = dict(other.scales), dict(other.slopes)
         return made
 
     def agreement(self, space: str, arrived: bool = False) -> Tensor:
@@ -221,8 +233,8 @@ class History:
 
     def lapse(self) -> None:
         """Forgets what forecasts are made from, since this step was not guided."""
-        self.guided.clear()
-        self.skipped.clear()
+        for each in (self.guided, self.skipped, self.scales, self.slopes):
+            each.clear()
 
 
 def pick(chosen: Sequence[bool], there: Tensor, otherwise: Tensor) -> Tensor:

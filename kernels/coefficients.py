@@ -74,3 +74,51 @@ def magnitude_aware(gram, b, w, alpha, _2, _3):
     uu = gram.cc - 2 * gram.cd + gram.dd
     damped = ops.exp(-alpha * ops.sqrt(gram.dd / uu))
     return Coefficients(0.0 * uu, 1.0 + 0.0 * uu, (w - 1) * damped, 0.0 * uu)
+
+
+@algebra
+def renormed(gram, b, w, most, _2, _3):
+    """g sqrt(<c, c> / <g, g>) with g = c + (w - 1) d: CFG of the length that c has; with `most`, at most that."""
+    v = w - 1
+    f = ops.sqrt(gram.cc / (gram.cc + 2 * v * gram.cd + v * v * gram.dd))
+    f = ops.where(most != 0, ops.minimum(1.0, f), f)
+    return Coefficients(0.0 * f, f, v * f, 0.0 * f)
+
+
+@algebra
+def beta_cfg(gram, b, w, gamma, _2, _3):
+    """u + w (c - u) / ||c - u||^gamma (arXiv 2502.10574); w has its part of the beta distribution already."""
+    scaled = w * ops.exp(-0.5 * gamma * ops.log(gram.dd))
+    return Coefficients(0.0 * scaled, 1.0 + 0.0 * scaled, scaled - 1, 0.0 * scaled)
+
+
+@algebra
+def tag(gram, b, w, eta, _2, _3):
+    """g + (eta - 1) (g - <g, x> / <x, x> x) with g = c + (w - 1) d (arXiv 2510.04533, Algorithm 1).
+
+    The sample x is proportional to X - b c, and its length does not matter.
+    """
+    v = w - 1
+    xx = gram.XX - 2 * b * gram.Xc + b * b * gram.cc
+    gx = gram.Xc - b * gram.cc + v * (gram.Xd - b * gram.cd)
+    k = (eta - 1) * gx / xx
+    return Coefficients(-k, eta + b * k, eta * v + 0.0 * k, 0.0 * k)
+
+
+@algebra
+def apg_from_u(gram, b, w, beta, threshold, eta):
+    """u + w s (D - (1 - eta) k c), with D = d + beta m and s, k of `apg`: APG on predictions as they are, as in
+    diffusers' guiders.
+    """
+    DD = gram.dd + 2 * beta * gram.dm + beta * beta * gram.mm
+    Dc = gram.cd + beta * gram.cm
+    s = ops.minimum(1.0, threshold / ops.sqrt(DD))
+    k = Dc / gram.cc
+    return Coefficients(0.0 * k, 1.0 - w * s * (1 - eta) * k, w * s - 1, w * s * beta + 0.0 * k)
+
+
+@algebra
+def momentum_guidance(gram, b, w, alpha, _2, _3):
+    """v + alpha (v - m) with v = c + (w - 1) d, and m the average of the steps before; v where there is none."""
+    carried = ops.where(gram.mm > 0, alpha, 0.0)
+    return Coefficients(0.0 * carried, 1.0 + carried, (1.0 + carried) * (w - 1), -carried)

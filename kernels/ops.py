@@ -17,6 +17,10 @@ def exp(x: Any) -> Any:
     return torch.exp(torch.as_tensor(x))
 
 
+def log(x: Any) -> Any:
+    return torch.log(torch.as_tensor(x))
+
+
 def minimum(x: Any, y: Any) -> Any:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         return torch.minimum(x, y)

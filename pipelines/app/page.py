@@ -21,6 +21,7 @@ from diffusers_guidance.pipelines.app.controls import (
     relayed,
     reporting,
 )
+from diffusers_guidance.pipelines.app.curve import shown
 from diffusers_guidance.pipelines.app.limits import SmallRequests
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
@@ -38,6 +39,7 @@ from diffusers_guidance.pipelines.app.settings import (
 from diffusers_guidance.pipelines.app.work import News, Outcome, Studio
 from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.texts import counted
+from diffusers_guidance.scales import text
 
 WAITING = 32
 """How many may queue up."""
@@ -105,7 +107,8 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
                 controls.add("negative_prompt")
                 with gr.Row():
                     controls.add("seed", "random_seed", min_width=120)
-                controls.add("steps", "scheduler", "batch_size")
+                controls.add("steps", "scheduler", "batch_size", "schedule")
+                _draw_the_schedule(controls)
                 with gr.Row():
                     controls.add("width", "height", min_width=120)
                 controls.add("model")
@@ -222,6 +225,21 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
     endpoint(controls, generate, hidden)
 
 
+def _draw_the_schedule(controls: Controls) -> None:
+    """The scale over the steps as a curve, below its text."""
+    drawn = gr.HTML(visible="hidden", padding=False, elem_id="schedule-curve")
+
+    def draw(schedule: str, steps: int) -> Any:
+        told = shown(schedule, steps)
+        return gr.update(value=told, visible=_shown_if(bool(told)))
+
+    for each in ("schedule", "steps"):
+        controls[each].change(
+            draw, [controls["schedule"], controls["steps"]], drawn,
+            queue=False, api_visibility="private", show_progress="hidden",
+        )  # fmt: skip
+
+
 def _shown_if(condition: bool) -> Any:
     """Shows or hides a part; a hidden one stays on the page, so that it appears at once when needed."""
     return True if condition else "hidden"
@@ -229,9 +247,7 @@ def _shown_if(condition: bool) -> Any:
 
 def _summary(outcome: Outcome) -> str:
     asked = outcome.settings
-    return (
-        f"Seed {asked.seed} · {outcome.guided.name} · scale {asked.guidance_scale:g} · {counted(asked.steps, 'step')}"
-    )
+    return f"Seed {asked.seed} · {outcome.guided.name} · scale {text(asked.scale)} · {counted(asked.steps, 'step')}"
 
 
 def _sides(name: str) -> str:

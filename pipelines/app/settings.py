@@ -22,6 +22,8 @@ from diffusers_guidance.pipelines.pictures.make import Case
 from diffusers_guidance.pipelines.support.written import Wanted, checked, refused
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Forecast, Policy
 from diffusers_guidance.rules import APG, CFG, Rule
+from diffusers_guidance.scales import Given
+from diffusers_guidance.scales import checked as checked_scale
 
 BUNDLED = "bundled"
 """The name of the model that comes with the package."""
@@ -269,6 +271,19 @@ KINDS: dict[str, dict[str, Any]] = {
         "norm_threshold": Number("Norm threshold", 0, 100, 0.5, "Cap on the update; empty: no cap.", optional=True),
         "eta": Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."),
         "reference_numel": None,
+        "start": None,
+        "form": None,
+    },
+    "BetaCFG": {
+        "gamma": Number("Gamma", 0, 2, 0.05, "Power of the norm that guidance is divided by."),
+        "a": Number("Alpha of the curve", 1, 10, 0.1),
+        "b": Number("Beta of the curve", 1, 10, 0.1),
+    },
+    "TAG": {"eta": Number("Eta", 1, 3, 0.05, "Factor of the part across the sample; 1 is CFG.")},
+    "ADG": {"most": Number("Largest angle", 0.05, 3, 0.05, "In radians.")},
+    "MomentumGuidance": {
+        "alpha": Number("Alpha", 0, 5, 0.05, "How far to go on from the average; 0 is CFG."),
+        "beta": Number("Beta", 0, 0.95, 0.05, "How much of the average is kept."),
     },
     "CFG": {"rescale": Number("Rescale", 0, 1, 0.05, "Pulls the contrast back; 0 is off.")},
     "CFGZeroStar": {"zero_init": Number("Zero steps", 0, 20, info="First steps that stand still.")},
@@ -366,6 +381,7 @@ def _told(owner: type, name: str) -> str:
 PROMPT = Text("Prompt")
 NEGATIVE = Text("Negative prompt", "What the picture should not show.")
 SCALE = Number("Guidance scale", 1, 30, 0.5, "How strongly the prompt counts; 1 is no guidance.")
+SCHEDULE = Text("Scale over the steps", 'Instead of one scale, such as "linear(9, 3)" or "3x5+7"; empty: one.', 200)
 STEPS = Number("Steps", 1, 100)
 SCHEDULER = OneOf("Scheduler", tuple(SCHEDULERS))
 SEED = Number("Seed", 0, 2**32 - 1)
@@ -378,6 +394,7 @@ class Generation(Form):
     prompt: str = setting(EXAMPLES[0], PROMPT)
     negative_prompt: str = setting("", NEGATIVE)
     guidance_scale: float = setting(5.0, SCALE)
+    schedule: str = setting("", SCHEDULE)
     steps: int = setting(20, STEPS)
     scheduler: str = setting(OWN, SCHEDULER)
     seed: int = setting(0, SEED)
@@ -397,12 +414,18 @@ class Generation(Form):
     def check(self) -> None:
         if not self.prompt:
             raise ValueError("The prompt is empty: say what the picture should show.")
+        checked_scale(self.schedule or None)
         self._with_knobs(rules()[self.rule]())
         self.make_policy()
 
     def settled(self) -> "Generation":
         """These settings with their seed drawn, if it was to be."""
         return self.but(seed=random.randrange(2**32), random_seed=False) if self.random_seed else self
+
+    @property
+    def scale(self) -> Given:
+        """The guidance scale, or its schedule where there is one."""
+        return self.schedule or self.guidance_scale
 
     @property
     def seeds(self) -> list[int]:

@@ -114,7 +114,7 @@ def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, te
 
     preview = Preview(pipe)
     tell(name, 0, settings.steps)
-    column, sides = Column(name, rule, policy, settings.guidance_scale), sides_asked(pipe, settings)
+    column, sides = Column(name, rule, policy, settings.scale), sides_asked(pipe, settings)
     result = make(pipe, settings.cases, column, steps=settings.steps, observers=[watch], **sides)
     result.seconds -= preview.seconds
     return result
@@ -133,6 +133,8 @@ def fitting_calibration(pipe: Any, settings: Generation | Trial) -> str | None:
     if settings.model != BUNDLED:
         return None
     asked = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    if isinstance(settings, Generation) and settings.schedule:
+        return None
     return next((name for name, (scheduler, call) in _calibrated().items()
                  if scheduler == type(pipe.scheduler).__name__ and call == asked), None)  # fmt: skip
 
@@ -204,7 +206,7 @@ def reproduce(pipe: Any, settings: Generation) -> str:
     lines += others
     lines += ["", f"pipe = {cls}.from_pretrained({', '.join(load)}){device}"]
     lines += [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
-    lines += [f"handle = attach(pipe, rule={_written(rule)}, policy={written})", "images = pipe("]
+    lines += [f"handle = attach(pipe, rule={_written(rule, settings.schedule)}, policy={written})", "images = pipe("]
     lines += [f"    {name}={value}," for name, value in written_call.items()]
     lines += [").images", "print(handle.report)", "for number, image in enumerate(images):"]
     lines += ['    image.save(f"picture-{number}.png")']
@@ -224,9 +226,10 @@ def _argument(value: Any) -> str:
     return json.dumps(value)
 
 
-def _written(part: Any) -> str:
+def _written(part: Any, schedule: str = "") -> str:
     """A rule or policy as code."""
-    return f"{type(part).__name__}({arguments(part)})"
+    given = filter(None, [repr(schedule) if schedule else "", arguments(part)])
+    return f"{type(part).__name__}({', '.join(given)})"
 
 
 # Compare

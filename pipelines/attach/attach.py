@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
+from diffusers_guidance import scales
 from diffusers_guidance.engine import Observer
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.learning import Learner, Recorder
@@ -101,14 +102,15 @@ class Handle(Pair):
         except TypeError:
             return call(*args, **kwargs)  # Python's own error for a wrong argument
         taken = parameters(type(pipe), "__call__")
-        if self.rule.guidance_scale is not None:
+        if (given := self.rule.guidance_scale) is not None:
             scale = next((name for name in _SCALES if name in taken), None)
-            if scale is None:
+            if scale is None and not self.rule.is_scheduled:
                 raise ValueError(
                     f"{self.rule} sets guidance_scale, but {type(pipe).__name__} takes neither of {_SCALES}: "
                     "leave it None, and set the scale in the pipeline's own way"
                 )
-            args, kwargs = with_argument(taken, args, kwargs, scale, self.rule.guidance_scale)
+            if scale is not None:
+                args, kwargs = with_argument(taken, args, kwargs, scale, scales.stand_in(given))
         defaults = {name: value for name, value in taken.items() if value is not inspect.Parameter.empty}
         arguments = defaults | by_name(taken, args, kwargs)
         return self._guided(arguments, lambda: call(*args, **kwargs))

@@ -90,7 +90,7 @@ class Discovery:
 
     def __init__(self, call: Call, rule: Rule, policy: Policy, recording: Recording):
         self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
-        self.acts = not (rule.is_plain and type(policy) is EveryStep)
+        self.acts = not (rule.is_plain and type(policy) is EveryStep) or rule.is_scheduled
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
         self.is_in_doubt = False
         """Whether the last step that was read was off in its last digits: the next one is waited for."""
@@ -159,9 +159,10 @@ class Discovery:
             self._check_later(denoiser, at.output, formula, seen)
             return seen.step, seen.prediction
         self.is_in_doubt = False
-        fit = seen.fit
-        is_turned = formula.scale is None and any(at.evaluated) and seen.step.w < -_ROUNDING
-        doubt = turned(formula, seen.step.w) if is_turned else ""
+        fit, w = seen.fit, seen.step.w
+        assert not isinstance(w, tuple)  # the pipeline's own
+        is_turned = formula.scale is None and any(at.evaluated) and w < -_ROUNDING
+        doubt = turned(formula, w) if is_turned else ""
         if doubt or not fit.fits:
             try:
                 self._identify_anew(at, doubt or _held(formula, fit))
@@ -201,11 +202,11 @@ class Discovery:
         c, u = formula.cut(denoiser.outputs, around)
         guided = any(evaluated) or not all(each.action == Action.CONDITIONAL for each in plan)
         if formula.mixed == SOLVED:
-            if not self.rule.is_plain:
+            if not self.rule.is_plain or self.rule.is_scheduled:
                 raise UnsupportedPipeline(
                     f"{self.call.name} changes its guided prediction in an unknown way, and may "
-                    f"change that of {self.rule} in another: {self.advice(denoiser)}use CFG() as the rule, with "
-                    "any policy"
+                    f"change that of {self.rule} in another: {self.advice(denoiser)}use CFG() as the rule, without "
+                    "a scale of its own, with any policy"
                 )
             few = Sample(target.shape)
             (alpha, *betas), fit = mixture(*(few(t) for t in ((target, x, c, u) if guided else (target, x, c))))
@@ -235,6 +236,11 @@ class Discovery:
             w = formula.w(s)
             tolerance, norms = formula.tolerance(s, c.dtype, is_strict=self.acts), None
             expected = formula.expected(denoiser.outputs, c, u, s, around)
+            if isinstance(s, Tensor | tuple) and self.rule.is_scheduled:
+                raise UnsupportedPipeline(
+                    f"{self.call.name} guides at several scales at once, and the schedule of {self.rule} is of one: "
+                    "give its rule no guidance_scale, and set the pipeline's own"
+                )
             if isinstance(s, Tensor) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
                     f"{self.call.name} guides parts of a prediction at different scales, but {self.rule} has "

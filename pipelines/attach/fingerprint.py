@@ -14,17 +14,20 @@ _SAMPLED = 16
 """Numbers of each parameter looked at, and parameters that are spread over all."""
 
 
-def setting(pipe: Any, denoiser: str, guidance_scale: float, timesteps: Sequence[float]) -> dict[str, Any]:
-    """Of a pipeline in a run with these `timesteps`; `guidance_scale` is the denoiser's w.
+def setting(
+    pipe: Any, denoiser: str, guidance_scale: float | Sequence[float], timesteps: Sequence[float]
+) -> dict[str, Any]:
+    """Of a pipeline in a run with these `timesteps`; `guidance_scale` is the denoiser's w, by step if it is scheduled.
 
     Only what both sides state is compared, so what cannot be read (weights that are offloaded) is skipped.
     """
+    scale = [*guidance_scale] if isinstance(guidance_scale, Sequence) else float(guidance_scale)
     return {
         "pipeline": type(pipe).__name__,
         "denoisers": {denoiser: module_fingerprint(getattr(pipe, denoiser))},
         "scheduler": scheduler_fingerprint(pipe.scheduler),
         "timesteps": list(timesteps),
-        "guidance_scale": {denoiser: float(guidance_scale)},
+        "guidance_scale": {denoiser: scale},
     }
 
 

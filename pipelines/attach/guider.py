@@ -19,8 +19,9 @@ from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
+from diffusers_guidance import scales
 from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.checks import is_number, plain
+from diffusers_guidance.checks import plain
 from diffusers_guidance.engine import Engine, Observer
 from diffusers_guidance.errors import CalibrationMismatch, GuidanceError, UnsupportedPipeline
 from diffusers_guidance.learning import Learner, Recorder
@@ -48,7 +49,7 @@ class Guider(Pair, BaseGuidance):
         rule: how to combine both predictions. Default: `DEFAULT_RULE`, as in `attach`.
         policy: which predictions to evaluate. Default: `DEFAULT_POLICY`.
         guidance_scale: w in `u + w (c - u)` for a rule that leaves it None; 7.5 as in diffusers' guiders. Add 1 to a
-            scale meant for `use_original_formulation`, which counts from 0.
+            scale meant for `use_original_formulation`, which counts from 0. A schedule too: see `scales`.
         enabled: False evaluates and uses the conditional prediction alone.
 
     The configuration is plain JSON. Rule and policy may also be given as they stand there, and are rebuilt by
@@ -63,12 +64,13 @@ class Guider(Pair, BaseGuidance):
         self,
         rule: Rule | dict[str, Any] | None = None,
         policy: Policy | dict[str, Any] | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: Any = 7.5,
         enabled: bool = True,
     ):
-        guidance_scale = plain(guidance_scale)
-        if not is_number(guidance_scale, 0):
-            raise ValueError(f"guidance_scale={guidance_scale!r}: a number from 0 up")
+        kept = scales.checked(plain(guidance_scale))
+        if kept is None:
+            raise ValueError(f"guidance_scale=None: {scales.WANTED}")
+        guidance_scale = kept
         super().__init__(enabled=enabled)
         self.rule = DEFAULT_RULE if rule is None else _rebuilt(Rule, rule)
         self.policy = DEFAULT_POLICY if policy is None else _rebuilt(Policy, policy)
@@ -104,7 +106,7 @@ class Guider(Pair, BaseGuidance):
         It is the same at every step. Pipelines ask before a run, to know whether to encode the negative prompt, and the
         answer must not depend on where the last run ended.
         """
-        return 2 if self._enabled and self._w != 1 else 1
+        return 2 if self._enabled and scales.guides(self._given) else 1
 
     @property
     def is_conditional(self) -> bool:
@@ -170,7 +172,7 @@ class Guider(Pair, BaseGuidance):
             pred, prediction = self._guide(run, engine, step, c, u)
             if engine.policy.hands:
                 run.held = pred_cond.clone()
-                pred = engine.hand(self._with_sample(step, c), pred)
+                pred = engine.hand(self._with_sample(replace(step, w=self._w), c), pred, prediction)
             self._tell(step, prediction, pred)
             if n < pred_cond.shape[1]:
                 pred = torch.cat([pred, pred_cond[:, n:]], 1)
@@ -186,7 +188,7 @@ class Guider(Pair, BaseGuidance):
         run, plan = self._run, self._plan
         assert run is not None and run.engine is not None and plan is not None and run.held is not None
         held, n = run.held, self._tokens(run.held)
-        step = self._with_sample(replace(self._step_now(), w=self._w), held[:, :n])
+        step = run.engine.settle(self._with_sample(replace(self._step_now(), w=self._w), held[:, :n]))
         run.recording.add(step, plan, [False] * len(plan), 0, 2 * len(plan))
         pred = run.engine.hand(step, None).to(held.dtype)
         self._tell(step, None, pred)
@@ -196,8 +198,14 @@ class Guider(Pair, BaseGuidance):
         return GuiderOutput(pred=pred, pred_cond=held.clone(), pred_uncond=None)
 
     @property
-    def _w(self) -> float:
+    def _given(self) -> scales.Given:
         return self.guidance_scale if self.rule.guidance_scale is None else self.rule.guidance_scale
+
+    @property
+    def _w(self) -> float | None:
+        """The scale where it is a number; a schedule's is settled by the engine."""
+        given = self._given
+        return None if isinstance(given, str | tuple) else given
 
     def _evaluations(self) -> list[tuple[int, str]]:
         plan = self._plan
@@ -241,7 +249,8 @@ class Guider(Pair, BaseGuidance):
             )
         if run.engine is None:
             history = History.following(self._histories(run), run.recording.first, len(c), self._denoiser)
-            run.engine = Engine(self.rule, run.policy, history, run.recording, recorder=run.recorder)
+            rule = replace(self.rule, guidance_scale=self._given)
+            run.engine = Engine(rule, run.policy, history, run.recording, recorder=run.recorder)
             run.engine.check(lambda: self._setting(run))
             self._plan = self._planned(run.engine)
         return run.engine
@@ -261,7 +270,9 @@ class Guider(Pair, BaseGuidance):
             )
         begin = max(run.clock.begin - run.recording.first, 0)
         timesteps = run.clock.timesteps(begin, self._step_now().count)
-        found = setting(pipe, self._denoiser, self._w, timesteps)
+        step, given = self._step_now(), self._given
+        w: Any = self._w if self._w is not None else scales.by_step(given, step)
+        found = setting(pipe, self._denoiser, w, timesteps)
         del found["pipeline"]  # a modular pipeline has classes of its own
         return found
 
@@ -286,14 +297,19 @@ class Guider(Pair, BaseGuidance):
         assert plan is not None
         name = run.recording.report.pipeline or "the loop of an unknown pipeline"
         space = run.clock.denoising(name, engine.rule, engine.policy, self._loop.latents, c)
-        step = replace(self._with_sample(step, c), space=space, w=self._w)
+        step = engine.settle(replace(self._with_sample(step, c), space=space, w=self._w))
         evaluated = [u is not None] * rows
         uncond = engine.fill(step, plan, c, u, evaluated)
         # The loop may reuse its memory.
         put_out = (c.clone(), uncond.clone()) if engine.policy.remembers else None
         prediction = Prediction(c, uncond, evaluated, put_out)
-        guided = engine.guide(step, plan, prediction, lambda: uncond + self._w * (c - uncond)).tensor
-        return uncond + self._w * (c - uncond) if guided is None else guided, prediction
+
+        def own(s: float | None) -> Tensor:
+            assert step.w is not None
+            return uncond + (scales.column(step.w, c) if s is None else s) * (c - uncond)
+
+        guided = engine.guide(step, plan, prediction, own).tensor
+        return own(None) if guided is None else guided, prediction
 
     def _tell(self, step: Step, prediction: Prediction | None, pred: Tensor) -> None:
         """Tells the observers of a step."""

@@ -19,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from diffusers_guidance import scales
 from diffusers_guidance.engine import Engine, Guided, Observer
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.learning import Recorder
@@ -148,8 +149,16 @@ class Host:
         check_end(
             self._call, self._company, self._denoisers.values(), result=result, steps=len(self.report.steps),
             was_called=self._was_called, has_schedulers=bool(self._taken), acts=self._discovery.acts,
-            is_left_alone=self.rule.is_plain and not self.policy.hands,
+            is_left_alone=self.rule.is_plain and not self.policy.hands and not self.rule.is_scheduled,
         )  # fmt: skip
+
+        given, steps = self.rule.guidance_scale, self.report.steps
+        is_seen = self.report.formula or any(_NOT_YET in step.note for step in steps)
+        if given is not None and self.rule.is_scheduled and steps and not is_seen and scales.guides(given):
+            raise UnsupportedPipeline(
+                f"{self._call.name} did no classifier-free guidance in this call, so the schedule {given!r} could not "
+                "act: give it what it needs to guide (such as a negative prompt), or leave guidance_scale to the call"
+            )
 
     def _meet(self) -> None:
         """Intercepts the networks and schedulers that the pipeline has now, unless that is done."""
@@ -310,6 +319,7 @@ class Host:
         output = by_name(taken, args, kwargs).get("model_output")
         if not self._handed.is_for(output):
             refuse_again(self._call.name, len(self.report.steps) - 1, self.rule, self.policy)
+        assert output is not None
         return with_argument(taken, args, kwargs, "model_output", self._handed.guided().to(output.dtype))
 
     # A step
@@ -359,10 +369,11 @@ class Host:
         step, prediction = self._discovery.verify(
             At(denoiser, step, output, sample, self._clock, plan, evaluated, denoiser.take_cost(), note)
         )
-        formula, w = denoiser.formula, step.w
+        formula, step = denoiser.formula, engine.settle(step)
         assert formula is not None
+        w = step.w
         engine.check(lambda: self._setting(denoiser, step))
-        if w is not None and w < 0 and not self.rule.is_plain:
+        if isinstance(w, float) and w < 0 and not self.rule.is_plain:
             raise UnsupportedPipeline(
                 f"{self._call.name} guides at a scale of {w:.4g} at step {len(self.report.steps)}: "
                 f"{self.rule} needs a scale from 0 up at every step; use CFG(), or call the pipeline with such a scale"
@@ -374,16 +385,17 @@ class Host:
             # The finish may have scaled a prediction of zero by 0/0.
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
-        found = engine.guide(
-            step, plan, prediction, lambda: view.working(output), finish, fuse if formula.hands_it_on else lambda: None
-        )
+        def own(s: float | None) -> Tensor:
+            return view.working(output) if s is None else formula.reproduce(denoiser.outputs, s, around)
+
+        found = engine.guide(step, plan, prediction, own, finish, fuse if formula.hands_it_on else lambda: None)
         handed = None if found.tensor is None else view.emit(found.tensor, output)
         again = found.again
         if again is not None:
             self._tell(prediction, step, None if not self._observers else view.emit(again(), output), sample)
             return Guided(None, found.result, lambda: view.emit(again(), output))
         if self.policy.hands:
-            handed = self._hand(denoiser, step, output if handed is None else handed, sample)
+            handed = self._hand(denoiser, step, output if handed is None else handed, sample, prediction)
         self._tell(prediction, step, output if handed is None else handed, sample)
         return Guided(None if handed is output else handed)
 
@@ -433,7 +445,9 @@ class Host:
         around = self._call.around(formula.view.working(sample), self._clock.space)
         return formula.view.emit(formula.seen(y, around).to(output.dtype), output)
 
-    def _hand(self, denoiser: Denoiser, step: Step, guided: Tensor, sample: Tensor) -> Tensor:
+    def _hand(
+        self, denoiser: Denoiser, step: Step, guided: Tensor, sample: Tensor, prediction: Prediction | None = None
+    ) -> Tensor:
         """What the policy hands to the scheduler in place of `guided`, or of nothing if nothing was evaluated."""
         formula, engine = denoiser.formula, denoiser.engine
         assert formula is not None and engine is not None
@@ -443,7 +457,7 @@ class Host:
         g, x = view.working(guided), view.working(sample)
         space = self._clock.space if x.shape == g.shape else None
         step = replace(step, space=space, sample=None if space is None else x)
-        found = engine.hand(step, g if denoiser.nfe else None)
+        found = engine.hand(step, g if denoiser.nfe else None, prediction)
         if denoiser.nfe:
             denoiser.hold()
         return guided if found is g else view.emit(found.to(guided.dtype), guided)
@@ -454,12 +468,18 @@ class Host:
         loop = [each.engine for each in self._denoisers.values() if each.clock is denoiser.clock]
         before = [engine.history for engine in loop if engine is not None]
         history = History.following(before, self._clock.steps - 1, denoiser.formula.rows, denoiser.name)
-        return Engine(self.rule, self.policy, history, self._recording, recorder=self._recorder)
+        origin = denoiser.formula.w(0.0)
+        return Engine(self.rule, self.policy, history, self._recording, recorder=self._recorder, origin=origin)
 
     def _setting(self, denoiser: Denoiser, step: Step) -> dict[str, Any]:
         """This run's values of what a calibration depends on."""
         timesteps = self._clock.timesteps(self._clock.begin, step.count)
-        return setting(self._call.pipe, denoiser.name, 1.0 if step.w is None else step.w, timesteps)
+        given = self.rule.guidance_scale
+        if given is not None and self.rule.is_scheduled and denoiser.engine is not None:
+            w: Any = scales.by_step(given, replace(step, table=self._clock.table(step.count)), denoiser.engine.origin)
+        else:
+            w = 1.0 if step.w is None else step.w
+        return setting(self._call.pipe, denoiser.name, w, timesteps)
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""

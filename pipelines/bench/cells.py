@@ -23,6 +23,8 @@ from diffusers_guidance.pipelines.support.ray import pipeline
 from diffusers_guidance.pipelines.support.solvers import scheduled
 from diffusers_guidance.policies import EveryStep
 from diffusers_guidance.rules import CFG
+from diffusers_guidance.scales import at, changes, text
+from diffusers_guidance.steps import Step
 
 
 @dataclass
@@ -68,9 +70,10 @@ def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict
     """All prompts with the cell's seed."""
     steps, cases = suite.entry(cell.column).steps or suite.steps, cases_of(suite.prompts, [cell.seed], suite.negative)
     made = _make(pipe, suite, cases, column, steps, batch=cell.batch)
+    given = text(made.guidance_scale) if changes(made.guidance_scale) else made.guidance_scale
     return {
         "rule": repr(made.rule), "policy": repr(made.policy), "plain": made.is_plain and cell.effective is None,
-        "guidance_scale": made.guidance_scale, "steps": steps, "seed": cell.seed, "nfe": made.nfe_by_sample,
+        "guidance_scale": given, "steps": steps, "seed": cell.seed, "nfe": made.nfe_by_sample,
         "seconds": made.seconds,
     }, made  # fmt: skip
 
@@ -82,8 +85,10 @@ def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dic
     guided = Column(column.name, column.rule or DEFAULT_RULE, EveryStep(), asked)
     made = _make(pipe, suite, cases, guided, batch=cell.batch, observers=[strength])
     # As the pipeline counts: some count their scale from 0, so that theirs is w - 1.
-    w = next(step.guidance_scale for step in made.reports[-1].steps if step.guidance_scale is not None)
-    return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": strength.mean - (w - asked)}, None
+    first = next(step for step in made.reports[-1].steps if isinstance(step.guidance_scale, float))
+    own = at(asked, Step(first.index, len(made.reports[-1].steps), denoiser=first.denoiser))
+    origin = first.guidance_scale - own  # type: ignore[operator]
+    return {"seed": cell.seed, "effective": strength.mean, "guidance_scale": strength.mean - origin}, None
 
 
 # Time

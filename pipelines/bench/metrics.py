@@ -252,7 +252,7 @@ class Row:
     scheduler: str
     rule: str
     policy: str
-    guidance_scale: float
+    guidance_scale: float | str
     steps: int
     nfe: Figure
     saved: float

@@ -63,7 +63,7 @@ def markdown(summary: Summary) -> str:
     head = ["rule + policy", "scale", "NFEs", "saved", *[m.title for m in measures]]
     for scheduler in dict.fromkeys(row.scheduler for row in summary.rows):
         rows = [
-            [row.name, f"{row.guidance_scale:.3g}", f"{row.nfe.mean:.1f}", f"{row.saved:.0%}",
+            [row.name, _scale(row.guidance_scale), f"{row.nfe.mean:.1f}", f"{row.saved:.0%}",
              *[figure(row.figures.get(m.name), m) for m in measures]]
             for row in summary.rows if row.scheduler == scheduler
         ]  # fmt: skip
@@ -274,3 +274,7 @@ def _machine(found: dict[str, Any]) -> str:
 
 def _picture(file: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+
+
+def _scale(given: float | str) -> str:
+    return given if isinstance(given, str) else f"{given:.3g}"

@@ -19,6 +19,7 @@ from diffusers_guidance.pipelines.search.search import search
 from diffusers_guidance.pipelines.support.files import read_lines, read_text
 from diffusers_guidance.pipelines.support.written import Count, Scale, Seed, Text, checked, in_a_file, parts_of
 from diffusers_guidance.rules import CFG
+from diffusers_guidance.scales import Given
 
 SUITE = samples.MODEL.parent / "suites" / "emoji.yaml"
 """The bundled model's suite."""
@@ -187,7 +188,7 @@ class Suite:
             return Column(entry.name, CFG(), _searched(self.calibration, entry.search))
         return _parsed(entry.pair, self.folder)
 
-    def scale(self, column: Column) -> float:
+    def scale(self, column: Column) -> Given:
         return self.guidance_scale if column.guidance_scale is None else column.guidance_scale
 
     # Cells

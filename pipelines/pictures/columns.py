@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import math
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,9 +11,11 @@ from typing import Any
 
 from diffusers_guidance import policies, rules, samples
 from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.checks import plain
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, LinearAG, Policy, Schedule
 from diffusers_guidance.rules import CFG, Rule
+from diffusers_guidance.scales import Given, checked
 from diffusers_guidance.schedules import closed_form
 
 COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.preset("normalised")@15')
@@ -103,11 +104,13 @@ class Column:
     name: str
     rule: Rule | None = None
     policy: Policy | None = None
-    guidance_scale: float | None = None
+    guidance_scale: Given | None = None
 
     @classmethod
     def parse(cls, text: str, beside: Path = Path()) -> "Column":
         """Reads a rule, a policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12".
+
+        A scale that changes is in quotes, or a list: 'CFG@"linear(9, 3)"', 'APG@"3x3+7x17"+Forecast', "CFG@[9, 7, 5]".
 
         A missing rule is CFG, a missing policy EveryStep; "default" is what `attach(pipe)` chooses. Arguments
         are Python literals; nothing is evaluated. A calibration is a file, relative to `beside`, or the
@@ -117,7 +120,7 @@ class Column:
             terms = [_split_scale(text, term) for term in _terms(ast.parse(text.strip(), mode="eval").body)]
         except SyntaxError:
             raise _unread(text, "it cannot be read") from None
-        scales = [scale for _, scale in terms if scale is not None]
+        scales: list[Given] = [scale for _, scale in terms if scale is not None]
         if [ast.unparse(node).lower() for node, _ in terms] == ["default"]:
             return cls(text, guidance_scale=scales[0] if scales else None)
         built = [_build(text, node, beside) for node, _ in terms]
@@ -137,17 +140,15 @@ def _terms(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, float | None]:
-    """The part before the @, and the number after it."""
+def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, Given | None]:
+    """The part before the @, and the scale after it."""
     if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)):
         return node, None
     try:
-        scale = float(ast.literal_eval(node.right))
-    except (ValueError, TypeError):
-        scale = math.nan
-    if not 0 <= scale < math.inf:
-        raise _unread(text, f"the guidance scale {ast.unparse(node.right)} must be a number from 0 up")
-    return node.left, scale
+        return node.left, checked(plain(ast.literal_eval(node.right)))
+    except (ValueError, TypeError) as error:
+        why = str(error) if "guidance_scale=" in str(error) else "a number from 0 up, a list, or a quoted schedule"
+        raise _unread(text, f"the guidance scale {ast.unparse(node.right)}: {why}") from None
 
 
 def _build(text: str, node: ast.expr, beside: Path) -> Any:

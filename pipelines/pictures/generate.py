@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from diffusers_guidance.checks import plain
+from diffusers_guidance.checks import is_whole, plain
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import Column
-from diffusers_guidance.pipelines.pictures.make import Case, Result, make, png_of
+from diffusers_guidance.pipelines.pictures.make import Best, Case, Result, make, png_of
+from diffusers_guidance.pipelines.pictures.make import best_of as choose
 from diffusers_guidance.pipelines.pictures.sizes import check_sides, check_size
 from diffusers_guidance.pipelines.support.files import read_text
 from diffusers_guidance.pipelines.support.loading import fingerprint
@@ -27,6 +28,7 @@ from diffusers_guidance.pipelines.support.ray import pipeline
 from diffusers_guidance.pipelines.support.resume import Record, resumed
 from diffusers_guidance.pipelines.support.solvers import scheduled
 from diffusers_guidance.pipelines.support.written import Seed, Text, Wanted, checked
+from diffusers_guidance.scales import Given
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,10 @@ def generate(
     model: str,
     scheduler: str | None = None,
     steps: int = 20,
-    guidance_scale: float = 5.0,
+    guidance_scale: Given = 5.0,
     batch: int = 4,
+    best_of: int = 1,
+    after: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     on_ray: bool = False,
@@ -123,6 +127,9 @@ def generate(
         column: rule, policy and scale, or a text for `Column.parse`.
         guidance_scale: for a column without one.
         batch: jobs per call of the pipeline; jobs that differ in more than prompt and seed are not mixed.
+        best_of: of how many seeds, the job's and those after it, to make the one whose first steps promise the most
+            (`make.best_of`). The metadata says which it was.
+        after: how many steps to try each for; a fifth of them by default.
         on_ray: whether to use the cluster of `support.ray.cluster()`; only a lost worker's batch is done again.
 
     Returns:
@@ -135,6 +142,13 @@ def generate(
     steps, scale = plain([steps, guidance_scale if parsed.guidance_scale is None else parsed.guidance_scale])
     made_with = {"model": fingerprint(model), "column": parsed.name, "scheduler": scheduler, "steps": steps,
                  "guidance_scale": scale, "dtype": dtype}  # fmt: skip
+    if not is_whole(best_of, 1):
+        raise ValueError(f"best_of={best_of!r}: a whole number of seeds from 1 up")
+    after = max(1, steps // 5) if after is None else after
+    if best_of > 1:
+        if not is_whole(after, 1) or after >= steps:
+            raise ValueError(f"after={after!r}: a whole number of steps from 1 to {steps - 1}")
+        made_with |= {"best_of": best_of, "after": after}
     if parsed.policy is not None and parsed.policy.calibration is not None:
         made_with["calibration"] = parsed.policy.calibration.digest
     records = {job.id: Record(out / f"{job.id}.json", job.about | {"made_with": made_with}) for job in jobs}
@@ -150,9 +164,15 @@ def generate(
     def work(part: list[Job]) -> tuple[list[bytes], dict[str, Any]]:
         pipe = pipeline(model, device, dtype)
         with scheduled(pipe, scheduler):
-            made = _made(pipe, part, parsed, steps=steps, guidance_scale=scale)
+            chosen = [_best(pipe, job, parsed, best_of, after, batch, steps, scale) for job in part if best_of > 1]
+            cases = [each.case for each in chosen] or [_case(job) for job in part]
+            made = _made(pipe, part, cases, parsed, steps=steps, guidance_scale=scale)
         ran = {"rule": repr(made.rule), "policy": repr(made.policy), "nfe": made.nfe_by_sample,
                "nfe_full": made.nfe_full / len(part), "batch": len(part)}  # fmt: skip
+        if chosen:
+            ran["best_of"] = [
+                {"seed": each.case.seed, "differences": each.differences, "nfe": each.nfe} for each in chosen
+            ]
         return [png_of(picture) for picture in made.pictures], ran | {"environment": environment(pipe)}
 
     def found(part: list[Job]) -> int | None:
@@ -160,10 +180,13 @@ def generate(
 
     def keep(part: list[Job], made: tuple[list[bytes], dict[str, Any]]) -> int:
         pictures, ran = made
-        for job, picture, nfe in zip(part, pictures, ran["nfe"], strict=True):
+        for i, (job, picture, nfe) in enumerate(zip(part, pictures, ran["nfe"], strict=True)):
             if job.id not in there:
                 write(out / f"{job.id}.png", picture)
-                records[job.id].write(ran | {"nfe": nfe, "sha256": hashlib.sha256(picture).hexdigest()})
+                own = {"nfe": nfe, "sha256": hashlib.sha256(picture).hexdigest()}
+                if "best_of" in ran:
+                    own["best_of"] = ran["best_of"][i]
+                records[job.id].write(ran | own)
         return len(part)
 
     progress = progress or silent
@@ -175,13 +198,23 @@ def generate(
     return len(jobs) - len(there), len(there)
 
 
-def _made(pipe: Any, part: list[Job], column: Column, **settings: Any) -> Result:
+def _case(job: Job) -> Case:
+    return Case(job.prompt, job.seed, job.negative_prompt)
+
+
+def _best(pipe: Any, job: Job, column: Column, count: int, after: int, batch: int, steps: int, scale: Given) -> Best:
+    """The best of a job's seeds."""
+    seeds = [(job.seed + i) % 2**63 for i in range(count)]
+    how = {"seeds": seeds, "after": after, "steps": steps, "guidance_scale": scale, "batch": batch}
+    return choose(pipe, _case(job), column, **how, **dict(job.arguments))  # type: ignore[arg-type]
+
+
+def _made(pipe: Any, part: list[Job], cases: list[Case], column: Column, **settings: Any) -> Result:
     """What one call makes; errors from its lines' own arguments name the first line."""
     first, arguments = part[0], dict(part[0].arguments)
     unknown = set(arguments) - set(inspect.signature(type(pipe).__call__).parameters)
     if unknown:
         raise ValueError(f"job {first.id}: {type(pipe).__name__} takes no {', '.join(sorted(unknown))}")
-    cases = [Case(job.prompt, job.seed, job.negative_prompt) for job in part]
     try:
         made = make(pipe, cases, column, **settings, **arguments)
         check_size(made.pictures, arguments)

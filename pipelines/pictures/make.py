@@ -4,7 +4,7 @@ import inspect
 import io
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.checks import plain
-from diffusers_guidance.engine import Observer
+from diffusers_guidance.checks import is_whole, plain
+from diffusers_guidance.engine import Observer, noise_difference
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE, borrowed
 from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of
 from diffusers_guidance.pipelines.pictures.columns import Column, short
@@ -28,6 +28,8 @@ from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
+from diffusers_guidance.scales import Given, stand_in
+from diffusers_guidance.steps import Prediction, Step
 
 
 class Case(NamedTuple):
@@ -50,7 +52,7 @@ class Result:
     name: str
     rule: Rule
     policy: Policy
-    guidance_scale: float
+    guidance_scale: Given
     pictures: list[Any] = field(default_factory=list)
     """As they are shown, with 8 bits a colour."""
     decoded: list[Tensor] = field(default_factory=list)
@@ -111,7 +113,7 @@ def make(
     column: Column,
     *,
     steps: int,
-    guidance_scale: float = 5.0,
+    guidance_scale: Given = 5.0,
     batch: int | None = None,
     progress: Progress = silent,
     observers: Sequence[Observer] = (),
@@ -162,9 +164,84 @@ def _recording(pipe: Any) -> Iterator[None]:
         catch_call(pipe, handler)
 
 
-def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: float, **arguments: Any) -> None:
+class Best(NamedTuple):
+    """The seed chosen out of several, and what each showed."""
+
+    case: Case
+    """With the best seed."""
+    differences: dict[int, float]
+    """By seed, `||cond - uncond||` of the noise, summed over the first steps."""
+    nfe: int
+    """Network evaluations that the choice took."""
+
+
+def best_of(
+    pipe: Any,
+    case: Case,
+    column: Column,
+    *,
+    seeds: Sequence[int],
+    after: int,
+    steps: int,
+    guidance_scale: Given = 5.0,
+    batch: int | None = None,
+    **arguments: Any,
+) -> Best:
+    """The case with the seed whose first steps promise the most (CFG-Rejection, arXiv 2505.23343).
+
+    Each seed is run for the first `after` of `steps` steps under full guidance, and given up. Of one prompt's samples
+    those that the condition moves most in their first steps tend to be the better ones; the authors look at 10 of 50.
+
+    Args:
+        batch: seeds per call; None for all.
+
+    Raises:
+        ValueError: no seed, or not at least one step and fewer than all; or no step of the run guided.
+    """
+    if not seeds or not is_whole(after, 1) or after >= steps:
+        raise ValueError(f"seeds={list(seeds)!r}, after={after!r}: at least one seed, and from 1 to {steps - 1} steps")
+    found: dict[int, float] = {}
+    size, nfe = batch or len(seeds), 0
+    tried = replace(column, rule=column.rule or DEFAULT_RULE, policy=EveryStep())
+    for start in range(0, len(seeds), size):
+        part = seeds[start : start + size]
+        race = _Race(after)
+        with suppress(_Enough):
+            make(
+                pipe, [case._replace(seed=seed) for seed in part], tried, steps=steps, guidance_scale=guidance_scale,
+                observers=[race], **arguments,
+            )  # fmt: skip
+        if race.total is None or len(race.total) != len(part):
+            raise ValueError("best_of needs a pipeline that does classifier-free guidance, one picture for each seed")
+        found |= dict(zip(part, race.total.tolist(), strict=True))
+        nfe += race.nfe
+    return Best(case._replace(seed=max(found, key=lambda seed: found[seed])), found, nfe)
+
+
+class _Enough(Exception):
+    """Ends a run of which only the first steps are wanted."""
+
+
+@dataclass
+class _Race:
+    """An observer that adds up differences, and ends the run after so many steps."""
+
+    after: int
+    total: torch.Tensor | None = None
+    nfe: int = 0
+
+    def __call__(self, step: Step, prediction: Prediction | None, guided: torch.Tensor) -> None:
+        if prediction is not None:
+            now = noise_difference(step, prediction).double()
+            self.total = now if self.total is None else self.total + now
+            self.nfe += prediction.nfe
+        if step.index + 1 >= self.after:
+            raise _Enough
+
+
+def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: Given, **arguments: Any) -> None:
     """Two steps of plain guidance, so that the next run does not pay for the start."""
-    make(pipe, cases, Column("warming up", CFG(), EveryStep(), guidance_scale), steps=2, **arguments)
+    make(pipe, cases, Column("warming up", CFG(), EveryStep(), stand_in(guidance_scale)), steps=2, **arguments)
 
 
 def _steps_of(progress: Progress, name: str, number: int, steps: int, calls: int) -> Progress:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusers_guidance import scales
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import changes, short
 from diffusers_guidance.pipelines.pictures.compare import Comparison
@@ -92,14 +93,14 @@ def similarity_plot(comparison: Comparison) -> Figure:
     figure: Figure = first.plot()
     axes = figure.axes[0]
     which = "" if len(result.reports) == 1 else ", first batch"
-    title = f"{result.label}, scale {result.guidance_scale:g}: {first.summary()}{which}"
+    title = f"{result.label}, scale {scales.text(result.guidance_scale)}: {first.summary()}{which}"
     axes.set_title(title, fontsize="medium", wrap=True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     names = [f"{p}, seed {s}" if len(comparison.seeds) > 1 else p for p in comparison.prompts for s in comparison.seeds]
     legend = axes.get_legend()
-    for text, name in zip(legend.get_texts() if legend else [], names, strict=False):
-        if text.get_text() != "skipped":
-            text.set_text(textwrap.shorten(name, 40))
+    for label, name in zip(legend.get_texts() if legend else [], names, strict=False):
+        if label.get_text() != "skipped":
+            label.set_text(textwrap.shorten(name, 40))
     if isinstance(result.policy, AdaptiveGuidance) and result.policy.space == "denoised":
         axes.axhline(result.policy.threshold, color=GREY, linestyle=":", linewidth=1, zorder=0)
     return figure
@@ -113,7 +114,7 @@ def cell_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def _head(result: Result, bold: Any, plain: Any) -> list[Line]:
-    scale = f"scale {result.guidance_scale:g}"
+    scale = f"scale {scales.text(result.guidance_scale)}"
     saved = f"{result.saved:.0%} saved" if result.nfe != result.nfe_full else ""
     if result.is_default:
         title, _, pair = result.label.partition(": ")

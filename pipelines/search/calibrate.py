@@ -21,8 +21,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from diffusers_guidance import scales
 from diffusers_guidance.calibration import Calibration, Moments, gains
-from diffusers_guidance.checks import is_number, is_whole, plain
+from diffusers_guidance.checks import is_whole, plain
 from diffusers_guidance.errors import GuidanceError, UnsupportedScheduler
 from diffusers_guidance.observation import Observation
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprint, scheduler_fingerprint, setting
@@ -34,6 +35,7 @@ from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.pipelines.support.ray import cluster
 from diffusers_guidance.pipelines.support.resume import resumed
 from diffusers_guidance.policies import EveryStep
+from diffusers_guidance.report import StepReport
 from diffusers_guidance.rules import CFG
 from diffusers_guidance.steps import Prediction, Step
 
@@ -87,7 +89,7 @@ def calibrate(
     negative_prompts: Sequence[str] = ("",),
     trajectories: int = 200,
     num_inference_steps: int = 20,
-    guidance_scale: float = 5.0,
+    guidance_scale: scales.Given = 5.0,
     seed: int = 0,
     batch_size: int = 8,
     per_channel: bool = False,
@@ -104,7 +106,7 @@ def calibrate(
         negative_prompts: used in turn; name those that you will use, so that the fit serves them too.
         trajectories: how many runs of one sample. For `Forecast` one is enough (docs/forecast.md).
         num_inference_steps, guidance_scale: those of later runs; others need another calibration. But `Forecast` is
-            served at any scheduler and scale, and at as many steps or fewer.
+            served at any scheduler and scale, and at as many steps or fewer. The scale may be a schedule (`scales`).
         batch_size: trajectories per call.
         per_channel: whether to keep a Gram matrix for every channel (dimension 1), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
@@ -128,8 +130,10 @@ def calibrate(
         if not is_whole(value, 1):
             raise ValueError(f"{name}={value!r}: a whole number from 1 up")
     guidance_scale, seed, per_channel, share = plain([guidance_scale, seed, per_channel, tuple(share)])
-    if not is_number(guidance_scale, 0):
-        raise ValueError(f"guidance_scale={guidance_scale!r}: a number from 0 up")
+    kept = scales.checked(guidance_scale)
+    if kept is None:
+        raise ValueError(f"guidance_scale=None: {scales.WANTED}")
+    guidance_scale = kept
     if not is_whole(seed):
         raise ValueError(f"seed={seed!r}: a whole number")
     if not isinstance(per_channel, bool):
@@ -187,17 +191,18 @@ def _plan(
     negative_prompts: Sequence[str],
     seed: int,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: scales.Given,
     per_channel: bool,
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """What all trajectories have in common, in plain values."""
     steps, guidance_scale, seed, per_channel = plain([steps, guidance_scale, seed, per_channel])
+    guidance_scale = guidance_scale if isinstance(guidance_scale, str | tuple) else float(guidance_scale)
     return {
         "prompts": hashlib.sha256(repr([*prompts, "", *negative_prompts]).encode()).hexdigest()[:16],
         "seed": seed,
         "num_inference_steps": steps,
-        "guidance_scale": float(guidance_scale),
+        "guidance_scale": scales.text(guidance_scale) if isinstance(guidance_scale, str | tuple) else guidance_scale,
         "arguments": repr([(name, _told(value)) for name, value in sorted(arguments.items())]),
         "per_channel": per_channel,
     }
@@ -223,7 +228,7 @@ def _run(
     negatives: list[str],
     seeds: list[int],
     steps: int,
-    guidance_scale: float,
+    guidance_scale: scales.Given,
     per_channel: bool,
     arguments: dict[str, Any],
 ) -> Calibration:
@@ -251,12 +256,12 @@ def _run(
             )
         denoisers[name] = Moments(seen.first, products, seen.similarity)
     # The scale w of the formula; some pipelines take w - 1, and experts may have one each.
-    scales = {step.denoiser: step.guidance_scale for step in reversed(report.steps) if step.guidance_scale}
+    firsts = {step.denoiser: step for step in reversed(report.steps) if step.guidance_scale}
     about: dict[str, Any] = {}
     table = [float(t) for t in pipe.scheduler.timesteps.tolist()]
     ran = _within([step.timestep for step in report.steps], table)
     for name in denoisers:
-        found = setting(pipe, name, scales[name], table[ran])
+        found = setting(pipe, name, _w(firsts[name], guidance_scale, pipe, ran, len(report.steps)), table[ran])
         about = found | {key: about.get(key, {}) | found[key] for key in ("denoisers", "guidance_scale")}
     try:
         about["gains"] = gains(spaces(pipe.scheduler))[ran]
@@ -265,6 +270,19 @@ def _run(
     counts = {text: negatives.count(text) for text in dict.fromkeys(negatives)}
     motions = () if made.calibration is None else made.calibration.motions
     return Calibration(about, denoisers, counts, motions)
+
+
+def _w(first: StepReport, given: scales.Given, pipe: Any, ran: slice, count: int) -> Any:
+    """A denoiser's settled scale, by step of the run if it is scheduled; `first` is its own first step."""
+    w = first.guidance_scale
+    if not scales.changes(given) or not isinstance(w, float):
+        return w
+    try:
+        table = spaces(pipe.scheduler)[ran]
+    except UnsupportedScheduler:
+        table = ()
+    step = Step(first.index, count, table=table, denoiser=first.denoiser)
+    return scales.by_step(given, step, w - scales.by_step(given, step)[first.index])
 
 
 def _within(seen: Sequence[float | None], table: Sequence[float]) -> slice:

@@ -63,6 +63,12 @@ def generate_command(
     steps: Annotated[int, typer.Option(min=1)] = 20,
     scale: Annotated[float, typer.Option(min=0, help="Guidance scale, if --column names none.")] = 5.0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 4,
+    best_of: Annotated[
+        int, typer.Option(min=1, help="Try so many seeds for a few steps each, and make the best (arXiv 2505.23343).")
+    ] = 1,
+    after: Annotated[
+        int | None, typer.Option(min=1, help="Steps to try each seed for, with --best-of.", show_default="a fifth")
+    ] = None,
     ray: Ray = False,
     ray_address: Address = None,
     device: Device = None,
@@ -73,7 +79,7 @@ def generate_command(
         _import_own(own, ray)
         made, had = generate(
             read_jobs(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
-            batch=batch, device=device, dtype=dtype, on_ray=ray, progress=progress,
+            batch=batch, best_of=best_of, after=after, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
     typer.echo(f"{made} pictures made, {had} already existed: {out}")
 

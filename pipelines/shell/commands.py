@@ -34,6 +34,7 @@ from diffusers_guidance.pipelines.support.files import read_lines
 from diffusers_guidance.pipelines.support.loading import load
 from diffusers_guidance.pipelines.support.modules import import_own
 from diffusers_guidance.policies import Schedule
+from diffusers_guidance.scales import text as scale_text
 from diffusers_guidance.schedules import predicted_error
 
 Calibrated = Annotated[Path, typer.Argument(help="A file made by `calibrate`.")]
@@ -236,7 +237,7 @@ def _print_comparison(comparison: Comparison) -> None:
         psnr = comparison.psnr(result)
         table.add_row(
             result.label,
-            f"{result.guidance_scale:g}",
+            scale_text(result.guidance_scale),
             str(result.nfe),
             f"{result.saved:.0%}",
             f"{result.seconds_per_picture:.2f}",

@@ -166,6 +166,7 @@ def test_pictures_carry_their_settings(client):
             "width": 160,
         },
         {"policy": "LinearAG", "rule": "CFG", "guidance_scale": 5, "steps": 20},
+        {"rule": "APG", "policy": "Forecast", "schedule": "linear(9, 3)"},
         {
             "rule": "APG",
             "momentum": -0.75,

@@ -3,16 +3,15 @@
 No pipeline, no network: two classes of points in the plane, each a mixture of two Gaussians, in float64.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
+from mixture import MEANS, OF_CLASS, Loop, W, noise_of, sigmas
 
 from diffusers_guidance import (
     APG,
     CFG,
-    Action,
     AdaptiveGuidance,
     Decision,
     EveryStep,
@@ -23,68 +22,10 @@ from diffusers_guidance import (
     StepAG,
     kernels,
 )
-from diffusers_guidance.engine import Engine, advance
+from diffusers_guidance.engine import Engine
 from diffusers_guidance.report import Recording
 from diffusers_guidance.spaces import Space
 from diffusers_guidance.steps import History, Prediction, Step
-
-MEANS = torch.tensor([[2.0, 0.0], [2.4, 0.6], [-2.0, 0.3], [-1.8, -0.5]], dtype=torch.float64)
-OF_CLASS = torch.tensor([True, True, False, False])
-SPREAD = 0.3
-W = 3.0
-
-
-def noise_of(x, sigma, means):
-    """(rows, 2): the noise in x = x0 + sigma eps as a perfect network predicts it, where x0 is of these Gaussians."""
-    variance = SPREAD**2 + sigma**2
-    weights = (-((x[:, None] - means) ** 2).sum(-1) / (2 * variance)).softmax(-1)  # (rows, means)
-    denoised = means + (x[:, None] - means) * SPREAD**2 / variance
-    return (x - (weights[..., None] * denoised).sum(1)) / sigma
-
-
-def sigmas(count):
-    return torch.cat([torch.logspace(math.log10(10), math.log10(0.05), count, dtype=torch.float64), torch.zeros(1)])
-
-
-@dataclass
-class Loop:
-    """A host: Euler steps of the probability flow, from noise to points."""
-
-    engine: Engine
-    x: torch.Tensor
-    count: int
-    evaluations: list = field(default_factory=list)
-    """Rows of each evaluation."""
-
-    def predict(self, step, plan):
-        if all(each.action == Action.NEITHER for each in plan):
-            held = torch.full_like(self.x, torch.nan)  # nobody is to look at it
-            if not self.engine.policy.hands:
-                held = None
-            c, u = (held, held) if held is not None else self.engine.both(step)
-            return Prediction(c, u, [False] * len(plan), nfe=0)
-        c = self._evaluated(self.x, step, MEANS[OF_CLASS])
-        both = [each.action in (Action.BOTH, Action.NEITHER) for each in plan]
-        u = None
-        if any(both):
-            u = torch.full_like(c, torch.nan)
-            u[both] = self._evaluated(self.x[both], step, MEANS)
-        return Prediction(c, self.engine.fill(step, plan, c, u, both), both)
-
-    def _evaluated(self, x, step, means):
-        self.evaluations.append(len(x))
-        return noise_of(x, step.sigma, means)
-
-    def resume(self, step, guided):
-        following = sigmas(self.count)[step.index + 1]
-        self.x = self.x + (following - step.sigma) * guided
-
-    def run(self):
-        table = tuple(Space(1.0, -s, 0.0, 1.0, 1.0, s, s, True) for s in sigmas(self.count)[:-1].tolist())
-        for i, space in enumerate(table):
-            step = Step(i, self.count, space=space, sample=self.x, w=W, rows=len(self.x), table=table)
-            advance(self.engine, self, step)
-        return self.x
 
 
 def loop(rule, policy, x, count=12, observers=()):
@@ -174,7 +115,7 @@ def test_the_later_stages_of_a_step_leave_the_momentum_alone(x):
     carried = []
     for new_step in (True, False, True):
         step = Step(space=Space(1.0, -2.0, 0.0, 1.0, 1.0, 2.0, 2.0, new_step), sample=x, w=W, rows=4)
-        engine.guide(step, [Decision("both")] * 4, Prediction(c, u, [True] * 4), lambda: u)
+        engine.guide(step, [Decision("both")] * 4, Prediction(c, u, [True] * 4), lambda s: u)
         carried.append(engine.momentum)
     assert torch.equal(carried[0], carried[1])
     assert carried[2] == pytest.approx(-2.0 * (c - u) + 0.5 * carried[1], rel=1e-9)
@@ -193,7 +134,7 @@ def test_what_is_not_guided_is_the_conditional_prediction_whatever_was_evaluated
     engine = loop(rule, Stray(), x).engine
     c, u = noise_of(x, 2.0, MEANS[OF_CLASS]), noise_of(x, 2.0, MEANS)
     step = Step(space=Space(1.0, -2.0, 0.0, 1.0, 1.0, 2.0, 2.0, True), sample=x, w=W, rows=4)
-    guided = engine.guide(step, engine.plan(step), Prediction(c, u, [True] * 4), lambda: u + W * (c - u)).tensor
+    guided = engine.guide(step, engine.plan(step), Prediction(c, u, [True] * 4), lambda s: u + W * (c - u)).tensor
     assert torch.equal(guided[1::2], c[1::2])
     expected = kernels.guide(x, c, u, None, 1.0, -2.0, rule.at(step))[0]
     assert guided[::2] == pytest.approx(expected[::2], rel=1e-9)
@@ -204,7 +145,7 @@ def test_an_estimate_is_not_used_where_both_were_evaluated(x):
     engine = loop(CFG(), Hold(2), x).engine
     c, u = noise_of(x, 2.0, MEANS[OF_CLASS]), noise_of(x, 2.0, MEANS)
     step = Step(1, 4, w=W, rows=4)
-    engine.guide(step, [Decision("extrapolate", "held")] * 4, Prediction(c, u, [True] * 4), lambda: u)
+    engine.guide(step, [Decision("extrapolate", "held")] * 4, Prediction(c, u, [True] * 4), lambda s: u)
     assert engine.recording.finish().steps[0].action == ["both"] * 4
 
 

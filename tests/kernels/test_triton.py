@@ -13,7 +13,19 @@ import torch
 
 from diffusers_guidance import kernels
 from diffusers_guidance.kernels import reference
-from diffusers_guidance.rules import APG, CFG, TCFG, CFGZeroStar, MagnitudeAware, Rule
+from diffusers_guidance.rules import (
+    APG,
+    CFG,
+    TAG,
+    TCFG,
+    BetaCFG,
+    CFGZeroStar,
+    MagnitudeAware,
+    MomentumGuidance,
+    RenormCFG,
+    Rule,
+)
+from diffusers_guidance.steps import Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -31,7 +43,8 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU alone can show it")
 
 HALF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ROUNDING = 1.05
-OTHERS = [CFGZeroStar(7.5), TCFG(7.5), MagnitudeAware(7.5)]
+OTHERS = [CFGZeroStar(7.5), TCFG(7.5), MagnitudeAware(7.5), BetaCFG(7.5), TAG(7.5), MomentumGuidance(7.5)]
+OTHERS += [RenormCFG(7.5), RenormCFG(7.5, shorten_only=True), APG(7.5, form="diffusers").at(Step(w=7.5))]
 
 
 if INTERPRETED:  # the interpreter truncates to bfloat16 where a GPU rounds

@@ -110,7 +110,7 @@ def test_columns_shown_unless_asked_for_others():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("CGF", ["'CGF'", "there is no CGF", "APG, CFG", "EveryStep, Forecast, Hold"]),
+        ("CGF", ["'CGF'", "there is no CGF", "APG, BetaCFG, CFG", "EveryStep, Forecast, Hold"]),
         ("", ["''", "cannot be read"]),
         ("APG(", ["'APG('", "cannot be read"]),
         ("APG@", ["cannot be read"]),

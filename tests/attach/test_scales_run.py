@@ -1,0 +1,195 @@
+"""Scales that change, in pipelines: as diffusers does it when a callback sets the pipeline's own scale at each step."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conformance import recorded, relative
+from diffusers.guiders import ClassifierFreeGuidance
+from modular import Pair
+from tiny import PIPELINES, counting, run
+
+from diffusers_guidance import APG, CFG, TAG, EveryStep, Forecast, StepAG, UnsupportedPipeline, attach
+from diffusers_guidance.pipelines.attach.guider import Guider
+
+pytestmark = pytest.mark.slow
+
+VALUES = [6.5, 3.3, 2.25, 7.1]
+NAMES = [
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "LTXPipeline",
+    "CogVideoXPipeline",
+]
+
+
+def theirs(pipe, entry, values, **changes):
+    """diffusers' own: the pipeline called at the first value, its scale set by a callback after each step."""
+
+    def callback(pipe, index, timestep, tensors):
+        if index + 1 < len(values):
+            pipe._guidance_scale = values[index + 1]
+        return {}
+
+    with recorded(pipe.scheduler) as steps:
+        made = run(pipe, entry, len(values), guidance_scale=values[0], callback_on_step_end=callback, **changes)
+    return made, steps.outputs
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_list_is_diffusers_own_with_a_callback_bit_for_bit(name, batch):
+    entry = PIPELINES[name]
+    if not entry.available or (batch > 1 and not entry.batches):
+        pytest.skip(f"this diffusers has no {name}, or it takes one prompt")
+    pipe = entry.build()
+    expected, outputs = theirs(pipe, entry, VALUES, batch=batch)
+    with attach(pipe, CFG(VALUES), EveryStep()) as handle, recorded(pipe.scheduler) as steps:
+        made = run(pipe, entry, len(VALUES), batch=batch)
+    assert all(torch.equal(x, y) for x, y in zip(steps.outputs, outputs, strict=True))
+    assert torch.equal(made, expected)
+    assert [step.guidance_scale for step in handle.report.steps] == VALUES
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_too(dtype):
+    entry = PIPELINES["StableDiffusion3Pipeline"]
+    pipe = entry.build().to(dtype)
+    changes = {key: value.to(dtype) for key, value in entry.call().items() if isinstance(value, torch.Tensor)}
+    changes = {key: value for key, value in changes.items() if value.is_floating_point()}
+    expected, _ = theirs(pipe, entry, VALUES, **changes)
+    with attach(pipe, CFG(VALUES), EveryStep()):
+        assert torch.equal(run(pipe, entry, len(VALUES), **changes), expected)
+
+
+def test_where_the_scale_counts_from_0_a_list_does_so_too():
+    entry = PIPELINES["ZImagePipeline"]
+    pipe = entry.build()
+    alone = []
+    for value in (2.0, 5.0):
+        with recorded(pipe.scheduler) as steps:
+            run(pipe, entry, 2, guidance_scale=value)
+        alone.append(steps.outputs[0])
+    with attach(pipe, CFG([2.0, 5.0]), EveryStep()) as handle, recorded(pipe.scheduler) as steps:
+        run(pipe, entry, 2)
+    assert torch.equal(steps.outputs[0], alone[0])
+    assert [step.guidance_scale for step in handle.report.steps] == [3.0, 6.0]
+
+
+def test_each_expert_has_its_own():
+    entry = PIPELINES["WanPipeline, two experts"]
+    pipe = entry.build()
+    expected = run(pipe, entry, 4, guidance_scale=6.0, guidance_scale_2=3.0)
+    given = {"transformer": 6.0, "transformer_2": "3x2+3"}
+    with attach(pipe, CFG(given), EveryStep()) as handle:
+        assert torch.equal(run(pipe, entry, 4), expected)
+    by_name = {step.denoiser: step.guidance_scale for step in handle.report.steps}
+    assert by_name == {"transformer": 6.0, "transformer_2": 3.0}
+
+
+@pytest.mark.parametrize("rule", [CFG, APG], ids=lambda rule: rule.__name__)
+def test_each_sample_has_its_own(rule):
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    alone = []
+    for row, scale in enumerate(("linear(9, 3)", 5.0)):
+        with attach(pipe, rule(scale), EveryStep()):
+            alone.append(run(pipe, entry, 4, batch=1, first=row))
+    with attach(pipe, rule("linear(9, 3) | 5"), EveryStep()) as handle:
+        together = run(pipe, entry, 4, batch=2)
+    assert relative(together, torch.cat(alone)) < 1e-5
+    assert handle.report.steps[0].guidance_scale == [9.0, 5.0]
+    assert json.loads(handle.report.to_json())["steps"][-1]["guidance_scale"] == [3.0, 5.0]
+    with attach(pipe, rule("3 | 5 | 7"), EveryStep()), pytest.raises(ValueError, match="is for 3 samples"):
+        run(pipe, entry, 4, batch=2)
+
+
+def test_a_rule_gets_each_steps_scale():
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    scheduled, fixed = [], []
+    for rule, into in ((APG(VALUES), scheduled), (APG(VALUES[0]), fixed)):
+        with attach(pipe, rule, EveryStep()), recorded(pipe.scheduler) as steps:
+            run(pipe, entry, 4)
+        into += steps.outputs
+    assert torch.equal(scheduled[0], fixed[0])
+    assert not torch.equal(scheduled[1], fixed[1])
+
+
+@pytest.mark.parametrize("policy", [StepAG(0.5), Forecast(nfe=12)], ids=repr)
+def test_policies_go_with_it(policy):
+    entry = PIPELINES["StableDiffusion3Pipeline"]
+    pipe = entry.build()
+    with attach(pipe, CFG("linear(6, 4)"), EveryStep()), recorded(pipe.scheduler) as full:
+        run(pipe, entry, 8)
+    with attach(pipe, CFG("linear(6, 4)"), policy) as handle, recorded(pipe.scheduler) as found:
+        run(pipe, entry, 8)
+    skipped = [step.index for step in handle.report.steps if step.evaluated[0] != "both"]
+    assert skipped
+    assert all(torch.equal(found.outputs[i], full.outputs[i]) for i in range(skipped[0]))
+
+
+@pytest.mark.parametrize("rule", [CFG, APG, TAG], ids=lambda rule: rule.__name__)
+def test_where_it_rests_at_1_the_unconditional_half_is_not_evaluated(rule):
+    """But where the rule does something there too."""
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    with attach(pipe, rule("5x2+1"), EveryStep()) as handle, counting(pipe.unet) as count:
+        made = run(pipe, entry, 4, batch=2)
+    rests = rule is not TAG
+    assert count.rows == [4, 4, 2, 2] if rests else [4, 4, 4, 4]
+    assert handle.report.nfe == sum(count.rows)
+    assert [step.note for step in handle.report.steps[2:]] == ["scale 1" if rests else ""] * 2
+    if rests:
+        with attach(pipe, rule("5x4"), StepAG(0.5)):
+            assert relative(made, run(pipe, entry, 4, batch=2)) < 1e-6
+    with attach(pipe, rule("5x2+1 | 5"), EveryStep()) as handle:
+        run(pipe, entry, 4, batch=2)
+    assert handle.report.nfe == (14 if rests else 16)
+
+
+def test_the_wrong_number_of_steps_is_refused_and_the_pipeline_stays_usable():
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    expected = run(pipe, entry, 4)
+    with attach(pipe, CFG([5, 6, 7]), EveryStep()), pytest.raises(ValueError, match="3 values, and this run 4"):
+        run(pipe, entry, 4)
+    assert torch.equal(run(pipe, entry, 4), expected)
+
+
+def test_a_call_without_guidance_is_not_passed_off_as_scheduled():
+    entry = PIPELINES["FluxPipeline"]
+    if not entry.available:
+        pytest.skip("this diffusers has no FluxPipeline")
+    pipe = entry.build()
+    with attach(pipe, CFG("linear(6, 4)"), EveryStep()), pytest.raises(UnsupportedPipeline, match="could not act"):
+        run(pipe, entry, 2, true_cfg_scale=1.0, negative_prompt=None, negative_prompt_embeds=None)
+
+
+def test_two_scales_at_once_are_refused():
+    entry = PIPELINES["StableDiffusionInstructPix2PixPipeline"]
+    pipe = entry.build()
+    with attach(pipe, CFG("linear(6, 4)"), EveryStep()), pytest.raises(UnsupportedPipeline, match="several scales"):
+        run(pipe, entry, 2)
+
+
+def test_a_guider_takes_them_and_keeps_them():
+    pair = Pair("StableDiffusionXLPipeline") if "StableDiffusionXLPipeline" in PIPELINES else None
+    assert pair is not None
+    guider = Guider(CFG(), EveryStep(), guidance_scale="linear(6, 4)")
+    pair.modular.update_components(**dict.fromkeys(pair.guider_names, guider))
+    found = pair.run()
+    values = [step.guidance_scale for step in guider.report.steps]
+    assert values[0] == 6 and values[-1] == 4
+    for i, value in enumerate(values[:1]):
+        own = ClassifierFreeGuidance(value)
+        pair.modular.update_components(**dict.fromkeys(pair.guider_names, own))
+        assert torch.equal(pair.run().outputs[i], found.outputs[i])
+    again = Guider.from_config(json.loads(json.dumps(dict(guider.config))))
+    assert again.guidance_scale == guider.guidance_scale and again.rule == guider.rule
+    assert Guider(CFG("3x1+5")).new(enabled=True).rule == CFG("3x1+5")
+    assert copy.deepcopy(guider).guidance_scale == "linear(6, 4)"
+    with pytest.raises(ValueError, match="there is no lineal"):
+        Guider(guidance_scale="lineal(6, 4)")
