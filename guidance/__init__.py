@@ -40,6 +40,8 @@ if TYPE_CHECKING:  # at run time `__getattr__` finds these
     from diffusers_guidance.rules import APG, CFG, TCFG, CFGZeroStar, Coefficients, Gram, MagnitudeAware, Rule
     from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
 
+__version__ = "0.1.0"  # the one place that says it
+
 __all__ = [
     "APG",
     "CFG",
