@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 SEED ?= 0
 SPREAD = -n auto --dist worksteal -W ignore --seed $(SEED)
 
-.PHONY: demo app test quick conformance lint kernels dist wheel calibrations objective frontier bench wallclock
+.PHONY: demo app test quick conformance lint docs matrix oldest kernels dist wheel calibrations objective frontier bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
 .PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
@@ -32,6 +32,16 @@ lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p diffusers_guidance
+
+docs: install ## the site, in build/site; a broken link or a missing reference fails
+	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+matrix: ## the tests with the lowest and the newest versions declared, or some: make matrix ROWS="oldest"; long
+	$(PYTHON) tests/matrix/run.py $(ROWS)
+
+oldest: install ## a part of that: the tests of loading with the oldest libraries, over this environment's torch
+	$(BIN)/python tests/matrix/run.py --part
 
 kernels: install ## compiles every Triton kernel for sm_80, sm_90 and gfx942; refuses spills; needs no GPU
 	$(BIN)/python -m diffusers_guidance.kernels.compile

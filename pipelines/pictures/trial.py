@@ -33,7 +33,7 @@ class Trial:
     ratios: list[list[float]]
     """By result and turn: seconds, in those of plain guidance in the same turn."""
     call: str
-    """The arguments of a call that makes the first picture, as Python."""
+    """The call that makes the first picture, as Python."""
     same: float
 
     @property
@@ -57,7 +57,7 @@ class Trial:
         return [
             f"{self.comparison.results[0].seconds_per_picture:.2f} s a picture"
             if psnr is None
-            else f"{self.ratio(i):.0%} of the seconds, {psnr:.1f} dB"
+            else f"{self.ratio(i):.0%} of the time, {psnr:.1f} dB"
             for i, psnr in enumerate(self.fidelity)
         ]
 
@@ -79,12 +79,19 @@ class Trial:
     @property
     def code(self) -> str:
         """Three lines that do what is recommended."""
-        policy = ("EveryStep()", "Forecast()", f"Forecast({SAVE}, learn=True)")[self.choice]
-        return (
-            f"from diffusers_guidance import {policy.partition('(')[0]}, attach\n"
-            f"handle = attach(pipe, policy={policy})\n"
-            f"picture = pipe({self.call})"
-        )
+        if self.choice == 2:
+            lines = [
+                "from diffusers_guidance import Forecast, attach",
+                f"handle = attach(pipe, policy=Forecast({SAVE}, learn=True))",
+            ]
+        elif self.choice == 1:
+            lines = ["from diffusers_guidance import attach", "handle = attach(pipe)"]
+        else:
+            lines = [
+                "from diffusers_guidance import CFG, EveryStep, attach",
+                "handle = attach(pipe, CFG(), EveryStep())",
+            ]
+        return "\n".join([*lines, f"picture = {self.call}"])
 
 
 NAMES = ("plain guidance", "the default", f"the learned Forecast({SAVE})")
@@ -179,7 +186,8 @@ def try_out(
     more = {"negative_prompt": ""} if scale_name == "true_cfg_scale" and "negative_prompt" in taken else {}
     call = {"num_inference_steps": count, scale_name: scale, **more, **arguments}
     words = ", ".join([repr(prompts[0]), *(f"{name}={value!r}" for name, value in call.items())])
-    return Trial(comparison, ratios, words, same)
+    first = "frames[0]" if "num_frames" in taken else "images[0]"
+    return Trial(comparison, ratios, f"pipe({words}).{first}", same)
 
 
 def _order(turn: int) -> list[int]:
