@@ -148,8 +148,8 @@ def try_out(
         lesson = run(Column("learning", CFG(), Forecast(SAVE, learn=True)), [cases[0]._replace(seed=seed + 1)], 0)
     except GuidanceError:
         raise
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{kind} makes no picture from a prompt alone: {error}") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{kind} made no picture from this prompt: {error}") from error
     if not lesson.nfe_full or not lesson.reports[0].formula:
         raise ValueError(
             f"{kind} does no classifier-free guidance at {scale_name}={scale:g}, so there is nothing to save: "

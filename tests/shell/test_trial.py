@@ -87,5 +87,5 @@ def test_a_pipeline_that_takes_no_prompt_is_refused():
 
 def test_a_pipeline_that_wants_a_picture_too_is_refused_in_its_words():
     pipe = PIPELINES["StableDiffusionInstructPix2PixPipeline"].build()
-    with pytest.raises(ValueError, match="makes no picture from a prompt alone"):
+    with pytest.raises(ValueError, match="made no picture from this prompt: `image` input"):
         try_out(pipe, ["x"], steps=2)
