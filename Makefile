@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 SEED ?= 0
 SPREAD = -n auto --dist worksteal -W ignore --seed $(SEED)
 
-.PHONY: demo app test quick conformance lint kernels wheel calibrations objective frontier bench wallclock
+.PHONY: demo app test quick conformance lint docs matrix oldest kernels dist wheel calibrations objective frontier bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
 .PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
@@ -33,14 +33,30 @@ lint: install ## ruff (lint and format) and mypy
 	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p diffusers_guidance
 
+docs: install ## the site, in build/site; a broken link or a missing reference fails
+	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+matrix: ## the tests with the lowest and the newest versions declared, or some: make matrix ROWS="oldest"; long
+	$(PYTHON) tests/matrix/run.py $(ROWS)
+
+oldest: install ## a part of that: the tests of loading with the oldest libraries, over this environment's torch
+	$(BIN)/python tests/matrix/run.py --part
+
 kernels: install ## compiles every Triton kernel for sm_80, sm_90 and gfx942; refuses spills; needs no GPU
 	$(BIN)/python -m diffusers_guidance.kernels.compile
 
-wheel: install ## builds the wheel, and uses it in an environment of its own, from another folder
-	rm -rf build/wheel && $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(PYTHON) -m venv build/wheel/venv
+dist: install ## the source archive and the wheels that a release uploads, in dist/ (docs/releasing.md)
+	rm -rf dist build/lib build/bdist.* samples/build
+	$(BIN)/python -m build --outdir dist .
+	[ ! -f samples/emoji-flow/model_index.json ] || $(BIN)/python -m build --wheel --outdir dist samples
+	rm -rf samples/build samples/*.egg-info
+	$(BIN)/twine check --strict dist/*
+
+wheel: dist ## uses the wheels in an environment of their own, from another folder
+	rm -rf build/wheel && $(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/pip install --quiet torch -c constraints.txt
-	build/wheel/venv/bin/pip install --quiet build/wheel/*.whl -c constraints.txt
+	build/wheel/venv/bin/pip install --quiet dist/*.whl -c constraints.txt
 	cd build/wheel && venv/bin/python ../../tests/wheel.py
 
 calibrations: install ## the bundled model's, in samples/calibrations; each of these three goes on where it stopped
@@ -102,4 +118,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) build dist out *.egg-info samples/build samples/*.egg-info

@@ -66,7 +66,7 @@ def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] |
     vectors = (X, c, d, m)
     products = [(p * q).sum(dim, keepdim=True) for i, p in enumerate(vectors) for q in vectors[i:]]
     sums = [p.sum(dim, keepdim=True) for p in vectors]
-    return Gram._make([*products, *sums, group_numel(X, norm_dim)])
+    return Gram(*products, *sums, group_numel(X, norm_dim))  # type: ignore[arg-type, call-arg]  # by place
 
 
 def group_numel(x: Tensor, norm_dim: Sequence[int] | None) -> int:

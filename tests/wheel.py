@@ -1,13 +1,14 @@
 """Uses the installed package from another folder; `make wheel` runs it in an environment that holds nothing else."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 import diffusers_guidance
 from diffusers_guidance import attach
-from diffusers_guidance.samples import CALIBRATION_PROMPTS, CALIBRATIONS, HELDOUT_PROMPTS, MODEL, PROMPTS
+from diffusers_guidance.samples import CALIBRATION_PROMPTS, CALIBRATIONS, HELDOUT_PROMPTS, MODEL, PROMPTS, model
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 installed = Path(diffusers_guidance.__file__).resolve()
@@ -15,6 +16,12 @@ assert Path(sys.prefix).resolve() in installed.parents, f"not the installed pack
 assert Path.cwd() != CHECKOUT
 assert all(file.read_text().strip() for file in (PROMPTS, CALIBRATION_PROMPTS, HELDOUT_PROMPTS))
 assert list(CALIBRATIONS.glob("*.safetensors"))
+assert diffusers_guidance.__version__ == version("diffusers-guidance")
+wheel = next((CHECKOUT / "dist").glob("diffusers_guidance-*.whl"))
+assert wheel.stat().st_size < 35 * 2**20, f"{wheel.name} has {wheel.stat().st_size / 2**20:.1f} MB: at most 35"
+if list((CHECKOUT / "dist").glob("diffusers_guidance_models-*.whl")):
+    assert Path(sys.prefix).resolve() in model("emoji-flow").resolve().parents
+    DiffusionPipeline.from_pretrained(model("emoji-flow"), local_files_only=True)
 
 pipe = StableDiffusionPipeline.from_pretrained(MODEL, local_files_only=True)
 pipe.set_progress_bar_config(disable=True)

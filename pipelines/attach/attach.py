@@ -24,7 +24,7 @@ from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
 
-_SCALES = ("true_cfg_scale", "guidance_scale")
+SCALES = ("true_cfg_scale", "guidance_scale")
 """Arguments that set the scale of classifier-free guidance; the first that a pipeline has counts.
 If it has both, `guidance_scale` is the one embedded in a distilled model."""
 
@@ -103,10 +103,10 @@ class Handle(Pair):
             return call(*args, **kwargs)  # Python's own error for a wrong argument
         taken = parameters(type(pipe), "__call__")
         if (given := self.rule.guidance_scale) is not None:
-            scale = next((name for name in _SCALES if name in taken), None)
+            scale = next((name for name in SCALES if name in taken), None)
             if scale is None and not self.rule.is_scheduled:
                 raise ValueError(
-                    f"{self.rule} sets guidance_scale, but {type(pipe).__name__} takes neither of {_SCALES}: "
+                    f"{self.rule} sets guidance_scale, but {type(pipe).__name__} takes neither of {SCALES}: "
                     "leave it None, and set the scale in the pipeline's own way"
                 )
             if scale is not None:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,12 @@ def save(comparison: Comparison, folder: str | Path) -> list[Path]:
     return [Path(folder) / name for name in contents]
 
 
-def contact_sheet(comparison: Comparison) -> Image.Image:
-    """One row per prompt and seed, one column per rule and policy, with NFEs and the saved share above it."""
+def contact_sheet(comparison: Comparison, notes: Sequence[str] = ()) -> Image.Image:
+    """One row per prompt and seed, one column per rule and policy, with NFEs and the saved share above it.
+
+    Args:
+        notes: one more line above each column.
+    """
     width, height = cell_size(comparison.results[0].pictures[0])
     unit = width / 192  # all text and space grow with the pictures
     gap, margin = round(10 * unit), round(24 * unit)
@@ -58,6 +63,8 @@ def contact_sheet(comparison: Comparison) -> Image.Image:
     heads = [_head(result, bold, plain) for result in comparison.results]
     if all(head[-1][0] == "" for head in heads):
         heads = [head[:-1] for head in heads]  # no column saves anything: drop that line
+    if notes:
+        heads = [[*head, (note, plain, INK)] for head, note in zip(heads, notes, strict=True)]
     heads = [_wrap(head, width) for head in heads]
     labels = []
     for prompt in comparison.prompts:

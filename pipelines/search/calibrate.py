@@ -105,8 +105,9 @@ def calibrate(
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
         negative_prompts: used in turn; name those that you will use, so that the fit serves them too.
         trajectories: how many runs of one sample. For `Forecast` one is enough (docs/forecast.md).
-        num_inference_steps, guidance_scale: those of later runs; others need another calibration. But `Forecast` is
-            served at any scheduler and scale, and at as many steps or fewer. The scale may be a schedule (`scales`).
+        num_inference_steps: that of later runs; others need another calibration. But `Forecast` is served at any
+            scheduler and scale, and at as many steps or fewer.
+        guidance_scale: likewise; it may be a schedule (`scales`).
         batch_size: trajectories per call.
         per_channel: whether to keep a Gram matrix for every channel (dimension 1), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.

@@ -73,7 +73,9 @@ def search_nas(
         guidance_scale: of the guidance to replicate.
         strengths: the scales w to choose from at each step, as multiples of full guidance's. A `Schedule` has one
             scale: with several, steps that choose any of them become "both".
-        iterations, batch_size, rate: of Adam on the logits, whose softmax hardens over time.
+        iterations: steps of Adam on the logits, whose softmax hardens over time.
+        batch_size: runs of one such step.
+        rate: Adam's learning rate.
         penalty: weight of the expected NFEs beyond `nfe`, as a share of the steps, added to the loss. The loss is the
             squared error of the final latents over that of no guidance.
         arguments: more arguments of the pipeline.

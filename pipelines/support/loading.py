@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def load(
         raise ValueError("--model is empty: a pipeline's folder, or its name on the hub")
     folder = Path(model).expanduser()
     here = folder.is_dir()
-    if not here and (model.count("/") != 1 or model[0] in "./~"):
+    if not here and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise ValueError(f"--model {model}: no such folder, and a name on the hub has the form owner/name")
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # each warns of the other
     options = {name: getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))}

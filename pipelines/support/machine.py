@@ -22,7 +22,7 @@ def environment(pipe: Any) -> dict[str, Any]:
         "pipeline": type(pipe).__name__,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -41,7 +41,7 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this package's checkout, with "+" if it was changed since; None if installed."""
     where = Path(__file__).parents[2]
     try:

@@ -15,6 +15,7 @@ from diffusers import (
 from tiny import PIPELINES, run
 
 from diffusers_guidance import EveryStep, attach, kernels
+from diffusers_guidance.kernels import dispatch
 from diffusers_guidance.pipelines.attach.fused import _numbers, fused_step, use_fused_steps
 from diffusers_guidance.rules import APG, CFG
 
@@ -129,6 +130,7 @@ def test_options_that_need_more_are_left_to_the_scheduler():
     assert refused(ready(Own, {}), c, t, x)
 
 
+@pytest.mark.skipif(dispatch.launch is None, reason="needs triton 3.3 or newer")
 def test_one_switch():
     """On the CPU the scheduler's own step stays, bit for bit, unless asked otherwise."""
     x, c, _, _ = draws(0)

@@ -4,6 +4,7 @@
 with the package.
 """
 
+import inspect
 import json
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -346,6 +347,8 @@ def test_the_rules_here_say_what_they_need(rule):
 def test_ace_steps_preset_is_what_its_pipeline_does(seed):
     """By diffusers' own listing, on the velocity: there denoised = -velocity, up to the sample."""
     apg = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance", reason="this diffusers has no APG")
+    if len(inspect.signature(apg.normalized_guidance).parameters) < 8:
+        pytest.skip("this diffusers' APG takes no dimensions")
     c, u = torch.randn(2, 2, 30, 8, dtype=torch.float64)
     preset = APG.preset("ace-step", guidance_scale=7.0)
     expected = apg.normalized_guidance(c, u, 7.0 - 1, None, 0.0, preset.norm_threshold, True, preset.norm_dim)

@@ -11,6 +11,8 @@ from diffusers_guidance import kernels
 from diffusers_guidance.kernels import dispatch, reference
 from diffusers_guidance.rules import APG, CFG, Rule
 
+needs_kernels = pytest.mark.skipif(dispatch.launch is None, reason="needs triton 3.3 or newer")
+
 
 def rms(x, exact):
     return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
@@ -102,6 +104,7 @@ def fake(device, dtype=torch.float32, requires_grad=False):
     return SimpleNamespace(device=torch.device(device), dtype=dtype, requires_grad=requires_grad)
 
 
+@needs_kernels
 def test_the_dispatchers_choice():
     gpu, cpu = fake("cuda:0"), torch.zeros(2, 3)
     assert kernels.backend_of(cpu) == "torch"
@@ -118,6 +121,7 @@ def test_the_dispatchers_choice():
         assert kernels.backend_of(trained) == "triton"
 
 
+@needs_kernels
 def test_the_choice_can_be_forced(monkeypatch):
     gpu, cpu = fake("cuda:0"), torch.zeros(2, 3)
     assert kernels.backend_of(gpu, backend="torch") == "torch"
@@ -139,6 +143,7 @@ def test_the_choice_can_be_forced(monkeypatch):
         kernels.guide(*draws()[:3], None, 1.0, -1.0, CFG(2.0), backend="triton")
 
 
+@needs_kernels
 def test_one_threads_choice_is_not_anothers():
     gpu = fake("cuda:0")
     with ThreadPoolExecutor(1) as other, kernels.use_backend("torch"):

@@ -35,8 +35,9 @@ if not (ON_GPU or INTERPRETED):
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
-launch = pytest.importorskip("diffusers_guidance.kernels.launch", reason="needs triton 3.3 or newer")
-passes = pytest.importorskip("diffusers_guidance.kernels.passes", reason="needs triton 3.3 or newer")
+_NEEDED = {"reason": "needs triton 3.3 or newer", "exc_type": ImportError}
+launch = pytest.importorskip("diffusers_guidance.kernels.launch", **_NEEDED)
+passes = pytest.importorskip("diffusers_guidance.kernels.passes", **_NEEDED)
 _offsets = launch.programs._offsets
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a GPU alone can show it")

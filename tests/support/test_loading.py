@@ -48,6 +48,15 @@ def test_one_missing_weight_is_refused(spoilt):
         load_whole(DiffusionPipeline, model, local_files_only=True)
 
 
+def test_the_bundled_encoder_has_its_files_weights_in_every_transformers():
+    loaded = load_whole(StableDiffusionPipeline, MODEL, local_files_only=True).text_encoder.state_dict()
+    here, there = (
+        {name.removeprefix("text_model."): tensor for name, tensor in weights.items() if "position_ids" not in name}
+        for weights in (loaded, load_file(MODEL / TEXT))
+    )
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
 def test_what_is_whole_loads_as_ever():
     ours = load_whole(StableDiffusionPipeline, MODEL, local_files_only=True)
     plain = StableDiffusionPipeline.from_pretrained(MODEL, local_files_only=True)

@@ -1,0 +1,199 @@
+"""A model on trial: plain guidance, the default and a learned Forecast on the same prompts and seeds, in turns."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.pipelines.attach.arguments import parameters
+from diffusers_guidance.pipelines.attach.attach import SCALES
+from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.pictures.compare import Comparison
+from diffusers_guidance.pipelines.pictures.make import Case, Result, make, start_up
+from diffusers_guidance.pipelines.pictures.texts import prompts_of
+from diffusers_guidance.pipelines.support.progress import Progress, part, silent
+from diffusers_guidance.policies import EveryStep, Forecast
+from diffusers_guidance.rules import CFG
+
+SAVE = 0.45
+"""The share of the NFEs that the learned Forecast saves at least."""
+SAME = 35.0
+"""dB to plain guidance from which on a picture counts as the same one."""
+SCALE = 5.0
+"""The guidance scale for a pipeline whose own default turns guidance off."""
+
+
+@dataclass
+class Trial:
+    """What came out; `comparison.results` are plain guidance, the default and the learned Forecast."""
+
+    comparison: Comparison
+    ratios: list[list[float]]
+    """By result and turn: seconds, in those of plain guidance in the same turn."""
+    call: str
+    """The call that makes the first picture, as Python."""
+    same: float
+
+    @property
+    def fidelity(self) -> list[float | None]:
+        """By result, dB to plain guidance, the mean over pictures; None for itself."""
+        return [self.comparison.psnr(result) for result in self.comparison.results]
+
+    def ratio(self, number: int) -> float:
+        """The median over turns."""
+        return statistics.median(self.ratios[number])
+
+    @property
+    def choice(self) -> int:
+        """The result that is recommended: the quickest whose pictures are those of plain guidance; 0 if none is."""
+        good = [i for i, psnr in enumerate(self.fidelity) if psnr is None or psnr >= self.same]
+        return min(good, key=self.ratio)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each result: its seconds against plain guidance, and its dB."""
+        return [
+            f"{self.comparison.results[0].seconds_per_picture:.2f} s a picture"
+            if psnr is None
+            else f"{self.ratio(i):.0%} of the time, {psnr:.1f} dB"
+            for i, psnr in enumerate(self.fidelity)
+        ]
+
+    @property
+    def verdict(self) -> str:
+        """What is recommended, and why."""
+        if self.choice:
+            psnr = self.fidelity[self.choice]
+            saved = 1 - self.ratio(self.choice)
+            return f"take {NAMES[self.choice]}: {saved:.0%} less time, {psnr:.1f} dB to plain guidance"
+        best = max(psnr for psnr in self.fidelity if psnr is not None)
+        if best < self.same:
+            return (
+                f"stay with plain guidance: the others come within {best:.1f} dB of it, less than {self.same:g}; "
+                "more steps, or Forecast(save=0.1), keep more"
+            )
+        return "stay with plain guidance: nothing was quicker here"
+
+    @property
+    def code(self) -> str:
+        """Three lines that do what is recommended."""
+        if self.choice == 2:
+            lines = [
+                "from diffusers_guidance import Forecast, attach",
+                f"handle = attach(pipe, policy=Forecast({SAVE}, learn=True))",
+            ]
+        elif self.choice == 1:
+            lines = ["from diffusers_guidance import attach", "handle = attach(pipe)"]
+        else:
+            lines = [
+                "from diffusers_guidance import CFG, EveryStep, attach",
+                "handle = attach(pipe, CFG(), EveryStep())",
+            ]
+        return "\n".join([*lines, f"picture = {self.call}"])
+
+
+NAMES = ("plain guidance", "the default", f"the learned Forecast({SAVE})")
+
+
+def try_out(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    turns: int = 2,
+    same: float = SAME,
+    progress: Progress = silent,
+    **arguments: Any,
+) -> Trial:
+    """Makes every prompt's picture under plain guidance, the default and a learned Forecast.
+
+    The three take turns, so a slower moment slows all of them. The learned one has learned from one picture of the
+    first prompt and another seed, which is not timed.
+
+    Args:
+        steps, guidance_scale: None for the pipeline's own defaults; where these turn guidance off, `SCALE`.
+        turns: how often each is timed.
+        same: dB from which on a picture counts as that of plain guidance.
+        arguments: more arguments of the call, such as `height=512`.
+
+    Raises:
+        ValueError: the pipeline makes no pictures from text, or does no guidance; the message says which.
+        UnsupportedPipeline: its guidance cannot be verified.
+    """
+    kind = type(pipe).__name__
+    taken = parameters(type(pipe), "__call__")
+    scale_name = next((name for name in SCALES if name in taken), None)
+    if "prompt" not in taken or scale_name is None:
+        raise ValueError(f"{kind} takes no {'prompt' if scale_name else 'guidance scale'}: nothing to try on it")
+    default = taken[scale_name]
+    scale = guidance_scale if guidance_scale is not None else default if _guides(default) else SCALE
+    count = steps if steps is not None else taken.get("num_inference_steps")
+    if not isinstance(count, int):
+        raise ValueError(f"{kind} has no default number of steps: name one with --steps")
+    prompts = prompts_of(prompts)
+    cases = [Case(prompt, seed) for prompt in prompts]
+    total = (3 * turns * len(cases) + 1) * count
+
+    def run(column: Column, cases: Sequence[Case], before: int) -> Result:
+        told = part(progress, before * count, total) if progress is not silent else silent
+        return make(pipe, cases, column, steps=count, guidance_scale=scale, batch=1, progress=told, **arguments)
+
+    try:
+        progress("warming up", 0, total)
+        start_up(pipe, cases[:1], scale, **arguments)
+        lesson = run(Column("learning", CFG(), Forecast(SAVE, learn=True)), [cases[0]._replace(seed=seed + 1)], 0)
+    except GuidanceError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{kind} made no picture from this prompt: {error}") from error
+    if not lesson.nfe_full or not lesson.reports[0].formula:
+        raise ValueError(
+            f"{kind} does no classifier-free guidance at {scale_name}={scale:g}, so there is nothing to save: "
+            "a scale above 1 turns it on (--scale), unless the model has guidance distilled into it"
+        )
+    columns = [
+        Column("plain", CFG(), EveryStep()),
+        Column("default"),
+        Column("learned", CFG(), Forecast(SAVE, calibration=lesson.calibration)),
+    ]
+    rounds: list[list[Result]] = []
+    for turn in range(turns):
+        rounds.append([])
+        for number in _order(turn):
+            before = 1 + (3 * turn + len(rounds[-1])) * len(cases)
+            rounds[-1].append(run(columns[number], cases, before))
+        rounds[-1] = [rounds[-1][_order(turn).index(number)] for number in range(3)]
+    progress("done", total, total)
+    results = rounds[-1]
+    model = Path(str(pipe.name_or_path))
+    comparison = Comparison(
+        model=model.name if model.exists() else str(pipe.name_or_path),
+        pipeline=kind,
+        scheduler=type(pipe.scheduler).__name__,
+        device=str(pipe.device),
+        dtype=str(pipe.dtype).removeprefix("torch."),
+        prompts=prompts,
+        seeds=[seed],
+        steps=count,
+        negative=None,
+        results=results,
+    )
+    ratios = [[each[number].seconds / each[0].seconds for each in rounds] for number in range(3)]
+    more = {"negative_prompt": ""} if scale_name == "true_cfg_scale" and "negative_prompt" in taken else {}
+    call = {"num_inference_steps": count, scale_name: scale, **more, **arguments}
+    words = ", ".join([repr(prompts[0]), *(f"{name}={value!r}" for name, value in call.items())])
+    first = "frames[0]" if "num_frames" in taken else "images[0]"
+    return Trial(comparison, ratios, f"pipe({words}).{first}", same)
+
+
+def _order(turn: int) -> list[int]:
+    """Forwards and backwards by turns: whoever comes first pays for what is cold."""
+    return [0, 1, 2] if turn % 2 == 0 else [2, 1, 0]
+
+
+def _guides(scale: Any) -> bool:
+    return isinstance(scale, int | float) and not isinstance(scale, bool) and scale > 1

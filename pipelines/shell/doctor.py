@@ -1,0 +1,14 @@
+"""The subcommand `doctor` of `diffusers-guidance`."""
+
+from typing import Annotated
+
+import typer
+
+from diffusers_guidance.pipelines.shell.examination import main
+
+
+def doctor_command(
+    run: Annotated[bool, typer.Option(help="Make a small picture with the bundled model too; takes seconds.")] = True,
+) -> None:
+    """Print what a report of a fault needs: versions, device, what is available, whether a first picture works."""
+    main(run)

@@ -1,0 +1,92 @@
+"""The subcommand `try` of `diffusers-guidance`."""
+
+import io
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from diffusers_guidance import samples
+from diffusers_guidance.files import write
+from diffusers_guidance.pipelines.pictures.sheet import contact_sheet
+from diffusers_guidance.pipelines.pictures.trial import NAMES, SAME, Trial, try_out
+from diffusers_guidance.pipelines.shell.common import Device, Dtype, Scheduler, Seed, reporting
+from diffusers_guidance.pipelines.support.loading import load
+
+BUNDLED = ("emoji", "emoji-flow")
+
+
+def try_command(
+    model: Annotated[
+        str,
+        typer.Argument(help="A pipeline's folder, its name on the Hugging Face hub, or a bundled one's: \"emoji\"."),
+    ],
+    prompt: Annotated[list[str], typer.Option(help="Repeatable: more pictures tell more.")],
+    steps: Annotated[int | None, typer.Option(min=2, show_default="the pipeline's own")] = None,
+    scale: Annotated[
+        float | None, typer.Option(min=0, help="Guidance scale.", show_default="the pipeline's own")
+    ] = None,
+    seed: Seed = 0,
+    turns: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 2,
+    same: Annotated[
+        float, typer.Option(min=0, help="dB from which on a picture counts as that of plain guidance.")
+    ] = SAME,
+    height: Annotated[int | None, typer.Option(min=1, show_default="the pipeline's own")] = None,
+    width: Annotated[int | None, typer.Option(min=1, show_default="the pipeline's own")] = None,
+    scheduler: Scheduler = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="Folder for side_by_side.png and try.json.")] = Path("out/try"),
+) -> None:
+    """Show what a model of your own gains: its picture plain, with the default and with a learned Forecast.
+
+    Prints seconds and likeness, a recommendation, and the three lines of Python that follow it.
+    """
+    sides = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    with reporting() as progress:
+        out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
+        folder = str(samples.model(model)) if model in BUNDLED and not Path(model).is_dir() else model
+        trial = try_out(
+            load(folder, scheduler, device, dtype), prompt, seed=seed, steps=steps, guidance_scale=scale, turns=turns,
+            same=same, progress=progress, **sides,
+        )  # fmt: skip
+        files = _save(trial, out)
+    _print(trial)
+    for file in files:
+        typer.echo(f"wrote {file}")
+
+
+def _save(trial: Trial, folder: Path) -> list[Path]:
+    sheet = io.BytesIO()
+    contact_sheet(trial.comparison, trial.notes).save(sheet, "PNG", optimize=True)
+    about = trial.comparison.to_dict() | {"ratios": trial.ratios, "verdict": trial.verdict, "code": trial.code}
+    text = json.dumps(about, indent=1, allow_nan=False, ensure_ascii=False)
+    contents = {"side_by_side.png": sheet.getvalue(), "try.json": text.encode() + b"\n"}
+    for name, content in contents.items():
+        write(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def _print(trial: Trial) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for title in ("NFEs", "s/picture", "time to plain", "likeness to plain"):
+        table.add_column(title, justify="right")
+    for number, (result, psnr) in enumerate(zip(trial.comparison.results, trial.fidelity, strict=True)):
+        table.add_row(
+            NAMES[number],
+            str(result.nfe),
+            f"{result.seconds_per_picture:.2f}",
+            "" if psnr is None else f"{trial.ratio(number):.0%}",
+            "" if psnr is None else f"{psnr:.1f} dB",
+        )
+    Console().print(table)
+    pictures = len(trial.comparison.prompts)
+    turns = len(trial.ratios[0])
+    typer.echo(
+        f"{pictures} picture{'s' * (pictures > 1)}, timed in {turns} turn{'s' * (turns > 1)}. Learned from one more."
+    )
+    typer.echo(f"\n{trial.verdict[0].upper()}{trial.verdict[1:]}.\n\n{trial.code}\n")
