@@ -17,3 +17,9 @@ HELDOUT_PROMPTS = Path(str(files(__name__) / "heldout_prompts.txt"))
 
 CALIBRATIONS = Path(str(files(__name__) / "calibrations"))
 """Folder of the bundled model's calibrations, `<scheduler>-<steps>-<guidance scale>.safetensors`."""
+
+
+def models() -> dict[str, Path]:
+    """Folders of all bundled pipelines by their names; that of `MODEL` first."""
+    folders = [MODEL, *sorted(each for each in MODEL.parent.iterdir() if each != MODEL)]
+    return {each.name: each for each in folders if (each / "model_index.json").is_file()}

@@ -67,14 +67,13 @@ def searched(
     return closed_form(calibration, nfe, error=error, skip=skip)
 
 
-def calibration_file(name: str, beside: Path = Path()) -> Path:
-    """A calibration's file: a path relative to `beside`, or the name of one of the bundled model's.
+def calibration_file(name: str, beside: Path | None = Path()) -> Path:
+    """A calibration's file: a path relative to `beside` (None: no file), or the name of one of the bundled model's.
 
     Raises:
         ValueError: it is neither.
     """
-    file = beside / Path(name).expanduser()
-    if file.is_file():
+    if beside is not None and (file := beside / Path(name).expanduser()).is_file():
         return file
     if name in bundled_calibrations():
         return samples.CALIBRATIONS / f"{name}.safetensors"
@@ -106,11 +105,11 @@ class Column:
     guidance_scale: float | None = None
 
     @classmethod
-    def parse(cls, text: str, beside: Path = Path()) -> "Column":
+    def parse(cls, text: str, beside: Path | None = Path()) -> "Column":
         """Reads a rule, a policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12".
 
         A missing rule is CFG, a missing policy EveryStep; "default" is what `attach(pipe)` chooses. Arguments
-        are Python literals; nothing is evaluated. A calibration is a file, relative to `beside`, or the
+        are Python literals; nothing is evaluated. A calibration is a file, relative to `beside` (None: no file), or the
         name of a bundled one: 'LinearAG(calibration="dpm-20-5")', 'search(25, calibration="mine.safetensors")'.
         """
         try:
@@ -150,7 +149,7 @@ def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, float | None]:
     return node.left, scale
 
 
-def _build(text: str, node: ast.expr, beside: Path) -> Any:
+def _build(text: str, node: ast.expr, beside: Path | None) -> Any:
     """The rule or policy that `Name`, `Name(arguments)` or `Name.method(arguments)` means."""
     given = node if isinstance(node, ast.Call) else None
     target = given.func if given else node

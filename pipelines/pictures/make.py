@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import plain
@@ -184,7 +185,10 @@ def call_of(pipe: Any, cases: Sequence[Case], **arguments: Any) -> dict[str, Any
 
 
 def png_of(picture: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    content = io.BytesIO()
-    picture.save(content, "PNG")
+    """A picture as a PNG file, with the texts that were noted on it."""
+    content, noted = io.BytesIO(), PngInfo()
+    for name, text in picture.info.items():
+        if isinstance(name, str) and isinstance(text, str):
+            noted.add_text(name, text)
+    picture.save(content, "PNG", pnginfo=noted)
     return content.getvalue()
