@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -101,7 +102,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, first: Outcome | None) -> Any:
             run_strip = gr.HTML(app_show.strip(first) if first else "", padding=False, elem_classes="dg-last")
             with gr.Row(visible=False) as visit:
                 history = gr.Gallery(
-                    label="This visit: choose one to go back to it", format="png", columns=6, height=150, scale=5,
+                    label="Pictures of this visit", show_label=False, format="png", columns=6, height="auto", scale=5,
                     interactive=False, object_fit="contain", allow_preview=False, elem_id="history", buttons=[],
                 )  # fmt: skip
                 keep = gr.Button("Keep this one on the left", scale=1, min_width=120, size="sm")
@@ -264,12 +265,16 @@ def _stage(outcome: Outcome, beside: Outcome | None = None) -> str:
 
 def _short(outcome: Outcome) -> str:
     """Rule and policy in two words, CFG's being left to be understood."""
-    return outcome.guided.name.removeprefix("CFG + ").replace("EveryStep", "plain CFG")
+    named = outcome.guided.name.removeprefix("CFG + ")
+    return named.replace("EveryStep", "plain CFG").replace("AdaptiveGuidance", "AG")
 
 
 def _thumbnails(seen: Sequence[Outcome]) -> list[tuple[str, str]]:
     return [
-        (app_show.in_a_file(each.guided.pictures[0]).path, f"{_short(each)} @ {each.settings.guidance_scale:g}")
+        (
+            app_show.in_a_file(each.guided.pictures[0]).path,
+            f"{shorten(each.settings.prompt, 24, placeholder='…')} · {_short(each)} @ {each.settings.guidance_scale:g}",
+        )
         for each in seen
     ]
 
@@ -513,11 +518,15 @@ def launch(
     """Builds the page and serves it from its own thread, at `page.local_url`."""
     studio = Studio(allow_models)
     page = build(studio, welcome)
+    tools = []
+    if mcp:
+        from diffusers_guidance.pipelines.app.tools import Served, make_server
+
+        tools = [Middleware(Served, make_server(studio, host))]
     page.launch(
         server_name=host,
         server_port=port,
         share=share,
-        mcp_server=mcp,
         prevent_thread_lock=True,
         quiet=True,
         footer_links=["api"],
@@ -525,7 +534,7 @@ def launch(
         enable_monitoring=False,
         allowed_paths=[],
         state_session_capacity=VISITORS,
-        app_kwargs={"middleware": [Middleware(SmallRequests)]},
+        app_kwargs={"middleware": [Middleware(SmallRequests), *tools]},
         max_file_size="1kb",  # nothing here takes uploads
         ssr_mode=False,
         pwa=False,

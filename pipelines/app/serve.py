@@ -45,6 +45,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="diffusers-guidance-") as outputs:
         os.environ["GRADIO_TEMP_DIR"] = outputs  # its own folder, so that other apps' files are out of reach
         try:
+            typer.echo("Loading the model, and making the pictures that the page opens with ...")
             from diffusers_guidance.pipelines.support.loading import quiet
 
             quiet()
@@ -59,6 +60,8 @@ def serve(
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
         typer.echo(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.")
+        if mcp:
+            typer.echo(f"The MCP server is at {page.local_url}gradio_api/mcp/ (streamable HTTP).")
         page.block_thread()
 
 

@@ -165,8 +165,6 @@ class SomeOf:
     @property
     def type(self) -> Any:
         def check(value: list[Any]) -> tuple[Any, ...]:
-            if not value:
-                raise ValueError(f"Choose at least one of the {self.label.lower()}.")
             return tuple(choice for choice in self.choices if choice in value)
 
         one: Any = Annotated[type(self.choices[0]), Field(strict=True), AfterValidator(self._known)]
@@ -528,6 +526,10 @@ class Grid(Form):
     def check(self) -> None:
         if not self.prompt:
             raise ValueError("The prompt is empty: say what the pictures should show.")
+        kinds = self.kinds()
+        for name in () if self.written else ("rules", "policies", "scales"):
+            if not getattr(self, name):
+                raise ValueError(f"Choose at least one of the {kinds[name].label.lower()}.")
         if self.count > self.most:
             raise ValueError(f"That is a grid of {self.count} pictures: at most {self.most}, please.")
 

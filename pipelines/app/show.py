@@ -4,7 +4,6 @@ import base64
 import functools
 import inspect
 import io
-import itertools
 import math
 import re
 import textwrap
@@ -21,13 +20,12 @@ from matplotlib.text import Text
 from PIL import Image
 
 from diffusers_guidance.pipelines.app.settings import Grid
-from diffusers_guidance.pipelines.app.work import News, Outcome, estimates, file_name
+from diffusers_guidance.pipelines.app.work import OURS, Measured, News, Outcome, estimates, file_name, recommended
 from diffusers_guidance.pipelines.pictures.compare import Comparison
 from diffusers_guidance.pipelines.pictures.fonts import lettering
 from diffusers_guidance.pipelines.pictures.make import Result, png_of
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.pictures.texts import counted
-from diffusers_guidance.pipelines.search.frontier import Row
 from diffusers_guidance.pipelines.support.templates import template
 from diffusers_guidance.policies import LinearAG
 from diffusers_guidance.report import StepReport
@@ -205,28 +203,43 @@ def _line(name: str, points: Sequence[tuple[int, float]], unit: str, words: str)
     return Line(name, " ".join(f"{x:.2f},{y:.2f}" for x, y in place), low, high, words)
 
 
-def frontier_plot(rows: Sequence[Row]) -> Figure:
-    """Fidelity to full CFG against its cost; further up and to the left is better."""
-    figure = Figure(figsize=(7.0, 3.9), layout="constrained")
-    axes = figure.add_subplot(xlabel="network evaluations per picture", ylabel="PSNR to full CFG, dB")
-    families = list(dict.fromkeys(row.series for row in rows[1:]))
-    # Every family looks its own way, whatever their number; points that coincide are all seen.
-    looks = zip(families, itertools.cycle(COLOURS), itertools.cycle("XosD^*vP"), itertools.count(10, -1), strict=False)
-    for family, colour, marker, size in looks:
+def frontier_plot(rows: Sequence[Measured]) -> Figure:
+    """Fidelity to full CFG against its cost; further up and to the left is better. What is our own is drawn heavier."""
+    figure = Figure(figsize=(7.0, 4.1), layout="constrained")
+    axes = figure.add_subplot(xlabel="network evaluations per picture", ylabel="mean PSNR to full CFG, dB")
+    families = sorted(dict.fromkeys(row.series for row in rows[1:]), key=lambda family: family not in OURS)
+    for number, family in enumerate(families):
         known = sorted((row.nfe, row.psnr) for row in rows if row.series == family and row.psnr < EQUAL)
-        if known:
-            axes.plot(*zip(*known, strict=True), marker=marker, ms=size, color=colour, label=family, lw=1.4)
+        if not known:
+            continue
+        look: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": "osXD^*vP"[number % 8],
+            "label": family,
+        }
+        ours = {"lw": 2.6, "ms": 8, "zorder": 3} if family in OURS else {"lw": 1.1, "ms": 6, "ls": "--"}
+        axes.plot(*zip(*known, strict=True), **look, **ours)
     if rows:
-        axes.axvline(rows[0].nfe, color="#94a3b8", ls="--", lw=1, label="full CFG")
-        axes.legend(fontsize="small", frameon=False)
+        axes.axvline(rows[0].nfe, color="#94a3b8", ls=":", lw=1.5, label="full CFG")
+        measured = [row.psnr for row in rows[1:] if row.psnr < EQUAL]
+        # From the first point on, a plot of its final size.
+        axes.set(
+            xlim=(0.4 * rows[0].nfe, 1.03 * rows[0].nfe), ylim=(min([15, *measured]) - 1, max([55, *measured]) + 2)
+        )
+    if (found := recommended(rows)) is not None:
+        default = found[0]
+        axes.plot(default.nfe, default.psnr, "o", ms=17, mfc="none", mec=INK, mew=1.4, zorder=4)
+        axes.annotate("recommended", (default.nfe, default.psnr), (-12, 10), textcoords="offset points", ha="right")
+    if rows:
+        axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.25)
     return figure
 
 
-def frontier_html(rows: Sequence[Row]) -> str:
+def frontier_html(rows: Sequence[Measured]) -> str:
     """The plot and its table."""
     svg = _svg(frontier_plot(rows), "Fidelity to full CFG against network evaluations, by policy.")
-    return str(_parts().frontier(svg, rows))
+    return str(_parts().frontier(svg, rows, recommended(rows), OURS))
 
 
 def _decibels(psnr: float) -> str:
@@ -292,9 +305,11 @@ def _layout(grid: Grid) -> Laid:
     else:
         rows, columns = list(grid.policies), list(grid.rules)
         places = [(i, j) for i in range(len(rows)) for j in range(len(columns))]
-    more = [(len(rows) + i // len(columns), i % len(columns)) for i in range(len(grid.written))]
+    rows, columns = (rows, columns) if places else ([], [])
+    across = len(columns) or min(4, max(1, len(grid.written)))
+    more = [(len(rows) + i // across, i % across) for i in range(len(grid.written))]
     own = {place: column.name for place, column in zip(more, grid.written, strict=True)}
-    return Laid(rows + ["yours"] * (-(-len(more) // len(columns))), columns, places + more, own)
+    return Laid(rows + ["yours"] * (-(-len(more) // across)), columns or [""] * across, places + more, own)
 
 
 def _caption(result: Result) -> tuple[str, str]:

@@ -30,6 +30,7 @@ from diffusers_guidance.pipelines.app.settings import (
     Grid,
     Trial,
     as_preset,
+    policies,
 )
 from diffusers_guidance.pipelines.app.ways import Search, Way
 from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
@@ -379,7 +380,9 @@ def cells_of(pipe: Any, grid: Grid) -> list[Cell]:
         for made in [Generation(rule=rule, policy=policy, guidance_scale=scale, **asked)]
         for pair in [(made.make_rule(pipe), policy_of(pipe, made))]
     ]
-    return chosen + [Cell(column, grid.steps) for column in grid.written]
+    scale = (grid.scales or (Generation.defaults()["guidance_scale"],))[0]
+    own = [replace(each, guidance_scale=scale) if each.guidance_scale is None else each for each in grid.written]
+    return chosen + [Cell(column, grid.steps) for column in own]
 
 
 def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
@@ -403,6 +406,20 @@ def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
 # Benchmark
 
 
+@dataclass(frozen=True)
+class Measured(Row):
+    """A measured way of guiding."""
+
+    ratio: float = 1.0
+    """Its seconds over those of full CFG, made right before and right after it."""
+
+
+FORECAST, SEARCH, FEWER = "Forecast", "search", "fewer steps of CFG"
+OURS = (FORECAST, SEARCH)
+"""Families that are this package's own; the others are from papers, and what saves by itself."""
+DEFAULT = "attach(pipe): Forecast(0.25)"
+
+
 def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, str, int]]:
     """(family, column, steps) of every way of saving to measure against full CFG.
 
@@ -411,44 +428,67 @@ def contestants(steps: int, calibration: str | None = None) -> list[tuple[str, s
     """
     named = f"calibration={calibration!r}"
     linear = ("LinearAG", f"LinearAG({named})", steps) if calibration else ("LinearAG, held", "LinearAG", steps)
-    searched = [("search", f"search({round(share * 2 * steps)}, {named})", steps) for share in (0.5, 0.625, 0.75)]
-    fewer = sorted({max(2, round(share * steps)) for share in (0.5, 0.65, 0.8)} - {steps})
+    searched = [(SEARCH, f"search({round(share * 2 * steps)}, {named})", steps) for share in (0.5, 0.625, 0.75)]
+    fewer = sorted({max(2, round(share * steps)) for share in (0.5, 0.65, 0.75)} - {steps})
+    ours = {each.__name__ for each in policies().values() if each.__module__.split(".")[0] == __name__.split(".")[0]}
+    own = [(name, name, steps) for name in policies() if name not in ours]
     return [
-        *(("fewer steps of CFG", "CFG", few) for few in fewer),
-        *(("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})", steps) for t in (0.95, 0.98, 0.99, 0.995)),
-        *(("Interval", f"Interval(0.0, {stop})", steps) for stop in (0.3, 0.5, 0.7)),
-        *(("Hold", f"Hold({period})", steps) for period in (2, 3, 4)),
-        *(("Forecast", f"Forecast({save})", steps) for save in (0.35, 0.5)),
-        linear,
+        (FORECAST, "default", steps),
+        *((FEWER, "CFG", few) for few in reversed(fewer)),
+        *((FORECAST, f"Forecast({save})", steps) for save in (0.15, 0.35, 0.5)),
         *(searched if calibration else ()),
-        ("attach(pipe)", "default", steps),
+        *(("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})", steps) for t in (0.95, 0.99, 0.995)),
+        *(("Interval", f"Interval(0.0, {stop})", steps) for stop in (0.5, 0.7)),
+        *(("Hold", f"Hold({period})", steps) for period in (2, 3)),
+        linear,
+        *own,
     ]
 
 
-def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Row]:
-    """Network evaluations against fidelity to full CFG, for every way of saving them; the first row is full CFG's."""
+def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Measured]:
+    """Network evaluations against fidelity to full CFG, for every way of saving them; the first row is full CFG's.
+
+    Every way takes its turn between two of full CFG, whose seconds are what its own are measured by.
+    """
     prompts = read_lines(samples.PROMPTS)[: trial.prompts]
-    rows: list[Row] = []
+    rows: list[Measured] = []
     with scheduled(pipe, SCHEDULERS[trial.scheduler]):
         ways = contestants(trial.steps, fitting_calibration(pipe, trial))
 
         def told(name: str, number: int, steps: int) -> Progress:
-            return _part_of(tell, name, number, len(ways) + 1, steps, [*rows])
+            return _part_of(tell, name, number, 2 * len(ways) + 1, steps, [*rows])
 
         start_up(pipe, [Case(prompt, trial.seed, "") for prompt in prompts], trial.guidance_scale)
         fidelity = Fidelity(
             pipe, prompts, [trial.seed], num_inference_steps=trial.steps, guidance_scale=trial.guidance_scale,
             progress=told("CFG", 0, trial.steps),
         )  # fmt: skip
-        rows.append(Row("CFG", f"CFG, {trial.steps} steps", *fidelity.score(fidelity.full)))
-        for number, (family, column, steps) in enumerate(ways, 1):
-            made = fidelity.run(Column.parse(column), steps, told(column, number, steps))
-            name = f"CFG, {steps} steps" if column == "CFG" else made.label if made.is_default else column
-            rows.append(Row(family, name, *fidelity.score(made)))
+        before = fidelity.full
+        rows.append(Measured("CFG", f"CFG, {trial.steps} steps", *fidelity.score(before)))
+        for number, (family, column, steps) in enumerate(ways):
+            made = fidelity.run(Column.parse(column), steps, told(column, 2 * number + 1, steps))
+            after = fidelity.run(EveryStep(), progress=told("CFG, for its seconds", 2 * number + 2, trial.steps))
+            name = f"CFG, {steps} steps" if column == "CFG" else DEFAULT if made.is_default else column
+            ratio = 2 * made.seconds / (before.seconds + after.seconds)
+            rows.append(Measured(family, name, *fidelity.score(made), ratio=ratio))
+            before = after
     return rows
 
 
-def figures(trial: Trial, rows: Sequence[Row]) -> dict[str, Any]:
+def recommended(rows: Sequence[Measured]) -> tuple[Measured, Measured | None, Measured | None] | None:
+    """The default, and of what evaluates no more the best of others' ways and the best searched schedule."""
+    default = next((row for row in rows if row.label == DEFAULT), None)
+    if default is None:
+        return None
+    within = [row for row in rows[1:] if row.nfe <= default.nfe]
+
+    def best(of: Callable[[Measured], bool]) -> Measured | None:
+        return max(filter(of, within), key=lambda row: row.psnr, default=None)
+
+    return default, best(lambda row: row.series not in OURS), best(lambda row: row.series == SEARCH)
+
+
+def figures(trial: Trial, rows: Sequence[Measured]) -> dict[str, Any]:
     """What the benchmark measured, as plain JSON types."""
     return {"settings": trial.values(), "rows": [asdict(row) for row in rows]}
 
@@ -498,10 +538,13 @@ def unread(pipe: Any, prompt: str) -> str:
     most = getattr(tokenizer, "model_max_length", 10**9)
     if tokenizer is None or most > 10**6:
         return ""
-    tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    if len(tokens) <= most:
+    told = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    if len(told.input_ids) <= most:
         return ""
-    return str(tokenizer.decode(tokens[most - 1 :], skip_special_tokens=True)).strip()
+    if not tokenizer.is_fast:
+        return str(tokenizer.decode(told.input_ids[most - 1 :], skip_special_tokens=True)).strip()
+    start = told.offset_mapping[most - 1][0]  # the last token that is read marks the end
+    return prompt[prompt.rfind(" ", 0, start + 1) + 1 :].strip()
 
 
 def file_name(picture: Image.Image, what: str = "") -> str:
@@ -537,7 +580,7 @@ class Studio:
     def compare(self, grid: Grid) -> Generator[News, None, Comparison]:
         return self._run(compare_grid, grid)
 
-    def benchmark(self, trial: Trial) -> Generator[News, None, list[Row]]:
+    def benchmark(self, trial: Trial) -> Generator[News, None, list[Measured]]:
         return self._run(benchmark, trial)
 
     def _run(self, job: Callable[..., R], form: Any, *more: Any) -> Generator[News, None, R]:
