@@ -96,7 +96,7 @@ def component(kind: Any, value: Any, **changes: Any) -> Any:
             json_type = "string" if isinstance(kind.choices[0], str) else "number"
             return _described(made, {"type": "array", "items": {"type": json_type, "enum": list(kind.choices)}})
         case _:
-            return gr.Textbox(max_length=kind.longest, **given)
+            return gr.Textbox(max_length=kind.longest, lines=2 if kind.longest > 500 else 1, **given)
 
 
 def _described(made: Any, schema: dict[str, Any]) -> Any:

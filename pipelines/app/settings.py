@@ -64,8 +64,8 @@ def policies() -> dict[str, Any]:
     return usable | {each.__name__: each for each in WAYS if each.__name__ not in usable}
 
 
-EXAMPLES = ("a dog face, noto style", "a tiger, noto style", "a hamburger, 3d style", "a soccer ball",
-            "a red apple, flat style", "a guitar, 3d style")  # fmt: skip
+EXAMPLES = ("a dog face, noto style", "a hamburger, 3d style", "a red apple, flat style", "a pizza, noto style",
+            "a cat face, noto style", "a rocket, noto style")  # fmt: skip
 """Prompts to start from; the page opens with the first."""
 
 COMPARISONS = {

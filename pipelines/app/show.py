@@ -326,8 +326,8 @@ def grid_html(grid: Grid, results: Sequence[Result]) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A class name that may break where its words meet."""
-    return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])", name))
+    """A name that may break where its words meet, and before its arguments."""
+    return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])|(?=\()", name))
 
 
 def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
