@@ -18,6 +18,9 @@ HELDOUT_PROMPTS = Path(str(files(__name__) / "heldout_prompts.txt"))
 CALIBRATIONS = Path(str(files(__name__) / "calibrations"))
 """Folder of the bundled model's calibrations, `<scheduler>-<steps>-<guidance scale>.safetensors`."""
 
+SUITE = Path(str(files(__name__) / "suites" / "emoji.yaml"))
+"""What `bench` measures unless told otherwise."""
+
 
 def models() -> dict[str, Path]:
     """Folders of all bundled pipelines by their names; that of `MODEL` first."""

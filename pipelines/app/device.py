@@ -42,9 +42,13 @@ class Device:
 
         An interpreter that ends while its thread is in a kernel aborts the process.
         """
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """The same without the wait."""
         self._closed.set()
         self._jobs.put(lambda: None)
-        self._thread.join()
 
     def run(self, job: Callable[[Callable[[Any], None]], R]) -> Generator[Any, None, R]:
         """Yields what `job(tell)` tells, the latest news only, and returns its result.

@@ -17,12 +17,6 @@ from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, LinearAG, P
 from diffusers_guidance.rules import CFG, Rule
 from diffusers_guidance.schedules import closed_form
 
-COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.preset("normalised")@15')
-"""What `compare` shows by default."""
-
-BUNDLED = tuple('APG.preset("emoji")+AG@15' if "APG" in column else column for column in COLUMNS)
-"""The same on the bundled model, for which APG has a preset."""
-
 
 def known_rules() -> list[type[Rule]]:
     """The package's rules by name, then those of all modules that were imported since."""

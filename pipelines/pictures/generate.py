@@ -19,7 +19,7 @@ from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make, png_of
 from diffusers_guidance.pipelines.pictures.sizes import check_sides, check_size
-from diffusers_guidance.pipelines.support.files import read_text
+from diffusers_guidance.pipelines.support.files import read_lines, read_text
 from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.machine import environment
 from diffusers_guidance.pipelines.support.progress import Progress, silent
@@ -46,6 +46,29 @@ class Job:
         return asdict(self) | {"arguments": dict(self.arguments)}
 
 
+def jobs_of(given: str) -> list[Job]:
+    """What the command line is given: a file of JSON lines or of prompts, one a line; or a prompt.
+
+    Raises:
+        ValueError: it is the name of a file that does not exist, or the file holds no such lines.
+    """
+    file = Path(given)
+    try:
+        found = file.exists()
+    except OSError:  # a long prompt is no path
+        found = False
+    if found and file.is_dir():
+        raise ValueError(f"{given} is a folder: a prompt, or a file of prompts or JSON lines")
+    if found:
+        text = read_text(file)
+        if text.lstrip().startswith("{") or file.suffix in (".json", ".jsonl"):
+            return read_jobs(file)
+        return [Job(f"{number:06}", prompt) for number, prompt in enumerate(read_lines(file))]
+    if not given.strip() or file.suffix in (".json", ".jsonl", ".txt", ".csv") or given.startswith(("/", "./", "~")):
+        raise ValueError(f"{given!r}: there is no such file; give a prompt, or a file of prompts or JSON lines")
+    return [Job("picture", given)]
+
+
 def read_jobs(file: Path) -> list[Job]:
     """The jobs of a file of JSON lines.
 
@@ -62,7 +85,8 @@ def read_jobs(file: Path) -> list[Job]:
         try:
             jobs.append(_job(json.loads(line), len(jobs)))
         except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from None
+            said = "not JSON" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f'{file}, line {number}: {said}; as {{"prompt": "a red apple"}}') from None
     if len({job.id for job in jobs}) < len(jobs):
         twice = next(job.id for n, job in enumerate(jobs) if job.id in {other.id for other in jobs[:n]})
         raise ValueError(f"{file}: the id {twice!r} occurs twice")
@@ -138,7 +162,7 @@ def generate(
     if parsed.policy is not None and parsed.policy.calibration is not None:
         made_with["calibration"] = parsed.policy.calibration.digest
     records = {job.id: Record(out / f"{job.id}.json", job.about | {"made_with": made_with}) for job in jobs}
-    there = {name for name, record in records.items() if record.read() is not None and (out / f"{name}.png").exists()}
+    there = {name for name, record in records.items() if _is_whole(out / f"{name}.png", record.read())}
     # Cut from all jobs: a picture's batch, and with it its last bit, must not depend on which files exist.
     batches: list[list[Job]] = []
     for job in jobs:
@@ -153,6 +177,9 @@ def generate(
             made = _made(pipe, part, parsed, steps=steps, guidance_scale=scale)
         ran = {"rule": repr(made.rule), "policy": repr(made.policy), "nfe": made.nfe_by_sample,
                "nfe_full": made.nfe_full / len(part), "batch": len(part)}  # fmt: skip
+        for job, picture in zip(part, made.pictures, strict=True):  # in the file, as the app's pictures have them
+            known = job.about | {name: made_with[name] for name in ("column", "scheduler", "steps", "guidance_scale")}
+            picture.info["diffusers-guidance"] = json.dumps({"settings": known})
         return [png_of(picture) for picture in made.pictures], ran | {"environment": environment(pipe)}
 
     def found(part: list[Job]) -> int | None:
@@ -173,6 +200,16 @@ def generate(
         done += count
         progress("generating", done, len(jobs))
     return len(jobs) - len(there), len(there)
+
+
+def _is_whole(picture: Path, record: dict[str, Any] | None) -> bool:
+    """Whether a picture is there as its record has it."""
+    if record is None:
+        return False
+    try:
+        return hashlib.sha256(picture.read_bytes()).hexdigest() == record.get("sha256")
+    except FileNotFoundError:
+        return False
 
 
 def _made(pipe: Any, part: list[Job], column: Column, **settings: Any) -> Result:
