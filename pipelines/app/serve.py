@@ -45,10 +45,8 @@ def serve(
     _check_address(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     heed_termination()
-    with (
-        _until_stopped(),
-        tempfile.TemporaryDirectory(prefix="diffusers-guidance-", ignore_cleanup_errors=True) as outputs,
-    ):
+    folder = tempfile.TemporaryDirectory(prefix="diffusers-guidance-", ignore_cleanup_errors=True)
+    with _until_stopped(), folder as outputs:
         os.environ["GRADIO_TEMP_DIR"] = outputs  # its own folder, so that other apps' files are out of reach
         try:
             typer.echo("Loading the model, and making the pictures that the page opens with ...")

@@ -54,7 +54,7 @@ def jobs_of(given: str) -> list[Job]:
     """
     file = Path(given)
     try:
-        found = file.exists()
+        found = bool(given.strip()) and file.exists()
     except OSError:  # a long prompt is no path
         found = False
     if found and file.is_dir():

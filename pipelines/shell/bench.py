@@ -71,7 +71,7 @@ def generate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make a picture for a prompt or for every line of a file, with its settings beside it. The same command resumes."""
+    """Make a picture for a prompt, or for every line of a file; with its settings. The same command resumes."""
     with reporting(goes_on=True) as progress, _cluster(ray, ray_address):
         from diffusers_guidance.pipelines.pictures.generate import generate, jobs_of
 

@@ -169,7 +169,9 @@ def search_command(
     _print_schedule(found)
     typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
     column = f'search({found.nfe}, calibration="{calibration}")'
-    written([], f"diffusers-guidance compare --column CFG --column '{column}'")
+    asked = f"--steps {made.call['num_inference_steps']} --scale {made.call['guidance_scale']:g}"
+    scheduler = made.setting["scheduler"]["class"]
+    written([], f"diffusers-guidance compare --column CFG --column '{column}' --scheduler {scheduler} {asked}")
 
 
 def search_nas_command(

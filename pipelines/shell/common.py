@@ -43,9 +43,7 @@ Calibrated = Annotated[
 
 
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Say which version this is, and end.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say which version this is.")] = False,
 ) -> None:
     """Better guidance for diffusers pipelines: the same picture in less time, and high scales without burn."""
     if version:
@@ -60,12 +58,13 @@ class Bar:
 
     def __enter__(self) -> "Bar":
         self.console = Console(stderr=True)
+        quiet = not self.console.is_terminal
         self.loading = Progress(
-            TextColumn("{task.description}"), TimeElapsedColumn(), transient=True, console=self.console
+            TextColumn("{task.description}"), TimeElapsedColumn(), transient=True, console=self.console, disable=quiet
         )
         self.progress = Progress(
             TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False), transient=True, console=self.console,
+            TextColumn("left"), TimeRemainingColumn(), transient=True, console=self.console, disable=quiet,
         )  # fmt: skip
         self.loading.add_task("loading the model")
         self.loading.start()

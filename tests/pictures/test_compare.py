@@ -28,8 +28,9 @@ from diffusers_guidance import (
     Schedule,
     search,
 )
-from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column, short
+from diffusers_guidance.pipelines.pictures.columns import Column, short
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
+from diffusers_guidance.pipelines.pictures.defaults import COLUMNS
 from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own_font
 from diffusers_guidance.pipelines.pictures.make import Case, Result, pictures_of
 from diffusers_guidance.pipelines.pictures.measures import EQUAL, psnr, tensor_of
