@@ -6,6 +6,7 @@ A job's picture is written before its metadata. If the metadata exists, the job 
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,7 +67,8 @@ def jobs_of(given: str) -> list[Job]:
         return [Job(f"{number:06}", prompt) for number, prompt in enumerate(read_lines(file))]
     if not given.strip() or file.suffix in (".json", ".jsonl", ".txt", ".csv") or given.startswith(("/", "./", "~")):
         raise ValueError(f"{given!r}: there is no such file; give a prompt, or a file of prompts or JSON lines")
-    return [Job("picture", given)]
+    words = "-".join(re.findall(r"[a-z0-9]+", given.lower()))[:60].rstrip("-")
+    return [Job(words or f"picture-{hashlib.sha256(given.encode()).hexdigest()[:8]}", given)]
 
 
 def read_jobs(file: Path) -> list[Job]:
@@ -178,8 +180,9 @@ def generate(
         ran = {"rule": repr(made.rule), "policy": repr(made.policy), "nfe": made.nfe_by_sample,
                "nfe_full": made.nfe_full / len(part), "batch": len(part)}  # fmt: skip
         for job, picture in zip(part, made.pictures, strict=True):  # in the file, as the app's pictures have them
-            known = job.about | {name: made_with[name] for name in ("column", "scheduler", "steps", "guidance_scale")}
-            picture.info["diffusers-guidance"] = json.dumps({"settings": known})
+            known = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "seed": job.seed}
+            known |= {"steps": steps, "guidance_scale": scale}
+            picture.info["diffusers-guidance"] = json.dumps({"settings": known, "made_with": made_with})
         return [png_of(picture) for picture in made.pictures], ran | {"environment": environment(pipe)}
 
     def found(part: list[Job]) -> int | None:

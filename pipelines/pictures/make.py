@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -116,6 +117,7 @@ def make(
     scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
     rule = DEFAULT_RULE if column.rule is None else column.rule
     rule, policy = replace(rule, guidance_scale=scale), DEFAULT_POLICY if column.policy is None else column.policy
+    _check_steps(pipe, steps)
     result = Result(column.name, rule, policy, scale, is_default=column.rule is None)
     size = batch or len(cases)
     batches = [cases[start : start + size] for start in range(0, len(cases), size)]
@@ -129,6 +131,15 @@ def make(
             result.reports.append(handle.report)
         result.calibration = handle.calibration
     return result
+
+
+def _check_steps(pipe: Any, steps: int) -> None:
+    """Refuses steps whose first would lie before the scheduler's training, where it fails in words of its own."""
+    config = getattr(getattr(pipe, "scheduler", None), "config", {})
+    leads = config.get("timestep_spacing") == "leading"
+    most = config.get("num_train_timesteps", math.inf) - (config.get("steps_offset", 0) if leads else 0)
+    if steps > most:
+        raise ValueError(f"steps={steps}: at most {most} with {type(pipe.scheduler).__name__}")
 
 
 def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: float, **arguments: Any) -> None:

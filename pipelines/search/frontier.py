@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,6 +40,8 @@ SEARCHED = "search"
 REFINED = "search(refine=...)"
 OURS = (CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
 """Series with fitted estimates, except the published one."""
+_COLOURS = (0, 2, 4, 6, 8, 1, 3, 5, 7, 9, 10, 12, 14, 16, 18)
+"""Of the palette "tab20", one of its own for each series."""
 OTHERS = (FEWER, STOP, INTERVAL, AG, HOLD, PERIODIC, PUBLISHED_HELD, PUBLISHED, NAS)
 
 
@@ -210,22 +213,26 @@ def table(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
     """Plots PSNR to full guidance against NFEs, a line per series; this package's are heavier, others dashed."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full guidance (dB)")
-    axes.set_title(title)
-    for i, name in enumerate(dict.fromkeys(row.series for row in rows)):
+    axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="mean PSNR to full guidance, dB")
+    figure.suptitle(textwrap.fill(title, 110), fontsize="medium")
+    looks = dict(zip((*OURS, *OTHERS), zip(_COLOURS, itertools.cycle("osD^v<>Xp*hP"), strict=False), strict=False))
+    for name in dict.fromkeys(row.series for row in rows):
         line = sorted((row.nfe, row.psnr) for row in rows if row.series == name)
-        color = OURS.index(name) if name in OURS else 5 + OTHERS.index(name) % 5
+        colour, marker = looks[name]
         axes.plot(
-            *zip(*line, strict=True), marker="osD^v<>Xp*hP"[i % 12], markersize=5, label=name, color=f"C{color}",
+            *zip(*line, strict=True), marker=marker, markersize=5, label=name, color=colormaps["tab20"](colour),
             linewidth=2.4 if name in OURS else 1.2, linestyle="-" if name in OURS else "--",
         )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
+    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})  # the same from any matplotlib
     write(Path(path), content.getvalue())
     return figure
 

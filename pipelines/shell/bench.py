@@ -80,7 +80,7 @@ def generate_command(
             jobs_of(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
             batch=batch, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
-    typer.echo(f"{made} pictures made, {had} already existed")
+    typer.echo(f"{made} picture{'s' * (made != 1)} made, {had} already existed")
     written([out], "each picture carries its settings, and has them beside it as JSON")
 
 

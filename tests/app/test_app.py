@@ -1035,7 +1035,8 @@ def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_p
         first = app.stdout.readline()
         assert list(tmp_path.glob("diffusers-guidance-*"))
         app.terminate()
-        assert app.wait(600) == 0
+        assert app.wait(600) == 143
+        assert app.stdout.read().splitlines()[-1] == "stopped; no picture is left behind"
     assert first.startswith(f"The page is at http://127.0.0.1:{port}/")
     assert not list(tmp_path.glob("diffusers-guidance-*"))
 
