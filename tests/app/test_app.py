@@ -626,7 +626,11 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("compare", {"rules": ["CFG", "__class__"]}, "rules="),
         (
             "compare",
-            {"policies": ["EveryStep", "Hold"], "scales": [1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0]},
+            {
+                "rules": ["CFG", "APG"],
+                "policies": ["EveryStep", "Hold"],
+                "scales": [1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0],
+            },
             "28 pictures: at most 24",
         ),
         ("compare", {"scales": [10**9]}, "scales="),
