@@ -67,10 +67,15 @@ def serve(
         if mcp:
             typer.echo(f"The MCP server is at {page.local_url}gradio_api/mcp/ (streamable HTTP).")
         try:
-            threading.Event().wait()
+            wait_for_the_end()
         finally:
             studio.device.stop()  # so that nothing writes into the folder any more
             page.close(verbose=False)
+
+
+def wait_for_the_end() -> None:
+    """Waits until a signal comes; the page is served from threads of its own."""
+    threading.Event().wait()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, quote
 
 import numpy as np
@@ -540,7 +541,8 @@ def test_columns_of_ones_own_are_compared_and_reach_no_file(client, tmp_path):
 
 def test_every_bundled_model_is_offered(tmp_path, monkeypatch):
     assert [*samples.models()] == [BUNDLED, *sorted({*samples.models()} - {BUNDLED})]
-    monkeypatch.setattr(samples, "models", lambda: {BUNDLED: samples.MODEL, "second": bundled_copy(tmp_path)})
+    both = {BUNDLED: samples.MODEL, "second": bundled_copy(tmp_path)}
+    monkeypatch.setattr(samples, "models", lambda: both)
     models = Models()
     assert models.offered == [BUNDLED, "second"]
     pipe = models.get("second")
@@ -994,13 +996,15 @@ def test_the_command_passes_its_options_on(monkeypatch):
     class Page:
         share_url, local_url = None, "http://127.0.0.1:1234/"
 
-        def block_thread(self):
-            given.append(os.environ["GRADIO_TEMP_DIR"])
+        def close(self, verbose):
+            pass
 
     given = []
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
-    monkeypatch.setattr(app_page, "launch", lambda *options: given.extend(options) or (Page(), None))
+    studio = SimpleNamespace(device=SimpleNamespace(stop=lambda: None))
+    monkeypatch.setattr(app_page, "launch", lambda *options: given.extend(options) or (Page(), studio))
+    monkeypatch.setattr(app, "wait_for_the_end", lambda: given.append(os.environ["GRADIO_TEMP_DIR"]))
     command = typer.Typer()
     command.command()(app.serve)
     answer = CliRunner().invoke(command, ["--port", "1234", "--allow-models", "a/b", "--allow-models", "*"])
