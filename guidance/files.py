@@ -13,6 +13,8 @@ def write(path: Path, content: bytes) -> None:
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:  # about the file that is wanted, not the part of it
+        if error.errno is None:
+            raise
         raise type(error)(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):

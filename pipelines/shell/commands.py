@@ -1,5 +1,6 @@
 """The subcommands `compare`, `calibrate`, `search`, `search-nas` and `frontier` of `diffusers-guidance`."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -292,4 +293,4 @@ def _print_comparison(comparison: "Comparison") -> None:
 def _print_schedule(schedule: "Schedule") -> None:
     typer.echo(" ".join(f"{i}:{action}" for i, action in enumerate(schedule.actions)))
     typer.echo(f"{schedule.nfe} of {2 * len(schedule.actions)} NFEs")
-    typer.echo(f"in Python: Schedule({[str(action) for action in schedule.actions]}, calibration)")
+    typer.echo(json.dumps([*schedule.actions]))
