@@ -217,7 +217,10 @@ def _told() -> Any:
 
 def _answer(picture: Image.Image, figures: BaseModel, said: str) -> CallToolResult:
     data = base64.b64encode(png_of(picture)).decode()
-    content = [ImageContent(type="image", data=data, mimeType="image/png"), TextContent(type="text", text=said)]
+    content: list[Any] = [
+        ImageContent(type="image", data=data, mimeType="image/png"),
+        TextContent(type="text", text=said),
+    ]
     return CallToolResult(content=content, structuredContent=figures.model_dump(mode="json"))
 
 

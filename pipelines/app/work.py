@@ -288,7 +288,7 @@ def reproduce(pipe: Any, settings: Generation, learned: Learned | None = None) -
     load += [] if pipe.dtype == torch.float32 else [f"torch_dtype={pipe.dtype}"]
     device = "" if pipe.device.type == "cpu" else f'.to("{pipe.device.type}")'
     rule, policy = settings.make_rule(pipe), policy_of(pipe, settings)
-    learns = isinstance(policy, Forecast) and policy.learn and learned is not None
+    lessons = learned.lessons if learned is not None and isinstance(policy, Forecast) and policy.learn else []
     used = [rule, policy, *filter(None, [policy.calibration])]
     ours = [type(part) for part in used if _is_ours(type(part))]
     searched = isinstance(settings.make_policy(), Search)
@@ -312,9 +312,9 @@ def reproduce(pipe: Any, settings: Generation, learned: Learned | None = None) -
     lines += ["", f"pipe = {cls}.from_pretrained({', '.join(load)}){device}"]
     lines += [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
     lines += [f"handle = attach(pipe, rule={_written(rule)}, policy={written})"]
-    if learns:
+    if lessons:
         lines += ["# Made in full before: what they showed is what the pictures below go by."]
-        for lesson in learned.lessons:
+        for lesson in lessons:
             lines += ["pipe(", *_call_lines(pipe, lesson), ")"]
     lines += ["images = pipe(", *_call_lines(pipe, settings)]
     lines += [").images", "print(handle.report)", "for number, image in enumerate(images):"]
