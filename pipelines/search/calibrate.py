@@ -31,7 +31,7 @@ from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, make
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
-from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.pipelines.support.progress import Printed, Progress
 from diffusers_guidance.pipelines.support.ray import cluster
 from diffusers_guidance.pipelines.support.resume import resumed
 from diffusers_guidance.policies import EveryStep
@@ -112,7 +112,7 @@ def calibrate(
         per_channel: whether to keep a Gram matrix for every channel (dimension 1), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
         path: where to save it, after every batch. An existing calibration there is continued.
-        progress: called as progress(what, done, in all), and told how long it will take.
+        progress: called as progress(what, done, in all), and told how long it will take. Default: lines on stderr.
         arguments: more arguments of the pipeline, such as `height`.
 
     Raises:
@@ -143,7 +143,7 @@ def calibrate(
         raise ValueError(f"share={share!r}: (k, n), whole numbers with 0 <= k < n")
     if path is not None and Path(path).is_dir():
         raise ValueError(f"path={str(path)!r} is a folder: give the calibration's file")
-    progress = progress or silent
+    progress = progress or Printed()
     k, n = share
     plan = _plan(prompts, negative_prompts, seed, num_inference_steps, guidance_scale, per_channel, arguments)
     numbers = list(range(k, trajectories, n))
@@ -374,7 +374,7 @@ def calibrate_on_ray(
         return part
 
     parts: dict[int, Calibration] = {}
-    progress = progress or silent
+    progress = progress or Printed()
     with cluster(address):
         resources = resources or {"num_cpus": 1}
         for k, part in resumed(one, range(shares), found, keep, on_ray=True, resources=resources):

@@ -1,5 +1,7 @@
 """Progress of work, as reported to the command line's bar, to the app and to Python callers."""
 
+import sys
+import time
 from typing import Protocol
 
 
@@ -26,3 +28,18 @@ def part(whole: Progress, before: int, total: int, name: str | None = None) -> P
         whole(name or what, before + done, total)
 
     return progress
+
+
+class Printed:
+    """For Python callers who wait for minutes: a line to stderr at the start, and every ten seconds."""
+
+    every = 10.0
+
+    def __init__(self) -> None:
+        self.told = -self.every
+
+    def __call__(self, what: str, done: int, total: int, /) -> None:
+        now = time.monotonic()
+        if now - self.told >= self.every:
+            self.told = now
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
