@@ -103,11 +103,13 @@ def draw(
         full: the NFEs of full guidance, to be marked.
     """
     names = series or list(dict.fromkeys(row.series for row in rows))
-    for name, marker, colour in zip(names, itertools.cycle(MARKERS), itertools.cycle(COLOURS), strict=False):
+    looks = zip(itertools.cycle(MARKERS), itertools.cycle(COLOURS), itertools.count(10, -0.5), strict=False)
+    for name, (marker, colour, size) in zip(names, looks, strict=False):
         line = sorted((row.nfe, row.psnr) for row in rows if row.series == name and row.psnr < EQUAL)
         if line:
-            style = {"lw": 1.1, "ms": 6, "ls": "--"} if name in rivals else {"lw": 2.6, "ms": 8, "zorder": 3}
-            axes.plot(*zip(*line, strict=True), marker=marker, color=colour, label=name, **style)
+            style = {"lw": 1.1, "ls": "--"} if name in rivals else {"lw": 2.6, "ls": "-"}
+            look = {"marker": marker, "color": colour, "ms": max(size, 4)}  # so that points that coincide are all seen
+            axes.plot(*zip(*line, strict=True), label=name, **look, **style)
     if full is not None:
         axes.axvline(full, color="#94a3b8", ls=":", lw=1.5, label="full guidance")
     if axes.get_legend_handles_labels()[0]:
