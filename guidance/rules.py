@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_guidance import scales
+from diffusers_guidance import kernels, scales
 from diffusers_guidance.checks import is_number, is_whole, plain, plain_fields
-from diffusers_guidance.kernels import Coefficients, Gram, coefficients, guide
+from diffusers_guidance.kernels import Coefficients, Gram, coefficients
 from diffusers_guidance.kernels.algebra import Algebra
 from diffusers_guidance.kernels.reference import gram
 from diffusers_guidance.steps import Step
@@ -83,7 +83,7 @@ class Rule:
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction, and what is carried to the next step: the new momentum (`kernels.guide`)."""
-        return guide(sample, cond, uncond, momentum, a, b, self)
+        return kernels.guide(sample, cond, uncond, momentum, a, b, self)
 
     algebra: ClassVar[Algebra | None] = None
     """The factors as a function of the Gram, b and the `settings`, which Triton compiles too; see `kernels.algebra`."""
@@ -228,7 +228,7 @@ class _FromU(APG):
     def guided(
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
-        return guide(sample, cond, uncond, momentum, 0.0, 1.0, self)
+        return kernels.guide(sample, cond, uncond, momentum, 0.0, 1.0, self)
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class _CarryingCFG(Rule):
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
         a, b = (a, b) if self.form == "paper" else (0.0, 1.0)
-        return guide(sample, cond, uncond, momentum, a, b, self)
+        return kernels.guide(sample, cond, uncond, momentum, a, b, self)
 
 
 @dataclass(frozen=True)
@@ -437,7 +437,7 @@ class MomentumGuidance(Rule):
     def guided(
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
-        found, _ = guide(sample, cond, uncond, momentum, a, b, self)
+        found, _ = kernels.guide(sample, cond, uncond, momentum, a, b, self)
         working = torch.promote_types(cond.dtype, torch.float32)
         c = cond.to(working)
         v = c + (self.w - 1) * (c - uncond.to(working))
