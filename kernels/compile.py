@@ -35,8 +35,9 @@ class Specialisation(NamedTuple):
     pointers: dict[str, str | None]
     """Element type of each tensor; None if not passed."""
     constants: dict[str, Any]
-    threads: int
-    ctas: int = 1
+    together: bool = False
+    """Whether its programs wait for one another."""
+    threads: int = launch.THREADS
 
 
 class Usage(NamedTuple):
@@ -47,48 +48,46 @@ class Usage(NamedTuple):
     """Bytes of local memory; 0 means no spills."""
 
 
-def specialisations(cluster: bool) -> Iterator[Specialisation]:
-    """All that the launchers request; with `cluster`, also those for hardware with clusters."""
+def specialisations() -> Iterator[Specialisation]:
+    """All that the launchers request."""
     for dtype, momentum in itertools.product(FOLD, (None, "fp32")):
         inputs = {"sample": dtype, "cond": dtype, "uncond": dtype, "momentum": momentum}
         carried = ", momentum" if momentum else ""
-        pointers = inputs | {"partials": "fp32"}
-        constants: dict[str, Any] = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
-        yield Specialisation(f"gram {dtype}{carried}", programs.gram_kernel, pointers, constants, launch.THREADS)
+        sizes: dict[str, Any] = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
+        for centred in (False, True):
+            yield Specialisation(
+                f"gram {dtype}{carried}{', centred' if centred else ''}",
+                programs.gram_kernel,
+                inputs | {"partials": "fp32"},
+                sizes | {"CENTRED": centred},
+            )
         for rule, (output, step, denoised) in itertools.product(
             (*RULES, None),
             (("prediction", False, None), ("flow step", True, None), ("step", True, dtype)),
         ):
             label = f"{rule.function.__name__ if rule else 'given'} {output} {dtype}{carried}"
             pointers = inputs | {"out": dtype, "denoised": denoised, "new_momentum": "fp32"}
-            constants = {"RULE": rule.compiled if rule else None, "STEP": step}
+            constants: dict[str, Any] = {"RULE": rule.compiled if rule else None, "STEP": step}
             yield Specialisation(
                 f"combine {label}",
                 programs.combine_kernel,
                 pointers | {"gram": "fp32"},
                 constants | {"TILE": launch.TILE},
-                launch.THREADS,
             )
-            for ctas in (1, 2, 4, launch.CLUSTER) if cluster else (1,):
-                if rule is None:
-                    continue
+            for together in (False, True) if rule else ():
                 yield Specialisation(
-                    f"guide {label}" + (f", cluster of {ctas}" if ctas > 1 else ""),
+                    f"guide {label}" + (", together" if together else ""),
                     programs.guide_kernel,
-                    pointers,
-                    constants | {"TILE": launch.GUIDE_TILE * ctas, "FOLD": FOLD[dtype]},
-                    launch.GUIDE_THREADS,
-                    ctas,
+                    pointers
+                    | {"partials": "fp32" if together else None, "counters": "i32" if together else None},
+                    constants | sizes | {"CENTRED": rule.centred},
+                    together,
                 )
-    yield Specialisation("similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, 128)
+    yield Specialisation("similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, threads=128)
     for dtype in FOLD:
         pointers = {"history": dtype, "coefficients": "fp32", "out": dtype}
         yield Specialisation(
-            f"extrapolate {dtype}",
-            programs.extrapolate_kernel,
-            pointers,
-            {"TILE": launch.TILE},
-            launch.THREADS,
+            f"extrapolate {dtype}", programs.extrapolate_kernel, pointers, {"TILE": launch.TILE}
         )
 
 
@@ -112,7 +111,8 @@ def compile(one: Specialisation, target: GPUTarget) -> Any:
     sizes = [n for n, kind in signature.items() if kind[0] == "*" or (kind == "i32" and n not in ("parts", "count"))]
     attributes = {(one.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in sizes}
     source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": one.threads // target.warp_size} | ({"num_ctas": one.ctas} if one.ctas > 1 else {})
+    options = {"num_warps": one.threads // target.warp_size}
+    options |= launch.together(target.backend) if one.together else {}
     return triton.compile(source, target=target, options=options)
 
 
