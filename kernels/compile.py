@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -78,17 +80,14 @@ def specialisations() -> Iterator[Specialisation]:
                 yield Specialisation(
                     f"guide {label}" + (", together" if together else ""),
                     programs.guide_kernel,
-                    pointers
-                    | {"partials": "fp32" if together else None, "counters": "i32" if together else None},
+                    pointers | {"partials": "fp32" if together else None, "counters": "i32" if together else None},
                     constants | sizes | {"CENTRED": rule.centred},
                     together,
                 )
     yield Specialisation("similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, threads=128)
     for dtype in FOLD:
         pointers = {"history": dtype, "coefficients": "fp32", "out": dtype}
-        yield Specialisation(
-            f"extrapolate {dtype}", programs.extrapolate_kernel, pointers, {"TILE": launch.TILE}
-        )
+        yield Specialisation(f"extrapolate {dtype}", programs.extrapolate_kernel, pointers, {"TILE": launch.TILE})
 
 
 FLOATS = ("numel", "a", "b", "beta", "p0", "p1", "p2", "p3", "out_x", "out_p", "denoised_x", "denoised_p")
@@ -136,18 +135,24 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
+@cache
+def _by_name() -> dict[str, Specialisation]:
+    return {one.name: one for one in specialisations()}
+
+
+def _used(what: tuple[str, str]) -> Usage:
+    target, name = what
+    return usage(compile(_by_name()[name], TARGETS[target]))
+
+
 def main() -> int:
     spilled = 0
     print(f"triton {triton.__version__}: registers of one thread, and bytes of stack (spills) where not 0")
-    for name, target in TARGETS.items():
-        for one in specialisations(cluster=name == "sm_90"):
-            used = usage(compile(one, target))
+    todo = list(itertools.product(TARGETS, _by_name()))
+    with ProcessPoolExecutor() as pool:
+        for (target, name), used in zip(todo, pool.map(_used, todo, chunksize=8), strict=True):
             spilled += used.stack > 0
-            print(
-                f"{name:7} {one.name:55} {used.registers:4}",
-                f" stack {used.stack}" if used.stack else "",
-                flush=True,
-            )
+            print(f"{target:7} {name:55} {used.registers:4}", f" stack {used.stack}" if used.stack else "", flush=True)
     print(f"{spilled} specialisations spill" if spilled else "no spills")
     return 1 if spilled else 0
 

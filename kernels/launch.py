@@ -138,7 +138,7 @@ def fits_one_launch(groups: int, chunks: int, device: torch.device) -> bool:
 
 
 def together(backend: str) -> dict[str, int]:
-    """Options of a launch whose programs wait for one another: `RESIDENT` fit on a multiprocessor, and all run at once."""
+    """Options of a launch whose programs wait for one another: all run at once, `RESIDENT` on a multiprocessor."""
     return {"launch_cooperative_grid": True} | ({"maxnreg": REGISTERS} if backend == "cuda" else {})
 
 
@@ -167,7 +167,7 @@ class Counters:
         return zeros
 
     def take(self, groups: int, most: int, stream: int | None) -> Tensor | None:
-        """Counters for a launch on this stream (None: a captured one), which has up to `most` groups; None if used up."""
+        """Counters for a launch on this stream (None: a captured one) of up to `most` groups; None if used up."""
         with self.lock:
             first = self.taken if stream is None else self.of_stream.setdefault(stream, self.taken)
             if first == self.taken:

@@ -262,9 +262,7 @@ def combine_kernel(
     group, part, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if RULE is None:
         given = gram + group.to(tl.int64) * 5
-        k = Coefficients(
-            tl.load(given), tl.load(given + 1), tl.load(given + 2), tl.load(given + 3), tl.load(given + 4)
-        )
+        k = Coefficients(tl.load(given), tl.load(given + 1), tl.load(given + 2), tl.load(given + 3), tl.load(given + 4))
         finite = tl.abs(k.X + k.c + k.d + k.m + k.u) < float("inf")
     else:
         g = _gram(_read_total(gram + group.to(tl.int64) * parts * ENTRIES, parts), numel)

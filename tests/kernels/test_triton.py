@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-
 from hard import KINDS
 from hard import drawn as hard
 
@@ -241,9 +240,9 @@ def test_tensors_on_two_devices_are_refused_before_a_launch(rule):
     x, c, u, m = torch.randn(4, 1, 3, 4, 5).to(DEVICE)
     for at in range(4):
         tensors = [t.to("meta") if i == at else t for i, t in enumerate((x, c, u, m))]
-        with pytest.raises(ValueError, match="one device; these are on .*meta"):
+        with pytest.raises(ValueError, match=r"one device; these are on .*meta"):
             launch.guide(*tensors, 1.0, -0.5, 0.0, APG.algebra.name, [], None, None)
-        with pytest.raises(ValueError, match="one device; these are on .*meta"):
+        with pytest.raises(ValueError, match=r"one device; these are on .*meta"):
             launch.gram(*tensors, 1.0, -0.5, None)
 
 

@@ -1,8 +1,12 @@
 """Every tiny pipeline against every promise of `conformance`, and the table of what came out.
 
 The table lies in docs/pipelines.md. A test compares each pipeline's row with it; UPDATE_DOCS=1 writes it instead.
+
+`--under triton,inference` runs all of it with Triton's kernels and fused steps in inference mode, and
+`--under autocast` where networks put out bfloat16; without a GPU, triton wants TRITON_INTERPRET=1.
 """
 
+import contextlib
 import inspect
 import os
 from pathlib import Path
@@ -13,7 +17,8 @@ import pytest
 import torch
 from tiny import PIPELINES, run
 
-from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
+from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach, kernels
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 
 DOCS = Path(__file__).parents[2] / "docs" / "pipelines.md"
 MARKERS = ("<!-- generated: pipelines -->", "<!-- end of pipelines -->")
@@ -70,6 +75,21 @@ UNTREATED = {
 """Pipelines whose own treatment of the combined prediction is not understood, where their call asks for it."""
 
 rows: dict[str, list[str]] = {}
+
+
+@pytest.fixture(autouse=True)
+def under(request):
+    """What the option `--under` asks for."""
+    asked = {*request.config.option.under.split(",")} - {""}
+    with contextlib.ExitStack() as stack:
+        if "inference" in asked:
+            stack.enter_context(torch.inference_mode())
+        if "autocast" in asked:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        if "triton" in asked:
+            stack.enter_context(kernels.use_backend("triton"))
+            stack.enter_context(use_fused_steps(True))
+        yield asked
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -1,6 +1,6 @@
 """Drawn predictions on which float32 loses what it can lose, and the papers' formulas on them in float64.
 
-    draw -> (sample, cond, uncond), rule, the guided prediction in float64
+draw -> (sample, cond, uncond), rule, the guided prediction in float64
 """
 
 import random
@@ -54,7 +54,7 @@ def drawn(kind: str, seed: int) -> Drawn:
     """Float32 inputs of a kind, and what a rule makes of just these numbers."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    sample, c, other, noise = torch.randn(4, *SHAPE, generator=generator)
+    sample, c, other = torch.randn(3, *SHAPE, generator=generator)
     w = draw.uniform(1.5, 12.0)
     if kind == "a small unconditional prediction":
         u = 10 ** draw.uniform(-5, -1) * (c + 10 ** draw.uniform(-3, 1) * other)

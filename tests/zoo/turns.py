@@ -1,7 +1,7 @@
 """Triton's interpreter with programs that take turns, as those of one launch do that wait for one another.
 
-The interpreter runs a launch's programs one after the other, so one that waits for a later one would wait for ever. Here
-each is a greenlet, which runs up to its next atomic operation; a random one goes on from there.
+The interpreter runs a launch's programs one after the other, so one that waits for a later one would wait for ever.
+Here each is a greenlet, which runs up to its next atomic operation; a random one goes on from there.
 """
 
 import random
@@ -52,7 +52,7 @@ class TakingTurns(interpreter.GridExecutor):
 
 @contextmanager
 def taking_turns(seed: int, together: int = 24) -> Iterator[None]:
-    """Inside the block, launches of up to `together` programs are interpreted with programs that wait for one another."""
+    """Inside the block, up to `together` programs of a launch are interpreted at once."""
     builder = interpreter.InterpreterBuilder
     atomic = builder.create_atomic_rmw
 
