@@ -168,13 +168,14 @@ class Counters:
 
     def take(self, groups: int, most: int, stream: int | None) -> Tensor | None:
         """Counters for a launch on this stream (None: a captured one) of up to `most` groups; None if used up."""
+        wanted = 4 * triton.cdiv(groups if stream is None else most, 4)  # 16 bytes: Triton compiles for an alignment
         with self.lock:
             first = self.taken if stream is None else self.of_stream.setdefault(stream, self.taken)
             if first == self.taken:
-                if first + most > self.COUNT:
+                if first + wanted > self.COUNT:
                     self.of_stream.pop(stream, None)
                     return None
-                self.taken += groups if stream is None else most
+                self.taken += wanted
         return self.numbers[first : first + groups]
 
 
@@ -190,7 +191,7 @@ def _meeting_place(groups: int, device: torch.device) -> Tensor | None:
     if device not in _counters:
         if captured:
             return None
-        _counters[device] = Counters(device)
+        _counters.setdefault(device, Counters(device))
     return _counters[device].take(groups, _together(device), None if captured else stream)
 
 
