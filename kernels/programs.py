@@ -337,7 +337,7 @@ def extrapolate_kernel(history, coefficients, out, count, step_stride, channels,
     offsets = row.to(tl.int64) * columns + column
     factor = coefficients + row % channels
     total = tl.zeros([TILE], tl.float32)
-    for _ in tl.range(0, count, loop_unroll_factor=4):
+    for _ in tl.range(0, count, loop_unroll_factor=2):
         total += tl.load(factor) * tl.load(history + offsets, mask, other=0.0).to(tl.float32)
         factor += channels
         history += step_stride
