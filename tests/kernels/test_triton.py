@@ -188,6 +188,22 @@ def test_many_chunks_a_program():
             assert rms(momentum.cpu(), exact_momentum) < 1e-6
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter alone can choose the order")
+def test_the_order_in_which_programs_come_changes_nothing():
+    """Five programs of one group, which wait for one another; with a stream's counters used again and again."""
+    counters = launch.Counters(torch.device("cpu"))
+    tensors = torch.randn(4, 1, 4, 47, 53)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_counters", {torch.device("cpu"): counters})
+        found = []
+        for order in range(4):
+            with launched(1, order):
+                found.append(kernels.guide(*tensors, 1.0, -0.7, APG(7.5), backend="triton"))
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
+    assert rms(found[0][0], reference.guide(*exactly(tensors), 1.0, -0.7, APG(7.5))[0]) < 1e-6
+    assert counters.numbers[0] == 0 and len(counters.of_stream) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_no_worse_than_diffusers(dtype):
     """On raw predictions, where diffusers' formula is the paper's with w - 1 for its guidance scale."""
