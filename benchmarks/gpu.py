@@ -36,7 +36,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -277,8 +277,8 @@ def running(way: str, pipe: Any, entry: Any) -> Iterator[None]:
             for part in parts:
                 if ON_GPU:
                     part.compile(mode="reduce-overhead", dynamic=False)
-                else:  # what it means for the package: outputs lie where the last ones lay
-                    stack.callback(part.register_forward_hook(_reused()).remove)
+                else:  # what it means for the package: outputs lie where those of the step before lay
+                    reuse_outputs(part, 1 if entry.style == "batched" else entry.branches)
         stack.enter_context(torch.inference_mode() if way == "inference_mode" else torch.no_grad())
         if way == "autocast":
             stack.enter_context(torch.autocast(DEVICE, torch.bfloat16))
@@ -288,20 +288,27 @@ def running(way: str, pipe: Any, entry: Any) -> Iterator[None]:
         yield
 
 
-def _reused() -> Callable[..., Any]:
-    """A hook that has a network write all outputs of a shape to one place."""
-    kept: dict[Any, torch.Tensor] = {}
+def reuse_outputs(module: torch.nn.Module, calls: int) -> None:
+    """Has a network write all outputs of a shape to one place, or one for each of a step's calls."""
+    cls, kept, count = type(module), {}, itertools.count()  # type: ignore[var-annotated]
 
-    def hook(_module: Any, _args: Any, output: Any) -> Any:
-        if isinstance(output, torch.Tensor):
-            key = output.shape, output.dtype
-            kept[key] = kept[key].copy_(output) if key in kept else output.clone()
+    def put(value: Any, call: int) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = call, value.shape, value.dtype
+            kept[key] = kept[key].copy_(value) if key in kept else value.clone()
             return kept[key]
-        if isinstance(output, tuple):
-            return tuple(hook(_module, _args, part) for part in output)
-        return output
+        return tuple(put(part, call) for part in value) if isinstance(value, tuple) else value
 
-    return hook
+    @wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return put(cls.forward(self, *args, **kwargs), next(count) % calls)
+
+    module.__class__ = type(cls.__name__, (cls,), {"forward": forward})
+
+
+def nfe_of(report: Any) -> int:
+    """NFEs without those of trying a part of the batch, which a changed network may take."""
+    return report.nfe - sum(max(0, step.nfe - step.nfe_full) for step in report.steps)
 
 
 def compared(name: str, way: str, truths: dict[str, Any]) -> Iterator[Check]:
@@ -327,14 +334,20 @@ def compared(name: str, way: str, truths: dict[str, Any]) -> Iterator[Check]:
             # In the middle of the widest gap, so that rounding does not decide.
             truths[name]["threshold"] = (low + high) / 2
         state["pipe"] = entry.build()
-        state["own"] = relative(on_device(), truths[name]["untouched"])
+        try:
+            found = on_device()
+        except RuntimeError as error:
+            if way == "reduce-overhead" and "overwritten" in str(error):  # by the step's other call
+                raise Skipped("the untouched pipeline fails in this way") from error
+            raise
+        state["own"] = relative(found, truths[name]["untouched"])
         # It rounds apart by no more than the precision explains.
         assert state["own"] < (0.1 if way == "autocast" else 5e-3), f"off by {state['own']:.1e} from the CPU"
         return {"off": state["own"]}
 
     def guided(policy: str) -> Found:
         if "own" not in state:
-            raise Skipped("the untouched run failed")
+            raise Skipped("its untouched run did not pass")
         rule, used = {
             "CFG": (CFG(), EveryStep()),
             "APG": (APG(norm_threshold=2.0), EveryStep()),
@@ -346,12 +359,12 @@ def compared(name: str, way: str, truths: dict[str, Any]) -> Iterator[Check]:
         if policy not in truths[name]:
             pipe = truths[name]["pipe"]
             with torch.no_grad(), kernels.use_backend("torch"), attach(pipe, rule, used) as handle:
-                truths[name][policy] = run(pipe, entry, STEPS, BATCH), handle.report.nfe
+                truths[name][policy] = run(pipe, entry, STEPS, BATCH), nfe_of(handle.report)
         exact, nfe = truths[name][policy]
         with attach(state["pipe"], rule, used) as handle:
             found = on_device()
         off = relative(found, exact)
-        assert handle.report.nfe == nfe, f"{handle.report.nfe} NFEs, {nfe} on the CPU"
+        assert nfe_of(handle.report) == nfe, f"{nfe_of(handle.report)} NFEs, {nfe} on the CPU"
         limit = 20 * state["own"] + 1e-4
         assert off < limit, f"off by {off:.1e} from the CPU, allowed {limit:.1e}; untouched {state['own']:.1e}"
         return {"off": off, "untouched": state["own"], "nfe": nfe}

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         version(triton) <= (3, 6) and version(numpy) >= (2, 4),
-        reason=f"the interpreter of Triton {triton.__version__} does not run beside numpy {numpy.__version__}: it turns "
+        reason=f"the interpreter of Triton {triton.__version__} fails beside numpy {numpy.__version__}: it turns "
         "arrays of one number into numbers, which numpy 2.4 refuses",
     ),
 ]
