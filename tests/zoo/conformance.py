@@ -19,6 +19,7 @@ from tiny import Tiny, counting, run
 from torch import Tensor
 
 from diffusers_guidance import APG, CFG, Decision, EveryStep, History, Policy, Report, Step, attach, detach
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 
 STEPS = 4
 COND_FIRST = (
@@ -68,7 +69,7 @@ class Steps:
 def watched(scheduler: Any, see: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Shows the arguments of every `scheduler.step`, which may be changed, before it is done.
 
-    It stands behind whatever the package puts in front of it. The step is replaced in the scheduler's class, so that
+    It stands behind whatever the package puts in front of it, whose fused steps would pass it by. The step is replaced in the scheduler's class, so that
     copies a pipeline makes of it keep a step of their own.
     """
     cls = type(scheduler)
@@ -84,7 +85,8 @@ def watched(scheduler: Any, see: Callable[[dict[str, Any]], None]) -> Iterator[N
 
     cls.step = step
     try:
-        yield
+        with use_fused_steps(False):
+            yield
     finally:
         if inherited:
             del cls.step
@@ -327,6 +329,16 @@ def repeats(pipe: Any, entry: Tiny, batch: int, steps: int, rule: Any, policy: P
         assert "_diffusers_guidance" not in str([*getattr(obj, "__dict__", ()), *vars(type(obj))])
     assert "step" not in vars(pipe.scheduler)
     assert not any("_compiled_call_impl" in vars(module) for module in denoisers(pipe, entry))
+
+
+def fuses_steps(pipe: Any, entry: Tiny, batch: int) -> None:
+    """With the scheduler's step fused into the guidance it is the same picture."""
+    with attach(pipe, APG(), EveryStep()):
+        with use_fused_steps(False):
+            apart = run(pipe, entry, STEPS, batch)
+        with use_fused_steps(True):
+            off = relative(run(pipe, entry, STEPS, batch), apart)
+    assert off < 1e-5, f"off by {off:.2g} from the scheduler's own steps"
 
 
 # APG against the paper

@@ -93,7 +93,7 @@ def under(request):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_pipeline_keeps_its_promises(name):
+def test_pipeline_keeps_its_promises(name, under):
     entry = PIPELINES[name]
     if not entry.available:
         pytest.skip(f"diffusers {diffusers.__version__} has no {entry.cls}, or wants another package for it")
@@ -147,6 +147,8 @@ def test_pipeline_keeps_its_promises(name):
             raise conformance.Inapplicable("refused, each frame has a scale of its own")
         conformance.follows_the_listing(pipe, entry, batch, truth)
         listing = "yes"
+        if "triton" in under:
+            conformance.fuses_steps(pipe, entry, batch)
     except conformance.Inapplicable as reason:
         listing = f"not checked: {reason}"
     settle(name, status, formula, skipping, apart, listing, treatment(name, pipe, entry, batch))
