@@ -69,8 +69,8 @@ class Steps:
 def watched(scheduler: Any, see: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Shows the arguments of every `scheduler.step`, which may be changed, before it is done.
 
-    It stands behind whatever the package puts in front of it, whose fused steps would pass it by. The step is replaced in the scheduler's class, so that
-    copies a pipeline makes of it keep a step of their own.
+    It stands behind whatever the package puts in front of it, whose fused steps would pass it by. The step is replaced
+    in the scheduler's class, so that copies a pipeline makes of it keep a step of their own.
     """
     cls = type(scheduler)
     inherited, original = "step" not in vars(cls), cls.step
