@@ -75,12 +75,17 @@ UNTREATED = {
 """Pipelines whose own treatment of the combined prediction is not understood, where their call asks for it."""
 
 rows: dict[str, list[str]] = {}
+compared = slice(None)
+"""Which cells of a row must be those of the docs."""
 
 
 @pytest.fixture(autouse=True)
 def under(request):
-    """What the option `--under` asks for."""
+    """What the option `--under` asks for. The table is of runs without it: in bfloat16 less can be checked."""
+    global UPDATE, compared
     asked = {*request.config.option.under.split(",")} - {""}
+    if asked:
+        UPDATE, compared = False, slice(5)
     with contextlib.ExitStack() as stack:
         if "inference" in asked:
             stack.enter_context(torch.inference_mode())
@@ -202,7 +207,8 @@ def settle(name, *cells):
     rows[name] = [name, folder, status, f"`{formula}`" if formula else "", *rest, turned_off(PIPELINES[name])]
     if not UPDATE:
         there = written().get(name)
-        assert there == rows[name], f"docs/pipelines.md is stale ({there}): run this file with UPDATE_DOCS=1"
+        same = there is not None and there[compared] == rows[name][compared]
+        assert same, f"docs/pipelines.md is stale ({there}): run this file with UPDATE_DOCS=1"
 
 
 def written():
@@ -229,8 +235,10 @@ def table(found):
     )
 
 
-def test_the_table_is_what_was_found():
+def test_the_table_is_what_was_found(under):
     """Runs last: writes the table, or finds that it has neither too much in it nor wrong totals."""
+    if under:
+        pytest.skip(f"the table is of runs without --under {','.join(sorted(under))}")
     found = {name: row for name, row in {**written(), **rows}.items() if name in PIPELINES}
     text = DOCS.read_text()
     before, _, rest = text.partition(MARKERS[0])
