@@ -13,8 +13,8 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 TESTS = Path(__file__).parents[1]
-SAMPLE = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline")
-"""Euler, flow matching and DDIM; one call for both predictions, and two."""
+SAMPLE = ("StableDiffusion3Pipeline", "WanPipeline")
+"""Steps that are fused; one call for both predictions, and two."""
 
 
 def version(package):
