@@ -107,6 +107,8 @@ def test_pipeline_keeps_its_promises(name, under):
     except ImportError as error:
         pytest.skip(" ".join(str(error).split()))
     batch = 3 if entry.batches else 1
+    # A fused step does not round the prediction, the scheduler's own does; rows may take either.
+    tolerance = 2e-2 if under >= {"triton", "autocast"} else 1e-5
     truth = conformance.untouched(pipe, entry, batch)
     if name in REFUSED:
         with attach(pipe, CFG(), EveryStep()), pytest.raises(UnsupportedPipeline, match=REFUSED[name][0]):
@@ -143,7 +145,7 @@ def test_pipeline_keeps_its_promises(name, under):
     elif name in WHOLE:
         apart = "nothing is left out"
     else:
-        conformance.decides_per_sample(pipe, entry, plain=truth.result)
+        conformance.decides_per_sample(pipe, entry, tolerance, plain=truth.result)
         apart = "yes"
     try:
         if name in OWN_SCALES:
@@ -153,7 +155,7 @@ def test_pipeline_keeps_its_promises(name, under):
         conformance.follows_the_listing(pipe, entry, batch, truth)
         listing = "yes"
         if "triton" in under:
-            conformance.fuses_steps(pipe, entry, batch)
+            conformance.fuses_steps(pipe, entry, batch, tolerance)
     except conformance.Inapplicable as reason:
         listing = f"not checked: {reason}"
     settle(name, status, formula, skipping, apart, listing, treatment(name, pipe, entry, batch))
