@@ -410,7 +410,7 @@ OWN = {"cfg_normalization": True, "cfg_normalize": True, "enable_cfg_renorm": Tr
 """Arguments by which calls ask for a treatment of the combined prediction."""
 
 
-def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, **own: Any) -> None:
+def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, tolerance: float = 1e-4, **own: Any) -> None:
     """An APG whose update is capped to nothing gives the conditional prediction alone, however that is treated.
 
     So a treatment that is another one for another combination, such as a norm, has been understood.
@@ -421,7 +421,7 @@ def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, **own: Any
     assert relative(alone, run(pipe, entry, STEPS, batch, **own)) > 1e-4, "guided and alone are too much alike to tell"
     with attach(pipe, APG(norm_threshold=1e-9, momentum=0.0), EveryStep()):
         off = relative(run(pipe, entry, STEPS, batch, **own), alone)
-    assert off < 1e-4, f"APG capped to nothing is off by {off:.2g} from the conditional prediction alone"
+    assert off < tolerance, f"APG capped to nothing is off by {off:.2g} from the conditional prediction alone"
 
 
 FROM_C = ("Cosmos", "Kandinsky3", "Krea2", "ZImage")
