@@ -81,7 +81,7 @@ def specialisations() -> Iterator[Specialisation]:
                     f"guide {label}" + (", together" if together else ""),
                     programs.guide_kernel,
                     pointers | {"partials": "fp32" if together else None, "counters": "i32" if together else None},
-                    constants | sizes | {"CENTRED": rule.centred},
+                    constants | sizes | {"CENTRED": rule is not None and rule.centred},
                     together,
                 )
     yield Specialisation("similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, threads=128)

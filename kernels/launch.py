@@ -173,7 +173,7 @@ class Counters:
             first = self.taken if stream is None else self.of_stream.setdefault(stream, self.taken)
             if first == self.taken:
                 if first + wanted > self.COUNT:
-                    self.of_stream.pop(stream, None)
+                    self.of_stream = {s: at for s, at in self.of_stream.items() if s != stream}
                     return None
                 self.taken += wanted
         return self.numbers[first : first + groups]
