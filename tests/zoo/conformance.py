@@ -19,6 +19,7 @@ from tiny import Tiny, counting, run
 from torch import Tensor
 
 from diffusers_guidance import APG, CFG, Decision, EveryStep, History, Policy, Report, Step, attach, detach
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 
 STEPS = 4
 COND_FIRST = (
@@ -68,8 +69,8 @@ class Steps:
 def watched(scheduler: Any, see: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Shows the arguments of every `scheduler.step`, which may be changed, before it is done.
 
-    It stands behind whatever the package puts in front of it. The step is replaced in the scheduler's class, so that
-    copies a pipeline makes of it keep a step of their own.
+    It stands behind whatever the package puts in front of it, whose fused steps would pass it by. The step is replaced
+    in the scheduler's class, so that copies a pipeline makes of it keep a step of their own.
     """
     cls = type(scheduler)
     inherited, original = "step" not in vars(cls), cls.step
@@ -84,7 +85,8 @@ def watched(scheduler: Any, see: Callable[[dict[str, Any]], None]) -> Iterator[N
 
     cls.step = step
     try:
-        yield
+        with use_fused_steps(False):
+            yield
     finally:
         if inherited:
             del cls.step
@@ -329,6 +331,16 @@ def repeats(pipe: Any, entry: Tiny, batch: int, steps: int, rule: Any, policy: P
     assert not any("_compiled_call_impl" in vars(module) for module in denoisers(pipe, entry))
 
 
+def fuses_steps(pipe: Any, entry: Tiny, batch: int, tolerance: float) -> None:
+    """With the scheduler's step fused into the guidance it is the same picture."""
+    with attach(pipe, APG(), EveryStep()):
+        with use_fused_steps(False):
+            apart = run(pipe, entry, STEPS, batch)
+        with use_fused_steps(True):
+            off = relative(run(pipe, entry, STEPS, batch), apart)
+    assert off < tolerance, f"off by {off:.2g} from the scheduler's own steps"
+
+
 # APG against the paper
 
 
@@ -398,7 +410,7 @@ OWN = {"cfg_normalization": True, "cfg_normalize": True, "enable_cfg_renorm": Tr
 """Arguments by which calls ask for a treatment of the combined prediction."""
 
 
-def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, **own: Any) -> None:
+def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, tolerance: float = 1e-4, **own: Any) -> None:
     """An APG whose update is capped to nothing gives the conditional prediction alone, however that is treated.
 
     So a treatment that is another one for another combination, such as a norm, has been understood.
@@ -409,7 +421,7 @@ def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, **own: Any
     assert relative(alone, run(pipe, entry, STEPS, batch, **own)) > 1e-4, "guided and alone are too much alike to tell"
     with attach(pipe, APG(norm_threshold=1e-9, momentum=0.0), EveryStep()):
         off = relative(run(pipe, entry, STEPS, batch, **own), alone)
-    assert off < 1e-4, f"APG capped to nothing is off by {off:.2g} from the conditional prediction alone"
+    assert off < tolerance, f"APG capped to nothing is off by {off:.2g} from the conditional prediction alone"
 
 
 FROM_C = ("Cosmos", "Kandinsky3", "Krea2", "ZImage")
