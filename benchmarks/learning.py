@@ -9,6 +9,7 @@ made, and those that are there are not made again. Mean PSNR in dB to full guida
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import diffusers
@@ -24,14 +25,19 @@ OTHERS = {"ddim-20-5": ("dpm-50-5", "dpm-20-7.5")}
 NOTHING = "nothing"
 
 
-def motions(bundled: Bundled, name: str, runs: int) -> Calibration:
-    """What so many runs of a setting show."""
+def calibration(bundled: Bundled, name: str, runs: int) -> Calibration:
+    """Of the first so many runs of a setting; a file keeps them, and more runs add to it."""
     scheduler, steps, scale = name.split("-")
     before = bundled.pipe.scheduler
     bundled.pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(bundled.config)
-    call = {"num_inference_steps": int(steps), "guidance_scale": float(scale)}
+    call = {"num_inference_steps": int(steps), "guidance_scale": float(scale), "trajectories": runs}
+    path = Path(tempfile.gettempdir()) / "runs" / f"{name}-{runs}.safetensors"
     try:
-        return calibrate(bundled.pipe, prompts(samples.CALIBRATION_PROMPTS), trajectories=runs, **call).portable
+        path.parent.mkdir(exist_ok=True)
+        fewer = [n for n in RUNS.get(name, ()) if n < runs]
+        if fewer and not path.is_file():
+            calibration(bundled, name, fewer[-1]).save(path)
+        return calibrate(bundled.pipe, prompts(samples.CALIBRATION_PROMPTS), path=path, **call)
     finally:
         bundled.pipe.scheduler = before
 
@@ -46,7 +52,7 @@ def measure(bundled: Bundled, name: str) -> None:
     for what, source in wanted:
         if len([row for row in setting.rows if row["what"] == what]) == len(BUDGETS[setting.steps]):
             continue
-        made = None if source is None else motions(bundled, *source)
+        made = None if source is None else calibration(bundled, *source).portable
         for nfe in BUDGETS[setting.steps]:
             setting.measure(what, nfe, Forecast(nfe=nfe, calibration=made))
 
