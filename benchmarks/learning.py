@@ -17,7 +17,7 @@ from bundled import Bundled, prompts
 from forecast import BUDGETS, SCHEDULERS, Setting
 
 from diffusers_guidance import Calibration, Forecast, calibrate, samples
-from diffusers_guidance.pipelines.support.files import write
+from diffusers_guidance.files import write
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "learning"
 RUNS = {"ddim-20-5": (1, 2, 4, 8, 16, 200), "dpm-20-5": (1, 2, 4, 8, 16), "euler-20-5": (1,)}

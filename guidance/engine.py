@@ -140,13 +140,19 @@ class Engine:
         similarity = self.similarity(step, prediction) if prediction.similarity is None else prediction.similarity
         self.history.see(similarity)
         self.history.keep(prediction, step.velocity, whole=self.policy.remembers)
+        self.history.actions.append(Action(plan[0].action))
         if self.recorder is not None:
             self.recorder.see(step, prediction)
         cost = prediction.nfe, prediction.nfe_full
         self.recording.add(step, plan, prediction.evaluated, *cost, similarity, prediction.note)
         if self.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return Guided(None)  # nothing new to combine
-        return self._combined(step, plan, prediction, own, finish, fuse)
+        found = self._combined(step, plan, prediction, own, finish, fuse)
+        correction = self.policy.correction(step, self.history) if self.policy.corrects else None
+        if correction is None:
+            return found
+        guided = own() if found.tensor is None else found.tensor
+        return Guided((guided + correction).to(guided.dtype))
 
     def _combined(
         self,
@@ -171,7 +177,8 @@ class Engine:
             carried = pick(unguided, torch.zeros_like(carried) if before is None else before, carried)
             return finish(pick(unguided, c, g), c), carried
 
-        fused = fuse() if space is not None and not any(unguided) and not self.policy.hands else None
+        is_fusible = space is not None and not any(unguided) and not (self.policy.hands or self.policy.corrects)
+        fused = fuse() if is_fusible else None
         if fused is not None:
             result, self.momentum = fused(c, u, before, a, b, rule)
             return Guided(None, result, lambda: combine()[0])

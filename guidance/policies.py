@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance import kernels
-from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
+from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit, Moments
 from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
 from diffusers_guidance.forecast import (
@@ -57,6 +57,8 @@ class Policy:
     calibration = None  # type: Calibration | None
     """What the policy is fitted to; a run of another setting is refused at its first step."""
 
+    corrects = False
+    """Whether the scheduler gets a step's guided prediction and the policy's `correction`."""
     learns = False
     """Whether full runs under it are recorded, for it to be `informed` of what they showed."""
 
@@ -89,6 +91,15 @@ class Policy:
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         """(cond, uncond), (rows, ...) each, where `plan` said "neither"."""
         raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
+
+    def correction(self, step: Step, history: History) -> Tensor | None:
+        """What is added to a step's guided prediction, of a policy that `corrects`; None for nothing.
+
+        Args:
+            step: the one about to be taken.
+            history: with the step's own predictions and action in it.
+        """
+        return None
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> "Handed":
         """What the scheduler gets from a policy that `hands`.
@@ -509,11 +520,14 @@ class Schedule(Policy):
             number of steps. Estimates need a "both" before them, and "neither" needs a calibration.
         calibration: what estimates are fitted to. None: holds the last difference of both predictions.
         fit: how they are fitted.
+        repay: whether a step that evaluates both repays the estimates before it, as schedules of `search` do
+            (`calibration.repayments`). It needs a calibration.
     """
 
     actions: Sequence[Action | str]
     calibration: Calibration | None = None
     fit: Fit = DELTAS
+    repay: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -529,6 +543,10 @@ class Schedule(Policy):
             if action == Action.NEITHER and self.calibration is None:
                 raise ValueError(f'actions[{i}]="neither" needs a calibration: nothing else estimates both predictions')
         object.__setattr__(self, "actions", tuple(map(Action, self.actions)))
+        if not isinstance(self.repay, bool) or (self.repay and self.calibration is None):
+            raise ValueError(
+                f"repay={self.repay!r}: True or False, and True only with a calibration, which says how much"
+            )
         if self.calibration is not None and len(self.actions) != self.calibration.steps:
             raise CalibrationMismatch(
                 f"the schedule has {len(self.actions)} steps, unlike {self.calibration!r}: they must agree"
@@ -537,6 +555,10 @@ class Schedule(Policy):
     @property
     def remembers(self) -> bool:  # type: ignore[override]
         return self.calibration is not None
+
+    @property
+    def corrects(self) -> bool:  # type: ignore[override]
+        return self.repay
 
     @property
     def nfe(self) -> int:
@@ -560,29 +582,43 @@ class Schedule(Policy):
         dtype = history.cond[-1].dtype
         return cond.to(dtype), (cond - delta).to(dtype)
 
+    def correction(self, step: Step, history: History) -> Tensor | None:
+        assert self.calibration is not None
+        moments, seen = self._moments(step, history, len(history.cond) - 1), len(history.cond)
+        # A step that was to be skipped may have been evaluated after all: what was owed is what was done.
+        done = (*self.actions[: moments.first], *history.actions, *self.actions[moments.first + seen :])
+        added, _ = self.calibration.repayments(history.denoiser, done, self.fit)
+        factors = added[:, seen - 1]
+        return self._mixed(factors, history.cond, history) if bool(factors.any()) else None
+
     def _combined(self, step: Step, history: History, conds: Sequence[Tensor], *wanted: str) -> list[Tensor]:
         """The step's "cond" or "delta" as fitted combinations of the conditional predictions and past deltas."""
         assert self.calibration is not None
-        moments, seen = self.calibration.moments(history.denoiser), len(history.cond)
-        if step.index - seen != moments.first:
-            raise CalibrationMismatch(
-                f"this run's first guided step is {step.index - seen}; {self.calibration!r} began at {moments.first}"
-            )
+        moments, seen = self._moments(step, history, len(history.cond)), len(history.cond)
         table = self.calibration.coefficients(history.denoiser, self.actions, self.fit)  # (C, 2T, 2T)
-        working = torch.promote_types(conds[0].dtype, torch.float32)
-        found = []
-        for what in wanted:
-            factors = table[:, seen if what == "cond" else moments.steps + seen].T  # (2T, C): on conds, then on deltas
-            used = factors.any(1).nonzero().flatten()
-            past = []
-            for i in used.tolist():
-                step_, is_delta = i % moments.steps, i >= moments.steps
-                cond = conds[step_].to(working)
-                past.append(cond - history.uncond[step_].to(working) if is_delta else cond)
-            factors = factors[used]
-            factors = factors[:, 0] if factors.shape[1] == 1 else factors
-            found.append(kernels.extrapolate(torch.stack(past), factors))
-        return found
+        rows = [table[:, seen if what == "cond" else moments.steps + seen] for what in wanted]
+        return [self._mixed(factors, conds, history) for factors in rows]
+
+    def _moments(self, step: Step, history: History, before: int) -> Moments:
+        """Those of the denoiser, of a run that began where they did; `before` are its guided steps before this one."""
+        assert self.calibration is not None
+        moments = self.calibration.moments(history.denoiser)
+        if step.index - before != moments.first:
+            raise CalibrationMismatch(
+                f"this run's first guided step is {step.index - before}; {self.calibration!r} began at {moments.first}"
+            )
+        return moments
+
+    def _mixed(self, factors: Tensor, conds: Sequence[Tensor], history: History) -> Tensor:
+        """The combination by (C, 2T) factors, on conditional predictions, then on deltas."""
+        working, steps = torch.promote_types(conds[0].dtype, torch.float32), factors.shape[1] // 2
+        used = factors.any(0).nonzero().flatten()
+        past = []
+        for i in used.tolist():
+            cond = conds[i % steps].to(working)
+            past.append(cond - history.uncond[i % steps].to(working) if i >= steps else cond)
+        factors = factors.T[used]  # (N, C)
+        return kernels.extrapolate(torch.stack(past), factors[:, 0] if factors.shape[1] == 1 else factors)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,8 @@ class History:
     """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`."""
     uncond: list[Tensor] = field(default_factory=list)
     """Likewise the unconditional ones; for skipped samples, the substitute."""
+    actions: list[Action] = field(default_factory=list)
+    """By step: what was done with the first sample."""
     guided: dict[int, Tensor] = field(default_factory=dict)
     """By step: the last guided predictions, as a policy that `hands` keeps them."""
     is_denoised: bool = False

@@ -135,7 +135,7 @@ class Host:
         check_end(
             self._call, self._company, self._denoisers.values(), result=result, steps=len(self.report.steps),
             was_called=self._was_called, has_schedulers=bool(self._taken), acts=self._discovery.acts,
-            is_left_alone=self.rule.is_plain and not self.policy.hands,
+            is_left_alone=self.rule.is_plain and not (self.policy.hands or self.policy.corrects),
         )  # fmt: skip
 
     def _meet(self) -> None:

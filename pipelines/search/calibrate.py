@@ -341,9 +341,7 @@ def calibrate_on_ray(
     waiting = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
 
     def one(k: int) -> Calibration:
-        return calibrate(
-            load(), prompts, trajectories=trajectories, share=(k, shares), progress=silent, **settings
-        )
+        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), progress=silent, **settings)
 
     def found(k: int) -> Calibration | None:
         if (file := waiting[k]) is None or not file.is_file():
