@@ -496,14 +496,19 @@ def _own(calibration: Calibration, denoiser: str, actions: tuple[str, ...]) -> t
 
 
 def gains(table: Sequence[Space]) -> list[float]:
-    """How far an error of each step's prediction moves the picture.
+    """How far an error of each step's prediction moves the picture: `euler_gains`, times the solver's `reuse`."""
+    return [gain * space.reuse for gain, space in zip(euler_gains(table), table, strict=True)]
+
+
+def euler_gains(table: Sequence[Space]) -> list[float]:
+    """How far an error of each step's prediction moves the picture, if the solver takes Euler steps.
 
     With x = signal x0 + noise eps and rho = noise / signal, an Euler step in rho takes an error e of the
     prediction to one of x / signal that is e times
 
         |b| (1 - rho' / rho)        (a prime: at the next step; denoised = a x + b prediction)
 
-    `gains` are these over sqrt(rho): the noisier the sample, the more of the error later steps correct. For Gaussian
+    Gains are these over sqrt(rho): the noisier the sample, the more of the error later steps correct. For Gaussian
     data of unit variance 1 / sqrt(1 + rho'^2) of an error would remain at the end. Guidance amplifies differences and
     leaves more. The root fits measured pictures: docs/policies.md.
     The evaluations of one solver step share its gain. A first step from pure noise, rho infinite, is weighed as if

@@ -165,8 +165,8 @@ def calibrate(
             done.save(path)
         return done
 
-    start = had + 1 if had + batch_size < len(numbers) else had
-    ends = sorted({0, had, *range(start, len(numbers), batch_size), max(had, len(numbers))})
+    bounds = range(1 if len(numbers) > batch_size else 0, len(numbers), batch_size)
+    ends = sorted({0, had, *(end for end in bounds if end > had), max(had, len(numbers))})
     for _ in resumed(one, [*itertools.pairwise(ends)], lambda span: done if span[1] <= had else None, keep):
         pass
     progress("calibrating", max(had, len(numbers)), len(numbers))
