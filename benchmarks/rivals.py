@@ -41,7 +41,7 @@ from diffusers_guidance import (
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import psnr, tensor_of
-from diffusers_guidance.schedules import gap_costs, shortest
+from diffusers_guidance.schedules import shortest
 from diffusers_guidance.spaces import Space
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "rivals"
@@ -197,17 +197,18 @@ class DPCache(TaylorSeer):
         steps, gram = moments.steps, moments.total
         mix = torch.cat([torch.eye(steps), (w - 1) * torch.eye(steps)], 1).double()
         guided = mix @ gram @ mix.T  # (T, T) inner products of guided predictions
-        errors = torch.full((steps + 1, steps, steps), math.inf, dtype=torch.float64)
+        costs = torch.full((steps + 1, steps, steps + 1), math.inf, dtype=torch.float64)
         for j in range(steps):
             for i in range(-1, j):
+                missed = [0.0]
                 for t in range(j + 1, steps):
                     off = torch.zeros(steps, dtype=torch.float64)
                     slope = 0.0 if i < 0 else (t - j) / (j - i)
                     off[t] += 1
                     off[j] -= 1 + slope
                     off[i] += slope
-                    errors[i + 1, j, t] = (off @ guided @ off).clamp(min=0).sqrt().sqrt()  # gap_costs squares
-        costs = gap_costs(errors, torch.ones(steps, dtype=torch.float64))
+                    missed.append(float((off @ guided @ off).clamp(min=0).sqrt()))
+                costs[i + 1, j, j + 1 :] = torch.tensor(missed, dtype=torch.float64).cumsum(0)
         costs[:, : steps - 1, steps] = math.inf  # no path ends before the last step
         return cls(nfe=nfe, chosen=shortest(costs)[nfe // 2 - 1][1])
 

@@ -108,8 +108,8 @@ def calibrate(
         per_channel: whether to keep a Gram matrix for every channel (dimension 1), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
         path: where to save it, after every batch. An existing calibration there is continued.
-        progress: called as progress(what, done, in all), and told how long it will take. Where that is more than one
-            batch, the first run is made alone, to know. Default: lines on standard error.
+        progress: called as progress(what, done, in all), and told how long it will take; the first run is made
+            alone, to know. Default: lines on standard error.
         arguments: more arguments of the pipeline, such as `height`.
 
     Raises:
@@ -165,7 +165,7 @@ def calibrate(
             done.save(path)
         return done
 
-    bounds = range(1 if len(numbers) > batch_size else 0, len(numbers), batch_size)
+    bounds = range(1, len(numbers), batch_size)  # the first alone, to know how long the others take
     ends = sorted({0, had, *(end for end in bounds if end > had), max(had, len(numbers))})
     for _ in resumed(one, [*itertools.pairwise(ends)], lambda span: done if span[1] <= had else None, keep):
         pass
