@@ -1,4 +1,4 @@
-"""Measures other ways to forecast skipped evaluations beside `Forecast`: docs/results/rivals/*.json and summary.md.
+"""Measures other ways to forecast skipped evaluations beside `Forecast`, into docs/results/rivals.
 
     python benchmarks/rivals.py [ddim-20-5 ...]
 
@@ -326,6 +326,31 @@ def summary() -> str:
     return "\n".join(lines)
 
 
+def plot(name: str) -> None:
+    """A setting's rows over NFEs, in a file; rivals on evenly spaced steps are dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full guidance (dB)")
+    axes.set_title(name)
+    rows = json.loads((OUT / f"{name}.json").read_text())
+    kinds = list(dict.fromkeys(row["what"].split(",")[0] for row in rows))
+    for what in dict.fromkeys(row["what"] for row in rows):
+        line: dict[float, list[float]] = {}
+        for row in rows:
+            if row["what"] == what:
+                line.setdefault(row["nfe"], []).append(row["psnr"])
+        points = sorted((nfe, sum(each) / len(each)) for nfe, each in line.items())
+        is_ours, color = what == "Forecast", f"C{kinds.index(what.split(',')[0]) % 10}"
+        axes.plot(
+            *zip(*points, strict=True), label=what, color="black" if is_ours else color, marker="o", markersize=4,
+            linewidth=2.6 if is_ours else 1.2, linestyle="--" if "even steps" in what else "-",
+        )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(OUT / f"{name}.png", dpi=110)
+
+
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     bundled, names = Bundled(), sys.argv[1:] or NAMES
@@ -334,6 +359,7 @@ def main() -> None:
     for seed, name in itertools.product(SEEDS, names):
         Contest(bundled, name, seed).measure_all()
         write(OUT / "summary.md", summary().encode())
+        plot(name)
 
 
 if __name__ == "__main__":

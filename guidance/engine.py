@@ -151,6 +151,7 @@ class Engine:
         correction = self.policy.correction(step, self.history) if self.policy.corrects else None
         if correction is None:
             return found
+        self.recording.add_to_last("repays the estimates before it")
         guided = own() if found.tensor is None else found.tensor
         return Guided((guided + correction).to(guided.dtype))
 

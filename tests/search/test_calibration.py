@@ -109,6 +109,7 @@ def test_a_run_hands_on_what_it_repays(pipe):
             pipe(PROMPTS[0], num_inference_steps=STEPS, guidance_scale=SCALE, height=16, width=16,
                  generator=torch.Generator().manual_seed(0), output_type="latent")  # fmt: skip
             assert [step.nfe for step in handle.report.steps] == [2, 2, 0, 2, 2]
+            assert [t for t, step in enumerate(handle.report.steps) if "repays" in step.note] == [3] * repay
     for t in (0, 1, 2):
         torch.testing.assert_close(handed[True][t][1], handed[False][t][1], rtol=0, atol=0)
     added, _ = found.repayments("unet", actions)
