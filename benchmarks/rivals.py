@@ -334,14 +334,14 @@ def plot(name: str) -> None:
     axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full guidance (dB)")
     axes.set_title(name)
     rows = json.loads((OUT / f"{name}.json").read_text())
-    kinds = list(dict.fromkeys(row["what"].split(",")[0] for row in rows))
+    kinds = list(dict.fromkeys(row["what"].rsplit(",", 1)[0] for row in rows))
     for what in dict.fromkeys(row["what"] for row in rows):
         line: dict[float, list[float]] = {}
         for row in rows:
             if row["what"] == what:
                 line.setdefault(row["nfe"], []).append(row["psnr"])
         points = sorted((nfe, sum(each) / len(each)) for nfe, each in line.items())
-        is_ours, color = what == "Forecast", f"C{kinds.index(what.split(',')[0]) % 10}"
+        is_ours, color = what == "Forecast", f"C{kinds.index(what.rsplit(',', 1)[0]) % 10}"
         axes.plot(
             *zip(*points, strict=True), label=what, color="black" if is_ours else color, marker="o", markersize=4,
             linewidth=2.6 if is_ours else 1.2, linestyle="--" if "even steps" in what else "-",
