@@ -84,7 +84,7 @@ def calibrate(
     prompts: Sequence[str],
     *,
     negative_prompts: Sequence[str] = ("",),
-    trajectories: int = 8,
+    trajectories: int = 16,
     num_inference_steps: int = 20,
     guidance_scale: float = 5.0,
     seed: int = 0,
@@ -101,7 +101,7 @@ def calibrate(
         pipe: a diffusers pipeline with the scheduler to be used later; what is attached to it stays attached, idle.
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
         negative_prompts: used in turn; name those that you will use, so that the fit serves them too.
-        trajectories: how many runs of one sample. More than 8 gain little (docs/forecast.md), but for
+        trajectories: how many runs of one sample. More than 16 gain little (docs/forecast.md), but for
             the threshold of `AdaptiveGuidance.from_calibration`, which is one of their similarities.
         num_inference_steps, guidance_scale: those of later runs; others need another calibration. But `Forecast` is
             served at any scheduler and scale, and at as many steps or fewer.
@@ -315,7 +315,7 @@ def calibrate_on_ray(
     shares: int,
     address: str | None = None,
     resources: dict[str, float] | None = None,
-    trajectories: int = 8,
+    trajectories: int = 16,
     path: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
