@@ -574,3 +574,16 @@ def test_trying_a_solver_leaves_it_and_random_numbers_alone():
     assert vars(scheduler).keys() == kept.keys()
     assert all(value is kept[name] for name, value in vars(scheduler).items())
     assert all(a is b for name, was in lists.items() for a, b in zip(kept[name], was, strict=True))
+
+
+def test_somebodys_own_step_is_not_tried():
+    class Counting(schedulers.UniPCMultistepScheduler):
+        calls = 0
+
+        def step(self, *args, **kwargs):
+            type(self).calls += 1
+            return super().step(*args, **kwargs)
+
+    scheduler = Counting(prediction_type="v_prediction")
+    scheduler.set_timesteps(6)
+    assert {space.reuse for space in spaces(scheduler)} == {1.0} and Counting.calls == 0
