@@ -280,8 +280,9 @@ def told(rows: list[dict], what: str, nfe: int) -> str:
     found = [row for row in rows if (row["what"], row["budget"]) == (what, nfe)]
     if not found:
         return ""
-    half = interval([row["pictures"] for row in found if row["pictures"]] or [[math.nan] * 16])
-    return f"{sum(row['psnr'] for row in found) / len(found):.1f} ± {half:.1f}"
+    mean = f"{sum(row['psnr'] for row in found) / len(found):.1f}"
+    kept = [row["pictures"] for row in found if row["pictures"]]
+    return f"{mean} ± {interval(kept):.1f}" if kept else mean
 
 
 def ahead(rows: list[dict], nfe: int) -> str:
@@ -322,7 +323,8 @@ def summary() -> str:
         ]
         for what in dict.fromkeys(row["what"] for row in rows):
             lines.append(f"| {what} | {' | '.join(told(rows, what, nfe) for nfe in budgets)} |")
-        lines += [f"| **`Forecast` ahead by** | {' | '.join(ahead(rows, nfe) for nfe in budgets)} |", ""]
+        leads = [ahead(rows, nfe) for nfe in budgets]
+        lines += [f"| **`Forecast` ahead by** | {' | '.join(leads)} |"] * any(leads) + [""]
     return "\n".join(lines)
 
 
