@@ -186,6 +186,7 @@ class Engine:
             seen = self.observe(step, prediction.cond, prediction.uncond, prediction.evaluated)
         history = self.history
         history.seen.append(seen)
+        history.actions.append(Action(plan[0].action))
         if self.policy.estimates:
             history.keep_difference(prediction, step.velocity)
         if self.policy.remembers:
@@ -196,7 +197,13 @@ class Engine:
         self.recording.add(step, plan, prediction.evaluated, *cost, seen, prediction.note)
         if self.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return Guided(None)  # nothing new to combine
-        return self._combined(step, plan, prediction, own, finish, fuse)
+        found = self._combined(step, plan, prediction, own, finish, fuse)
+        correction = self.policy.correction(step, self.history) if self.policy.corrects else None
+        if correction is None:
+            return found
+        self.recording.add_to_last("repays the estimates before it")
+        guided = own(None) if found.tensor is None else found.tensor
+        return Guided((guided + correction).to(guided.dtype))
 
     def skip(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> None:
         """Reports a step that evaluated nothing, of a policy that `hands`."""
@@ -237,7 +244,8 @@ class Engine:
             carried = pick(unguided, torch.zeros_like(carried) if before is None else before, carried)
             return finish(pick(unguided, c, g), c), carried
 
-        fusible = space is not None and not any(unguided) and not self.policy.hands and not isinstance(step.w, tuple)
+        fusible = space is not None and not any(unguided) and not isinstance(step.w, tuple)
+        fusible = fusible and not (self.policy.hands or self.policy.corrects)
         rule = settled(self.rule, step) if fusible else self.rule
         fused = fuse() if fusible and rule.fuses else None
         if fused is not None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance import kernels
-from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
+from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit, Moments
 from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
 from diffusers_guidance.forecast import (
@@ -62,6 +62,8 @@ class Policy:
     calibration = None  # type: Calibration | None
     """What the policy is fitted to; a run of another setting is refused at its first step."""
 
+    corrects = False
+    """Whether the scheduler gets a step's guided prediction and the policy's `correction`."""
     learns = False
     """Whether full runs under it are recorded, for it to be `informed` of what they showed."""
 
@@ -106,6 +108,15 @@ class Policy:
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         """(cond, uncond), (rows, ...) each, where `plan` said "neither"."""
         raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
+
+    def correction(self, step: Step, history: History) -> Tensor | None:
+        """What is added to a step's guided prediction, of a policy that `corrects`; None for nothing.
+
+        Args:
+            step: the one about to be taken.
+            history: with the step's own predictions and action in it.
+        """
+        return None
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> "Handed":
         """What the scheduler gets from a policy that `hands`.
@@ -601,11 +612,14 @@ class Schedule(Policy):
             number of steps. Estimates need a "both" before them, and "neither" needs a calibration.
         calibration: what estimates are fitted to. None: holds the last difference of both predictions.
         fit: how they are fitted.
+        repay: whether a step that evaluates both repays the estimates before it, as schedules of `search` do
+            (`calibration.repayments`). It needs a calibration.
     """
 
     actions: Sequence[Action | str]
     calibration: Calibration | None = None
     fit: Fit = DELTAS
+    repay: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -621,6 +635,10 @@ class Schedule(Policy):
             if action == Action.NEITHER and self.calibration is None:
                 raise ValueError(f'actions[{i}]="neither" needs a calibration: nothing else estimates both predictions')
         object.__setattr__(self, "actions", tuple(map(Action, self.actions)))
+        if not isinstance(self.repay, bool) or (self.repay and self.calibration is None):
+            raise ValueError(
+                f"repay={self.repay!r}: True or False, and True only with a calibration, which says how much"
+            )
         if self.calibration is not None and len(self.actions) != self.calibration.steps:
             raise CalibrationMismatch(
                 f"the schedule has {len(self.actions)} steps, unlike {self.calibration!r}: they must agree"
@@ -629,6 +647,10 @@ class Schedule(Policy):
     @property
     def remembers(self) -> bool:  # type: ignore[override]
         return self.calibration is not None
+
+    @property
+    def corrects(self) -> bool:  # type: ignore[override]
+        return self.repay
 
     @property
     def nfe(self) -> int:
@@ -656,18 +678,39 @@ class Schedule(Policy):
     def reads(self, step: Step, history: History) -> tuple[Collection[int] | None, Collection[int] | None]:
         if self.calibration is None or history.denoiser not in self.calibration.denoisers:
             return None, None
-        return _read_later(self.calibration, history.denoiser, tuple(self.actions), self.fit, len(history.cond))
+        actions = tuple(map(Action, self.actions))
+        conds, deltas = _read_later(self.calibration, history.denoiser, actions, self.fit, len(history.cond))
+        if self.repay:  # by the last three steps evaluated in full, planned or not
+            full = [t for t, action in enumerate(history.actions) if action == Action.BOTH]
+            recent = {*range(full[-3] if len(full) > 2 else 0, len(history.cond) + 1)}
+            return conds | recent, deltas | recent
+        return conds, deltas
+
+    def correction(self, step: Step, history: History) -> Tensor | None:
+        assert self.calibration is not None
+        moments, seen = self._moments(step, history, len(history.cond) - 1), len(history.cond)
+        # A step that was to be skipped may have been evaluated after all: what was owed is what was done.
+        done = (*self.actions[: moments.first], *history.actions, *self.actions[moments.first + seen :])
+        added, _ = self.calibration.repayments(history.denoiser, done, self.fit)
+        factors = added[:, seen - 1]
+        return _mixed(history.cond, history.uncond, factors.T) if bool(factors.any()) else None
 
     def _rows(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         """(2T, C) each, the factors of the step's cond and delta: on the conditional predictions, then on deltas."""
         assert self.calibration is not None
-        moments, seen = self.calibration.moments(history.denoiser), len(history.cond)
-        if step.index - seen != moments.first:
-            raise CalibrationMismatch(
-                f"this run's first guided step is {step.index - seen}; {self.calibration!r} began at {moments.first}"
-            )
+        moments, seen = self._moments(step, history, len(history.cond)), len(history.cond)
         table = self.calibration.coefficients(history.denoiser, self.actions, self.fit)  # (C, 2T, 2T)
         return table[:, seen].T, table[:, moments.steps + seen].T
+
+    def _moments(self, step: Step, history: History, before: int) -> Moments:
+        """Those of the denoiser, of a run that began where they did; `before` are its guided steps before this one."""
+        assert self.calibration is not None
+        moments = self.calibration.moments(history.denoiser)
+        if step.index - before != moments.first:
+            raise CalibrationMismatch(
+                f"this run's first guided step is {step.index - before}; {self.calibration!r} began at {moments.first}"
+            )
+        return moments
 
 
 def _one(step: int, like: Tensor) -> Tensor:

@@ -162,6 +162,8 @@ class History:
     estimate reads one, an empty tensor."""
     uncond: list[Tensor] = field(default_factory=list)
     """Likewise the unconditional ones; for skipped samples, the substitute."""
+    actions: list[Action] = field(default_factory=list)
+    """By step: what was done with the first sample."""
     guided: dict[int, Tensor] = field(default_factory=dict)
     """By step: the last guided predictions, as a policy that `hands` keeps them."""
     is_denoised: bool = False

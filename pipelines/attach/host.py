@@ -149,7 +149,8 @@ class Host:
         check_end(
             self._call, self._company, self._denoisers.values(), result=result, steps=len(self.report.steps),
             was_called=self._was_called, has_schedulers=bool(self._taken), acts=self._discovery.acts,
-            is_left_alone=self.rule.is_plain and not self.policy.hands and not self.rule.is_scheduled,
+            is_left_alone=self.rule.is_plain
+            and not (self.policy.hands or self.policy.corrects or self.rule.is_scheduled),
         )  # fmt: skip
 
         given, steps = self.rule.guidance_scale, self.report.steps

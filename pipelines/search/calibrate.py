@@ -31,7 +31,7 @@ from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, make
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
-from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.pipelines.support.progress import Progress, silent, spoken
 from diffusers_guidance.pipelines.support.ray import cluster
 from diffusers_guidance.pipelines.support.resume import resumed
 from diffusers_guidance.policies import EveryStep
@@ -87,7 +87,7 @@ def calibrate(
     prompts: Sequence[str],
     *,
     negative_prompts: Sequence[str] = ("",),
-    trajectories: int = 200,
+    trajectories: int = 16,
     num_inference_steps: int = 20,
     guidance_scale: scales.Given = 5.0,
     seed: int = 0,
@@ -104,15 +104,17 @@ def calibrate(
         pipe: a diffusers pipeline with the scheduler to be used later; what is attached to it stays attached, idle.
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
         negative_prompts: used in turn; name those that you will use, so that the fit serves them too.
-        trajectories: how many runs of one sample. For `Forecast` one is enough (docs/forecast.md).
-        num_inference_steps: that of later runs; others need another calibration. But `Forecast` is served at any
-            scheduler and scale, and at as many steps or fewer.
-        guidance_scale: likewise; it may be a schedule (`scales`).
+        trajectories: how many runs of one sample. More than 16 gain little (docs/forecast.md), but for
+        the threshold of `AdaptiveGuidance.from_calibration`, which is one of their similarities.
+    num_inference_steps: that of later runs; others need another calibration. But `Forecast` is served at any
+        scheduler and scale, and at as many steps or fewer.
+    guidance_scale: likewise; it may be a schedule (`scales`).
         batch_size: trajectories per call.
         per_channel: whether to keep a Gram matrix for every channel (dimension 1), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
         path: where to save it, after every batch. An existing calibration there is continued.
-        progress: called as progress(what, done, in all), and told how long it will take.
+        progress: called as progress(what, done, in all), and told how long it will take; the first run is made
+            alone, to know. Default: lines on standard error.
         arguments: more arguments of the pipeline, such as `height`.
 
     Raises:
@@ -143,7 +145,7 @@ def calibrate(
         raise ValueError(f"share={share!r}: (k, n), whole numbers with 0 <= k < n")
     if path is not None and Path(path).is_dir():
         raise ValueError(f"path={str(path)!r} is a folder: give the calibration's file")
-    progress = progress or silent
+    progress = progress or spoken
     k, n = share
     plan = _plan(prompts, negative_prompts, seed, num_inference_steps, guidance_scale, per_channel, arguments)
     numbers = list(range(k, trajectories, n))
@@ -170,7 +172,8 @@ def calibrate(
             done.save(path)
         return done
 
-    ends = sorted({0, had, *range(had, len(numbers), batch_size), max(had, len(numbers))})
+    bounds = range(1, len(numbers), batch_size)  # the first alone, to know how long the others take
+    ends = sorted({0, had, *(end for end in bounds if end > had), max(had, len(numbers))})
     for _ in resumed(one, [*itertools.pairwise(ends)], lambda span: done if span[1] <= had else None, keep):
         pass
     progress("calibrating", max(had, len(numbers)), len(numbers))
@@ -182,7 +185,7 @@ def calibrate(
 def _told_time(spent: float, made: int, left: int, steps: int) -> str:
     """What is running and how long it will take: before anything was made, as long as so many pictures."""
     if not made:
-        return f"calibrating, as long as making {left} pictures of {steps} steps under full guidance"
+        return f"calibrating: takes as long as making {left} pictures of {steps} steps under full guidance"
     seconds = spent / made * left
     return f"calibrating, about {f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'} left"
 
@@ -332,7 +335,7 @@ def calibrate_on_ray(
     shares: int,
     address: str | None = None,
     resources: dict[str, float] | None = None,
-    trajectories: int = 200,
+    trajectories: int = 16,
     path: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
@@ -359,7 +362,7 @@ def calibrate_on_ray(
     waiting = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
 
     def one(k: int) -> Calibration:
-        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), **settings)
+        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), progress=silent, **settings)
 
     def found(k: int) -> Calibration | None:
         if (file := waiting[k]) is None or not file.is_file():
@@ -374,7 +377,7 @@ def calibrate_on_ray(
         return part
 
     parts: dict[int, Calibration] = {}
-    progress = progress or silent
+    progress = progress or spoken
     with cluster(address):
         resources = resources or {"num_cpus": 1}
         for k, part in resumed(one, range(shares), found, keep, on_ray=True, resources=resources):

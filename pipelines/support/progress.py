@@ -1,5 +1,6 @@
 """Progress of work, as reported to the command line's bar, to the app and to Python callers."""
 
+import sys
 from typing import Protocol
 
 
@@ -11,6 +12,11 @@ class Progress(Protocol):
 
 def silent(what: str, done: int, total: int, /) -> None:
     """Tells nobody."""
+
+
+def spoken(what: str, done: int, total: int, /) -> None:
+    """A line on standard error, for a caller from Python who would else wait for minutes without a word."""
+    print(f"{what} ({done} of {total})", file=sys.stderr, flush=True)
 
 
 def part(whole: Progress, before: int, total: int, name: str | None = None) -> Progress:
