@@ -347,7 +347,7 @@ def test_numbers_of_numpy_and_torch_are_saved_as_plain_ones(pipe, tmp_path):
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: a whole number"),
         ({"num_inference_steps": torch.tensor([4])}, "num_inference_steps=tensor"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
-        ({"guidance_scale": "5"}, "guidance_scale='5'"),
+        ({"guidance_scale": "five"}, "guidance_scale='five'"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"per_channel": "yes"}, "per_channel='yes'"),
         ({"trajectories": 0}, "trajectories=0"),
