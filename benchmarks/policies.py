@@ -8,6 +8,7 @@ replaces results of another calibration. The summary covers all measured setting
 """
 
 import sys
+from pathlib import Path
 
 from bundled import NAMES, OUT, Bundled, named, prompts, report
 
@@ -98,18 +99,24 @@ def summary() -> str:
     return "\n".join([*lines, "", *costs]) + "\n"
 
 
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
 def main() -> None:
     bundled = Bundled()
     for name in named():
+        record, before = OUT / f"{name}.json", _content(OUT / f"{name}.json")
         try:
             measure(bundled, name)
         except CalibrationMismatch as error:
             print(f"{error}\nmeasuring it anew", flush=True)
             (OUT / f"{name}.json").unlink()
             measure(bundled, name)
-        rows = read(OUT / f"{name}.json")
+        rows = read(record)
         (OUT / f"{name}.md").write_text(f"# Frontier, {name}\n\n{told(name)}; ours in bold.\n\n{table(rows)}")
-        plot(rows, OUT / f"{name}.png", f"bundled model, {name} (scheduler, steps, guidance scale)")
+        if _content(record) != before or not (OUT / f"{name}.png").exists():  # another matplotlib draws other bytes
+            plot(rows, OUT / f"{name}.png", f"bundled model, {name} (scheduler, steps, guidance scale)")
         (OUT / "summary.md").write_text(f"# Frontiers in short\n\n{summary()}")
         print(table(rows))
 

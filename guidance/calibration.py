@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from diffusers_guidance import hub
+from diffusers_guidance import hub, samples
 from diffusers_guidance.checks import is_number, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.files import write
@@ -421,11 +421,17 @@ class Calibration:
     def load(cls, path: str | Path) -> "Calibration":
         """Reads what `save` wrote.
 
+        Args:
+            path: the file, or the name of one of the bundled model's, such as "dpm-20-5".
+
         Raises:
             FileNotFoundError: the file does not exist.
             CalibrationMismatch: it is not a calibration, or has another version.
         """
         path = Path(path)
+        if not path.is_file() and path.name == str(path):
+            bundled = samples.CALIBRATIONS / f"{path}.safetensors"
+            path = bundled if bundled.is_file() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such calibration; make one with calibrate(pipe, prompts, path=...)")
         try:

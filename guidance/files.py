@@ -1,15 +1,21 @@
 """Files that are whole or not there at all."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> None:
     """Writes `content` to `path`; a kill in the middle leaves what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         os.replace(part, path)
+    except OSError as error:  # about the file that is wanted, not the part of it
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -138,6 +138,7 @@ class Report:
         """Plots similarity over steps, skipped steps marked; returns the matplotlib figure, and saves it to `path`."""
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
         except ImportError as error:
             raise ImportError("Report.plot needs matplotlib: pip install 'diffusers-guidance[cli]'") from error
 
@@ -155,6 +156,7 @@ class Report:
                 skipped, [0.03 + 0.04 * i] * len(skipped), "x", color=line.get_color(), ms=5,
                 transform=axes.get_xaxis_transform(), label="skipped" if i == samples - 1 else None,
             )  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if samples:
             axes.legend(loc="best", fontsize="small")
         axes.grid(alpha=0.3)

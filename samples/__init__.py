@@ -19,17 +19,33 @@ HELDOUT_PROMPTS = Path(str(files(__name__) / "heldout_prompts.txt"))
 CALIBRATIONS = Path(str(files(__name__) / "calibrations"))
 """Folder of the bundled model's calibrations, `<scheduler>-<steps>-<guidance scale>.safetensors`."""
 
+SUITE = Path(str(files(__name__) / "suites" / "emoji.yaml"))
+"""What `bench` measures unless told otherwise."""
+
+
+def models() -> dict[str, Path]:
+    """Folders of all bundled pipelines by their names, with those of the wheel `diffusers-guidance-models`.
+
+    That of `MODEL` is the first.
+    """
+    further = find_spec("diffusers_guidance_models")
+    homes = [MODEL.parent, *map(Path, (further and further.submodule_search_locations) or ())]
+    folders = [MODEL, *(folder for home in homes for folder in sorted(home.iterdir()))]
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if (folder / "model_index.json").is_file():
+            found.setdefault(folder.name.replace("_", "-"), folder)
+    return found
+
 
 def model(name: str) -> Path:
-    """The folder of a bundled pipeline, by its name: "emoji", or one of the wheel `diffusers-guidance-models`.
+    """The folder of a bundled pipeline, by its name: "emoji", or another of `models()`.
 
     Raises:
         ValueError: it is not on this machine.
     """
-    homes = [Path(str(files(__name__) / name))]
-    if further := find_spec("diffusers_guidance_models"):
-        homes += [Path(home) / name.replace("-", "_") for home in further.submodule_search_locations or ()]
-    for home in homes:
-        if (home / "model_index.json").is_file():
-            return home
-    raise ValueError(f"no bundled model {name!r}: models beyond 'emoji' need pip install 'diffusers-guidance[models]'")
+    if (found := models().get(name)) is None:
+        raise ValueError(
+            f"no bundled model {name!r}: models beyond 'emoji' need pip install 'diffusers-guidance[models]'"
+        )
+    return found

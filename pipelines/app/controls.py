@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import gradio as gr
 import torch
 
+from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.app.device import Models
 from diffusers_guidance.pipelines.app.settings import BUNDLED, Flag, Form, Number, OneOf, Side, SomeOf
@@ -42,7 +43,7 @@ class Controls:
 
     def _sides(self, model: str = BUNDLED) -> list[tuple[str, int]]:
         """Sides to choose from: the bundled model's, or round ones for a user's own model, which is not loaded yet."""
-        sides = sides_of(self.models.get(BUNDLED)) if model == BUNDLED else range(128, 2049, 64)
+        sides = sides_of(self.models.get(model)) if model in samples.models() else range(128, 2049, 64)
         return [("the model's own", 0), *((str(side), side) for side in sides)]
 
     def sides_follow_the_model(self) -> None:
@@ -55,10 +56,10 @@ class Controls:
 
     def _model(self) -> Any:
         kind = self.form.kinds()["model"]
-        named = [name for name in self.models.allowed if name != "*"]
+        named, free = self.models.offered, "*" in self.models.allowed
         return gr.Dropdown(
-            [BUNDLED, *named], value=BUNDLED, label=kind.label, info=kind.info, visible=bool(self.models.allowed),
-            allow_custom_value="*" in self.models.allowed,
+            named, value=BUNDLED, label=kind.label, info=kind.info if self.models.allowed else None,
+            visible=len(named) > 1 or free, allow_custom_value=free,
         )  # fmt: skip
 
     def __getitem__(self, name: str) -> Any:
@@ -95,7 +96,7 @@ def component(kind: Any, value: Any, **changes: Any) -> Any:
             json_type = "string" if isinstance(kind.choices[0], str) else "number"
             return _described(made, {"type": "array", "items": {"type": json_type, "enum": list(kind.choices)}})
         case _:
-            return gr.Textbox(max_length=kind.longest, **given)
+            return gr.Textbox(max_length=kind.longest, lines=2 if kind.longest > 500 else 1, **given)
 
 
 def _described(made: Any, schema: dict[str, Any]) -> Any:

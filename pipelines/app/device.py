@@ -13,7 +13,6 @@ import diffusers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 from diffusers_guidance import samples
-from diffusers_guidance.pipelines.app.settings import BUNDLED
 from diffusers_guidance.pipelines.support.loading import MissingWeights, best_device, load
 
 R = TypeVar("R")
@@ -43,9 +42,13 @@ class Device:
 
         An interpreter that ends while its thread is in a kernel aborts the process.
         """
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """The same without the wait."""
         self._closed.set()
         self._jobs.put(lambda: None)
-        self._thread.join()
 
     def run(self, job: Callable[[Callable[[Any], None]], R]) -> Generator[Any, None, R]:
         """Yields what `job(tell)` tells, the latest news only, and returns its result.
@@ -85,7 +88,7 @@ class Device:
 
 
 class Models:
-    """The bundled pipeline, and one of the user's own if the server allows it.
+    """The bundled pipelines, and one of the user's own if the server allows it.
 
     Args:
         allowed: names and folders that may be loaded; "*" allows all.
@@ -98,17 +101,23 @@ class Models:
 
     def get(self, name: str) -> DiffusionPipeline:
         """The pipeline of that name, loaded if needed; a `ValueError` says in a sentence why not."""
-        if name != BUNDLED and name not in self.allowed and "*" not in self.allowed:
+        if name not in self.offered and "*" not in self.allowed:
             raise ValueError(f"This server does not allow the model {name!r} (see its option --allow-models).")
         if name not in self._pipes:
-            self._pipes = {key: pipe for key, pipe in self._pipes.items() if key == BUNDLED}  # one guest at a time
+            ours = samples.models()
+            self._pipes = {key: pipe for key, pipe in self._pipes.items() if key in ours}  # one guest at a time
             self._pipes[name] = self._load(name)
         return self._pipes[name]
 
+    @property
+    def offered(self) -> list[str]:
+        """The names to choose from."""
+        return [*samples.models(), *(name for name in self.allowed if name != "*")]
+
     def _load(self, name: str) -> DiffusionPipeline:
         dtype = "float32" if self.device == "cpu" else "float16"
-        if name == BUNDLED:
-            return load(str(samples.MODEL), device=self.device, dtype=dtype)
+        if name in samples.models():
+            return load(str(samples.models()[name]), device=self.device, dtype=dtype)
         try:
             _refuse_foreign(name)
             return load(name, device=self.device, dtype=dtype, cls=AutoPipelineForText2Image)

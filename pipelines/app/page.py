@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+from urllib.parse import parse_qsl
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache, save_pil_to_cache
+from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
+from diffusers_guidance.pipelines.app import curve as app_curve
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
 from diffusers_guidance.pipelines.app.controls import (
@@ -21,7 +24,6 @@ from diffusers_guidance.pipelines.app.controls import (
     relayed,
     reporting,
 )
-from diffusers_guidance.pipelines.app.curve import shown
 from diffusers_guidance.pipelines.app.limits import SmallRequests
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
@@ -37,8 +39,8 @@ from diffusers_guidance.pipelines.app.settings import (
     rules,
 )
 from diffusers_guidance.pipelines.app.work import News, Outcome, Studio
-from diffusers_guidance.pipelines.pictures.make import Result
 from diffusers_guidance.pipelines.pictures.texts import counted
+from diffusers_guidance.policies import Forecast
 from diffusers_guidance.scales import text
 
 WAITING = 32
@@ -46,64 +48,79 @@ WAITING = 32
 VISITORS = 128
 """How many pages the server keeps the last pictures of; older pages can no longer choose among theirs."""
 
+REMEMBERED = 12
+"""How many results of a visit are kept, to go back to."""
+TURNS = 3
+"""How often each picture that the page opens with is made, for its seconds."""
+
 TO_RESULT = """() => {
-    if (innerWidth < 641) document.getElementById("status").scrollIntoView({behavior: "smooth"});
+    if (innerWidth < 900) document.getElementById("status").scrollIntoView({behavior: "smooth"});
 }"""
-"""On a phone the result lies below the button."""
+"""Where all is in one column, the result may be out of sight."""
 
 
 def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     """The whole page.
 
     Args:
-        welcome: whether it opens with a picture, generated now.
+        welcome: whether it opens with pictures, generated now.
     """
-    first, results = welcomed(studio) if welcome else (None, [])
+    opening = welcomed(studio) if welcome else []
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(app_show.head(results))
+        gr.HTML(app_show.head(opening))
         with gr.Tab("Generate"):
-            generate_tab(studio, first)
-        with gr.Tab("Compare"):
-            compare_tab(studio)
+            prompt = generate_tab(studio, page, opening[0] if opening else None)
+        with gr.Tab("Compare") as tab:
+            compare_tab(studio, page, tab, prompt)
         with gr.Tab("Benchmark"):
             benchmark_tab(studio)
     return page.queue(max_size=WAITING, api_open=False)
 
 
-def welcomed(studio: Studio) -> tuple[Outcome, list[Result]]:
-    """What the page opens with, and beside it both uses, on the same prompt and seed: less time, and a high scale."""
+def welcomed(studio: Studio) -> list[Outcome]:
+    """What the page opens with: both uses beside plain CFG, on the same prompt and seed."""
     finished(studio.generate(Generation(steps=2)))  # so that the times shown are those of a warm model
-    first = finished(studio.generate(Generation()))
-    high = finished(studio.generate(Generation(**PRESETS["High scale without burn"].settings())))
-    return first, [result for each in (first, high) for result in (each.plain, each.guided) if result is not None]
+    first = finished(studio.generate(Generation(), turns=TURNS))
+    return [first, finished(studio.generate(Generation(**PRESETS["High scale without burn"].settings())))]
 
 
 # Generate
 
 
-def generate_tab(studio: Studio, first: Outcome | None) -> None:
+def generate_tab(studio: Studio, page: gr.Blocks, first: Outcome | None) -> Any:
+    """Returns the control of the prompt."""
     controls = Controls(Generation, studio.models)
-    both = _pairs(first) if first else []
-    with gr.Row():
-        with gr.Column(scale=5, min_width=300):
+    with gr.Row(elem_classes="dg-work"):
+        with gr.Column(elem_classes="dg-ask", min_width=0):
             controls.add("prompt", max_lines=4)
-            examples = gr.Dataset(
-                components=[controls["prompt"]], samples=[[example] for example in EXAMPLES], label="Try",
-                type="values", elem_classes="dg-chips",
-            )  # fmt: skip
-            preset = gr.Radio(
-                list(PRESETS),
-                value=next(iter(PRESETS)),
-                label="Guidance",
-                info="What you want; each sets the scale that it is for.",
-                elem_classes="dg-choices",
-            )
-            controls.add("guidance_scale")
+            examples = _chips(controls["prompt"], EXAMPLES)
             with gr.Row():
                 run = gr.Button("Generate", variant="primary", scale=3, min_width=120)
                 stop = gr.Button("Cancel", variant="secondary", scale=1, min_width=80)
+        with gr.Column(elem_classes="dg-result", min_width=0):
+            status = gr.HTML(_said(first) if first else app_show.note("Ready."), elem_id="status", padding=False)
+            stage = gr.HTML(_stage(first) if first else app_show.empty("The picture comes here."), padding=False)
+            numbers = gr.HTML(app_show.numbers(first) if first else "", padding=False, elem_classes="dg-last")
+            run_strip = gr.HTML(app_show.strip(first) if first else "", padding=False, elem_classes="dg-last")
+            with gr.Row(visible=False) as visit:
+                history = gr.Gallery(
+                    label="Pictures of this visit", show_label=False, format="png", columns=6, height="auto", scale=5,
+                    interactive=False, object_fit="contain", allow_preview=False, elem_id="history", buttons=[],
+                )  # fmt: skip
+                keep = gr.Button("Keep this one on the left", scale=1, min_width=120, size="sm")
+            with gr.Accordion("Code that makes this picture", open=False):
+                code = gr.Code(
+                    first.code if first else None, label="Python", language="python", interactive=False, wrap_lines=True
+                )
+        with gr.Column(elem_classes="dg-knobs", min_width=0):
+            preset = gr.Radio(
+                list(PRESETS), value=next(iter(PRESETS)), label="What you want", elem_classes="dg-choices"
+            )
+            controls.add("model")
+            controls.add("guidance_scale")
+            controls.add("learn", visible=Generation.defaults()["policy"] == Forecast.__name__)
             controls.add("compare_with_plain")
-            with gr.Accordion("Picture", open=False):
+            with gr.Accordion("Picture: seed, steps, scheduler, size", open=False):
                 controls.add("negative_prompt")
                 with gr.Row():
                     controls.add("seed", "random_seed", min_width=120)
@@ -111,92 +128,62 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
                 _draw_the_schedule(controls)
                 with gr.Row():
                     controls.add("width", "height", min_width=120)
-                controls.add("model")
                 controls.sides_follow_the_model()
+                gr.HTML(app_show.picture_file(), padding=False)
             with gr.Accordion("Rule and policy", open=False):
                 told = {}
                 for part, types in (("rule", rules()), ("policy", policies())):
                     controls.add(part)
                     chosen_first = types[Generation.defaults()[part]]
                     told[part] = gr.HTML(app_show.about(chosen_first), padding=False)
-                    for name in [name for each in types.values() for name in knobs_of(each)]:
+                    for name in [name for each in types.values() for name in knobs_of(each) if name != "learn"]:
                         controls.add(name, visible=name in knobs_of(chosen_first))
-        with gr.Column(scale=6, min_width=300):
-            status = gr.HTML(app_show.note(_summary(first) if first else "Ready."), elem_id="status", padding=False)
-            slider = gr.ImageSlider(
-                both[0] if both else None,
-                label=_sides(first.guided.name if first else "yours"),
-                show_label=False,
-                elem_id="slider",
-                format="png",
-                max_height=400,
-            )
-            picture = gr.Image(
-                label="Picture", elem_id="picture", format="png", height=400, visible=_shown_if(not both),
-                interactive=False,
-                buttons=["download"],
-            )  # fmt: skip
-            gallery = gr.Gallery(
-                label="All pictures", format="png", columns=4, height=170, visible=False, interactive=False,
-                object_fit="contain", allow_preview=False,
-            )  # fmt: skip
-            numbers = gr.HTML(app_show.numbers(first) if first else "", padding=False, elem_classes="dg-last")
-            plot = gr.HTML(
-                app_show.similarity_plot(first.guided.reports[0]) if first else "", padding=False,
-                elem_classes="dg-last",
-            )  # fmt: skip
-            with gr.Accordion("Code that makes this picture", open=False):
-                code = gr.Code(
-                    first.code if first else None, label="Python", language="python", interactive=False, wrap_lines=True
-                )
-    pairs = gr.State(both)
+    learned, visited, kept = gr.State(None), gr.State([first] if first else []), gr.State(None)
+    now = gr.State(first)
+    values = [controls[name] for name in Generation.kinds()]
 
-    def shown(outcome: Outcome) -> dict[Any, Any]:
-        """The page's parts for a finished piece of work."""
-        both, compared, several = _pairs(outcome), outcome.plain is not None, outcome.settings.batch_size > 1
+    def shown(outcome: Outcome, beside: Outcome | None) -> dict[Any, Any]:
+        """The page's parts for a finished piece of work, over its plain picture or a kept one."""
         return {
-            status: app_show.note(_summary(outcome)),
-            slider: gr.update(
-                value=both[0] if compared else None, visible=_shown_if(compared), label=_sides(outcome.guided.name)
-            ),
-            picture: gr.update(value=both[0][1], visible=_shown_if(not compared)),
-            gallery: gr.update(value=outcome.guided.pictures, visible=several),
+            status: _said(outcome),
+            stage: _stage(outcome, beside),
             numbers: app_show.numbers(outcome),
-            plot: app_show.similarity_plot(outcome.guided.reports[0]),
+            run_strip: app_show.strip(outcome),
             code: outcome.code,
-            pairs: both,
             controls["seed"]: outcome.settings.seed,
+            now: outcome,
         }
 
     @reporting(status)
-    def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
-        work = studio.generate(controls.read(values))
+    def on_run(*given: Any) -> Iterator[dict[Any, Any]]:
+        *settings, known, before, beside = given
+        form = controls.read(settings)
         outcome = yield from relayed(
-            work,
-            lambda news: {status: app_show.progress_bar(news)}
-            | ({picture: gr.update(value=news.pictures[0], visible=True), slider: gr.update(visible="hidden")}
-               if news.pictures else {}),
-        )  # fmt: skip
-        yield shown(outcome)
-
-    def on_stop(both: list[Any], shown: str) -> dict[Any, Any]:
-        """The earlier pictures in place of those not made yet."""
-        if not app_show.is_progress(shown):
-            return {status: gr.skip()}
-        compared = bool(both) and both[0][0] is not None
-        return {
-            status: app_show.note("Cancelled."),
-            slider: gr.update(visible=_shown_if(compared)),
-            picture: gr.update(
-                visible=_shown_if(not compared),
-                value=both[0][1] if both and not compared else None,
+            studio.generate(form, known),
+            lambda news: (
+                {status: app_show.progress_bar(news)}
+                | ({stage: app_show.forming(news.pictures[0], form.prompt)} if news.pictures else {})
             ),
+        )
+        seen = [*before, outcome][-REMEMBERED:]
+        yield shown(outcome, beside) | {
+            learned: outcome.learned or known,
+            visited: seen,
+            history: _thumbnails(seen),
+            visit: gr.update(visible=len(seen) > 1),
         }
 
-    outputs = [status, slider, picture, gallery, numbers, plot, code, pairs, controls["seed"]]
+    def on_stop(last: Outcome | None, beside: Outcome | None, said: str) -> dict[Any, Any]:
+        """The earlier pictures in place of those not made yet."""
+        if not app_show.is_progress(said):
+            return {status: gr.skip()}
+        pictures = app_show.empty("The picture comes here.") if last is None else _stage(last, beside)
+        return {status: app_show.note("Cancelled."), stage: pictures}
+
+    outputs = [status, stage, numbers, run_strip, code, controls["seed"], now, learned, visited, history, visit]
     on_page: dict[str, Any] = {"api_visibility": "private"}
     event: dict[str, Any] = {
-        "fn": on_run, "inputs": controls.inputs, "outputs": outputs, "preprocess": False,
+        "fn": on_run, "inputs": [*controls.inputs, learned, visited, kept], "outputs": outputs, "preprocess": False,
         "show_progress_on": status, **ON_DEVICE, **on_page,
     }  # fmt: skip
     started = gr.on([run.click, controls["prompt"].submit], **event)
@@ -204,25 +191,55 @@ def generate_tab(studio: Studio, first: Outcome | None) -> None:
     chosen = examples.click(lambda sample: sample[0], examples, controls["prompt"], queue=False, **on_page)
     followed = chosen.then(**event)
     stopped = stop.click(None, cancels=[started, followed], queue=False, **on_page)
-    stopped.then(on_stop, [pairs, status], [status, slider, picture], queue=False, **on_page)
+    stopped.then(on_stop, [now, kept, status], [status, stage], queue=False, **on_page)
 
-    def on_select(both: list[Any], selected: gr.SelectData) -> dict[Any, Any]:
-        if selected.index >= len(both):  # the server no longer has this page's pictures
-            return {picture: gr.skip()}
-        plain, guided = both[selected.index]
-        return {slider: (plain, guided) if plain is not None else None, picture: guided}
+    follow = _keep_in_step(preset, controls, told)
 
-    gallery.select(on_select, pairs, [slider, picture], queue=False, **on_page)
-    _keep_in_step(preset, controls, told)
+    def on_select(before: list[Outcome], beside: Outcome | None, selected: gr.SelectData) -> dict[Any, Any]:
+        if selected.index >= len(before):  # the server no longer has this page's pictures
+            return {status: gr.skip()}
+        outcome = before[selected.index]
+        put = {controls[name]: value for name, value in outcome.settings.values().items()}
+        return put | shown(outcome, beside)
+
+    back = history.select(on_select, [visited, kept], [*values, *outputs[:7]], queue=False, **on_page)
+    follow(back)
+
+    def on_keep(outcome: Outcome | None, beside: Outcome | None) -> dict[Any, Any]:
+        beside = outcome if beside is None else None
+        words = "Keep this one on the left" if beside is None else "Put plain CFG back on the left"
+        again = _stage(outcome, beside) if outcome is not None else gr.skip()
+        return {kept: beside, keep: gr.update(value=words), stage: again}
+
+    keep.click(on_keep, [now, kept], [kept, keep, stage], queue=False, **on_page)
+
+    query = gr.Textbox(visible=False)
+
+    def on_link(search: str) -> dict[Any, Any]:
+        """Puts in the settings that an address carries."""
+        given = {name: text for name, text in parse_qsl(search.lstrip("?"), keep_blank_values=True) if name[:2] != "__"}
+        if not given:
+            return {status: gr.skip()}
+        try:
+            form = Generation.read(given)
+        except ValueError as error:
+            return {status: app_show.note(str(error))}
+        put = {controls[name]: value for name, value in form.values().items()}
+        return put | {status: app_show.note("The settings of the link are in: press Generate.")}
+
+    linked = page.load(on_link, query, [*values, status], js="() => location.search", queue=False, **on_page)
+    follow(linked)
 
     def generate(settings: Generation) -> Iterator[Any]:
         """Generates pictures with a rule and a policy; returns the first picture, a report, and all pictures."""
         outcome = yield from quietly(studio.generate(settings), 3)
-        yield outcome.guided.pictures[0], outcome.to_dict(), outcome.guided.pictures
+        files = [app_show.in_a_file(picture).path for picture in outcome.guided.pictures]
+        yield files[0], outcome.to_dict(), files
 
     hidden = [gr.Image(visible=False, format="png", label="picture"), gr.JSON(visible=False, label="report"),
               gr.Gallery(visible=False, format="png", label="pictures")]  # fmt: skip
     endpoint(controls, generate, hidden)
+    return controls["prompt"]
 
 
 def _draw_the_schedule(controls: Controls) -> None:
@@ -230,8 +247,8 @@ def _draw_the_schedule(controls: Controls) -> None:
     drawn = gr.HTML(visible="hidden", padding=False, elem_id="schedule-curve")
 
     def draw(schedule: str, steps: int) -> Any:
-        told = shown(schedule, steps)
-        return gr.update(value=told, visible=_shown_if(bool(told)))
+        told = app_curve.shown(schedule, steps)  # hidden, it stays on the page, so that it appears at once when needed
+        return gr.update(value=told, visible=True if told else "hidden")
 
     for each in ("schedule", "steps"):
         controls[each].change(
@@ -240,28 +257,52 @@ def _draw_the_schedule(controls: Controls) -> None:
         )  # fmt: skip
 
 
-def _shown_if(condition: bool) -> Any:
-    """Shows or hides a part; a hidden one stays on the page, so that it appears at once when needed."""
-    return True if condition else "hidden"
+def _chips(control: Any, texts: Sequence[str]) -> Any:
+    """Texts to start from: one puts itself in, and starts the work."""
+    return gr.Dataset(
+        components=[control], samples=[[text] for text in texts], label="Try", type="values", elem_classes="dg-chips"
+    )
 
 
-def _summary(outcome: Outcome) -> str:
+def _said(outcome: Outcome) -> str:
     asked = outcome.settings
-    return f"Seed {asked.seed} · {outcome.guided.name} · scale {text(asked.scale)} · {counted(asked.steps, 'step')}"
+    seeds = f"Seeds {asked.seeds[0]} to {asked.seeds[-1]}" if asked.batch_size > 1 else f"Seed {asked.seed}"
+    said = f"{seeds} · {outcome.guided.name} · scale {text(asked.scale)} · {counted(asked.steps_made, 'step')}"
+    return app_show.note(said, asked.address, outcome.unread, outcome.lesson)
 
 
-def _sides(name: str) -> str:
-    return f"Left: plain CFG. Right: {name}."
+def _stage(outcome: Outcome, beside: Outcome | None = None) -> str:
+    """The pictures of a piece of work over those of plain CFG, or over a kept one."""
+    guided, words = outcome.guided.pictures, outcome.settings.prompt
+    if beside is not None and beside is not outcome:
+        left = f"kept: {_short(beside)}"
+        return app_show.stage([(beside.guided.pictures[0], guided[0])], left, _short(outcome), words)
+    plain = outcome.plain.pictures if outcome.plain else [None] * len(guided)
+    return app_show.stage([*zip(plain, guided, strict=True)], "plain CFG", _short(outcome), words)
 
 
-def _pairs(outcome: Outcome) -> list[tuple[Any, Any]]:
-    """The pictures, each behind that of plain CFG if there is one."""
-    guided = outcome.guided.pictures
-    return list(zip(outcome.plain.pictures if outcome.plain else [None] * len(guided), guided, strict=True))
+def _short(outcome: Outcome) -> str:
+    """Rule and policy in two words, CFG's being left to be understood."""
+    named = outcome.guided.name.removeprefix("CFG + ")
+    return named.replace("EveryStep", "plain CFG").replace("AdaptiveGuidance", "AG")
 
 
-def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> None:
-    """Presets choose rule, policy, scale and knobs; these show what they are, and the preset they make, if any."""
+def _thumbnails(seen: Sequence[Outcome]) -> list[tuple[str, str]]:
+    return [
+        (
+            app_show.in_a_file(each.guided.pictures[0]).path,
+            f"{shorten(each.settings.prompt, 24, placeholder='…')} · {_short(each)} @ {text(each.settings.scale)}",
+        )
+        for each in seen
+    ]
+
+
+def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> Callable[[Any], None]:
+    """Presets choose rule, policy, scale and knobs; these show what they are, and the preset they make, if any.
+
+    Returns:
+        What has the page follow after another event that sets them.
+    """
     rule, policy = controls["rule"], controls["policy"]
     owners = {name: knob.owner for name, knob in knobs().items()}
     kinds: dict[str, dict[str, Any]] = {"rule": {**rules()}, "policy": {**policies()}}
@@ -294,36 +335,65 @@ def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> None
     gr.on([rule.input, policy.input], visible, [rule, policy], shown, **quick)
     gr.on([each.input for each in settings], None, [model, *settings], preset, js=recognise, **quick)
 
+    def follow(event: Any) -> None:
+        event.then(None, [model, *settings], preset, js=recognise, **quick)
+        event.then(visible, [rule, policy], shown, **quick)
+
+    return follow
+
 
 # Compare
 
 
-def compare_tab(studio: Studio) -> None:
+def compare_tab(studio: Studio, page: gr.Blocks, tab: Any, prompt: Any) -> None:
+    """
+    Args:
+        prompt: that of the tab "Generate", taken over when this one is opened.
+    """
     controls = Controls(Grid, studio.models)
-    with gr.Row():
-        with gr.Column(scale=4, min_width=300):
+    with gr.Row(elem_classes="dg-work"):
+        with gr.Column(elem_classes="dg-ask", min_width=0):
             controls.add("prompt", max_lines=4)
-            examples = gr.Dataset(
-                components=[controls["prompt"]], samples=[[name] for name in COMPARISONS], label="Try", type="values",
-                elem_classes="dg-chips",
-            )  # fmt: skip
-            controls.add("rules", "policies", "scales")
+            examples = _chips(controls["prompt"], [*COMPARISONS])
             with gr.Row():
                 run = gr.Button("Compare", variant="primary", scale=3, min_width=120)
                 stop = gr.Button("Cancel", variant="secondary", scale=1, min_width=80)
-            with gr.Accordion("Picture", open=False):
-                controls.add("negative_prompt", "seed", "steps", "scheduler", "model")
-        with gr.Column(scale=8, min_width=300):
-            status = gr.HTML(
-                padding=False, value=app_show.note("One prompt and one seed under several rules, policies and scales.")
-            )
+        with gr.Column(elem_classes="dg-result", min_width=0):
+            status = gr.HTML(padding=False, value=app_show.note(_planned(Grid().count)))
             grid = gr.HTML(app_show.grid_html(Grid(), []), padding=False)
             with gr.Row():
                 png = gr.DownloadButton("Download PNG", visible=False, size="sm")
                 table = gr.DownloadButton("Download JSON", visible=False, size="sm")
-    examples.click(
-        lambda sample: list(map(list, COMPARISONS[sample[0]])), examples,
-        [controls[name] for name in ("rules", "policies", "scales")], queue=False, api_visibility="private",
+        with gr.Column(elem_classes="dg-knobs", min_width=0):
+            controls.add("rules", "policies", "scales", "columns")
+            with gr.Accordion("Picture: seed, steps, scheduler", open=False):
+                controls.add("negative_prompt", "seed", "steps", "scheduler", "model")
+    choices = [controls[name] for name in ("rules", "policies", "scales", "columns")]
+    on_page: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+
+    def planned(*values: Any) -> dict[Any, Any]:
+        """The grid that would be made, before anybody waits for it."""
+        downloads = {png: gr.update(visible=False), table: gr.update(visible=False)}
+        try:
+            form = controls.read(values)
+        except ValueError as error:
+            return {status: app_show.note(str(error)), run: gr.update(interactive=False), **downloads}
+        return {
+            status: app_show.note(_planned(form.count)),
+            grid: app_show.grid_html(form, []),
+            run: gr.update(interactive=True),
+            **downloads,
+        }
+
+    gr.on(
+        [each.input for each in choices], planned, controls.inputs, [status, grid, run, png, table], preprocess=False,
+        show_progress="hidden", trigger_mode="always_last", **on_page,
+    )  # fmt: skip
+    chosen = examples.click(lambda sample: list(map(list, COMPARISONS[sample[0]])), examples, choices[:3], **on_page)
+    # Once for each prompt: whoever writes another one here keeps it.
+    tab.select(
+        None, [prompt, controls["prompt"]], controls["prompt"], **on_page,
+        js="(there, here) => there === dg.taken ? here : (dg.taken = there)",
     )  # fmt: skip
 
     @reporting(status)
@@ -337,27 +407,33 @@ def compare_tab(studio: Studio) -> None:
 
         comparison = yield from relayed(studio.compare(form), so_far)
         drawn = _grid_picture(form, comparison)
+        unread = app_work.unread(studio.models.get(form.model), form.prompt)
         yield {
             status: app_show.note(
-                f"{counted(len(comparison.results), 'picture')}, seed {form.seed}, {comparison.scheduler}."
+                f"{counted(len(comparison.results), 'picture')}, seed {form.seed}, {comparison.scheduler}.",
+                warning=unread,
             ),
             grid: app_show.grid_html(form, comparison.results),
-            png: gr.update(value=save_pil_to_cache(drawn, get_upload_folder(), "compare", "png"), visible=True),
+            png: gr.update(value=app_show.in_a_file(drawn).path, visible=True),
             table: gr.update(value=_json_file(comparison.to_dict(), "compare.json"), visible=True),
         }
 
-    _buttons(run, stop, on_run, controls, status, [grid, png, table])
+    _buttons(run, stop, on_run, controls, status, [grid, png, table], chosen)
 
     def compare(form: Grid) -> Iterator[Any]:
         """Makes one prompt's picture under rules, policies and scales; returns a labelled grid and the figures."""
         comparison = yield from quietly(studio.compare(form), 2)
-        yield _grid_picture(form, comparison), comparison.to_dict()
+        yield app_show.in_a_file(_grid_picture(form, comparison)).path, comparison.to_dict()
 
     endpoint(
         controls,
         compare,
         [gr.Image(visible=False, format="png", label="grid"), gr.JSON(visible=False, label="figures")],
     )
+
+
+def _planned(count: int) -> str:
+    return f"{counted(count, 'picture')} of one prompt and one seed to make."
 
 
 def _grid_picture(form: Grid, comparison: Any) -> Any:
@@ -371,15 +447,15 @@ def _grid_picture(form: Grid, comparison: Any) -> Any:
 
 def benchmark_tab(studio: Studio) -> None:
     controls = Controls(Trial, studio.models)
-    with gr.Row():
-        with gr.Column(scale=4, min_width=300):
+    with gr.Row(elem_classes="dg-work"):
+        with gr.Column(elem_classes="dg-ask", min_width=0):
             controls.add("prompts", "guidance_scale", "steps")
             with gr.Row():
                 run = gr.Button("Run benchmark", variant="primary", scale=3, min_width=120)
                 stop = gr.Button("Cancel", variant="secondary", scale=1, min_width=80)
-            with gr.Accordion("Picture", open=False):
+            with gr.Accordion("Picture: seed, scheduler", open=False):
                 controls.add("seed", "scheduler", "model")
-        with gr.Column(scale=8, min_width=300):
+        with gr.Column(elem_classes="dg-result", min_width=0):
             status = gr.HTML(
                 padding=False,
                 value=app_show.note("How near every policy comes to full CFG, and for how many evaluations."),
@@ -426,12 +502,15 @@ def benchmark_tab(studio: Studio) -> None:
 # What the tabs share
 
 
-def _buttons(run: Any, stop: Any, on_run: Callable, controls: Controls, status: Any, outputs: list[Any]) -> None:
-    """The buttons that start and end a tab's work."""
-    started = run.click(
-        on_run, controls.inputs, [status, *outputs], preprocess=False, show_progress_on=status,
-        api_visibility="private", **ON_DEVICE,
-    )  # fmt: skip
+def _buttons(
+    run: Any, stop: Any, on_run: Callable, controls: Controls, status: Any, outputs: list[Any], after: Any = None
+) -> None:
+    """The buttons that start and end a tab's work; it also starts after an event, if one is given."""
+    event: dict[str, Any] = {
+        "fn": on_run, "inputs": controls.inputs, "outputs": [status, *outputs], "preprocess": False,
+        "show_progress_on": status, "api_visibility": "private", **ON_DEVICE,
+    }  # fmt: skip
+    started = [run.click(**event)] + ([] if after is None else [after.then(**event)])
 
     def cancelled(shown: str) -> Any:
         return app_show.note("Cancelled.") if app_show.is_progress(shown) else gr.skip()
@@ -457,11 +536,15 @@ def launch(
     """Builds the page and serves it from its own thread, at `page.local_url`."""
     studio = Studio(allow_models)
     page = build(studio, welcome)
+    tools = []
+    if mcp:
+        from diffusers_guidance.pipelines.app.tools import Served, make_server
+
+        tools = [Middleware(Served, make_server(studio, host))]
     page.launch(
         server_name=host,
         server_port=port,
         share=share,
-        mcp_server=mcp,
         prevent_thread_lock=True,
         quiet=True,
         footer_links=["api"],
@@ -469,11 +552,12 @@ def launch(
         enable_monitoring=False,
         allowed_paths=[],
         state_session_capacity=VISITORS,
-        app_kwargs={"middleware": [Middleware(SmallRequests)]},
+        app_kwargs={"middleware": [Middleware(SmallRequests), *tools]},
         max_file_size="1kb",  # nothing here takes uploads
         ssr_mode=False,
         pwa=False,
         css_paths=Path(__file__).with_name("page.css"),
+        head=f"<script>{Path(__file__).with_name('page.js').read_text(encoding='utf-8')}</script>",
         theme=theme(),
     )
     return page, studio

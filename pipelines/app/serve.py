@@ -2,19 +2,22 @@
 
 import importlib.util
 import os
-import signal
 import socket
-import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
+from diffusers_guidance.pipelines.support.ending import end_at_once, heed_termination, status
 from diffusers_guidance.pipelines.support.modules import HELP, import_own
 
 
 def main() -> None:
     """Entry point of `app.py`."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     typer.run(serve)
 
 
@@ -41,10 +44,12 @@ def serve(
         raise typer.Exit(1)
     _check_address(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a normal end, which leaves no pictures behind
-    with tempfile.TemporaryDirectory(prefix="diffusers-guidance-") as outputs:
+    heed_termination()
+    folder = tempfile.TemporaryDirectory(prefix="diffusers-guidance-", ignore_cleanup_errors=True)
+    with _until_stopped(), folder as outputs:
         os.environ["GRADIO_TEMP_DIR"] = outputs  # its own folder, so that other apps' files are out of reach
         try:
+            typer.echo("Loading the model, and making the pictures that the page opens with ...")
             from diffusers_guidance.pipelines.support.loading import quiet
 
             quiet()
@@ -54,12 +59,33 @@ def serve(
             raise typer.Exit(1) from None
         try:
             import_own(own or ())
-            page, _ = launch(host, port, allow_models or (), mcp, share)
+            page, studio = launch(host, port, allow_models or (), mcp, share)
         except (ValueError, OSError) as error:
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
         typer.echo(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.")
-        page.block_thread()
+        if mcp:
+            typer.echo(f"The MCP server is at {page.local_url}gradio_api/mcp/ (streamable HTTP).")
+        try:
+            wait_for_the_end()
+        finally:
+            studio.device.stop()  # so that nothing writes into the folder any more
+            page.close(verbose=False)
+
+
+def wait_for_the_end() -> None:
+    """Waits until a signal comes; the page is served from threads of its own."""
+    threading.Event().wait()
+
+
+@contextmanager
+def _until_stopped() -> Iterator[None]:
+    """Ends with one line and the signal's exit status, once what is inside has cleaned up."""
+    try:
+        yield
+    except KeyboardInterrupt as ended:
+        typer.echo("stopped; no picture is left behind", err=True)
+        end_at_once(status(ended))
 
 
 def _check_address(host: str, port: int) -> None:

@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import urlencode
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, create_model
 
-from diffusers_guidance.pipelines.pictures.columns import known_policies, known_rules
+from diffusers_guidance import samples
+from diffusers_guidance.pipelines.app.ways import WAYS, Way
+from diffusers_guidance.pipelines.pictures.columns import Column, known_policies, known_rules
 from diffusers_guidance.pipelines.pictures.make import Case
 from diffusers_guidance.pipelines.support.written import Wanted, checked, refused
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Forecast, Policy
@@ -25,11 +28,11 @@ from diffusers_guidance.rules import APG, CFG, Rule
 from diffusers_guidance.scales import Given
 from diffusers_guidance.scales import checked as checked_scale
 
-BUNDLED = "bundled"
-"""The name of the model that comes with the package."""
+BUNDLED = samples.MODEL.name
+"""The first of the models that come with the package (`samples.models`); the page starts with it."""
 
 EMOJI = APG.preset("emoji")
-"""APG with the bundled model's settings."""
+"""APG with that model's settings."""
 
 OWN = "the model's own"
 SCHEDULERS: dict[str, str | None] = {
@@ -57,23 +60,20 @@ def rules() -> dict[str, type[Rule]]:
     return _usable(known_rules(), CFG)
 
 
-def policies() -> dict[str, type[Policy]]:
-    """Likewise the policies."""
-    return _usable(known_policies(), EveryStep)
+def policies() -> dict[str, Any]:
+    """Likewise the policies, Forecast first, and the ways that become one."""
+    usable = _usable(known_policies(), Forecast)
+    return usable | {each.__name__: each for each in WAYS if each.__name__ not in usable}
 
 
-EXAMPLES = ("a dog face, noto style", "a tiger, noto style", "a hamburger, 3d style", "a soccer ball",
-            "a red apple, flat style", "a guitar, 3d style")  # fmt: skip
+EXAMPLES = ("a dog face, noto style", "a hamburger, 3d style", "a red apple, flat style", "a pizza, noto style",
+            "a cat face, noto style", "a rocket, noto style")  # fmt: skip
 """Prompts to start from; the page opens with the first."""
 
 COMPARISONS = {
-    "What the scale does": (("CFG", "APG"), ("EveryStep",), (1.0, 5.0, 10.0, 15.0)),
-    "Rules at high scales": (
-        ("CFG", "APG", "CFGZeroStar", "MagnitudeAware", "TCFG"),
-        ("EveryStep",),
-        (5.0, 15.0, 25.0),
-    ),
-    "What policies save": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance", "Hold"), (5.0,)),
+    "Ways to save": (("CFG",), ("Forecast", "EveryStep", "AdaptiveGuidance", "Hold", "FewerSteps"), (5.0,)),
+    "What takes the burn out": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance"), (5.0, 15.0)),
+    "Rules at a high scale": (("CFG", "APG", "CFGZeroStar", "MagnitudeAware", "TCFG"), ("EveryStep",), (5.0, 15.0)),
 }
 """Rules, policies and scales to start from; the page opens with the first."""
 
@@ -167,8 +167,6 @@ class SomeOf:
     @property
     def type(self) -> Any:
         def check(value: list[Any]) -> tuple[Any, ...]:
-            if not value:
-                raise ValueError(f"Choose at least one of the {self.label.lower()}.")
             return tuple(choice for choice in self.choices if choice in value)
 
         one: Any = Annotated[type(self.choices[0]), Field(strict=True), AfterValidator(self._known)]
@@ -302,7 +300,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "Forecast": {
         "save": Number("Save", 0, 0.75, 0.05, "The share of the evaluations to skip."),
         "nfe": None,
+        "learn": Flag("Learn", "The next picture is made in full and recorded; those after it go by what it showed."),
     },
+    "Search": {"budget": Number("Budget", 4, 200, 1, "Network evaluations of one picture.")},
+    "Schedule": {"actions": Text("Actions", "A letter for each step: B, C, E or N.", 100)},
+    "FewerSteps": {"share": Number("Share of the steps", 0.1, 1, 0.05, "Those that are made.")},
     "Hold": {
         "period": Number("Period", 1, 10, info="Steps from one full evaluation to the next."),
         "warmup": Number("Warm-up", 1, 20, info="First steps, evaluated in full."),
@@ -404,7 +406,9 @@ class Generation(Form):
     height: int = setting(0, Side("Height", 0, 2048, 8, "0: the model's own."))
     rule: str = setting("CFG", lambda: OneOf("Rule", tuple(rules()), "How both predictions of a step become one."))
     policy: str = setting("Forecast", lambda: OneOf("Policy", tuple(policies()), "Which of them each step evaluates."))
-    compare_with_plain: bool = setting(True, Flag("Compare with plain CFG", "The same seed again, without us."))
+    compare_with_plain: bool = setting(
+        True, Flag("Compare with plain CFG", "The same seed again, for the slider, the seconds and the dB.")
+    )
     model: str = setting(BUNDLED, MODEL)
 
     @classmethod
@@ -440,12 +444,52 @@ class Generation(Form):
         apg = self.rule == APG.__name__ and self.model != BUNDLED
         return self._with_knobs(APG.preset(pipe) if apg else rules()[self.rule]())
 
-    def make_policy(self) -> Policy:
+    def make_policy(self) -> Policy | Way:
         return self._with_knobs(policies()[self.policy]())
+
+    @property
+    def steps_made(self) -> int:
+        """Those of the run: a way may make fewer than asked for."""
+        made = self.make_policy()
+        return made.steps(self.steps) if isinstance(made, Way) else self.steps
+
+    @classmethod
+    def read(cls, written: Mapping[str, str]) -> "Generation":
+        """The settings in an address: texts, which are numbers and yes or no where those are wanted.
+
+        Raises:
+            ValueError: one is none of ours, or has no such value.
+        """
+        kinds = cls.kinds()
+        if unknown := sorted(written.keys() - kinds):
+            raise ValueError(f"The address has {unknown[0]!r}: there are {', '.join(kinds)}.")
+        return cls(**{name: _read(kinds[name], text) for name, text in written.items()})
+
+    @property
+    def address(self) -> str:
+        """A query that carries these settings; `read` takes it apart again. Defaults are left to the page."""
+        first = self.defaults()
+        used = {*knobs_of(rules()[self.rule]), *knobs_of(policies()[self.policy])}
+        unused = {*knobs()} - used
+        kept = {
+            name: value for name, value in self.values().items()
+            if name in ("prompt", "seed") or (value != first[name] and name not in unused)
+        }  # fmt: skip
+        return urlencode({name: "" if value is None else str(value) for name, value in kept.items()})
 
     def _with_knobs(self, base: Any) -> Any:
         own = {knob.field: getattr(self, name) for name, knob in knobs().items() if knob.owner is type(base)}
         return replace(base, **own)
+
+
+def _read(kind: Any, text: str) -> Any:
+    """A value of that kind as it is written in an address; what is none stays a text, and is refused as such."""
+    if isinstance(kind, Number):
+        try:
+            return float(text) if text else None
+        except ValueError:
+            return text
+    return {"True": True, "False": False}.get(text, text) if isinstance(kind, Flag) else text
 
 
 class Preset(NamedTuple):
@@ -473,8 +517,9 @@ PRESETS = {
 
 
 def as_preset(part: Rule | Policy) -> dict[str, Any]:
-    """The knobs that make this of a rule or policy."""
-    return {name: getattr(part, knob.field) for name, knob in knobs().items() if knob.owner is type(part)}
+    """The knobs that make this of a rule or policy; whether Forecast learns is for the user to switch."""
+    own = {name: knob for name, knob in knobs().items() if knob.owner is type(part) and knob.field != "learn"}
+    return {name: getattr(part, knob.field) for name, knob in own.items()}
 
 
 _FIRST = next(iter(COMPARISONS.values()))
@@ -490,6 +535,9 @@ class Grid(Form):
     scales: tuple[float, ...] = setting(
         _FIRST[2], SomeOf("Guidance scales", (1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 12.5, 15.0, 20.0, 25.0))
     )
+    columns: str = setting(
+        "", Text("More, with knobs of your own", "One a line, such as APG(eta=0.3)+AG@12 or Forecast(0.4).", 1000)
+    )
     steps: int = setting(20, Number("Steps", 1, 50))
     scheduler: str = setting(OWN, SCHEDULER)
     seed: int = setting(0, SEED)
@@ -501,9 +549,23 @@ class Grid(Form):
     def check(self) -> None:
         if not self.prompt:
             raise ValueError("The prompt is empty: say what the pictures should show.")
-        cells = len(self.rules) * len(self.policies) * len(self.scales)
-        if cells > self.most:
-            raise ValueError(f"That is a grid of {cells} pictures: at most {self.most}, please.")
+        kinds = self.kinds()
+        for name in () if self.written else ("rules", "policies", "scales"):
+            if not getattr(self, name):
+                raise ValueError(f"Choose at least one of the {kinds[name].label.lower()}.")
+        if self.count > self.most:
+            raise ValueError(f"That is a grid of {self.count} pictures: at most {self.most}, please.")
+
+    @property
+    def count(self) -> int:
+        """Of the pictures."""
+        return len(self.rules) * len(self.policies) * len(self.scales) + len(self.written)
+
+    @property
+    def written(self) -> list[Column]:
+        """The columns of one's own. A server's files are no user's business: only bundled calibrations go by name."""
+        lines = [line.strip() for line in self.columns.splitlines() if line.strip()]
+        return [Column.parse(line, beside=None) for line in lines]
 
 
 class Trial(Form):

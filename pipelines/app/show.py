@@ -4,27 +4,33 @@ import base64
 import functools
 import inspect
 import io
+import math
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from diffusers_guidance.pipelines.app.settings import Grid
-from diffusers_guidance.pipelines.app.work import News, Outcome, estimates
+from diffusers_guidance.pipelines.app.work import OURS, Measured, News, Outcome, estimates, file_name, recommended
 from diffusers_guidance.pipelines.pictures.compare import Comparison
-from diffusers_guidance.pipelines.pictures.contest import COLOURS, Row, draw, plane
+from diffusers_guidance.pipelines.pictures.contest import draw, plane
 from diffusers_guidance.pipelines.pictures.fonts import lettering
-from diffusers_guidance.pipelines.pictures.make import Result
+from diffusers_guidance.pipelines.pictures.make import Result, png_of
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.pipelines.support.templates import template
 from diffusers_guidance.policies import LinearAG
-from diffusers_guidance.report import Report
+from diffusers_guidance.report import StepReport
+from diffusers_guidance.steps import Action
 
 INK = "#123457"
 """Represents the colour of the page's text; no other colour may equal it."""
@@ -37,9 +43,9 @@ def _parts() -> Any:
     return template(__package__, "parts.html", **filters).module
 
 
-def head(results: Sequence[Result]) -> str:
-    """The page's opening text, beside small pictures, each over its scale and guidance."""
-    return str(_parts().head(results))
+def head(opening: Sequence[Outcome] = ()) -> str:
+    """The page's opening: what it is for, each use beside plain CFG with the same prompt and seed."""
+    return str(_parts().head(opening))
 
 
 def progress_bar(news: News) -> str:
@@ -52,14 +58,66 @@ def is_progress(html: str) -> bool:
     return "<progress" in (html or "")
 
 
-def note(text: str) -> str:
-    """One quiet line."""
-    return str(_parts().note(text))
+def note(text: str, address: str = "", warning: str = "", lesson: str = "") -> str:
+    """One quiet line.
+
+    Args:
+        address: a query that carries the settings.
+        warning: the end of the prompt that was not read.
+        lesson: what was learned.
+    """
+    return str(_parts().note(text, address, warning, lesson))
+
+
+def picture_file() -> str:
+    """Where a picture that was made here gives its settings back; the file stays in the browser."""
+    return str(_parts().picture_file())
 
 
 def numbers(outcome: Outcome) -> str:
-    """A picture's cost, beside that of plain CFG."""
-    return str(_parts().numbers(outcome.guided, outcome.plain))
+    """What a picture cost and how near it is, beside plain CFG."""
+    return str(_parts().numbers(outcome))
+
+
+def stage(pairs: Sequence[tuple[Image.Image | None, Image.Image]], left: str, right: str, words: str) -> str:
+    """The pictures, each over its reference, with a slider between them and links to their files.
+
+    Args:
+        pairs: the reference, or none, and the picture.
+        left, right: what they are.
+        words: what the pictures show.
+    """
+    shown = [tuple(None if each is None else in_a_file(each) for each in pair) for pair in pairs]
+    return str(_parts().stage(shown, left, right, words))
+
+
+class Shown(NamedTuple):
+    """A picture in the app's outputs."""
+
+    path: str
+    name: str
+    width: int
+    height: int
+
+    @property
+    def url(self) -> str:
+        """Relative to the page."""
+        return f"gradio_api/file={quote(self.path)}"
+
+
+def in_a_file(picture: Image.Image) -> Shown:
+    """A picture as a file of its own name, written once; again where it was cleaned away since."""
+    shown: Shown | None = picture.info.get("shown")
+    if shown is None or not Path(shown.path).exists():
+        name = f"{file_name(picture)}.png"
+        path = save_bytes_to_cache(png_of(picture), name, get_upload_folder())
+        shown = picture.info["shown"] = Shown(path, name, *picture.size)
+    return shown
+
+
+def forming(picture: Image.Image, words: str) -> str:
+    """A picture as it is denoised."""
+    return str(_parts().forming(picture, words))
 
 
 def about(part: type) -> str:
@@ -81,49 +139,93 @@ def empty(words: str) -> str:
 # Plots
 
 
-def similarity_plot(report: Report) -> str:
-    """How the two predictions come to agree over the steps; steps that skipped one are shaded."""
-    if not any(step.nfe_full > len(step.evaluated) for step in report.steps):
-        return empty("No guidance at scale 1: every step makes one prediction, so there are no two to compare.")
-    figure = report.plot()
-    figure.set_size_inches(6.6, 2.1)
-    axes = figure.axes[0]
-    axes.set(title="", ylabel="similarity", xlim=(-0.5, max(len(report.steps), 1) - 0.5))
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    if (legend := axes.get_legend()) is not None and len(axes.lines) == 2:
-        legend.remove()
-    for line in axes.lines if len(axes.lines) == 2 else ():
-        line.set_color(COLOURS[0])
-    for step in report.steps:
-        share = sum(each != "both" for each in step.evaluated) / len(step.evaluated)
-        if share:
-            axes.axvspan(step.index - 0.5, step.index + 0.5, color=COLOURS[0], alpha=0.13 * share, lw=0)
-    skipped = sum(any(each != "both" for each in step.evaluated) for step in report.steps)
-    summary = (
-        f"Similarity of both predictions over {counted(len(report.steps), 'step')}; {skipped} of them skipped some."
-    )
-    return _plot(
-        _svg(figure, summary),
-        "How far the predictions with and without the prompt agree. Shaded: the steps that skipped evaluations, "
-        f"{skipped} of {len(report.steps)}.",
-    )
+class Mark(NamedTuple):
+    """What one step did for one picture."""
+
+    kind: str
+    words: str
 
 
-def frontier_plot(rows: Sequence[Row]) -> Figure:
-    """Fidelity to full CFG against its cost; further up and to the left is better."""
-    figure = Figure(figsize=(7.0, 3.9), layout="constrained")
+KINDS = {
+    "both": "both evaluated",
+    "repaid": "both evaluated, and the error of the skipped steps before repaid",
+    "held": "the one with the prompt evaluated, the other estimated",
+    "stopped": "guidance stopped: only the one with the prompt evaluated",
+    "skipped": "skipped: nothing evaluated",
+    "alone": "no guidance: one prediction",
+}
+
+
+def _mark(step: StepReport, row: int) -> Mark:
+    evaluated, action = step.evaluated[row], step.action[row]
+    if evaluated == Action.NEITHER:
+        kind = "skipped"
+    elif step.nfe_full <= len(step.evaluated):
+        kind = "alone"
+    elif evaluated == Action.BOTH:
+        kind = "repaid" if step.repaid is not None else "both"
+    else:
+        kind = "held" if action == Action.EXTRAPOLATE else "stopped"
+    return Mark(kind, f"step {step.index}: {KINDS[kind]}")
+
+
+def strip(outcome: Outcome) -> str:
+    """A run, step by step: what was evaluated, with the similarity of both predictions and the scale drawn over it."""
+    steps = outcome.guided.reports[0].steps
+    rows = max((len(step.evaluated) for step in steps), default=0)
+    marks = [[_mark(step, row) for step in steps] for row in range(rows)]
+    similarity = [(n, step.similarity[0]) for n, step in enumerate(steps) if step.similarity[0] is not None]
+    scales = [(step, found[0]) for step, found in outcome.strengths.items() if math.isfinite(found[0])]
+    kinds = [kind for kind in KINDS if any(mark.kind == kind for row in marks for mark in row)]
+    counts = {kind: sum(mark.kind == kind for mark in marks[0]) for kind in kinds}
+    lines = [_line("similarity", similarity, "", "how far the predictions with and without the prompt agree")]
+    lines += [_line("scale", scales, "", "effective guidance scale: CFG at that scale would push as far")]
+    return str(_parts().strip(marks, {kind: KINDS[kind] for kind in kinds}, counts, [each for each in lines if each]))
+
+
+class Line(NamedTuple):
+    """A curve over the steps, in a box as wide as there are steps and 100 high."""
+
+    name: str
+    points: str
+    low: float
+    high: float
+    words: str
+
+
+def _line(name: str, points: Sequence[tuple[int, float]], unit: str, words: str) -> Line | None:
+    if len(points) < 2:
+        return None
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    margin = 0.08 * ((high - low) or abs(high) or 1.0)
+    bottom, top = low - margin, high + margin
+    place = [(x + 0.5, 100 * (top - y) / (top - bottom)) for x, y in points]
+    return Line(name, " ".join(f"{x:.2f},{y:.2f}" for x, y in place), low, high, words)
+
+
+def frontier_plot(rows: Sequence[Measured]) -> Figure:
+    """Fidelity to full CFG against its cost; further up and to the left is better. What is our own is drawn heavier."""
+    figure = Figure(figsize=(7.0, 4.1), layout="constrained")
     axes = plane(figure)
-    draw(axes, rows[1:])
+    rivals = {row.series for row in rows} - {*OURS}
+    draw(axes, rows[1:], rivals, full=rows[0].nfe if rows else None)
     if rows:
-        axes.axvline(rows[0].nfe, color="#94a3b8", ls="--", lw=1, label="full CFG")
-        axes.legend(fontsize="small", frameon=False)
+        measured = [row.psnr for row in rows[1:] if row.psnr < EQUAL]
+        # From the first point on, a plot of its final size.
+        axes.set(
+            xlim=(0.4 * rows[0].nfe, 1.03 * rows[0].nfe), ylim=(min([15, *measured]) - 1, max([55, *measured]) + 2)
+        )
+    if (found := recommended(rows)) is not None:
+        default = found[0]
+        axes.plot(default.nfe, default.psnr, "o", ms=17, mfc="none", mec=INK, mew=1.4, zorder=4)
+        axes.annotate("recommended", (default.nfe, default.psnr), (-12, 10), textcoords="offset points", ha="right")
     return figure
 
 
-def frontier_html(rows: Sequence[Row]) -> str:
+def frontier_html(rows: Sequence[Measured]) -> str:
     """The plot and its table."""
     svg = _svg(frontier_plot(rows), "Fidelity to full CFG against network evaluations, by policy.")
-    return str(_parts().frontier(svg, rows))
+    return str(_parts().frontier(svg, rows, recommended(rows), OURS))
 
 
 def _decibels(psnr: float) -> str:
@@ -165,15 +267,35 @@ def _svg_text() -> Any:
 # The grid of a comparison
 
 
-def _layout(grid: Grid, results: Sequence[Result]) -> tuple[list[str], list[str], dict[tuple[int, int], Result]]:
-    """Row labels, column labels and the results by (row, column); several scales run across, else rules."""
+class Laid(NamedTuple):
+    """A grid with its labels."""
+
+    rows: list[str]
+    columns: list[str]
+    places: list[tuple[int, int]]
+    """(row, column) of each picture, in the order in which they are made."""
+    own: dict[tuple[int, int], str]
+    """What is written under pictures that no row and column names."""
+
+
+def _layout(grid: Grid) -> Laid:
+    """Several scales run across, else the longer of rules and policies; columns of one's own come below."""
+    several = len(grid.policies) > 1
+    pairs = [f"{rule} + {policy}" if several else rule for policy in grid.policies for rule in grid.rules]
     if len(grid.scales) > 1:
-        columns = [f"scale {scale:g}" for scale in grid.scales]
-        several = len(grid.policies) > 1
-        rows = [f"{rule} + {policy}" if several else rule for policy in grid.policies for rule in grid.rules]
+        rows, columns = pairs, [f"scale {scale:g}" for scale in grid.scales]
+        places = [divmod(i, len(columns)) for i in range(len(rows) * len(columns))]
+    elif len(grid.policies) > len(grid.rules):
+        rows, columns = list(grid.rules), list(grid.policies)
+        places = [(j, i) for i in range(len(columns)) for j in range(len(rows))]
     else:
-        columns, rows = list(grid.rules), list(grid.policies)
-    return rows, columns, {divmod(i, len(columns)): result for i, result in enumerate(results)}
+        rows, columns = list(grid.policies), list(grid.rules)
+        places = [(i, j) for i in range(len(rows)) for j in range(len(columns))]
+    rows, columns = (rows, columns) if places else ([], [])
+    across = len(columns) or min(4, max(1, len(grid.written)))
+    more = [(len(rows) + i // across, i % across) for i in range(len(grid.written))]
+    own = {place: column.name for place, column in zip(more, grid.written, strict=True)}
+    return Laid(rows + ["yours"] * (-(-len(more) // across)), columns or [""] * across, places + more, own)
 
 
 def _caption(result: Result) -> tuple[str, str]:
@@ -183,14 +305,15 @@ def _caption(result: Result) -> tuple[str, str]:
 
 def grid_html(grid: Grid, results: Sequence[Result]) -> str:
     """The pictures made so far, in their places."""
-    rows, columns, placed = _layout(grid, results)
-    cells = {place: (result, *_caption(result)) for place, result in placed.items()}
-    return str(_parts().grid(grid.prompt, rows, columns, cells))
+    laid = _layout(grid)
+    done = zip(laid.places, results, strict=False)
+    cells = {place: (result, laid.own.get(place, ""), *_caption(result)) for place, result in done}
+    return str(_parts().grid(grid.prompt, laid, cells))
 
 
 def _breakable(name: str) -> Markup:
-    """A class name that may break where its words meet."""
-    return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])", name))
+    """A name that may break where its words meet, and before its arguments."""
+    return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])|(?=\()", name))
 
 
 def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
@@ -200,19 +323,25 @@ def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
 
 
 def _grid_plot(grid: Grid, comparison: Comparison) -> Figure:
-    rows, columns, cells = _layout(grid, comparison.results)
+    laid = _layout(grid)
+    rows, columns = laid.rows, laid.columns
+    cells = dict(zip(laid.places, comparison.results, strict=True))
     figure = Figure(figsize=(1.1 + 2.1 * len(columns), 0.7 + 2.6 * len(rows)), layout="constrained")
     shortened = textwrap.shorten(grid.prompt, 40 * len(columns), placeholder=" …")
     scale = f", scale {grid.scales[0]:g}" if len(grid.scales) == 1 else ""
     title = f"{shortened}\nseed {grid.seed}, {counted(grid.steps, 'step')} of {comparison.scheduler}{scale}"
     figure.suptitle(title, fontsize="small", parse_math=False)  # a prompt may hold dollars
     places = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axes in places.flat:
+        axes.set_axis_off()
     for (i, j), result in cells.items():
         axes = places[i][j]
+        axes.set_axis_on()
         axes.imshow(result.pictures[0].convert("RGB"), interpolation="lanczos")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color("#dddddd")
-        axes.set_xlabel("\n".join(_caption(result)), fontsize="small")
+        own = [textwrap.shorten(laid.own[i, j], 34, placeholder=" …")] if (i, j) in laid.own else []
+        axes.set_xlabel("\n".join([*own, *_caption(result)]), fontsize="small", parse_math=False)
         if not i:
             axes.set_title(columns[j], fontsize="medium")
         if not j:

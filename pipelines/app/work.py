@@ -3,12 +3,14 @@
 import functools
 import inspect
 import json
+import re
+import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.effective import Strength
 from diffusers_guidance.pipelines.app.device import Device, Models
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
@@ -27,17 +30,20 @@ from diffusers_guidance.pipelines.app.settings import (
     Grid,
     Trial,
     as_preset,
+    policies,
 )
+from diffusers_guidance.pipelines.app.ways import Search, Way
 from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
-from diffusers_guidance.pipelines.pictures.contest import Row, contestants
+from diffusers_guidance.pipelines.pictures.contest import DEFAULT, FORECAST, SEARCH, Row, contestants
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.make import Case, Result, call_of, make, start_up
+from diffusers_guidance.pipelines.pictures.measures import psnr
 from diffusers_guidance.pipelines.pictures.sizes import own_size
 from diffusers_guidance.pipelines.support.files import read_lines
 from diffusers_guidance.pipelines.support.progress import Progress
 from diffusers_guidance.pipelines.support.solvers import scheduled
-from diffusers_guidance.policies import EveryStep, LinearAG, Policy
+from diffusers_guidance.policies import EveryStep, Forecast, LinearAG, Policy, Schedule
 from diffusers_guidance.rules import CFG
 from diffusers_guidance.steps import Prediction, Step
 
@@ -67,6 +73,15 @@ class Tell(Progress, Protocol):
 
 
 @dataclass
+class Learned:
+    """What the runs of one visit taught about a model, and the settings of those runs."""
+
+    model: str
+    calibration: Calibration
+    lessons: list[Generation]
+
+
+@dataclass
 class Outcome:
     """The result of "Generate": pictures of the chosen pair, of plain CFG if wanted, and the code."""
 
@@ -74,12 +89,60 @@ class Outcome:
     guided: Result
     plain: Result | None
     code: str
+    ratios: list[float] = field(default_factory=list)
+    """Seconds over those of plain CFG, of every turn that made both."""
+    learned: Learned | None = None
+    """What Forecast knows from now on, if it learns."""
+    strengths: dict[int, list[float]] = field(default_factory=dict)
+    """By step that predicted both, the effective guidance scale of every picture (`effective.Strength`)."""
+    unread: str = ""
+    """The end of the prompt that the model does not read."""
+    psnr: float | None = None
+    """To plain CFG's pictures in dB, as decoded; the mean over pictures."""
+
+    @property
+    def nfe_full(self) -> int:
+        """Network evaluations of plain CFG, with all of the steps."""
+        return round(self.guided.nfe_full * self.settings.steps / self.settings.steps_made)
+
+    @property
+    def saved(self) -> float:
+        return 1 - self.guided.nfe / self.nfe_full if self.nfe_full else 0.0
+
+    @property
+    def ratio(self) -> float | None:
+        """The median of the turns' ratios."""
+        return statistics.median(self.ratios) if self.ratios else None
+
+    @property
+    def lesson(self) -> str:
+        """What Forecast learned in this run, or went by, in a sentence; nothing where it does not learn."""
+        if self.learned is None:
+            return ""
+        note = self.guided.reports[0].steps[0].note
+        if self.learned.lessons[-1:] == [self.settings]:
+            levels = len(self.learned.calibration.motions[-1].levels)
+            return (
+                f"Learned: this picture was made in full, and showed how the model's predictions move over {levels} "
+                "noise levels. The next pictures go by it."
+            )
+        return f"This picture was {note}." if note.startswith("forecast") else note
 
     def to_dict(self) -> dict[str, Any]:
         """All but the pictures, as plain JSON types."""
-        plain = {"plain": _measured(self.plain)} if self.plain else {}
+        plain = {"plain": _measured(self.plain), "ratio": self.ratio, "psnr": self.psnr} if self.plain else {}
+        full = {"nfe_full": self.nfe_full, "saved": self.saved}
         reports = {"report": self.guided.reports[0].to_dict()}
-        return {"settings": self.settings.values()} | _measured(self.guided) | plain | reports | {"code": self.code}
+        said = {"unread": self.unread, "learned": self.lesson}
+        return (
+            {"settings": self.settings.values()}
+            | _measured(self.guided)
+            | full
+            | plain
+            | said
+            | reports
+            | {"code": self.code}
+        )
 
 
 def _measured(result: Result) -> dict[str, Any]:
@@ -87,63 +150,106 @@ def _measured(result: Result) -> dict[str, Any]:
     return {name: getattr(result, name) for name in names}
 
 
-def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell) -> Outcome:
-    """Runs the pipeline under the chosen rule and policy, then by itself if the settings ask for that."""
+def generate(
+    pipe: DiffusionPipeline, settings: Generation, tell: Tell, learned: Learned | None = None, turns: int = 1
+) -> Outcome:
+    """Runs the pipeline under the chosen rule and policy, and by itself if the settings ask for that.
+
+    Args:
+        learned: what Forecast goes by if it learns; of another model, it does not count.
+        turns: how often to make both, in turns, so that the ratio of their seconds says something on a busy machine.
+    """
     plain_pair = CFG(), EveryStep()
+    learned = learned if learned is not None and learned.model == settings.model else None
     with scheduled(pipe, SCHEDULERS[settings.scheduler]):
-        pair = settings.make_rule(pipe), policy_of(pipe, settings)
-        code = reproduce(pipe, settings)
-        guided = _take(pipe, settings, f"{settings.rule} + {settings.policy}{estimates(pair[1])}", *pair, tell)
-        plain = None
-        if settings.compare_with_plain and pair != plain_pair:
+        pair = settings.make_rule(pipe), policy_of(pipe, settings, learned)
+        code = reproduce(pipe, settings, learned)
+        strength, strengths = Strength(), {}
+
+        def measure(step: Step, prediction: Prediction | None, guided: Tensor) -> None:
+            if prediction is not None and all(prediction.evaluated):
+                strength(step, prediction, guided)
+                strengths[step.index] = strength.scales[-1].tolist()
+
+        name = f"{settings.rule} + {settings.policy}{estimates(pair[1])}"
+        guided = _take(pipe, settings, name, *pair, tell, measure)
+        plain, ratios = None, []
+        if settings.compare_with_plain and (pair != plain_pair or settings.steps_made != settings.steps):
             plain = _take(pipe, settings, "Plain CFG", *plain_pair, tell)
+            ratios = [guided.seconds / plain.seconds]
+            for _ in range(turns - 1):
+                again = _take(pipe, settings, f"{name}, again for its seconds", *pair, tell)
+                beside = _take(pipe, settings, "Plain CFG, again for its seconds", *plain_pair, tell)
+                ratios.append(again.seconds / beside.seconds)
     for result in filter(None, (guided, plain)):
         for seed, picture in zip(settings.seeds, result.pictures, strict=True):
             made = settings.values() | {"seed": seed, "batch_size": 1}
             if result is plain:
                 made |= PRESETS["Plain CFG"].settings() | {"guidance_scale": settings.guidance_scale}
             label(picture, {"settings": made, "nfe": result.nfe, "nfe_full": result.nfe_full})
-    return Outcome(settings, guided, plain, code)
+    likeness = None if plain is None else float(psnr(guided.floats, plain.floats).mean())
+    for result in filter(None, (guided, plain)):
+        result.decoded.clear()  # a visit keeps its pictures as they are shown
+    learns = isinstance(pair[1], Forecast) and pair[1].learn
+    if learns and guided.calibration is not None and guided.calibration is not pair[1].calibration:
+        before = [] if learned is None else learned.lessons
+        learned = Learned(settings.model, guided.calibration, [*before, settings])
+    return Outcome(
+        settings, guided, plain, code, ratios, learned if learns else None,
+        strengths, unread(pipe, settings.prompt), likeness,
+    )  # fmt: skip
 
 
-def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell) -> Result:
+def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell, *observers: Any) -> Result:
     """One watched call of the pipeline."""
+    steps = settings.steps if name.startswith("Plain") else settings.steps_made
 
     def watch(step: Step, prediction: Prediction | None, guided: Tensor) -> None:
         tell(name, step.index + 1, step.count, pictures=preview(step, guided))
 
     preview = Preview(pipe)
-    tell(name, 0, settings.steps)
+    tell(name, 0, steps)
     column, sides = Column(name, rule, policy, settings.scale), sides_asked(pipe, settings)
-    result = make(pipe, settings.cases, column, steps=settings.steps, observers=[watch], **sides)
+    result = make(pipe, settings.cases, column, steps=steps, observers=[watch, *observers], **sides)
     result.seconds -= preview.seconds
     return result
 
 
-def policy_of(pipe: Any, settings: Generation) -> Policy:
-    """The chosen policy; LinearAG gets a bundled calibration if one fits exactly."""
+def policy_of(pipe: Any, settings: Generation, learned: Learned | None = None) -> Policy:
+    """The chosen policy; what goes by a calibration gets a bundled one that fits exactly, or what was learned."""
+    made = settings.make_policy()
+    if isinstance(made, Way):
+        return made.policy(_calibration_for(pipe, settings))
+    if isinstance(made, LinearAG) and (found := _calibration_for(pipe, settings)) is not None:
+        return LinearAG(found)
+    if isinstance(made, Forecast) and made.learn and learned is not None:
+        return replace(made, calibration=learned.calibration)
+    return made
+
+
+def _calibration_for(pipe: Any, settings: Generation) -> Calibration | None:
     name = fitting_calibration(pipe, settings)
-    if settings.policy == LinearAG.__name__ and name is not None:
-        return LinearAG(Calibration.load(calibration_file(name)))
-    return settings.make_policy()
+    return None if name is None else Calibration.load(calibration_file(name))
 
 
 def fitting_calibration(pipe: Any, settings: Generation | Trial) -> str | None:
     """The name of the bundled calibration for the model, scheduler, steps and scale, if there is one."""
-    if settings.model != BUNDLED:
+    if settings.model not in samples.models():
         return None
     asked = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
     if isinstance(settings, Generation) and settings.schedule:
         return None
-    return next((name for name, (scheduler, call) in _calibrated().items()
-                 if scheduler == type(pipe.scheduler).__name__ and call == asked), None)  # fmt: skip
+    found = type(pipe).__name__, type(pipe.scheduler).__name__, asked
+    return next((name for name, made_for in _calibrated().items() if made_for == found), None)
 
 
 @functools.cache
-def _calibrated() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Scheduler and call of every bundled calibration."""
+def _calibrated() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Pipeline, scheduler and call of every bundled calibration."""
     made = {name: Calibration.load(calibration_file(name)) for name in bundled_calibrations()}
-    return {name: (each.setting["scheduler"]["class"], each.call) for name, each in made.items()}
+    return {
+        name: (each.setting["pipeline"], each.setting["scheduler"]["class"], each.call) for name, each in made.items()
+    }
 
 
 def estimates(policy: Policy) -> str:
@@ -171,46 +277,64 @@ def sides_of(pipe: Any) -> range:
     return range(own // 16 * 8, 2 * own + 1, 8)
 
 
-def reproduce(pipe: Any, settings: Generation) -> str:
+def reproduce(pipe: Any, settings: Generation, learned: Learned | None = None) -> str:
     """A script that makes the same pictures, bit for bit on the same machine."""
     cls, scheduler = type(pipe).__name__, SCHEDULERS[settings.scheduler]
-    bundled = settings.model == BUNDLED
-    load = ["MODEL" if bundled else json.dumps(settings.model, ensure_ascii=False)]
+    bundled = settings.model in samples.models()
+    first = settings.model == BUNDLED
+    ours_at = "MODEL" if first else f'models()["{settings.model}"]'
+    load = [ours_at if bundled else json.dumps(settings.model, ensure_ascii=False)]
     load += ["local_files_only=True"] if bundled else ["use_safetensors=True"]
     load += [] if pipe.dtype == torch.float32 else [f"torch_dtype={pipe.dtype}"]
     device = "" if pipe.device.type == "cpu" else f'.to("{pipe.device.type}")'
     rule, policy = settings.make_rule(pipe), policy_of(pipe, settings)
+    lessons = learned.lessons if learned is not None and isinstance(policy, Forecast) and policy.learn else []
     used = [rule, policy, *filter(None, [policy.calibration])]
     ours = [type(part) for part in used if _is_ours(type(part))]
-    names = ", ".join([*sorted({kind.__name__ for kind in ours}), "attach"])
+    searched = isinstance(settings.make_policy(), Search)
+    names = {kind.__name__ for kind in ours} - ({"Schedule"} if searched else set())
+    names |= {"search"} if searched else set()
     others = sorted({f"from {kind.__module__} import {kind.__name__}" for kind in map(type, used) if kind not in ours})
     written = _written(policy)
     if policy.calibration is not None:
-        file = f"{fitting_calibration(pipe, settings)}.safetensors"
-        written = f'{type(policy).__name__}(Calibration.load(CALIBRATIONS / "{file}"))'
+        kept = f'Calibration.load(CALIBRATIONS / "{fitting_calibration(pipe, settings)}.safetensors")'
+        actions = f"{[str(each) for each in policy.actions]}, " if isinstance(policy, Schedule) else ""
+        written = f"{type(policy).__name__}({actions}{kept})"
+        written = f"search({kept}, {settings.make_policy().budget})" if searched else written  # type: ignore[union-attr]
+    elif isinstance(policy, Schedule):
+        written = f"Schedule({[str(each) for each in policy.actions]})"
 
-    known = inspect.signature(type(pipe).__call__).parameters
-    scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
-    asked = {"num_inference_steps": settings.steps, scale: settings.guidance_scale}
-    call = call_of(pipe, settings.cases, **asked, **sides_asked(pipe, settings))
-    written_call = {name: _argument(value) for name, value in call.items() if name != "generator"}
-    written_call["generator"] = (
-        f"[torch.Generator().manual_seed(seed) for seed in {settings.seeds}]"
-        if settings.batch_size > 1
-        else f"torch.Generator().manual_seed({settings.seed})"
-    )
     lines = ["import torch", f"from diffusers import {', '.join(sorted(filter(None, [scheduler, cls])))}", ""]
-    lines += [f"from diffusers_guidance import {names}"]
-    own = ["CALIBRATIONS"] * (policy.calibration is not None) + ["MODEL"] * bundled
+    lines += [f"from diffusers_guidance import {', '.join([*sorted(names), 'attach'])}"]
+    own = ["CALIBRATIONS"] * (policy.calibration is not None) + ["MODEL" if first else "models"] * bundled
     lines += [f"from diffusers_guidance.samples import {', '.join(own)}"] if own else []
     lines += others
     lines += ["", f"pipe = {cls}.from_pretrained({', '.join(load)}){device}"]
     lines += [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
-    lines += [f"handle = attach(pipe, rule={_written(rule, settings.schedule)}, policy={written})", "images = pipe("]
-    lines += [f"    {name}={value}," for name, value in written_call.items()]
+    lines += [f"handle = attach(pipe, rule={_written(rule, settings.schedule)}, policy={written})"]
+    if lessons:
+        lines += ["# Made in full before: what they showed is what the pictures below go by."]
+        for lesson in lessons:
+            lines += ["pipe(", *_call_lines(pipe, lesson), ")"]
+    lines += ["images = pipe(", *_call_lines(pipe, settings)]
     lines += [").images", "print(handle.report)", "for number, image in enumerate(images):"]
     lines += ['    image.save(f"picture-{number}.png")']
     return "\n".join(lines) + "\n"
+
+
+def _call_lines(pipe: Any, settings: Generation) -> list[str]:
+    """The arguments of the call that makes these pictures, a line each."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
+    asked = {"num_inference_steps": settings.steps_made, scale: settings.guidance_scale}
+    call = call_of(pipe, settings.cases, **asked, **sides_asked(pipe, settings))
+    written = {name: _argument(value) for name, value in call.items() if name != "generator"}
+    written["generator"] = (
+        f"[torch.Generator().manual_seed(seed) for seed in {settings.seeds}]"
+        if settings.batch_size > 1
+        else f"torch.Generator().manual_seed({settings.seed})"
+    )
+    return [f"    {name}={value}," for name, value in written.items()]
 
 
 def _is_ours(kind: type) -> bool:
@@ -235,28 +359,42 @@ def _written(part: Any, schedule: str = "") -> str:
 # Compare
 
 
-def columns_of(pipe: Any, grid: Grid) -> list[Column]:
-    """One per picture, scales within rules within policies. APG is as the presets have it on the bundled model."""
+class Cell(NamedTuple):
+    """A picture of a grid to make."""
+
+    column: Column
+    steps: int
+
+
+def cells_of(pipe: Any, grid: Grid) -> list[Cell]:
+    """One per picture, scales within rules within policies, then the columns of one's own.
+
+    APG is as in the presets on the bundled model.
+    """
     apg = as_preset(EMOJI) if grid.model == BUNDLED else {}
-    asked = {"steps": grid.steps, "model": grid.model} | apg
-    return [
-        Column(f"{rule} + {policy} @ {scale:g}", made.make_rule(pipe), policy_of(pipe, made), scale)
+    asked = {"steps": grid.steps, "model": grid.model, "scheduler": grid.scheduler} | apg
+    chosen = [
+        Cell(Column(f"{rule} + {policy} @ {scale:g}", *pair, scale), made.steps_made)
         for policy in grid.policies
         for rule in grid.rules
         for scale in grid.scales
         for made in [Generation(rule=rule, policy=policy, guidance_scale=scale, **asked)]
+        for pair in [(made.make_rule(pipe), policy_of(pipe, made))]
     ]
+    scale = (grid.scales or (Generation.defaults()["guidance_scale"],))[0]
+    own = [replace(each, guidance_scale=scale) if each.guidance_scale is None else each for each in grid.written]
+    return chosen + [Cell(column, grid.steps) for column in own]
 
 
 def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
     """The pictures of the grid; after each one, tells all made so far."""
     comparison: Comparison | None = None
     with scheduled(pipe, SCHEDULERS[grid.scheduler]):
-        columns = columns_of(pipe, grid)
-        for number, column in enumerate(columns):
-            told = _part_of(tell, column.name, number, len(columns), grid.steps, comparison)
+        cells = cells_of(pipe, grid)
+        for number, (column, steps) in enumerate(cells):
+            told = _part_of(tell, column.name, number, len(cells), grid.steps, comparison)
             new = compare(
-                pipe, [grid.prompt], [column], seeds=[grid.seed], steps=grid.steps,
+                pipe, [grid.prompt], [column], seeds=[grid.seed], steps=steps,
                 negative=grid.negative_prompt or None, warm_up=not number, progress=told,
             )  # fmt: skip
             if comparison is not None:
@@ -269,28 +407,63 @@ def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
 # Benchmark
 
 
-def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Row]:
-    """Network evaluations against fidelity to full CFG, for every way of saving them; the first row is full CFG's."""
+@dataclass(frozen=True)
+class Measured(Row):
+    """A measured way of guiding."""
+
+    ratio: float = 1.0
+    """Its seconds over those of full CFG, made right before and right after it."""
+
+
+OURS = (FORECAST, SEARCH)
+"""Series that are this package's own; the others are from papers, and what saves by itself."""
+
+
+def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Measured]:
+    """Network evaluations against fidelity to full CFG, for every way of saving them; the first row is full CFG's.
+
+    Every way takes its turn between two of full CFG, whose seconds are what its own are measured by.
+    """
     prompts = read_lines(samples.PROMPTS)[: trial.prompts]
-    rows: list[Row] = []
+    rows: list[Measured] = []
     with scheduled(pipe, SCHEDULERS[trial.scheduler]):
-        ways = contestants(trial.steps, fitting_calibration(pipe, trial))
+        own = [name for name, kind in policies().items() if not _is_ours(kind)]
+        ways = contestants(trial.steps, fitting_calibration(pipe, trial), own)
 
         def told(name: str, number: int, steps: int) -> Progress:
-            return _part_of(tell, name, number, len(ways) + 1, steps, [*rows])
+            return _part_of(tell, name, number, 2 * len(ways) + 1, steps, [*rows])
 
         start_up(pipe, [Case(prompt, trial.seed, "") for prompt in prompts], trial.guidance_scale)
         fidelity = Fidelity(
             pipe, prompts, [trial.seed], num_inference_steps=trial.steps, guidance_scale=trial.guidance_scale,
             progress=told("CFG", 0, trial.steps),
         )  # fmt: skip
-        rows.append(Row("CFG", f"CFG, {trial.steps} steps", *fidelity.score(fidelity.full)))
-        for number, way in enumerate(ways, 1):
-            rows.append(way.measured(fidelity, told(way.label, number, way.steps or trial.steps)))
+        before = fidelity.full
+        rows.append(Measured("CFG", f"CFG, {trial.steps} steps", *fidelity.score(before)))
+        for number, way in enumerate(ways):
+            row = way.measured(fidelity, told(way.label, 2 * number + 1, way.steps or trial.steps))
+            after = fidelity.run(EveryStep(), progress=told("CFG, for its seconds", 2 * number + 2, trial.steps))
+            assert row.seconds is not None
+            ratio = 2 * row.seconds / (before.seconds_per_picture + after.seconds_per_picture)
+            rows.append(Measured(**vars(row), ratio=ratio))
+            before = after
     return rows
 
 
-def figures(trial: Trial, rows: Sequence[Row]) -> dict[str, Any]:
+def recommended(rows: Sequence[Measured]) -> tuple[Measured, Measured | None, Measured | None] | None:
+    """The default, and of what evaluates no more the best of others' ways and the best searched schedule."""
+    default = next((row for row in rows if row.label == DEFAULT), None)
+    if default is None:
+        return None
+    within = [row for row in rows[1:] if row.nfe <= default.nfe]
+
+    def best(of: Callable[[Measured], bool]) -> Measured | None:
+        return max(filter(of, within), key=lambda row: row.psnr, default=None)
+
+    return default, best(lambda row: row.series not in OURS), best(lambda row: row.series == SEARCH)
+
+
+def figures(trial: Trial, rows: Sequence[Measured]) -> dict[str, Any]:
     """What the benchmark measured, as plain JSON types."""
     return {"settings": trial.values(), "rows": [asdict(row) for row in rows]}
 
@@ -334,6 +507,29 @@ class Preview:
         return pictures
 
 
+def unread(pipe: Any, prompt: str) -> str:
+    """The end of a prompt that the pipeline's text encoder does not read; nothing where it reads all of it."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    most = getattr(tokenizer, "model_max_length", 10**9)
+    if tokenizer is None or most > 10**6:
+        return ""
+    told = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    if len(told.input_ids) <= most:
+        return ""
+    if not tokenizer.is_fast:
+        return str(tokenizer.decode(told.input_ids[most - 1 :], skip_special_tokens=True)).strip()
+    start = told.offset_mapping[most - 1][0]  # the last token that is read marks the end
+    return prompt[prompt.rfind(" ", 0, start + 1) + 1 :].strip()
+
+
+def file_name(picture: Image.Image, what: str = "") -> str:
+    """A name for a picture's file, without its ending: what it shows, and its seed."""
+    made = json.loads(picture.info.get("diffusers-guidance", "{}")).get("settings", {})
+    words = re.findall(r"\w+", str(made.get("prompt", "")).lower())
+    short = "-".join(words)[:48].rstrip("-") or "picture"
+    return "-".join(filter(None, [short, f"seed{made['seed']}" if "seed" in made else "", what]))
+
+
 def label(picture: Image.Image, facts: dict[str, Any]) -> None:
     """Adds its settings to a picture, as PNG metadata once it is saved.
 
@@ -351,17 +547,19 @@ class Studio:
         self.models = Models(allow_models)
         self.device = Device()
 
-    def generate(self, settings: Generation) -> Generator[News, None, Outcome]:
-        return self._run(generate, settings.settled())
+    def generate(
+        self, settings: Generation, learned: Learned | None = None, turns: int = 1
+    ) -> Generator[News, None, Outcome]:
+        return self._run(generate, settings.settled(), learned, turns)
 
     def compare(self, grid: Grid) -> Generator[News, None, Comparison]:
         return self._run(compare_grid, grid)
 
-    def benchmark(self, trial: Trial) -> Generator[News, None, list[Row]]:
+    def benchmark(self, trial: Trial) -> Generator[News, None, list[Measured]]:
         return self._run(benchmark, trial)
 
-    def _run(self, job: Callable[..., R], form: Any) -> Generator[News, None, R]:
+    def _run(self, job: Callable[..., R], form: Any, *more: Any) -> Generator[News, None, R]:
         def work(tell: Callable[[News], None]) -> R:
-            return job(self.models.get(form.model), form, lambda *now, **seen: tell(News(*now, **seen)))
+            return job(self.models.get(form.model), form, lambda *now, **seen: tell(News(*now, **seen)), *more)
 
         return self.device.run(work)

@@ -205,14 +205,16 @@ def time_plot(summary: Summary) -> tuple[str, str] | None:
     for y, row in enumerate(rows):
         if row.possible is not None:
             axes.barh(-y, row.possible, height=0.62, color="#dbe6fb", label="possible" if y == 0 else None)
-        axes.barh(-y, row.saved, height=0.3, color=BLUE, label="had" if y == 0 else None)
+        axes.barh(-y, row.saved, height=0.3, color=BLUE, label="measured" if y == 0 else None)
         axes.plot([1 - row.ratio["p80"], 1 - row.ratio["p20"]], [-y, -y], color=INK, lw=1.2)
     axes.set(yticks=[-y for y in range(len(rows))])
     axes.set_yticklabels([f"{row.name}, batch {row.batch}" for row in rows])
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _plain(axes)
-    return "Seconds saved: had, with its 20 to 80 % range, beside what the cost of a half batch allows.", _svg(plot)
+    return "Seconds saved: measured, with its 20 to 80 % range, beside what the cost of a half batch allows.", _svg(
+        plot
+    )
 
 
 def _plain(axes: Any) -> None:

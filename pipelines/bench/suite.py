@@ -21,7 +21,7 @@ from diffusers_guidance.pipelines.support.written import Count, Scale, Seed, Tex
 from diffusers_guidance.rules import CFG
 from diffusers_guidance.scales import Given
 
-SUITE = samples.MODEL.parent / "suites" / "emoji.yaml"
+SUITE = samples.SUITE
 """The bundled model's suite."""
 
 JUDGED = ("saved", "share_of_possible", "psnr", "ssim", "lpips", "saturation", "contrast", "clipped", "clip_score",
@@ -138,9 +138,9 @@ class Suite:
     @classmethod
     def _from(cls, given: dict[str, Any], file: Path) -> "Suite":
         beside = file.parent
-        seen = set(read_lines(beside / str(given.pop("held_out_from")))) if "held_out_from" in given else None
+        seen = set(read_lines(_prompts(str(given.pop("held_out_from")), beside))) if "held_out_from" in given else None
         if isinstance(given["prompts"], str):
-            listed = beside / given["prompts"]
+            listed = _prompts(given["prompts"], beside)
             if not listed.is_file():
                 raise ValueError(f"prompts: {given['prompts']!r} is not a file; write [{given['prompts']}] for a list")
             given["prompts"] = read_lines(listed)
@@ -273,3 +273,9 @@ def _parsed(pair: str, folder: str) -> Column:
 @functools.cache
 def _content(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def _prompts(name: str, beside: Path) -> Path:
+    """A file of prompts: a path relative to `beside`, or the name of one of the bundled ones."""
+    file, bundled = beside / name, samples.PROMPTS.with_name(f"{name}.txt")
+    return bundled if not file.is_file() and Path(name).name == name and bundled.is_file() else file

@@ -18,12 +18,6 @@ from diffusers_guidance.rules import CFG, Rule
 from diffusers_guidance.scales import Given, checked
 from diffusers_guidance.schedules import closed_form
 
-COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.preset("normalised")@15')
-"""What `compare` shows by default."""
-
-BUNDLED = tuple('APG.preset("emoji")+AG@15' if "APG" in column else column for column in COLUMNS)
-"""The same on the bundled model, for which APG has a preset."""
-
 
 def known_rules() -> list[type[Rule]]:
     """The package's rules by name, then those of all modules that were imported since."""
@@ -68,14 +62,13 @@ def searched(
     return closed_form(calibration, nfe, error=error, skip=skip)
 
 
-def calibration_file(name: str, beside: Path = Path()) -> Path:
-    """A calibration's file: a path relative to `beside`, or the name of one of the bundled model's.
+def calibration_file(name: str, beside: Path | None = Path()) -> Path:
+    """A calibration's file: a path relative to `beside` (None: no file), or the name of one of the bundled model's.
 
     Raises:
         ValueError: it is neither.
     """
-    file = beside / Path(name).expanduser()
-    if file.is_file():
+    if beside is not None and (file := beside / Path(name).expanduser()).is_file():
         return file
     if name in bundled_calibrations():
         return samples.CALIBRATIONS / f"{name}.safetensors"
@@ -107,13 +100,13 @@ class Column:
     guidance_scale: Given | None = None
 
     @classmethod
-    def parse(cls, text: str, beside: Path = Path()) -> "Column":
+    def parse(cls, text: str, beside: Path | None = Path()) -> "Column":
         """Reads a rule, a policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG(threshold=0.98)@12".
 
         A scale that changes is in quotes, or a list: 'CFG@"linear(9, 3)"', 'APG@"3x3+7x17"+Forecast', "CFG@[9, 7, 5]".
 
         A missing rule is CFG, a missing policy EveryStep; "default" is what `attach(pipe)` chooses. Arguments
-        are Python literals; nothing is evaluated. A calibration is a file, relative to `beside`, or the
+        are Python literals; nothing is evaluated. A calibration is a file, relative to `beside` (None: no file), or the
         name of a bundled one: 'LinearAG(calibration="dpm-20-5")', 'search(25, calibration="mine.safetensors")'.
         """
         try:
@@ -151,7 +144,7 @@ def _split_scale(text: str, node: ast.expr) -> tuple[ast.expr, Given | None]:
         raise _unread(text, f"the guidance scale {ast.unparse(node.right)}: {why}") from None
 
 
-def _build(text: str, node: ast.expr, beside: Path) -> Any:
+def _build(text: str, node: ast.expr, beside: Path | None) -> Any:
     """The rule or policy that `Name`, `Name(arguments)` or `Name.method(arguments)` means."""
     given = node if isinstance(node, ast.Call) else None
     target = given.func if given else node

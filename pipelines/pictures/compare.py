@@ -9,7 +9,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.checks import plain
-from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column
+from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.pictures.defaults import COLUMNS
 from diffusers_guidance.pipelines.pictures.make import Result, cases_of, make, start_up
 from diffusers_guidance.pipelines.pictures.measures import psnr
 from diffusers_guidance.pipelines.pictures.texts import prompts_of

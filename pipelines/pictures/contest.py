@@ -4,20 +4,26 @@ A `Way` is measured into a `Row`. `frontier` plans its own ways; `contestants` a
 """
 
 import itertools
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import Policy
 
-FEWER = "CFG, fewer steps"
-COLOURS = ("#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444", "#86198f")
-MARKERS = "XosD^*vP<>ph"
+FORECAST, SEARCH, FEWER = "Forecast", "search", "CFG, fewer steps"
+DEFAULT = f"attach(pipe): Forecast({DEFAULT_POLICY.save})"
+COLOURS = (
+    "#6366f1", "#f59e0b", "#10b981", "#ec4899", "#0ea5e9", "#84652c", "#ef4444", "#86198f",
+    "#64748b", "#84cc16", "#14532d", "#1e3a8a", "#f9a8d4", "#5eead4", "#facc15", "#fdba74",
+)  # fmt: skip
+MARKERS = "osXD^*vP<>ph"
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,17 @@ class Way(NamedTuple):
     steps: int | None = None
 
     def measured(self, fidelity: Fidelity, progress: Progress = silent) -> Row:
-        """Its row; a default pair is called by what it chose for the pipeline."""
+        """Its row."""
         made = fidelity.run(self.make(), self.steps, progress)
-        return Row(self.series, made.label if made.is_default else self.label, *fidelity.score(made))
+        return Row(self.series, self.label, *fidelity.score(made))
 
 
-def contestants(steps: int, calibration: str | None = None) -> list[Way]:
-    """The ways that any pipeline has to save NFEs at so many steps, fewer steps among them.
+def contestants(steps: int, calibration: str | None = None, own: Sequence[str] = ()) -> list[Way]:
+    """The ways that any pipeline has to save NFEs at so many steps, the default first, fewer steps among them.
 
     Args:
         calibration: the name of one that fits; without it LinearAG holds, and `search` is not possible.
+        own: further columns, each a series by itself.
     """
 
     def way(series: str, column: str, label: str = "", fewer: int | None = None) -> Way:
@@ -59,32 +66,51 @@ def contestants(steps: int, calibration: str | None = None) -> list[Way]:
 
     named = f"calibration={calibration!r}"
     searched = [f"search({round(share * 2 * steps)}, {named})" for share in (0.5, 0.625, 0.75)]
-    few = sorted({max(2, round(share * steps)) for share in (0.5, 0.65, 0.8)} - {steps})
+    few = sorted({max(2, round(share * steps)) for share in (0.5, 0.65, 0.75)} - {steps})
     return [
-        *(way(FEWER, "CFG", f"CFG, {fewer} steps", fewer) for fewer in few),
-        *(way("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})") for t in (0.95, 0.98, 0.99, 0.995)),
-        *(way("Interval", f"Interval(0.0, {stop})") for stop in (0.3, 0.5, 0.7)),
-        *(way("Hold", f"Hold({period})") for period in (2, 3, 4)),
-        *(way("Forecast", f"Forecast({save})") for save in (0.35, 0.5)),
+        way(FORECAST, "default", DEFAULT),
+        *(way(FEWER, "CFG", f"CFG, {fewer} steps", fewer) for fewer in reversed(few)),
+        *(way(FORECAST, f"Forecast({save})") for save in (0.15, 0.35, 0.5)),
+        *(way(SEARCH, column) for column in searched if calibration),
+        *(way("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})") for t in (0.95, 0.99, 0.995)),
+        *(way("Interval", f"Interval(0.0, {stop})") for stop in (0.5, 0.7)),
+        *(way("Hold", f"Hold({period})") for period in (2, 3)),
         way("LinearAG", f"LinearAG({named})") if calibration else way("LinearAG, held", "LinearAG"),
-        *(way("search", column) for column in searched if calibration),
-        way("attach(pipe)", "default"),
+        *(way(column, column) for column in own),
     ]
 
 
-def plane(figure: Any) -> Any:
+def plane(figure: Any, title: str = "") -> Any:
     """The axes on which policies meet: further up is closer to full guidance, further left is cheaper."""
+    from matplotlib.ticker import MaxNLocator
+
+    if title:
+        figure.suptitle(textwrap.fill(title, 110), fontsize="medium")
     axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="mean PSNR to full guidance, dB")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     return axes
 
 
-def draw(axes: Any, rows: Sequence[Row], rivals: Collection[str] = ()) -> None:
-    """A line for each series, in a look of its own; those of `rivals` are thin and dashed."""
-    sizes = itertools.chain(range(10, 4, -1), itertools.repeat(4))  # so that points that coincide are all seen
-    looks = zip(itertools.cycle(MARKERS), itertools.cycle(COLOURS), sizes, strict=False)
-    for name, (marker, colour, size) in zip(dict.fromkeys(row.series for row in rows), looks, strict=False):
+def draw(
+    axes: Any, rows: Sequence[Row], rivals: Collection[str] = (), series: Sequence[str] = (), full: float | None = None
+) -> None:
+    """A line for each series, in a look of its own, and beside the axes what is what.
+
+    Args:
+        rivals: series whose lines are thin and dashed.
+        series: all that there may be, each of which then looks the same in every plot; by default those of `rows`.
+        full: the NFEs of full guidance, to be marked.
+    """
+    names = series or list(dict.fromkeys(row.series for row in rows))
+    looks = zip(itertools.cycle(MARKERS), itertools.cycle(COLOURS), itertools.count(10, -0.5), strict=False)
+    for name, (marker, colour, size) in zip(names, looks, strict=False):
         line = sorted((row.nfe, row.psnr) for row in rows if row.series == name and row.psnr < EQUAL)
         if line:
-            style = {"lw": 1.2, "ls": "--"} if name in rivals else {"lw": 2.0, "ls": "-"}
-            axes.plot(*zip(*line, strict=True), marker=marker, ms=size, color=colour, label=name, **style)
+            style = {"lw": 1.1, "ls": "--"} if name in rivals else {"lw": 2.6, "ls": "-"}
+            look = {"marker": marker, "color": colour, "ms": max(size, 4)}  # so that points that coincide are all seen
+            axes.plot(*zip(*line, strict=True), label=name, **look, **style)
+    if full is not None:
+        axes.axvline(full, color="#94a3b8", ls=":", lw=1.5, label="full guidance")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

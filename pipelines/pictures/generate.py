@@ -6,6 +6,7 @@ A job's picture is written before its metadata. If the metadata exists, the job 
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Best, Case, Result, make, png_of
 from diffusers_guidance.pipelines.pictures.make import best_of as choose
 from diffusers_guidance.pipelines.pictures.sizes import check_sides, check_size
-from diffusers_guidance.pipelines.support.files import read_text
+from diffusers_guidance.pipelines.support.files import read_lines, read_text
 from diffusers_guidance.pipelines.support.loading import fingerprint
 from diffusers_guidance.pipelines.support.machine import environment
 from diffusers_guidance.pipelines.support.progress import Progress, silent
@@ -48,6 +49,30 @@ class Job:
         return asdict(self) | {"arguments": dict(self.arguments)}
 
 
+def jobs_of(given: str) -> list[Job]:
+    """What the command line is given: a file of JSON lines or of prompts, one a line; or a prompt.
+
+    Raises:
+        ValueError: it is the name of a file that does not exist, or the file holds no such lines.
+    """
+    file = Path(given)
+    try:
+        found = bool(given.strip()) and file.exists()
+    except OSError:  # a long prompt is no path
+        found = False
+    if found and file.is_dir():
+        raise ValueError(f"{given} is a folder: a prompt, or a file of prompts or JSON lines")
+    if found:
+        text = read_text(file)
+        if text.lstrip().startswith("{") or file.suffix in (".json", ".jsonl"):
+            return read_jobs(file)
+        return [Job(f"{number:06}", prompt) for number, prompt in enumerate(read_lines(file))]
+    if not given.strip() or file.suffix in (".json", ".jsonl", ".txt", ".csv") or given.startswith(("/", "./", "~")):
+        raise ValueError(f"{given!r}: there is no such file; give a prompt, or a file of prompts or JSON lines")
+    words = "-".join(re.findall(r"[a-z0-9]+", given.lower()))[:60].rstrip("-")
+    return [Job(words or f"picture-{hashlib.sha256(given.encode()).hexdigest()[:8]}", given)]
+
+
 def read_jobs(file: Path) -> list[Job]:
     """The jobs of a file of JSON lines.
 
@@ -64,7 +89,8 @@ def read_jobs(file: Path) -> list[Job]:
         try:
             jobs.append(_job(json.loads(line), len(jobs)))
         except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from None
+            said = "not JSON" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f'{file}, line {number}: {said}; as {{"prompt": "a red apple"}}') from None
     if len({job.id for job in jobs}) < len(jobs):
         twice = next(job.id for n, job in enumerate(jobs) if job.id in {other.id for other in jobs[:n]})
         raise ValueError(f"{file}: the id {twice!r} occurs twice")
@@ -152,7 +178,7 @@ def generate(
     if parsed.policy is not None and parsed.policy.calibration is not None:
         made_with["calibration"] = parsed.policy.calibration.digest
     records = {job.id: Record(out / f"{job.id}.json", job.about | {"made_with": made_with}) for job in jobs}
-    there = {name for name, record in records.items() if record.read() is not None and (out / f"{name}.png").exists()}
+    there = {name for name, record in records.items() if _is_whole(out / f"{name}.png", record.read())}
     # Cut from all jobs: a picture's batch, and with it its last bit, must not depend on which files exist.
     batches: list[list[Job]] = []
     for job in jobs:
@@ -169,6 +195,10 @@ def generate(
             made = _made(pipe, part, cases, parsed, steps=steps, guidance_scale=scale)
         ran = {"rule": repr(made.rule), "policy": repr(made.policy), "nfe": made.nfe_by_sample,
                "nfe_full": made.nfe_full / len(part), "batch": len(part)}  # fmt: skip
+        for case, picture in zip(cases, made.pictures, strict=True):  # in the file, as the app's pictures have them
+            known = {"prompt": case.prompt, "negative_prompt": case.negative, "seed": case.seed}
+            known |= {"steps": steps, "guidance_scale": scale}
+            picture.info["diffusers-guidance"] = json.dumps({"settings": known, "made_with": made_with})
         if chosen:
             ran["best_of"] = [
                 {"seed": each.case.seed, "differences": each.differences, "nfe": each.nfe} for each in chosen
@@ -196,6 +226,16 @@ def generate(
         done += count
         progress("generating", done, len(jobs))
     return len(jobs) - len(there), len(there)
+
+
+def _is_whole(picture: Path, record: dict[str, Any] | None) -> bool:
+    """Whether a picture is there as its record has it."""
+    if record is None:
+        return False
+    try:
+        return hashlib.sha256(picture.read_bytes()).hexdigest() == record.get("sha256")
+    except FileNotFoundError:
+        return False
 
 
 def _case(job: Job) -> Case:

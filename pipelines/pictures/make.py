@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusers_guidance.calibration import Calibration
@@ -133,6 +135,7 @@ def make(
     scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
     rule = DEFAULT_RULE if column.rule is None else column.rule
     rule, policy = replace(rule, guidance_scale=scale), DEFAULT_POLICY if column.policy is None else column.policy
+    _check_steps(pipe, steps)
     result = Result(column.name, rule, policy, scale, is_default=column.rule is None)
     size = batch or len(cases)
     batches = [cases[start : start + size] for start in range(0, len(cases), size)]
@@ -150,6 +153,15 @@ def make(
             result.reports.append(handle.report)
         result.calibration = handle.calibration
     return result
+
+
+def _check_steps(pipe: Any, steps: int) -> None:
+    """Refuses steps whose first would lie before the scheduler's training, where it fails in words of its own."""
+    config = getattr(getattr(pipe, "scheduler", None), "config", {})
+    leads = config.get("timestep_spacing") == "leading"
+    most = config.get("num_train_timesteps", math.inf) - (config.get("steps_offset", 0) if leads else 0)
+    if steps > most:
+        raise ValueError(f"steps={steps}: at most {most} with {type(pipe.scheduler).__name__}")
 
 
 @contextmanager
@@ -293,7 +305,10 @@ def call_of(pipe: Any, cases: Sequence[Case], **arguments: Any) -> dict[str, Any
 
 
 def png_of(picture: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    content = io.BytesIO()
-    picture.save(content, "PNG")
+    """A picture as a PNG file, with the texts that were noted on it."""
+    content, noted = io.BytesIO(), PngInfo()
+    for name, text in picture.info.items():
+        if isinstance(name, str) and isinstance(text, str):
+            noted.add_text(name, text)
+    picture.save(content, "PNG", pnginfo=noted)
     return content.getvalue()

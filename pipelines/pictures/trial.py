@@ -11,6 +11,7 @@ from diffusers_guidance.pipelines.attach.arguments import parameters
 from diffusers_guidance.pipelines.attach.attach import SCALES
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.compare import Comparison
+from diffusers_guidance.pipelines.pictures.defaults import SAME
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make, start_up
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, part, silent
@@ -19,8 +20,6 @@ from diffusers_guidance.rules import CFG
 
 SAVE = 0.45
 """The share of the NFEs that the learned Forecast saves at least."""
-SAME = 35.0
-"""dB to plain guidance from which on a picture counts as the same one."""
 SCALE = 5.0
 """The guidance scale for a pipeline whose own default turns guidance off."""
 

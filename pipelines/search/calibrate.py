@@ -31,7 +31,7 @@ from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, make
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
-from diffusers_guidance.pipelines.support.progress import Progress, silent, spoken
+from diffusers_guidance.pipelines.support.progress import Printed, Progress, silent
 from diffusers_guidance.pipelines.support.ray import cluster
 from diffusers_guidance.pipelines.support.resume import resumed
 from diffusers_guidance.policies import EveryStep
@@ -145,7 +145,7 @@ def calibrate(
         raise ValueError(f"share={share!r}: (k, n), whole numbers with 0 <= k < n")
     if path is not None and Path(path).is_dir():
         raise ValueError(f"path={str(path)!r} is a folder: give the calibration's file")
-    progress = progress or spoken
+    progress = progress or Printed()
     k, n = share
     plan = _plan(prompts, negative_prompts, seed, num_inference_steps, guidance_scale, per_channel, arguments)
     numbers = list(range(k, trajectories, n))
@@ -377,7 +377,7 @@ def calibrate_on_ray(
         return part
 
     parts: dict[int, Calibration] = {}
-    progress = progress or spoken
+    progress = progress or Printed()
     with cluster(address):
         resources = resources or {"num_cpus": 1}
         for k, part in resumed(one, range(shares), found, keep, on_ray=True, resources=resources):

@@ -192,12 +192,9 @@ def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
-    axes = plane(figure)
-    axes.set_title(title)
-    draw(axes, rows, OTHERS)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    draw(plane(figure, title), rows, OTHERS, (*OURS, *OTHERS))
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
+    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})  # the same from any matplotlib
     write(Path(path), content.getvalue())
     return figure
 

@@ -1,19 +1,14 @@
 """The subcommands `bench` and `generate` of `diffusers-guidance`."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffusers_guidance.pipelines.bench import report as bench_report
-from diffusers_guidance.pipelines.bench.metrics import summarise
-from diffusers_guidance.pipelines.bench.run import bench
-from diffusers_guidance.pipelines.bench.suite import SUITE, Suite
-from diffusers_guidance.pipelines.pictures.generate import generate, read_jobs
-from diffusers_guidance.pipelines.shell.common import MODEL, Device, Dtype, Model, Scheduler, With, reporting
+from diffusers_guidance import samples
+from diffusers_guidance.pipelines.shell.common import MODEL, Device, Dtype, Model, Scheduler, With, reporting, written
 from diffusers_guidance.pipelines.support.modules import import_own
-from diffusers_guidance.pipelines.support.ray import cluster
 
 Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster, started here if needed.")]
 Address = Annotated[str | None, typer.Option(help='Ray cluster to use with --ray, such as "auto".')]
@@ -22,7 +17,7 @@ Address = Annotated[str | None, typer.Option(help='Ray cluster to use with --ray
 def bench_command(
     suite: Annotated[
         Path, typer.Option(help="YAML file that says what to measure.", show_default="the bundled model's")
-    ] = SUITE,
+    ] = samples.SUITE,
     own: With = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, pictures and report.html.")] = Path("out/bench"),
     ray: Ray = False,
@@ -34,7 +29,12 @@ def bench_command(
 
     The same command resumes an interrupted benchmark.
     """
-    with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
+    with reporting(goes_on=True) as progress, _cluster(ray, ray_address):
+        from diffusers_guidance.pipelines.bench import report as bench_report
+        from diffusers_guidance.pipelines.bench.metrics import summarise
+        from diffusers_guidance.pipelines.bench.run import bench
+        from diffusers_guidance.pipelines.bench.suite import Suite
+
         _import_own(own, ray)
         wanted = Suite.read(suite)
         lines = bench(wanted, out, device=device, dtype=dtype, on_ray=ray, progress=progress)
@@ -45,13 +45,16 @@ def bench_command(
         typer.echo(f"{mark:8} {verdict.column}: {verdict.measure} {verdict.wanted}; found {verdict.found}")
     for name, why in summary.not_measured.items():
         typer.echo(f"not measured: {name} ({why})")
-    for file in files:
-        typer.echo(f"wrote {file}")
+    written(files, f"open {next((file for file in files if file.suffix == '.html'), files[0])} in a browser")
 
 
 def generate_command(
     jobs: Annotated[
-        Path, typer.Argument(help='JSON lines: {"prompt": ..., "id"?, "seed"?, "negative_prompt"?}; more for the call.')
+        str,
+        typer.Argument(
+            help='A prompt; a text file, one prompt a line; or JSON lines: {"prompt": ..., "id"?, "seed"?, '
+            '"negative_prompt"?}, and more for the call.'
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the pictures and their metadata.")] = Path("out/generate"),
     column: Annotated[
@@ -74,14 +77,25 @@ def generate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make a picture for every line of a JSONL file, with a JSON file of its settings. The same command resumes."""
-    with reporting(goes_on=True) as progress, cluster(ray_address) if ray else nullcontext():
+    """Make a picture for a prompt, or for every line of a file; with its settings. The same command resumes."""
+    with reporting(goes_on=True) as progress, _cluster(ray, ray_address):
+        from diffusers_guidance.pipelines.pictures.generate import generate, jobs_of
+
         _import_own(own, ray)
         made, had = generate(
-            read_jobs(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
+            jobs_of(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
             batch=batch, best_of=best_of, after=after, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
-    typer.echo(f"{made} pictures made, {had} already existed: {out}")
+    typer.echo(f"{made} picture{'s' * (made != 1)} made, {had} already existed")
+    written([out], "each picture carries its settings, and has them beside it as JSON")
+
+
+def _cluster(ray: bool, address: str | None) -> AbstractContextManager[None]:
+    if not ray:
+        return nullcontext()
+    from diffusers_guidance.pipelines.support.ray import cluster
+
+    return cluster(address)
 
 
 def _import_own(own: list[str] | None, ray: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,26 @@ from diffusers_guidance.pipelines.shell import examination
 if TYPE_CHECKING:
     import typer
 
+WELCOME = """Better guidance for diffusers pipelines, in less time. In Python: handle = attach(pipe)
+
+  diffusers-guidance app                            a page to try it all, on the bundled model
+  diffusers-guidance compare "a rocket"             the same picture in several ways, side by side
+  diffusers-guidance generate "a rocket"            a picture, or one for every line of a file
+  diffusers-guidance try MODEL --prompt "a rocket"  what a model of your own gains
+  diffusers-guidance bench                          what is saved, in evaluations, seconds and quality
+  diffusers-guidance calibrate mine.safetensors     measure a model, for what follows
+  diffusers-guidance search dpm-20-5 --nfe 25       the best steps to evaluate for a budget
+  diffusers-guidance frontier dpm-20-5              every policy: quality against evaluations
+--help after any of these says more; diffusers-guidance doctor: what is missing here."""
+
 
 def main() -> None:
     """Entry point of the console script."""
+    # Before torch is imported: threads that wait for one another asleep; spinning ones fight over cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if len(sys.argv) == 1:
+        print(WELCOME)
+        return
     if any(
         importlib.util.find_spec(name) is None for name in ("typer", "rich", "matplotlib", "pydantic", "torchmetrics")
     ):
@@ -21,7 +39,18 @@ def main() -> None:
             examination.main("--no-run" not in sys.argv)
         print("this command needs a few more packages: pip install 'diffusers-guidance[cli]'", file=sys.stderr)
         sys.exit(1)
-    make_app()()
+    from diffusers_guidance.pipelines.support.ending import end_at_once, heed_termination, status
+
+    heed_termination()
+    try:
+        make_app()()
+        code: str | int | None = 0
+    except SystemExit as ended:
+        code = ended.code
+    except KeyboardInterrupt as ended:  # outside of the work itself
+        print("stopped", file=sys.stderr)
+        code = status(ended)
+    end_at_once(code if isinstance(code, int) else int(code is not None))
 
 
 def make_app() -> typer.Typer:
@@ -30,21 +59,23 @@ def make_app() -> typer.Typer:
 
     from diffusers_guidance.pipelines.app.serve import serve
     from diffusers_guidance.pipelines.shell import bench as bench_command
-    from diffusers_guidance.pipelines.shell import commands
+    from diffusers_guidance.pipelines.shell import commands, common
     from diffusers_guidance.pipelines.shell.doctor import doctor_command
     from diffusers_guidance.pipelines.shell.trial import try_command
 
     app = typer.Typer(
-        help="Better guidance for diffusers pipelines.", no_args_is_help=True, pretty_exceptions_show_locals=False
+        no_args_is_help=False, invoke_without_command=True, pretty_exceptions_show_locals=False, add_completion=False
     )
-    app.command("compare")(commands.compare_command)
-    app.command("app")(serve)
-    app.command("calibrate")(commands.calibrate_command)
-    app.command("search")(commands.search_command)
-    app.command("search-nas")(commands.search_nas_command)
-    app.command("frontier")(commands.frontier_command)
-    app.command("bench")(bench_command.bench_command)
-    app.command("generate")(bench_command.generate_command)
-    app.command("try")(try_command)
-    app.command("doctor")(doctor_command)
+    app.callback()(common.options)
+    make, measure, prepare = "Make pictures", "Measure", "Prepare a model"
+    app.command("app", rich_help_panel=make)(serve)
+    app.command("compare", rich_help_panel=make)(commands.compare_command)
+    app.command("generate", rich_help_panel=make)(bench_command.generate_command)
+    app.command("try", rich_help_panel=measure)(try_command)
+    app.command("bench", rich_help_panel=measure)(bench_command.bench_command)
+    app.command("frontier", rich_help_panel=measure)(commands.frontier_command)
+    app.command("calibrate", rich_help_panel=prepare)(commands.calibrate_command)
+    app.command("search", rich_help_panel=prepare)(commands.search_command)
+    app.command("search-nas", rich_help_panel=prepare)(commands.search_nas_command)
+    app.command("doctor", rich_help_panel="Mend")(doctor_command)
     return app

@@ -2,25 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from diffusers_guidance import samples
-from diffusers_guidance.calibration import Calibration
-from diffusers_guidance.files import write
-from diffusers_guidance.pipelines.pictures.columns import BUNDLED, COLUMNS, Column
-from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
-from diffusers_guidance.pipelines.pictures.measures import PSNR
-from diffusers_guidance.pipelines.pictures.sheet import save
-from diffusers_guidance.pipelines.search.calibrate import calibrate, calibrate_on_ray
-from diffusers_guidance.pipelines.search.frontier import frontier, plot, table
-from diffusers_guidance.pipelines.search.nas import search_nas
-from diffusers_guidance.pipelines.search.search import search
+from diffusers_guidance.pipelines.pictures.defaults import BUNDLED, COLUMNS
 from diffusers_guidance.pipelines.shell.common import (
     MODEL,
+    Calibrated,
     Device,
     Dtype,
     Model,
@@ -29,26 +21,26 @@ from diffusers_guidance.pipelines.shell.common import (
     Seeds,
     With,
     reporting,
+    written,
 )
-from diffusers_guidance.pipelines.support.files import read_lines
-from diffusers_guidance.pipelines.support.loading import load
 from diffusers_guidance.pipelines.support.modules import import_own
-from diffusers_guidance.policies import Schedule
-from diffusers_guidance.scales import text as scale_text
-from diffusers_guidance.schedules import predicted_error
 
-Calibrated = Annotated[Path, typer.Argument(help="A file made by `calibrate`.")]
+if TYPE_CHECKING:
+    from diffusers_guidance.pipelines.pictures.compare import Comparison
+    from diffusers_guidance.pipelines.search.frontier import Row
+    from diffusers_guidance.policies import Schedule
+
 Prompts = Annotated[Path, typer.Option(help="Text file, one prompt a line.", show_default="the bundled ones")]
 Steps = Annotated[int, typer.Option(min=1)]
 
 
 def compare_command(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Each makes one row of pictures.", show_default="those of --prompts")
+        list[str] | None, typer.Argument(help="Each makes one row of pictures.", show_default="the bundled ones")
     ] = None,
     prompts_file: Annotated[
-        Path, typer.Option("--prompts", help="Text file, one prompt a line.", show_default="the bundled ones")
-    ] = samples.PROMPTS,
+        Path | None, typer.Option("--prompts", help="Text file of more, one a line.", show_default="none")
+    ] = None,
     model: Model = MODEL,
     column: Annotated[
         list[str] | None,
@@ -73,11 +65,18 @@ def compare_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make the same pictures under several rules and policies, side by side, with the cost of each column."""
+    """Make the same pictures in several ways, side by side, with the cost of each."""
     with reporting() as progress:
+        from diffusers_guidance.pipelines.pictures.columns import Column
+        from diffusers_guidance.pipelines.pictures.compare import compare
+        from diffusers_guidance.pipelines.pictures.sheet import save
+        from diffusers_guidance.pipelines.support.files import read_lines
+        from diffusers_guidance.pipelines.support.loading import load
+        from diffusers_guidance.scales import stand_in
+
         import_own(own or ())
         columns = [Column.parse(text) for text in column or (BUNDLED if model == MODEL else COLUMNS)]
-        texts = list(prompts or read_lines(prompts_file))
+        texts = [*(prompts or ()), *(read_lines(prompts_file) if prompts_file else ())] or read_lines(samples.PROMPTS)
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
         comparison = compare(
             load(model, scheduler, device, dtype), texts, columns, seeds=seed or [0], steps=steps,
@@ -85,8 +84,9 @@ def compare_command(
         )  # fmt: skip
         files = save(comparison, out)
     _print_comparison(comparison)
-    for file in files:
-        typer.echo(f"wrote {file}")
+    if any(stand_in(result.guidance_scale) <= 1 and not result.nfe < result.nfe_full for result in comparison.results):
+        typer.echo("At a guidance scale of 1 or less there is nothing to guide, and nothing to save.")
+    written(files, f"look at {files[0]}; the page lets you play: diffusers-guidance app")
 
 
 def calibrate_command(
@@ -111,8 +111,12 @@ def calibrate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Run full guidance over prompts and seeds, and keep the Gram matrices of its predictions."""
+    """Measure how a model's predictions move, from full runs over prompts and seeds, for Forecast and search."""
     with reporting(goes_on=True) as progress:
+        from diffusers_guidance.pipelines.search.calibrate import calibrate, calibrate_on_ray
+        from diffusers_guidance.pipelines.support.files import read_lines
+        from diffusers_guidance.pipelines.support.loading import load
+
         settings: dict[str, Any] = {
             "negative_prompts": negative or [""],
             "trajectories": trajectories,
@@ -132,7 +136,9 @@ def calibrate_command(
             )  # fmt: skip
         else:
             made = calibrate(load(model, scheduler, device, dtype), texts, **settings)
-    typer.echo(f"{made}\nwrote {out}, {out.stat().st_size / 1024:.0f} KiB")
+    typer.echo(f"{made}, {out.stat().st_size / 1024:.0f} KiB")
+    half = made.steps + made.steps % 2
+    written([out], f"diffusers-guidance search {out} --nfe {half}; or Forecast(calibration={str(out)!r}) in Python")
 
 
 def search_command(
@@ -150,11 +156,28 @@ def search_command(
 ) -> None:
     """Find the best schedule for a budget, or the cheapest within an error, from a calibration."""
     with reporting() as progress:
-        made = Calibration.load(calibration)
+        from diffusers_guidance.calibration import Calibration
+        from diffusers_guidance.pipelines.pictures.columns import calibration_file
+        from diffusers_guidance.pipelines.search.search import search
+        from diffusers_guidance.pipelines.support.files import read_lines
+        from diffusers_guidance.pipelines.support.loading import load
+        from diffusers_guidance.schedules import predicted_error
+
+        if nfe is None and error is None:
+            raise ValueError("--nfe or --error: say how many network evaluations a picture may take, or its error")
+        made = Calibration.load(calibration_file(calibration))
         real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts))) if refine else None
         found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, progress=progress)
     _print_schedule(found)
     typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
+    column = f'search({found.nfe}, calibration="{calibration}")'
+    own = made.call["guidance_scale"]
+    at, scale = ("", f" --scale {own:g}") if isinstance(own, int | float) else (f"@{json.dumps(own)}", "")
+    asked = f"--steps {made.call['num_inference_steps']}{scale}"
+    scheduler = made.setting["scheduler"]["class"]
+    written(
+        [], f"diffusers-guidance compare --column 'CFG{at}' --column '{column}{at}' --scheduler {scheduler} {asked}"
+    )
 
 
 def search_nas_command(
@@ -171,6 +194,10 @@ def search_nas_command(
 ) -> None:
     """Search a policy as the Adaptive Guidance paper does: by gradients through the sampler."""
     with reporting() as progress:
+        from diffusers_guidance.pipelines.search.nas import search_nas
+        from diffusers_guidance.pipelines.support.files import read_lines
+        from diffusers_guidance.pipelines.support.loading import load
+
         found = search_nas(
             load(model, scheduler, device, dtype), read_lines(prompts), nfe, num_inference_steps=steps,
             guidance_scale=scale, iterations=iterations, batch_size=batch, progress=progress,
@@ -203,7 +230,14 @@ def frontier_command(
 ) -> None:
     """Measure every policy on held-out prompts and seeds: fidelity to full guidance against NFEs."""
     with reporting(goes_on=True) as progress:
-        made = Calibration.load(calibration)
+        from diffusers_guidance.calibration import Calibration
+        from diffusers_guidance.files import write
+        from diffusers_guidance.pipelines.pictures.columns import calibration_file
+        from diffusers_guidance.pipelines.search.frontier import frontier, plot, table
+        from diffusers_guidance.pipelines.support.files import read_lines
+        from diffusers_guidance.pipelines.support.loading import load
+
+        made = Calibration.load(calibration_file(calibration))
         for option, budgets in (("--nfe", nfe), ("--refine", refine), ("--nas", nas)):
             for budget in budgets or []:
                 if not 2 * len(made.denoisers) <= budget <= 2 * made.steps:
@@ -218,9 +252,9 @@ def frontier_command(
         )  # fmt: skip
         plot(rows, out / "frontier.png", repr(made))
         write(out / "frontier.md", table(rows).encode())
-    typer.echo(table(rows))
-    for name in ("frontier.json", "frontier.md", "frontier.png"):
-        typer.echo(f"wrote {out / name}")
+    _print_frontier(rows)
+    files = [out / f"frontier.{ending}" for ending in ("json", "md", "png")]
+    written(files, f"look at {files[-1]}; up and to the left is better")
 
 
 def _dozen(prompts: list[str]) -> list[str]:
@@ -228,7 +262,24 @@ def _dozen(prompts: list[str]) -> list[str]:
     return [prompts[i * len(prompts) // 12] for i in range(12)] if len(prompts) > 12 else prompts
 
 
-def _print_comparison(comparison: Comparison) -> None:
+def _print_frontier(rows: "list[Row]") -> None:
+    from diffusers_guidance.pipelines.pictures.measures import PSNR
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("NFEs", "mean PSNR", "SSIM"):
+        table.add_column(title, justify="right")
+    table.add_column("policy")
+    for row in sorted(rows, key=lambda row: (row.nfe, -row.psnr)):
+        nfe = f"{row.nfe:.2f}".removesuffix(".00")
+        table.add_row(nfe, f"{row.psnr:.1f} dB", f"{row.ssim:.3f}", f"{row.series}: {row.label}")
+    Console().print(table)
+    typer.echo(f"{PSNR}.")
+
+
+def _print_comparison(comparison: "Comparison") -> None:
+    from diffusers_guidance.pipelines.pictures.measures import EQUAL, PSNR
+    from diffusers_guidance.scales import text
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("rule + policy")
     for title in ("scale", "NFEs", "saved", "s/image", "saturation", "PSNR to CFG"):
@@ -237,18 +288,18 @@ def _print_comparison(comparison: Comparison) -> None:
         psnr = comparison.psnr(result)
         table.add_row(
             result.label,
-            scale_text(result.guidance_scale),
+            text(result.guidance_scale),
             str(result.nfe),
             f"{result.saved:.0%}",
             f"{result.seconds_per_picture:.2f}",
             f"{result.saturation:.3f}",
-            "" if psnr is None else f"{psnr:.1f} dB",
+            "" if psnr is None else "the same" if psnr >= EQUAL else f"{psnr:.1f} dB",
         )
     Console().print(table)
     typer.echo(f"{PSNR}.")
 
 
-def _print_schedule(schedule: Schedule) -> None:
+def _print_schedule(schedule: "Schedule") -> None:
     typer.echo(" ".join(f"{i}:{action}" for i, action in enumerate(schedule.actions)))
     typer.echo(f"{schedule.nfe} of {2 * len(schedule.actions)} NFEs")
-    typer.echo(json.dumps(list(schedule.actions)))
+    typer.echo(json.dumps([*schedule.actions]))

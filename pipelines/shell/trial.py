@@ -3,18 +3,18 @@
 import io
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from diffusers_guidance import samples
-from diffusers_guidance.files import write
-from diffusers_guidance.pipelines.pictures.sheet import contact_sheet
-from diffusers_guidance.pipelines.pictures.trial import NAMES, SAME, Trial, try_out
-from diffusers_guidance.pipelines.shell.common import Device, Dtype, Scheduler, Seed, reporting
-from diffusers_guidance.pipelines.support.loading import load
+from diffusers_guidance.pipelines.pictures.defaults import SAME
+from diffusers_guidance.pipelines.shell.common import Device, Dtype, Scheduler, Seed, reporting, written
+
+if TYPE_CHECKING:
+    from diffusers_guidance.pipelines.pictures.trial import Trial
 
 BUNDLED = ("emoji", "emoji-flow")
 
@@ -47,19 +47,26 @@ def try_command(
     """
     sides = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     with reporting() as progress:
+        from diffusers_guidance.pipelines.pictures.trial import try_out
+        from diffusers_guidance.pipelines.support.loading import load
+
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
-        folder = str(samples.model(model)) if model in BUNDLED and not Path(model).is_dir() else model
+        folder = (
+            str(samples.model(model)) if model in {*BUNDLED, *samples.models()} and not Path(model).is_dir() else model
+        )
         trial = try_out(
             load(folder, scheduler, device, dtype), prompt, seed=seed, steps=steps, guidance_scale=scale, turns=turns,
             same=same, progress=progress, **sides,
         )  # fmt: skip
         files = _save(trial, out)
     _print(trial)
-    for file in files:
-        typer.echo(f"wrote {file}")
+    written(files, f"look at {files[0]}; then the lines above")
 
 
-def _save(trial: Trial, folder: Path) -> list[Path]:
+def _save(trial: "Trial", folder: Path) -> list[Path]:
+    from diffusers_guidance.files import write
+    from diffusers_guidance.pipelines.pictures.sheet import contact_sheet
+
     sheet = io.BytesIO()
     contact_sheet(trial.comparison, trial.notes).save(sheet, "PNG", optimize=True)
     about = trial.comparison.to_dict() | {"ratios": trial.ratios, "verdict": trial.verdict, "code": trial.code}
@@ -70,7 +77,9 @@ def _save(trial: Trial, folder: Path) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def _print(trial: Trial) -> None:
+def _print(trial: "Trial") -> None:
+    from diffusers_guidance.pipelines.pictures.trial import NAMES
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for title in ("NFEs", "s/picture", "time to plain", "likeness to plain"):

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from diffusers_guidance.policies import Policy
-from diffusers_guidance.rules import Rule
-
 HELP = "A module, or a .py file, with rules and policies of your own. Repeatable."
 """Of the option --with, which several commands have."""
 
@@ -23,6 +20,9 @@ def import_own(names: Sequence[str]) -> None:
     Raises:
         ValueError: there is no such module, it fails, or it holds neither a rule nor a policy.
     """
+    from diffusers_guidance.policies import Policy  # imports torch, which the option's help does without
+    from diffusers_guidance.rules import Rule
+
     for name in names:
         module = _import(name)
         kinds = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, Rule | Policy)]

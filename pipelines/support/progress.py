@@ -1,6 +1,7 @@
 """Progress of work, as reported to the command line's bar, to the app and to Python callers."""
 
 import sys
+import time
 from typing import Protocol
 
 
@@ -12,11 +13,6 @@ class Progress(Protocol):
 
 def silent(what: str, done: int, total: int, /) -> None:
     """Tells nobody."""
-
-
-def spoken(what: str, done: int, total: int, /) -> None:
-    """A line on standard error, for a caller from Python who would else wait for minutes without a word."""
-    print(f"{what} ({done} of {total})", file=sys.stderr, flush=True)
 
 
 def part(whole: Progress, before: int, total: int, name: str | None = None) -> Progress:
@@ -32,3 +28,18 @@ def part(whole: Progress, before: int, total: int, name: str | None = None) -> P
         whole(name or what, before + done, total)
 
     return progress
+
+
+class Printed:
+    """For Python callers who wait for minutes: a line on stderr for other words, and every ten seconds."""
+
+    every = 10.0
+
+    def __init__(self) -> None:
+        self.told, self.what = -self.every, ""
+
+    def __call__(self, what: str, done: int, total: int, /) -> None:
+        now = time.monotonic()
+        if what != self.what or now - self.told >= self.every:
+            self.told, self.what = now, what
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)

@@ -2,7 +2,9 @@
 
 import ast
 import asyncio
+import base64
 import importlib.util
+import io
 import json
 import os
 import re
@@ -14,7 +16,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import quote
+from types import SimpleNamespace
+from urllib.parse import parse_qsl, quote
 
 import numpy as np
 import pytest
@@ -50,7 +53,7 @@ from diffusers_guidance.pipelines.app.work import Studio
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 from diffusers_guidance.pipelines.pictures.columns import Column
-from diffusers_guidance.pipelines.pictures.contest import COLOURS, contestants
+from diffusers_guidance.pipelines.pictures.contest import COLOURS, FEWER, contestants
 from diffusers_guidance.pipelines.pictures.make import Result, make
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.support.modules import import_own
@@ -251,8 +254,9 @@ def test_benchmark(client):
     assert full["nfe"] == 8
     assert full["psnr"] == EQUAL and full["ssim"] == pytest.approx(1, abs=1e-3)
     assert len(others) > 8
-    assert others[-1]["label"] == "default: CFG + Forecast"
-    assert others[-1]["nfe"] == 6 and others[-1]["psnr"] > 10
+    assert others[0]["label"] == app_work.DEFAULT
+    assert others[0]["nfe"] == 6 and others[0]["psnr"] > 10
+    assert all(0 < point["ratio"] < 100 for point in others)
     json.dumps(figures, allow_nan=False)
     assert all(point["nfe"] <= 8 for point in others)
     assert any(10 < point["psnr"] < EQUAL for point in others)
@@ -418,28 +422,157 @@ def test_any_prompt_can_be_compared(client, prompt, recwarn):
     assert Image.open(grid).height < 800
 
 
-def test_the_plot_of_similarities_fits_short_runs_and_runs_without_guidance(pipe):
-    def shown(**asked):
-        settings = Generation(rule="CFG", policy="EveryStep", compare_with_plain=False, **asked)
-        return app_show.similarity_plot(app_work.generate(pipe, settings, lambda *news, **seen: None).guided.reports[0])
-
-    unguided = shown(steps=2, guidance_scale=1)
-    assert "No guidance at scale 1" in unguided and "skipped" not in unguided and "<svg" not in unguided
-    numbers = re.findall(r">(−?[\d.]+)</text>", shown(steps=1).split('id="matplotlib.axis_2"')[0])
-    assert numbers == ["0"]
+def made(pipe, **asked):
+    return app_work.generate(pipe, Generation(**{"compare_with_plain": False} | asked), lambda *news, **seen: None)
 
 
-def test_the_plot_shades_every_step_that_skipped_something(pipe):
-    for policy, skipped in (("Forecast", 5), ("Hold", 10), ("EveryStep", 0)):
-        asked = Generation(policy=policy, compare_with_plain=False)
-        report = app_work.generate(pipe, asked, lambda *news, **seen: None).guided.reports[0]
-        assert f"skipped evaluations, {skipped} of 20" in app_show.similarity_plot(report)
+def kinds_in(html):
+    """What the steps of a strip's rows are."""
+    rows = re.findall(r"<div>((?:<b [^>]*></b>)+)</div>", html)
+    return [re.findall(r'class="dg-(\w+)"', row) for row in rows]
+
+
+def test_the_strip_says_what_every_step_did(pipe):
+    outcome = made(pipe, steps=20)
+    (row,) = kinds_in(app_show.strip(outcome))
+    evaluated = [step.nfe > 0 for step in outcome.guided.reports[0].steps]
+    assert [kind != "skipped" for kind in row] == evaluated and row.count("skipped") == 5
+    assert [i for i, kind in enumerate(row) if kind == "repaid"] == [
+        i for i in range(1, 20) if evaluated[i] and not evaluated[i - 1]
+    ]
+    (row,) = kinds_in(app_show.strip(made(pipe, policy="StepAG", p=0.5, steps=6)))
+    assert row == ["both"] * 3 + ["stopped"] * 3
+    (row,) = kinds_in(app_show.strip(made(pipe, policy="Hold", period=2, warmup=1, steps=4)))
+    assert set(row) == {"both", "held"}
+    two = kinds_in(app_show.strip(made(pipe, steps=3, batch_size=2, guidance_scale=1)))
+    assert two == [["alone"] * 3] * 2
+
+
+def test_the_scale_over_the_strip_is_the_one_that_guides(pipe):
+    plain = made(pipe, policy="EveryStep", guidance_scale=7, steps=4)
+    assert [found for (found,) in plain.strengths.values()] == pytest.approx([7.0] * 4, rel=1e-3)
+    assert "scale 7:" in app_show.strip(plain)
+
+
+def test_what_it_learned_is_said_and_gone_by(pipe, tmp_path, monkeypatch):
+    asked = {"steps": 6, "learn": True, "save": 0.4}
+    first = made(pipe, prompt="a tiger", **asked)
+    assert first.guided.nfe == 12 and "6 noise levels" in first.lesson and first.lesson.startswith("Learned")
+    settings = Generation(**asked, compare_with_plain=False)
+    second = app_work.generate(pipe, settings, lambda *news, **seen: None, first.learned)
+    assert second.guided.nfe < 12 and second.lesson.startswith("This picture was forecasts by 1 run of 6 noise levels")
+    assert second.learned.lessons == first.learned.lessons
+    assert made(pipe, **asked).guided.nfe == 12  # of another visit
+    monkeypatch.chdir(tmp_path)
+    exec(compile(second.code, "code", "exec"), {})
+    assert (pixels("picture-0.png") == pixels(second.guided.pictures[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "nfe"),
+    [
+        ({"policy": "Search", "budget": 26, "steps": 20}, 26),
+        ({"policy": "Schedule", "actions": "BBECN"[:4] + "C", "steps": 5}, 2 + 2 + 1 + 1 + 1),
+        ({"policy": "FewerSteps", "share": 0.5, "steps": 6}, 6),
+    ],
+)
+def test_what_needs_more_than_a_policy_can_be_chosen(pipe, asked, nfe, tmp_path, monkeypatch):
+    outcome = made(pipe, **asked)
+    assert outcome.guided.nfe == nfe and outcome.nfe_full == 2 * asked["steps"]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(outcome.code, "code", "exec"), {})
+    assert (pixels("picture-0.png") == pixels(outcome.guided.pictures[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"policy": "Search", "steps": 19}, "Search needs a calibration"),
+        ({"policy": "Schedule", "actions": "BX"}, "a letter for each step, of B, C, E, N"),
+        ({"policy": "Schedule", "actions": "BB", "steps": 3}, "the schedule has 2 steps, the run 3"),
+    ],
+)
+def test_what_cannot_become_a_policy_is_said(pipe, asked, said):
+    with pytest.raises(ValueError, match=said):
+        made(pipe, **asked)
+
+
+def test_an_address_carries_the_settings():
+    for chosen in (
+        Generation(),
+        Generation(prompt="a & b = c\n赤", seed=7, rule="APG", norm_threshold=None, eta=0.3, policy="Hold", last=False),
+        Generation(**PRESETS["High scale without burn"].settings(), steps=7, compare_with_plain=False),
+    ):
+        carried = Generation.read(dict(parse_qsl(chosen.address, keep_blank_values=True)))
+        used = {
+            name for name, knob in knobs().items() if knob.owner in (rules()[chosen.rule], policies()[chosen.policy])
+        }
+        for name, value in chosen.values().items():
+            assert getattr(carried, name) == value or (name not in used and name in knobs()), name
+    for written, said in (({"foo": "1"}, "'foo'"), ({"steps": "x"}, "steps='x'"), ({"learn": "yes"}, "true or false")):
+        with pytest.raises(ValueError, match=said):
+            Generation.read(written)
+
+
+def test_what_the_model_does_not_read_of_a_prompt_is_said(pipe):
+    assert app_work.unread(pipe, "a red apple") == ""
+    prompt = "a red apple " * 12
+    rest = app_work.unread(pipe, prompt)
+    assert rest and prompt.strip().endswith(rest)
+    read = prompt.strip().removesuffix(rest)
+    assert len(pipe.tokenizer(read).input_ids) <= pipe.tokenizer.model_max_length
+    assert f"“{rest}”" in app_show.note("", warning=rest)
+
+
+def test_files_are_named_by_what_they_show(pipe):
+    outcome = made(pipe, prompt="A red Apple, flat style!", seed=3, steps=1)
+    assert app_show.in_a_file(outcome.guided.pictures[0]).name == "a-red-apple-flat-style-seed3.png"
+
+
+def test_columns_of_ones_own_are_compared_and_reach_no_file(client, tmp_path):
+    own = "APG(eta=0.3)+AG@12\nForecast(0.4)"
+    _, figures = client.predict(rules=[], policies=[], scales=[5.0], columns=own, steps=2, api_name="/compare")
+    assert [column["name"] for column in figures["columns"]] == own.splitlines()
+    assert [column["guidance_scale"] for column in figures["columns"]] == [12, 5]
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes((samples.CALIBRATIONS / "dpm-20-5.safetensors").read_bytes())
+    for name in (str(file), "owner/name"):
+        with pytest.raises(AppError, match="no such file"):
+            client.predict(columns=f"LinearAG(calibration={name!r})", steps=2, api_name="/compare")
+
+
+def test_every_bundled_model_is_offered(tmp_path, monkeypatch):
+    assert [*samples.models()] == [BUNDLED, *sorted({*samples.models()} - {BUNDLED})]
+    both = {BUNDLED: samples.MODEL, "second": bundled_copy(tmp_path)}
+    monkeypatch.setattr(samples, "models", lambda: both)
+    models = Models()
+    assert models.offered == [BUNDLED, "second"]
+    pipe = models.get("second")
+    assert models.get(BUNDLED) is not pipe and models.get("second") is pipe
+    code = app_work.reproduce(pipe, Generation(model="second"))
+    assert 'from_pretrained(models()["second"], local_files_only=True)' in code
 
 
 def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
     assert "1 of 1 step<" in app_show.progress_bar(app_work.News("CFG", 1, 1))
     families = {way.series for way in contestants(20, "ddim-20-5")}
     assert len(set(COLOURS)) >= len(families)
+
+
+def test_the_frontier_names_what_is_recommended_and_the_best_of_the_others():
+    def row(family, label, nfe, psnr):
+        return app_work.Measured(family, label, nfe, psnr, 0.9, None, 1.0, nfe / 40)
+
+    rows = [
+        row("CFG", "CFG, 20 steps", 40, EQUAL), row(app_work.FORECAST, app_work.DEFAULT, 30, 46.0),
+        row(FEWER, "CFG, 15 steps", 30, 37.0), row("Hold", "Hold(2)", 31, 48.0),
+        row(app_work.SEARCH, "search(30)", 30, 47.0),
+    ]  # fmt: skip
+    assert [each.label for each in app_work.recommended(rows)] == [app_work.DEFAULT, "CFG, 15 steps", "search(30)"]
+    html = app_show.frontier_html(rows)
+    assert "25 % less" in html and "Recommended" in html
+    assert app_work.recommended(rows[:1]) is None
+    assert "Recommended" not in app_show.frontier_html(rows[:1])
 
 
 def test_words_are_no_markup():
@@ -457,6 +590,8 @@ def test_every_preset_rule_and_policy_runs(pipe):
     chosen = [preset.settings() for preset in PRESETS.values()]
     chosen += [{"rule": rule, "policy": "Hold"} for rule in own[0]]
     chosen += [{"rule": "CFG", "policy": policy} for policy in own[1]]
+    own[1] -= {"Search", "Schedule"}  # which are for other steps than two
+    chosen = [each for each in chosen if each["policy"] not in ("Search", "Schedule")]
     for each in chosen:
         settings = Generation(**each, steps=2, compare_with_plain=False)
         outcome = app_work.generate(pipe, settings, lambda *news, **seen: None)
@@ -495,7 +630,11 @@ def test_every_preset_rule_and_policy_runs(pipe):
         ("compare", {"rules": ["CFG", "__class__"]}, "rules="),
         (
             "compare",
-            {"policies": ["EveryStep", "Hold"], "scales": [1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0]},
+            {
+                "rules": ["CFG", "APG"],
+                "policies": ["EveryStep", "Hold"],
+                "scales": [1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0],
+            },
             "28 pictures: at most 24",
         ),
         ("compare", {"scales": [10**9]}, "scales="),
@@ -829,7 +968,7 @@ def test_mcp_tools(address):
         ):
             await session.initialize()
             tools = {tool.name: tool for tool in (await session.list_tools()).tools}
-            answer = await session.call_tool("generate", {"prompt": "a tiger", **SMALL}, progress_callback=heard)
+            answer = await session.call_tool("generate", {"prompt": "a tiger", "steps": 3}, progress_callback=heard)
             wrong = await session.call_tool("generate", {"steps": 1000})
         return tools, answer, wrong
 
@@ -837,8 +976,14 @@ def test_mcp_tools(address):
     tools, answer, wrong = asyncio.run(use())
     assert messages
     assert tools.keys() == {"generate", "compare", "benchmark"}
-    assert tools["generate"].inputSchema["properties"].keys() == Generation.kinds().keys()
-    assert answer.content[0].type == "image"
+    parameters = tools["generate"].inputSchema["properties"]
+    assert {"prompt", "want", "guidance_scale", "seed", "steps", "policy", "knobs"} <= parameters.keys()
+    assert len(parameters) < 12 and all("description" in each for each in parameters.values())
+    assert [each.type for each in answer.content] == ["image", "text"]
+    picture = Image.open(io.BytesIO(base64.b64decode(answer.content[0].data)))
+    assert json.loads(picture.info["diffusers-guidance"])["settings"]["prompt"] == "a tiger"
+    assert answer.structuredContent.items() >= {"prompt": "a tiger", "steps": 3, "nfe": 4, "nfe_full": 6}.items()
+    assert "/" not in answer.content[1].text  # no path of the server
     assert wrong.isError
     assert "steps=1000" in wrong.content[0].text
 
@@ -853,13 +998,15 @@ def test_the_command_passes_its_options_on(monkeypatch):
     class Page:
         share_url, local_url = None, "http://127.0.0.1:1234/"
 
-        def block_thread(self):
-            given.append(os.environ["GRADIO_TEMP_DIR"])
+        def close(self, verbose):
+            pass
 
     given = []
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
-    monkeypatch.setattr(app_page, "launch", lambda *options: given.extend(options) or (Page(), None))
+    studio = SimpleNamespace(device=SimpleNamespace(stop=lambda: None))
+    monkeypatch.setattr(app_page, "launch", lambda *options: given.extend(options) or (Page(), studio))
+    monkeypatch.setattr(app, "wait_for_the_end", lambda: given.append(os.environ["GRADIO_TEMP_DIR"]))
     command = typer.Typer()
     command.command()(app.serve)
     answer = CliRunner().invoke(command, ["--port", "1234", "--allow-models", "a/b", "--allow-models", "*"])
@@ -894,10 +1041,12 @@ def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_p
     environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     environment.pop("GRADIO_TEMP_DIR", None)
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as app:
+        assert "Loading" in app.stdout.readline()
         first = app.stdout.readline()
         assert list(tmp_path.glob("diffusers-guidance-*"))
         app.terminate()
-        assert app.wait(600) == 0
+        assert app.wait(600) == 143
+        assert app.stdout.read().splitlines()[-1] == "stopped; no picture is left behind"
     assert first.startswith(f"The page is at http://127.0.0.1:{port}/")
     assert not list(tmp_path.glob("diffusers-guidance-*"))
 

@@ -133,10 +133,10 @@ def settings(page, steps):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_with_a_picture(visit, scheme):
     page = visit(color_scheme=scheme)
-    expect(page.locator("#slider img").first).to_be_visible()
-    expect(page.locator(".dg-strip img")).to_have_count(4)
+    expect(page.locator(".dg-pair img")).to_have_count(2)
+    expect(page.locator(".dg-shots img")).to_have_count(4)
     expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 40")
-    expect(page.locator(".dg-plot svg")).to_be_visible()
+    expect(page.locator(".dg-steps b")).to_have_count(20)
     shoot(page, f"open-{scheme}")
 
 
@@ -146,7 +146,7 @@ def test_generate(visit):
     page.get_by_label("Prompt", exact=True).fill("a guitar, 3d style")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".dg-progress progress")).to_be_visible()
-    expect(page.locator("#picture img")).to_be_visible()  # as it forms
+    expect(page.locator('.dg-pair img[alt$="as it forms"]')).to_be_visible()
     shoot(page, "generate-running", full=False)
     expect(page.locator("#status")).to_contain_text("Seed 0")
     expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 40")
@@ -162,11 +162,15 @@ def test_a_batch_and_its_pictures(visit):
     page.get_by_role("radio", name="High scale without burn", exact=True).check()
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#status")).to_contain_text("APG + AdaptiveGuidance · scale 15 · 4 steps")
-    thumbnails = page.locator(".grid-container button, .thumbnail-item")
-    expect(thumbnails.nth(3)).to_be_visible()
-    before = page.locator("#slider img").last.get_attribute("src")
+    expect(page.locator("#status")).to_contain_text("Seeds 0 to 3")
+    thumbnails = page.locator(".dg-thumbs button")
+    before = page.locator(".dg-pair img").last.get_attribute("src")
     thumbnails.nth(2).click()
-    expect(page.locator("#slider img").last).not_to_have_attribute("src", before)
+    expect(thumbnails.nth(2)).to_have_attribute("aria-pressed", "true")
+    assert page.locator(".dg-pair img").last.get_attribute("src") != before
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save the picture").click()
+    assert download.value.suggested_filename == "a-dog-face-noto-style-seed2.png"
     shoot(page, "batch")
 
 
@@ -195,14 +199,18 @@ def test_presets_and_their_knobs(visit):
 def test_compare(visit, tmp_path):
     page = visit()
     panel = tab(page, "Compare")
-    panel.get_by_role("button", name="What policies save").click()
-    expect(panel.get_by_role("checkbox", name="Hold")).to_be_checked()  # it has come, and undoes no choice any more
+    expect(panel.get_by_text("5 pictures of one prompt and one seed to make")).to_be_visible()
     panel.get_by_role("checkbox", name="AdaptiveGuidance").uncheck()
+    expect(panel.locator(".dg-empty")).to_have_count(4)
     open_up(panel, "Picture")
     set_number(panel, "Steps", 8)
     panel.get_by_role("button", name="Compare").click()
     expect(panel.get_by_text("4 pictures, seed 0")).to_be_visible()
     expect(panel.locator(".dg-grid img")).to_have_count(4)
+    panel.locator(".dg-zoom").first.press("Enter")
+    expect(page.get_by_role("dialog").locator("img")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
     expect(panel.locator(".dg-grid figcaption").last).to_contain_text("NFEs, ")
     shoot(page, "compare")
     for kind in ("PNG", "JSON"):
@@ -225,7 +233,7 @@ def test_cancel_with_nothing_running_changes_nothing(visit):
     panel = tab(page, "Compare")
     panel.get_by_role("button", name="Cancel").click()
     page.wait_for_timeout(1000)
-    expect(panel.get_by_text("One prompt and one seed under several rules")).to_be_visible()
+    expect(panel.get_by_text("5 pictures of one prompt and one seed to make")).to_be_visible()
     tab(page, "Generate")
     expect(page.locator("#status")).to_contain_text("Seed 0 · CFG + Forecast")
 
@@ -237,7 +245,7 @@ def test_a_grid_keeps_its_height_as_it_fills(visit):
     set_number(panel, "Steps", 5)
     panel.get_by_role("button", name="Compare").click()
     before = panel.locator(".dg-grid").bounding_box()["height"]
-    expect(panel.get_by_text("8 pictures, seed 0")).to_be_visible()
+    expect(panel.get_by_text("5 pictures, seed 0")).to_be_visible()
     assert panel.locator(".dg-grid").bounding_box()["height"] == pytest.approx(before, abs=2)
 
 
@@ -263,7 +271,7 @@ def test_cancel_and_go_on(visit):
     expect(page.locator(".dg-progress progress")).to_be_visible()
     page.get_by_role("button", name="Cancel").first.click()
     expect(page.locator("#status")).to_contain_text("Cancelled.")
-    expect(page.locator("#slider img").first).to_be_visible()
+    expect(page.locator(".dg-pair img").first).to_be_visible()
     shoot(page, "cancelled", full=False)
     set_number(page, "Steps", 3)
     page.get_by_role("button", name="Generate").click()
@@ -324,7 +332,7 @@ def test_phone(visit):
             panel.get_by_role("button", name="Picture").click()
             set_number(panel, "Steps", 1)
             panel.get_by_role("button", name="Compare").click()
-            expect(panel.get_by_text("8 pictures, seed 0")).to_be_visible()
+            expect(panel.get_by_text("5 pictures, seed 0")).to_be_visible()
         shoot(page, f"phone-{name.lower()}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
@@ -348,6 +356,63 @@ def test_by_keyboard(visit):
         pytest.fail("Tab does not reach the button")
     page.keyboard.press("Enter")
     expect(page.locator(".dg-progress progress")).to_be_visible()
+
+
+def test_arrows_move_within_the_presets_and_the_pictures(visit):
+    page = visit()
+    page.get_by_role("radio", name="Same picture, less time").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("radio", name="Half the time")).to_be_checked()
+    line = page.locator(".dg-pair input")
+    line.focus()
+    before = line.input_value()
+    page.keyboard.press("ArrowRight")
+    assert line.input_value() != before
+    assert f"--cut: {line.input_value()}%" in page.locator(".dg-pair").get_attribute("style")
+
+
+def test_history_and_two_beside_each_other(visit):
+    page = visit()
+    settings(page, 2)
+    page.get_by_label("Prompt", exact=True).fill("a rocket, noto style")
+    page.get_by_role("radio", name="High scale without burn", exact=True).check()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#status")).to_contain_text("scale 15 · 2 steps")
+    page.get_by_role("button", name="Keep this one on the left").click()
+    expect(page.get_by_role("button", name="Put plain CFG back on the left")).to_be_visible()
+    page.locator("#history button").first.click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a dog face, noto style")
+    expect(page.get_by_role("radio", name="Same picture, less time", exact=True)).to_be_checked()
+    expect(page.locator(".dg-pair span").first).to_contain_text("kept: APG + AG")
+    expect(page.locator("#status")).to_contain_text("20 steps")
+    shoot(page, "history")
+
+
+def test_a_link_and_a_picture_carry_the_settings(visit, address, tmp_path):
+    page = visit()
+    settings(page, 2)
+    page.get_by_label("Prompt", exact=True).fill("a pizza & more")
+    page.get_by_role("radio", name="Half the time", exact=True).check()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#status")).to_contain_text("2 steps")
+    href = page.get_by_role("link", name="link", exact=True).get_attribute("href")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save the picture").click()
+    download.value.save_as(tmp_path / "picture.png")
+
+    def restored():
+        expect(page.get_by_label("Prompt", exact=True)).to_have_value("a pizza & more")
+        expect(page.get_by_role("radio", name="Half the time", exact=True)).to_be_checked()
+        expect(page.locator("#status")).to_contain_text("press Generate")
+
+    page.goto(address + href)
+    restored()
+    page.goto(address)
+    open_up(page, "Picture")
+    page.locator(".dg-restore input").set_input_files(tmp_path / "picture.png")
+    restored()
+    page.goto(address + "?steps=1000")
+    expect(page.locator("#status")).to_contain_text("a whole number from 1 to 100")
 
 
 NAMELESS = """() => [...document.querySelectorAll('input, textarea, select, button, [role=slider], img')]

@@ -28,8 +28,9 @@ from diffusers_guidance import (
     Schedule,
     search,
 )
-from diffusers_guidance.pipelines.pictures.columns import COLUMNS, Column, short
+from diffusers_guidance.pipelines.pictures.columns import Column, short
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
+from diffusers_guidance.pipelines.pictures.defaults import COLUMNS
 from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own_font
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make, pictures_of
 from diffusers_guidance.pipelines.pictures.measures import EQUAL, psnr, tensor_of
@@ -378,9 +379,9 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compare"], "stopped\n"),
-        (["calibrate", "out.safetensors"], "stopped; the same command resumes from here\n"),
-        (["generate", "jobs.jsonl"], "stopped; the same command resumes from here\n"),
+        (["compare"], "all that is written is whole\n"),
+        (["calibrate", "out.safetensors"], "whole; the same command goes on from here\n"),
+        (["generate", "jobs.jsonl"], "whole; the same command goes on from here\n"),
     ],
 )
 def test_an_interrupt_says_whether_the_command_goes_on(arguments, said, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 
 from diffusers_guidance import kernels
@@ -21,9 +22,12 @@ def test_every_example_is_tested():
 def test_wrap(tmp_path, capsys):
     example("wrap")["main"](["--steps", "4", "--out", str(tmp_path)])
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"plain.png", "apg.png", "adaptive.png", "adaptive_similarity.png"}
-    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "apg.png").read_bytes()
-    assert "AdaptiveGuidance" in capsys.readouterr().out
+    assert made == {"plain.png", "forecast.png", "high_plain.png", "high.png", "high_similarity.png"}
+    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "forecast.png").read_bytes()
+    said = capsys.readouterr().out
+    assert "forecast.png: 6 of 8 NFEs" in said and "high.png: " in said
+    with pytest.raises(SystemExit, match=r"--model \./nowhere"):
+        example("wrap")["main"](["--model", "./nowhere", "--out", str(tmp_path)])
 
 
 def test_own_rule(capsys):

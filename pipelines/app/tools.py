@@ -1,0 +1,243 @@
+"""The app as an MCP server: tools with few parameters. A picture is an image block, its figures are structured."""
+
+import base64
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
+
+import anyio
+import gradio as gr
+from anyio import to_thread
+from mcp.server.fastmcp import Context, FastMCP
+from mcp.server.fastmcp.exceptions import ToolError
+from mcp.types import CallToolResult, ImageContent, TextContent
+from PIL import Image
+from pydantic import BaseModel, Field
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from diffusers_guidance import samples
+from diffusers_guidance.pipelines.app import show as app_show
+from diffusers_guidance.pipelines.app import work as app_work
+from diffusers_guidance.pipelines.app.controls import sentences
+from diffusers_guidance.pipelines.app.settings import (
+    BUNDLED,
+    EXAMPLES,
+    OWN,
+    PRESETS,
+    SCHEDULERS,
+    Generation,
+    Grid,
+    Trial,
+)
+from diffusers_guidance.pipelines.app.work import News, Studio
+from diffusers_guidance.pipelines.pictures.make import png_of
+
+R = TypeVar("R")
+PATH = "/gradio_api/mcp"
+FIRST = next(iter(PRESETS))
+WAITING = 32
+"""How many calls may wait for the device."""
+
+Prompt = Annotated[
+    str, Field(description="What the picture shows. The bundled models draw emoji: things, animals, faces.")
+]
+Seed = Annotated[int, Field(description="The same seed gives the same picture.")]
+Steps = Annotated[int, Field(description="Steps of the scheduler, 1 to 100.")]
+Model = Annotated[str, Field(description=f"One of {', '.join(samples.models())}, or one that the server allows.")]
+Scheduler = Annotated[str, Field(description=f"One of: {', '.join(SCHEDULERS)}.")]
+Ways = Annotated[
+    list[str],
+    Field(
+        description="Rule + policy @ scale, or either: CFG, APG+AG@12, Forecast(0.4), Hold(2), "
+        'search(25, calibration="dpm-20-5"); default is what attach(pipe) chooses.'
+    ),
+]
+
+
+class Made(BaseModel):
+    """A picture's cost."""
+
+    prompt: str
+    seed: int
+    rule: str
+    policy: str
+    guidance_scale: float | str
+    steps: int
+    nfe: int = Field(description="Network evaluations made.")
+    nfe_full: int = Field(description="Those of plain classifier-free guidance.")
+    seconds: float
+    saturation: float = Field(description="0 is grey, 1 is burnt.")
+    unread: str = Field(description="The end of the prompt that the model does not read.")
+    link: str = Field(description="A query of the page that carries these settings.")
+
+
+class Compared(BaseModel):
+    """What each column of a grid cost, and its PSNR to plain guidance at its scale."""
+
+    columns: list[dict[str, Any]]
+
+
+class Measured(BaseModel):
+    """What every way of saving costs, and how near it comes to full guidance; `ratio` is that of their seconds."""
+
+    rows: list[dict[str, Any]]
+    recommended: str
+
+
+def make_server(studio: Studio, host: str) -> FastMCP:
+    """The server with its tools; each call is a job like a visitor's, and waits for its turn like one."""
+    server = FastMCP("diffusers-guidance", host=host, stateless_http=True, log_level="WARNING")
+    waiting = [0]
+
+    async def done(start: Callable[[], Generator[News, None, R]], context: Context) -> R:
+        """Follows a job to its end, and tells the client how far it is."""
+        if waiting[0] >= WAITING:
+            raise ToolError("Too many are waiting: try again in a minute.")
+        waiting[0] += 1
+        work: Generator[News, None, R] | None = None
+        try:
+            with _told():
+                work = start()
+                while True:
+                    news = await to_thread.run_sync(_next, work)
+                    if not isinstance(news, News):
+                        return news[0]
+                    await context.report_progress(news.done, news.total, news.what)
+        finally:
+            waiting[0] -= 1
+            if work is not None:
+                with anyio.CancelScope(shield=True):
+                    await to_thread.run_sync(work.close)
+
+    @server.tool()
+    async def generate(
+        context: Context,
+        prompt: Prompt = EXAMPLES[0],
+        want: Annotated[Literal[tuple(PRESETS)], Field(description="What guidance is for.")] = FIRST,  # type: ignore[valid-type]
+        guidance_scale: Annotated[float | None, Field(description="Default: the one that `want` is for.")] = None,
+        seed: Seed = 0,
+        steps: Steps = 20,
+        policy: Annotated[str, Field(description=f"Instead of that of `want`: {_policies()}.")] = "",
+        knobs: Annotated[
+            dict[str, float | str | bool | None] | None,
+            Field(description='Of the rule and the policy, such as {"save": 0.4}; {"schedule": "linear(9, 3)"}.'),
+        ] = None,
+        negative_prompt: Annotated[str, Field(description="What the picture should not show.")] = "",
+        scheduler: Scheduler = OWN,
+        model: Model = BUNDLED,
+    ) -> Annotated[CallToolResult, Made]:
+        """Makes a picture from a prompt, with guidance that takes less time or bears a high scale."""
+        with _told():
+            wanted = PRESETS[want].settings(model) | (knobs or {})
+            wanted |= {"policy": policy} if policy else {}
+            wanted |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+            unknown = wanted.keys() - Generation.kinds()
+            if unknown:
+                raise ValueError(f"knobs: there is no {min(unknown)}.")
+            settings = Generation(
+                **wanted, prompt=prompt, seed=seed, steps=steps, negative_prompt=negative_prompt, scheduler=scheduler,
+                model=model, compare_with_plain=False,
+            )  # fmt: skip
+        outcome = await done(lambda: studio.generate(settings), context)
+        told, asked = ("prompt", "seed", "rule", "policy"), outcome.settings
+        made = Made(
+            **{name: getattr(asked, name) for name in told},
+            guidance_scale=asked.schedule or asked.guidance_scale,
+            steps=asked.steps_made, nfe=outcome.guided.nfe, nfe_full=outcome.nfe_full,
+            seconds=outcome.guided.seconds, saturation=outcome.guided.saturation, unread=outcome.unread,
+            link=f"?{asked.address}",
+        )  # fmt: skip
+        return _answer(outcome.guided.pictures[0], made, outcome.guided.reports[0].summary())
+
+    @server.tool()
+    async def compare(
+        context: Context,
+        prompt: Prompt = EXAMPLES[0],
+        ways: Ways = ["CFG", "default", "Forecast(0.45)", "CFG@15", "AG@15"],  # noqa: B006
+        guidance_scale: Annotated[float, Field(description="Of those that name none.")] = 5.0,
+        seed: Seed = 0,
+        steps: Steps = 20,
+        scheduler: Scheduler = OWN,
+        model: Model = BUNDLED,
+    ) -> Annotated[CallToolResult, Compared]:
+        """Makes one prompt's picture in several ways of guiding, side by side, with the cost of each."""
+        with _told():
+            form = Grid(
+                prompt=prompt, rules=[], policies=[], scales=[guidance_scale], columns="\n".join(ways), seed=seed,
+                steps=steps, scheduler=scheduler, model=model,
+            )  # fmt: skip
+        comparison = await done(lambda: studio.compare(form), context)
+        names = ("name", "nfe", "nfe_full", "seconds", "saturation", "psnr")
+        figures = [{name: column[name] for name in names} for column in comparison.to_dict()["columns"]]
+        said = "\n".join(f"{each['name']}: {each['nfe']} of {each['nfe_full']} NFEs" for each in figures)
+        return _answer(app_show.grid_png(form, comparison), Compared(columns=figures), said)
+
+    @server.tool()
+    async def benchmark(
+        context: Context,
+        prompts: Annotated[int, Field(description="How many of the bundled prompts, 1 to 6.")] = 1,
+        guidance_scale: Annotated[float, Field(description="Of all runs.")] = 5.0,
+        steps: Steps = 20,
+        scheduler: Scheduler = OWN,
+        model: Model = BUNDLED,
+    ) -> Annotated[CallToolResult, Measured]:
+        """Measures how near every way of saving evaluations comes to full guidance; takes a minute or more."""
+        with _told():
+            form = Trial(prompts=prompts, guidance_scale=guidance_scale, steps=steps, scheduler=scheduler, model=model)
+        rows = await done(lambda: studio.benchmark(form), context)
+        found = app_work.recommended(rows)
+        best = found[0].label if found else ""
+        plot = app_show.to_picture(app_show.frontier_plot(rows))
+        said = "\n".join(f"{row.label}: {row.nfe:g} NFEs, {row.psnr:.1f} dB" for row in rows[1:])
+        return _answer(plot, Measured(rows=app_work.figures(form, rows)["rows"], recommended=best), said)
+
+    return server
+
+
+def _policies() -> str:
+    return ", ".join(Generation.kinds()["policy"].choices)
+
+
+def _next(work: Generator[News, None, R]) -> News | tuple[R]:
+    """The next news, or the result in a tuple; `StopIteration` does not cross threads."""
+    try:
+        return next(work)
+    except StopIteration as stopped:
+        return (stopped.value,)
+
+
+@contextmanager
+def _told() -> Any:
+    """Errors as their sentences alone, as on the page."""
+    try:
+        with sentences():
+            yield
+    except gr.Error as error:
+        raise ToolError(error.message) from None
+
+
+def _answer(picture: Image.Image, figures: BaseModel, said: str) -> CallToolResult:
+    data = base64.b64encode(png_of(picture)).decode()
+    content: list[Any] = [
+        ImageContent(type="image", data=data, mimeType="image/png"),
+        TextContent(type="text", text=said),
+    ]
+    return CallToolResult(content=content, structuredContent=figures.model_dump(mode="json"))
+
+
+class Served:
+    """ASGI middleware that answers at `PATH`, and keeps the server's sessions as long as the app runs."""
+
+    def __init__(self, app: ASGIApp, server: FastMCP):
+        self.app = app
+        server.streamable_http_app()  # makes its sessions
+        self.sessions = server.session_manager
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            async with self.sessions.run():
+                await self.app(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"].rstrip("/") == PATH:
+            await self.sessions.handle_request(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)

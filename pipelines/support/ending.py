@@ -1,0 +1,32 @@
+"""How a command ends when it is told to: by Ctrl-C or, as containers tell theirs, by SIGTERM."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+
+class Terminated(KeyboardInterrupt):
+    """The process got SIGTERM."""
+
+
+def heed_termination() -> None:
+    """Has SIGTERM end the work as Ctrl-C does, so that what is written is whole and one line says so."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def status(ended: KeyboardInterrupt) -> int:
+    """The exit status that shells expect: 128 and the signal's number."""
+    return 128 + (signal.SIGTERM if isinstance(ended, Terminated) else signal.SIGINT)
+
+
+def end_at_once(code: int) -> None:
+    """Ends the process without waiting for threads that are in a kernel, which would abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

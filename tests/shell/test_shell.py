@@ -1,0 +1,181 @@
+"""The command line: what it says of itself, how it fails, and how it ends when told to."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusers_guidance import Calibration, samples
+from diffusers_guidance.pipelines.pictures.generate import generate, jobs_of
+from diffusers_guidance.pipelines.shell import cli
+from diffusers_guidance.pipelines.shell.common import reporting
+from diffusers_guidance.pipelines.support.ending import Terminated
+
+MAIN = "from diffusers_guidance.pipelines.shell.cli import main; main()"
+
+
+def command(*arguments):
+    return CliRunner().invoke(cli.make_app(), [str(argument) for argument in arguments], terminal_width=200)
+
+
+def test_alone_it_says_in_ten_lines_what_one_can_do(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["diffusers-guidance"])
+    cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 11
+    for name in ("app", "compare", "generate", "bench", "calibrate", "search", "frontier"):
+        assert any(line.startswith(f"  diffusers-guidance {name} ") for line in lines), name
+
+
+def test_help_is_grouped_and_the_version_is_told():
+    said = command("--help").output
+    places = [said.index(title) for title in ("Make pictures", "Measure", "Prepare a model")]
+    assert places == sorted(places)
+    assert command("--version").output.startswith("diffusers-guidance ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["bench", "--help"], ["app", "--help"], []])
+def test_help_imports_neither_torch_nor_diffusers(arguments):
+    code = f"import sys; sys.argv = ['it', *{arguments}]\n{MAIN.replace('main()', '')}\nimport os\n"
+    code += (
+        "os._exit = lambda code: print(sorted({'torch', 'diffusers', 'gradio', 'matplotlib'} & {*sys.modules}), code)\n"
+    )
+    code += "main()\n" + "print(sorted({'torch', 'diffusers'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_threads_wait_asleep_unless_told_otherwise(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffusers-guidance"])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+ON = "the same command goes on from here"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such", "a.txt"), "a.txt: there is no such file or folder"),
+        (
+            FileExistsError(errno.EEXIST, "exists", "out"),
+            "out: this is a file where a folder is wanted: choose another",
+        ),
+        (OSError(errno.ENOSPC, "full", "a.png"), f"a.png: there is no room left on the disk for this: free some; {ON}"),
+        (ValueError("steps=0: from 1 up"), "steps=0: from 1 up"),
+    ],
+)
+def test_what_goes_wrong_is_a_sentence(error, said, capsys):
+    with pytest.raises(typer.Exit) as ended, reporting(goes_on=True):
+        raise error
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == f"Error: {said}\n"
+
+
+@pytest.mark.parametrize(("ended", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_end_is_one_line_and_the_signals_status(ended, code, capsys):
+    with pytest.raises(typer.Exit) as exit_, reporting(goes_on=True):
+        raise ended
+    assert exit_.value.exit_code == code
+    assert capsys.readouterr().err == f"stopped: all that is written is whole; {ON}\n"
+
+
+def test_a_prompt_or_a_file_of_them_or_json_lines(tmp_path):
+    (job,) = jobs_of("A red Apple!")
+    assert (job.id, job.prompt) == ("a-red-apple", "A red Apple!")
+    (tmp_path / "prompts.txt").write_text("a tiger\n\n# not this\na rocket\n")
+    assert [job.prompt for job in jobs_of(str(tmp_path / "prompts.txt"))] == ["a tiger", "a rocket"]
+    (tmp_path / "jobs").write_text('{"prompt": "a lemon", "seed": 3}\n')
+    assert [(job.prompt, job.seed) for job in jobs_of(str(tmp_path / "jobs"))] == [("a lemon", 3)]
+    (tmp_path / "bad.jsonl").write_text('{"prompt\n')
+    for given, said in (("nowhere.jsonl", "no such file"), ("", "no such file"), (str(tmp_path), "is a folder"),
+                        (str(tmp_path / "bad.jsonl"), "line 1: not JSON; as")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            jobs_of(given)
+
+
+def test_a_damaged_picture_is_made_again_and_pictures_carry_their_settings(tmp_path):
+    (job,) = jobs_of("a lemon")
+    asked = {"model": str(samples.MODEL), "steps": 2}
+    assert generate([job], tmp_path, **asked) == (1, 0)
+    picture = tmp_path / "a-lemon.png"
+    whole = picture.read_bytes()
+    carried = json.loads(Image.open(picture).info["diffusers-guidance"])
+    assert carried["settings"].items() >= {"prompt": "a lemon", "seed": 0, "steps": 2}.items()
+    assert generate([job], tmp_path, **asked) == (0, 1)
+    picture.write_bytes(whole[:100])
+    assert generate([job], tmp_path, **asked) == (1, 0)
+    assert picture.read_bytes() == whole
+
+
+def test_a_bundled_calibration_goes_by_its_name_everywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert Calibration.load("dpm-20-5").digest == Calibration.load(samples.CALIBRATIONS / "dpm-20-5.safetensors").digest
+    with pytest.raises(FileNotFoundError, match="nothing: no such calibration"):
+        Calibration.load("nothing")
+    with pytest.raises(FileNotFoundError):
+        Calibration.load("../calibrations/dpm-20-5")
+    found = command("search", "dpm-20-5", "--nfe", 25)
+    assert found.exit_code == 0 and "25 of 40 NFEs" in found.output
+    assert "--scheduler DPMSolverMultistepScheduler --steps 20 --scale 5" in found.output
+    assert "the bundled model has ddim-20-5" in command("search", "nothing", "--nfe", 25).output
+    assert "--nfe or --error" in command("search", "dpm-20-5").output
+
+
+def test_prompts_and_a_file_of_prompts_are_both_compared(tmp_path):
+    (tmp_path / "more.txt").write_text("a tiger\n")
+    done = command("compare", "a rocket", "--prompts", tmp_path / "more.txt", "--steps", 2, "--scale", 1,
+                   "--column", "CFG", "--column", "default", "--out", tmp_path)  # fmt: skip
+    assert json.loads((tmp_path / "compare.json").read_text())["prompts"] == ["a rocket", "a tiger"]
+    assert "nothing to guide" in done.output and "the same" in done.output and "inf" not in done.output
+    assert "next: " in done.output
+
+
+def test_a_copied_suite_measures_the_same(tmp_path):
+    from diffusers_guidance.pipelines.bench.suite import Suite
+
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(samples.SUITE.read_text())
+    mine, ours = Suite.read(copy), Suite.read()
+    assert (mine.calibration, mine.model, mine.held_out) == (ours.calibration, ours.model, True)
+
+
+def test_more_steps_than_the_scheduler_has_are_refused(tmp_path):
+    for steps in (1000, 2000):
+        done = command("compare", "a rocket", "--steps", steps, "--column", "CFG", "--out", tmp_path)
+        assert done.exit_code == 1 and f"steps={steps}: at most 999" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_whole_files_and_one_line(number, code, tmp_path):
+    jobs = tmp_path / "prompts.txt"
+    jobs.write_text("a tiger\na rocket\na lemon\n")
+    command = [sys.executable, "-c", MAIN, "generate", str(jobs), "--steps", "30", "--batch", "1", "--out"]
+    out = tmp_path / "out"
+    with subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while not list(out.glob("*.json")) and running.poll() is None:
+            time.sleep(0.05)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=300)
+    assert running.returncode == code
+    assert said.splitlines()[-1] == f"stopped: all that is written is whole; {ON}"
+    assert "Traceback" not in said and "terminate called" not in said
+    assert not [file for file in out.iterdir() if file.name.startswith(".")]
+    assert len(list(out.glob("*.json"))) < 3
+    for record in out.glob("*.json"):
+        Image.open(Path(record).with_suffix(".png")).load()
