@@ -158,6 +158,8 @@ class Engine:
         fuse: Callable[[], FusedStep | None],
     ) -> Guided:
         c, u = prediction.cond, prediction.uncond
+        if step.branches == 1:
+            return Guided(None)  # one prediction, which no rule changes
         unguided = [each.action == Action.CONDITIONAL for each in plan]
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, prediction.evaluated, strict=True)]

@@ -80,6 +80,8 @@ class Step:
     """The settled guidance scale, where 1 is the conditional prediction alone."""
     rows: int = 1
     """Samples in the batch."""
+    branches: int = 2
+    """Network evaluations of a sample without a policy: 1 where nothing is guided, more than 2 with further terms."""
     denoiser: str = ""
     """The name of the network in its pipeline, such as "unet"."""
     table: tuple[Space, ...] = ()
@@ -112,6 +114,8 @@ class Prediction:
     """(2, rows): of the denoised predictions and of the noise, if already known."""
     note: str = ""
     """The report's note on it."""
+    further: Tensor | None = None
+    """(rows, ...): what terms beside guidance add to the guided prediction, such as s (c - p) of a perturbed one."""
 
     def __post_init__(self) -> None:
         rows = len(self.evaluated)

@@ -8,15 +8,16 @@ Checking a formula at a later step waits for nothing on the device: see `Residua
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.combination import TRIOS, Around, Combination, read
+from diffusers_guidance.pipelines.attach.combination import Around, Combination, read
 from diffusers_guidance.pipelines.attach.layout import Layout
 from diffusers_guidance.pipelines.attach.residual import Residual, Scale, residual
+from diffusers_guidance.pipelines.attach.terms import Terms
 
 Scales = Mapping[str, Callable[[], Any]]
 """Where the pipeline's guidance scale may be read, by name."""
@@ -26,19 +27,20 @@ Scales = Mapping[str, Callable[[], Any]]
 class Formula(Layout, Combination):
     """model_output = finish(u + w (c - u)), with c and u cut out of the denoiser's outputs.
 
-    With more than two branches, u is the affine combination of the others that makes this so: any affine
-    combination sum_k w_k y_k (sum_k w_k = 1) is c + (w_c - 1) (c - u) with u = sum_{k != c} w_k y_k / (1 - w_c).
+    With more than two branches, u is one of them, and the others are `terms`. Where it is open which is u, it is the
+    affine combination of all others that makes this so: any affine combination sum_k w_k y_k (sum_k w_k = 1) is
+    c + (w_c - 1) (c - u) with u = sum_{k != c} w_k y_k / (1 - w_c).
 
     Args:
         weights: of the other branches in u, in their order; they sum to 1.
-        trio: which branches are a trio's (c, a, b).
+        tree: how more than two branches hang together.
         value: its scale where it was found.
         noise: what rounding may do to it, as a share of the largest terms; 0: nothing, it holds bit for bit.
         exact: whether it gave the output bit for bit where it was found.
     """
 
     weights: tuple[float, ...] = (1.0,)
-    trio: tuple[int, ...] = ()
+    tree: Terms | None = None
     value: Scale = 1.0
     noise: float = 0.0
     exact: bool = False
@@ -51,7 +53,12 @@ class Formula(Layout, Combination):
     @property
     def hands_it_on(self) -> bool:
         """Whether the scheduler gets the combination itself, as it is."""
-        return self.is_direct and not self.finish
+        return self.is_direct and not self.finish and self.tree is None
+
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """Which branches beside the conditional one a sample evaluates without the unconditional one."""
+        return () if self.tree is None else self.tree.alone
 
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(cond, uncond) as the denoiser put them out, from a step's outputs."""
@@ -61,9 +68,11 @@ class Formula(Layout, Combination):
 
     def away(self, parts: Sequence[Tensor]) -> Tensor:
         """u, of all branches; of more than two in float32 at least."""
+        if self.tree is not None:
+            return parts[self.tree.uncond]
         others = [parts[i] for i in self.others]
-        if len(others) == 1:
-            return others[0]
+        if len(others) < 2:
+            return others[0] if others else parts[self.cond_index]
         working = torch.promote_types(others[0].dtype, torch.float32)
         uncond = sum(weight * part.to(working) for weight, part in zip(self.weights, others, strict=True))
         return uncond  # type: ignore[return-value]
@@ -77,22 +86,13 @@ class Formula(Layout, Combination):
         cond, uncond = self.halves(outputs)
         return self.seen(cond, around), self.seen(uncond, around)
 
-    def at(self, s: Scale) -> "Formula":
-        """This formula where its scale is `s`: that of a trio has a part in u."""
-        if not isinstance(s, tuple):
-            return self
-        w, *weights = TRIOS[self.anchor].weights(*s)
-        by_branch = dict(zip(self.trio[1:], weights, strict=True))
-        # At w = 1 nothing of the others is left, and any u will do.
-        return replace(self, weights=tuple(by_branch[i] / (1 - w) for i in self.others) if w != 1 else (0.5, 0.5))
+    def rest(self, outputs: Sequence[Tensor], around: Around) -> Tensor | None:
+        """What its terms add to guidance, as the scheduler would get it; None where it has none."""
+        return None if self.tree is None else self.tree.rest([self.seen(y, around) for y in self.parts(outputs)])
 
     def read(self, scales: Scales, output: Tensor) -> Scale | None:
         """Its scale, as the pipeline has it now; None where that cannot be told."""
-        found = [read(scales[name](), output) if name in scales else None for name in (self.scale, self.second) if name]
-        if self.second is None:
-            return found[0]
-        s, t = found
-        return (s, t) if isinstance(s, float) and isinstance(t, float) else None
+        return read(scales[self.scale](), output) if self.scale in scales else None
 
     def reproduce(self, outputs: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler at its scale `s`, one row per sample."""
@@ -115,6 +115,7 @@ class Formula(Layout, Combination):
             is_strict: whether a formula that was exact must be so again; else it may be off in its last digits.
             is_finite: whether all of these numbers are.
         """
+        s = s if self.tree is None else self.tree.size
         eps = max(torch.finfo(c.dtype).eps, torch.finfo(self.dtype).eps)
         if self.exact and self.is_stable and is_strict:
             noise, floor = 0.0, 0.0
@@ -128,10 +129,25 @@ class Formula(Layout, Combination):
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """The same, of `treated` branches."""
-        if isinstance(s, tuple):
-            c, a, b = (parts[i] for i in self.trio)
-            return TRIOS[self.anchor].combine(c, a, b, *s).to(self.dtype)
+        if self.tree is not None:
+            parts = self.as_weighed(parts, around)
+            return self._finished(self.tree.combined(parts), parts[self.cond_index], around)
         return self.apply(parts[self.cond_index], self.away(parts), s, around)
 
+    def as_weighed(self, parts: Sequence[Tensor], around: Around) -> list[Tensor]:
+        """`treated` branches as they are summed up, in float32 at least."""
+        working = torch.promote_types(parts[0].dtype, torch.float32)
+        return [(around.denoised(y) if self.anchor == "denoised" else y).to(working) for y in parts]
+
+    @property
+    def names(self) -> list[str]:
+        return Layout.names.fget(self) if self.tree is None else [*map(self.tree.label, range(self.evaluations))]
+
+    @property
+    def written(self) -> str:
+        return (self.scale or "") if self.tree is None else self.tree.names[self.tree.uncond]
+
     def __str__(self) -> str:
-        return f"{Layout.__str__(self)}; {Combination.__str__(self)}"
+        combination = "without guidance" if self.evaluations == 1 else Combination.__str__(self)
+        more = f" + {self.tree}" if self.tree is not None else ""
+        return f"{Layout.__str__(self)}; {combination}{more}"

@@ -39,6 +39,7 @@ from diffusers_guidance.pipelines.attach.fingerprint import setting
 from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
 from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
 from diffusers_guidance.pipelines.attach.parts import components, part
+from diffusers_guidance.pipelines.attach.perturbed import Perturbed
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
@@ -152,7 +153,8 @@ class Host:
             if id(each) in self._denoisers or id(each) in self._taken:
                 continue
             if isinstance(each, torch.nn.Module):
-                self._denoisers[id(each)] = Denoiser(name, each, self.policy)
+                self._denoisers[id(each)] = denoiser = Denoiser(name, each, self.policy)
+                denoiser.cut.perturbed = Perturbed(getattr(self._call.pipe, "_pag_attn_processors", None))
             else:
                 if (former := self._clocks.get(id(before.get(name)))) is not None:
                     self._clocks[id(each)] = Clock(former.steps)
@@ -312,7 +314,12 @@ class Host:
             )
             raise self._discovery.unsupported(denoiser, output, seen)
         step = self._step_of(denoiser)
-        if not self._discovery.is_guided(denoiser, output, sample):
+        self._settle_single(denoiser, output, sample)
+        # What the pipeline makes of what stood in for its only prediction is nothing to go by.
+        alone = denoiser.formula is not None and denoiser.formula.evaluations == 1 and denoiser.skips
+        if alone or not self._discovery.is_guided(denoiser, output, sample):
+            if alone or self._follows_single(denoiser, output, sample):
+                return self._alone(denoiser, output, sample)
             made = self._made_up(denoiser, output, sample)
             return self._unguided(denoiser, step, made if made is not None else output, sample, made is not None)
         if self._clock.went_back and self._discovery.acts:
@@ -320,7 +327,7 @@ class Host:
                 f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
                 "would need its own history; attach only CFG() with EveryStep() to it"
             )
-        self._check_batch(denoiser, output)
+        self._check_batch(denoiser, output, sample)
         if denoiser.formula is None:
             if reason := self._discovery.identify(denoiser, output, sample, self._clock):
                 both = [Decision(Action.BOTH)] * output.shape[0]
@@ -349,8 +356,10 @@ class Host:
             )
         view, around = formula.view, self._call.around(formula.view.working(sample), self._clock.space)
 
+        further = prediction.further
+
         def finish(guided: Tensor, cond: Tensor) -> Tensor:
-            finished = formula.finished(guided, cond, around)
+            finished = formula.finished(guided if further is None else guided + further, cond, around)
             # The finish may have scaled a prediction of zero by 0/0.
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
@@ -367,10 +376,21 @@ class Host:
         self._tell(prediction if denoiser.nfe else None, step, output if handed is None else handed, sample)
         return Guided(None if handed is output else handed)
 
-    def _check_batch(self, denoiser: Denoiser, output: Tensor) -> None:
+    def _check_batch(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
         """Forgets the known batch if the step has another one; refuses evaluations that belong to neither."""
         formula, calls = denoiser.formula, len(denoiser.outputs)
         if formula is None:
+            return
+        known = denoiser.formulas.get(denoiser.signature)
+        if known is not None and denoiser.fits:
+            denoiser.settle_for(known)
+            return
+        further = denoiser.outputs[formula.head :]
+        if denoiser.fits and further and all(len(y) == formula.rows for y in further):
+            if denoiser.skips:  # nothing was evaluated: what stood in for further calls adds nothing
+                denoiser.outputs = denoiser.outputs[: formula.head]
+            else:
+                self._discovery.identify_further(denoiser, output, sample, self._clock)
             return
         if denoiser.is_on_another_batch and denoiser.nfe >= denoiser.nfe_full:
             denoiser.forget()  # the new batch was evaluated in full
@@ -380,6 +400,52 @@ class Host:
                 "other calls cannot be told from the step's own: call the network outside callbacks"
             )
             raise self._discovery.unsupported(denoiser, output, seen)
+
+    def _settle_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
+        """Where one prediction a step was known and more were evaluated: the last is the step's, or guidance begins."""
+        formula = denoiser.formula
+        if formula is None or formula.evaluations > 1 or len(denoiser.outputs) < 2:
+            return
+        calls, denoiser.outputs = denoiser.outputs, denoiser.outputs[-1:]
+        if not self._discovery.single(denoiser, output, sample, self._clock):
+            denoiser.outputs = calls
+            denoiser.forget()
+
+    def _follows_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
+        """Whether a step of one prediction is one that a policy may skip, or learn from."""
+        formula = denoiser.formula
+        if not self._discovery.acts or (formula is not None and formula.evaluations > 1) or self._clock.went_back:
+            return False
+        if formula is not None and denoiser.is_on_another_batch:
+            denoiser.forget()
+        if self._discovery.single(denoiser, output, sample, self._clock):
+            return True
+        if formula is not None and denoiser.held:
+            seen = f"{formula} held until now, but here the scheduler was given something else"
+            raise self._discovery.unsupported(denoiser, output, seen)
+        return False
+
+    def _alone(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Guided:
+        """A step of one prediction of each sample: no rule has a part in it, but a policy may skip it."""
+        formula, step, note = denoiser.formula, self._step_of(denoiser), ""
+        assert formula is not None
+        if denoiser.engine is None:
+            note = self._try_parts(denoiser)
+            denoiser.is_guided_by(self._engine(denoiser), step)
+        engine, plan = denoiser.engine, denoiser.plan
+        assert engine is not None and plan is not None
+        view = formula.view
+        c, x = view.working(output), view.working(sample)
+        space = self._clock.space if x.shape == c.shape else None
+        step = replace(step, space=space, sample=None if space is None else x, w=1.0)
+        nfe, nfe_full = denoiser.take_cost()
+        plan = [Decision(Action.CONDITIONAL if nfe else Action.NEITHER, each.why) for each in plan]
+        prediction = Prediction(c, c, [False] * step.rows, nfe=nfe, nfe_full=nfe_full, note=note)
+        engine.check(lambda: self._setting(denoiser, step))
+        engine.guide(step, plan, prediction, lambda: c)
+        handed = self._hand(denoiser, step, output, sample) if self.policy.hands else output
+        self._tell(prediction if nfe else None, step, handed, sample)
+        return Guided(None if handed is output else handed)
 
     def _unguided(self, denoiser: Denoiser, step: Step, output: Tensor, sample: Tensor, is_new: bool) -> Guided:
         """A step without guidance, which ends the forecast before it."""
@@ -445,7 +511,10 @@ class Host:
             return Step(rows=rows, denoiser=denoiser.name)
         index, counted = clock.steps - (not coming), self._call.counted
         count = counted if counted is not None and index < counted < clock.count else clock.count
-        step = replace(clock.step(index, count, clock.before, coming), rows=rows, denoiser=denoiser.name)
+        branches = 2 if formula is None else formula.evaluations
+        step = replace(
+            clock.step(index, count, clock.before, coming), rows=rows, branches=branches, denoiser=denoiser.name
+        )
         # Before the step its mix with the sample is unknown: the network's own output is held.
         return replace(step, velocity=1.0) if formula is not None and formula.mixed else step
 
@@ -468,8 +537,17 @@ class Host:
                 step.add_note(f"zero or non-finite prediction in sample {broken}")
         if not self.report.formula:
             self.report.note = self._left_alone
+        elif all(step.guidance_scale == 1 and "both" not in step.evaluated for step in self.report.steps):
+            self.report.note = self._nothing_to_guide
         elif self._clock.error is not None:
             self.report.note = f"no similarities: {self._clock.error}"
+
+    @property
+    def _nothing_to_guide(self) -> str:
+        """What a rule and a policy could do in a run without guidance."""
+        idle = [repr(self.rule)] * (not self.rule.is_plain) + [repr(self.policy)] * (not self.report.saved)
+        what = "one prediction of each sample a step, which nothing guides"
+        return f"{what}: {' and '.join(idle)} had nothing to do" if idle else what
 
     @property
     def _left_alone(self) -> str:

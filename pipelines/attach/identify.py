@@ -6,7 +6,7 @@ order, the first that succeeds:
 1. a formula at scales read by name that gives the output bit for bit;
 2. a plain one at a scale that is solved for, bit for bit: a pipeline may read its scale where nobody else can;
 3. one that gives it up to rounding, where rounding is far smaller than guidance;
-4. with three branches, any affine combination; else one mixed with the sample.
+4. with more than two branches, their terms (`terms.py`), or any affine combination; else one mixed with the sample.
 
 Two formulas may fit that take different halves for the conditional one: `u + s (c - u)` is `c + (1 - s) (u - c)`, and
 with 0 < s < 1 either half may be meant. A scale that is read by name and fits in one order settles it, and so does the
@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusers_guidance.pipelines.attach.branching import MOST, NOTHING, Asked, layouts, sums, weighed
 from diffusers_guidance.pipelines.attach.combination import (
     ANCHORS,
     FINISHES,
     NETWORKS,
     SOLVED,
-    TRIOS,
     Around,
     read,
 )
@@ -161,22 +161,24 @@ def identify(
     around: Around,
     known: Formula | None = None,
     told: Callable[[], int | None] = lambda: None,
+    terms: Asked = NOTHING,
 ) -> Identified:
     """Searches for the formula behind `output`, given the outputs of the step's denoiser calls.
 
     Args:
         known: one found before, of the same network: its order tells where either half may be the conditional one.
         told: asked first: which of both is, by what they were made from.
+        terms: what is known of more than two branches.
     """
     if not all(_is_finite(t) for t in (*outputs, output)):
-        return _identify_finite(outputs, output, scales, around, known, told)
+        return _identify_finite(outputs, output, scales, around, known, told, terms)
     live: dict[str, float | Tensor] = {}
     for label, get in scales.items():
         value = read(get(), output)
         same = (isinstance(other, float) and other == value for other in live.values())
         if value is not None and (isinstance(value, Tensor) or not any(same)):
             live[label] = value
-    return _Search(outputs, output, live, around, known, told).found()
+    return _Search(outputs, output, live, around, known, told, terms).found()
 
 
 class _Search:
@@ -190,7 +192,9 @@ class _Search:
         around: Around,
         known: Formula | None,
         told: Callable[[], int | None],
+        terms: Asked,
     ) -> None:
+        self.terms = terms
         self.outputs, self.output, self.live, self.around, self.known = outputs, output, live, around, known
         self.told = functools.cache(told)
         self.readings: list[Reading] = []
@@ -214,12 +218,14 @@ class _Search:
             self.readings.append(reading)
         if not self.readings:
             return Identified(None, False, self._shapes())
-        pairs = [reading for reading in self.readings if reading.formula.branches == 2]
+        pairs = [reading for reading in self.readings if reading.formula.evaluations == 2]
+        many = [reading for reading in self.readings if reading not in pairs]
         apart = [reading for reading in pairs if reading.differs(2.0)]
         steps = (
             (self._by_solving, [reading for reading in pairs if reading.differs(0.25)]),
             (self._by_rounding, apart),
-            (self._by_weights, [reading for reading in self.readings if reading not in pairs]),
+            (self._by_terms, many),
+            (self._by_weights, many),
             (self._by_network, apart),
             (self._near_network, apart),
             (self._by_mixing, apart),
@@ -241,7 +247,7 @@ class _Search:
     def _read(self) -> Iterator[Reading]:
         """Every way to read the branches that fits the shapes, plain ones first."""
         output, shape = self.output, None if self.around.sample is None else self.around.sample.shape
-        for batched, parts in _layouts(self.outputs):
+        for batched, further, parts in layouts(self.outputs):
             for view in views(parts[0].shape, output.shape, shape):
                 target = view.working(output)
                 if not view.holds(output):
@@ -256,9 +262,9 @@ class _Search:
                     [(False, False), (True, False), (False, True)] if parts[0].dtype != output.dtype else [(False,) * 2]
                 )
                 for upcast, widens in ways:
-                    rows, n = parts[0].shape[0], len(parts)
+                    rows, n = parts[0].shape[0], len(parts) - further
                     formula = Formula(
-                        batched=batched, branches=n, cond_index=0, view=view, rows=rows,
+                        batched=batched, branches=n, further=further, cond_index=0, view=view, rows=rows,
                         anchor="u", upcast=upcast, finish="", scale=None, dtype=output.dtype, widens=widens,
                     )  # fmt: skip
                     treated = [formula.treated(y, near) for y in seen]
@@ -269,20 +275,22 @@ class _Search:
         if n == 1 and self.outputs[0].shape[0] == self.output.shape[0]:
             return "it evaluated one prediction of each sample, and the scheduler was given something else"
         each, left = divmod(self.outputs[0].shape[0], self.output.shape[0])
-        if n == 1 and each > 3 and not left:
-            return f"it evaluated {each} predictions of each sample in one call: combinations of two or three are known"
-        if not list(_layouts(self.outputs)):
-            return f"its outputs of {n} call{'s' if n > 1 else ''} are not two or three predictions of one shape"
+        if n == 1 and each > MOST and not left:
+            return f"it evaluated {each} predictions of each sample in one call: combinations of up to {MOST} are known"
+        if not list(layouts(self.outputs)):
+            return f"its outputs of {n} call{'s' if n > 1 else ''} are not two to {MOST} predictions of one shape"
         return "no part of the denoiser's output has the scheduler's shape"
 
     def _several(self) -> str:
-        """What is seen of three branches where none is the one that all guidance is towards."""
+        """What is seen of several branches where none is the one that all guidance is towards."""
         for reading in self.readings:
+            if (n := reading.formula.evaluations) < 3:
+                continue
             weights, fit = mixture(reading.target, *reading.parts)
-            if reading.formula.branches == 3 and fit.fits:
+            if fit.fits:
                 seen = ", ".join(f"{weight:.4g}" for weight in weights)
                 return (
-                    f"the output is the sum of its three predictions times {seen}: that is not guidance towards one of "
+                    f"the output is the sum of its {n} predictions times {seen}: that is not guidance towards one of "
                     "them and away from the others"
                 )
         return ""
@@ -347,7 +355,7 @@ class _Search:
     def _finished(self, reading: Reading) -> Iterator[tuple[Formula, Scale]]:
         """Treated in some way, at a scale read by name, which must make a difference that rounding does not."""
         for formula, s in _named(reading, self.live):
-            if isinstance(s, tuple) or not (formula.finish or formula.needs_space or isinstance(s, Tensor)):
+            if not (formula.finish or formula.needs_space or isinstance(s, Tensor)):
                 continue
             if formula.finish in _GLOBAL and not reading.sample.whole and reading.off(formula, s) > 1:
                 continue
@@ -368,10 +376,26 @@ class _Search:
             if fit.error <= min(beside) and self._fits_all(formula, s):
                 yield formula, s
 
-    def _by_weights(self, reading: Reading) -> Formula | None:
-        """Of three branches: an affine combination that guides towards one of them."""
+    def _by_terms(self, reading: Reading) -> Formula | None:
+        """Of more than two branches: guidance of one away from another, and further terms."""
         found: list[tuple[Formula, Scale]] = []
-        for cond in range(reading.formula.branches):
+        for formula in sums(reading.formula, reading.around):
+            if formula.needs_space and not reading.around.fits(reading.target):
+                continue
+            weights = weighed(formula, reading.parts, reading.target, reading.around)
+            for tree in self.terms.trees(formula, weights):
+                tried = replace(formula, cond_index=tree.cond, tree=tree)
+                if self._fits_all(tried, tree.w):
+                    found.append((tried, tree.w))
+            if found:
+                break
+        # Where several trees explain it, it stays open which branch is the unconditional one.
+        return self._chosen(found, self._close) if len(found) == 1 else None
+
+    def _by_weights(self, reading: Reading) -> Formula | None:
+        """Of more than two branches: an affine combination that guides towards one of them."""
+        found: list[tuple[Formula, Scale]] = []
+        for cond in range(reading.formula.evaluations):
             w, weights, is_certain = _weights(reading, cond)
             if weights is None:
                 continue
@@ -446,11 +470,11 @@ class _Search:
 
     def _order(self, formula: Formula) -> int | None:
         """Which of the formula's branches is the conditional one, as is told, or was found of ones laid out like it."""
-        told, known = self.told() if formula.branches == 2 else None, self.known
+        told, known = self.told() if formula.evaluations == 2 else None, self.known
         if (
             told is None
             and known is not None
-            and (known.batched, known.branches) == (formula.batched, formula.branches)
+            and (known.batched, known.branches, known.further) == (formula.batched, formula.branches, formula.further)
         ):
             return known.cond_index
         return told
@@ -468,7 +492,7 @@ class _Search:
 
     def _is_single(self, formula: Formula, w: float) -> bool:
         """Whether the output is one of two halves, and their order is not known."""
-        return formula.branches == 2 and min(abs(w), abs(w - 1)) <= self._rounding and not self._knows(formula)
+        return formula.evaluations == 2 and min(abs(w), abs(w - 1)) <= self._rounding and not self._knows(formula)
 
     def _leads(self, formula: Formula, w: float) -> bool:
         """Whether c is the half that is meant where the scale was solved for: guidance is towards it.
@@ -491,7 +515,7 @@ class _Search:
     def _is_guided(self, formula: Formula, reading: Reading, s: Scale) -> bool:
         """Whether there is enough to be seen of what the formula says: a good part of the numbers differs."""
         parts = reading.parts
-        return _differ(parts[formula.cond_index], formula.at(s).away(parts), ulps=0.25)
+        return _differ(parts[formula.cond_index], formula.away(parts), ulps=0.25)
 
     def _confirms(self, formula: Formula, s: Scale) -> bool:
         """Whether it gives all of the output, bit for bit.
@@ -521,7 +545,7 @@ class _Search:
         return fit
 
     def _exact(self, formula: Formula, s: Scale) -> Formula:
-        return replace(formula.at(s), exact=True, value=s, noise=formula.noise * math.sqrt(_FEW))
+        return replace(formula, exact=True, value=s, noise=formula.noise * math.sqrt(_FEW))
 
     def _close(self, formula: Formula, s: Scale) -> Formula:
         """With the rounding that was seen: no later step may be much further off."""
@@ -709,14 +733,7 @@ def best(formula: Formula, c: Tensor, u: Tensor, target: Tensor, sample: Sample 
 def _named(reading: Reading, live: Mapping[str, float | Tensor]) -> Iterator[tuple[Formula, Scale]]:
     """Every formula at the scales read by name that the reading may be of, plain ones first."""
     formula, around = reading.formula, reading.around
-    if formula.branches == 3:
-        numbers = [(label, s) for label, s in live.items() if isinstance(s, float)]
-        for anchor, order in itertools.product(TRIOS, itertools.permutations(range(3))):
-            for (first, s), (second, t) in itertools.product(numbers, repeat=2):
-                yield (
-                    replace(formula, cond_index=order[0], anchor=anchor, trio=order, scale=first, second=second),
-                    (s, t),
-                )
+    if formula.evaluations > 2:
         return
     is_plain = any(isinstance(s, Tensor) for s in live.values()) or reading.solved(1)[1].fits
     finishes, anchors = (_finishes(around), list(ANCHORS)) if not formula.mixed else ([""], ["u", "c"])
@@ -747,15 +764,6 @@ def _same(formula: Formula, s: Scale, other: Formula, of: Scale) -> bool:
 def _noise(dtype: torch.dtype) -> float:
     """What rounding in it does beside that of a sample in float32; 0 where it is not more."""
     return torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0
-
-
-def _layouts(outputs: Sequence[Tensor]) -> Iterator[tuple[bool, list[Tensor]]]:
-    """(batched, branches): how the step's calls may be split into branches."""
-    if len(outputs) == 1:
-        rows = outputs[0].shape[0]
-        yield from ((True, list(outputs[0].chunk(n))) for n in (2, 3) if rows % n == 0 and rows >= n)
-    elif len(outputs) in (2, 3) and len({y.shape for y in outputs}) == 1:
-        yield False, list(outputs)
 
 
 def _is_handed_on(view: View, parts: Sequence[Tensor], output: Tensor) -> bool:
@@ -800,6 +808,7 @@ def _identify_finite(
     around: Around,
     known: Formula | None,
     told: Callable[[], int | None],
+    terms: Asked,
 ) -> Identified:
     """`identify` on those samples alone whose predictions are finite."""
     rows, sample = output.shape[0], around.sample
@@ -812,7 +821,7 @@ def _identify_finite(
         return Identified(None, True, "no prediction is finite")
     kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
     around = replace(around, sample=None if sample is None else sample[finite])
-    found = identify(kept, output[finite], scales, around, known, told)
+    found = identify(kept, output[finite], scales, around, known, told, terms)
     whole = None if found.formula is None else replace(found.formula, rows=rows)
     return found._replace(formula=whole)
 

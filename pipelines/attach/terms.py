@@ -1,0 +1,259 @@
+"""Terms: what a step's branches add to its conditional prediction, each at a scale of its own.
+
+A pipeline that evaluates K predictions y_k of a sample hands its scheduler
+
+    g = f sum_k w_k y_k        sum_k w_k = 1
+
+with f = 1, or that of `guidance_rescale`. With the conditional prediction c as the root of a tree this is
+
+    g / f = c + sum over k != c of a_k (y_parent(k) - y_k)        w_k = (sum of a over k's children) - a_k
+
+so that weights and coefficients give each other, from the leaves up. The unconditional prediction u is a child of c,
+and a_u = w - 1: it is what a rule acts on. The others are terms:
+
+    skip-layer, perturbed-attention and spatio-temporal guidance, modality isolation    children of c, s (c - p)
+    InstructPix2Pix: c, without the text u, without the picture too p                   a child of u, s (u - p)
+
+The weights are solved for at every step, by least squares on the branches' differences. Which branch is u and what
+hangs where is told by what the branches were made from (p has the prompt of c, u has another), and by the scales, read
+by name, that the coefficients are.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.pipelines.attach.residual import exact
+
+_CLOSE = 2e-3
+"""How far a coefficient may be from the scale that it is taken for, as a share of it (or of 1)."""
+_SEEN = 1e-3
+"""The least coefficient of a branch that has a part in the guidance, where nothing else says so."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How the branches hang together; tuples are by branch.
+
+    Args:
+        uncond: the unconditional one.
+        parents: what each is subtracted from; the conditional one is its own parent.
+        coefficients: a_k; that of the conditional one is 0.
+        names: of their scales, as the pipeline has them; "" where none is known.
+    """
+
+    uncond: int
+    parents: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    names: tuple[str, ...]
+
+    @property
+    def cond(self) -> int:
+        return next(k for k, parent in enumerate(self.parents) if parent == k)
+
+    @property
+    def w(self) -> float:
+        """The guidance scale."""
+        return 1 + self.coefficients[self.uncond]
+
+    @property
+    def size(self) -> float:
+        """The sum of all factors: what is summed up is no larger than this times a branch."""
+        return 1 + sum(map(abs, self.coefficients))
+
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """Which branches a sample that skips the unconditional one evaluates: what hangs on that falls with it."""
+        return tuple(k for k, parent in enumerate(self.parents) if parent == self.cond and k != self.uncond)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all hang on the conditional one."""
+        return len(self.alone) == len(self.parents) - 1
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """w_k, which sum to 1."""
+        found = [-a for a in self.coefficients]
+        found[self.cond] = 1.0
+        for k, parent in enumerate(self.parents):
+            found[parent] += self.coefficients[k] if k != parent else 0.0
+        return tuple(found)
+
+    def at(self, weights: Sequence[float]) -> "Terms":
+        """The same tree where the branches weigh this; a coefficient that is not seen stays."""
+        found = coefficients(weights, self.parents)
+        kept = (before if math.isnan(a) else a for a, before in zip(found, self.coefficients, strict=True))
+        return replace(self, coefficients=tuple(kept))
+
+    def rest(self, parts: Sequence[Tensor]) -> Tensor:
+        """What the terms beside guidance add."""
+        terms = [
+            a * (parts[parent] - parts[k])
+            for k, (a, parent) in enumerate(zip(self.coefficients, self.parents, strict=True))
+            if k not in (self.cond, self.uncond)
+        ]
+        return torch.stack(terms).sum(0)
+
+    def combined(self, parts: Sequence[Tensor]) -> Tensor:
+        """g / f."""
+        c, u = parts[self.cond], parts[self.uncond]
+        return c + (self.w - 1) * (c - u) + self.rest(parts)
+
+    def label(self, k: int) -> str:
+        """What a branch is called in the report."""
+        name = self.names[k].lstrip("_").removesuffix("_scale").removesuffix("_guidance")
+        return "cond" if k == self.cond else "uncond" if k == self.uncond else name or f"branch {k + 1}"
+
+    def __str__(self) -> str:
+        def named(k: int) -> str:
+            return self.label(k).replace(" ", "_")
+
+        found = [
+            f"{self.names[k].lstrip('_') or f's{k}'} ({named(parent)} - {named(k)})"
+            for k, parent in enumerate(self.parents)
+            if k not in (self.cond, self.uncond)
+        ]
+        return " + ".join(found)
+
+
+def coefficients(weights: Sequence[float], parents: Sequence[int]) -> tuple[float, ...]:
+    """a_k of a tree, from the leaves up: (the sum of its children's) - w_k."""
+
+    def of(k: int) -> float:
+        children = [j for j, parent in enumerate(parents) if parent == k and j != k]
+        return sum(map(of, children)) - weights[k]
+
+    return tuple(0.0 if parent == k else of(k) for k, parent in enumerate(parents))
+
+
+class Weights(NamedTuple):
+    """Of the branches, which sum to 1; NaN of those that could not be told from others."""
+
+    values: tuple[float, ...]
+    doubt: float
+    """How far they may be off, at most, by what they leave unexplained."""
+
+
+def weigh(parts: Sequence[Tensor], target: Tensor, affine: bool = True) -> Weights | None:
+    """The weights of a sample's branches, by least squares, in float64 on the host; None where nothing is told.
+
+    Args:
+        affine: whether they sum to 1 before they are brought to that.
+    """
+    ys, y = [exact(part).flatten() for part in parts], exact(target).flatten()
+    finite = torch.isfinite(torch.stack([*ys, y])).all(0)
+    ys, y = [each[finite] for each in ys], y[finite]
+    if not len(y):
+        return None
+    # The first as it is, and what the others differ by: they are much alike.
+    root, *others = ys
+    size = float(root.norm())
+    apart = [other - root for other in others]
+    told = [k for k, each in enumerate(apart) if float(each.norm()) > 1e-12 * size]
+    basis = torch.stack([*([] if affine else [root]), *(apart[k] for k in told)], 1)
+    if not told:
+        return None
+    scale = basis.norm(dim=0)
+    gram = (basis / scale).T @ (basis / scale)
+    if float(torch.linalg.eigvalsh(gram)[0]) < 1e-10:
+        return None  # branches that are each other's combinations leave it open
+    wanted = y - root if affine else y
+    found = torch.linalg.solve(gram, (basis / scale).T @ wanted) / scale
+    left = float((basis @ found - wanted).norm()) / math.sqrt(len(y))
+    doubt = left * float((torch.linalg.inv(gram).diagonal().clamp(min=0).sqrt() / scale).max())
+    values = [math.nan] * len(parts)
+    head, tail = (1.0, found.tolist()) if affine else (float(found[0]), found[1:].tolist())
+    for k, value in zip(told, tail, strict=True):
+        values[k + 1] = value / head
+    values[0] = 1 - sum(value for value in values[1:] if not math.isnan(value))
+    return Weights(tuple(values), doubt / abs(head))
+
+
+Apart = Sequence[Sequence[int]]
+"""By branch and branch, how many of the inputs that they were made from differ."""
+
+
+def trees(
+    weights: Sequence[float],
+    scales: Mapping[str, float],
+    apart: Apart | None = None,
+    pair: tuple[int, int] | None = None,
+) -> list[Terms]:
+    """How the branches may hang together, so that it makes sense of their weights.
+
+    Either every coefficient is a scale that is known by name; or, where `apart` or `pair` tells which is which, all
+    hang on the conditional one and push away. Trees of the first kind exclude the others.
+
+    Args:
+        pair: (the conditional, the unconditional) branch, where it is known.
+    """
+    n = len(weights)
+    named: list[Terms] = []
+    plain: list[Terms] = []
+    for cond, uncond in [pair] if pair else itertools.permutations(range(n), 2):
+        free = [k for k in range(n) if k not in (cond, uncond)]
+        for hangs in itertools.product((cond, uncond), repeat=len(free)):
+            parents = [cond] * n
+            for k, parent in zip(free, hangs, strict=True):
+                parents[k] = parent
+            if not _is_likely(apart, cond, uncond, parents):
+                continue
+            a = coefficients(weights, parents)
+            terms = Terms(uncond, tuple(parents), a, _named(a, cond, uncond, scales))
+            if all(terms.names[k] for k in range(n) if k != cond):
+                named.append(terms)
+            elif (apart or pair) and terms.is_flat and all(a[k] > _SEEN for k in range(n) if k != cond):
+                plain.append(terms)
+    return named or plain
+
+
+def _is_likely(apart: Apart | None, cond: int, uncond: int, parents: Sequence[int]) -> bool:
+    """Whether each branch hangs on that one which was made from more of the same.
+
+    The unconditional one has another prompt than the conditional one, and no branch does that is nearer to that.
+    """
+    if apart is None:
+        return True
+    far = apart[cond]
+    if not far[uncond] or any(0 < far[k] < far[uncond] for k in range(len(parents))):
+        return False
+    return all(
+        (parent == uncond) == (apart[uncond][k] < far[k]) for k, parent in enumerate(parents) if k not in (cond, uncond)
+    )
+
+
+def distances(made_from: Sequence[Mapping[str, Tensor]]) -> Apart | None:
+    """How far branches are apart by their inputs' tensors, by name; None where these do not tell."""
+
+    def apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> int:
+        return sum(one[name].shape != other[name].shape or not torch.equal(one[name], other[name]) for name in shared)
+
+    shared = set.intersection(*map(set, made_from)) if made_from else set()
+    found = [[apart(one, other) for other in made_from] for one in made_from]
+    return found if any(map(any, found)) else None
+
+
+def _named(a: Sequence[float], cond: int, uncond: int, scales: Mapping[str, float]) -> tuple[str, ...]:
+    """By branch, the scale that its coefficient is: s, or s - 1. That of u is the guidance scale, and no other is."""
+
+    def is_guidance(label: str) -> bool:
+        return label.lstrip("_") in ("guidance_scale", "true_cfg_scale", "text_guidance_scale")
+
+    def name(k: int) -> str:
+        if k == cond:
+            return ""
+        if math.isnan(a[k]):  # it equals another branch: what it weighs is not seen, nor needed
+            return next(filter(is_guidance, scales), "") if k == uncond else ""
+        for label, s in scales.items():
+            near = min(abs(a[k] - s), abs(a[k] + 1 - s)) <= _CLOSE * max(1.0, abs(s))
+            if near and is_guidance(label) == (k == uncond):
+                return label
+        return ""
+
+    return tuple(map(name, range(len(a))))
