@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.combination import Around
@@ -80,9 +81,10 @@ def weighed(formula: Formula, parts: Sequence[Tensor], target: Tensor, around: A
     """
     ys = formula.as_weighed(parts, around)
     y = (around.denoised(target) if formula.anchor == "denoised" else target).to(ys[0].dtype)
+    eps = max(torch.finfo(each.dtype).eps for each in (parts[0], target))
     if not formula.finish:
-        return weigh(ys, y)
-    found = [weigh([each[i] for each in ys], y[i], affine=False) for i in range(len(y))]
+        return weigh(ys, y, eps=eps)
+    found = [weigh([each[i] for each in ys], y[i], affine=False, eps=eps) for i in range(len(y))]
     known = [each for each in found if each is not None]
     if not known:
         return None

@@ -32,6 +32,8 @@ from diffusers_guidance.pipelines.attach.residual import exact
 
 _CLOSE = 2e-3
 """How far a coefficient may be from the scale that it is taken for, as a share of it (or of 1)."""
+_ROUNDED = 32
+"""How many units of rounding branches must differ by."""
 _SEEN = 1e-3
 """The least coefficient of a branch that has a part in the guidance, where nothing else says so."""
 
@@ -68,13 +70,14 @@ class Terms:
 
     @property
     def alone(self) -> tuple[int, ...]:
-        """Which branches a sample that skips the unconditional one evaluates: what hangs on that falls with it."""
-        return tuple(k for k, parent in enumerate(self.parents) if parent == self.cond and k != self.uncond)
+        """What a sample without the unconditional branch evaluates beside the conditional one: what hangs on that."""
+        cond = self.cond
+        return tuple(k for k, parent in enumerate(self.parents) if parent == cond and k not in (cond, self.uncond))
 
     @property
     def is_flat(self) -> bool:
         """Whether all hang on the conditional one."""
-        return len(self.alone) == len(self.parents) - 1
+        return len(self.alone) == len(self.parents) - 2
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -140,38 +143,41 @@ class Weights(NamedTuple):
     """How far they may be off, at most, by what they leave unexplained."""
 
 
-def weigh(parts: Sequence[Tensor], target: Tensor, affine: bool = True) -> Weights | None:
+def weigh(parts: Sequence[Tensor], target: Tensor, affine: bool = True, eps: float = 1e-7) -> Weights | None:
     """The weights of a sample's branches, by least squares, in float64 on the host; None where nothing is told.
+
+    A branch that equals an earlier one to rounding is taken for the same.
 
     Args:
         affine: whether they sum to 1 before they are brought to that.
+        eps: of the branches' dtype.
     """
     ys, y = [exact(part).flatten() for part in parts], exact(target).flatten()
     finite = torch.isfinite(torch.stack([*ys, y])).all(0)
     ys, y = [each[finite] for each in ys], y[finite]
     if not len(y):
         return None
-    # The first as it is, and what the others differ by: they are much alike.
-    root, *others = ys
-    size = float(root.norm())
-    apart = [other - root for other in others]
-    told = [k for k, each in enumerate(apart) if float(each.norm()) > 1e-12 * size]
-    basis = torch.stack([*([] if affine else [root]), *(apart[k] for k in told)], 1)
-    if not told:
+    near = _ROUNDED * eps * max(float(each.norm()) for each in ys)
+    told = [k for k, each in enumerate(ys) if all(float((each - other).norm()) > near for other in ys[:k])]
+    if len(told) < 2:
         return None
+    # They are much alike: the first as it is, and what the others differ by.
+    root = ys[0]
+    basis = torch.stack([*([] if affine else [root]), *(ys[k] - root for k in told[1:])], 1)
     scale = basis.norm(dim=0)
-    gram = (basis / scale).T @ (basis / scale)
-    if float(torch.linalg.eigvalsh(gram)[0]) < 1e-10:
+    q, r = torch.linalg.qr(basis / scale)
+    if float(r.diagonal().abs().min()) < _ROUNDED * eps:
         return None  # branches that are each other's combinations leave it open
     wanted = y - root if affine else y
-    found = torch.linalg.solve(gram, (basis / scale).T @ wanted) / scale
+    inverse = torch.linalg.inv(r)
+    found = inverse @ (q.T @ wanted) / scale
     left = float((basis @ found - wanted).norm()) / math.sqrt(len(y))
-    doubt = left * float((torch.linalg.inv(gram).diagonal().clamp(min=0).sqrt() / scale).max())
-    values = [math.nan] * len(parts)
+    doubt = left * float((inverse.norm(dim=1) / scale).max())
     head, tail = (1.0, found.tolist()) if affine else (float(found[0]), found[1:].tolist())
-    for k, value in zip(told, tail, strict=True):
-        values[k + 1] = value / head
-    values[0] = 1 - sum(value for value in values[1:] if not math.isnan(value))
+    values = [math.nan] * len(parts)
+    for k, value in zip(told[1:], tail, strict=True):
+        values[k] = value / head
+    values[0] = 1 - sum(value / head for value in tail)
     return Weights(tuple(values), doubt / abs(head))
 
 
@@ -249,7 +255,7 @@ def _named(a: Sequence[float], cond: int, uncond: int, scales: Mapping[str, floa
         if k == cond:
             return ""
         if math.isnan(a[k]):  # it equals another branch: what it weighs is not seen, nor needed
-            return next(filter(is_guidance, scales), "") if k == uncond else ""
+            return next((label for label in scales if is_guidance(label) == (k == uncond)), "")
         for label, s in scales.items():
             near = min(abs(a[k] - s), abs(a[k] + 1 - s)) <= _CLOSE * max(1.0, abs(s))
             if near and is_guidance(label) == (k == uncond):

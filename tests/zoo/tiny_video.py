@@ -368,8 +368,12 @@ def ltx2_defaults(rows: range) -> dict[str, Any]:
     off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0},
     **NET,
 )
+def ltx2_perturbed() -> dict[str, Any]:
+    return ltx2(perturbed_attn=True)
+
+
 @tiny("LTX2Pipeline", ltx2_text, off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0}, **NET)
-def ltx2() -> dict[str, Any]:
+def ltx2(**changes: Any) -> dict[str, Any]:
     """Picture and sound are denoised together and guided apart."""
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
@@ -387,6 +391,7 @@ def ltx2() -> dict[str, Any]:
         **both,
         audio_num_attention_heads=2,
         audio_attention_head_dim=4,
+        **changes,
     )
     connectors = LTX2TextConnectors(
         caption_channels=16,
