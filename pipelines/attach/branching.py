@@ -42,9 +42,7 @@ class Asked:
         size = sum(abs(value) for value in weights.values if not math.isnan(value))
         if weights.doubt > _DOUBT * size:
             return []
-        found = trees(weights.values, self.scales(), self.apart(formula), self.pair(formula))
-        zeros = [0.0] * len(weights.values)
-        return [replace(each, coefficients=tuple(zeros)).at(weights.values) for each in found]
+        return trees(weights, self.scales(), self.apart(formula), self.pair(formula))
 
 
 NOTHING = Asked()
@@ -89,4 +87,5 @@ def weighed(formula: Formula, parts: Sequence[Tensor], target: Tensor, around: A
     if not known:
         return None
     values = [[v for v in column if not math.isnan(v)] for column in zip(*(each.values for each in known), strict=True)]
-    return Weights(tuple(fmean(column) if column else math.nan for column in values), max(e.doubt for e in known))
+    mean = tuple(fmean(column) if column else math.nan for column in values)
+    return Weights(mean, max(each.doubt for each in known), known[0].same)

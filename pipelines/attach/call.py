@@ -36,8 +36,8 @@ class Call:
     @property
     def strengths(self) -> dict[str, float]:
         """Every number of the pipeline or its call that is called a scale, as it is now."""
-        here = {name: value for name, value in vars(self.pipe).items() if "scale" in name}
-        given = {name: value for name, value in self.arguments.items() if "scale" in name}
+        here = {name: value for name, value in vars(self.pipe).items() if name.endswith("_scale")}
+        given = {name: value for name, value in self.arguments.items() if name.endswith("_scale")}
         found = {name: read(value, torch.empty(0)) for name, value in (here | given).items()}
         return {name: value for name, value in found.items() if isinstance(value, float)}
 

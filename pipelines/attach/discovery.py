@@ -312,7 +312,7 @@ class Discovery:
         parts = [formula.treated(few(formula.view(y)), near) for y in formula.parts(denoiser.outputs)]
         if (found := weighed(formula, parts, few(target), near)) is None:
             return formula
-        terms = formula.tree.at(found.values)
+        terms = formula.tree.at(found)
         formula = replace(formula, tree=terms, value=terms.w)
         denoiser.settle_for(formula)
         return formula

@@ -88,9 +88,9 @@ class Terms:
             found[parent] += self.coefficients[k] if k != parent else 0.0
         return tuple(found)
 
-    def at(self, weights: Sequence[float]) -> "Terms":
+    def at(self, weights: "Weights") -> "Terms":
         """The same tree where the branches weigh this; a coefficient that is not seen stays."""
-        found = coefficients(weights, self.parents)
+        found = coefficients(weights.around(self.cond), self.parents)
         kept = (before if math.isnan(a) else a for a, before in zip(found, self.coefficients, strict=True))
         return replace(self, coefficients=tuple(kept))
 
@@ -136,11 +136,23 @@ def coefficients(weights: Sequence[float], parents: Sequence[int]) -> tuple[floa
 
 
 class Weights(NamedTuple):
-    """Of the branches, which sum to 1; NaN of those that could not be told from others."""
+    """Of the branches, which sum to 1.
+
+    Args:
+        values: NaN of a branch that cannot be told from an earlier one, which has the weight of both.
+        doubt: how far they may be off, at most, by what they leave unexplained.
+        same: by branch, that earlier one, or itself.
+    """
 
     values: tuple[float, ...]
     doubt: float
-    """How far they may be off, at most, by what they leave unexplained."""
+    same: tuple[int, ...]
+
+    def around(self, cond: int) -> tuple[float, ...]:
+        """The same, where of branches that cannot be told apart the conditional one has the weight."""
+        found, other = list(self.values), self.same[cond]
+        found[cond], found[other] = found[other], found[cond]
+        return tuple(found)
 
 
 def weigh(parts: Sequence[Tensor], target: Tensor, affine: bool = True, eps: float = 1e-7) -> Weights | None:
@@ -158,7 +170,8 @@ def weigh(parts: Sequence[Tensor], target: Tensor, affine: bool = True, eps: flo
     if not len(y):
         return None
     near = _ROUNDED * eps * max(float(each.norm()) for each in ys)
-    told = [k for k, each in enumerate(ys) if all(float((each - other).norm()) > near for other in ys[:k])]
+    same = [next(i for i, other in enumerate(ys) if float((each - other).norm()) <= near) for each in ys]
+    told = [k for k, i in enumerate(same) if k == i]
     if len(told) < 2:
         return None
     # They are much alike: the first as it is, and what the others differ by.
@@ -178,7 +191,7 @@ def weigh(parts: Sequence[Tensor], target: Tensor, affine: bool = True, eps: flo
     for k, value in zip(told[1:], tail, strict=True):
         values[k] = value / head
     values[0] = 1 - sum(value / head for value in tail)
-    return Weights(tuple(values), doubt / abs(head))
+    return Weights(tuple(values), doubt / abs(head), tuple(same))
 
 
 Apart = Sequence[Sequence[int]]
@@ -186,7 +199,7 @@ Apart = Sequence[Sequence[int]]
 
 
 def trees(
-    weights: Sequence[float],
+    weights: Weights,
     scales: Mapping[str, float],
     apart: Apart | None = None,
     pair: tuple[int, int] | None = None,
@@ -199,7 +212,7 @@ def trees(
     Args:
         pair: (the conditional, the unconditional) branch, where it is known.
     """
-    n = len(weights)
+    n = len(weights.values)
     named: list[Terms] = []
     plain: list[Terms] = []
     for cond, uncond in [pair] if pair else itertools.permutations(range(n), 2):
@@ -210,13 +223,19 @@ def trees(
                 parents[k] = parent
             if not _is_likely(apart, cond, uncond, parents):
                 continue
-            a = coefficients(weights, parents)
-            terms = Terms(uncond, tuple(parents), a, _named(a, cond, uncond, scales))
+            a = coefficients(weights.around(cond), parents)
+            names = _named(a, cond, uncond, scales)
+            # What is not seen has no part in this step: it is taken to be what its scale says.
+            a = tuple(scales.get(names[k], 1.0) - 1 if math.isnan(each) else each for k, each in enumerate(a))
+            terms = Terms(uncond, tuple(parents), a, names)
             if all(terms.names[k] for k in range(n) if k != cond):
                 named.append(terms)
             elif (apart or pair) and terms.is_flat and all(a[k] > _SEEN for k in range(n) if k != cond):
                 plain.append(terms)
-    return named or plain
+    # Where the unconditional branch weighs nothing either will do: what pushes away from the conditional one, say.
+    found = named or plain
+    flat = {(terms.cond, terms.uncond) for terms in found if terms.is_flat}
+    return [terms for terms in found if terms.is_flat or (terms.cond, terms.uncond) not in flat]
 
 
 def _is_likely(apart: Apart | None, cond: int, uncond: int, parents: Sequence[int]) -> bool:
