@@ -86,6 +86,9 @@ def weighed(formula: Formula, parts: Sequence[Tensor], target: Tensor, around: A
     known = [each for each in found if each is not None]
     if not known:
         return None
+    # Where a row's unconditional branch was skipped, others tell more.
+    same = max((each.same for each in known), key=lambda same: len({*same}))
+    known = [each for each in known if each.same == same]
     values = [[v for v in column if not math.isnan(v)] for column in zip(*(each.values for each in known), strict=True)]
     mean = tuple(fmean(column) if column else math.nan for column in values)
-    return Weights(mean, max(each.doubt for each in known), known[0].same)
+    return Weights(mean, max(each.doubt for each in known), same)

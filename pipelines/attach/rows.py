@@ -213,7 +213,8 @@ def branches(calls: Sequence[Any], rows: int, head: int) -> list[dict[str, Tenso
     """
     first, *others = (dict(_named(call)) for call in calls)
     if head > 1:
-        cut = {name: t.chunk(head) for name, t in first.items() if _leads(t, head * rows)}
+        total = head * rows
+        cut = {n: t.chunk(head) for n, t in first.items() if _leads(t, total) or _folded(n, t, total)}
         return [*({name: parts[i] for name, parts in cut.items()} for i in range(head)), *others]
     return [first, *others]
 

@@ -468,13 +468,35 @@ OWN = {"cfg_normalization": True, "cfg_normalize": True, "enable_cfg_renorm": Tr
 """Arguments by which calls ask for a treatment of the combined prediction."""
 
 
+@contextmanager
+def unguided(pipe: Any, entry: Tiny) -> Iterator[None]:
+    """Has the untouched pipeline's guidance come to the conditional prediction; terms beside it stay."""
+    from tiny_core import SCALE
+
+    if entry.branches - entry.terms < 3:
+        with overwritten(pipe, entry, 0, sound=False):
+            yield
+        return
+
+    def weaken(module: Any, args: Any, output: Any) -> Any:
+        """InstructPix2Pix: u + s (c - u) of what is put out here is c."""
+        c, u, nothing = output[0].chunk(3)
+        return (torch.cat([u + (c - u) / SCALE, u, nothing]), *output[1:])
+
+    handle = pipe.unet.register_forward_hook(weaken)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, **own: Any) -> None:
     """An APG whose update is capped to nothing gives the conditional prediction alone, however that is treated.
 
     So a treatment that is another one for another combination, such as a norm, has been understood.
     """
     # In a video with sound, rule and reference are about the picture.
-    with overwritten(pipe, entry, 0, sound=False):
+    with unguided(pipe, entry):
         alone = run(pipe, entry, STEPS, batch, **own)
     assert relative(alone, run(pipe, entry, STEPS, batch, **own)) > 1e-4, "guided and alone are too much alike to tell"
     with attach(pipe, APG(norm_threshold=1e-9, momentum=0.0), EveryStep()):

@@ -441,7 +441,7 @@ def kandinsky22_controlnet() -> dict[str, Any]:
 
 # More of Stable Diffusion's kin
 
-PAG: dict[str, Any] = {"branches": 3, "off": {"guidance_scale": 1.0, "pag_scale": 0.0}}
+PAG: dict[str, Any] = {"branches": 3, "terms": 1, "off": {"guidance_scale": 1.0, "pag_scale": 0.0}}
 
 
 @tiny("StableDiffusionPAGImg2ImgPipeline", lambda rows: text(rows, **edited(rows)), **PAG)
