@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.combination import Around
 from diffusers_guidance.pipelines.attach.formula import Formula
-from diffusers_guidance.pipelines.attach.terms import Apart, Terms, Weights, trees, weigh
+from diffusers_guidance.pipelines.attach.terms import Apart, Terms, Weights, candidates, trees, weigh
 
 MOST = 5
 """Branches of a step."""
@@ -43,6 +43,10 @@ class Asked:
         if weights.doubt > _DOUBT * size:
             return []
         return trees(weights, self.scales(), self.apart(formula), self.pair(formula))
+
+    def candidates(self, formula: Formula) -> list[Terms]:
+        """How they may, at scales read by name."""
+        return candidates(formula.evaluations, self.scales(), self.apart(formula), self.pair(formula))
 
 
 NOTHING = Asked()

@@ -306,6 +306,11 @@ class Discovery:
     def _weighed(self, denoiser: Denoiser, formula: Formula, target: Tensor, around: Around) -> Formula:
         """The formula with the coefficients that its terms have at this step."""
         assert formula.tree is not None
+        if formula.exact:
+            terms = formula.tree.named(self.call.strengths) or formula.tree
+            formula = replace(formula, tree=terms, value=terms.w)
+            denoiser.settle_for(formula)
+            return formula
         few = Sample(target.shape)
         x = around.sample
         near = replace(around, sample=few(x) if x is not None and x.shape == target.shape else None)

@@ -130,6 +130,8 @@ class Formula(Layout, Combination):
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """The same, of `treated` branches."""
         if self.tree is not None:
+            if self.exact:
+                return self.tree.written(parts).to(self.dtype)
             parts = self.as_weighed(parts, around)
             return self._finished(self.tree.combined(parts), parts[self.cond_index], around)
         return self.apply(parts[self.cond_index], self.away(parts), s, around)

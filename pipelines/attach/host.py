@@ -496,7 +496,8 @@ class Host:
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
-        note = denoiser.find_out(cuts=not self.policy.hands)
+        is_guided = denoiser.formula is not None and denoiser.formula.evaluations > 1
+        note = denoiser.find_out(cuts=is_guided and not self.policy.hands)
         if denoiser.formula is not None and denoiser.formula.batched and not denoiser.cut.is_left_whole:
             for other in self._denoisers.values():
                 if other is not denoiser:
@@ -546,8 +547,8 @@ class Host:
     def _nothing_to_guide(self) -> str:
         """What a rule and a policy could do in a run without guidance."""
         idle = [repr(self.rule)] * (not self.rule.is_plain) + [repr(self.policy)] * (not self.report.saved)
-        what = "one prediction of each sample a step, which nothing guides"
-        return f"{what}: {' and '.join(idle)} had nothing to do" if idle else what
+        what = "no classifier-free guidance in this call: one prediction of each sample a step"
+        return f"{what}; {' and '.join(idle)} had nothing to do" if idle else what
 
     @property
     def _left_alone(self) -> str:

@@ -379,6 +379,13 @@ class _Search:
     def _by_terms(self, reading: Reading) -> Formula | None:
         """Of more than two branches: guidance of one away from another, and further terms."""
         found: list[tuple[Formula, Scale]] = []
+        for tree in self.terms.candidates(reading.formula):
+            formula = replace(reading.formula, cond_index=tree.cond, tree=tree, exact=True)
+            made = formula.combined(reading.parts, tree.w, reading.around)
+            if torch.equal(made, reading.target) and self._confirms(formula, tree.w):
+                found.append((formula, tree.w))
+        if found:
+            return self._exact(*found[0]) if len(found) == 1 else None
         for formula in sums(reading.formula, reading.around):
             if formula.needs_space and not reading.around.fits(reading.target):
                 continue

@@ -21,7 +21,7 @@ by name, that the coefficients are.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from diffusers_guidance.pipelines.attach.residual import exact
 
 _CLOSE = 2e-3
 """How far a coefficient may be from the scale that it is taken for, as a share of it (or of 1)."""
-_ROUNDED = 32
+_ROUNDED = 4
 """How many units of rounding branches must differ by."""
 _SEEN = 1e-3
 """The least coefficient of a branch that has a part in the guidance, where nothing else says so."""
@@ -47,12 +47,14 @@ class Terms:
         parents: what each is subtracted from; the conditional one is its own parent.
         coefficients: a_k; that of the conditional one is 0.
         names: of their scales, as the pipeline has them; "" where none is known.
+        shifts: by how much these are above the coefficients, where both were matched exactly.
     """
 
     uncond: int
     parents: tuple[int, ...]
     coefficients: tuple[float, ...]
     names: tuple[str, ...]
+    shifts: tuple[float, ...] = ()
 
     @property
     def cond(self) -> int:
@@ -107,6 +109,29 @@ class Terms:
         """g / f."""
         c, u = parts[self.cond], parts[self.uncond]
         return c + (self.w - 1) * (c - u) + self.rest(parts)
+
+    def named(self, scales: Mapping[str, float]) -> "Terms | None":
+        """The same tree at these scales; None where they are not all there."""
+        if not self.shifts or not all(name in scales for k, name in enumerate(self.names) if k != self.cond):
+            return None
+        pairs = enumerate(zip(self.names, self.shifts, strict=True))
+        found = tuple(0.0 if k == self.cond else scales[name] - shift for k, (name, shift) in pairs)
+        return replace(self, coefficients=found)
+
+    def written(self, parts: Sequence[Tensor]) -> Tensor:
+        """g / f as pipelines write it, in the branches' dtype: u + w (c - u) + s (c - p), or p + w (c - u) + s (u - p).
+
+        It begins with the last of the chain from the conditional branch over the unconditional one.
+        """
+        chain = [self.uncond]
+        while (below := [k for k, parent in enumerate(self.parents) if parent == chain[-1]]) and len(below) == 1:
+            chain += below
+        g = parts[chain[-1]]
+        others = [k for k in range(len(parts)) if k != self.cond and k not in chain]
+        for k in (*chain, *others):
+            s = self.coefficients[k] + (1.0 if k in chain else 0.0)
+            g = g + s * (parts[self.parents[k]] - parts[k])
+        return g
 
     def label(self, k: int) -> str:
         """What a branch is called in the report."""
@@ -215,27 +240,53 @@ def trees(
     n = len(weights.values)
     named: list[Terms] = []
     plain: list[Terms] = []
+    for cond, uncond, parents in _hung(n, apart, pair):
+        a = coefficients(weights.around(cond), parents)
+        names = _named(a, cond, uncond, scales, weights.doubt)
+        # What is not seen has no part in this step: it is taken to be what its scale says.
+        a = tuple(scales.get(names[k], 1.0) - 1 if math.isnan(each) else each for k, each in enumerate(a))
+        terms = Terms(uncond, tuple(parents), a, names)
+        if all(terms.names[k] for k in range(n) if k != cond):
+            named.append(terms)
+        elif (apart or pair) and terms.is_flat and all(a[k] > _SEEN for k in range(n) if k != cond):
+            plain.append(terms)
+    # Where the unconditional branch weighs nothing either will do: what pushes away from the conditional one, say.
+    found = named or plain
+    flat = {(terms.cond, terms.uncond) for terms in found if terms.is_flat}
+    return [terms for terms in found if terms.is_flat or (terms.cond, terms.uncond) not in flat]
+
+
+def candidates(
+    n: int, scales: Mapping[str, float], apart: Apart | None = None, pair: tuple[int, int] | None = None
+) -> list[Terms]:
+    """How so many branches may hang together, with each coefficient a scale known by name, or that less 1."""
+    guidance: dict[float, str] = {}
+    further: dict[float, str] = {}
+    for label, s in scales.items():
+        (guidance if _is_guidance(label) else further).setdefault(s, label)
+    ways = [(name, s, shift) for s, name in further.items() for shift in (0.0, 1.0)]
+    found = []
+    for cond, uncond, parents in _hung(n, apart, pair):
+        free = [k for k in range(n) if k not in (cond, uncond)]
+        for (w, label), *chosen in itertools.product(guidance.items(), *[ways] * len(free)):
+            names, shifts, a = [""] * n, [0.0] * n, [0.0] * n
+            names[uncond], shifts[uncond], a[uncond] = label, 1.0, w - 1
+            for k, (name, s, shift) in zip(free, chosen, strict=True):
+                names[k], shifts[k], a[k] = name, shift, s - shift
+            found.append(Terms(uncond, tuple(parents), tuple(a), tuple(names), tuple(shifts)))
+    return found
+
+
+def _hung(n: int, apart: Apart | None, pair: tuple[int, int] | None) -> Iterator[tuple[int, int, list[int]]]:
+    """(the conditional branch, the unconditional one, what each hangs on), in every way that is likely."""
     for cond, uncond in [pair] if pair else itertools.permutations(range(n), 2):
         free = [k for k in range(n) if k not in (cond, uncond)]
         for hangs in itertools.product((cond, uncond), repeat=len(free)):
             parents = [cond] * n
             for k, parent in zip(free, hangs, strict=True):
                 parents[k] = parent
-            if not _is_likely(apart, cond, uncond, parents):
-                continue
-            a = coefficients(weights.around(cond), parents)
-            names = _named(a, cond, uncond, scales)
-            # What is not seen has no part in this step: it is taken to be what its scale says.
-            a = tuple(scales.get(names[k], 1.0) - 1 if math.isnan(each) else each for k, each in enumerate(a))
-            terms = Terms(uncond, tuple(parents), a, names)
-            if all(terms.names[k] for k in range(n) if k != cond):
-                named.append(terms)
-            elif (apart or pair) and terms.is_flat and all(a[k] > _SEEN for k in range(n) if k != cond):
-                plain.append(terms)
-    # Where the unconditional branch weighs nothing either will do: what pushes away from the conditional one, say.
-    found = named or plain
-    flat = {(terms.cond, terms.uncond) for terms in found if terms.is_flat}
-    return [terms for terms in found if terms.is_flat or (terms.cond, terms.uncond) not in flat]
+            if _is_likely(apart, cond, uncond, parents):
+                yield cond, uncond, parents
 
 
 def _is_likely(apart: Apart | None, cond: int, uncond: int, parents: Sequence[int]) -> bool:
@@ -264,20 +315,21 @@ def distances(made_from: Sequence[Mapping[str, Tensor]]) -> Apart | None:
     return found if any(map(any, found)) else None
 
 
-def _named(a: Sequence[float], cond: int, uncond: int, scales: Mapping[str, float]) -> tuple[str, ...]:
-    """By branch, the scale that its coefficient is: s, or s - 1. That of u is the guidance scale, and no other is."""
+def _is_guidance(label: str) -> bool:
+    return label.lstrip("_") in ("guidance_scale", "true_cfg_scale", "text_guidance_scale")
 
-    def is_guidance(label: str) -> bool:
-        return label.lstrip("_") in ("guidance_scale", "true_cfg_scale", "text_guidance_scale")
+
+def _named(a: Sequence[float], cond: int, uncond: int, scales: Mapping[str, float], doubt: float) -> tuple[str, ...]:
+    """By branch, the scale that its coefficient is: s, or s - 1. That of u is the guidance scale, and no other is."""
 
     def name(k: int) -> str:
         if k == cond:
             return ""
         if math.isnan(a[k]):  # it equals another branch: what it weighs is not seen, nor needed
-            return next((label for label in scales if is_guidance(label) == (k == uncond)), "")
+            return next((label for label in scales if _is_guidance(label) == (k == uncond)), "")
         for label, s in scales.items():
-            near = min(abs(a[k] - s), abs(a[k] + 1 - s)) <= _CLOSE * max(1.0, abs(s))
-            if near and is_guidance(label) == (k == uncond):
+            near = min(abs(a[k] - s), abs(a[k] + 1 - s)) <= max(_CLOSE * max(1.0, abs(s)), 4 * doubt)
+            if near and _is_guidance(label) == (k == uncond):
                 return label
         return ""
 

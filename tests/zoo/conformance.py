@@ -362,9 +362,16 @@ class Kept(Forecast):
 
 
 @contextmanager
-def frozen(pipe: Any, skipped: tuple[int, ...]) -> Iterator[None]:
-    """Has the untouched pipeline evaluate everything, and its scheduler be given the last prediction at some steps."""
+def frozen(pipe: Any, entry: Tiny, skipped: tuple[int, ...]) -> Iterator[None]:
+    """Has the untouched pipeline's network put out its last output again at some steps, and the scheduler get it."""
     seen: list[Tensor] = []
+    last: list[Any] = []
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        if len(seen) in skipped:
+            return last[-1]
+        last.append(output)
+        return output
 
     def see(given: dict[str, Any]) -> None:
         step = len(seen)
@@ -372,15 +379,19 @@ def frozen(pipe: Any, skipped: tuple[int, ...]) -> Iterator[None]:
         if step in skipped:
             given["model_output"] = seen[-1].clone()
 
-    with watched(pipe.scheduler, see):
-        yield
+    handle = getattr(pipe, entry.denoisers[0]).register_forward_hook(hook)
+    try:
+        with watched(pipe.scheduler, see):
+            yield
+    finally:
+        handle.remove()
 
 
 def skips_alone(pipe: Any, entry: Tiny, batch: int, truth: Truth, tolerance: float = 1e-5) -> Report:
     """Whole evaluations of a pipeline without guidance: nothing else changes, and the report counts them."""
     steps = len(truth.steps.outputs)
     skipped = tuple(i for i in (1, 2) if i < steps - 1)
-    with frozen(pipe, skipped):
+    with frozen(pipe, entry, skipped):
         reference = run(pipe, entry, STEPS, batch)
     assert relative(reference, truth.result) > 1e-4, "skipped and evaluated steps are too much alike to tell"
     with (
