@@ -41,6 +41,8 @@ class StepReport:
     of a batch as a whole."""
     repaid: float | None = None
     """The size of the repayment, likewise."""
+    branches: dict[str, int] = field(default_factory=dict)
+    """Evaluations of the step's own by branch: "cond", "uncond", and further terms by their scales, such as "pag"."""
 
     def add_note(self, note: str) -> None:
         """Adds to what is said of the step."""
@@ -70,6 +72,12 @@ class Report:
         return sum(step.nfe_full for step in self.steps)
 
     @property
+    def nfe_by_branch(self) -> dict[str, int]:
+        """Those made by branch: "cond", "uncond", and further terms by the names of their scales; without trials."""
+        names = dict.fromkeys(name for step in self.steps for name in step.branches)
+        return {name: sum(step.branches.get(name, 0) for step in self.steps) for name in names}
+
+    @property
     def nfe_by_sample(self) -> list[float]:
         """Those made for each sample; trials on all of them together are shared out. Their sum is `nfe`."""
         found = [0.0] * max((len(step.evaluated) for step in self.steps), default=0)
@@ -88,7 +96,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types; values that are not finite become None."""
-        totals = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
+        totals: dict[str, Any] = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
+        totals["nfe_by_branch"] = self.nfe_by_branch
         head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note")}
         return head | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
 
@@ -103,6 +112,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.pipeline}: {self.rule} with {self.policy}", self.summary()]
         lines += [self.note] if self.note else []
+        if len(by_branch := self.nfe_by_branch) > 2:
+            lines.append(", ".join(f"{nfe} {name}" for name, nfe in by_branch.items()))
         lines.append("step  timestep     sigma  NFEs  evaluated      similarity         why")
         for step in self.steps:
             known = [value for value in step.similarity if value is not None]

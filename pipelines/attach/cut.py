@@ -75,11 +75,12 @@ class Cut:
         """Whether no part of the batch is taken at all."""
         return bool(self.whole) or self.keeps_state
 
-    def forget(self) -> None:
-        """Forgets what it knows of a batch that is gone."""
+    def forget(self, is_watched: bool = False) -> None:
+        """Forgets what it knows of a batch that is gone; what others have put on the network, unless it `is_watched`."""
         self.whole, self.splits = "", True
         self.known.clear()
-        vars(self).pop("watch", None)
+        if not is_watched:
+            vars(self).pop("watch", None)
 
     def leave_whole(self, why: str) -> None:
         """Takes no part of the batch from now on."""

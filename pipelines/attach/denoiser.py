@@ -67,7 +67,7 @@ class Denoiser:
     one."""
     given: Any = None
     """The step's whole conditional output, where calls are made one after another."""
-    skipped: Callable[[], Any] | None = None
+    skipped: partial | None = None
     """The step's last call that was skipped."""
     is_told: bool = False
     """Whether a call's arguments told at this step which branch it was for."""
@@ -148,10 +148,11 @@ class Denoiser:
 
     def forget(self) -> None:
         """Forgets the batch it has known, but not the coming step's evaluations."""
+        was_single = self.formula is not None and self.formula.evaluations == 1
         self.formula = self.engine = None
         self.marks, self.formulas, self.is_unlike = [], {}, False
         self.beside = Beside()
-        self.cut.forget()
+        self.cut.forget(is_watched=was_single)
 
     def settle(self) -> None:
         """At the end of a step: which of its calls were the step's.
@@ -333,7 +334,8 @@ class Denoiser:
             self.sample_shape = batch.sample_shape(args, kwargs)
         if self.policy.hands and self.puts_out_more:
             self.beside.see(batch.copied(output))
-        if self.formula is None or (y is not None and y.shape != self.shape):
+        # Where nothing is guided, guidance may begin at any step.
+        if self.formula is None or self.formula.evaluations == 1 or (y is not None and y.shape != self.shape):
             self.inputs.append((call, args, kwargs, batch.copied(output)))
         self._note(y, tried + asked, asked)
         return output
@@ -363,10 +365,15 @@ class Denoiser:
 
     def _take_back(self) -> None:
         """Makes the step's skipped call after all, and puts what it gives where the pipeline has got something else."""
-        y = self.make_up()
-        if y is not None and self.handed is not None:
-            self.handed.copy_(y)
-            self.outputs[-1] = y.clone()
+        assert self.skipped is not None and self.handed is not None
+        made, self.skipped = self.skipped, None
+        output = made()
+        y = batch.prediction(output)
+        assert y is not None
+        self.inputs.append((made.func, made.args, made.keywords, batch.copied(output)))
+        self.handed.copy_(y)
+        self.outputs[-1] = y.clone()
+        self.nfe += len(y)
         self.is_open = True
 
     def _run_batched(self, formula: Formula, call: Callable, args: tuple, kwargs: dict) -> Any:

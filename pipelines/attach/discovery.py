@@ -6,7 +6,7 @@ nothing before its end. The report then names the steps that the formula did not
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -61,8 +61,10 @@ class Seen(NamedTuple):
 class Discovery:
     """What one run learns about its pipeline's guidance."""
 
-    def __init__(self, call: Call, rule: Rule, policy: Policy, recording: Recording):
-        self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
+    def __init__(
+        self, call: Call, rule: Rule, policy: Policy, recording: Recording, networks: Collection[Denoiser] = ()
+    ):
+        self.call, self.rule, self.policy, self.recording, self.networks = call, rule, policy, recording, networks
         self.acts = not (rule.is_plain and type(policy) is EveryStep)
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
 
@@ -101,7 +103,7 @@ class Discovery:
             if found.undetermined:
                 return found.tried
             if self.acts or not self.recording.report.steps:
-                raise self.unsupported(denoiser, output, found.tried)
+                raise self.unsupported(denoiser, output, self._together(denoiser, output) or found.tried)
             return f"not verified: {found.tried}"  # nothing is changed, so the result is not withheld
         formula = self._plain(found.formula)
         self._keep_order(denoiser, formula)
@@ -158,6 +160,13 @@ class Discovery:
         denoiser.know(found)
         self._tell(denoiser, found)
         return True
+
+    def _together(self, denoiser: Denoiser, output: Tensor) -> str:
+        """What is seen of a step for which several networks predicted something of the scheduler's shape."""
+        names = [each.name for each in self.networks if any(y.shape == output.shape for y in each.outputs)]
+        if len(names) < 2 or denoiser.name not in names:
+            return ""
+        return f"{' and '.join(names)} were evaluated for it, and guidance between several networks is not followed"
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales that do not tell."""
@@ -336,8 +345,8 @@ class Discovery:
         names = [name for name in ("guidance_rescale", "cfg_normalization") if self.call.option(name) > 0]
         advice = [f"call it with {name}=0" for name in names]
         if len({y.shape for y in denoiser.outputs}) > 1:
-            more = "skip-layer, spatio-temporal or self-attention guidance, modality isolation"
-            advice.append(f"turn off what calls {denoiser.name} once more at a step ({more})")
+            more = "self-attention guidance, say"
+            advice.append(f"turn off what calls {denoiser.name} once more at a step on something else ({more})")
         if denoiser.blanks:
             advice.append(
                 f"use the first output of {denoiser.name} without copying it before the second call (the skipped part "

@@ -81,13 +81,13 @@ class Host:
         self._call = Call(pipe, arguments)
         self.report = Report(self._call.name, repr(rule), repr(policy))
         self._recording = Recording(self.report)
-        self._discovery = Discovery(self._call, rule, policy, self._recording)
         self._company = Company(self._call)
         self._stack: ExitStack | None = None
         """The interceptions in place while the pipeline runs."""
         self._parts: dict[str, Any] = {}
         """The pipeline's networks and schedulers by name, as last seen."""
         self._denoisers: dict[int, Denoiser] = {}
+        self._discovery = Discovery(self._call, rule, policy, self._recording, self._denoisers.values())
         self._active: Denoiser | None = None
         self._last: Denoiser | None = None
         """The denoiser whose evaluation the last step used."""
@@ -367,6 +367,7 @@ class Host:
             step, plan, prediction, lambda: view.working(output), finish, fuse if formula.hands_it_on else lambda: None
         )
         handed = None if found.tensor is None else view.emit(found.tensor, output)
+        self._count_branches(denoiser, evaluated)
         again = found.again
         if again is not None:
             self._tell(prediction, step, None if not self._observers else view.emit(again(), output), sample)
@@ -375,6 +376,15 @@ class Host:
             handed = self._hand(denoiser, step, output if handed is None else handed, sample)
         self._tell(prediction if denoiser.nfe else None, step, output if handed is None else handed, sample)
         return Guided(None if handed is output else handed)
+
+    def _count_branches(self, denoiser: Denoiser, evaluated: Sequence[bool]) -> None:
+        """Says in the step's report which of its branches were evaluated, of how many samples."""
+        formula, counts = denoiser.formula, self.report.steps[-1].branches
+        assert formula is not None
+        for k, name in enumerate(formula.names):
+            is_own = k == formula.cond_index or k in formula.alone
+            evaluations = formula.rows if is_own else sum(evaluated)
+            counts[name] = counts.get(name, 0) + (evaluations if denoiser.nfe else 0)
 
     def _check_batch(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
         """Forgets the known batch if the step has another one; refuses evaluations that belong to neither."""
@@ -440,9 +450,11 @@ class Host:
         step = replace(step, space=space, sample=None if space is None else x, w=1.0)
         nfe, nfe_full = denoiser.take_cost()
         plan = [Decision(Action.CONDITIONAL if nfe else Action.NEITHER, each.why) for each in plan]
-        prediction = Prediction(c, c, [False] * step.rows, nfe=nfe, nfe_full=nfe_full, note=note)
+        alone, unknown = [False] * step.rows, torch.full((2, step.rows), torch.nan, device=c.device)
+        prediction = Prediction(c, c, alone, nfe=nfe, nfe_full=nfe_full, similarity=unknown, note=note)
         engine.check(lambda: self._setting(denoiser, step))
         engine.guide(step, plan, prediction, lambda: c)
+        self._count_branches(denoiser, prediction.evaluated)
         handed = self._hand(denoiser, step, output, sample) if self.policy.hands else output
         self._tell(prediction if nfe else None, step, handed, sample)
         return Guided(None if handed is output else handed)
@@ -548,7 +560,19 @@ class Host:
         """What a rule and a policy could do in a run without guidance."""
         idle = [repr(self.rule)] * (not self.rule.is_plain) + [repr(self.policy)] * (not self.report.saved)
         what = "no classifier-free guidance in this call: one prediction of each sample a step"
-        return f"{what}; {' and '.join(idle)} had nothing to do" if idle else what
+        if not idle:
+            return what
+        more = "" if self.rule.is_plain else f", {self._to_guide}"
+        return f"{what}; {' and '.join(idle)} had nothing to do{more}"
+
+    @property
+    def _to_guide(self) -> str:
+        """What a call needs for a rule to act."""
+        if "true_cfg_scale" in self._call.arguments:
+            return "which needs a negative prompt and a true_cfg_scale above 1"
+        if self._call.option("guidance_scale") > 1:
+            return "which needs a model with guidance of its own: this one's guidance_scale is an input of the network"
+        return "which needs a guidance_scale above 1"
 
     @property
     def _left_alone(self) -> str:

@@ -32,6 +32,8 @@ from diffusers_guidance.pipelines.attach.residual import exact
 
 _CLOSE = 2e-3
 """How far a coefficient may be from the scale that it is taken for, as a share of it (or of 1)."""
+_MANY = 4000
+"""Candidates that are not looked at one by one."""
 _ROUNDED = 4
 """How many units of rounding branches must differ by."""
 _SEEN = 1e-3
@@ -265,8 +267,11 @@ def candidates(
     for label, s in scales.items():
         (guidance if _is_guidance(label) else further).setdefault(s, label)
     ways = [(name, s, shift) for s, name in further.items() for shift in (0.0, 1.0)]
-    found = []
-    for cond, uncond, parents in _hung(n, apart, pair):
+    found: list[Terms] = []
+    hung = [*_hung(n, apart, pair)]
+    if len(hung) * len(guidance) * len(ways) ** (n - 2) > _MANY:
+        return found
+    for cond, uncond, parents in hung:
         free = [k for k in range(n) if k not in (cond, uncond)]
         for (w, label), *chosen in itertools.product(guidance.items(), *[ways] * len(free)):
             names, shifts, a = [""] * n, [0.0] * n, [0.0] * n

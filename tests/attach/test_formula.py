@@ -651,7 +651,9 @@ def test_two_networks_a_step_are_refused_in_a_true_sentence():
     pipe.turned = lambda x, y, more: more + 4.5 * (y - more)
     with (
         attach(pipe, APG()),
-        pytest.raises(UnsupportedPipeline, match="evaluated one prediction of each sample") as refused,
+        pytest.raises(
+            UnsupportedPipeline, match="unet and other were evaluated for it, and guidance between"
+        ) as refused,
     ):
         pipe(other=other)
     assert "scheduler's shape" not in str(refused.value)
