@@ -76,7 +76,7 @@ class Cut:
         return bool(self.whole) or self.keeps_state
 
     def forget(self, is_watched: bool = False) -> None:
-        """Forgets what it knows of a batch that is gone; what others have put on the network, unless it `is_watched`."""
+        """Forgets what it knows of a batch that is gone, and what is on the network, unless that `is_watched` on."""
         self.whole, self.splits = "", True
         self.known.clear()
         if not is_watched:

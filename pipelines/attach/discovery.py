@@ -145,7 +145,7 @@ class Discovery:
             return formula
         weights = terms.weights
         of_others = tuple(weights[k] / -(weights[terms.cond] - 1) for k in formula.others)
-        return replace(formula, tree=None, weights=of_others, value=weights[terms.cond])
+        return replace(formula, tree=None, weights=of_others, value=weights[terms.cond], exact=False)
 
     def single(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> bool:
         """Whether the step's only prediction is what the scheduler gets, so that it can be skipped as a whole."""
