@@ -198,10 +198,11 @@ def table(found):
     """The generated part of the docs."""
     classes = [row for row in found.values() if "," not in row[0]]  # in their usual setting; the others are variants
     verified = [row for row in classes if row[2].startswith("verified")]
-    whole = sum(row[2] != "verified" for row in verified)
+    skip = [row for row in verified if "plain" not in row[2]]
+    alone = sum("nothing to guide" in row[2] for row in skip)
     totals = (
-        f"**{len(verified)} classes verified**, {whole} of them without leaving anything out; "
-        f"{len(classes) - len(verified)} refused. With variants, {len(found)} cases."
+        f"**{len(verified)} classes verified**; {len(skip)} of them skip evaluations, {alone} of these without "
+        f"guidance; {len(classes) - len(verified)} refused. With variants, {len(found)} cases."
     )
     ordered = sorted(found.values(), key=lambda row: (row[1], row[0]))
     lines = ["| " + " | ".join(row) + " |" for row in ordered]
