@@ -143,7 +143,7 @@ class Formula(Layout, Combination):
 
     @property
     def names(self) -> list[str]:
-        return Layout.names.fget(self) if self.tree is None else [*map(self.tree.label, range(self.evaluations))]
+        return super().names if self.tree is None else [*map(self.tree.label, range(self.evaluations))]
 
     @property
     def written(self) -> str:
