@@ -59,10 +59,10 @@ class Rival(Forecast):
     is_even: bool = False
     """Whether the evaluated steps are spaced evenly."""
 
-    def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
+    def pattern(self, count: int, table: tuple[Space, ...] = (), branches: int = 2) -> tuple[bool, ...]:
         if not self.is_even:
-            return super().pattern(count, table)
-        evaluations = sum(super().pattern(count, table))
+            return super().pattern(count, table, branches)
+        evaluations = sum(super().pattern(count, table, branches))
         chosen = {round(i * (count - 1) / (evaluations - 1)) for i in range(evaluations)}
         return tuple(i in chosen for i in range(count))
 

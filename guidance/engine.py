@@ -88,7 +88,7 @@ class Engine:
 
     def settle(self, step: Step) -> Step:
         """The step with the scale that a schedule has there; without a schedule, as it is."""
-        if not self.rule.is_scheduled:
+        if not self.rule.is_scheduled or step.branches == 1:
             return step
         given = self._given(step)
         w = tuple(self.origin + s for s in given) if isinstance(given, tuple) else self.origin + given
@@ -221,6 +221,8 @@ class Engine:
         fuse: Callable[[], FusedStep | None],
     ) -> Guided:
         c, u, rows = prediction.cond, prediction.uncond, len(plan)
+        if step.branches == 1:
+            return Guided(None)  # one prediction, which no rule changes
         unguided = [each.action == Action.CONDITIONAL for each in plan]
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, prediction.evaluated, strict=True)]
@@ -301,6 +303,7 @@ def _direction(guided: Tensor, prediction: Prediction, w: scales.W) -> Tensor:
     working = torch.promote_types(guided.dtype, torch.float32)
     c, u = prediction.cond.to(working), prediction.uncond.to(working)
     g = guided.to(working)[:, : c.shape[1]]
+    g = g if prediction.further is None else g - prediction.further.to(working)
     found = scales.by_row(w, len(g), lambda each: (g - c) / (each - 1) if abs(each - 1) > 0.01 else c - u)
     if found.shape == guided.shape:
         return found

@@ -390,8 +390,9 @@ class Forecast(Policy):
 
     Args:
         save: the least share of the NFEs to save, from 0 to below 1; the first and the last step are always evaluated.
-        nfe: instead, the most NFEs of one sample, two for each evaluated step; 4 or more. It does not count
-            steps that a run must evaluate: a second denoiser's first, and the next after steps without guidance.
+        nfe: instead, the most NFEs of one sample, two for each evaluated step (one where nothing is guided, one more
+            for each further term); 4 or more. It does not count steps that a run must evaluate: a second denoiser's
+            first, and the next after steps without guidance.
         calibration: of this model (`calibrate`, or a handle's `calibration`), or where it is kept: a file, a folder, or
             a repository's name on the Hub, from which it is then downloaded.
         learn: make a run in full where too little is known of the like, and go by what it shows from the next one on.
@@ -433,20 +434,20 @@ class Forecast(Policy):
     def informed(self, calibration: Calibration | None, lack: str = "") -> "Forecast":
         return replace(self, calibration=calibration, learn=self.learn and not lack)
 
-    def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
-        """By step of a run of so many, whether it is evaluated.
+    def pattern(self, count: int, table: tuple[Space, ...] = (), branches: int = 2) -> tuple[bool, ...]:
+        """By step of a run of so many, whether it is evaluated, where each evaluates so many `branches`.
 
         By the power law, whatever is known: schedules by what runs had shown measured worse (docs/forecast.md).
         """
-        return pattern(count, self._evaluations(count), table)
+        return pattern(count, self._evaluations(count, branches), table)
 
-    def _evaluations(self, count: int) -> int:
-        return math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // 2
+    def _evaluations(self, count: int, branches: int) -> int:
+        return math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // branches
 
     def _known(self, table: tuple[Space, ...], scale: float | None) -> Known | None:
         return None if self.calibration is None else known(self.calibration.motions, table, scale)
 
-    def _by(self, table: tuple[Space, ...], scale: float | None) -> PowerLaw | Measured:
+    def _by(self, table: tuple[Space, ...], scale: float | None, branches: int = 2) -> PowerLaw | Measured:
         """What estimates are made by: of the power law and what was measured, what is off by less in sum, as measured.
 
         The best estimates of single predictions are not always: few steps far apart repay more evenly by the law.
@@ -454,11 +455,11 @@ class Forecast(Policy):
         found = self._known(table, scale)
         if found is None:
             return UNMEASURED
-        chosen, measured = self.pattern(len(table), table), found.variogram
+        chosen, measured = self.pattern(len(table), table, branches), found.variogram
         by_measured, by_law = (summed_error(chosen, table, by, measured) for by in (measured, UNMEASURED))
         return measured if by_measured * (1 + OPTIMISM / found.motion.runs) < by_law else UNMEASURED
 
-    def _learning(self, table: tuple[Space, ...], scale: float | None) -> str:
+    def _learning(self, table: tuple[Space, ...], scale: float | None, branches: int = 2) -> str:
         """Why a run of these steps is made in full, to be learned; nothing where it is not."""
         if not self.learn or len(table) < 3:
             return ""
@@ -467,28 +468,30 @@ class Forecast(Policy):
             return "nothing is known yet"
         if scale is not None and far(found.motion, scale) > math.log(2) + 1e-6:
             return f"scale {scale:g} is far from {found.motion.scale:g}"
-        chosen, weight = self.pattern(len(table), table), weights(table, found.variogram)
+        chosen, weight = self.pattern(len(table), table, branches), weights(table, found.variogram)
         share = missed(chosen, weight, found.doubt) / (missed(chosen, weight, found.variogram) or 1.0)
         return f"{share:.0%} of the predicted error is not of what was measured" if share > MOST_DOUBT else ""
 
     def _told(self, step: Step, scale: float | None) -> str:
         """What a run goes by, for the report."""
-        if learning := self._learning(step.table, scale):
+        if learning := self._learning(step.table, scale, step.branches):
             return f"evaluated in full, to learn: {learning}"
         found = self._known(step.table, scale)
         if found is None:
             return ""
         motion = found.motion
         at = f"{len(motion.levels)} noise levels at scale {motion.scale:g}"
-        favour = "" if self._by(step.table, scale).is_measured else ", by which a power law is as good here"
+        favour = (
+            "" if self._by(step.table, scale, step.branches).is_measured else ", by which a power law is as good here"
+        )
         return f"forecasts by {motion.runs} run{'s' * (motion.runs > 1)} of {at}{favour}"
 
     def plan(self, step: Step, history: History) -> Plan:
         if not history.guided or history.is_denoised != bool(step.table):
             return _everyone(history, Action.BOTH)
-        if self._learning(step.table, history.scale):
+        if self._learning(step.table, history.scale, step.branches):
             return _everyone(history, Action.BOTH)
-        chosen = self.pattern(step.count, step.table)[step.index]
+        chosen = self.pattern(step.count, step.table, step.branches)[step.index]
         return _everyone(history, Action.BOTH if chosen else Action.NEITHER)
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> Handed:
@@ -504,7 +507,7 @@ class Forecast(Policy):
         if history.scale is None:
             history.scale = _typical(step)
             note = self._told(step, history.scale)
-        by = UNMEASURED if space is None else self._by(step.table, history.scale)
+        by = UNMEASURED if space is None else self._by(step.table, history.scale, step.branches)
         if guided is not None and (
             history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values())
         ):

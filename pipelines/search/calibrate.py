@@ -1,4 +1,5 @@
-"""`calibrate`: runs a pipeline under full guidance and keeps how its predictions correlate.
+"""`calibrate`: runs a pipeline under full guidance, or without any at a scale of 1, and keeps how its predictions
+correlate.
 
 A trajectory's number alone determines it (prompt, negative prompt, seed). So an interrupted calibration resumes
 where it stopped, and shares from several machines add up to the whole.
@@ -119,7 +120,7 @@ def calibrate(
 
     Raises:
         CalibrationMismatch: the file at `path` was made with another model or other settings.
-        UnsupportedPipeline: no classifier-free guidance of the pipeline could be identified.
+        UnsupportedPipeline: how the pipeline guides could not be identified.
     """
     prompts, negative_prompts = prompts_of(prompts), prompts_of(negative_prompts)
     if not prompts or not negative_prompts:
