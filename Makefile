@@ -6,9 +6,11 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 # Tests are spread over the cores. They draw from a seed, the same every time; `make test SEED=7` draws others.
 SEED ?= 0
+# What torch ships: 3.6 with 2.11, 3.7.0 with 2.12, 3.7.1 with 2.13, 3.8 with 2.14. `make kernels` takes the oldest and newest.
+TRITONS ?= 3.6.0 3.9.0
 SPREAD = -n auto --dist worksteal -W ignore --seed $(SEED)
 
-.PHONY: demo app test quick conformance lint docs matrix oldest kernels dist wheel calibrations objective frontier bench wallclock
+.PHONY: demo app test quick conformance lint docs matrix oldest kernels gpu dist wheel calibrations objective frontier bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
 .PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
@@ -43,8 +45,16 @@ matrix: ## the tests with the lowest and the newest versions declared, or some: 
 oldest: install ## a part of that: the tests of loading with the oldest libraries, over this environment's torch
 	$(BIN)/python tests/matrix/run.py --part
 
-kernels: install ## compiles every Triton kernel for sm_80, sm_90 and gfx942; refuses spills; needs no GPU
-	$(BIN)/python -m diffusers_guidance.kernels.compile
+kernels: install ## with each Triton of TRITONS: compiles every kernel for sm_80, sm_90 and gfx942, refuses spills, interprets
+	set -e; for version in $(TRITONS); do \
+		folder=build/triton/$$version; \
+		test -d $$folder/triton || $(BIN)/pip install --quiet --no-deps --target $$folder triton==$$version; \
+		PYTHONPATH=$$folder $(BIN)/python -W ignore -m diffusers_guidance.kernels.compile; \
+		PYTHONPATH=$$folder $(BIN)/pytest -q -W ignore --seed $(SEED) tests/kernels/test_interpreter.py; \
+	done
+
+gpu: install ## all that a GPU can show, in eight minutes: right, cheap, fast; without one it shows that it works
+	$(BIN)/python benchmarks/gpu.py
 
 dist: install ## the source archive and the wheels that a release uploads, in dist/ (docs/releasing.md)
 	rm -rf dist build/lib build/bdist.* samples/build

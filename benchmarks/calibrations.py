@@ -17,7 +17,12 @@ def main() -> None:
     bundled = Bundled()
     for name in named():
         path = samples.CALIBRATIONS / f"{name}.safetensors"
-        settings = bundled.set_up(name) | {"negative_prompts": NEGATIVE, "batch_size": 16, "path": path}
+        settings = bundled.set_up(name) | {
+            "trajectories": 200,
+            "negative_prompts": NEGATIVE,
+            "batch_size": 16,
+            "path": path,
+        }
         texts = prompts(samples.CALIBRATION_PROMPTS)
         try:
             calibrate(bundled.pipe, texts, **settings, progress=report(name))

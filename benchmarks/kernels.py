@@ -2,25 +2,36 @@
 
     python benchmarks/kernels.py [--out benchmarks/results]
 
-Checks every candidate against float64, then times one guidance step (APG with momentum) by CUDA graphs of calls
-on rotating inputs, more than the cache holds. Writes kernels.json (machine, versions, every number),
-kernels.md (the table for the docs) and kernels.png. Without a GPU it says so and measures only the CPU path.
+Checks every candidate against float64, then times one guidance step (APG with momentum): in CUDA graphs, where launches
+cost least, and eager, as pipelines call it. *Cold* cycles through inputs, more than the cache holds; *warm* repeats
+one, as a step does whose network has just written its predictions. After every row it writes kernels.json (machine,
+versions, every number), and at the end kernels.md (the table for the docs) and kernels.png. Without a GPU it measures
+tiny sizes and interpreted kernels on the CPU, which only shows that it works.
 """
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
 
 import diffusers
-import matplotlib
-import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 
 from diffusers_guidance import kernels
+from diffusers_guidance.files import write
+from diffusers_guidance.kernels import launch
 from diffusers_guidance.rules import APG
 
 SIZES = {
@@ -29,6 +40,7 @@ SIZES = {
     "SD3/Flux 16x128x128": (16, 128, 128),
     "Wan 16x21x90x160": (16, 21, 90, 160),
 }
+TINY = {"4x8x8": (4, 8, 8), "4x32x32": (4, 32, 32)}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RULE = APG(7.5)
 A, B = 1.0, -0.7
@@ -55,13 +67,12 @@ def triton(x, c, u, m):
 
 def two_launches(x, c, u, m):
     """Triton with two launches even for a small group."""
-    from diffusers_guidance.kernels import launch
-
-    numel, launch.GUIDE_NUMEL = launch.GUIDE_NUMEL, 0
+    fits = launch.fits_one_launch
+    launch.fits_one_launch = lambda *_: False
     try:
         return triton(x, c, u, m)
     finally:
-        launch.GUIDE_NUMEL = numel
+        launch.fits_one_launch = fits
 
 
 def draw(shape, dtype, device):
@@ -83,7 +94,7 @@ def check(candidates, inputs):
         errors[name] = rms_error(function(*inputs)[0], exact_diffusers if name == "diffusers" else exact)
         limit = 1e-6 if inputs[1].dtype == torch.float32 else 1.2 * torch.finfo(inputs[1].dtype).eps
         if name.startswith("Triton") and not errors[name] < limit:
-            raise SystemExit(f"{name} is wrong: relative RMS error {errors[name]:.2e}, allowed {limit:.0e}")
+            raise AssertionError(f"{name} is wrong: relative RMS error {errors[name]:.2e}, allowed {limit:.0e}")
     return errors
 
 
@@ -93,7 +104,7 @@ def quantiles(times):
     return {"p20": cuts[1], "median": statistics.median(times), "p80": cuts[7]}
 
 
-def time_on_gpu(function, sets):
+def in_graph(function, sets):
     """Microseconds a call, from replays of one CUDA graph that cycles through all input sets."""
     for _ in range(3):
         function(*sets[0])
@@ -102,22 +113,36 @@ def time_on_gpu(function, sets):
     with torch.cuda.graph(graph):
         for inputs in sets:
             function(*inputs)
+    return by_events(graph.replay, REPEATS, len(sets))
+
+
+def eager(function, sets):
+    """Microseconds a call, as pipelines make it."""
+
+    def cycle():
+        for inputs in sets:
+            function(*inputs)
+
+    return by_events(cycle, REPEATS // 2, len(sets))
+
+
+def by_events(function, repeats, calls):
     times = []
-    for i in range(REPEATS + 5):
+    for i in range(repeats + 5):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        function()
         stop.record()
         stop.synchronize()
         if i >= 5:
-            times.append(start.elapsed_time(stop) * 1000 / len(sets))
+            times.append(start.elapsed_time(stop) * 1000 / calls)
     return quantiles(times)
 
 
 def time_on_cpu(function, sets):
     """Microseconds a call, by the clock."""
     times = []
-    for i in range(12):
+    for i in range(5):
         start = time.perf_counter()
         function(*sets[i % len(sets)])
         if i >= 2:
@@ -125,11 +150,23 @@ def time_on_cpu(function, sets):
     return quantiles(times)
 
 
+def timed(function, sets, device):
+    """Quantiles by kind of timing."""
+    if device == "cpu":
+        return {"interpreted" if function is triton else "eager": time_on_cpu(function, sets)}
+    warm = [sets[0]] * len(sets)
+    return {
+        "graph, cold": in_graph(function, sets),
+        "graph, warm": in_graph(function, warm),
+        "eager, warm": eager(function, warm),
+    }
+
+
 def copy_bandwidth():
     """Bytes read and written per second by a copy of 1 GiB."""
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    microseconds = time_on_gpu(lambda: target.copy_(source), [()])["median"]
+    microseconds = in_graph(lambda: target.copy_(source), [()])["median"]
     return 2 * source.nbytes / microseconds * 1e6
 
 
@@ -139,14 +176,13 @@ def bytes_moved(shape, dtype, launches):
     return torch.Size(shape).numel() * (launches * (3 * size + 4) + size + 4)
 
 
-def launches_of(name, shape):
+def launches_of(name, shape, device):
     """How many launches Triton takes at this size on this machine."""
-    from diffusers_guidance.kernels import launch
-
     if name.endswith("two launches"):
         return 2
-    numel = torch.Size(shape[1:]).numel()
-    return 1 if numel <= launch.GUIDE_NUMEL * launch.ctas_of(numel, torch.device("cuda", 0)) else 2
+    chunks = -(-torch.Size(shape[1:]).numel() // launch.TILE)
+    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    return 1 if launch.fits_one_launch(shape[0], chunks, place) else 2
 
 
 def machine(device):
@@ -169,64 +205,80 @@ def machine(device):
     return found
 
 
-def measure(device):
-    """One row per size, batch, dtype and candidate."""
-    on_gpu = device == "cuda"
-    bandwidth = copy_bandwidth() if on_gpu else None
-    if bandwidth:
-        print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s", flush=True)
-    rows = []
-    for size, shape in SIZES.items():
-        if not on_gpu and len(shape) > 3:
-            continue  # video belongs on a GPU
-        for batch in (1, 8) if on_gpu else (1,):
-            for dtype in DTYPES if on_gpu else DTYPES[:1]:
-                rows += measure_one(size, (batch, *shape), dtype, device, bandwidth)
-    return bandwidth, rows
+class Cell(NamedTuple):
+    """What one row is about."""
+
+    size: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    candidate: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} x{self.shape[0]} {str(self.dtype).removeprefix('torch.')}, {self.candidate}"
 
 
-def measure_one(size, shape, dtype, device, bandwidth):
-    on_gpu = device == "cuda"
-    candidates = {"diffusers": of_diffusers, "reference": reference}
-    if on_gpu:
+CANDIDATES = {"diffusers": of_diffusers, "reference": reference, "Triton": triton, "Triton, two launches": two_launches}
+
+
+def cells(tiny: bool, device: str, half_only: bool = False) -> Iterator[Cell]:
+    """All rows, or those of the size of a check: half precision, batch 1."""
+    sizes = TINY if tiny else SIZES
+    dtypes = (DTYPES[0],) if tiny else DTYPES[1:2] if half_only else DTYPES
+    for (size, shape), batch, dtype in itertools.product(sizes.items(), (1,) if tiny or half_only else (1, 8), dtypes):
+        for candidate in CANDIDATES:
+            yield Cell(size, (batch, *shape), dtype, candidate)
+            if candidate == "reference" and device == "cuda":
+                yield Cell(size, (batch, *shape), dtype, "compiled")
+
+
+def measured(cell: Cell, device: str, bandwidth: float | None = None) -> dict[str, Any]:
+    """A row. Raises AssertionError where the candidate is wrong."""
+    torch.manual_seed(0)
+    _, shape, dtype, name = cell
+    if name == "compiled":
         torch.compiler.reset()
-        candidates["compiled"] = torch.compile(reference, dynamic=False)
-        candidates["Triton"] = triton
-        if len(shape) == 4:
-            candidates["Triton, two launches"] = two_launches
+    function = torch.compile(reference, dynamic=False) if name == "compiled" else CANDIDATES[name]
     one_set = torch.Size(shape).numel() * (3 * dtype.itemsize + 4)
-    count = min(64, max(2, ROTATED // one_set + 1)) if on_gpu else 2
-    sets = [draw(shape, dtype, device) for _ in range(count)]
-    errors = check(candidates, sets[0])
-    rows = []
-    for name, function in candidates.items():
-        times = (time_on_gpu if on_gpu else time_on_cpu)(function, sets)
-        row = {"size": size, "batch": shape[0], "dtype": str(dtype).removeprefix("torch."), "candidate": name}
-        row |= {"microseconds": times, "relative_rms_error": errors[name], "input_sets": count}
-        if name.startswith("Triton"):
-            row["launches"] = launches_of(name, shape)
-            row["bytes"] = bytes_moved(shape, dtype, row["launches"])
-            row["share_of_copy_bandwidth"] = row["bytes"] / times["median"] * 1e6 / bandwidth
-        rows.append(row)
-        print(f"{size:20} x{shape[0]} {row['dtype']:9} {name:22} {times['median']:10.1f} us", flush=True)
-    return rows
+    count = min(64, max(2, ROTATED // one_set + 1)) if device == "cuda" else 2
+    with torch.inference_mode():
+        sets = [draw(shape, dtype, device) for _ in range(count)]
+        error = check({name: function}, sets[0])[name]
+        times = timed(function, sets, device)
+    row = {"size": cell.size, "batch": shape[0], "dtype": str(dtype).removeprefix("torch."), "candidate": name}
+    row |= {"microseconds": times, "relative_rms_error": error, "input_sets": count}
+    if name.startswith("Triton"):
+        row["launches"] = launches_of(name, shape, device)
+        # One launch reads each number once.
+        row["bytes"] = bytes_moved(shape, dtype, row["launches"])
+        if bandwidth:
+            row["share_of_copy_bandwidth"] = row["bytes"] / times["graph, cold"]["median"] * 1e6 / bandwidth
+    return row
 
 
 def table(rows):
-    """The rows in Markdown, one line per size, batch and dtype."""
+    """The rows in Markdown, one line per size, batch, dtype and kind of timing."""
     names = list(dict.fromkeys(row["candidate"] for row in rows))
-    lines = ["| latents | batch | dtype | " + " | ".join(f"{name}, us" for name in names) + " | of copy bandwidth |"]
-    lines.append("|---" * 3 + "|---:" * (len(names) + 1) + "|")
+    head = "| latents | batch | dtype | timing | " + " | ".join(f"{name}, us" for name in names)
+    lines = [head + " | of copy bandwidth |", "|---" * 4 + "|---:" * (len(names) + 1) + "|"]
     for key in dict.fromkeys((row["size"], row["batch"], row["dtype"]) for row in rows):
         found = {r["candidate"]: r for r in rows if (r["size"], r["batch"], r["dtype"]) == key}
-        cells = [f"{found[n]['microseconds']['median']:.1f}" if n in found else "" for n in names]
-        share = found.get("Triton", {}).get("share_of_copy_bandwidth")
-        lines.append(f"| {' | '.join(map(str, (*key, *cells)))} | {'' if share is None else f'{share:.0%}'} |")
+        for kind in dict.fromkeys(kind for row in found.values() for kind in row["microseconds"]):
+            times = {
+                name: row["microseconds"][kind]["median"] for name, row in found.items() if kind in row["microseconds"]
+            }
+            cells_ = [f"{times[name]:.1f}" if name in times else "" for name in names]
+            share = found.get("Triton", {}).get("share_of_copy_bandwidth") if kind == "graph, cold" else None
+            lines.append(
+                f"| {' | '.join(map(str, (*key, kind, *cells_)))} | {'' if share is None else f'{share:.0%}'} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def plot(rows, title, path):
     """Time by size at batch 1, one line per candidate; the first half-precision dtype measured, else float32."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -234,11 +286,11 @@ def plot(rows, title, path):
     shown = [row for row in rows if row["batch"] == 1 and row["dtype"] == dtype]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name in dict.fromkeys(row["candidate"] for row in shown):
-        mine = [row for row in shown if row["candidate"] == name]
-        medians = [row["microseconds"]["median"] for row in mine]
-        low = [row["microseconds"]["median"] - row["microseconds"]["p20"] for row in mine]
-        high = [row["microseconds"]["p80"] - row["microseconds"]["median"] for row in mine]
-        axes.errorbar([row["size"] for row in mine], medians, [low, high], marker="o", capsize=3, label=name)
+        mine = [(row["size"], next(iter(row["microseconds"].values()))) for row in shown if row["candidate"] == name]
+        low = [times["median"] - times["p20"] for _, times in mine]
+        high = [times["p80"] - times["median"] for _, times in mine]
+        medians = [times["median"] for _, times in mine]
+        axes.errorbar([size for size, _ in mine], medians, [low, high], marker="o", capsize=3, label=name)
     axes.set(yscale="log", ylabel="microseconds a guidance step", title=f"{title}, {dtype}, batch 1")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -250,16 +302,17 @@ def main():
     out = parser.parse_args().out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        print("No GPU: this measures only the CPU path and says nothing about the kernels' speed.")
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        bandwidth, rows = measure(device)
-    out.mkdir(parents=True, exist_ok=True)
-    here = machine(device)
-    result = {"machine": here, "copy_bandwidth_bytes_per_second": bandwidth, "rows": rows}
-    (out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "kernels.md").write_text(table(rows))
-    plot(rows, here.get("gpu", "CPU"), out / "kernels.png")
+        print("No GPU: tiny sizes and interpreted kernels. This shows that the benchmark works, and no speed.")
+    bandwidth = copy_bandwidth() if device == "cuda" else None
+    result = {"machine": machine(device), "copy_bandwidth_bytes_per_second": bandwidth, "rows": []}
+    rows, prefix = result["rows"], "kernels" if device == "cuda" else "kernels-tiny-cpu"
+    for cell in cells(device == "cpu", device):
+        rows.append(measured(cell, device, bandwidth))
+        write(out / f"{prefix}.json", json.dumps(result, indent=1).encode() + b"\n")
+        times = "  ".join(f"{kind} {found['median']:.1f}" for kind, found in rows[-1]["microseconds"].items())
+        print(f"{cell.name:55} us: {times}", flush=True)
+    (out / f"{prefix}.md").write_text(table(rows))
+    plot(rows, result["machine"].get("gpu", "CPU"), out / f"{prefix}.png")
     print(f"\n{table(rows)}\nwritten to {out}")
     return 0
 

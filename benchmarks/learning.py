@@ -4,11 +4,13 @@
 
 Held-out prompts and a seed as in benchmarks/forecast.py; the runs are of calibration prompts. Rows: nothing known; so
 many runs of the setting itself; one of 50 steps of DPM-Solver++, and one at another scale. Each row is written as it is
-made, and those that are there are not made again. Mean PSNR in dB to full guidance.
+made, and those that are there are not made again. Mean PSNR in dB to full guidance. The runs are kept in the folder for
+temporary files, each file the one with fewer runs and some more.
 """
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import diffusers
@@ -16,8 +18,9 @@ from bundled import Bundled, prompts
 from forecast import BUDGETS, SCHEDULERS, Setting
 
 from diffusers_guidance import Calibration, Forecast, calibrate, samples
+from diffusers_guidance.files import write
+from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.measures import PSNR
-from diffusers_guidance.pipelines.support.files import write
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "learning"
 RUNS = {"ddim-20-5": (1, 2, 4, 8, 16, 200), "dpm-20-5": (1, 2, 4, 8, 16), "euler-20-5": (1,)}
@@ -25,14 +28,19 @@ OTHERS = {"ddim-20-5": ("dpm-50-5", "dpm-20-7.5")}
 NOTHING = "nothing"
 
 
-def motions(bundled: Bundled, name: str, runs: int) -> Calibration:
-    """What so many runs of a setting show."""
+def calibration(bundled: Bundled, name: str, runs: int) -> Calibration:
+    """Of the first so many runs of a setting; a file keeps them, and more runs add to it."""
     scheduler, steps, scale = name.split("-")
     before = bundled.pipe.scheduler
     bundled.pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(bundled.config)
-    call = {"num_inference_steps": int(steps), "guidance_scale": float(scale)}
+    call = {"num_inference_steps": int(steps), "guidance_scale": float(scale), "trajectories": runs}
+    path = Path(tempfile.gettempdir()) / "runs" / f"{name}-{runs}.safetensors"
     try:
-        return calibrate(bundled.pipe, prompts(samples.CALIBRATION_PROMPTS), trajectories=runs, **call).portable
+        path.parent.mkdir(exist_ok=True)
+        fewer = [n for n in RUNS.get(name, ()) if n < runs]
+        if fewer and not path.is_file():
+            calibration(bundled, name, fewer[-1]).save(path)
+        return calibrate(bundled.pipe, prompts(samples.CALIBRATION_PROMPTS), path=path, **call)
     finally:
         bundled.pipe.scheduler = before
 
@@ -47,9 +55,19 @@ def measure(bundled: Bundled, name: str) -> None:
     for what, source in wanted:
         if len([row for row in setting.rows if row["what"] == what]) == len(BUDGETS[setting.steps]):
             continue
-        made = None if source is None else motions(bundled, *source)
+        made = None if source is None else calibration(bundled, *source).portable
+        bundled.pipe.scheduler.set_timesteps(setting.steps)
+        table = spaces(bundled.pipe.scheduler)
         for nfe in BUDGETS[setting.steps]:
-            setting.measure(what, nfe, Forecast(nfe=nfe, calibration=made))
+            policy, rows = (
+                Forecast(nfe=nfe, calibration=made),
+                {(row["what"], row["budget"]): row for row in setting.rows},
+            )
+            # Where it goes by the power law after all, its pictures are those of nothing known.
+            if made is not None and (what, nfe) not in rows and not policy._by(table, setting.scale).is_measured:
+                setting.rows.append(rows[NOTHING, nfe] | {"what": what})
+                write(setting.path, json.dumps(setting.rows, indent=1).encode())
+            setting.measure(what, nfe, policy)
 
 
 def summary() -> str:

@@ -2,10 +2,10 @@
 
     python benchmarks/objective.py [dpm-20-5 ...]
 
-* Objectives: that of `predicted_error`, the sum of squared errors with gains, beside the same without gains, with the
-  power of rho in them one half more and less, and with errors that add up within a gap. For each, the rank correlation
-  with the PSNR of real runs over 48 random schedules, and the PSNR of the schedules that minimise it, beside even
-  spacing.
+* Objectives: that of `predicted_error`, the squared sum of each gap's errors with gains after repayment, beside the
+  same without gains and with other powers of rho in them, and the sum of squared errors. For each, the rank
+  correlation with the PSNR of real runs over 48 random schedules, and the PSNR of the schedules that minimise it,
+  beside even spacing. All repay.
 * The gains themselves: how skipping a single step changes the picture, relative to its prediction's error.
 * Fits: target, regressors, ridge, per channel.
 * Negative prompts inside the calibration, and one outside.
@@ -15,30 +15,31 @@ It uses 12 of the calibration's prompts and a seed of their own. It resumes at t
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from bundled import OUT, Bundled, named, prompts, report
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance import Calibration, EveryStep, Fit, Schedule, calibrate, samples, search
-from diffusers_guidance.calibration import combinations
+from diffusers_guidance.calibration import RECENT, combinations, least_squares, repayments
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import PSNR
-from diffusers_guidance.schedules import errors_of, even, pair_residuals, shortest
+from diffusers_guidance.schedules import errors_of, even, gap_costs, shortest
 
 SEED = 77_000
 BUDGETS = (10, 14, 20, 24, 30, 34)
 COUNTS = (7, 10, 12, 15)
 """Full evaluations in the random schedules."""
-OURS, GAPS, LESS, MORE, PLAIN = OBJECTIVES = (
-    "squares, gains with rho^-1/2 (ours)",
-    "the same, adding up within gaps",
-    "squares, gains with rho^0",
-    "squares, gains with rho^-1",
-    "squares, no gains",
+OURS, SQUARES, LESS, MORE, MOST, PLAIN = OBJECTIVES = (
+    "sums, gains with rho^-1/2 (ours)",
+    "squares, gains with rho^-1/2",
+    "sums, gains with rho^0",
+    "sums, gains with rho^-3/4",
+    "sums, gains with rho^-1",
+    "sums, no gains",
 )
 
 
@@ -58,29 +59,39 @@ class Objective:
     def __init__(self, name: str, calibration: Calibration, rho: torch.Tensor):
         self.name, self.calibration = name, calibration
         gains = calibration.gains
-        self.gain = {LESS: gains * rho.sqrt(), MORE: gains / rho.sqrt(), PLAIN: torch.ones_like(gains)}.get(name, gains)
+        powers = {LESS: 0.5, MORE: -0.25, MOST: -0.5}
+        self.gain = torch.ones_like(gains) if name == PLAIN else gains * rho ** powers.get(name, 0.0)
 
     def __call__(self, schedule: Schedule) -> float:
-        moves = self.gain * errors(schedule)
-        if self.name != GAPS:
-            return float(moves.square().sum())
-        total = gap = 0.0
-        for action, error in zip([*schedule.actions, "both"], [*moves.tolist(), 0.0], strict=True):
-            total, gap = (total + gap**2, 0.0) if action == "both" else (total, gap + error)
-        return total
+        if self.name == SQUARES:
+            return float((self.gain * errors(schedule)).square().sum())
+        gram, w = self.calibration.moments("").total, self.calibration.call["guidance_scale"]
+        _, left = repayments(gram, schedule.actions, self.gain.tolist(), w)
+        return float(((left @ gram) * left).sum())
 
     def minimiser(self, nfe: int) -> Schedule:
         """The best schedule of steps evaluated in full or not at all, by a shortest path."""
         gram, steps = self.calibration.moments("").total, self.calibration.steps
         unit = torch.eye(2 * steps, dtype=torch.float64)
         c, d = unit[:steps], unit[steps:]
-        scale = self.calibration.call["guidance_scale"]
-        residuals = pair_residuals(gram, torch.stack([c, d], 1), c + (scale - 1) * d)
-        later = torch.arange(steps) > torch.arange(steps)[:, None]
-        moves = torch.where(later, residuals * self.gain, 0.0)
-        summed = moves.cumsum(-1).square() if self.name == GAPS else moves.square().cumsum(-1)
-        chosen = shortest(torch.nn.functional.pad(summed, (1, 0)))[nfe // 2 - 1][1]
-        return Schedule(["both" if t in chosen else "neither" for t in range(steps)], self.calibration)
+        guided, both = c + (self.calibration.call["guidance_scale"] - 1) * d, torch.stack([c, d], 1)
+        if self.name == SQUARES:
+            costs = torch.full((steps + 1, steps, steps + 1), torch.inf, dtype=torch.float64)
+            for j in range(steps):
+                for i in range(-1, j):
+                    known = torch.cat([both[k] for k in (i, j) if k >= 0])
+                    off = [each - least_squares(gram, known, each, 1e-6) for each in guided[j + 1 :]]
+                    squares = torch.stack([each @ gram @ each for each in off] or [torch.zeros(())]).double()
+                    moved = (self.gain[j + 1 :].square() * squares[: steps - j - 1]).cumsum(0)
+                    costs[i + 1, j, j + 1 :] = torch.nn.functional.pad(moved, (1, 0))
+        else:
+            costs = gap_costs(gram, both, guided, self.gain)
+        chosen = shortest(costs)[nfe // 2 - 1][1]
+        return repaying(["both" if t in chosen else "neither" for t in range(steps)], self.calibration)
+
+
+def repaying(actions: Sequence[str], calibration: Calibration, fit: Fit = RECENT) -> Schedule:
+    return Schedule(actions, calibration, fit, repay=True)
 
 
 def errors(schedule: Schedule) -> torch.Tensor:
@@ -100,7 +111,7 @@ def ranked(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, prog
         count = COUNTS[i % 4]
         keys = {t: draw.random() ** (2.718 ** (t / 8 * (i % 8 < 4))) for t in range(1, calibration.steps)}
         chosen = {0, *sorted(keys, key=lambda t: -keys[t])[: count - 1]}
-        schedule = Schedule(["both" if t in chosen else "neither" for t in range(calibration.steps)], calibration)
+        schedule = repaying(["both" if t in chosen else "neither" for t in range(calibration.steps)], calibration)
         predicted = {objective.name: objective(schedule) for objective in objectives}
         rows.append({"evaluated": sorted(chosen), "psnr": fidelity(schedule).psnr} | predicted)
     return {
@@ -125,7 +136,7 @@ def minimisers(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, 
     for i, nfe in enumerate(BUDGETS):
         progress("minimisers", i, len(BUDGETS))
         chosen = {name: Objective(name, calibration, rho).minimiser(nfe) for name in OBJECTIVES}
-        chosen["even spacing"] = Schedule(even(calibration.steps, nfe // 2, "neither"), calibration)
+        chosen["even spacing"] = repaying(even(calibration.steps, nfe // 2, "neither"), calibration)
         for schedule in chosen.values():
             if schedule.actions not in measured:
                 measured[schedule.actions] = fidelity(schedule).psnr
@@ -171,7 +182,7 @@ def fits(calibration: Calibration, fidelity: Fidelity, progress: Callable, chann
             (f"Fit(), {channels.trajectories} trajectories", channels, Fit()),
             (f"Fit(per_channel=True), {channels.trajectories} trajectories", channels, Fit(per_channel=True)),
         ):
-            row[name] = fidelity(Schedule(actions, made, fit)).psnr
+            row[name] = fidelity(repaying(actions, made, fit)).psnr
         rows.append(row)
     return rows
 

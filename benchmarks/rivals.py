@@ -1,31 +1,54 @@
-"""Measures other ways to forecast skipped evaluations beside `Forecast`: docs/results/rivals/*.json and summary.md.
+"""Measures other ways to forecast skipped evaluations beside `Forecast`, into docs/results/rivals.
 
     python benchmarks/rivals.py [ddim-20-5 ...]
 
 Each rival is a few lines, from its paper. All forecast the guided prediction: a forecast that is linear in what the
 network puts out gives the same from both predictions. Each is measured on the steps that `Forecast` evaluates, and on
-evenly spaced ones, as their authors space them: the first step, the last, and every n-th. Prompts, seed, settings and
-rows are those of `forecast.py`.
+evenly spaced ones, as their authors space them: the first step, the last, and every n-th. DPCache chooses its own
+steps, and Adaptive Guidance and LinearAG skip the unconditional prediction alone. What is calibrated, is so on eight
+runs of calibration prompts. Prompts, settings and budgets are those of `forecast.py`; there are two seeds, the second
+after all settings' first. Rows are written as they are made, with each picture's PSNR. Intervals are of the mean over
+prompts (95 %, by Student's t), each prompt the mean of its seeds.
 """
 
+import itertools
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from bundled import Bundled
-from forecast import BUDGETS, SCHEDULERS, Setting
+from bundled import Bundled, prompts
+from forecast import BUDGETS, SCHEDULERS, SEED, Setting
 from torch import Tensor
 
-from diffusers_guidance import EveryStep, Forecast, Handed, History, Step
+from diffusers_guidance import (
+    AdaptiveGuidance,
+    Calibration,
+    EveryStep,
+    Forecast,
+    Handed,
+    History,
+    LinearAG,
+    Policy,
+    Step,
+    calibrate,
+    samples,
+)
 from diffusers_guidance.files import write
-from diffusers_guidance.pipelines.pictures.measures import PSNR
+from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
+from diffusers_guidance.pipelines.pictures.measures import PSNR, psnr
+from diffusers_guidance.schedules import shortest
 from diffusers_guidance.spaces import Space
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "rivals"
 NAMES = ("ddim-20-5", "dpm-20-5", "euler-20-5", "unipc-20-5", "ddim-20-7.5", "dpm-20-7.5", "ddim-50-5", "dpm-50-5")
+SEEDS = (SEED, 86420)
+T_95 = 2.131
+"""Student's t of a two-sided interval of 95 % with 15 degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +59,10 @@ class Rival(Forecast):
     is_even: bool = False
     """Whether the evaluated steps are spaced evenly."""
 
-    def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
+    def pattern(self, count: int, table: tuple[Space, ...] = (), branches: int = 2) -> tuple[bool, ...]:
         if not self.is_even:
-            return super().pattern(count, table)
-        evaluations = sum(super().pattern(count, table))
+            return super().pattern(count, table, branches)
+        evaluations = sum(super().pattern(count, table, branches))
         chosen = {round(i * (count - 1) / (evaluations - 1)) for i in range(evaluations)}
         return tuple(i in chosen for i in range(count))
 
@@ -131,6 +154,65 @@ class EasyCache(Rival):
         return last if step.sample is None else last + step.sample.float()
 
 
+@dataclass(frozen=True)
+class FoCa(Rival):
+    """A forecast by the second backward differentiation formula, corrected by Heun's rule (after arXiv 2508.16211).
+
+    With k the steps since the last evaluated one, f the slope to it, and f' that slope continued on a line,
+    the forecast is 4/3 y(0) - 1/3 y(-k) + 2/3 k f', with y(-k) on the line through the last two. Then Heun's rule
+    takes the mean of f and of the forecast's slope.
+    """
+
+    def estimate_of(self, step: Step, known: dict[int, Tensor]) -> Tensor:
+        steps = sorted(known)[-3:]
+        last = known[steps[-1]]
+        slopes = [(known[b] - known[a]) / (b - a) for a, b in itertools.pairwise(steps)]
+        if not slopes:
+            return last
+        k, slope = step.index - steps[-1], slopes[-1]
+        onward = slope
+        if len(slopes) > 1:  # the slopes are those of the middle of each gap
+            onward = slope + (slope - slopes[0]) * (k + (steps[-1] - steps[-2]) / 2) / ((steps[-1] - steps[0]) / 2)
+        forecast = 4 / 3 * last - 1 / 3 * (last - k * slope) + 2 / 3 * k * onward
+        return last + k / 2 * (slope + (forecast - last) / k)
+
+
+@dataclass(frozen=True)
+class DPCache(TaylorSeer):
+    """A Taylor series of order 1 on the steps with the least sum of its calibrated errors (arXiv 2602.22654).
+
+    The error of a skipped step is the norm of what the line through the two evaluated ones before it misses.
+    """
+
+    _: KW_ONLY
+    chosen: Sequence[int] = ()
+
+    def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
+        return tuple(i in self.chosen for i in range(count))
+
+    @classmethod
+    def planned(cls, calibration: Calibration, nfe: int) -> "DPCache":
+        """By dynamic programming over the calibration's Gram matrix; as in the paper, the last step is evaluated."""
+        moments, w = calibration.moments(""), calibration.call["guidance_scale"]
+        steps, gram = moments.steps, moments.total
+        mix = torch.cat([torch.eye(steps), (w - 1) * torch.eye(steps)], 1).double()
+        guided = mix @ gram @ mix.T  # (T, T) inner products of guided predictions
+        costs = torch.full((steps + 1, steps, steps + 1), math.inf, dtype=torch.float64)
+        for j in range(steps):
+            for i in range(-1, j):
+                missed = [0.0]
+                for t in range(j + 1, steps):
+                    off = torch.zeros(steps, dtype=torch.float64)
+                    slope = 0.0 if i < 0 else (t - j) / (j - i)
+                    off[t] += 1
+                    off[j] -= 1 + slope
+                    off[i] += slope
+                    missed.append(float((off @ guided @ off).clamp(min=0).sqrt()))
+                costs[i + 1, j, j + 1 :] = torch.tensor(missed, dtype=torch.float64).cumsum(0)
+        costs[:, : steps - 1, steps] = math.inf  # no path ends before the last step
+        return cls(nfe=nfe, chosen=shortest(costs)[nfe // 2 - 1][1])
+
+
 def rivals(nfe: int) -> dict[str, Forecast]:
     """By name, all with one budget."""
     found: dict[str, Forecast] = {"Forecast": Forecast(nfe=nfe)}
@@ -142,23 +224,80 @@ def rivals(nfe: int) -> dict[str, Forecast]:
             f"TaylorSeer, order 2, {spaced}": TaylorSeer(nfe=nfe, is_even=is_even, order=2),
             f"Spectrum, {spaced}": Spectrum(nfe=nfe, is_even=is_even),
             f"EasyCache, {spaced}": EasyCache(nfe=nfe, is_even=is_even),
+            f"FoCa, {spaced}": FoCa(nfe=nfe, is_even=is_even),
         }
     return found
 
 
 class Contest(Setting):
-    """A setting of `forecast.py`, with the rivals' rows."""
+    """A setting of `forecast.py` at one seed, and the rivals' rows."""
 
-    def __init__(self, bundled: Bundled, name: str):
+    def __init__(self, bundled: Bundled, name: str, seed: int):
         super().__init__(bundled, name)
-        self.path = OUT / f"{name}.json"
+        self.path, self.seed = OUT / f"{name}.json", seed
         self.rows = json.loads(self.path.read_text()) if self.path.is_file() else []
+        self.call = {"num_inference_steps": self.steps, "guidance_scale": self.scale}
+
+    @cached_property
+    def fidelity(self) -> Fidelity:
+        return Fidelity(self.bundled.pipe, prompts(samples.HELDOUT_PROMPTS)[8:], (self.seed,), **self.call)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        return calibrate(self.bundled.pipe, prompts(samples.CALIBRATION_PROMPTS), trajectories=8, **self.call)
+
+    def measure(self, what: str, nfe: int, make: Callable[[], Policy], **changed: int) -> None:
+        if any((row["what"], row["budget"], row["seed"]) == (what, nfe, self.seed) for row in self.rows):
+            return
+        made = self.fidelity.run(make(), **changed)
+        each = psnr(made.floats, self.fidelity.reference)
+        row = {"what": what, "budget": nfe, "seed": self.seed, "nfe": made.nfe / len(each), "psnr": float(each.mean())}
+        self.rows.append(row | {"pictures": [round(float(picture), 3) for picture in each]})
+        write(self.path, json.dumps(self.rows).replace("{", "\n{").encode())
+        print(f"{self.name} {self.seed} {nfe} {what}: {row['psnr']:.2f} dB at {row['nfe']:g}", flush=True)
 
     def measure_all(self) -> None:
         for nfe in BUDGETS[self.steps]:
+            self.measure("CFG in fewer steps", nfe, EveryStep, num_inference_steps=nfe // 2)
             for what, policy in rivals(nfe).items():
-                self.measure(what, nfe, policy)
-            self.measure("CFG in fewer steps", nfe, EveryStep(), num_inference_steps=nfe // 2)
+                self.measure(what, nfe, lambda policy=policy: policy)
+            self.measure("DPCache, its own steps", nfe, lambda nfe=nfe: DPCache.planned(self.calibration, nfe))
+            if (share := 1 - nfe / (2 * self.steps)) < 0.5:
+                adaptive = partial(AdaptiveGuidance.from_calibration, save=share)
+                self.measure("Adaptive Guidance", nfe, lambda adaptive=adaptive: adaptive(self.calibration))
+        if self.steps == 20:
+            self.measure("LinearAG as published, 25 NFEs", 26, lambda: LinearAG(self.calibration))
+
+
+def interval(numbers: Sequence[Sequence[float]]) -> float:
+    """Half the interval of the mean over prompts; numbers by seed, then by prompt."""
+    by_prompt = torch.tensor(numbers, dtype=torch.float64).mean(0)
+    return T_95 * float(by_prompt.std()) / math.sqrt(len(by_prompt))
+
+
+def told(rows: list[dict], what: str, nfe: int) -> str:
+    """A row's cell: the mean of its seeds."""
+    found = [row for row in rows if (row["what"], row["budget"]) == (what, nfe)]
+    if not found:
+        return ""
+    mean = f"{sum(row['psnr'] for row in found) / len(found):.1f}"
+    kept = [row["pictures"] for row in found if row["pictures"]]
+    return f"{mean} ± {interval(kept):.1f}" if kept else mean
+
+
+def ahead(rows: list[dict], nfe: int) -> str:
+    """How far `Forecast` is ahead of the best other row at a budget, in the same pictures."""
+    by: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row["budget"] == nfe and row["pictures"]:
+            by.setdefault(row["what"], {})[row["seed"]] = row["pictures"]
+    ours = by.pop("Forecast", {})
+    leads = []
+    for theirs in by.values():
+        if shared := ours.keys() & theirs.keys():
+            apart = [[a - b for a, b in zip(ours[seed], theirs[seed], strict=True)] for seed in shared]
+            leads.append((float(torch.tensor(apart).mean()), interval(apart)))
+    return "{:+.1f} ± {:.1f}".format(*min(leads)) if leads else ""
 
 
 def summary() -> str:
@@ -166,7 +305,8 @@ def summary() -> str:
     lines = [
         "# Rivals",
         "",
-        f"Mean PSNR in dB to full guidance; 16 held-out prompts, one seed. {PSNR}.",
+        "Mean PSNR in dB to full guidance; 16 held-out prompts. ±: 95 %, over prompts. The last row is the mean of the",
+        f"pictures' differences to the best other row. {PSNR}.",
         "",
     ]
     for name in NAMES:
@@ -175,18 +315,42 @@ def summary() -> str:
             continue
         rows = json.loads(path.read_text())
         scheduler, steps, scale = name.split("-")
-        budgets = BUDGETS[int(steps)]
-        title = f"{SCHEDULERS[scheduler].removesuffix('Scheduler')}, {steps} steps, scale {scale}"
+        budgets, seeds = BUDGETS[int(steps)], len({row["seed"] for row in rows})
+        title = f"{SCHEDULERS[scheduler].removesuffix('Scheduler')}, {steps} steps, scale {scale}, {seeds} seed"
         lines += [
-            f"| {title} | {' | '.join(f'{nfe} NFEs' for nfe in budgets)} |",
+            f"| {title}{'s' * (seeds > 1)} | {' | '.join(f'{nfe} NFEs' for nfe in budgets)} |",
             "|---" + "|---:" * len(budgets) + "|",
         ]
-        by = {(row["what"], row["budget"]): row["psnr"] for row in rows}
         for what in dict.fromkeys(row["what"] for row in rows):
-            cells = [f"{by[what, nfe]:.1f}" if (what, nfe) in by else "" for nfe in budgets]
-            lines.append(f"| {what} | {' | '.join(cells)} |")
-        lines.append("")
+            lines.append(f"| {what} | {' | '.join(told(rows, what, nfe) for nfe in budgets)} |")
+        leads = [ahead(rows, nfe) for nfe in budgets]
+        lines += [f"| **`Forecast` ahead by** | {' | '.join(leads)} |"] * any(leads) + [""]
     return "\n".join(lines)
+
+
+def plot(name: str) -> None:
+    """A setting's rows over NFEs, in a file; rivals on evenly spaced steps are dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full guidance (dB)")
+    axes.set_title(name)
+    rows = json.loads((OUT / f"{name}.json").read_text())
+    kinds = list(dict.fromkeys(row["what"].rsplit(",", 1)[0] for row in rows))
+    for what in dict.fromkeys(row["what"] for row in rows):
+        line: dict[float, list[float]] = {}
+        for row in rows:
+            if row["what"] == what:
+                line.setdefault(row["nfe"], []).append(row["psnr"])
+        points = sorted((nfe, sum(each) / len(each)) for nfe, each in line.items())
+        is_ours, color = what == "Forecast", f"C{kinds.index(what.rsplit(',', 1)[0]) % 10}"
+        axes.plot(
+            *zip(*points, strict=True), label=what, color="black" if is_ours else color, marker="o", markersize=4,
+            linewidth=2.6 if is_ours else 1.2, linestyle="--" if "even steps" in what else "-",
+        )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(OUT / f"{name}.png", dpi=110)
 
 
 def main() -> None:
@@ -194,9 +358,10 @@ def main() -> None:
     bundled, names = Bundled(), sys.argv[1:] or NAMES
     if wrong := {*names} - {*NAMES}:
         sys.exit(f"no settings {', '.join(sorted(wrong))}: choose among {', '.join(NAMES)}")
-    for name in names:
-        Contest(bundled, name).measure_all()
+    for seed, name in itertools.product(SEEDS, names):
+        Contest(bundled, name, seed).measure_all()
         write(OUT / "summary.md", summary().encode())
+        plot(name)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ class Fit:
 
 
 DELTAS = Fit()
+RECENT = Fit("recent")
+"""That of schedules which repay."""
 UNCONDS = Fit(target="uncond")
 """The published fit of LinearAG."""
 
@@ -111,10 +113,53 @@ def combinations(gram: Tensor, actions: Sequence[str], fit: Fit = DELTAS) -> Ten
     return made
 
 
+def repayments(
+    gram: Tensor, actions: Sequence[str], gain: Sequence[float], w: float, fit: Fit = RECENT
+) -> tuple[Tensor, Tensor]:
+    """What each step that evaluates both adds to its guided prediction, and what errors that leaves.
+
+    A step without an evaluation is handed g_t + e_t in place of g_t = c_t + (w - 1) d_t. Errors of neighbouring steps
+    move the picture the same way, so what counts is their sum, each times its step's gain. The next step i that
+    evaluates both knows more. It adds the s closest to what is owed,
+
+        gain_i s = - sum of gain_t e_t over the steps t since the last one that did
+
+    by least squares on all predictions evaluated by then, or if the fit is "recent" on those of the last three steps
+    evaluated in full.
+
+    Args:
+        gram, actions, fit: as of `combinations`.
+        gain: (T,), by step.
+        w: the guidance scale.
+
+    Returns:
+        (C, T, 2T) combinations of the run's predictions, zero where nothing is added. And (C, N, 2T): for each of the
+        stretches between such steps the sum that is left.
+    """
+    steps = len(actions)
+    unit = torch.eye(2 * steps, dtype=gram.dtype)
+    off = combinations(gram, actions, fit) - unit
+    errors = off[..., :steps, :] + (w - 1) * off[..., steps:, :]  # (C, T, 2T)
+    added, left, owed = torch.zeros_like(errors), [], torch.zeros_like(errors[..., 0, :])
+    for t, action in enumerate(actions):
+        if action != Action.BOTH:
+            owed = owed + gain[t] * errors[..., t, :]
+            continue
+        if gain[t] > 0 and bool(owed.any()):
+            full = [i for i in range(t + 1) if actions[i] == Action.BOTH]
+            full = full[-3:] if fit.regressors == "recent" else full
+            known = torch.cat([unit[full], unit[[steps + i for i in full]]])
+            added[..., t, :] = least_squares(gram, known, -owed / gain[t], fit.ridge)
+            owed = owed + gain[t] * added[..., t, :]
+        left.append(owed)
+        owed = torch.zeros_like(owed)
+    return added, torch.stack([*left, owed], -2)
+
+
 def least_squares(gram: Tensor, regressors: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """(..., 2T) the combination of `regressors` (k, 2T) closest to `target` (2T,) by `gram` (..., 2T, 2T)."""
+    """(..., 2T) the combination of `regressors` (k, 2T) closest to `target` (..., 2T) by `gram` (..., 2T, 2T)."""
     products = regressors @ gram  # (..., k, 2T)
-    normal, right = products @ regressors.T, products @ target
+    normal, right = products @ regressors.T, (products @ target[..., None])[..., 0]
     squares = normal.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares, 1).rsqrt()
     normal = normal * scale[..., None] * scale[..., None, :] + ridge * torch.eye(len(regressors), dtype=gram.dtype)
@@ -314,6 +359,10 @@ class Calibration:
         """(C, 2T, 2T) `combinations` for a denoiser's own T steps out of a whole run's `actions`."""
         return _coefficients(self, denoiser, tuple(actions), fit)
 
+    def repayments(self, denoiser: str, actions: Sequence[str], fit: Fit = RECENT) -> tuple[Tensor, Tensor]:
+        """`repayments` of a denoiser's own T steps out of a whole run's `actions`."""
+        return _repayments(self, denoiser, tuple(actions), fit)
+
     def check(self, setting: dict[str, Any]) -> None:
         """Refuses a run whose `setting` differs in anything that both state, and names the difference."""
         found = list(_differences(self.setting, setting, ""))
@@ -432,24 +481,41 @@ class Calibration:
 
 @lru_cache(maxsize=64)
 def _coefficients(calibration: Calibration, denoiser: str, actions: tuple[str, ...], fit: Fit) -> Tensor:
+    return combinations(calibration.weights(denoiser, fit), _own(calibration, denoiser, actions), fit)
+
+
+@lru_cache(maxsize=64)
+def _repayments(calibration: Calibration, denoiser: str, actions: tuple[str, ...], fit: Fit) -> tuple[Tensor, Tensor]:
+    moments, scales = calibration.moments(denoiser), calibration.setting["guidance_scale"]
+    gain = calibration.gains[moments.first : moments.first + moments.steps].tolist()
+    w = scales[denoiser] if denoiser in scales else next(iter(scales.values()))
+    return repayments(calibration.weights(denoiser, fit), _own(calibration, denoiser, actions), gain, w, fit)
+
+
+def _own(calibration: Calibration, denoiser: str, actions: tuple[str, ...]) -> tuple[str, ...]:
+    """A denoiser's own steps out of a whole run's actions."""
     moments = calibration.moments(denoiser)
     own = actions[moments.first : moments.first + moments.steps]
     if len(own) != moments.steps:
         raise CalibrationMismatch(f"{calibration!r} is for {calibration.steps} steps; these are {len(actions)} actions")
     # A denoiser's first evaluation in a run is always a full one.
-    own = (Action.BOTH, *own[1:])
-    return combinations(calibration.weights(denoiser, fit), own, fit)
+    return (Action.BOTH, *own[1:])
 
 
 def gains(table: Sequence[Space]) -> list[float]:
-    """How far an error of each step's prediction moves the picture.
+    """How far an error of each step's prediction moves the picture: `euler_gains`, times the solver's `reuse`."""
+    return [gain * space.reuse for gain, space in zip(euler_gains(table), table, strict=True)]
+
+
+def euler_gains(table: Sequence[Space]) -> list[float]:
+    """How far an error of each step's prediction moves the picture, if the solver takes Euler steps.
 
     With x = signal x0 + noise eps and rho = noise / signal, an Euler step in rho takes an error e of the
     prediction to one of x / signal that is e times
 
         |b| (1 - rho' / rho)        (a prime: at the next step; denoised = a x + b prediction)
 
-    `gains` are these over sqrt(rho): the noisier the sample, the more of the error later steps correct. For Gaussian
+    Gains are these over sqrt(rho): the noisier the sample, the more of the error later steps correct. For Gaussian
     data of unit variance 1 / sqrt(1 + rho'^2) of an error would remain at the end. Guidance amplifies differences and
     leaves more. The root fits measured pictures: docs/policies.md.
     The evaluations of one solver step share its gain. A first step from pure noise, rho infinite, is weighed as if

@@ -88,7 +88,7 @@ class Engine:
 
     def settle(self, step: Step) -> Step:
         """The step with the scale that a schedule has there; without a schedule, as it is."""
-        if not self.rule.is_scheduled:
+        if not self.rule.is_scheduled or step.branches == 1:
             return step
         given = self._given(step)
         w = tuple(self.origin + s for s in given) if isinstance(given, tuple) else self.origin + given
@@ -186,6 +186,7 @@ class Engine:
             seen = self.observe(step, prediction.cond, prediction.uncond, prediction.evaluated)
         history = self.history
         history.seen.append(seen)
+        history.actions.append(Action(plan[0].action))
         if self.policy.estimates:
             history.keep_difference(prediction, step.velocity)
         if self.policy.remembers:
@@ -196,7 +197,13 @@ class Engine:
         self.recording.add(step, plan, prediction.evaluated, *cost, seen, prediction.note)
         if self.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return Guided(None)  # nothing new to combine
-        return self._combined(step, plan, prediction, own, finish, fuse)
+        found = self._combined(step, plan, prediction, own, finish, fuse)
+        correction = self.policy.correction(step, self.history) if self.policy.corrects else None
+        if correction is None:
+            return found
+        self.recording.add_to_last("repays the estimates before it")
+        guided = own(None) if found.tensor is None else found.tensor
+        return Guided((guided + correction).to(guided.dtype))
 
     def skip(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> None:
         """Reports a step that evaluated nothing, of a policy that `hands`."""
@@ -214,6 +221,8 @@ class Engine:
         fuse: Callable[[], FusedStep | None],
     ) -> Guided:
         c, u, rows = prediction.cond, prediction.uncond, len(plan)
+        if step.branches == 1:
+            return Guided(None)  # one prediction, which no rule changes
         unguided = [each.action == Action.CONDITIONAL for each in plan]
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, prediction.evaluated, strict=True)]
@@ -237,7 +246,8 @@ class Engine:
             carried = pick(unguided, torch.zeros_like(carried) if before is None else before, carried)
             return finish(pick(unguided, c, g), c), carried
 
-        fusible = space is not None and not any(unguided) and not self.policy.hands and not isinstance(step.w, tuple)
+        fusible = space is not None and not any(unguided) and not isinstance(step.w, tuple)
+        fusible = fusible and not (self.policy.hands or self.policy.corrects)
         rule = settled(self.rule, step) if fusible else self.rule
         fused = fuse() if fusible and rule.fuses else None
         if fused is not None:
@@ -293,6 +303,7 @@ def _direction(guided: Tensor, prediction: Prediction, w: scales.W) -> Tensor:
     working = torch.promote_types(guided.dtype, torch.float32)
     c, u = prediction.cond.to(working), prediction.uncond.to(working)
     g = guided.to(working)[:, : c.shape[1]]
+    g = g if prediction.further is None else g - prediction.further.to(working)
     found = scales.by_row(w, len(g), lambda each: (g - c) / (each - 1) if abs(each - 1) > 0.01 else c - u)
     if found.shape == guided.shape:
         return found

@@ -22,8 +22,9 @@ estimate from these two, whose root the picture feels by gain_j. A power law is 
 
     gain_j rho_j^(5/6) = (1 - rho' / rho) rho^(1/3)        (rho: noise over signal, a prime: at the next step)
 
-stands for the gain. The power of rho is what orders measured pictures. Errors of neighbours add up, those of different
-gaps do not: the sum over all gaps of the squared sum within each is least along a shortest path.
+stands for the gain, an Euler step's whatever the solver. The power of rho is what orders measured pictures. Errors of
+neighbours add up, those of different gaps do not: the sum over all gaps of the squared sum within each is least along a
+shortest path.
 """
 
 import math
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance import kernels, scales
-from diffusers_guidance.calibration import gains
+from diffusers_guidance.calibration import euler_gains, gains
 from diffusers_guidance.spaces import Space
 from diffusers_guidance.steps import History
 from diffusers_guidance.variogram import Measured, PowerLaw, kriged
@@ -129,7 +130,11 @@ def at_scale(w: scales.W | None, history: History) -> dict[int, Tensor]:
 @lru_cache(maxsize=16)
 def denoised_gains(table: tuple[Space, ...]) -> tuple[float, ...]:
     """By step: how far an error of its denoised prediction moves the picture; see `calibration.gains`."""
-    return tuple(gain / abs(space.b) if space.b else 0.0 for gain, space in zip(gains(table), table, strict=True))
+    return _of_denoised(gains(table), table)
+
+
+def _of_denoised(found: Sequence[float], table: Sequence[Space]) -> tuple[float, ...]:
+    return tuple(gain / abs(space.b) if space.b else 0.0 for gain, space in zip(found, table, strict=True))
 
 
 @lru_cache(maxsize=64)
@@ -204,7 +209,7 @@ def _cheapest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured) 
 def weights(table: tuple[Space, ...], variogram: PowerLaw | Measured = UNMEASURED) -> Tensor:
     """(T,) by step, the squared part an error has of its denoised prediction; where the variogram does not know how
     strongly that moves there, times a guess of it."""
-    gain = torch.tensor(denoised_gains(table), **_HOST).square()
+    gain = torch.tensor(_of_denoised(euler_gains(table), table), **_HOST).square()
     if variogram.is_measured:
         return gain
     rho = torch.tensor([space.noise / space.signal if space.signal else math.inf for space in table], **_HOST)

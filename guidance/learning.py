@@ -44,7 +44,7 @@ class Recorder:
         if self._is_over:
             return
         space, sample, c = step.space, step.sample, prediction.cond
-        if not all(prediction.evaluated):
+        if step.branches > 1 and not all(prediction.evaluated):
             return self.skip()
         if space is None or sample is None or sample.shape != c.shape or step.w is None:
             return self._stop("its predictions cannot be denoised")
@@ -53,7 +53,8 @@ class Recorder:
         self.last, self.denoisers[step.denoiser] = step, None
         working = torch.promote_types(c.dtype, torch.float32)
         cond = c.to(working)
-        x, b = space.a * sample.to(working) + space.b * cond, space.b * (cond - prediction.uncond.to(working))
+        moved = cond if prediction.further is None else cond + prediction.further.to(working)
+        x, b = space.a * sample.to(working) + space.b * moved, space.b * (cond - prediction.uncond.to(working))
         now = torch.stack([x, b]).to(c.dtype)
         apart = [(now.to(working) - each.to(working)).flatten(1) for each in self._seen]
         products = [torch.stack([(d[0] * d[0]).mean(), (d[0] * d[1]).mean(), (d[1] * d[1]).mean()]) for d in apart]

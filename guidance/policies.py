@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance import kernels
-from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit
+from diffusers_guidance.calibration import DELTAS, UNCONDS, Calibration, Fit, Moments
 from diffusers_guidance.checks import is_number, is_whole, plain_fields
 from diffusers_guidance.errors import CalibrationMismatch, UnsupportedScheduler
 from diffusers_guidance.forecast import (
@@ -62,6 +62,8 @@ class Policy:
     calibration = None  # type: Calibration | None
     """What the policy is fitted to; a run of another setting is refused at its first step."""
 
+    corrects = False
+    """Whether the scheduler gets a step's guided prediction and the policy's `correction`."""
     learns = False
     """Whether full runs under it are recorded, for it to be `informed` of what they showed."""
 
@@ -106,6 +108,15 @@ class Policy:
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         """(cond, uncond), (rows, ...) each, where `plan` said "neither"."""
         raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
+
+    def correction(self, step: Step, history: History) -> Tensor | None:
+        """What is added to a step's guided prediction, of a policy that `corrects`; None for nothing.
+
+        Args:
+            step: the one about to be taken.
+            history: with the step's own predictions and action in it.
+        """
+        return None
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> "Handed":
         """What the scheduler gets from a policy that `hands`.
@@ -379,8 +390,9 @@ class Forecast(Policy):
 
     Args:
         save: the least share of the NFEs to save, from 0 to below 1; the first and the last step are always evaluated.
-        nfe: instead, the most NFEs of one sample, two for each evaluated step; 4 or more. It does not count
-            steps that a run must evaluate: a second denoiser's first, and the next after steps without guidance.
+        nfe: instead, the most NFEs of one sample, two for each evaluated step (one where nothing is guided, one more
+            for each further term); 4 or more. It does not count steps that a run must evaluate: a second denoiser's
+            first, and the next after steps without guidance.
         calibration: of this model (`calibrate`, or a handle's `calibration`), or where it is kept: a file, a folder, or
             a repository's name on the Hub, from which it is then downloaded.
         learn: make a run in full where too little is known of the like, and go by what it shows from the next one on.
@@ -422,20 +434,20 @@ class Forecast(Policy):
     def informed(self, calibration: Calibration | None, lack: str = "") -> "Forecast":
         return replace(self, calibration=calibration, learn=self.learn and not lack)
 
-    def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
-        """By step of a run of so many, whether it is evaluated.
+    def pattern(self, count: int, table: tuple[Space, ...] = (), branches: int = 2) -> tuple[bool, ...]:
+        """By step of a run of so many, whether it is evaluated, where each evaluates so many `branches`.
 
         By the power law, whatever is known: schedules by what runs had shown measured worse (docs/forecast.md).
         """
-        return pattern(count, self._evaluations(count), table)
+        return pattern(count, self._evaluations(count, branches), table)
 
-    def _evaluations(self, count: int) -> int:
-        return math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // 2
+    def _evaluations(self, count: int, branches: int) -> int:
+        return math.floor((1 - self.save) * count + 1e-9) if self.nfe is None else self.nfe // branches
 
     def _known(self, table: tuple[Space, ...], scale: float | None) -> Known | None:
         return None if self.calibration is None else known(self.calibration.motions, table, scale)
 
-    def _by(self, table: tuple[Space, ...], scale: float | None) -> PowerLaw | Measured:
+    def _by(self, table: tuple[Space, ...], scale: float | None, branches: int = 2) -> PowerLaw | Measured:
         """What estimates are made by: of the power law and what was measured, what is off by less in sum, as measured.
 
         The best estimates of single predictions are not always: few steps far apart repay more evenly by the law.
@@ -443,11 +455,11 @@ class Forecast(Policy):
         found = self._known(table, scale)
         if found is None:
             return UNMEASURED
-        chosen, measured = self.pattern(len(table), table), found.variogram
+        chosen, measured = self.pattern(len(table), table, branches), found.variogram
         by_measured, by_law = (summed_error(chosen, table, by, measured) for by in (measured, UNMEASURED))
         return measured if by_measured * (1 + OPTIMISM / found.motion.runs) < by_law else UNMEASURED
 
-    def _learning(self, table: tuple[Space, ...], scale: float | None) -> str:
+    def _learning(self, table: tuple[Space, ...], scale: float | None, branches: int = 2) -> str:
         """Why a run of these steps is made in full, to be learned; nothing where it is not."""
         if not self.learn or len(table) < 3:
             return ""
@@ -456,28 +468,30 @@ class Forecast(Policy):
             return "nothing is known yet"
         if scale is not None and far(found.motion, scale) > math.log(2) + 1e-6:
             return f"scale {scale:g} is far from {found.motion.scale:g}"
-        chosen, weight = self.pattern(len(table), table), weights(table, found.variogram)
+        chosen, weight = self.pattern(len(table), table, branches), weights(table, found.variogram)
         share = missed(chosen, weight, found.doubt) / (missed(chosen, weight, found.variogram) or 1.0)
         return f"{share:.0%} of the predicted error is not of what was measured" if share > MOST_DOUBT else ""
 
     def _told(self, step: Step, scale: float | None) -> str:
         """What a run goes by, for the report."""
-        if learning := self._learning(step.table, scale):
+        if learning := self._learning(step.table, scale, step.branches):
             return f"evaluated in full, to learn: {learning}"
         found = self._known(step.table, scale)
         if found is None:
             return ""
         motion = found.motion
         at = f"{len(motion.levels)} noise levels at scale {motion.scale:g}"
-        favour = "" if self._by(step.table, scale).is_measured else ", by which a power law is as good here"
+        favour = (
+            "" if self._by(step.table, scale, step.branches).is_measured else ", by which a power law is as good here"
+        )
         return f"forecasts by {motion.runs} run{'s' * (motion.runs > 1)} of {at}{favour}"
 
     def plan(self, step: Step, history: History) -> Plan:
         if not history.guided or history.is_denoised != bool(step.table):
             return _everyone(history, Action.BOTH)
-        if self._learning(step.table, history.scale):
+        if self._learning(step.table, history.scale, step.branches):
             return _everyone(history, Action.BOTH)
-        chosen = self.pattern(step.count, step.table)[step.index]
+        chosen = self.pattern(step.count, step.table, step.branches)[step.index]
         return _everyone(history, Action.BOTH if chosen else Action.NEITHER)
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> Handed:
@@ -493,7 +507,7 @@ class Forecast(Policy):
         if history.scale is None:
             history.scale = _typical(step)
             note = self._told(step, history.scale)
-        by = UNMEASURED if space is None else self._by(step.table, history.scale)
+        by = UNMEASURED if space is None else self._by(step.table, history.scale, step.branches)
         if guided is not None and (
             history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values())
         ):
@@ -601,11 +615,14 @@ class Schedule(Policy):
             number of steps. Estimates need a "both" before them, and "neither" needs a calibration.
         calibration: what estimates are fitted to. None: holds the last difference of both predictions.
         fit: how they are fitted.
+        repay: whether a step that evaluates both repays the estimates before it, as schedules of `search` do
+            (`calibration.repayments`). It needs a calibration.
     """
 
     actions: Sequence[Action | str]
     calibration: Calibration | None = None
     fit: Fit = DELTAS
+    repay: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -621,6 +638,10 @@ class Schedule(Policy):
             if action == Action.NEITHER and self.calibration is None:
                 raise ValueError(f'actions[{i}]="neither" needs a calibration: nothing else estimates both predictions')
         object.__setattr__(self, "actions", tuple(map(Action, self.actions)))
+        if not isinstance(self.repay, bool) or (self.repay and self.calibration is None):
+            raise ValueError(
+                f"repay={self.repay!r}: True or False, and True only with a calibration, which says how much"
+            )
         if self.calibration is not None and len(self.actions) != self.calibration.steps:
             raise CalibrationMismatch(
                 f"the schedule has {len(self.actions)} steps, unlike {self.calibration!r}: they must agree"
@@ -629,6 +650,10 @@ class Schedule(Policy):
     @property
     def remembers(self) -> bool:  # type: ignore[override]
         return self.calibration is not None
+
+    @property
+    def corrects(self) -> bool:  # type: ignore[override]
+        return self.repay
 
     @property
     def nfe(self) -> int:
@@ -656,18 +681,39 @@ class Schedule(Policy):
     def reads(self, step: Step, history: History) -> tuple[Collection[int] | None, Collection[int] | None]:
         if self.calibration is None or history.denoiser not in self.calibration.denoisers:
             return None, None
-        return _read_later(self.calibration, history.denoiser, tuple(self.actions), self.fit, len(history.cond))
+        actions = tuple(map(Action, self.actions))
+        conds, deltas = _read_later(self.calibration, history.denoiser, actions, self.fit, len(history.cond))
+        if self.repay:  # by the last three steps evaluated in full, planned or not
+            full = [t for t, action in enumerate(history.actions) if action == Action.BOTH]
+            recent = {*range(full[-3] if len(full) > 2 else 0, len(history.cond) + 1)}
+            return conds | recent, deltas | recent
+        return conds, deltas
+
+    def correction(self, step: Step, history: History) -> Tensor | None:
+        assert self.calibration is not None
+        moments, seen = self._moments(step, history, len(history.cond) - 1), len(history.cond)
+        # A step that was to be skipped may have been evaluated after all: what was owed is what was done.
+        done = (*self.actions[: moments.first], *history.actions, *self.actions[moments.first + seen :])
+        added, _ = self.calibration.repayments(history.denoiser, done, self.fit)
+        factors = added[:, seen - 1]
+        return _mixed(history.cond, history.uncond, factors.T) if bool(factors.any()) else None
 
     def _rows(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
         """(2T, C) each, the factors of the step's cond and delta: on the conditional predictions, then on deltas."""
         assert self.calibration is not None
-        moments, seen = self.calibration.moments(history.denoiser), len(history.cond)
-        if step.index - seen != moments.first:
-            raise CalibrationMismatch(
-                f"this run's first guided step is {step.index - seen}; {self.calibration!r} began at {moments.first}"
-            )
+        moments, seen = self._moments(step, history, len(history.cond)), len(history.cond)
         table = self.calibration.coefficients(history.denoiser, self.actions, self.fit)  # (C, 2T, 2T)
         return table[:, seen].T, table[:, moments.steps + seen].T
+
+    def _moments(self, step: Step, history: History, before: int) -> Moments:
+        """Those of the denoiser, of a run that began where they did; `before` are its guided steps before this one."""
+        assert self.calibration is not None
+        moments = self.calibration.moments(history.denoiser)
+        if step.index - before != moments.first:
+            raise CalibrationMismatch(
+                f"this run's first guided step is {step.index - before}; {self.calibration!r} began at {moments.first}"
+            )
+        return moments
 
 
 def _one(step: int, like: Tensor) -> Tensor:

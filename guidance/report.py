@@ -45,6 +45,8 @@ class StepReport:
     """The size of the repayment, likewise."""
     difference: list[float | None] = field(default_factory=list)
     """By sample, the norm of the difference of both noise predictions; None where they were not both evaluated."""
+    branches: dict[str, int] = field(default_factory=dict)
+    """Evaluations of the step's own by branch: "cond", "uncond", and further terms by their scales, such as "pag"."""
 
     def add_note(self, note: str) -> None:
         """Adds to what is said of the step."""
@@ -72,6 +74,12 @@ class Report:
     def nfe_full(self) -> int:
         """Network evaluations that plain classifier-free guidance would have made."""
         return sum(step.nfe_full for step in self.steps)
+
+    @property
+    def nfe_by_branch(self) -> dict[str, int]:
+        """Those made by branch: "cond", "uncond", and further terms by the names of their scales; without trials."""
+        names = dict.fromkeys(name for step in self.steps for name in step.branches)
+        return {name: sum(step.branches.get(name, 0) for step in self.steps) for name in names}
 
     @property
     def nfe_by_sample(self) -> list[float]:
@@ -105,7 +113,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON types; values that are not finite become None."""
-        totals = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved, "difference": self.difference}
+        totals: dict[str, Any] = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
+        totals |= {"difference": self.difference, "nfe_by_branch": self.nfe_by_branch}
         head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note")}
         return head | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
 
@@ -120,6 +129,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.pipeline}: {self.rule} with {self.policy}", self.summary()]
         lines += [self.note] if self.note else []
+        if len(by_branch := self.nfe_by_branch) > 2:
+            lines.append(", ".join(f"{nfe} {name}" for name, nfe in by_branch.items()))
         changes = len({str(step.guidance_scale) for step in self.steps} - {"None"}) > 1
         scale = "  scale   " if changes else ""
         lines.append(f"step  timestep     sigma{scale}  NFEs  evaluated      similarity         why")

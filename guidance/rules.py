@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_guidance import scales
+from diffusers_guidance import kernels, scales
 from diffusers_guidance.checks import is_number, is_whole, plain, plain_fields
-from diffusers_guidance.kernels import Coefficients, Gram, coefficients, guide
-from diffusers_guidance.kernels.algebra import Algebra
+from diffusers_guidance.kernels import Coefficients, Gram, coefficients
+from diffusers_guidance.kernels.algebra import Algebra, algebra_of
 from diffusers_guidance.kernels.reference import gram
 from diffusers_guidance.steps import Step
 
@@ -83,7 +83,13 @@ class Rule:
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction, and what is carried to the next step: the new momentum (`kernels.guide`)."""
-        return guide(sample, cond, uncond, momentum, a, b, self)
+        return kernels.guide(sample, cond, uncond, momentum, a, b, self)
+
+    @property
+    def centred(self) -> bool:
+        """Whether the `coefficients` are an algebra that gets c and d less a number near them."""
+        used = algebra_of(type(self))
+        return used is not None and used.centred
 
     algebra: ClassVar[Algebra | None] = None
     """The factors as a function of the Gram, b and the `settings`, which Triton compiles too; see `kernels.algebra`."""
@@ -93,7 +99,7 @@ class Rule:
         return (self.w,)
 
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
-        """Factors of (X, c, d, m) in the guided prediction; `b` is the prediction's factor in denoised space.
+        """Factors of (X, c, d, m, u) in the guided prediction; `b` is the prediction's factor in denoised space.
 
         It uses the `algebra`; a rule without one overrides this method. Do not guard divisions in either: a sample
         with a non-finite coefficient stays unguided.
@@ -228,7 +234,7 @@ class _FromU(APG):
     def guided(
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
-        return guide(sample, cond, uncond, momentum, 0.0, 1.0, self)
+        return kernels.guide(sample, cond, uncond, momentum, 0.0, 1.0, self)
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,7 @@ class _CarryingCFG(Rule):
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
         a, b = (a, b) if self.form == "paper" else (0.0, 1.0)
-        return guide(sample, cond, uncond, momentum, a, b, self)
+        return kernels.guide(sample, cond, uncond, momentum, a, b, self)
 
 
 @dataclass(frozen=True)
@@ -437,7 +443,7 @@ class MomentumGuidance(Rule):
     def guided(
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
-        found, _ = guide(sample, cond, uncond, momentum, a, b, self)
+        found, _ = kernels.guide(sample, cond, uncond, momentum, a, b, self)
         working = torch.promote_types(cond.dtype, torch.float32)
         c = cond.to(working)
         v = c + (self.w - 1) * (c - uncond.to(working))
@@ -565,11 +571,11 @@ def _denoised_in(rule: Rule) -> str:
 def _looked_at(rule: Rule) -> str:
     """Which of X, m and b its coefficients use, found by trying several sets of numbers for them."""
     numbers = torch.arange(6 * 16 * 8, dtype=torch.float64).mul(1.7).sin().view(6, 16, 8)
-    X, c, d, m, other_X, other_m = numbers
+    X, c, u, m, other_X, other_m = numbers
 
     def made(X: torch.Tensor, m: torch.Tensor, b: float) -> list[torch.Tensor]:
         tried = copy.deepcopy(rule)  # the rule may keep count
-        return [torch.as_tensor(k, dtype=torch.float64) for k in tried.coefficients(gram(X, c, d, m), b)]
+        return [torch.as_tensor(k, dtype=torch.float64) for k in tried.coefficients(gram(X, c, u, m), b)]
 
     try:
         found = {b: made(X, m, b) for b in (-0.7, -0.1, 0.7)}

@@ -1,24 +1,27 @@
 """Search for a schedule of evaluations: which steps to evaluate in full for a budget of NFEs.
 
-A schedule's predicted error is
+Errors of neighbouring skipped steps move the picture the same way, and the next step evaluated in full repays them
+(`calibration.repayments`). So a schedule's predicted error is
 
-    E^2 = sum over its skipped steps t of (gain_t |error of c_t + (w - 1) d_t|)^2
+    E^2 = sum over its gaps of |sum over the gap's steps t of gain_t (error of g_t), less what is repaid|^2
 
-with the residuals of least squares from the calibration's Gram matrix, w its guidance scale, and `gains` from the
-scheduler. The search fits on the last two evaluated steps (nearly as good as on all: docs/policies.md). Then the
-terms of a gap between evaluated steps depend only on the two before it and the one after it, and a shortest path gives
-the best schedule for every budget at once. Its choice has the least error by that fit, and nearly the least by others.
+with g_t = c_t + (w - 1) d_t, w the calibration's guidance scale, least squares by its Gram matrix, and `gains` from the
+scheduler. The search fits on the last two evaluated steps, and repays by these and the next (nearly as good as all:
+docs/policies.md). Then a gap's term depends only on the two steps before it and the one after it, and a shortest path
+gives the best schedule for every budget at once. Its choice has the least error by that fit, and nearly the least by
+others.
 
 A skipped step evaluates neither prediction, unless `skip=False` keeps the conditional one. Schedules have no unguided
 steps: an estimate costs no extra evaluation, and its squared residual is at most |d|^2.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from diffusers_guidance.calibration import DELTAS, Calibration, Fit, Moments
+from diffusers_guidance.calibration import RECENT, Calibration, Fit, Moments
 from diffusers_guidance.checks import is_whole
 from diffusers_guidance.policies import Schedule, published
 from diffusers_guidance.steps import Action
@@ -30,7 +33,7 @@ def closed_form(
     *,
     error: float | None = None,
     skip: bool = True,
-    fit: Fit = DELTAS,
+    fit: Fit = RECENT,
 ) -> Schedule:
     """The schedule with the least predicted error for a budget, or the cheapest within a predicted error.
 
@@ -61,7 +64,7 @@ def closed_form(
     if error is not None:
         if not error >= 0:
             raise ValueError(f"error={error!r}: a share of what guidance does, 0 or more")
-        schedules = [Schedule(actions, calibration, fit) for actions in best]
+        schedules = [Schedule(actions, calibration, fit, repay=True) for actions in best]
         found = next((schedule for schedule in schedules if predicted_error(schedule) <= error), schedules[-1])
         if found is schedules[0]:
             return found
@@ -72,7 +75,10 @@ def closed_form(
 
 
 def predicted_error(schedule: Schedule) -> float:
-    """E of this module's head for any schedule, relative to that of no guidance after the first step."""
+    """E for any schedule, relative to that of no guidance after the first step.
+
+    Without repayment, every skipped step counts alone: E^2 is the sum of their squared errors times gains.
+    """
     if schedule.calibration is None:
         raise ValueError("predicted_error needs a schedule with a calibration: Schedule(actions, calibration)")
     calibration, total, reference = schedule.calibration, 0.0, 0.0
@@ -80,7 +86,11 @@ def predicted_error(schedule: Schedule) -> float:
     for name, _, gain, w in _parts(calibration):
         gram = calibration.weights(name, schedule.fit)
         made, none = (calibration.coefficients(name, each, schedule.fit) for each in (schedule.actions, unguided))
-        total += float((gain * errors_of(gram, w, made)).square().sum())
+        if schedule.repay:
+            _, left = calibration.repayments(name, schedule.actions, schedule.fit)
+            total += float(((left @ gram) * left).sum().clamp(min=0))
+        else:
+            total += float((gain * errors_of(gram, w, made)).square().sum())
         reference += float((gain * errors_of(gram, w, none)).square().sum())
     return (total / reference) ** 0.5 if reference else 0.0
 
@@ -97,10 +107,10 @@ def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> li
         steps, unit = moments.steps, torch.eye(2 * moments.steps, dtype=torch.float64)
         c, d = unit[:steps], unit[steps:]
         if skip:
-            residuals = pair_residuals(moments.total, torch.stack([c, d], 1), c + (w - 1) * d)
+            costs = gap_costs(moments.total, torch.stack([c, d], 1), c + (w - 1) * d, gain)
         else:  # fitted on past d alone: with c_t and past c too, the choice is no better
-            residuals = pair_residuals(moments.total, d[:, None], (w - 1) * d)
-        paths = shortest(gap_costs(residuals, gain))
+            costs = gap_costs(moments.total, d[:, None], (w - 1) * d, gain)
+        paths = shortest(costs)
         # With several denoisers, try every split of the budget between them.
         merged: dict[int, tuple[float, tuple[int, ...]]] = {}
         for i, (cost, chosen) in enumerate(best):
@@ -113,42 +123,40 @@ def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> li
     return [_actions(calibration.steps, {*chosen} | outside, left) for _, chosen in best]
 
 
-def pair_residuals(gram: Tensor, regressors: Tensor, targets: Tensor, ridge: float = 1e-6) -> Tensor:
-    """(T + 1, T, T): [i + 1, j, t] is the norm of target t's residual from steps i < j (i = -1: j alone).
+def gap_costs(gram: Tensor, regressors: Tensor, targets: Tensor, gain: Tensor, ridge: float = 1e-6) -> Tensor:
+    """(T + 1, T, T + 1): [i + 1, j, k] is the squared norm of what a gap leaves: of the sum of the targets times gains
+    between the evaluated steps j and k, less what i (-1: none), j and k tell of it. k = T is the end of the run.
 
     Args:
         gram: (2T, 2T)
         regressors: (T, K, 2T), each step's K predictions.
         targets: (T, 2T)
+        gain: (T,); a step of gain 0 cannot repay.
     """
-    steps = len(regressors)
-    products = torch.einsum("ikp,pq,jlq->ijkl", regressors, gram, regressors)  # (T, T, K, K)
-    wanted = torch.einsum("ikp,pq,tq->ikt", regressors, gram, targets)  # (T, K, T)
-    square = torch.einsum("tp,pq,tq->t", targets, gram, targets)
-
-    own = products[range(steps), range(steps)]  # (T, K, K)
-    i, j = torch.triu_indices(steps, steps, 1)
-    pairs = torch.cat([torch.cat([own[i], products[i, j]], 2), torch.cat([products[j, i], own[j]], 2)], 1)
-    found = torch.full((steps + 1, steps, steps), torch.inf, dtype=gram.dtype)
-    for normal, right, where in (
-        (own, wanted, (torch.zeros(steps, dtype=torch.long), torch.arange(steps))),
-        (pairs, torch.cat([wanted[i], wanted[j]], 1), (i + 1, j)),
-    ):
+    steps, n = len(regressors), regressors.shape[1]
+    targets, repays = gain[:, None] * targets, torch.nn.functional.pad(gain > 0, (0, 1))
+    # Of the step that there is not, at both ends, predictions are zero.
+    padded = torch.cat([regressors, torch.zeros_like(regressors[:1])]).flatten(0, 1)  # ((T + 1) K, 2T)
+    products = padded @ gram @ padded.T
+    wanted = torch.nn.functional.pad((padded @ gram @ targets.T).cumsum(1), (1, 0))  # up to, and without, t
+    squares = torch.nn.functional.pad((targets @ gram @ targets.T).cumsum(0).cumsum(1), (1, 0, 1, 0))
+    found = torch.full((steps + 1, steps, steps + 1), torch.inf, dtype=gram.dtype)
+    own = torch.arange(n)
+    for j in range(steps):
+        i = torch.tensor([-1, *range(j)]) if j else torch.tensor([-1])
+        i, k = (each.flatten() for each in torch.meshgrid(i, torch.arange(j + 1, steps + 1), indexing="ij"))
+        near = torch.stack([i % (steps + 1), torch.full_like(i, j), torch.where(repays[k], k, steps)])  # -1, T: none
+        index = (n * near.T[:, :, None] + own).flatten(1)  # (N, 3K)
+        normal = products[index[:, :, None], index[:, None, :]]
+        right = wanted[index, k[:, None]] - wanted[index, j + 1]
         scale = normal.diagonal(dim1=1, dim2=2)
         scale = torch.where(scale > 0, scale, 1).rsqrt()
-        eye = torch.eye(normal.shape[-1], dtype=gram.dtype)
-        scaled = right * scale[..., None]
-        solved = torch.linalg.solve(normal * scale[:, None] * scale[..., None] + max(ridge, 1e-12) * eye, scaled)
-        found[where] = (square - (solved * scaled).sum(1)).clamp(min=0).sqrt()
+        scaled = (right * scale)[..., None]
+        eye = max(ridge, 1e-12) * torch.eye(3 * n, dtype=gram.dtype)
+        solved = torch.linalg.solve(normal * scale[:, None] * scale[..., None] + eye, scaled)
+        square = squares[k, k] - squares[j + 1, k] - squares[k, j + 1] + squares[j + 1, j + 1]
+        found[i + 1, j, k] = torch.where(k > j + 1, (square - (solved * scaled).sum((1, 2))).clamp(min=0), 0.0)
     return found
-
-
-def gap_costs(residuals: Tensor, gain: Tensor) -> Tensor:
-    """(T + 1, T, T + 1): [i + 1, j, k] is the gap's sum from j to k, with i the evaluated step before j (-1: none)."""
-    steps = len(gain)
-    t, j = torch.arange(steps), torch.arange(steps)[:, None]
-    summed = torch.where((t > j) & (gain > 0), (residuals * gain).square(), 0.0).cumsum(-1)  # up to and with t
-    return torch.nn.functional.pad(summed, (1, 0))  # up to, and without, k
 
 
 def shortest(cost: Tensor) -> list[tuple[float, tuple[int, ...]]]:
@@ -181,7 +189,7 @@ def even(steps: int, evaluated: int, left: Action = Action.EXTRAPOLATE) -> tuple
     return _actions(steps, set(spread), left)
 
 
-def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = DELTAS) -> list[Schedule]:
+def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = RECENT) -> list[Schedule]:
     """Candidates for a budget, the closed form's best first."""
     found = [_within(optima(calibration, skip, tilt), nfe, calibration, fit) for tilt in (0.0, -1.0, 1.0, -2.0, 2.0)]
     steps, firsts = calibration.steps, _firsts(calibration)
@@ -189,12 +197,12 @@ def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = 
     def spread(left: Action) -> list[Schedule]:
         for n in range(steps, 0, -1):
             full = {t for t, action in enumerate(even(steps, n)) if action == Action.BOTH}
-            made = Schedule(_actions(steps, full | firsts, left), calibration, fit)
+            made = Schedule(_actions(steps, full | firsts, left), calibration, fit, repay=True)
             if made.nfe <= nfe:
                 return [made]
         return []
 
-    usual = Schedule(published(steps), calibration, fit)
+    usual = Schedule(published(steps), calibration, fit, repay=True)
     found += (
         spread(Action.EXTRAPOLATE) + (spread(Action.NEITHER) if skip else []) + ([usual] if usual.nfe <= nfe else [])
     )
@@ -210,7 +218,7 @@ def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], 
         runs: how many schedules to measure in all. Neighbours have one full evaluation a step earlier or later.
     """
     quality = {schedule.actions: measure(schedule) for schedule in candidates}
-    calibration, fit = candidates[0].calibration, candidates[0].fit
+    calibration = candidates[0].calibration
     firsts = {0} if calibration is None else _firsts(calibration)
     best = max(quality, key=lambda actions: quality[actions])
     while len(quality) < runs:
@@ -218,9 +226,9 @@ def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], 
         actions = next(untried, None)
         if actions is None:
             break
-        quality[actions] = measure(Schedule(actions, calibration, fit))
+        quality[actions] = measure(replace(candidates[0], actions=actions))
         best = max(best, actions, key=lambda actions: quality[actions])
-    return Schedule(best, calibration, fit)
+    return replace(candidates[0], actions=best)
 
 
 def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibration, fit: Fit) -> Schedule:
@@ -231,9 +239,9 @@ def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibrati
     actions = max((each for each in best if _nfe(each) <= nfe), key=_nfe)
     if _nfe(actions) < nfe:
         left = [t for t, action in enumerate(actions) if action == Action.NEITHER]
-        tried = [Schedule((*actions[:t], Action.EXTRAPOLATE, *actions[t + 1 :]), calibration, fit) for t in left]
-        return min(tried, key=predicted_error)
-    return Schedule(actions, calibration, fit)
+        tried = [(*actions[:t], Action.EXTRAPOLATE, *actions[t + 1 :]) for t in left]
+        return min((Schedule(each, calibration, fit, repay=True) for each in tried), key=predicted_error)
+    return Schedule(actions, calibration, fit, repay=True)
 
 
 def errors_of(gram: Tensor, w: float | Tensor, made: Tensor) -> Tensor:

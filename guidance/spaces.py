@@ -41,6 +41,9 @@ class Space:
     """Noise over signal, as in the scheduler's `sigmas`, inf without signal; in flow matching, the noise."""
     new_step: bool
     """False at the later stages of one solver step, where momentum does not advance."""
+    reuse: float = 1.0
+    """How far an error of this step's prediction moves the rest of the run, as a multiple of an Euler step's: a
+    multistep solver uses a prediction again at later steps."""
 
     @property
     def velocity(self) -> float:

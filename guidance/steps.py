@@ -86,6 +86,8 @@ class Step:
     """Its mean over the run where it follows a schedule; None: it is `w`, as far as is known."""
     rows: int = 1
     """Samples in the batch."""
+    branches: int = 2
+    """Network evaluations of a sample without a policy: 1 where nothing is guided, more than 2 with further terms."""
     denoiser: str = ""
     """The name of the network in its pipeline, such as "unet"."""
     table: tuple[Space, ...] = ()
@@ -118,6 +120,8 @@ class Prediction:
     """What the step showed of itself, if that is known already."""
     note: str = ""
     """The report's note on it."""
+    further: Tensor | None = None
+    """(rows, ...): what terms beside guidance add to the guided prediction, such as s (c - p) of a perturbed one."""
 
     def __post_init__(self) -> None:
         rows = len(self.evaluated)
@@ -162,6 +166,8 @@ class History:
     estimate reads one, an empty tensor."""
     uncond: list[Tensor] = field(default_factory=list)
     """Likewise the unconditional ones; for skipped samples, the substitute."""
+    actions: list[Action] = field(default_factory=list)
+    """By step: what was done with the first sample."""
     guided: dict[int, Tensor] = field(default_factory=dict)
     """By step: the last guided predictions, as a policy that `hands` keeps them."""
     is_denoised: bool = False

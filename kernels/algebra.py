@@ -5,14 +5,17 @@
         return Coefficients(0.0 * w, 1.0 + 0.0 * w, (w - 1) / 2, 0.0 * w)
 
 It is scalar algebra on a group's Gram entries, on b and on four settings of the rule, in operators and the functions
-of `ops`. Divisions need no guard: a group with a non-finite coefficient stays unguided. Each of the
-four coefficients must depend on something (`0.0 * w` for zero), or Triton has no type for it.
+of `ops`. Divisions need no guard: a group with a non-finite coefficient stays unguided. Each
+coefficient must depend on something (`0.0 * w` for zero), or Triton has no type for it; that of u may be left away.
+
+`@algebra(centred=True)` says that of c and d it uses variances alone. Its Gram then has the products and sums of c and
+d less a number near them, so that no large mean cancels.
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, overload
 
 from diffusers_guidance.kernels import ops
 from diffusers_guidance.kernels.reference import Coefficients, Gram
@@ -24,8 +27,9 @@ ALGEBRAS: dict[str, "Algebra"] = {}
 class Algebra:
     """A function of (gram, b, and four settings) that gives a rule's `Coefficients`."""
 
-    def __init__(self, function: Callable[..., Coefficients]):
+    def __init__(self, function: Callable[..., Coefficients], centred: bool = False):
         self.function: Any = function
+        self.centred = centred
         self.name = f"{function.__module__}.{function.__qualname__}"
         self.__doc__ = function.__doc__
         ALGEBRAS[self.name] = self
@@ -47,6 +51,18 @@ class Algebra:
         return triton.jit(twin)
 
 
-def algebra(function: Callable[..., Coefficients]) -> Algebra:
+@overload
+def algebra(function: Callable[..., Coefficients]) -> Algebra: ...
+@overload
+def algebra(*, centred: bool) -> Callable[[Callable[..., Coefficients]], Algebra]: ...
+def algebra(function: Callable[..., Coefficients] | None = None, *, centred: bool = False) -> Any:
     """Declares a rule's algebra; see above."""
-    return Algebra(function)
+    return partial(Algebra, centred=centred) if function is None else Algebra(function)
+
+
+def algebra_of(rule: type) -> Algebra | None:
+    """What gives a rule's coefficients: its `algebra`, or None where a method overrides that."""
+    names = ("algebra", "coefficients")
+    declared, method = (next((c for c in rule.__mro__ if vars(c).get(name) is not None), None) for name in names)
+    in_charge = declared is not None and method is not None and issubclass(declared, method)
+    return vars(declared)["algebra"] if in_charge else None

@@ -1,4 +1,4 @@
-"""The rules' coefficients: the factors of X, c, d and m in the guided prediction, from a group's Gram entries.
+"""The rules' coefficients: the factors of X, c, d, m and u in the guided prediction, from a group's Gram entries.
 
 Torch and Triton both run this source; see `algebra`.
 """
@@ -8,14 +8,14 @@ from diffusers_guidance.kernels.algebra import algebra
 from diffusers_guidance.kernels.reference import Coefficients
 
 
-@algebra
+@algebra(centred=True)
 def cfg(gram, b, w, rescale, _2, _3):
     """c' = f (c + (w - 1) d), f = rescale * std(c) / std(c + (w - 1) d) + (1 - rescale)
 
     (arXiv 2305.08891, eq. 15-16).
     """
     v = w - 1
-    # Variances of c and of g = c + (w - 1) d, times (n - 1).
+    # Variances of c and of g = c + (w - 1) d, times (n - 1); the same for c and d less any number of their own.
     total = gram.sum_c + v * gram.sum_d
     variance_c = gram.cc - gram.sum_c * gram.sum_c / gram.numel
     variance_g = gram.cc + 2 * v * gram.cd + v * v * gram.dd - total * total / gram.numel
@@ -33,7 +33,7 @@ def apg(gram, b, w, beta, threshold, eta):
     """
     DD = b * b * gram.dd + 2 * b * beta * gram.dm + beta * beta * gram.mm
     DX = b * gram.Xd + beta * gram.Xm
-    s = ops.minimum(1.0, threshold / ops.sqrt(DD))
+    s = 1.0 / ops.sqrt(ops.maximum(1.0, DD / threshold / threshold))  # has a gradient for any threshold, and at DD = 0
     k = DX / gram.XX
     strength = (w - 1) * s / b
     noisy = b != 0  # at b = 0 no noise is left, and the denoised sample does not depend on the prediction
@@ -45,11 +45,16 @@ def apg(gram, b, w, beta, threshold, eta):
 
 @algebra
 def cfg_zero_star(gram, b, w, _1, _2, _3):
-    """s u + w (c - s u) with s = <c, u> / <u, u> (arXiv 2503.18886, Algorithm 1), and u = c - d."""
+    """s u + w (c - s u) with s = <c, u> / <u, u> (arXiv 2503.18886, Algorithm 1).
+
+    It is w c - (w - 1) s u, and c + (w - 1) ((1 - s) c + s d) with 1 - s = (<d, d> - <c, d>) / <u, u>. The first is
+    exact where c and u are far apart, the second where they nearly agree.
+    """
     v = w - 1
-    uu = gram.cc - 2 * gram.cd + gram.dd
-    # 1 - s = (<d, d> - <c, d>) / <u, u>, exact also where both nearly agree.
-    return Coefficients(0.0 * uu, 1.0 + v * (gram.dd - gram.cd) / uu, v * (gram.cc - gram.cd) / uu, 0.0 * uu)
+    s = gram.cu / gram.uu
+    near = gram.dd < gram.uu
+    of_c = ops.where(near, 1.0 + v * (gram.dd - gram.cd) / gram.uu, w)
+    return Coefficients(0.0 * s, of_c, ops.where(near, v * s, 0.0), 0.0 * s, ops.where(near, 0.0, -v * s))
 
 
 @algebra
@@ -57,23 +62,22 @@ def tcfg(gram, b, w, _1, _2, _3):
     """u' + w (c - u') with u' the part of u along the first right singular vector of (c, u) (arXiv 2503.18137).
 
     The singular values and left vectors of the rows (c, u) are those of their Gram matrix, whose first vector
-    (cos t, sin t) has tan 2t = 2 <c, u> / (<c, c> - <u, u>). So u' = sin t (cos t c + sin t u).
+    (cos t, sin t) has tan 2t = 2 <c, u> / (<c, c> - <u, u>). So u' = sin t (cos t c + sin t u). Over the trace, neither
+    huge nor tiny predictions leave float32.
     """
     v = w - 1
-    cu = gram.cc - gram.cd
-    excess = 2 * gram.cd - gram.dd  # <c, c> - <u, u>
-    R = ops.sqrt(excess * excess + 4 * cu * cu)
-    of_c = cu / R
-    of_u = (1.0 - excess / R) / 2
-    return Coefficients(0.0 * R, w - v * (of_c + of_u), v * of_u, 0.0 * R)
+    trace = gram.cc + gram.uu
+    cosine = (2 * gram.cd - gram.dd) / trace  # <c, c> - <u, u>
+    sine = 2 * gram.cu / trace
+    R = ops.sqrt(cosine * cosine + sine * sine)
+    return Coefficients(0.0 * R, w - v * sine / R / 2, 0.0 * R, 0.0 * R, -v * (1.0 - cosine / R) / 2)
 
 
 @algebra
 def magnitude_aware(gram, b, w, alpha, _2, _3):
     """u + w' (c - u) with w' = 1 + (w - 1) exp(-alpha ||d|| / ||u||) (arXiv 2508.03442)."""
-    uu = gram.cc - 2 * gram.cd + gram.dd
-    damped = ops.exp(-alpha * ops.sqrt(gram.dd / uu))
-    return Coefficients(0.0 * uu, 1.0 + 0.0 * uu, (w - 1) * damped, 0.0 * uu)
+    damped = ops.exp(-alpha * ops.sqrt(gram.dd / gram.uu))
+    return Coefficients(0.0 * damped, 1.0 + 0.0 * damped, (w - 1) * damped, 0.0 * damped)
 
 
 @algebra

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -35,8 +37,9 @@ class Specialisation(NamedTuple):
     pointers: dict[str, str | None]
     """Element type of each tensor; None if not passed."""
     constants: dict[str, Any]
-    threads: int
-    ctas: int = 1
+    together: bool = False
+    """Whether its programs wait for one another."""
+    threads: int = launch.THREADS
     fuses: bool = True
     """Whether products and sums may become one operation."""
 
@@ -49,49 +52,44 @@ class Usage(NamedTuple):
     """Bytes of local memory; 0 means no spills."""
 
 
-def specialisations(cluster: bool) -> Iterator[Specialisation]:
-    """All that the launchers request; with `cluster`, also those for hardware with clusters."""
+def specialisations() -> Iterator[Specialisation]:
+    """All that the launchers request."""
     for dtype, momentum in itertools.product(FOLD, (None, "fp32")):
         inputs = {"sample": dtype, "cond": dtype, "uncond": dtype, "momentum": momentum}
         carried = ", momentum" if momentum else ""
-        pointers = inputs | {"partials": "fp32"}
-        constants: dict[str, Any] = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
-        yield Specialisation(f"gram {dtype}{carried}", programs.gram_kernel, pointers, constants, launch.THREADS)
+        sizes: dict[str, Any] = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
+        for centred in (False, True):
+            yield Specialisation(
+                f"gram {dtype}{carried}{', centred' if centred else ''}",
+                programs.gram_kernel,
+                inputs | {"partials": "fp32"},
+                sizes | {"CENTRED": centred},
+            )
         for rule, (output, step, denoised) in itertools.product(
             (*RULES, None),
             (("prediction", False, None), ("flow step", True, None), ("step", True, dtype)),
         ):
             label = f"{rule.function.__name__ if rule else 'given'} {output} {dtype}{carried}"
             pointers = inputs | {"out": dtype, "denoised": denoised, "new_momentum": "fp32"}
-            constants = {"RULE": rule.compiled if rule else None, "STEP": step}
+            constants: dict[str, Any] = {"RULE": rule.compiled if rule else None, "STEP": step}
             yield Specialisation(
                 f"combine {label}",
                 programs.combine_kernel,
                 pointers | {"gram": "fp32"},
                 constants | {"TILE": launch.TILE},
-                launch.THREADS,
             )
-            for ctas in (1, 2, 4, launch.CLUSTER) if cluster else (1,):
-                if rule is None:
-                    continue
+            for together in (False, True) if rule else ():
                 yield Specialisation(
-                    f"guide {label}" + (f", cluster of {ctas}" if ctas > 1 else ""),
+                    f"guide {label}" + (", together" if together else ""),
                     programs.guide_kernel,
-                    pointers,
-                    constants | {"TILE": launch.GUIDE_TILE * ctas, "FOLD": FOLD[dtype]},
-                    launch.GUIDE_THREADS,
-                    ctas,
+                    pointers | {"partials": "fp32" if together else None, "counters": "i32" if together else None},
+                    constants | sizes | {"CENTRED": rule is not None and rule.centred},
+                    together,
                 )
-    yield Specialisation("similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, 128)
+    yield Specialisation("similarity", programs.similarity_kernel, {"partials": "fp32", "out": "fp32"}, {}, threads=128)
     for dtype in FOLD:
         pointers = {"history": dtype, "coefficients": "fp32", "out": dtype}
-        yield Specialisation(
-            f"extrapolate {dtype}",
-            programs.extrapolate_kernel,
-            pointers,
-            {"TILE": launch.TILE},
-            launch.THREADS,
-        )
+        yield Specialisation(f"extrapolate {dtype}", programs.extrapolate_kernel, pointers, {"TILE": launch.TILE})
 
     for dtype, verified, expected in itertools.product(FOLD, (False, True), (False, True)):
         inputs = {"sample": dtype, "cond": dtype, "uncond": dtype, "sums": "fp32"}
@@ -99,11 +97,11 @@ def specialisations(cluster: bool) -> Iterator[Specialisation]:
         label = f"observe {dtype}" + (", with an output" if verified else "") + (" and what is expected" * expected)
         if verified or not expected:
             constants = {"TILE": launch.TILE, "FOLD": FOLD[dtype]}
-            yield Specialisation(label, passes.observe_kernel, inputs, constants, launch.THREADS, fuses=False)
+            yield Specialisation(label, passes.observe_kernel, inputs, constants, fuses=False)
     for dtype, count in itertools.product(FOLD, (1, 2, 3, 4, passes.TERMS)):
         pointers = {f"t{i}": dtype if i < count else None for i in range(passes.TERMS)} | {"out": dtype}
         constants = {"TILE": launch.TILE}
-        yield Specialisation(f"mix {count} {dtype}", passes.mix_kernel, pointers, constants, launch.THREADS)
+        yield Specialisation(f"mix {count} {dtype}", passes.mix_kernel, pointers, constants)
 
 
 FLOATS = (
@@ -131,7 +129,8 @@ def compile(one: Specialisation, target: GPUTarget) -> Any:
     sizes = [n for n, kind in signature.items() if kind[0] == "*" or (kind == "i32" and n not in ("parts", "count"))]
     attributes = {(one.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in sizes}
     source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": one.threads // target.warp_size} | ({"num_ctas": one.ctas} if one.ctas > 1 else {})
+    options = {"num_warps": one.threads // target.warp_size}
+    options |= launch.together(target.backend) if one.together else {}
     options |= {} if one.fuses else {"enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
 
@@ -156,18 +155,24 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
+@cache
+def _by_name() -> dict[str, Specialisation]:
+    return {one.name: one for one in specialisations()}
+
+
+def _used(what: tuple[str, str]) -> Usage:
+    target, name = what
+    return usage(compile(_by_name()[name], TARGETS[target]))
+
+
 def main() -> int:
     spilled = 0
     print(f"triton {triton.__version__}: registers of one thread, and bytes of stack (spills) where not 0")
-    for name, target in TARGETS.items():
-        for one in specialisations(cluster=name == "sm_90"):
-            used = usage(compile(one, target))
+    todo = list(itertools.product(TARGETS, _by_name()))
+    with ProcessPoolExecutor() as pool:
+        for (target, name), used in zip(todo, pool.map(_used, todo, chunksize=8), strict=True):
             spilled += used.stack > 0
-            print(
-                f"{name:7} {one.name:55} {used.registers:4}",
-                f" stack {used.stack}" if used.stack else "",
-                flush=True,
-            )
+            print(f"{target:7} {name:55} {used.registers:4}", f" stack {used.stack}" if used.stack else "", flush=True)
     print(f"{spilled} specialisations spill" if spilled else "no spills")
     return 1 if spilled else 0
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.kernels import reference
+from diffusers_guidance.kernels.algebra import algebra_of
 from diffusers_guidance.kernels.reference import Gram, Rule, Update
 
 try:
@@ -144,18 +145,11 @@ def _settings(
     """A rule for the ops: (beta, its algebra's name, parameters, or its coefficients, norm_dim)."""
     norm_dim = None if rule.norm_dim is None else list(rule.norm_dim)
     numel = reference.group_numel(cond, rule.norm_dim)
-    if _is_compiled(type(rule)):
+    compiled = algebra_of(type(rule))
+    if compiled is not None:
         settings = [float(each) for each in rule.settings(numel)]  # type: ignore[attr-defined]
-        name = rule.algebra.name  # type: ignore[attr-defined]
-        return rule.momentum, name, settings + [0.0] * (4 - len(settings)), None, norm_dim
+        return rule.momentum, compiled.name, settings + [0.0] * (4 - len(settings)), None, norm_dim
     entries = torch.ops.diffusers_guidance.gram(sample, cond, uncond, momentum, a, b, norm_dim)
     g = Gram._make([*entries.unbind(0), numel])
     k = reference.finite_coefficients(rule, g, b)
-    return rule.momentum, "", [], torch.stack(torch.broadcast_tensors(*k), -1).reshape(-1, 4), norm_dim
-
-
-def _is_compiled(rule: type) -> bool:
-    """Whether the rule's coefficients come from its `algebra`, not from a method that overrides it."""
-    names = ("algebra", "coefficients")
-    algebra, method = (next((c for c in rule.__mro__ if vars(c).get(name) is not None), None) for name in names)
-    return algebra is not None and method is not None and issubclass(algebra, method)
+    return rule.momentum, "", [], torch.stack(torch.broadcast_tensors(*k), -1).reshape(-1, 5), norm_dim

@@ -5,10 +5,12 @@ gradient; the dispatcher sends tensors that need one to the reference.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from math import prod
-from typing import NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,14 +25,10 @@ if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
 
 TILE, THREADS = 2048, 256
 """Numbers a program reads at once, and its threads: each takes 8 numbers, 16 bytes of half precision."""
-GUIDE_TILE, GUIDE_THREADS = 4096, 512
-"""The same for the kernel that handles a group alone."""
-GUIDE_NUMEL = 32768
-"""In the single launch, the most numbers of a group for each of its multiprocessors."""
+RESIDENT, REGISTERS = 3, 80
+"""Programs of 256 threads that run at once on a multiprocessor of 65536 registers, if a thread takes 80 at most."""
 SHORT = 256
 """A copy gathers rows of fewer numbers: a chunk for each row would leave most of its threads idle."""
-CLUSTER = 8
-"""In the single launch, the most multiprocessors that share a group, on hardware with clusters."""
 
 ENTRIES = int(programs.ENTRIES.value)
 
@@ -98,8 +96,10 @@ def _two(runs: list[list[int]], strides: Sequence[int], shape: Sequence[int]) ->
     return [(1, 0)] * (2 - len(pairs)) + pairs
 
 
-def _in(layout: Layout, x: Tensor) -> Tensor:
-    """`x` itself if it has this layout, else a copy that has."""
+def _in(layout: Layout, cond: Tensor, x: Tensor) -> Tensor:
+    """`x` itself if it has this layout, else a copy that has; on the device of `cond`."""
+    if x.device != cond.device:
+        raise ValueError(f"the tensors must be on one device; these are on {x.device} and {cond.device}")
     if tuple(x.shape) != layout.shape:
         raise ValueError(f"the tensors must have one shape; these have {tuple(x.shape)} and {layout.shape}")
     if all(n == 1 or s == t for n, s, t in zip(layout.shape, x.stride(), layout.strides, strict=True)):
@@ -127,17 +127,72 @@ def _warp(device: torch.device) -> int:
 
 
 @cache
-def _cluster(device: torch.device) -> int:
-    """How many multiprocessors can work as one program."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 1
-    versions = tuple(int(n) for n in triton.__version__.split(".")[:2])
-    return CLUSTER if torch.cuda.get_device_capability(device)[0] in (9, 10) and versions >= (3, 9) else 1
+def _together(device: torch.device) -> int:
+    """How many programs can wait for one another, by a cooperative launch. The interpreter runs one after the other."""
+    return RESIDENT * _multiprocessors(device) if device.type == "cuda" else 0
 
 
-def ctas_of(numel: int, device: torch.device) -> int:
-    """How many multiprocessors share a group of `numel` numbers."""
-    return min(triton.next_power_of_2(triton.cdiv(numel, GUIDE_TILE)), _cluster(device))
+def fits_one_launch(groups: int, chunks: int, device: torch.device) -> bool:
+    """Whether all chunks of all groups fit into the registers of programs that run at once."""
+    return chunks == 1 or groups * chunks <= _together(device)
+
+
+def together(backend: str) -> dict[str, int]:
+    """Options of a launch whose programs wait for one another: all run at once, `RESIDENT` on a multiprocessor."""
+    return {"launch_cooperative_grid": True} | ({"maxnreg": REGISTERS} if backend == "cuda" else {})
+
+
+class Counters:
+    """Numbers in a device's memory by which programs meet (`programs._meet`): 0 before every launch and after it.
+
+    Launches that may overlap never share one. Those of one stream follow one another. A captured launch, which a graph
+    may replay on any stream, keeps its own for good.
+    """
+
+    COUNT = 2**18
+
+    def __init__(self, device: torch.device):
+        # Another thread allocates them: a thread that prepares a CUDA graph may be allocating from that graph's memory.
+        with ThreadPoolExecutor(1) as other:
+            self.numbers = other.submit(self._zeros, device).result()
+        self.taken = 0
+        self.of_stream: dict[int, int] = {}
+        self.lock = Lock()
+
+    @classmethod
+    def _zeros(cls, device: torch.device) -> Tensor:
+        zeros = torch.zeros(cls.COUNT, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return zeros
+
+    def take(self, groups: int, most: int, stream: int | None) -> Tensor | None:
+        """Counters for a launch on this stream (None: a captured one) of up to `most` groups; None if used up."""
+        wanted = 4 * triton.cdiv(groups if stream is None else most, 4)  # 16 bytes: Triton compiles for an alignment
+        with self.lock:
+            first = self.taken if stream is None else self.of_stream.setdefault(stream, self.taken)
+            if first == self.taken:
+                if first + wanted > self.COUNT:
+                    self.of_stream = {s: at for s, at in self.of_stream.items() if s != stream}
+                    return None
+                self.taken += wanted
+        return self.numbers[first : first + groups]
+
+
+_counters: dict[torch.device, Counters] = {}
+
+
+def _meeting_place(groups: int, device: torch.device) -> Tensor | None:
+    """A counter for each group of a launch whose programs meet; None where there are none, which takes two launches."""
+    captured, stream = False, 0
+    if device.type == "cuda":
+        captured = torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(device).cuda_stream
+    if device not in _counters:
+        if captured:
+            return None
+        _counters.setdefault(device, Counters(device))
+    return _counters[device].take(groups, _together(device), None if captured else stream)
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -145,10 +200,14 @@ def _on(device: torch.device) -> AbstractContextManager:
     return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
+def _chunks(layout: Layout) -> int:
+    """How many chunks a group has."""
+    return layout.rows * triton.cdiv(layout.columns, TILE)
+
+
 def _parts(layout: Layout, device: torch.device) -> int:
-    """Programs per group: over all groups two a multiprocessor, so that all run at once."""
-    chunks = layout.rows * triton.cdiv(layout.columns, TILE)
-    return max(1, min(chunks, 2 * _multiprocessors(device) // max(1, prod(layout.groups))))
+    """Programs per group where each takes several chunks: all of them run at once."""
+    return max(1, min(_chunks(layout), RESIDENT * _multiprocessors(device) // max(1, prod(layout.groups))))
 
 
 def fold(x: Tensor) -> int:
@@ -157,15 +216,16 @@ def fold(x: Tensor) -> int:
 
 
 def _gram(
-    sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float, layout: Layout
-) -> Tensor:
+    sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float, layout: Layout,
+    centred: bool = False,
+) -> Tensor:  # fmt: skip
     """(groups, parts, ENTRIES) partial Grams."""
     groups, parts = prod(layout.groups), _parts(layout, cond.device)
     partials = torch.empty(groups, parts, ENTRIES, dtype=torch.float32, device=cond.device)
     programs.gram_kernel[(groups, parts)](
         sample, cond, uncond, momentum, partials, a, b,
         layout.groups[1], layout.rows, layout.columns, *layout.walk,
-        TILE=TILE, FOLD=fold(cond), num_warps=THREADS // _warp(cond.device),
+        CENTRED=centred, TILE=TILE, FOLD=fold(cond), num_warps=THREADS // _warp(cond.device),
     )  # fmt: skip
     return partials
 
@@ -177,32 +237,38 @@ def _guide(
 ) -> Tensor:  # fmt: skip
     """Fills `out` (the prediction, or with an `update` the next sample) and `denoised`; returns the new momentum."""
     new_momentum = _new(layout, cond, torch.float32)
+    sample, uncond = _in(layout, cond, sample), _in(layout, cond, uncond)
+    momentum = None if momentum is None else _in(layout, cond, momentum)
+    cond = _in(layout, cond, cond)
     if cond.numel() == 0:
         return new_momentum
-    sample, cond, uncond = (_in(layout, x) for x in (sample, cond, uncond))
-    momentum = None if momentum is None else _in(layout, momentum)
-    groups, numel = prod(layout.groups), layout.numel
-    outputs = (out, denoised, new_momentum)
+    groups, chunks, device = prod(layout.groups), _chunks(layout), cond.device
+    inputs, outputs = (sample, cond, uncond, momentum), (out, denoised, new_momentum)
     scalars = (
         a, b, beta, *(*parameters, 0.0, 0.0, 0.0, 0.0)[:4], *(update or (0.0, 1.0, 0.0, 1.0)),
         layout.groups[1], layout.rows, layout.columns, *layout.walk,
     )  # fmt: skip
-    options = {"RULE": ALGEBRAS[rule].compiled if coefficients is None else None, "STEP": update is not None}
-    ctas = ctas_of(numel, cond.device)
-    with _on(cond.device):
-        if coefficients is None and numel <= GUIDE_NUMEL * ctas:
-            programs.guide_kernel[(groups,)](
-                sample, cond, uncond, momentum, *outputs, float(numel), *scalars, **options,
-                TILE=GUIDE_TILE * ctas, FOLD=fold(cond), num_warps=GUIDE_THREADS // _warp(cond.device),
-                **({"num_ctas": ctas} if ctas > 1 else {}),
+    algebra = None if coefficients is not None else ALGEBRAS[rule]
+    options: dict[str, Any] = {"RULE": algebra and algebra.compiled, "STEP": update is not None, "TILE": TILE}
+    options["num_warps"] = THREADS // _warp(device)
+    with _on(device):
+        in_one = algebra is not None and fits_one_launch(groups, chunks, device)
+        counters = _meeting_place(groups, device) if in_one and chunks > 1 else None
+        if algebra is not None and in_one and (chunks == 1 or counters is not None):
+            partials = None
+            if counters is not None:
+                partials = torch.empty(groups, chunks, ENTRIES, dtype=torch.float32, device=device)
+                options |= together("hip" if torch.version.hip else "cuda")
+            programs.guide_kernel[(groups, chunks)](
+                *inputs, partials, counters, *outputs, float(layout.numel), *scalars,
+                CENTRED=algebra.centred, FOLD=fold(cond), **options,
             )  # fmt: skip
         else:
-            gram = _gram(sample, cond, uncond, momentum, a, b, layout) if coefficients is None else coefficients
-            parts = _parts(layout, cond.device)
+            gram = _gram(*inputs, a, b, layout, algebra.centred) if algebra is not None else coefficients
+            parts = _parts(layout, device)
             programs.combine_kernel[(groups, parts)](
-                sample, cond, uncond, momentum, gram, *outputs, parts, float(numel), *scalars, **options,
-                TILE=TILE, num_warps=THREADS // _warp(cond.device),
-            )  # fmt: skip
+                *inputs, gram, *outputs, parts, float(layout.numel), *scalars, **options
+            )
     return new_momentum
 
 
@@ -211,7 +277,7 @@ def guide(
     beta: float, rule: str, parameters: Sequence[float], coefficients: Tensor | None,
     norm_dim: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`reference.guide` with the coefficients of `ALGEBRAS[rule]`, or with those given as (groups, 4)."""
+    """`reference.guide` with the coefficients of `ALGEBRAS[rule]`, or with those given as (groups, 5)."""
     layout = layout_of(cond, norm_dim)
     out = _new(layout, cond, cond.dtype)
     new_momentum = _guide(sample, cond, uncond, momentum, a, b, beta, rule, parameters, coefficients, layout, out)
@@ -238,23 +304,23 @@ def gram(
     sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float,
     norm_dim: Sequence[int] | None,
 ) -> Tensor:  # fmt: skip
-    """(14, ...) the entries of `reference.gram`, in its order and shape."""
+    """(16, ...) the entries of `reference.gram`, in its order and shape."""
     layout = layout_of(cond, norm_dim)
-    sample, cond, uncond = (_in(layout, x) for x in (sample, cond, uncond))
-    momentum = None if momentum is None else _in(layout, momentum)
+    sample, cond, uncond = (_in(layout, cond, x) for x in (sample, cond, uncond))
+    momentum = None if momentum is None else _in(layout, cond, momentum)
     with _on(cond.device):
         partials = _gram(sample, cond, uncond, momentum, a, b, layout)
-    return partials.sum(1)[:, :14].T.contiguous().view(_gram_shape(layout))
+    return partials.sum(1).T.contiguous().view(_gram_shape(layout))
 
 
 def _gram_shape(layout: Layout) -> list[int]:
-    return [14, *(n if i in layout.group_dims else 1 for i, n in enumerate(layout.shape))]
+    return [ENTRIES, *(n if i in layout.group_dims else 1 for i, n in enumerate(layout.shape))]
 
 
 def similarity(sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float) -> Tensor:
     """`reference.similarity`."""
     layout = layout_of(cond)
-    sample, cond, uncond = (_in(layout, x) for x in (sample, cond, uncond))
+    sample, cond, uncond = (_in(layout, cond, x) for x in (sample, cond, uncond))
     out = torch.empty(cond.shape[0], dtype=torch.float32, device=cond.device)
     with _on(cond.device):
         partials = _gram(sample, cond, uncond, None, a, b, layout)

@@ -29,5 +29,9 @@ def minimum(x: Any, y: Any) -> Any:
     return y.clamp(max=x) if isinstance(y, Tensor) else min(x, y)
 
 
+def maximum(x: Any, y: Any) -> Any:
+    return -minimum(-x, -y)
+
+
 def where(condition: Any, x: Any, y: Any) -> Any:
     return torch.where(condition, x, y) if isinstance(condition, Tensor) else x if condition else y

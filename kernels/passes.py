@@ -115,7 +115,7 @@ def observe(
 ) -> Tensor:  # fmt: skip
     """`reference.observe`; `factors` are those of the denoised predictions, then of the noise."""
     layout = launch.layout_of(cond)
-    tensors = [None if t is None else launch._in(layout, t) for t in (sample, cond, uncond, output, expected)]
+    tensors = [None if t is None else launch._in(layout, cond, t) for t in (sample, cond, uncond, output, expected)]
     groups, parts = prod(layout.groups), launch._parts(layout, cond.device)
     sums = torch.empty(groups, parts, SUMS, dtype=torch.float32, device=cond.device)
     if sums.numel() == 0:
@@ -134,7 +134,7 @@ def mix(tensors: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype)
     """`reference.mix`, by one launch for up to `TERMS` tensors."""
     first = tensors[0]
     layout = launch.layout_of(first)
-    given = [*zip((launch._in(layout, t) for t in tensors), factors, strict=True)]
+    given = [*zip((launch._in(layout, first, t) for t in tensors), factors, strict=True)]
     numel = first.numel()
     out = launch._new(layout, first, dtype)
     while numel and given:

@@ -1,11 +1,12 @@
 """The guidance arithmetic in plain torch: the specification that all other backends are tested against.
 
-Every rule is a linear combination, per group, of four vectors
+Every rule is a linear combination, per group, of five vectors
 
     X = a * sample + b * cond      the conditional prediction, denoised
     c = cond                       the conditional prediction, raw
     d = cond - uncond              the guidance direction
     m                              the momentum, in denoised space
+    u = uncond                     as c - d it would be lost where it is far smaller than c
 
 with coefficients that depend only on those vectors' inner products. A group is a sample, or with
 `rule.norm_dim` whatever those dimensions span (such as a frame of a video). X and d are formed before anything
@@ -34,6 +35,8 @@ class Gram(NamedTuple):
     dd: Tensor
     dm: Tensor
     mm: Tensor
+    uu: Tensor
+    cu: Tensor
     sum_X: Tensor
     sum_c: Tensor
     sum_d: Tensor
@@ -42,12 +45,13 @@ class Gram(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """prediction = X * X_t + c * c_t + d * d_t + m * m_t; floats, or tensors like the Gram's entries."""
+    """prediction = X * X_t + c * c_t + d * d_t + m * m_t + u * u_t; floats, or tensors like the Gram's entries."""
 
     X: Tensor | float
     c: Tensor | float
     d: Tensor | float
     m: Tensor | float
+    u: Tensor | float = 0.0
 
 
 class Rule(Protocol):
@@ -57,16 +61,27 @@ class Rule(Protocol):
     def momentum(self) -> float: ...
     @property
     def norm_dim(self) -> tuple[int, ...] | None: ...
+    @property
+    def centred(self) -> bool: ...
     def coefficients(self, gram: Gram, b: float) -> Coefficients: ...
 
 
-def gram(X: Tensor, c: Tensor, d: Tensor, m: Tensor, norm_dim: tuple[int, ...] | None = None) -> Gram:
-    """Inner products of the four vectors, each (B, ...), over `norm_dim` (default: all but the batch)."""
+def gram(
+    X: Tensor, c: Tensor, u: Tensor, m: Tensor, norm_dim: tuple[int, ...] | None = None, centred: bool = False
+) -> Gram:
+    """Inner products of the vectors, each (B, ...), over `norm_dim` (default: all but the batch).
+
+    With `centred` those of c and d are taken less their means: the same variances, without the cancellation.
+    """
     dim = dims_of(X, norm_dim)
+    d = c - u
+    of_u = [(p * u).sum(dim, keepdim=True) for p in (u, c)]
+    if centred:
+        c, d = (p - p.mean(dim, keepdim=True) for p in (c, d))
     vectors = (X, c, d, m)
     products = [(p * q).sum(dim, keepdim=True) for i, p in enumerate(vectors) for q in vectors[i:]]
     sums = [p.sum(dim, keepdim=True) for p in vectors]
-    return Gram(*products, *sums, group_numel(X, norm_dim))  # type: ignore[arg-type, call-arg]  # by place
+    return Gram(*products, *of_u, *sums, group_numel(X, norm_dim))  # type: ignore[arg-type, call-arg]  # by place
 
 
 def group_numel(x: Tensor, norm_dim: Sequence[int] | None) -> int:
@@ -89,8 +104,9 @@ def dims_of(x: Tensor, norm_dim: Sequence[int] | None) -> tuple[int, ...]:
 
 def finite_coefficients(rule: Rule, g: Gram, b: float) -> Coefficients:
     """The rule's coefficients as tensors like the Gram's entries; NaN for groups that stay unguided."""
-    k = Coefficients(*(torch.as_tensor(k_i, dtype=g.dd.dtype, device=g.dd.device) for k_i in rule.coefficients(g, b)))
-    finite = torch.isfinite(k.X + k.c + k.d + k.m + g.dd + g.mm)
+    # A plain number is filled in on the device: to copy it there would wait for the device, and cannot be captured.
+    k = Coefficients(*(torch.zeros_like(g.dd) + k_i for k_i in rule.coefficients(g, b)))
+    finite = torch.isfinite(k.X + k.c + k.d + k.m + k.u + g.dd + g.mm)
     return Coefficients(*(torch.where(finite, k_i, torch.nan) for k_i in k))
 
 
@@ -105,15 +121,15 @@ def guide(
     momentum restarts from zero.
     """
     working = torch.promote_types(cond.dtype, torch.float32)
-    c = cond.to(working)
-    d = c - uncond.to(working)
+    c, u = cond.to(working), uncond.to(working)
+    d = c - u
     X = a * sample.to(working) + b * c
     m = torch.zeros_like(c) if momentum is None else momentum.to(working)
 
-    g = gram(X, c, d, m, rule.norm_dim)
+    g = gram(X, c, u, m, rule.norm_dim, rule.centred)
     k = finite_coefficients(rule, g, b)
     finite = torch.isfinite(torch.as_tensor(k.X))
-    prediction = torch.where(finite, k.X * X + k.c * c + k.d * d + k.m * m, c)
+    prediction = torch.where(finite, k.X * X + k.c * c + k.d * d + k.m * m + k.u * u, c)
     new_momentum = torch.where(finite, b * d + rule.momentum * m, 0.0)
     return prediction.to(cond.dtype), new_momentum
 

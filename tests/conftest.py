@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="what the tests draw from; a fresh one by default")
+    parser.addoption("--under", default="", help="for the conformance suite: some of triton,inference,autocast")
 
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis and xdist read their options

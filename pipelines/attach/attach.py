@@ -153,7 +153,8 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
     not affected, even while it runs, in callbacks or other threads.
 
     Args:
-        pipe: any diffusers pipeline that does classifier-free guidance.
+        pipe: any diffusers pipeline. One without guidance (a distilled model) has nothing for a rule to do, but
+            `Forecast` skips evaluations there too.
         rule: how to combine both predictions. Default: `DEFAULT_RULE`, the pipeline's own guidance.
         policy: which predictions to evaluate. Default: `DEFAULT_POLICY`, a `Forecast`.
 

@@ -52,6 +52,14 @@ class Call:
         return _Scales(vars(self.pipe), self.arguments)
 
     @property
+    def strengths(self) -> dict[str, float]:
+        """Every number of the pipeline or its call that is called a scale, as it is now."""
+        here = {name: value for name, value in vars(self.pipe).items() if name.endswith("_scale")}
+        given = {name: value for name, value in self.arguments.items() if name.endswith("_scale")}
+        found = {name: read(value, torch.empty(0)) for name, value in (here | given).items()}
+        return {name: value for name, value in found.items() if isinstance(value, float)}
+
+    @property
     def guides(self) -> bool | None:
         """Whether the pipeline says that it does classifier-free guidance just now; None where it says nothing."""
         says = getattr(self.pipe, "do_classifier_free_guidance", None)

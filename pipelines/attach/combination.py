@@ -1,6 +1,6 @@
 """How the conditional and the unconditional prediction of a pipeline's step become one.
 
-Pipelines differ in how they write it (`ANCHORS`, `TRIOS`), since each way rounds in a way of its own; in which
+Pipelines differ in how they write it (`ANCHORS`), since each way rounds in a way of its own; in which
 precision; in what the network predicts, where that is not what the scheduler wants (`NETWORKS`); and in what is done to
 the result (`FINISHES`). A `Combination` is one choice of all of these.
 """
@@ -219,26 +219,6 @@ FROM_C = ("c", "weighted from c")
 """Those whose scale counts from 0: w = 1 + s."""
 
 
-class Trio(NamedTuple):
-    """A way to write a combination of three branches, c and two others, at two scales.
-
-    Args:
-        combine: the combination of (c, a, b) at (s, t).
-        weights: of (c, a, b) in it.
-    """
-
-    combine: Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
-    weights: Callable[[float, float], tuple[float, float, float]]
-
-
-TRIOS = {
-    # InstructPix2Pix: a is guided by the image alone, b by nothing.
-    "image": Trio(lambda c, a, b, s, t: b + s * (c - a) + t * (a - b), lambda s, t: (s, t - s, 1 - t)),
-    # Perturbed attention: a is guided by nothing, b is perturbed.
-    "perturbed": Trio(lambda c, a, b, s, t: a + s * (c - a) + t * (c - b), lambda s, t: (s + t, 1 - s, -t)),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Combination:
     """model_output = finish(u + w (c - u)), in a pipeline's own order of operations.
@@ -246,14 +226,13 @@ class Combination:
     Args:
         anchor: how it is written, a line of ANCHORS: "u" for `u + s (c - u)`, where w = s; "c" for `c + s (c - u)`,
             where w = 1 + s; "denoised" for the first of denoised predictions, which is also where it is finished
-            (LTX-2). With three branches, one of TRIOS.
+            (LTX-2).
         upcast: whether c and u are taken to the scheduler's dtype before they are combined, or the result is.
         finish: what is done to the combination.
         scale: the name its scale is read by; None: solved for at every step.
         dtype: the scheduler's.
         mixed: what the network predicts, a line of NETWORKS; "": what the scheduler wants; or SOLVED.
         meets: what is combined then: "denoised" predictions, the network's "own", or what the scheduler "wants".
-        second: the name of a trio's second scale.
         widens: whether its scale is a tensor of one number in the scheduler's dtype, which products with it take.
     """
 
@@ -264,7 +243,6 @@ class Combination:
     dtype: torch.dtype
     mixed: str = ""
     meets: str = "denoised"
-    second: str | None = None
     widens: bool = False
 
     def treated(self, y: Tensor, around: Around) -> Tensor:
@@ -329,8 +307,6 @@ class Combination:
 
     def w(self, s: Scale) -> float:
         """The guidance scale that the pipeline's scale `s` amounts to, the largest where there are several."""
-        if isinstance(s, tuple):
-            return TRIOS[self.anchor].weights(*s)[0]
         largest = float(s.max() if isinstance(s, Tensor) else s)
         return 1 + largest if self.anchor in FROM_C else largest
 
@@ -351,11 +327,16 @@ class Combination:
         origin = c if self.anchor in FROM_C else u
         return float(((output - origin) * d).sum() / (d * d).sum())
 
+    @property
+    def written(self) -> str:
+        """The name of its scale, as it is told."""
+        return self.scale or ""
+
     def __str__(self) -> str:
         finish = f", then {self.finish}" if self.finish else ""
         finish += ", mixed with the sample" if self.mixed else ""
         finish += f" to turn {self.mixed} into what the scheduler wants" if self.mixed in NETWORKS else ""
-        s = self.scale if self.scale and not self.second else "s"
+        s = self.written or "s"
         combination = {
             "lerp": f"lerp(u, c, {s})",
         }.get(self.anchor, f"{'c' if self.anchor in FROM_C else 'u'} + {s} (c - u)")

@@ -5,6 +5,7 @@ batch, a trial tells; it leaves no trace. What cannot be cut is evaluated whole.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.perturbed import Perturbed
+from diffusers_guidance.pipelines.attach.remembered import Trial, keep, key, processors, recall
 from diffusers_guidance.pipelines.attach.residual import exact
 from diffusers_guidance.pipelines.attach.state import Watch
 
@@ -51,6 +54,8 @@ class Cut:
     """How many rows of the batch have been evaluated on their own, and well."""
     nfe: int = 0
     """Rows that trials have evaluated."""
+    perturbed: Perturbed = field(default_factory=Perturbed)
+    """How perturbed attention goes on without the unconditional branch."""
 
     @cached_property
     def watch(self) -> Watch:
@@ -70,11 +75,12 @@ class Cut:
         """Whether no part of the batch is taken at all."""
         return bool(self.whole) or self.keeps_state
 
-    def forget(self) -> None:
-        """Forgets what it knows of a batch that is gone."""
+    def forget(self, is_watched: bool = False) -> None:
+        """Forgets what it knows of a batch that is gone, and what is on the network, unless that `is_watched` on."""
         self.whole, self.splits = "", True
         self.known.clear()
-        vars(self).pop("watch", None)
+        if not is_watched:
+            vars(self).pop("watch", None)
 
     def leave_whole(self, why: str) -> None:
         """Takes no part of the batch from now on."""
@@ -98,7 +104,8 @@ class Cut:
         part_args, part_kwargs = batch.take((args, dict(kwargs)), rows, index, self.reading)
         found = self.watch.found
         try:
-            output = call(*part_args, **part_kwargs)
+            with self.perturbed.with_two(self.module) if len(index) < rows else nullcontext():
+                output = call(*part_args, **part_kwargs)
             y = batch.prediction(output)
             if y is not None and shape is not None and y.shape[0] * rows != shape[0] * len(index):
                 raise Misfit(f"{len(index)} rows were sent, and {y.shape[0]} came back")
@@ -161,11 +168,41 @@ class Cut:
             return ""
         why = f"because of {', '.join(names)}"
         if needs_all_branches(self.module):
+            if formula.batched and formula.alone == (2,) and self.perturbed.takes_two(self.module):
+                self.splits = False  # a batch has the unconditional branch of all samples or of none
+                return ""
             self.leave_whole(f"no part of the batch can be evaluated on its own, {why}")
             return self.whole
         whole = batch.prediction(output)
         assert whole is not None
-        alone = [formula.cond_index * n + i for i in range(n)] if formula.batched else list(range(n - 1))
+        own = sorted((formula.cond_index, *formula.alone))
+        alone = [k * n + i for k in own if k < groups for i in range(n)] if formula.batched else list(range(n - 1))
+        is_ours = not (self.watch.takes_part or self.watch.in_doubt)
+        of = key(args, kwargs, n, groups, tuple(alone), tuple(names), processors(self.module))
+        if is_ours and (before := recall(self.module, of)) is not None:
+            self.reading, self.splits, note = before.reading, before.splits, before.note
+            self.known |= before.known
+            self.whole = before.whole
+            return self.whole or note
+        note = self._try(formula, call, args, kwargs, whole, alone, trials, why)
+        if is_ours and not self.watch.found:
+            remembered = note.replace("was tried", "was tried before")
+            keep(self.module, of, Trial(self.reading, self.whole, self.splits, frozenset(self.known), remembered))
+        return note
+
+    def _try(
+        self,
+        formula: Formula,
+        call: Callable,
+        args: tuple,
+        kwargs: dict,
+        whole: Tensor,
+        alone: list[int],
+        trials: int,
+        why: str,
+    ) -> str:
+        """Tries the rows `alone`, in several ways, and says so."""
+        n, groups = formula.rows, formula.branches if formula.batched else 1
         for self.reading in readings(args, kwargs, n * groups, alone)[:trials]:
             if self._fits(call, args, kwargs, whole, n * groups, alone):
                 break
@@ -187,7 +224,8 @@ class Cut:
     def follows(self, formula: Formula, made: Sequence[Call], kept: list[int], source: list[int]) -> bool:
         """Whether the network works ahead of that of `formula`, on the same rows and each by itself.
 
-        One evaluation of the conditional rows alone tells, whose output must be that of the whole.
+        One evaluation of the conditional rows alone tells, whose output must be that of the whole; none where whole
+        evaluations alone are skipped.
 
         Args:
             kept: those rows of the batch.
@@ -201,6 +239,9 @@ class Cut:
         across = self.watch.takes_part and formula.rows > 1
         if self.watch.found or across or batch.count(args, kwargs) != total:
             return False
+        if len(kept) == total:  # all or nothing
+            self.whole = ""
+            return True
         expected = batch.take(whole, total, [kept[i] for i in source])
         for self.reading in readings(args, kwargs, total, kept)[:_TRIALS]:
             try:

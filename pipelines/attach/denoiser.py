@@ -1,6 +1,6 @@
 """One denoiser within one run: what it was asked, what was skipped, and what stands in for that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusers_guidance.engine import Engine
 from diffusers_guidance.pipelines.attach import rows as batch
+from diffusers_guidance.pipelines.attach.beside import Beside
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.cut import OUTPUT, Call, Cut, Misfit
 from diffusers_guidance.pipelines.attach.formula import Formula
@@ -52,6 +53,8 @@ class Denoiser:
 
     held: Tensor | None = None
     """The conditional branch of the last step that was evaluated, of a policy that `hands`."""
+    held_calls: int = 0
+    """How many calls that step made."""
 
     step: Step = field(default_factory=Step)
     """The coming one, as the plan was made for it."""
@@ -61,16 +64,23 @@ class Denoiser:
     inputs: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     strays: list[Tensor] = field(default_factory=list)
-    blanks: list[Tensor] = field(default_factory=list)
-    """What the pipeline was given for unconditional calls that came first, to be filled in by the conditional one."""
+    blanks: dict[int, Tensor] = field(default_factory=dict)
+    """By call, what the pipeline was given for unconditional ones that came first, to be filled in by the conditional
+    one."""
     given: Any = None
     """The step's whole conditional output, where calls are made one after another."""
-    skipped: Callable[[], Any] | None = None
+    skipped: partial | None = None
     """The step's last call that was skipped."""
     is_told: bool = False
     """Whether a call's arguments told at this step which branch it was for."""
     is_open: bool = False
     """Whether they did not at this step's first call, so that all is evaluated."""
+    is_unlike: bool = False
+    """Whether the last step, of which nothing was evaluated, made other calls than the last that was evaluated."""
+    formulas: dict[tuple[int, ...], Formula] = field(default_factory=dict)
+    """Of the batch, by the rows of a step's calls: terms may come and go in a run."""
+    beside: Beside = field(default_factory=Beside)
+    """What else it puts out, of a policy that `hands`."""
     nfe: int = 0
     nfe_full: int = 0
     aside: int = 0
@@ -85,14 +95,31 @@ class Denoiser:
         self.end_step()
         self.step = step
         if self.formula is not None and self.engine is not None:
-            plan = self.engine.plan(step)
-            both = Decision(Action.BOTH)
-            self.plan = [both if self.puts_out_more and Action(each.action).is_estimated else each for each in plan]
+            self.plan = self._possible(self.engine.plan(step))
+            if self.is_unlike:
+                self.plan = [Decision(Action.BOTH, "its calls have changed")] * len(self.plan)
+            self.is_unlike = False
+
+    def _possible(self, plan: Plan) -> Plan:
+        """The plan, where an estimate that cannot be had is evaluated instead."""
+        assert self.formula is not None
+        if self.formula.evaluations == 1:
+            alone = Decision(Action.CONDITIONAL)
+            return [each if each.action == Action.NEITHER else alone for each in plan]
+        both, terms = Decision(Action.BOTH), self.formula.tree
+
+        def is_possible(action: Action) -> bool:
+            if not action.is_estimated or (self.policy.hands and action == Action.NEITHER):
+                return True
+            # Nothing estimates what else is put out, nor a term; one that hangs on an estimate would be off with it.
+            return not self.puts_out_more and (terms is None or (action == Action.EXTRAPOLATE and terms.is_flat))
+
+        return [each if is_possible(Action(each.action)) else both for each in plan]
 
     def is_guided_by(self, engine: Engine, step: Step) -> None:
         """Takes in the engine for the batch whose formula has been found, at the step it was found at."""
         self.engine = engine
-        self.plan = engine.plan(step)
+        self.plan = self._possible(engine.plan(step))
 
     def stepped(self, clock: Clock) -> None:
         """Takes in the clock of the scheduler that its predictions go to."""
@@ -100,11 +127,17 @@ class Denoiser:
 
     def settle_for(self, formula: Formula) -> None:
         """Takes in another formula for the same batch."""
-        self.formula = formula
+        self.formula = self.formulas[self.signature] = formula
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        """The rows of the step's calls."""
+        return tuple(len(y) for y in self.outputs)
 
     def know(self, formula: Formula) -> None:
         """Takes in the pipeline's formula, as it was found from the step's outputs."""
-        self.formula, self.shape = formula, self.outputs[0].shape
+        self.shape, self.formulas = self.outputs[0].shape, {}
+        self.settle_for(formula)
         calls = [(args, kwargs) for _, args, kwargs, _ in self.inputs]
         tell = not formula.batched and formula.cond_index > 0 and len(calls) == formula.calls
         self.marks = batch.marks(calls) if tell else []
@@ -117,9 +150,11 @@ class Denoiser:
 
     def forget(self) -> None:
         """Forgets the batch it has known, but not the coming step's evaluations."""
+        was_single = self.formula is not None and self.formula.evaluations == 1
         self.formula = self.engine = None
-        self.marks = []
-        self.cut.forget()
+        self.marks, self.formulas, self.is_unlike = [], {}, False
+        self.beside = Beside()
+        self.cut.forget(is_watched=was_single)
 
     def settle(self) -> None:
         """At the end of a step: which of its calls were the step's.
@@ -131,14 +166,16 @@ class Denoiser:
         if not self.outputs:
             self.outputs, self.strays = self.strays, []
         formula = self.formula
-        if formula is not None and len(self.outputs) > formula.calls and self.fits and all(self.evaluates):
+        if formula is None or formula.evaluations == 1 or formula.further or not all(self.evaluates):
+            return
+        if len(self.outputs) > formula.calls and all(y.shape == self.shape for y in self.outputs):
             self.outputs = self.outputs[-formula.calls :]
 
     @property
     def is_cut_short(self) -> bool:
         """Whether a step made fewer calls than expected, and one that was skipped may be the only one that counts."""
         formula = self.formula
-        if formula is None or formula.batched or formula.cond_index == 0 or len(self.outputs) >= formula.calls:
+        if formula is None or formula.batched or formula.cond_index == 0 or len(self.outputs) >= formula.head:
             return False
         return self.nfe < self.nfe_full and (bool(self.blanks) or not self.is_told)
 
@@ -160,7 +197,8 @@ class Denoiser:
     @property
     def fits(self) -> bool:
         """Whether the step's evaluations, `outputs`, are on the batch whose formula is known."""
-        return all(y.shape == self.shape for y in self.outputs)
+        head = 1 if self.formula is None else self.formula.head
+        return all(y.shape == self.shape for y in self.outputs[:head])
 
     @property
     def is_on_another_batch(self) -> bool:
@@ -179,14 +217,17 @@ class Denoiser:
 
     def hold(self) -> None:
         """Keeps what was put out at this step for one branch, to put it out for all where nothing is evaluated."""
-        assert self.formula is not None
-        cond = self.formula.layout.invert(self.outputs)[self.formula.cond_index]
-        self.held = cond.clone() if self.formula.batched else cond  # a copy as it is
+        formula = self.formula
+        assert formula is not None
+        cond = formula.layout.invert(self.outputs)[formula.cond_index]
+        self.held = cond.clone() if formula.batched and formula.branches > 1 else cond  # a copy as it is
+        self.held_calls = len(self.outputs)
+        self.beside.hold(self.step.index)
 
     def end_step(self) -> None:
         self.plan, self.follower_cut, self.is_scanned = None, False, False
-        self.inputs, self.outputs, self.strays, self.blanks = [], [], [], []
-        self.given = self.skipped = None
+        self.inputs, self.outputs, self.strays, self.blanks = [], [], [], {}
+        self.given = self.skipped = self.handed = None
         self.is_told = self.is_open = False
         self.nfe = self.nfe_full = 0
 
@@ -197,6 +238,8 @@ class Denoiser:
         assert self.formula is not None
         if self.skips:
             return [False] * len(self.plan)
+        if self.formula.evaluations == 1:
+            return [True] * len(self.plan)
         both = [each.action in (Action.BOTH, Action.NEITHER) for each in self.plan]
         # A cache would meet rows it has not seen; to skip a whole call is what its contexts are for.
         cut = self.cut
@@ -254,7 +297,13 @@ class Denoiser:
             return self._run_ahead(self.leader, asked, call, args, kwargs)
         plan, formula = self.plan, self.formula
         expected = 0 if formula is None else formula.rows * (formula.branches if formula.batched else 1)
-        if plan is None or formula is None or all(self.evaluates) or asked != expected:
+        if plan is None or formula is None or all(self.evaluates):
+            return self._run_whole(call, args, kwargs, asked)
+        if (place := len(self.outputs)) >= formula.head and asked == formula.rows:
+            if self.skips and formula.evaluations == 1:
+                self._take_back()
+            return self._run_nothing(formula, place) if self.skips else self._run_whole(call, args, kwargs, asked)
+        if asked != expected:
             return self._run_whole(call, args, kwargs, asked)
         branch = 0 if formula.batched else self.branch_of(args, kwargs)
         if self.skips and self.sample_shape != batch.sample_shape(args, kwargs):  # a callback has made them larger, say
@@ -287,8 +336,12 @@ class Denoiser:
         y = batch.prediction(output)
         if y is None:
             self.cut.leave_whole(f"{self.name} is also called for something else than a prediction")
-        self.sample_shape = batch.sample_shape(args, kwargs)
-        if self.formula is None or (y is not None and y.shape != self.shape):
+        if not self.outputs:
+            self.sample_shape = batch.sample_shape(args, kwargs)
+        if self.policy.hands and self.puts_out_more:
+            self.beside.see(batch.copied(output))
+        # Where nothing is guided, guidance may begin at any step.
+        if self.formula is None or self.formula.evaluations == 1 or (y is not None and y.shape != self.shape):
             self.inputs.append((call, args, kwargs, batch.copied(output)))
         self._note(y, tried + asked, asked)
         return output
@@ -297,15 +350,39 @@ class Denoiser:
         assert self.engine is not None
         if self.policy.hands:  # what is put out has no part in what the scheduler is handed
             assert self.held is not None
-            y = formula.layout.apply([self.held] * formula.branches)[branch]
-            y = y if formula.batched else y.clone()
+            self.is_unlike |= branch >= self.held_calls
+            made = formula.layout.apply([self.held] * formula.evaluations)
+            y = made[branch] if branch < len(made) else self.held
+            y = y.clone() if y is self.held else y
+            self.handed = y
             self._note(y, 0, len(y))
-            return batch.with_prediction(self.template, y)
+            beside = self.beside.at(self.step.index, branch) if self.puts_out_more else None
+            return batch.with_prediction(self._template(branch, len(y)) if beside is None else beside, y)
         cond, uncond = self.engine.both(self.step)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
         y = formula.layout.apply(branches)[branch].clone()
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
+
+    def _template(self, call: int, rows: int) -> Any:
+        """Any output of so many rows, for its structure."""
+        found = self.templates[min(call, len(self.templates) - 1)]
+        made = batch.prediction(found)
+        assert made is not None
+        return found if len(made) == rows else batch.take(found, len(made), list(range(rows)), OUTPUT)
+
+    def _take_back(self) -> None:
+        """Makes the step's skipped call after all, and puts what it gives where the pipeline has got something else."""
+        assert self.skipped is not None and self.handed is not None
+        made, self.skipped = self.skipped, None
+        output = made()
+        y = batch.prediction(output)
+        assert y is not None
+        self.inputs.append((made.func, made.args, made.keywords, batch.copied(output)))
+        self.handed.copy_(y)
+        self.outputs[-1] = y.clone()
+        self.nfe += len(y)
+        self.is_open = True
 
     def _run_batched(self, formula: Formula, call: Callable, args: tuple, kwargs: dict) -> Any:
         total = formula.rows * formula.branches
@@ -322,7 +399,8 @@ class Denoiser:
         branches = formula.layout.invert([y])
         cond = branches[formula.cond_index]
         if any(each.action == Action.EXTRAPOLATE for each in self.plan or ()):
-            filled = [cond if i == formula.cond_index else self._filled(cond, each) for i, each in enumerate(branches)]
+            own = (formula.cond_index, *formula.alone)
+            filled = [each if i in own else self._filled(cond, each) for i, each in enumerate(branches)]
             (y,) = formula.layout.apply(filled)
             output = batch.with_prediction(output, y)
         self._note(y, len(kept), total)
@@ -330,13 +408,15 @@ class Denoiser:
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         n = formula.rows
+        if branch in formula.alone:
+            return self._run_whole(call, args, kwargs, n)
         if branch == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
             if not self.outputs:  # it is on another batch than the one that is known
                 return output
             *before, cond = self.outputs
             self.given = batch.copied(output)
-            for i, waiting in enumerate(self.blanks):  # unconditional calls that came first wait for this one
+            for i, waiting in self.blanks.items():  # unconditional calls that came first wait for this one
                 self.outputs[i] = self._filled(cond, before[i])
                 waiting.copy_(self.outputs[i])
             return output
@@ -358,12 +438,19 @@ class Denoiser:
             blank = batch.prediction(output)
             assert blank is not None
             filled = blank.clone()  # its skipped rows are filled in place once the conditional call is made
-            self.blanks.append(filled)
+            self.blanks[len(self.outputs)] = filled
         self._note(filled, len(wanted), n)
         return batch.with_prediction(output, filled)
 
-    template: Any = None
-    """An output of this denoiser, for its structure."""
+    templates: Sequence[Any] = ()
+    """Outputs of this denoiser, by call, for their structure."""
+    handed: Tensor | None = None
+    """What the pipeline was last given for a call that was skipped."""
+
+    @property
+    def template(self) -> Any:
+        """Any output of this denoiser."""
+        return self.templates[-1]
 
     def _filled(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
         """`uncond` with what stands in for the rows that were skipped; see `Engine.fill`."""
@@ -415,13 +502,14 @@ class Denoiser:
     def find_out(self, cuts: bool) -> str:
         """On the identifying step: finds out what can be skipped; see `Cut.find_out`."""
         assert self.formula is not None
-        self.template = self.inputs[-1][3]
+        self.templates = [output for _, _, _, output in self.inputs]
         self.puts_out_more = batch.puts_out_more(self.template)
+        if self.policy.hands and self.puts_out_more:
+            self.beside.now = [*self.templates]
         before = self.cut.nfe
         note = self.cut.find_out(self.formula, self.inputs, cuts)
         self.nfe += self.cut.nfe - before
-        if (y := batch.prediction(self.template)) is not None:  # its numbers are replaced wherever it serves
-            self.template = batch.with_prediction(self.template, y.new_zeros(()).expand(y.shape))
+        self.templates = [*map(_emptied, self.templates)]
         return note
 
     def follow(self, leader: "Denoiser") -> None:
@@ -429,15 +517,23 @@ class Denoiser:
         formula, self.leader = leader.formula, None
         if formula is None:
             return
-        kept, source = _kept(formula, [False] * formula.rows)
+        # A policy that skips whole evaluations alone takes no part of any.
+        kept, source = _kept(formula, [self.policy.hands] * formula.rows)
         if self.cut.follows(formula, self.inputs, kept, source):
-            self.leader, self.template = leader, self.inputs[0][3]
+            self.leader, self.templates = leader, [self.inputs[0][3]]
+
+
+def _emptied(output: Any) -> Any:
+    """An output without its prediction's numbers, which are replaced wherever it serves as a template."""
+    y = batch.prediction(output)
+    return output if y is None else batch.with_prediction(output, y.new_zeros(()).expand(y.shape))
 
 
 def _kept(formula: Formula, evaluates: list[bool]) -> tuple[list[int], list[int]]:
     """Which rows of a batch of all branches are evaluated, and for each row which of these stands for it."""
     n, total = formula.rows, formula.rows * formula.branches
-    kept = [row for row in range(total) if row // n == formula.cond_index or evaluates[row % n]]
+    own = (formula.cond_index, *formula.alone)
+    kept = [row for row in range(total) if row // n in own or evaluates[row % n]]
     place = {row: i for i, row in enumerate(kept)}
     # A skipped row is replaced by its conditional partner, so that u + s (c - u) gives c exactly.
     return kept, [place.get(row, place[formula.cond_index * n + row % n]) for row in range(total)]

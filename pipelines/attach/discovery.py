@@ -7,7 +7,7 @@ are there at once. A scale that must be solved for is waited for.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,16 +18,19 @@ from torch import Tensor
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.observation import Arrival, Observation
 from diffusers_guidance.pipelines.attach import rows
+from diffusers_guidance.pipelines.attach.branching import Asked, weighed
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
-from diffusers_guidance.pipelines.attach.combination import SOLVED
+from diffusers_guidance.pipelines.attach.combination import SOLVED, Around
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.identify import SINGLE, identify, turned
 from diffusers_guidance.pipelines.attach.layout import views
 from diffusers_guidance.pipelines.attach.residual import Fit, Tolerance, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import Sample
+from diffusers_guidance.pipelines.attach.single import holds, single
 from diffusers_guidance.pipelines.attach.solve import best, solve
+from diffusers_guidance.pipelines.attach.terms import Apart, distances
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule
@@ -88,8 +91,10 @@ class Seen(NamedTuple):
 class Discovery:
     """What one run learns about its pipeline's guidance."""
 
-    def __init__(self, call: Call, rule: Rule, policy: Policy, recording: Recording):
-        self.call, self.rule, self.policy, self.recording = call, rule, policy, recording
+    def __init__(
+        self, call: Call, rule: Rule, policy: Policy, recording: Recording, networks: Collection[Denoiser] = ()
+    ):
+        self.call, self.rule, self.policy, self.recording, self.networks = call, rule, policy, recording, networks
         self.acts = not (rule.is_plain and type(policy) is EveryStep) or rule.is_scheduled
         """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
         self.is_in_doubt = False
@@ -125,24 +130,80 @@ class Discovery:
             return rows.conditional(denoiser.halves, self.call.arguments, halves) if self.acts else None
 
         around = self.call.around(sample, clock.space)
-        found = identify(denoiser.outputs, output, self.call.scales, around, known, told)
+        found = identify(denoiser.outputs, output, self.call.scales, around, known, told, self._asked(denoiser))
         if found.formula is None:
             if found.undetermined:
                 return found.tried
             if self.acts or not self.recording.report.steps:
-                raise self.unsupported(denoiser, output, found.tried)
+                raise self.unsupported(denoiser, output, self._together(denoiser, output) or found.tried)
             return f"not verified: {found.tried}"  # nothing is changed, so the result is not withheld
-        self._keep_order(denoiser, found.formula)
-        denoiser.know(found.formula)
-        report = self.recording.report
-        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {found.formula}"]
-        report.formula = "; ".join(dict.fromkeys(told_so_far))
+        formula = self._plain(found.formula)
+        self._keep_order(denoiser, formula)
+        denoiser.know(formula)
+        self._tell(denoiser, formula)
         return ""
+
+    def _tell(self, denoiser: Denoiser, formula: Formula) -> None:
+        report = self.recording.report
+        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {formula}"]
+        report.formula = "; ".join(dict.fromkeys(told_so_far))
+
+    def _asked(self, denoiser: Denoiser) -> Asked:
+        """What tells how the step's branches hang together, where there are more than two."""
+        calls = [(args, kwargs) for _, args, kwargs, _ in denoiser.inputs]
+        known = denoiser.formula
+
+        def apart(formula: Formula) -> Apart | None:
+            if len(calls) != formula.calls:
+                return None
+            return distances(rows.branches(calls, formula.rows, formula.branches if formula.batched else 1))
+
+        def pair(formula: Formula) -> tuple[int, int] | None:
+            """The branches of guidance that is known, which begin those of one with further calls."""
+            if (
+                known is None
+                or known.evaluations != 2
+                or (known.batched, known.rows) != (formula.batched, formula.rows)
+            ):
+                return None
+            return known.cond_index, 1 - known.cond_index
+
+        return Asked(lambda: self.call.strengths, apart, pair)
+
+    def _plain(self, formula: Formula) -> Formula:
+        """The formula with all its branches but one in u, where that is simpler, and as good: a rule acts on none."""
+        terms = formula.tree
+        if terms is None or terms.is_flat or formula.finish or not self.rule.is_plain or self.rule.is_scheduled:
+            return formula
+        weights = terms.weights
+        of_others = tuple(weights[k] / -(weights[terms.cond] - 1) for k in formula.others)
+        return replace(formula, tree=None, weights=of_others, value=weights[terms.cond], exact=False)
+
+    def single(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> bool:
+        """Whether the step's only prediction is what the scheduler gets, so that it can be skipped as a whole."""
+        known, around = denoiser.formula, self.call.around(sample, clock.space)
+        if known is not None and known.evaluations == 1:
+            if not denoiser.fits:
+                return False
+            around = self.call.around(sample, clock.space)
+            return len(denoiser.outputs) == 1 and holds(known, denoiser.outputs[0], output, around)
+        if (found := single(denoiser.outputs, output, around)) is None:
+            return False
+        denoiser.know(found)
+        self._tell(denoiser, found)
+        return True
+
+    def _together(self, denoiser: Denoiser, output: Tensor) -> str:
+        """What is seen of a step for which several networks predicted something of the scheduler's shape."""
+        names = [each.name for each in self.networks if any(y.shape == output.shape for y in each.outputs)]
+        if len(names) < 2 or denoiser.name not in names:
+            return ""
+        return f"{' and '.join(names)} were evaluated for it, and guidance between several networks is not followed"
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales that do not tell."""
         if formula.mixed != SOLVED and formula.w(formula.value) > 1:
-            halves = denoiser.halves if formula.branches == 2 else []
+            halves = denoiser.halves if formula.evaluations == 2 else []
             first = [{name: t[:1].clone() for name, t in each.items() if t.ndim} for each in halves]
             order = Order(formula, first if formula.cond_index else first[::-1])
             _ORDERS.setdefault(denoiser.module, WeakKeyDictionary())[type(self.call.pipe)] = order
@@ -182,7 +243,8 @@ class Discovery:
         """Finds another formula for the same batch when the known one fails; without one, refuses and says `why`."""
         denoiser, formula = at.denoiser, at.denoiser.formula
         around = self.call.around(at.sample, at.clock.space)
-        found = identify(denoiser.outputs, at.output, self.call.scales, around, formula)
+        asked = self._asked(denoiser)
+        found = identify(denoiser.outputs, at.output, self.call.scales, around, formula, terms=asked)
         again = found.formula
         if again is None and found.undetermined and found.tried != SINGLE:
             return  # the output agrees with both predictions
@@ -199,6 +261,8 @@ class Discovery:
         around = self.call.around(x, clock.space)
         if formula.needs_space and not around.fits(target):
             raise self.unsupported(denoiser, output, f"{formula} held until now, but here the noise is not known")
+        if formula.tree is not None:
+            formula = self._weighed(denoiser, formula, target, around)
         c, u = formula.cut(denoiser.outputs, around)
         guided = any(evaluated) or not all(each.action == Action.CONDITIONAL for each in plan)
         if formula.mixed == SOLVED:
@@ -223,10 +287,8 @@ class Discovery:
             if formula.scale is not None:
                 live = formula.read(self.call.scales, target)
                 s = s if live is None else live
-                known, formula = formula, formula.at(s)
-                if formula is not known:
-                    denoiser.settle_for(formula)
-                    c, u = formula.cut(denoiser.outputs, around)
+            elif formula.tree is not None:
+                s = formula.tree.w
             elif guided:
                 exactly = solve(formula, c, u, target) if formula.exact else None
                 s = best(formula, c, u, target) if exactly is None else exactly
@@ -236,7 +298,8 @@ class Discovery:
             w = formula.w(s)
             tolerance, norms = formula.tolerance(s, c.dtype, is_strict=self.acts), None
             expected = formula.expected(denoiser.outputs, c, u, s, around)
-            if isinstance(s, Tensor | tuple) and self.rule.is_scheduled:
+            several = isinstance(s, Tensor) or (formula.tree is None and formula.evaluations > 2)
+            if several and self.rule.is_scheduled:
                 raise UnsupportedPipeline(
                     f"{self.call.name} guides at several scales at once, and the schedule of {self.rule} is of one: "
                     "give its rule no guidance_scale, and set the pipeline's own"
@@ -250,12 +313,12 @@ class Discovery:
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = replace(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
         halves, observe = formula.halves(denoiser.outputs), denoiser.engine.observe
+        rest = formula.rest(denoiser.outputs, around)
 
         def seen(is_here: bool, norms: Callable[[], Sequence[float]], found: Observation) -> Seen:
             nfe, nfe_full = cost
-            return Seen(
-                step, Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note), tolerance, norms, is_here
-            )
+            prediction = Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note, rest)
+            return Seen(step, prediction, tolerance, norms, is_here)
 
         if norms is not None:
             return seen(True, lambda: norms, observe(step, c, u, evaluated))
@@ -266,6 +329,37 @@ class Discovery:
             return seen(sent.is_here, lambda: sent.read().tolist(), observe(step, c, u, evaluated))
         found = observe(step, c, u, evaluated, target, expected, s if isinstance(s, float) else 0.0)
         return seen(found.is_here, lambda: found.norms, found)
+
+    def identify_further(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> None:
+        """Finds the formula of a step with further calls after those of the formula that is known."""
+        around = self.call.around(sample, clock.space)
+        found = identify(
+            denoiser.outputs, output, self.call.scales, around, denoiser.formula, terms=self._asked(denoiser)
+        )
+        if found.formula is None:
+            raise self.unsupported(denoiser, output, found.tried)
+        denoiser.settle_for(found.formula)
+        self._tell(denoiser, found.formula)
+
+    def _weighed(self, denoiser: Denoiser, formula: Formula, target: Tensor, around: Around) -> Formula:
+        """The formula with the coefficients that its terms have at this step."""
+        tree = formula.tree
+        assert tree is not None
+        if formula.exact:
+            terms = tree.named(self.call.strengths) or tree
+            formula = replace(formula, tree=terms, value=terms.w)
+            denoiser.settle_for(formula)
+            return formula
+        few = Sample(target.shape)
+        x = around.sample
+        near = replace(around, sample=few(x) if x is not None and x.shape == target.shape else None)
+        parts = [formula.treated(few(formula.view(y)), near) for y in formula.layout.invert(denoiser.outputs)]
+        if (found := weighed(formula, parts, few(target), near)) is None:
+            return formula
+        terms = tree.at(found)
+        formula = replace(formula, tree=terms, value=terms.w)
+        denoiser.settle_for(formula)
+        return formula
 
     def unsupported(self, denoiser: Denoiser, output: Tensor, seen: str) -> UnsupportedPipeline:
         """The refusal of a step, for what was `seen`."""
@@ -291,8 +385,8 @@ class Discovery:
         names = [name for name in ("guidance_rescale", "cfg_normalization") if self.call.option(name) > 0]
         advice = [f"call it with {name}=0" for name in names]
         if len({y.shape for y in denoiser.outputs}) > 1:
-            more = "skip-layer, spatio-temporal or self-attention guidance, modality isolation"
-            advice.append(f"turn off what calls {denoiser.name} once more at a step ({more})")
+            more = "self-attention guidance, say"
+            advice.append(f"turn off what calls {denoiser.name} once more at a step on something else ({more})")
         if denoiser.blanks:
             advice.append(
                 f"use the first output of {denoiser.name} without copying it before the second call (the skipped part "

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.combination import TRIOS, Around, Combination, read
+from diffusers_guidance.pipelines.attach.combination import Around, Combination, read
 from diffusers_guidance.pipelines.attach.layout import Layout, View
 from diffusers_guidance.pipelines.attach.residual import Residual, Scale, Tolerance, residual
+from diffusers_guidance.pipelines.attach.terms import Terms
 
 Scales = Mapping[str, Callable[[], Any]]
 """Where the pipeline's guidance scale may be read, by name."""
@@ -26,13 +27,14 @@ Scales = Mapping[str, Callable[[], Any]]
 class Formula(Combination):
     """model_output = finish(u + w (c - u)), with c and u cut out of the denoiser's outputs.
 
-    With more than two branches, u is the affine combination of the others that makes this so: any affine
-    combination sum_k w_k y_k (sum_k w_k = 1) is c + (w_c - 1) (c - u) with u = sum_{k != c} w_k y_k / (1 - w_c).
+    With more than two branches, u is one of them, and the others are `terms`. Where it is open which is u, it is the
+    affine combination of all others that makes this so: any affine combination sum_k w_k y_k (sum_k w_k = 1) is
+    c + (w_c - 1) (c - u) with u = sum_{k != c} w_k y_k / (1 - w_c).
 
     Args:
         layout: which outputs are the branches; what is asked of a formula most often is its layout's.
         weights: of the other branches in u, in their order; they sum to 1.
-        trio: which branches are a trio's (c, a, b).
+        tree: how more than two branches hang together.
         value: its scale at the step where it was found.
         noise: how much rounding may change it, as a share of the largest terms; 0: not at all.
         exact: whether it gave the output bit for bit where it was found.
@@ -40,7 +42,7 @@ class Formula(Combination):
 
     layout: Layout
     weights: tuple[float, ...] = (1.0,)
-    trio: tuple[int, ...] = ()
+    tree: Terms | None = None
     value: Scale = 1.0
     noise: float = 0.0
     exact: bool = False
@@ -70,6 +72,18 @@ class Formula(Combination):
         return self.layout.calls
 
     @property
+    def further(self) -> int:
+        return self.layout.further
+
+    @property
+    def head(self) -> int:
+        return self.layout.head
+
+    @property
+    def evaluations(self) -> int:
+        return self.layout.evaluations
+
+    @property
     def others(self) -> list[int]:
         return self.layout.others
 
@@ -80,12 +94,17 @@ class Formula(Combination):
     @property
     def is_read(self) -> bool:
         """Whether its scale is read off the pipeline, so that nothing has to be solved for at each step."""
-        return self.scale is not None and not self.mixed
+        return (self.scale is not None or (self.tree is not None and self.exact)) and not self.mixed
 
     @property
     def hands_it_on(self) -> bool:
         """Whether the scheduler gets the combination itself, as it is."""
-        return self.layout.is_direct and not self.finish
+        return self.layout.is_direct and not self.finish and self.tree is None
+
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """Which branches beside the conditional one a sample evaluates without the unconditional one."""
+        return () if self.tree is None else self.tree.alone
 
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(cond, uncond) of a step's outputs, as the denoiser made them."""
@@ -95,16 +114,18 @@ class Formula(Combination):
 
     def away(self, parts: Sequence[Tensor]) -> Tensor:
         """u, from all branches; with more than two, in float32 at least."""
+        if self.tree is not None:
+            return parts[self.tree.uncond]
         others = [parts[i] for i in self.others]
-        if len(others) == 1:
-            return others[0]
+        if len(others) < 2:
+            return others[0] if others else parts[self.cond_index]
         working = torch.promote_types(others[0].dtype, torch.float32)
         uncond = sum(weight * part.to(working) for weight, part in zip(self.weights, others, strict=True))
         return uncond  # type: ignore[return-value]
 
-    def chosen(self, parts: Sequence[Tensor], s: Scale = 1.0) -> tuple[Tensor, Tensor]:
-        """(c, u) of all branches at its scale `s`."""
-        return parts[self.cond_index], self.at(s).away(parts)
+    def chosen(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(c, u) of all branches."""
+        return parts[self.cond_index], self.away(parts)
 
     def seen(self, half: Tensor, around: Around) -> Tensor:
         """A half as the scheduler would get it, one row per sample."""
@@ -115,22 +136,16 @@ class Formula(Combination):
         cond, uncond = self.halves(outputs)
         return self.seen(cond, around), self.seen(uncond, around)
 
-    def at(self, s: Scale) -> "Formula":
-        """This formula at its scale `s`, which is a part of u if there are three branches."""
-        if not isinstance(s, tuple):
-            return self
-        w, *weights = TRIOS[self.anchor].weights(*s)
-        by_branch = dict(zip(self.trio[1:], weights, strict=True))
-        # At w = 1 nothing of the others is left, and any u will do.
-        return replace(self, weights=tuple(by_branch[i] / (1 - w) for i in self.others) if w != 1 else (0.5, 0.5))
+    def rest(self, outputs: Sequence[Tensor], around: Around) -> Tensor | None:
+        """What its terms add to guidance, as the scheduler would get it; None where it has none."""
+        if self.tree is None:
+            return None
+        return self.tree.rest([self.seen(y, around) for y in self.layout.invert(outputs)])
 
     def read(self, scales: Scales, output: Tensor) -> Scale | None:
         """The pipeline's present scale; None if it cannot be read."""
-        found = [read(scales[name](), output) if name in scales else None for name in (self.scale, self.second) if name]
-        if self.second is None:
-            return found[0]
-        s, t = found
-        return (s, t) if isinstance(s, float) and isinstance(t, float) else None
+        name = self.written if self.tree is None or self.exact else ""
+        return read(scales[name](), output) if name in scales else None
 
     def reproduce(self, outputs: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler at its scale `s`, one row per sample."""
@@ -158,6 +173,7 @@ class Formula(Combination):
 
     def tolerance(self, s: Scale, dtype: torch.dtype, is_strict: bool = True) -> Tolerance:
         """What rounding may do to what it makes at its scale `s` of (c, u), of `cut`, in their `dtype`."""
+        s = s if self.tree is None else self.tree.size
         eps = max(torch.finfo(dtype).eps, torch.finfo(self.dtype).eps)
         if self.exact and self.is_stable and is_strict:
             return Tolerance(s, 0.0)
@@ -169,17 +185,36 @@ class Formula(Combination):
 
     def expected(self, outputs: Sequence[Tensor], c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor | None:
         """What it makes of a step's outputs; None where that is `u + s (c - u)` of (c, u), of `cut`, in their dtype."""
-        simple = self.anchor == "u" and self.branches == 2 and not (self.finish or self.mixed or self.widens)
+        simple = self.anchor == "u" and self.evaluations == 2 and not (self.finish or self.mixed or self.widens)
         if simple and isinstance(s, float) and c.dtype == u.dtype == self.dtype:
             return None
         return self.reproduce(outputs, s, around)
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """The same, of `treated` branches."""
-        if isinstance(s, tuple):
-            c, a, b = (parts[i] for i in self.trio)
-            return TRIOS[self.anchor].combine(c, a, b, *s).to(self.dtype)
+        if self.tree is not None:
+            tree = self.tree if isinstance(s, Tensor) else self.tree.guided(s)
+            if self.exact:
+                return tree.written(parts).to(self.dtype)
+            parts = self.as_weighed(parts, around)
+            return self._finished(tree.combined(parts), parts[self.cond_index], around)
         return self.apply(parts[self.cond_index], self.away(parts), s, around)
 
+    def as_weighed(self, parts: Sequence[Tensor], around: Around) -> list[Tensor]:
+        """`treated` branches as they are summed up, in float32 at least."""
+        working = torch.promote_types(parts[0].dtype, torch.float32)
+        return [(around.denoised(y) if self.anchor == "denoised" else y).to(working) for y in parts]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the branches."""
+        return self.layout.names if self.tree is None else [*map(self.tree.label, range(self.evaluations))]
+
+    @property
+    def written(self) -> str:
+        return super().written if self.tree is None else self.tree.names[self.tree.uncond]
+
     def __str__(self) -> str:
-        return f"{self.layout}; {Combination.__str__(self)}"
+        combination = "without guidance" if self.evaluations == 1 else Combination.__str__(self)
+        more = f" + {self.tree}" if self.tree is not None else ""
+        return f"{self.layout.told(self.names)}; {combination}{more}"

@@ -192,7 +192,9 @@ _seen = WeakIdKeyDictionary()
 
 
 def _numbers(sigmas: Tensor) -> list[float]:
-    """The tensor's numbers, fetched once: flow matching keeps them on the device, and reading one waits for it."""
+    """The tensor's numbers, fetched once from a device: flow matching keeps them there, and reading waits for it."""
+    if sigmas.device.type == "cpu":
+        return sigmas.tolist()
     current = None if sigmas.is_inference() else sigmas._version  # inference tensors have no version
     if sigmas not in _seen or _seen[sigmas][0] != current:
         _seen[sigmas] = (current, sigmas.tolist())

@@ -23,6 +23,7 @@ from diffusers_guidance import scales
 from diffusers_guidance.engine import Engine, Guided, Observer
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.learning import Recorder
+from diffusers_guidance.observation import unseen
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -40,6 +41,7 @@ from diffusers_guidance.pipelines.attach.fingerprint import setting
 from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
 from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
 from diffusers_guidance.pipelines.attach.parts import components, part
+from diffusers_guidance.pipelines.attach.perturbed import Perturbed
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
@@ -94,13 +96,13 @@ class Host:
         self._call = Call(pipe, arguments)
         self.report = Report(self._call.name, repr(rule), repr(policy))
         self._recording = Recording(self.report)
-        self._discovery = Discovery(self._call, rule, policy, self._recording)
         self._company = Company(self._call)
         self._stack: ExitStack | None = None
         """The interceptions in place while the pipeline runs."""
         self._parts: dict[str, Any] = {}
         """The pipeline's networks and schedulers by name, as last seen."""
         self._denoisers: dict[int, Denoiser] = {}
+        self._discovery = Discovery(self._call, rule, policy, self._recording, self._denoisers.values())
         self._active: Denoiser | None = None
         self._last: Denoiser | None = None
         """The denoiser whose evaluation the last step used."""
@@ -149,11 +151,12 @@ class Host:
         check_end(
             self._call, self._company, self._denoisers.values(), result=result, steps=len(self.report.steps),
             was_called=self._was_called, has_schedulers=bool(self._taken), acts=self._discovery.acts,
-            is_left_alone=self.rule.is_plain and not self.policy.hands and not self.rule.is_scheduled,
+            is_left_alone=self.rule.is_plain
+            and not (self.policy.hands or self.policy.corrects or self.rule.is_scheduled),
         )  # fmt: skip
 
         given, steps = self.rule.guidance_scale, self.report.steps
-        is_seen = self.report.formula or any(_NOT_YET in step.note for step in steps)
+        is_seen = any(Action.BOTH in step.evaluated for step in steps)
         if given is not None and self.rule.is_scheduled and steps and not is_seen and scales.guides(given):
             raise UnsupportedPipeline(
                 f"{self._call.name} did no classifier-free guidance in this call, so the schedule {given!r} could not "
@@ -174,7 +177,8 @@ class Host:
             if id(each) in self._denoisers or id(each) in self._taken:
                 continue
             if isinstance(each, torch.nn.Module):
-                self._denoisers[id(each)] = Denoiser(name, each, self.policy)
+                self._denoisers[id(each)] = denoiser = Denoiser(name, each, self.policy)
+                denoiser.cut.perturbed = Perturbed(getattr(self._call.pipe, "_pag_attn_processors", None))
             else:
                 if (former := self._clocks.get(id(before.get(name)))) is not None:
                     self._clocks[id(each)] = Clock(former.steps)
@@ -340,7 +344,12 @@ class Host:
             )
             raise self._discovery.unsupported(denoiser, output, seen)
         step = self._step_of(denoiser)
-        if not self._discovery.is_guided(denoiser, output, sample):
+        self._settle_single(denoiser, output, sample)
+        # What the pipeline makes of what stood in for its only prediction is nothing to go by.
+        alone = denoiser.formula is not None and denoiser.formula.evaluations == 1 and denoiser.skips
+        if alone or not self._discovery.is_guided(denoiser, output, sample):
+            if alone or self._follows_single(denoiser, output, sample):
+                return self._alone(denoiser, output, sample)
             made = self._made_up(denoiser, output, sample)
             return self._unguided(denoiser, step, made if made is not None else output, sample, made is not None)
         if self._clock.went_back and self._discovery.acts:
@@ -348,7 +357,7 @@ class Host:
                 f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
                 "would need its own history; attach only CFG() with EveryStep() to it"
             )
-        self._check_batch(denoiser, output)
+        self._check_batch(denoiser, output, sample)
         if denoiser.formula is None:
             if reason := self._discovery.identify(denoiser, output, sample, self._clock):
                 both = [Decision(Action.BOTH)] * output.shape[0]
@@ -380,8 +389,10 @@ class Host:
             )
         view, around = formula.view, self._call.around(formula.view.working(sample), self._clock.space)
 
+        further = prediction.further
+
         def finish(guided: Tensor, cond: Tensor) -> Tensor:
-            finished = formula.finished(guided, cond, around)
+            finished = formula.finished(guided if further is None else guided + further, cond, around)
             # The finish may have scaled a prediction of zero by 0/0.
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
@@ -390,6 +401,7 @@ class Host:
 
         found = engine.guide(step, plan, prediction, own, finish, fuse if formula.hands_it_on else lambda: None)
         handed = None if found.tensor is None else view.emit(found.tensor, output)
+        self._count_branches(denoiser, evaluated)
         again = found.again
         if again is not None:
             self._tell(prediction, step, None if not self._observers else view.emit(again(), output), sample)
@@ -405,17 +417,37 @@ class Host:
         """A step that evaluated nothing: there is nothing to verify, and what the scheduler gets is forecast."""
         formula = denoiser.formula
         assert formula is not None
-        s = formula.read(self._call.scales, formula.view.working(output)) if formula.scale is not None else None
+        s = formula.read(self._call.scales, formula.view.working(output))
         step = replace(step, w=engine.history.scale if s is None else formula.w(s))
         engine.skip(step, plan, *denoiser.take_cost(), note)
         handed = self._hand(denoiser, step, output, sample)
         self._tell(None, step, handed, sample)
         return Guided(handed)
 
-    def _check_batch(self, denoiser: Denoiser, output: Tensor) -> None:
+    def _count_branches(self, denoiser: Denoiser, evaluated: Sequence[bool]) -> None:
+        """Says in the step's report which of its branches were evaluated, of how many samples."""
+        formula, counts = denoiser.formula, self.report.steps[-1].branches
+        assert formula is not None
+        for k, name in enumerate(formula.names):
+            is_own = k == formula.cond_index or k in formula.alone
+            evaluations = formula.rows if is_own else sum(evaluated)
+            counts[name] = counts.get(name, 0) + (evaluations if denoiser.nfe else 0)
+
+    def _check_batch(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
         """Forgets the known batch if the step has another one; refuses evaluations that belong to neither."""
         formula, calls = denoiser.formula, len(denoiser.outputs)
         if formula is None:
+            return
+        known = denoiser.formulas.get(denoiser.signature)
+        if known is not None and denoiser.fits:
+            denoiser.settle_for(known)
+            return
+        further = denoiser.outputs[formula.head :]
+        if denoiser.fits and further and all(len(y) == formula.rows for y in further):
+            if denoiser.skips:  # nothing was evaluated: what stood in for further calls adds nothing
+                denoiser.outputs = denoiser.outputs[: formula.head]
+            else:
+                self._discovery.identify_further(denoiser, output, sample, self._clock)
             return
         if denoiser.is_on_another_batch and denoiser.nfe >= denoiser.nfe_full:
             denoiser.forget()  # the new batch was evaluated in full
@@ -425,6 +457,58 @@ class Host:
                 "other calls cannot be told from the step's own: call the network outside callbacks"
             )
             raise self._discovery.unsupported(denoiser, output, seen)
+
+    def _settle_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
+        """Where one prediction a step was known and more were evaluated: the last is the step's, or guidance begins."""
+        formula = denoiser.formula
+        if formula is None or formula.evaluations > 1 or len(denoiser.outputs) < 2:
+            return
+        calls, denoiser.outputs = denoiser.outputs, denoiser.outputs[-1:]
+        if not self._discovery.single(denoiser, output, sample, self._clock):
+            denoiser.outputs = calls
+            denoiser.forget()
+
+    def _follows_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
+        """Whether a step of one prediction is one that a policy may skip, or learn from."""
+        formula = denoiser.formula
+        if not self._discovery.acts or (formula is not None and formula.evaluations > 1) or self._clock.went_back:
+            return False
+        if formula is not None and denoiser.is_on_another_batch:
+            denoiser.forget()
+        if self._discovery.single(denoiser, output, sample, self._clock):
+            return True
+        if formula is not None and denoiser.held is not None:
+            seen = f"{formula} held until now, but here the scheduler was given something else"
+            raise self._discovery.unsupported(denoiser, output, seen)
+        return False
+
+    def _alone(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Guided:
+        """A step of one prediction of each sample: no rule has a part in it, but a policy may skip it."""
+        formula, step, note = denoiser.formula, self._step_of(denoiser), ""
+        assert formula is not None
+        if denoiser.engine is None:
+            note = self._try_parts(denoiser)
+            denoiser.is_guided_by(self._engine(denoiser), step)
+        engine, plan = denoiser.engine, denoiser.plan
+        assert engine is not None and plan is not None
+        view = formula.view
+        c, x = view.working(output), view.working(sample)
+        space = self._clock.space if x.shape == c.shape else None
+        step = replace(step, space=space, sample=None if space is None else x, w=1.0)
+        nfe, nfe_full = denoiser.take_cost()
+        plan = [Decision(Action.CONDITIONAL if nfe else Action.NEITHER, each.why) for each in plan]
+        engine.check(lambda: self._setting(denoiser, step))
+        prediction = None
+        if nfe:
+            alone, nothing = [False] * step.rows, unseen(step.rows)
+            prediction = Prediction(c, c, alone, nfe=nfe, nfe_full=nfe_full, observation=nothing, note=note)
+            engine.guide(step, plan, prediction, lambda s: c)
+        else:
+            engine.skip(step, plan, nfe, nfe_full, note)
+        self._count_branches(denoiser, [False] * step.rows)
+        handed = self._hand(denoiser, step, output, sample) if self.policy.hands else output
+        self._tell(prediction, step, handed, sample)
+        return Guided(None if handed is output else handed)
 
     def _unguided(self, denoiser: Denoiser, step: Step, output: Tensor, sample: Tensor, is_new: bool) -> Guided:
         """A step without guidance, which ends the forecast before it."""
@@ -483,7 +567,8 @@ class Host:
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
-        note = denoiser.find_out(cuts=not self.policy.hands)
+        is_guided = denoiser.formula is not None and denoiser.formula.evaluations > 1
+        note = denoiser.find_out(cuts=is_guided and not self.policy.hands)
         if denoiser.formula is not None and denoiser.formula.batched and not denoiser.cut.is_left_whole:
             for other in self._denoisers.values():
                 if other is not denoiser:
@@ -498,7 +583,10 @@ class Host:
             return Step(rows=rows, denoiser=denoiser.name)
         index, counted = clock.steps - (not coming), self._call.counted
         count = counted if counted is not None and index < counted < clock.count else clock.count
-        step = replace(clock.step(index, count, clock.before, coming), rows=rows, denoiser=denoiser.name)
+        branches = 2 if formula is None else formula.evaluations
+        step = replace(
+            clock.step(index, count, clock.before, coming), rows=rows, branches=branches, denoiser=denoiser.name
+        )
         # Before the step its mix with the sample is unknown: the network's own output is held.
         return replace(step, velocity=1.0) if formula is not None and formula.mixed else step
 
@@ -521,8 +609,29 @@ class Host:
                 step.add_note(f"zero or non-finite prediction in sample {broken}")
         if not self.report.formula:
             self.report.note = self._left_alone
+        elif all(step.guidance_scale == 1 and "both" not in step.evaluated for step in self.report.steps):
+            self.report.note = self._nothing_to_guide
         elif self._clock.error is not None:
             self.report.note = f"no similarities: {self._clock.error}"
+
+    @property
+    def _nothing_to_guide(self) -> str:
+        """What a rule and a policy could do in a run without guidance."""
+        idle = [repr(self.rule)] * (not self.rule.is_plain) + [repr(self.policy)] * (not self.report.saved)
+        what = "no classifier-free guidance in this call: one prediction of each sample a step"
+        if not idle:
+            return what
+        more = "" if self.rule.is_plain else f", {self._to_guide}"
+        return f"{what}; {' and '.join(idle)} had nothing to do{more}"
+
+    @property
+    def _to_guide(self) -> str:
+        """What a call needs for a rule to act."""
+        if "true_cfg_scale" in self._call.arguments:
+            return "which needs a negative prompt and a true_cfg_scale above 1"
+        if self._call.option("guidance_scale") > 1:
+            return "which needs a model with guidance of its own: this one's guidance_scale is an input of the network"
+        return "which needs a guidance_scale above 1"
 
     @property
     def _left_alone(self) -> str:

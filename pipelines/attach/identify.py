@@ -6,7 +6,8 @@ tried in turn, and the first that succeeds is taken:
 1. a formula at scales read by name, if it gives the output bit for bit;
 2. a plain formula at a scale that is solved for, bit for bit: a pipeline may read its scale where nobody else can;
 3. a formula that gives the output up to rounding, if rounding is far smaller than guidance;
-4. with three branches, any affine combination; with two, one mixed with the sample.
+4. with more than two branches, their terms (`terms.py`), or any affine combination; with two, one mixed with the
+   sample.
 
 Two formulas may fit that take different halves for the conditional one: `u + s (c - u)` is `c + (1 - s) (u - c)`, and
 with 0 < s < 1 either half may be meant. A scale that is read by name and fits in one order settles it. So does the
@@ -25,9 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusers_guidance.pipelines.attach.branching import MOST, NOTHING, Asked, layouts, sums, weighed
 from diffusers_guidance.pipelines.attach.combination import SOLVED, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula, Scales
-from diffusers_guidance.pipelines.attach.reading import GLOBAL, Reading, compared, differ, layouts, readings
+from diffusers_guidance.pipelines.attach.reading import GLOBAL, Reading, compared, differ, readings
 from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm
 from diffusers_guidance.pipelines.attach.sample import is_finite, pieces
 from diffusers_guidance.pipelines.attach.solve import SOLVABLE, solved
@@ -56,22 +58,24 @@ def identify(
     around: Around,
     known: Formula | None = None,
     told: Callable[[], int | None] = lambda: None,
+    terms: Asked = NOTHING,
 ) -> Identified:
     """Searches for the formula behind `output`, given the outputs of the step's denoiser calls.
 
     Args:
         known: one found before, of the same network: its order tells where either half may be the conditional one.
         told: asked first: which of both is, by what they were made from.
+        terms: what is known of more than two branches.
     """
     if not all(is_finite(t) for t in (*outputs, output)):
-        return _identify_finite(outputs, output, scales, around, known, told)
+        return _identify_finite(outputs, output, scales, around, known, told, terms)
     live: dict[str, float | Tensor] = {}
     for label, get in scales.items():
         value = read(get(), output)
         same = (isinstance(other, float) and other == value for other in live.values())
         if value is not None and (isinstance(value, Tensor) or not any(same)):
             live[label] = value
-    return _Search(outputs, output, live, around, known, functools.cache(told)).found()
+    return _Search(outputs, output, live, around, known, functools.cache(told), terms).found()
 
 
 @dataclass
@@ -84,6 +88,7 @@ class _Search:
     around: Around
     known: Formula | None
     told: Callable[[], int | None]
+    terms: Asked
     readings: list[Reading] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     """Formulas of which it is open which half they take for the conditional one."""
@@ -107,7 +112,8 @@ class _Search:
             self.readings.append(reading)
         if not self.readings:
             return Identified(None, False, self._shapes())
-        pairs = [reading for reading in self.readings if reading.formula.branches == 2]
+        pairs = [reading for reading in self.readings if reading.formula.evaluations == 2]
+        many = [reading for reading in self.readings if reading.formula.evaluations > 2]
         apart = [reading for reading in pairs if reading.differs(2.0)]
 
         def mixed() -> Iterator[Reading]:
@@ -116,7 +122,8 @@ class _Search:
         steps: list[tuple[Callable[[Reading], Formula | None], Iterable[Reading]]] = [
             (self._by_solving, (reading for reading in pairs if reading.differs(0.25))),
             (self._by_rounding, apart),
-            (self._by_weights, (reading for reading in self.readings if reading.formula.branches > 2)),
+            (self._by_terms, many),
+            (self._by_weights, many),
             (self._by_name, mixed()),
             (self._by_rounding, mixed()),
             (self._by_mixing, apart),
@@ -140,20 +147,22 @@ class _Search:
         if n == 1 and self.outputs[0].shape[0] == self.output.shape[0]:
             return "it evaluated one prediction of each sample, and the scheduler was given something else"
         each, left = divmod(self.outputs[0].shape[0], self.output.shape[0])
-        if n == 1 and each > 3 and not left:
-            return f"it evaluated {each} predictions of each sample in one call: combinations of two or three are known"
+        if n == 1 and each > MOST and not left:
+            return f"it evaluated {each} predictions of each sample in one call: combinations of up to {MOST} are known"
         if not list(layouts(self.outputs)):
-            return f"its outputs of {n} call{'s' if n > 1 else ''} are not two or three predictions of one shape"
+            return f"its outputs of {n} call{'s' if n > 1 else ''} are not two to {MOST} predictions of one shape"
         return "no part of the denoiser's output has the scheduler's shape"
 
     def _several(self) -> str:
-        """What is seen of three branches where none is the one that all guidance is towards."""
+        """What is seen of several branches where none is the one that all guidance is towards."""
         for reading in self.readings:
+            if (n := reading.formula.evaluations) < 3:
+                continue
             weights, fit = mixture(reading.target, *reading.parts)
-            if reading.formula.branches > 2 and fit.fits:
+            if fit.fits:
                 seen = ", ".join(f"{weight:.4g}" for weight in weights)
                 return (
-                    f"the output is the sum of its three predictions times {seen}: that is not guidance towards one of "
+                    f"the output is the sum of its {n} predictions times {seen}: that is not guidance towards one of "
                     "them and away from the others"
                 )
         return ""
@@ -166,7 +175,7 @@ class _Search:
         for formula, s in reading.named(self.live):
             if any(_same(formula, s, *other) for other in fitting) or reading.off(formula, s) > 1:
                 continue
-            if self._is_guided(formula, reading, s) and reading.meets(formula, s) and self._confirms(formula, s):
+            if self._is_guided(formula, reading) and reading.meets(formula, s) and self._confirms(formula, s):
                 fitting.append((formula, s))
         return self._chosen(self._ordered(fitting), self._exact)
 
@@ -221,7 +230,7 @@ class _Search:
         """Treated in some way, at a scale read by name, which must make a difference that rounding does not."""
         found: list[tuple[Formula, Scale]] = []
         for formula, s in reading.named(self.live):
-            if isinstance(s, tuple) or not (formula.finish or formula.needs_space or isinstance(s, Tensor)):
+            if not (formula.finish or formula.needs_space or isinstance(s, Tensor)):
                 continue
             if any(_same(formula, s, *other) for other in found):
                 continue
@@ -244,10 +253,33 @@ class _Search:
                 found.append((formula, s))
         return found
 
-    def _by_weights(self, reading: Reading) -> Formula | None:
-        """Of three branches: an affine combination that guides towards one of them."""
+    def _by_terms(self, reading: Reading) -> Formula | None:
+        """Of more than two branches: guidance of one away from another, and further terms."""
         found: list[tuple[Formula, Scale]] = []
-        for cond in range(reading.formula.branches):
+        for tree in self.terms.candidates(reading.formula):
+            formula = reading.formula.towards(tree.cond, tree=tree, exact=True)
+            made = formula.combined(reading.parts, tree.w, reading.around)
+            if torch.equal(made, reading.target) and self._confirms(formula, tree.w):
+                found.append((formula, tree.w))
+        if found:
+            return self._exact(*found[0]) if len(found) == 1 else None
+        for formula in sums(reading.formula, reading.around):
+            if formula.needs_space and not reading.around.fits(reading.target):
+                continue
+            weights = weighed(formula, reading.parts, reading.target, reading.around)
+            for tree in self.terms.trees(formula, weights):
+                tried = formula.towards(tree.cond, tree=tree)
+                if self._fit(tried, tree.w).fits:
+                    found.append((tried, tree.w))
+            if found:
+                break
+        # Where several trees explain it, it stays open which branch is the unconditional one.
+        return self._chosen(found, self._close) if len(found) == 1 else None
+
+    def _by_weights(self, reading: Reading) -> Formula | None:
+        """Of more than two branches: an affine combination that guides towards one of them."""
+        found: list[tuple[Formula, Scale]] = []
+        for cond in range(reading.formula.evaluations):
             w, weights, is_certain = reading.weights(cond)
             if weights is None:
                 continue
@@ -296,11 +328,11 @@ class _Search:
 
     def _order(self, formula: Formula) -> int | None:
         """Which of the formula's branches is the conditional one, as is told, or was found of ones laid out like it."""
-        told, known = self.told() if formula.branches == 2 else None, self.known
+        told, known = self.told() if formula.evaluations == 2 else None, self.known
         if (
             told is None
             and known is not None
-            and (known.batched, known.branches) == (formula.batched, formula.branches)
+            and (known.batched, known.branches, known.further) == (formula.batched, formula.branches, formula.further)
         ):
             return known.cond_index
         return told
@@ -315,7 +347,7 @@ class _Search:
 
     def _is_single(self, formula: Formula, w: float) -> bool:
         """Whether the output is one of two halves, and their order is not known."""
-        return formula.branches == 2 and min(abs(w), abs(w - 1)) <= self._rounding and self._order(formula) is None
+        return formula.evaluations == 2 and min(abs(w), abs(w - 1)) <= self._rounding and self._order(formula) is None
 
     def _leads(self, formula: Formula, w: float) -> bool:
         """Whether c is the half that is meant where the scale was solved for: guidance is towards it.
@@ -335,10 +367,9 @@ class _Search:
             self.doubts.append(f"{formula}, with w = {w:.4g}")
         return w > 1
 
-    def _is_guided(self, formula: Formula, reading: Reading, s: Scale) -> bool:
+    def _is_guided(self, formula: Formula, reading: Reading) -> bool:
         """Whether there is enough to be seen of what the formula says: a good part of the numbers differs."""
-        parts = reading.parts
-        return differ(parts[formula.cond_index], formula.at(s).away(parts), ulps=0.25)
+        return differ(*formula.chosen(reading.parts), ulps=0.25)
 
     def _confirms(self, formula: Formula, s: Scale) -> bool:
         """Whether it gives all of the output, bit for bit.
@@ -362,7 +393,7 @@ class _Search:
             return self.fitted[2]
         here, found, apart = self.around.through(formula.view), [], []
         for parts, target in self._all(formula, s):
-            c, u = formula.chosen(parts, s) if formula.is_by_number else formula.cut(self.outputs, here)
+            c, u = formula.chosen(parts) if formula.is_by_number else formula.cut(self.outputs, here)
             given = formula.combined(parts, s, here)
             found.append(formula.residual(given, target, c, u, s, here, is_finite=True))
             apart.append(norm(c - u))
@@ -380,7 +411,7 @@ class _Search:
             yield [formula.treated(view.signed(y), here) for y in parts], target
 
     def _exact(self, formula: Formula, s: Scale) -> Formula:
-        return replace(formula.at(s), exact=True, value=s, noise=formula.noise * math.sqrt(_FEW))
+        return replace(formula, exact=True, value=s, noise=formula.noise * math.sqrt(_FEW))
 
     def _close(self, formula: Formula, s: Scale) -> Formula:
         """With the rounding that was seen: no later step may be much further off."""
@@ -446,6 +477,7 @@ def _identify_finite(
     around: Around,
     known: Formula | None,
     told: Callable[[], int | None],
+    terms: Asked,
 ) -> Identified:
     """`identify` on those samples alone whose predictions are finite."""
     rows, sample = output.shape[0], around.sample
@@ -458,7 +490,7 @@ def _identify_finite(
         return Identified(None, True, "no prediction is finite")
     kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
     around = replace(around, sample=None if sample is None else sample[finite])
-    found = identify(kept, output[finite], scales, around, known, told)
+    found = identify(kept, output[finite], scales, around, known, told, terms)
     formula = found.formula
     whole = None if formula is None else replace(formula, layout=replace(formula.layout, rows=rows))
     return found._replace(formula=whole)

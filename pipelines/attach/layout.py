@@ -130,10 +130,11 @@ class Layout:
 
     Args:
         batched: one call on all branches, else one call for each.
-        branches: how many predictions of a sample a guided step evaluates.
+        branches: how many predictions of a sample these calls evaluate.
         cond_index: which of them is the conditional one.
         view: from a branch to the scheduler's prediction and back.
         rows: samples in the batch.
+        further: how many calls follow on one more branch each, such as the conditional one with layers skipped.
     """
 
     batched: bool
@@ -141,16 +142,27 @@ class Layout:
     cond_index: int
     view: View
     rows: int
+    further: int = 0
+
+    @property
+    def head(self) -> int:
+        """Calls of the denoiser before any further ones."""
+        return 1 if self.batched else self.branches
 
     @property
     def calls(self) -> int:
         """Of the denoiser, at a guided step."""
-        return 1 if self.batched else self.branches
+        return self.head + self.further
+
+    @property
+    def evaluations(self) -> int:
+        """Of a sample, at a guided step."""
+        return self.branches + self.further
 
     @property
     def others(self) -> list[int]:
-        """Which branches a sample without guidance skips."""
-        return [i for i in range(self.branches) if i != self.cond_index]
+        """All branches but the conditional one."""
+        return [i for i in range(self.evaluations) if i != self.cond_index]
 
     @property
     def is_direct(self) -> bool:
@@ -159,15 +171,25 @@ class Layout:
 
     def apply(self, branches: Sequence[Tensor]) -> list[Tensor]:
         """A step's outputs, from its branches, (rows, ...) each."""
-        return [torch.cat([*branches])] if self.batched else [*branches]
+        head, further = branches[: self.branches], branches[self.branches :]
+        return [*([torch.cat([*head])] if self.batched else head), *further]
 
     def invert(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The branches of a step's outputs."""
-        return outputs[0].chunk(self.branches) if self.batched else outputs
+        head, further = outputs[: self.head], outputs[self.head :]
+        return [*(head[0].chunk(self.branches) if self.batched else head), *further]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the branches."""
+        return ["cond" if i == self.cond_index else "uncond" for i in range(self.evaluations)]
+
+    def told(self, names: Sequence[str]) -> str:
+        """In words, with these `names` of the branches."""
+        head, further = names[: self.branches], names[self.branches :]
+        calls = f"one call on [{', '.join(head)}]" if self.batched else f"{self.branches} calls, {' then '.join(head)}"
+        more = f", then {' then '.join(further)}" if further else ""
+        return f"{calls}{more}; {self.view}"
 
     def __str__(self) -> str:
-        names = ["cond" if i == self.cond_index else "uncond" for i in range(self.branches)]
-        calls = (
-            f"one call on [{', '.join(names)}]" if self.batched else f"{self.branches} calls, {' then '.join(names)}"
-        )
-        return f"{calls}; {self.view}"
+        return self.told(self.names)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, TRIOS, Around
+from diffusers_guidance.pipelines.attach.branching import layouts
+from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, Around
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.layout import Layout, View, views
 from diffusers_guidance.pipelines.attach.residual import Fit, Scale, exact, mixture, norm
@@ -101,12 +102,7 @@ class Reading:
     def named(self, live: Mapping[str, float | Tensor]) -> Iterator[tuple[Formula, Scale]]:
         """Every formula at the scales read by name that it may be of, plain ones first."""
         formula, around = self.formula, self.around
-        if formula.branches == 3:
-            numbers = [(label, s) for label, s in live.items() if isinstance(s, float)]
-            for anchor, order in itertools.product(TRIOS, itertools.permutations(range(3))):
-                for (first, s), (second, t) in itertools.product(numbers, repeat=2):
-                    trio = {"anchor": anchor, "trio": order, "scale": first, "second": second}
-                    yield formula.towards(order[0], **trio), (s, t)
+        if formula.evaluations > 2:
             return
         is_plain = any(isinstance(s, Tensor) for s in live.values()) or self.solved(1)[1].fits
         finishes, anchors = (_finishes(around), list(ANCHORS)) if not formula.mixed else ([""], ["u", "c"])
@@ -161,7 +157,7 @@ class Reading:
 def readings(outputs: Sequence[Tensor], output: Tensor, around: Around) -> Iterator[Reading]:
     """Every way to read the branches that fits the shapes, plain ones first."""
     shape = None if around.sample is None else around.sample.shape
-    for batched, parts in layouts(outputs):
+    for batched, further, parts in layouts(outputs):
         dtypes = (parts[0].dtype, output.dtype)
         ways = [(False, False), (True, False), (False, True)] if dtypes[0] != dtypes[1] else [(False, False)]
         for view in views(parts[0].shape, output.shape, shape):
@@ -173,21 +169,15 @@ def readings(outputs: Sequence[Tensor], output: Tensor, around: Around) -> Itera
             near = replace(here, sample=sample(x) if x is not None and x.shape == target.shape else None)
             seen = [view.sign * sample(view.part(part)) for part in parts]
             for upcast, widens in ways:
-                layout = Layout(batched=batched, branches=len(parts), cond_index=0, view=view, rows=parts[0].shape[0])
+                layout = Layout(
+                    batched=batched, branches=len(parts) - further, cond_index=0, view=view,
+                    rows=parts[0].shape[0], further=further,
+                )  # fmt: skip
                 formula = Formula(
                     layout=layout, anchor="u", upcast=upcast, finish="", scale=None, dtype=output.dtype, widens=widens
                 )
                 treated = [formula.treated(y, near) for y in seen]
                 yield Reading(formula, treated, treated, sample(target), near, sample)
-
-
-def layouts(outputs: Sequence[Tensor]) -> Iterator[tuple[bool, list[Tensor]]]:
-    """(batched, branches): how the step's calls may be split into branches."""
-    if len(outputs) == 1:
-        rows = outputs[0].shape[0]
-        yield from ((True, list(outputs[0].chunk(n))) for n in (2, 3) if rows % n == 0 and rows >= n)
-    elif len(outputs) in (2, 3) and len({y.shape for y in outputs}) == 1:
-        yield False, list(outputs)
 
 
 def compared(

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Scale = float | Tensor | tuple[float, float]
-"""A pipeline's guidance scale; a tensor where one prediction is guided at several, two where it has three branches."""
+Scale = float | Tensor
+"""A pipeline's guidance scale; a tensor where one prediction is guided at several."""
 
 
 class Fit(NamedTuple):
@@ -40,9 +40,7 @@ class Tolerance(NamedTuple):
         """The fit, from the norms of the error, of the output, of c and of u."""
         error, output, c, u = norms
         s = self.s
-        largest = (
-            float(s.abs().max()) if isinstance(s, Tensor) else max(map(abs, s)) if isinstance(s, tuple) else abs(s)
-        )
+        largest = float(s.abs().max()) if isinstance(s, Tensor) else abs(s)
         # Every order of operations rounds terms no larger than these, each by less than eps.
         return Fit(error, self.noise * (output + largest * (c + u)) + self.floor * output)
 

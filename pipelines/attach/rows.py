@@ -203,6 +203,19 @@ def halves(calls: Sequence[Any], rows: int) -> list[dict[str, Tensor]]:
     return _differing([{name: pair[i] for name, pair in cut.items()} for i in range(2)])
 
 
+def branches(calls: Sequence[Any], rows: int, head: int) -> list[dict[str, Tensor]]:
+    """By branch, the tensors it was made from: of the first call on `head` branches of `rows` each, then of the others.
+
+    Of a first call on one branch, all calls are alike.
+    """
+    first, *others = (dict(_named(call)) for call in calls)
+    if head > 1:
+        total = head * rows
+        cut = {n: t.chunk(head) for n, t in first.items() if _leads(t, total) or _folded(n, t, total)}
+        return [*({name: parts[i] for name, parts in cut.items()} for i in range(head)), *others]
+    return [first, *others]
+
+
 def _differing(named: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     shared = set.intersection(*(set(each) for each in named))
 
@@ -281,6 +294,17 @@ def _named(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(tree, dict | list | tuple):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _named(value, f"{path}.{key}")
+
+
+def shaped(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """By place in a tree: the shapes of its tensors, other values as they are if they are plain."""
+    if isinstance(tree, Tensor):
+        yield path, (tuple(tree.shape), str(tree.dtype))
+    elif isinstance(tree, dict | list | tuple):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from shaped(value, f"{path}.{name}")
+    else:
+        yield path, tree if isinstance(tree, int | str | bool | None) else type(tree).__name__
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

@@ -1,4 +1,5 @@
-"""`calibrate`: runs a pipeline under full guidance and keeps how its predictions correlate.
+"""`calibrate`: runs a pipeline under full guidance, or without any at a scale of 1, and keeps how its predictions
+correlate.
 
 A trajectory's number alone determines it (prompt, negative prompt, seed). So an interrupted calibration resumes
 where it stopped, and shares from several machines add up to the whole.
@@ -31,7 +32,7 @@ from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, make
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
-from diffusers_guidance.pipelines.support.progress import Printed, Progress
+from diffusers_guidance.pipelines.support.progress import Printed, Progress, silent
 from diffusers_guidance.pipelines.support.ray import cluster
 from diffusers_guidance.pipelines.support.resume import resumed
 from diffusers_guidance.policies import EveryStep
@@ -87,7 +88,7 @@ def calibrate(
     prompts: Sequence[str],
     *,
     negative_prompts: Sequence[str] = ("",),
-    trajectories: int = 200,
+    trajectories: int = 16,
     num_inference_steps: int = 20,
     guidance_scale: scales.Given = 5.0,
     seed: int = 0,
@@ -104,20 +105,22 @@ def calibrate(
         pipe: a diffusers pipeline with the scheduler to be used later; what is attached to it stays attached, idle.
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
         negative_prompts: used in turn; name those that you will use, so that the fit serves them too.
-        trajectories: how many runs of one sample. For `Forecast` one is enough (docs/forecast.md).
-        num_inference_steps: that of later runs; others need another calibration. But `Forecast` is served at any
-            scheduler and scale, and at as many steps or fewer.
-        guidance_scale: likewise; it may be a schedule (`scales`).
+        trajectories: how many runs of one sample. More than 16 gain little (docs/forecast.md), but for
+        the threshold of `AdaptiveGuidance.from_calibration`, which is one of their similarities.
+    num_inference_steps: that of later runs; others need another calibration. But `Forecast` is served at any
+        scheduler and scale, and at as many steps or fewer.
+    guidance_scale: likewise; it may be a schedule (`scales`).
         batch_size: trajectories per call.
         per_channel: whether to keep a Gram matrix for every channel (dimension 1), for `Fit(per_channel=True)`.
         share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
         path: where to save it, after every batch. An existing calibration there is continued.
-        progress: called as progress(what, done, in all), and told how long it will take. Default: lines on stderr.
+        progress: called as progress(what, done, in all), and told how long it will take; the first run is made
+            alone, to know. Default: lines on standard error.
         arguments: more arguments of the pipeline, such as `height`.
 
     Raises:
         CalibrationMismatch: the file at `path` was made with another model or other settings.
-        UnsupportedPipeline: no classifier-free guidance of the pipeline could be identified.
+        UnsupportedPipeline: how the pipeline guides could not be identified.
     """
     prompts, negative_prompts = prompts_of(prompts), prompts_of(negative_prompts)
     if not prompts or not negative_prompts:
@@ -170,7 +173,8 @@ def calibrate(
             done.save(path)
         return done
 
-    ends = sorted({0, had, *range(had, len(numbers), batch_size), max(had, len(numbers))})
+    bounds = range(1, len(numbers), batch_size)  # the first alone, to know how long the others take
+    ends = sorted({0, had, *(end for end in bounds if end > had), max(had, len(numbers))})
     for _ in resumed(one, [*itertools.pairwise(ends)], lambda span: done if span[1] <= had else None, keep):
         pass
     progress("calibrating", max(had, len(numbers)), len(numbers))
@@ -182,7 +186,7 @@ def calibrate(
 def _told_time(spent: float, made: int, left: int, steps: int) -> str:
     """What is running and how long it will take: before anything was made, as long as so many pictures."""
     if not made:
-        return f"calibrating, as long as making {left} pictures of {steps} steps under full guidance"
+        return f"calibrating: takes as long as making {left} pictures of {steps} steps under full guidance"
     seconds = spent / made * left
     return f"calibrating, about {f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'} left"
 
@@ -332,7 +336,7 @@ def calibrate_on_ray(
     shares: int,
     address: str | None = None,
     resources: dict[str, float] | None = None,
-    trajectories: int = 200,
+    trajectories: int = 16,
     path: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
@@ -359,7 +363,7 @@ def calibrate_on_ray(
     waiting = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
 
     def one(k: int) -> Calibration:
-        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), **settings)
+        return calibrate(load(), prompts, trajectories=trajectories, share=(k, shares), progress=silent, **settings)
 
     def found(k: int) -> Calibration | None:
         if (file := waiting[k]) is None or not file.is_file():

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffusers_guidance.calibration import DELTAS, Calibration, Fit
+from diffusers_guidance.calibration import RECENT, Calibration, Fit
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import Schedule
@@ -19,7 +19,7 @@ def search(
     *,
     error: float | None = None,
     skip: bool = True,
-    fit: Fit = DELTAS,
+    fit: Fit = RECENT,
     refine: tuple[DiffusionPipeline, Sequence[str]] | None = None,
     seed: int = 10_000,
     runs: int = 24,

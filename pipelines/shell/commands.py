@@ -97,7 +97,7 @@ def calibrate_command(
     negative: Annotated[
         list[str] | None, typer.Option(help="Negative prompts that you will use; repeatable.", show_default="none")
     ] = None,
-    trajectories: Annotated[int, typer.Option(min=1)] = 200,
+    trajectories: Annotated[int, typer.Option(min=1)] = 16,
     steps: Steps = 20,
     scale: Annotated[float, typer.Option(min=1)] = 5.0,
     seed: Seed = 0,

@@ -31,15 +31,15 @@ def part(whole: Progress, before: int, total: int, name: str | None = None) -> P
 
 
 class Printed:
-    """For Python callers who wait for minutes: a line to stderr at the start, and every ten seconds."""
+    """For Python callers who wait for minutes: a line on stderr for other words, and every ten seconds."""
 
     every = 10.0
 
     def __init__(self) -> None:
-        self.told = -self.every
+        self.told, self.what = -self.every, ""
 
     def __call__(self, what: str, done: int, total: int, /) -> None:
         now = time.monotonic()
-        if now - self.told >= self.every:
-            self.told = now
+        if what != self.what or now - self.told >= self.every:
+            self.told, self.what = now, what
             print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)

@@ -285,14 +285,18 @@ def test_a_pipeline_that_cannot_be_verified_is_refused():
     assert torch.equal(run(pipe, entry, 4), untouched)
 
 
-def test_a_pipeline_whose_branches_need_one_another_is_never_cut():
-    entry = PIPELINES["StableDiffusionPAGPipeline"]  # its attention wants [uncond, cond, perturbed]
+def test_a_pipeline_whose_branches_need_one_another_loses_the_unconditional_one_of_all_samples_or_of_none():
+    entry = PIPELINES["StableDiffusionPAGPipeline"]  # its attention wants [uncond, cond, perturbed], or the last two
     pipe = entry.build()
-    untouched = run(pipe, entry, 4, 3)
-    with attach(pipe, CFG(), Hold(2)) as handle:
-        assert torch.equal(run(pipe, entry, 4, 3), untouched)
-    assert "third branch" in handle.report.steps[1].note
-    assert all(step.evaluated == ["both"] * 3 for step in handle.report.steps)
+    processors = {name: type(each) for name, each in pipe.unet.attn_processors.items()}
+    with attach(pipe, CFG(), Hold(2)) as handle, counting(pipe.unet) as count:
+        run(pipe, entry, 4, 3)
+    assert count.rows == [9, 6, 9, 6]
+    assert handle.report.nfe == 30
+    with attach(pipe, CFG(), conformance.Fates()) as handle:
+        run(pipe, entry, 4, 3)
+    assert [step.evaluated for step in handle.report.steps[:3]] == [["both"] * 3] * 3
+    assert {name: type(each) for name, each in pipe.unet.attn_processors.items()} == processors
 
 
 def test_two_branches_that_need_one_another_are_never_cut():

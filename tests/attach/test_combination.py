@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, TRIOS, Around, read
+from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.layout import Layout, View
 from diffusers_guidance.pipelines.attach.residual import mixture, residual
@@ -79,26 +79,6 @@ def test_halves_are_cut_out_of_one_call_or_of_two(cond, batched):
     for found, expected in zip(turned.cut(outputs, Around()), (-c, -u), strict=True):
         assert torch.equal(found, expected)
     torch.testing.assert_close(turned.reproduce(outputs, 3.0, Around()), -(u + 3 * (c - u)))
-
-
-@pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-@pytest.mark.parametrize(("s", "t"), [(7.5, 1.5), (1.5, 3.0), (4.0, 4.0)])
-@pytest.mark.parametrize("anchor", TRIOS)
-def test_three_branches_are_guidance_away_from_a_mixture_of_two(anchor, s, t, order, batched):
-    c, a, b = drawn(3)
-    expected = {"image": b + s * (c - a) + t * (a - b), "perturbed": a + s * (c - a) + t * (c - b)}[anchor]
-    parts = [None] * 3
-    for place, part in zip(order, (c, a, b), strict=True):
-        parts[place] = part
-    outputs = [torch.cat(parts)] if batched else parts
-    one = formula(anchor, branches=3, cond_index=order[0], trio=order, batched=batched, second="t", scale="s")
-    assert one.read({"s": lambda: s, "t": lambda: t}, c) == (s, t)
-    torch.testing.assert_close(one.reproduce(outputs, (s, t), Around()), expected)
-    w, (cond, uncond) = one.w((s, t)), one.at((s, t)).cut(outputs, Around())
-    assert torch.equal(cond, c)
-    torch.testing.assert_close(uncond + w * (cond - uncond), expected)
-    assert sum(one.at((s, t)).weights) == pytest.approx(1)
 
 
 # What is done to it

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_guidance import APG, CFG, EveryStep, Hold, UnsupportedPipeline, attach
+from diffusers_guidance.pipelines.attach.branching import Asked
 from diffusers_guidance.pipelines.attach.combination import Around
 from diffusers_guidance.pipelines.attach.identify import identify
 from diffusers_guidance.pipelines.attach.sample import SIZE, pieces
@@ -58,10 +59,11 @@ def pair(apart, dtype=torch.float32, shape=(1, 4, 32, 32), seed=0):
     return c.to(dtype), u.to(dtype)
 
 
-def found(parts, output, scales, batched=True, around=None, known=None):
+def found(parts, output, scales, batched=True, around=None, known=None, apart=None):
     read = {name: (lambda value=value: value) for name, value in scales.items()}
     outputs = [torch.cat(parts)] if batched else list(parts)
-    return identify(outputs, output, read, around or Around(), known)
+    asked = Asked(lambda: scales, lambda formula: apart)
+    return identify(outputs, output, read, around or Around(), known, terms=asked)
 
 
 @st.composite
@@ -213,6 +215,12 @@ def test_the_order_found_at_another_scale_tells(cond):
             assert formula.w(formula.value) == pytest.approx(w, rel=1e-5)
 
 
+INSTRUCTED = [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
+"""How far c, what lacks the text, and what lacks the picture too are apart by their inputs."""
+PERTURBED = [[0, 1, 1], [1, 0, 0], [1, 0, 0]]
+"""How far u, c and a perturbed c are."""
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("apart", [0.005, 0.03, 0.3])
 def test_three_branches_at_distances_of_real_models(apart, dtype):
@@ -220,16 +228,25 @@ def test_three_branches_at_distances_of_real_models(apart, dtype):
     (c, a), (_, b) = pair(apart, dtype, (1, 4, 32, 32)), pair(0.7 * apart, dtype, (1, 4, 32, 32), seed=1)
     b = (c.float() + b.float() - pair(0.0, dtype, (1, 4, 32, 32), seed=1)[0].float()).to(dtype)
     for s, t in ((7.5, 1.5), (1.5, 1.0), (3.0, 5.0), (4.0, 4.0)):
-        formula = found(
-            [c, a, b], b + s * (c - a) + t * (a - b), {"guidance_scale": s, "image_guidance_scale": t}
-        ).formula
-        assert formula.cond_index == 0
-        assert formula.w(formula.value) == pytest.approx(s)
-        assert formula.weights == pytest.approx(((t - s) / (1 - s), (1 - t) / (1 - s)))
-        formula = found([a, c, b], a + s * (c - a) + t * (c - b), {"guidance_scale": s, "pag_scale": t}).formula
-        assert formula.cond_index == 1
-        assert formula.w(formula.value) == pytest.approx(s + t)
-        assert formula.weights == pytest.approx(((1 - s) / (1 - s - t), -t / (1 - s - t)))
+        scales = {"guidance_scale": s, "image_guidance_scale": t}
+        formula = found([c, a, b], b + s * (c - a) + t * (a - b), scales, apart=INSTRUCTED).formula
+        assert (formula.cond_index, formula.tree.uncond, formula.tree.parents) == (0, 1, (0, 0, 1))
+        assert formula.tree.coefficients == (0, s - 1, t - 1)
+        scales = {"guidance_scale": s, "pag_scale": t}
+        formula = found([a, c, b], a + s * (c - a) + t * (c - b), scales, apart=PERTURBED).formula
+        assert (formula.cond_index, formula.tree.uncond, formula.tree.parents) == (1, 0, (1, 1, 1))
+        assert formula.tree.coefficients == (s - 1, 0, t)
+
+
+def test_where_nothing_tells_which_branch_is_the_unconditional_one_that_stays_open():
+    """Both scales are alike, rounding tells nothing, and nothing is known of what the branches were made from."""
+    (c, a), (_, b) = pair(0.3), pair(0.3, seed=1)
+    output = (7 * c.double() - 3 * a.double() - 3 * b.double()).float()
+    formula = found([a, c, b], output, {"guidance_scale": 4.0, "pag_scale": 3.0}).formula
+    assert formula.tree is None
+    assert formula.cond_index == 1
+    assert formula.w(formula.value) == pytest.approx(7)
+    assert formula.weights == pytest.approx((0.5, 0.5))
 
 
 def test_where_both_halves_agree_the_output_must_agree_with_them():
@@ -336,7 +353,7 @@ def test_a_scale_that_torch_cannot_read_is_one_where_the_call_ends_too():
     pipe.turned = lambda x, y, _: y
     plain = pipe(1.0)
     for scale in (Fraction(15, 2), Fraction(1), [7.5, 3.0], "7.5"):
-        with attach(pipe, APG()):
+        with attach(pipe, APG(), Hold()):
             assert torch.equal(pipe(scale), plain)
 
 
@@ -592,9 +609,9 @@ def test_calls_without_guidance_are_left_alone():
     for turned in (lambda x, y, _: y, lambda x, y, _: 0.3 * x - 1.7 * y, lambda x, y, _: (x - y) / 0.4):
         pipe.turned = turned
         plain = pipe()
-        with attach(pipe, APG()) as handle:
+        with attach(pipe, APG(), Hold()) as handle:
             assert torch.equal(pipe(), plain)
-        assert "one prediction of each sample a step" in handle.report.note
+        assert "one prediction of each sample a step; APG(" in handle.report.note
 
 
 class UnguidedFrames(DiffusionPipeline):
@@ -638,17 +655,20 @@ def test_video_pipelines_at_a_scale_of_one_are_left_alone(name):
     entry = PIPELINES[name]
     pipe = entry.build()
     plain = run(pipe, entry, 3, 1, guidance_scale=1.0)
-    with attach(pipe, APG()) as handle:
+    with attach(pipe, APG(), Hold()) as handle:
         assert torch.equal(run(pipe, entry, 3, 1, guidance_scale=1.0), plain)
     assert "one prediction of each sample a step" in handle.report.note
 
 
-@pytest.mark.parametrize("parts", [4, 5])
+@pytest.mark.parametrize("parts", [4, 5, 6])
 def test_more_than_three_branches_are_refused_in_a_true_sentence(parts):
     c, u = pair(0.3)
     branches = [u, c, *[c.roll(i, -1) for i in range(1, parts - 1)]]
     refused = found(branches, u + 5 * (c - u) + branches[2] - branches[3], {"guidance_scale": 5.0})
-    assert f"evaluated {parts} predictions of each sample" in refused.tried
+    if parts > 5:
+        assert "evaluated 6 predictions of each sample in one call: combinations of up to 5 are known" in refused.tried
+    else:
+        assert f"sum of its {parts} predictions times" in refused.tried
 
 
 def test_two_positives_are_refused_in_a_true_sentence():
@@ -677,7 +697,9 @@ def test_two_networks_a_step_are_refused_in_a_true_sentence():
     pipe.turned = lambda x, y, more: more + 4.5 * (y - more)
     with (
         attach(pipe, APG()),
-        pytest.raises(UnsupportedPipeline, match="evaluated one prediction of each sample") as refused,
+        pytest.raises(
+            UnsupportedPipeline, match="unet and other were evaluated for it, and guidance between"
+        ) as refused,
     ):
         pipe(other=other)
     assert "scheduler's shape" not in str(refused.value)

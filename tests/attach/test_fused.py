@@ -163,6 +163,11 @@ def test_sigmas_are_fetched_once_and_again_when_they_change():
         assert fused_step(f, c, f.timesteps[0], x).update == first
         f.sigmas[1] = 0.25
         assert fused_step(f, c, f.timesteps[0], x).update.next[1] == 0.25 - f.sigmas[0].item()
+        with torch.inference_mode():  # where a tensor does not count its versions
+            f.set_timesteps(5)
+            fused_step(f, c, f.timesteps[0], x)
+            f.sigmas[1] = 0.125
+            assert fused_step(f, c, f.timesteps[0], x).update.next[1] == 0.125 - f.sigmas[0].item()
 
 
 @pytest.mark.parametrize("cls", [EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, DDIMScheduler])

@@ -397,20 +397,23 @@ def test_a_damaged_file_is_refused(bundled, tmp_path):
             Calibration.load(tmp_path / "broken.safetensors")
 
 
-def test_what_calibrate_makes_serves_both_kinds(bundled, tmp_path):
+def test_what_calibrate_makes_serves_both_kinds(bundled, tmp_path, capsys):
     said = []
     made = calibrate(
         bundled, ["a tiger", "a house"], trajectories=2, num_inference_steps=STEPS, path=tmp_path / "c.safetensors",
         batch_size=1, progress=lambda *at: said.append(at),
     )  # fmt: skip
-    assert said[0] == ("calibrating, as long as making 2 pictures of 8 steps under full guidance", 0, 2)
+    assert said[0] == ("calibrating: takes as long as making 2 pictures of 8 steps under full guidance", 0, 2)
     assert re.fullmatch(r"calibrating, about \d+ (s|min) left", said[1][0])
     assert [(m.runs, m.scale, len(m.levels)) for m in made.motions] == [(2, 5.0, STEPS)]
     for policy in (Forecast(0.4, calibration=made), search(made, 10), LinearAG(made)):
         with attach(bundled, policy=policy) as handle:
             draw(bundled)
             assert handle.report.saved > 0
+    capsys.readouterr()
     other = calibrate(bundled, ["a tiger"], trajectories=1, num_inference_steps=6, guidance_scale=7.5)
+    # A caller from Python who asked for no progress is told too.
+    assert "takes as long as making 1 pictures of 6 steps under full guidance (0 of 1)" in capsys.readouterr().err
     with pytest.raises(CalibrationMismatch, match="guidance_scale"):
         made + other
     joined = made.portable + other.portable

@@ -70,8 +70,11 @@ def test_a_skipped_step_is_guided_with_what_the_policy_predicts(pipeline, rule):
     assert relative(expected, run(pipe, entry, STEPS, batch)) > 1e-3
     with attach(pipe, rule, Again()) as handle, counting(*denoisers(pipe, entry)) as count:
         found = run(pipe, entry, STEPS, batch)
-    assert relative(found, expected) < 1e-4
     report = handle.report
+    if entry.branches == 3 and rule != CFG():  # its third branch has a term of its own, which nothing estimates
+        assert report.nfe == report.nfe_full == count.total
+        return
+    assert relative(found, expected) < 1e-4
     full = report.steps[0].nfe_full
     assert [step.nfe for step in report.steps[1:]] == [0, 0, full]
     if report.steps[0].nfe == full:  # no part of the batch had to be tried on its own

@@ -520,3 +520,75 @@ def test_foreign_keys_of_a_config_do_not_count() -> None:
     assert flow.config.prediction_type == "epsilon"
     flow.set_timesteps(3)
     assert spaces(flow) == spaces(scheduler_of("FlowMatchEulerDiscreteScheduler", 3))
+
+
+# What a solver uses again
+
+
+@pytest.mark.parametrize("steps", [5, 9, 14])
+def test_a_multistep_solver_uses_predictions_again_as_its_paper_says(steps):
+    """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) in x / signal; its first and last steps are of order 1."""
+    scheduler = schedulers.DPMSolverMultistepScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear")
+    scheduler.set_timesteps(steps)
+    table = spaces(scheduler)
+    rho = [space.noise / space.signal for space in table] + [0.0]
+    for t, space in enumerate(table):
+        z, errors = 0.0, [float(t == i) for i in range(steps)]
+        predictions = []
+        for i in range(steps):
+            predictions.append(z + errors[i])  # where nothing is off, eps = 0 and the denoised sample is x / signal
+            mixed = predictions[i]
+            if 0 < i < steps - 1:
+                r = math.log(rho[i - 1] / rho[i]) / math.log(rho[i] / rho[i + 1])
+                mixed += (predictions[i] - predictions[i - 1]) / (2 * r)
+            z = rho[i + 1] / rho[i] * z + (1 - rho[i + 1] / rho[i]) * mixed
+        # The last Euler step replaces z by its denoised sample, which for eps = 0 is z.
+        assert space.reuse == pytest.approx(z / (1 - rho[t + 1] / rho[t]), rel=2e-3)
+    assert max(space.reuse for space in table) > 1.1
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DDIMScheduler", {}),
+        ("EulerDiscreteScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("HeunDiscreteScheduler", {}),
+        ("PNDMScheduler", {}),
+    ],
+)
+def test_other_solvers_predictions_count_as_those_of_euler_steps(name, config):
+    scheduler = getattr(schedulers, name)(**config)
+    scheduler.set_timesteps(8)
+    assert all(space.reuse == pytest.approx(1, abs=1e-3) for space in spaces(scheduler))
+
+
+def test_trying_a_solver_leaves_it_and_random_numbers_alone():
+    scheduler = schedulers.UniPCMultistepScheduler(prediction_type="v_prediction")
+    scheduler.set_timesteps(6)
+    before = spaces(scheduler)
+    x = torch.randn(1, 2, 4, 4)
+    for t in scheduler.timesteps[:3]:
+        x = scheduler.step(torch.randn_like(x), t, x).prev_sample
+    kept, random = dict(vars(scheduler)), torch.get_rng_state()
+    lists = {name: list(value) for name, value in kept.items() if isinstance(value, list)}
+    assert spaces(scheduler) == before  # also amid a run
+    assert torch.equal(torch.get_rng_state(), random)
+    assert vars(scheduler).keys() == kept.keys()
+    assert all(value is kept[name] for name, value in vars(scheduler).items())
+    assert all(a is b for name, was in lists.items() for a, b in zip(kept[name], was, strict=True))
+
+
+def test_somebodys_own_step_is_not_tried():
+    class Counting(schedulers.UniPCMultistepScheduler):
+        calls = 0
+
+        def step(self, *args, **kwargs):
+            type(self).calls += 1
+            return super().step(*args, **kwargs)
+
+    scheduler = Counting(prediction_type="v_prediction")
+    scheduler.set_timesteps(6)
+    assert {space.reuse for space in spaces(scheduler)} == {1.0} and Counting.calls == 0

@@ -687,7 +687,8 @@ def test_perturbed_attention_is_not_tried():
     pipe = entry.build()
     with attach(pipe, CFG(), Hold(2)) as handle, counting(pipe.unet) as count:
         run(pipe, entry, STEPS, 2)
-    assert handle.report.nfe == handle.report.nfe_full == count.total
+    # Its pair of processors tells what goes on without the unconditional branch.
+    assert handle.report.nfe == count.total == 20 < handle.report.nfe_full == 24
 
 
 # Networks of one batch size

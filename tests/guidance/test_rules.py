@@ -247,8 +247,9 @@ def test_numbers_of_numpy_and_torch_are_plain_ones(of):
     assert {type(value) for value in given} <= {int, float}
     assert json.loads(json.dumps(Guider(rules, guidance_scale=of(4)).config["rule"]))["guidance_scale"] == 5
     assert type(Guider(rules, guidance_scale=of(4)).guidance_scale) in (int, float)
+    assert CFG(np.array([5.0, 3.0])) == CFG(torch.tensor([5.0, 3.0])) == CFG((5.0, 3.0))
     with pytest.raises(ValueError, match="guidance_scale"):
-        CFG(torch.tensor([5.0]))
+        CFG(torch.tensor([[5.0]]))
 
 
 def test_lists_of_dimensions_are_tuples():

@@ -1,4 +1,4 @@
-"""Runs test_triton.py in Triton's interpreter, on the CPU.
+"""Runs test_triton.py, and a sample of the conformance suite, in Triton's interpreter, on the CPU.
 
 In a process of its own: `TRITON_INTERPRET` decides once, when a kernel is defined, for the whole process.
 """
@@ -8,18 +8,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytestmark = pytest.mark.slow
+triton = pytest.importorskip("triton", reason="triton is not installed")
+TESTS = Path(__file__).parents[1]
+SAMPLE = ("StableDiffusion3Pipeline", "WanPipeline")
+"""Steps that are fused; one call for both predictions, and two."""
 
 
-def test_the_kernels_in_tritons_interpreter(seed):
-    pytest.importorskip("triton", reason="triton is not installed")
-    pytest.importorskip("diffusers_guidance.kernels.launch", reason="needs triton 3.3 or newer", exc_type=ImportError)
-    tests = Path(__file__).with_name("test_triton.py")
+def version(package):
+    return tuple(int(n) for n in package.__version__.split(".")[:2])
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        version(triton) <= (3, 6) and version(numpy) >= (2, 4),
+        reason=f"the interpreter of Triton {triton.__version__} fails beside numpy {numpy.__version__}: it turns "
+        "arrays of one number into numbers, which numpy 2.4 refuses",
+    ),
+]
+
+
+def interpreted(seed, *arguments):
+    """Runs pytest in the interpreter; all passes."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--seed={seed}", str(tests)],
-        cwd=tests.parents[2],
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", f"--seed={seed}", *arguments],
+        cwd=TESTS.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -27,3 +43,15 @@ def test_the_kernels_in_tritons_interpreter(seed):
     print(done.stdout, done.stderr)
     assert done.returncode == 0
     assert " passed" in done.stdout
+
+
+def test_the_kernels_in_tritons_interpreter(seed):
+    interpreted(seed, str(TESTS / "kernels" / "test_triton.py"))
+
+
+@pytest.mark.parametrize("under", ["triton,inference", "triton,autocast"])
+def test_pipelines_keep_their_promises_under_interpreted_kernels(seed, under):
+    """With fused steps, in inference mode, and where networks put out bfloat16; `--under` does the whole suite."""
+    suite = TESTS / "zoo" / "conformance_suite.py"
+    chosen = [f"{suite}::test_pipeline_keeps_its_promises[{name}]" for name in SAMPLE]
+    interpreted(seed, "--under", under, *chosen)

@@ -5,10 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hard import KINDS
+from hard import drawn as hard
 from papers import listing
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_guidance import kernels
 from diffusers_guidance.kernels import dispatch, reference
+from diffusers_guidance.kernels.algebra import algebra_of
 from diffusers_guidance.rules import APG, CFG, Rule
 
 needs_kernels = pytest.mark.skipif(dispatch.launch is None, reason="needs triton 3.3 or newer")
@@ -58,6 +63,73 @@ def draws(seed=0, dtype=torch.float32, shape=(3, 4, 5, 5)):
     return sample.to(dtype), cond.to(dtype), uncond.to(dtype), momentum
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", range(20))
+def test_hard_numbers_against_the_papers(kind, case, seed):
+    (x, c, u), rule, exact = hard(kind, seed + case)
+    assert rms(reference.guide(x, c, u, None, 0.0, 1.0, rule)[0], exact) < 2e-6
+
+
+@pytest.mark.parametrize("threshold", [None, 1e-3, 1e3])
+@pytest.mark.parametrize("apart", [0.0, 0.1])
+def test_apg_has_a_finite_gradient(threshold, apart):
+    """With and without a cap, and where both predictions agree."""
+    x, c, u, _ = draws()
+    c = (u + apart * (c - u)).requires_grad_()
+    reference.guide(x, c, u, None, 1.0, -0.5, APG(5.0, norm_threshold=threshold))[0].square().sum().backward()
+    assert c.grad.isfinite().all()
+
+
+class Copies(TorchDispatchMode):
+    """Notes what reaches a device from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_to_copy" in str(function) or "copy_" in str(function):
+            self.seen += [str(function)] * any(isinstance(a, torch.Tensor) and a.device.type == "cpu" for a in args)
+        if "_local_scalar_dense" in str(function):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", [APG(7.5), APG(7.5, norm_threshold=None), CFG(5.0, 0.7), CFG(5.0)], ids=str)
+def test_nothing_is_copied_to_the_device_or_waits_for_it(rule):
+    """On a pretended one: such a copy cannot be captured in a CUDA graph."""
+    with FakeTensorMode():
+        tensors = [torch.empty(2, 4, 8, 8, device="cuda") for _ in range(4)]
+        with Copies() as copies:
+            reference.guide(*tensors, 1.0, -0.7, rule)
+            reference.similarity(*tensors[:3], 1.0, -0.7)
+    assert copies.seen == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    """All that the package computes; predictions in half precision, as autocast's networks make them."""
+    x, c, u, m = draws(dtype=dtype)
+    history, rule = torch.stack([c, u, x]), APG(5.0)
+    update = kernels.Update((0.9, -0.2), dtype, (1.1, -0.6), torch.float32)
+
+    def everything():
+        yield from kernels.guide(x, c, u, m, 1.0, -0.6, rule)
+        yield from kernels.guide(x, c, u, m, 1.0, -0.6, CFG(4.0, 0.7))
+        yield from kernels.step(x, c, u, m, 1.0, -0.6, rule, update)
+        yield kernels.similarity(x, c, u, 1.0, -0.6)
+        for k in (torch.randn(3), torch.randn(3, 4)):
+            yield kernels.extrapolate(history, k)
+            yield kernels.extrapolate(history.float(), k)
+
+    torch.manual_seed(0)
+    expected = list(everything())
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype):
+        found = list(everything())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_step_is_guidance_and_an_update():
     x, c, u, m = draws(dtype=torch.float16)
     rule = APG(5.0)
@@ -96,7 +168,15 @@ class Halved(APG):
 
 
 def test_an_algebra_counts_only_where_nothing_overrides_it():
-    assert [dispatch._is_compiled(cls) for cls in (CFG, APG, OnlyTorch, Halved)] == [True, True, False, False]
+    assert [algebra_of(cls) for cls in (CFG, APG, OnlyTorch, Halved)] == [CFG.algebra, APG.algebra, None, None]
+
+    class Counted(CFG):
+        """Reads the very inner products, not those of an algebra about variances."""
+
+        def coefficients(self, gram, b):
+            return kernels.Coefficients(0.0, 1.0 + gram.sum_c / gram.numel, 0.0, 0.0)
+
+    assert CFG(2.0).centred and not APG(2.0).centred and not Counted(2.0).centred
 
 
 def fake(device, dtype=torch.float32, requires_grad=False):

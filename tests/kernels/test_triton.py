@@ -1,15 +1,18 @@
 """The Triton kernels against the float64 reference, over drawn shapes, strides and dtypes.
 
 Runs where there is a GPU. test_interpreter.py runs it too, in a process of its own where Triton
-interprets the kernels on the CPU.
+interprets the kernels on the CPU; programs that wait for one another then take turns (`zoo/turns.py`).
 """
 
 import math
 import os
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
+from hard import KINDS
+from hard import drawn as hard
 
 from diffusers_guidance import kernels
 from diffusers_guidance.kernels import reference
@@ -63,6 +66,22 @@ if INTERPRETED:  # the interpreter truncates to bfloat16 where a GPU rounds
 
 def rms(x, exact):
     return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@contextmanager
+def launched(launches, seed=0):
+    """Inside the block, guidance takes one launch, or two; on a GPU one launch only up to a size."""
+    with pytest.MonkeyPatch.context() as patch:
+        if launches == 2:
+            patch.setattr(launch, "fits_one_launch", lambda *_: False)
+            yield
+        elif INTERPRETED:
+            from turns import taking_turns
+
+            with taking_turns(seed):
+                yield
+        else:
+            yield
 
 
 class OnlyTorch(Rule):
@@ -135,13 +154,16 @@ def exactly(tensors):
 
 
 @pytest.mark.parametrize("case", range(16))
-def test_guide_and_step_against_the_reference(seed, case, monkeypatch):
+def test_guide_and_step_against_the_reference(seed, case):
     draw = random.Random(seed + case)
     tensors, a, b, rule, label = drawn(draw)
     launches = draw.choice((1, 2))
-    if launches == 2:
-        monkeypatch.setattr(launch, "GUIDE_NUMEL", 0)
     print(f"{launches=}: {label}")
+    with launched(launches, seed):
+        agrees(draw, tensors, a, b, rule)
+
+
+def agrees(draw, tensors, a, b, rule):
     exact, exact_momentum = reference.guide(*exactly(tensors), a, b, rule)
     ours, momentum = kernels.guide(*tensors, a, b, rule, backend="triton")
     eager, _ = reference.guide(*tensors, a, b, rule)
@@ -174,12 +196,27 @@ def test_many_chunks_a_program():
         tensors = [t.to(DEVICE, dtype) for t in torch.randn(3, *shape)]
         rule = APG(7.5, norm_dim=norm_dim)
         exact, exact_momentum = reference.guide(*exactly(tensors), None, 1.0, -0.7, rule)
-        for numel in (launch.GUIDE_NUMEL, 0):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(launch, "GUIDE_NUMEL", numel)
+        for launches in (1, 2):
+            with launched(launches):
                 ours, momentum = kernels.guide(*tensors, None, 1.0, -0.7, rule, backend="triton")
             assert rms(ours.cpu(), exact) < (1e-6 if dtype not in HALF else ROUNDING * HALF[dtype])
             assert rms(momentum.cpu(), exact_momentum) < 1e-6
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter alone can choose the order")
+def test_the_order_in_which_programs_come_changes_nothing():
+    """Five programs of one group, which wait for one another; with a stream's counters used again and again."""
+    counters = launch.Counters(torch.device("cpu"))
+    tensors = torch.randn(4, 1, 4, 47, 53)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_counters", {torch.device("cpu"): counters})
+        found = []
+        for order in range(4):
+            with launched(1, order):
+                found.append(kernels.guide(*tensors, 1.0, -0.7, APG(7.5), backend="triton"))
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
+    assert rms(found[0][0], reference.guide(*exactly(tensors), 1.0, -0.7, APG(7.5))[0]) < 1e-6
+    assert counters.numbers[0] == 0 and len(counters.of_stream) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -198,11 +235,9 @@ def test_half_precision_is_no_worse_than_diffusers(dtype):
     assert rms(ours, exact) <= rms(theirs, exact)
 
 
-@pytest.mark.parametrize("launches", ["one", "two"])
+@pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize("rule", [APG(7.5), CFG(5.0, 0.7), CFG(5.0), *OTHERS, OnlyTorch()], ids=str)
-def test_broken_samples_stay_unguided_and_alone(rule, launches, monkeypatch):
-    if launches == "two":
-        monkeypatch.setattr(launch, "GUIDE_NUMEL", 0)
+def test_broken_samples_stay_unguided_and_alone(rule, launches):
     generator = torch.Generator().manual_seed(20241)  # both sides round: with other numbers TCFG's may differ by more
     sample, cond, uncond, momentum = torch.randn(4, 6, 3, 7, 7, generator=generator)
     uncond[1, 0, 2, 3] = float("nan")
@@ -211,13 +246,35 @@ def test_broken_samples_stay_unguided_and_alone(rule, launches, monkeypatch):
     uncond[4] = cond[4]
     momentum[5, 0, 0, 0] = float("nan")
     tensors = [t.to(DEVICE) for t in (sample, cond, uncond, momentum)]
-    ours, new = kernels.guide(*tensors, 1.0, -0.7, rule, backend="triton")
+    with launched(launches):
+        ours, new = kernels.guide(*tensors, 1.0, -0.7, rule, backend="triton")
     expected, expected_new = reference.guide(*(t.cpu() for t in tensors), 1.0, -0.7, rule)
     assert ours.isfinite().all()
     assert new.isfinite().all()
     assert torch.equal(ours[1].cpu(), cond[1])
     torch.testing.assert_close(ours.cpu(), expected)
     torch.testing.assert_close(new.cpu(), expected_new)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", range(3))
+def test_hard_numbers_against_the_papers(kind, case, launches, seed):
+    tensors, rule, exact = hard(kind, seed + case)
+    with launched(launches, seed):
+        ours, _ = kernels.guide(*(t.to(DEVICE) for t in tensors), None, 0.0, 1.0, rule, backend="triton")
+    assert rms(ours.cpu(), exact) < 2e-6
+
+
+@pytest.mark.parametrize("rule", [APG(7.5), OnlyTorch()], ids=str)
+def test_tensors_on_two_devices_are_refused_before_a_launch(rule):
+    x, c, u, m = torch.randn(4, 1, 3, 4, 5).to(DEVICE)
+    for at in range(4):
+        tensors = [t.to("meta") if i == at else t for i, t in enumerate((x, c, u, m))]
+        with pytest.raises(ValueError, match=r"one device; these are on .*meta"):
+            launch.guide(*tensors, 1.0, -0.5, 0.0, APG.algebra.name, [], None, None)
+        with pytest.raises(ValueError, match=r"one device; these are on .*meta"):
+            launch.gram(*tensors, 1.0, -0.5, None)
 
 
 def test_no_noise_left():

@@ -28,7 +28,7 @@ from diffusers_guidance import (
     search,
     search_nas,
 )
-from diffusers_guidance.calibration import Moments, _differences, combinations, gains
+from diffusers_guidance.calibration import RECENT, Moments, _differences, combinations, gains, repayments
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprint, setting
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
@@ -73,6 +73,53 @@ def trajectories(count=40, steps=6, shape=(3, 2, 2)):
     """(c, u), (T, N, ...) of float64, neighbouring steps alike."""
     c, u = torch.randn(2, steps, count, *shape, dtype=torch.float64).cumsum(1)
     return c, c - 0.3 * u
+
+
+@pytest.mark.parametrize("fit", [Fit(), RECENT])
+def test_what_estimates_owe_is_repaid_by_least_squares(seed, fit):
+    """Against numpy's least squares on stored runs: what a stretch leaves, and that it is least."""
+    c, u = trajectories(steps=8)
+    actions = ["both", "both", "neither", "extrapolate", "both", "neither", "both", "neither"]
+    gain, w, p = torch.rand(8).add(0.1).tolist(), 3.0, torch.cat([c, c - u]).flatten(1)
+    added, left = (each[0] for each in repayments(gram(c, u), actions, gain, w, fit))
+    made = combinations(gram(c, u)[0], actions, fit) @ p
+    off = made[:8] + (w - 1) * made[8:] - (p[:8] + (w - 1) * p[8:])
+    assert added[[0, 1, 2, 3, 5, 7]].abs().max() == 0  # nothing is owed, or nothing can be repaid yet
+    stretches = [((), 0), ((), 1), ((2, 3), 4), ((5,), 6), ((7,), None)]
+    for number, (skipped, i) in enumerate(stretches):
+        owed = sum((gain[t] * off[t] for t in skipped), torch.zeros_like(off[0]))
+        if skipped and i is not None:
+            full = [t for t in (0, 1, 4, 6) if t <= i][-3 if fit == RECENT else 0 :]
+            known = p[[*full, *(8 + t for t in full)]]
+            known_owed = known.T @ torch.from_numpy(np.linalg.lstsq(known.T.numpy(), owed.numpy(), rcond=None)[0])
+            torch.testing.assert_close(gain[i] * added[i] @ p, -known_owed, rtol=1e-3, atol=1e-3)
+            owed = owed - known_owed
+        torch.testing.assert_close((left[number] @ p).norm(), owed.norm(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_hands_on_what_it_repays(pipe):
+    """What the scheduler got at each step, against the formula's own numbers."""
+    found = calibration_of(pipe, trajectories=4)
+    actions = ["both", "both", "neither", "both", "both"]
+    handed = {}
+    for repay in (False, True):
+        seen = handed[repay] = []
+        with attach(pipe, CFG(), Schedule(actions, found, RECENT, repay)) as handle:
+            handle.observers.append(lambda step, prediction, guided, seen=seen: seen.append((prediction, guided)))
+            pipe(PROMPTS[0], num_inference_steps=STEPS, guidance_scale=SCALE, height=16, width=16,
+                 generator=torch.Generator().manual_seed(0), output_type="latent")  # fmt: skip
+            assert [step.nfe for step in handle.report.steps] == [2, 2, 0, 2, 2]
+            assert [t for t, step in enumerate(handle.report.steps) if "repays" in step.note] == [3] * repay
+    for t in (0, 1, 2):
+        torch.testing.assert_close(handed[True][t][1], handed[False][t][1], rtol=0, atol=0)
+    added, _ = found.repayments("unet", actions)
+    own = {t: handed[True][t][0].own for t in (0, 1, 3)}
+    c, u = (torch.stack([own[t][i].double() if t in own else 0 * own[0][i].double() for t in range(4)]) for i in (0, 1))
+    p = torch.cat([c, torch.zeros_like(c[:1]), c - u, torch.zeros_like(c[:1])])
+    repaid = (added[0, 3, :, None, None, None, None] * p).sum(0)
+    assert repaid.abs().max() > 1e-3
+    torch.testing.assert_close(handed[True][3][1].double(), u[3] + SCALE * (c[3] - u[3]) + repaid, rtol=1e-4, atol=1e-5)
+    assert not added[0, 4].any()
 
 
 @pytest.mark.parametrize("regressors", ["all", "recent"])
@@ -222,10 +269,10 @@ def test_predictions_that_are_not_finite_are_refused(pipe, tmp_path):
             output[0][-1, 0, 0, 0] = torch.nan
 
     hook = pipe.unet.register_forward_hook(spoil)
-    with pytest.raises(GuidanceError, match="seeds 2 to 3 are not all finite"):
+    with pytest.raises(GuidanceError, match="seeds 1 to 2 are not all finite"):
         calibration_of(pipe, path=path)
     hook.remove()
-    assert Calibration.load(path).trajectories == 2
+    assert Calibration.load(path).trajectories == 1  # the first is made alone, to know how long the others take
     assert calibration_of(pipe, path=path).trajectories == 6
 
 
@@ -259,15 +306,15 @@ def test_interrupted_it_goes_on_where_it_stopped(pipe, tmp_path):
     path = tmp_path / "calibration.safetensors"
 
     def stop(what, done, total):
-        if done == 4:
+        if done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         calibration_of(pipe, path=path, progress=stop)
-    assert Calibration.load(path).trajectories == 4
+    assert Calibration.load(path).trajectories == 3
     seen = []
     finished = calibration_of(pipe, path=path, progress=lambda what, done, total: seen.append(done))
-    assert seen == [4, 6]
+    assert seen == [3, 5, 6]
     whole = calibration_of(pipe).denoisers["unet"].gram
     torch.testing.assert_close(finished.denoisers["unet"].gram, whole, rtol=1e-9, atol=0)
     with pytest.raises(CalibrationMismatch, match="seed"):
@@ -300,7 +347,7 @@ def test_numbers_of_numpy_and_torch_are_saved_as_plain_ones(pipe, tmp_path):
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: a whole number"),
         ({"num_inference_steps": torch.tensor([4])}, "num_inference_steps=tensor"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
-        ({"guidance_scale": "5"}, "guidance_scale='5'"),
+        ({"guidance_scale": "five"}, "guidance_scale='five'"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"per_channel": "yes"}, "per_channel='yes'"),
         ({"trajectories": 0}, "trajectories=0"),
@@ -622,6 +669,11 @@ def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
     pair.run(2)
     assert [step.nfe for step in guider.report.steps] == [4, 4, 4, 4, 2]
     assert guider.report.steps[2].action == ["both", "both"]
+    # So nothing is owed, and nothing repaid.
+    pair.guide(CFG(), Schedule(["both", "both", "neither", "both", "both"], found, repay=True))
+    repaid = pair.run(2)
+    pair.guide(CFG(), EveryStep())
+    assert_same(repaid, pair.run(2))
 
     other = Calibration(made | {"guidance_scale": {name: 9.0}}, found.denoisers, {"": 2})
     (guider,) = pair.guide(CFG(), LinearAG(other))
@@ -638,6 +690,7 @@ def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
         (lambda: Schedule(["both", "neither"]), r"actions\[1\].*needs a calibration"),
         (lambda: Fit(target="cond"), "target='cond'"),
         (lambda: Fit(ridge=-1), "ridge=-1"),
+        (lambda: Schedule(["both"], repay=True), "repay=True.*only with a calibration"),
         (lambda: Schedule(["neither"]), r'actions\[0\]=.neither. has no "both" before it'),
         (lambda: calibrate(None, []), "prompts"),
         (lambda: calibrate(None, ["a"], share=(2, 2)), r"share=\(2, 2\)"),

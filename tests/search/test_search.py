@@ -88,10 +88,8 @@ def test_closed_form_is_the_best_of_all_schedules(seed, skip, parts):
     for n in range(parts, 9):
         found = search(calibration, 2 * n if skip else 8 + n, skip=skip, fit=Fit("recent"))
         choices = [set(chosen) for chosen in itertools.combinations(range(8), n) if forced <= set(chosen)]
-        scores = [
-            score(Schedule(["both" if t in chosen else left for t in range(8)], calibration, Fit("recent")))
-            for chosen in choices
-        ]
+        tried = [["both" if t in chosen else left for t in range(8)] for chosen in choices]
+        scores = [score(Schedule(actions, calibration, Fit("recent"), repay=True)) for actions in tried]
         assert score(found) == pytest.approx(min(scores), rel=1e-4, abs=1e-9)
         assert found.nfe == (2 * n if skip else 8 + n)
 
@@ -102,7 +100,8 @@ def test_an_evaluation_left_over_goes_where_it_helps_most(seed, parts):
     for nfe in range(2 * parts + 1, 16, 2):
         actions = search(calibration, nfe - 1).actions
         places = [t for t in range(8) if actions[t] == "neither"]
-        tried = [Schedule((*actions[:t], "extrapolate", *actions[t + 1 :]), calibration) for t in places]
+        fitted = [calibration, Fit("recent"), True]
+        tried = [Schedule((*actions[:t], "extrapolate", *actions[t + 1 :]), *fitted) for t in places]
         found = search(calibration, nfe)
         assert found.nfe == nfe
         assert predicted_error(found) == pytest.approx(min(map(predicted_error, tried)), rel=1e-9)
@@ -158,18 +157,19 @@ def test_predicted_error_by_channel(seed):
 
 
 def deltas_alone(schedule):
+    """The squared sums of the gaps' errors, less what the last two deltas before a gap and the one after it tell."""
     total = 0.0
     for moments in schedule.calibration.denoisers.values():
         own = slice(moments.first, moments.first + moments.steps)
         actions, steps = schedule.actions[own], moments.steps
-        inner = moments.total[steps:, steps:]
-        for t in range(steps):
-            if actions[t] == "both":
-                continue
-            seen = [i for i in range(t) if actions[i] == "both"][-2:]
-            weights = torch.linalg.solve(inner[seen][:, seen], inner[seen, t])
-            left = inner[t, t] - weights @ inner[seen, t]
-            total += float((schedule.calibration.gains[own][t] * (SCALE - 1)) ** 2 * left.clamp(min=0))
+        inner, gain = moments.total[steps:, steps:], schedule.calibration.gains[own] * (SCALE - 1)
+        full = [t for t in range(steps) if actions[t] == "both"]
+        for n, j in enumerate(full):
+            k = full[n + 1] if n + 1 < len(full) else steps
+            known, owed = full[max(n - 1, 0) : n + 2], torch.zeros(steps, dtype=torch.float64)
+            owed[j + 1 : k] = gain[j + 1 : k]
+            owed[known] -= torch.linalg.solve(inner[known][:, known], inner[known] @ owed)
+            total += float((owed @ inner @ owed).clamp(min=0))
     return total
 
 

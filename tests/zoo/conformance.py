@@ -18,7 +18,9 @@ from papers import listing
 from tiny import Tiny, counting, run
 from torch import Tensor
 
-from diffusers_guidance import APG, CFG, Decision, EveryStep, History, Policy, Report, Step, attach, detach
+from diffusers_guidance import APG, CFG, Decision, EveryStep, Forecast, History, Policy, Report, Step, attach, detach
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps
+from diffusers_guidance.policies import Handed
 
 STEPS = 4
 COND_FIRST = (
@@ -68,8 +70,8 @@ class Steps:
 def watched(scheduler: Any, see: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Shows the arguments of every `scheduler.step`, which may be changed, before it is done.
 
-    It stands behind whatever the package puts in front of it. The step is replaced in the scheduler's class, so that
-    copies a pipeline makes of it keep a step of their own.
+    It stands behind whatever the package puts in front of it, whose fused steps would pass it by. The step is replaced
+    in the scheduler's class, so that copies a pipeline makes of it keep a step of their own.
     """
     cls = type(scheduler)
     inherited, original = "step" not in vars(cls), cls.step
@@ -84,7 +86,8 @@ def watched(scheduler: Any, see: Callable[[dict[str, Any]], None]) -> Iterator[N
 
     cls.step = step
     try:
-        yield
+        with use_fused_steps(False):
+            yield
     finally:
         if inherited:
             del cls.step
@@ -158,13 +161,21 @@ def overwritten(pipe: Any, entry: Tiny, after: int, loop: int = STEPS, sound: bo
     A loop has `loop` evaluations; videos made in several chunks count from 0 in each.
     """
     cond_first, calls = is_cond_first(entry), entry.branches if entry.style != "batched" else 1
+    own = entry.branches - entry.terms
     made: dict[int, int] = {}
-    held: list[Any] = [None]
+    held: list[Any] = [None, 0]
+
+    def first(value: Any) -> Any:
+        return (
+            value
+            if isinstance(value, Tensor)
+            else first(next(iter(value.values() if isinstance(value, dict) else value)))
+        )
 
     def overwrite(value: Any) -> Any:
         if isinstance(value, Tensor):
             parts = value.chunk(entry.branches)
-            return torch.cat([parts[0 if cond_first else 1]] * entry.branches)
+            return torch.cat([parts[0 if cond_first else 1]] * own + [*parts[own:]])
         if isinstance(value, list) and value and all(isinstance(v, Tensor) for v in value):
             size = len(value) // entry.branches
             start = 0 if cond_first else size
@@ -179,6 +190,9 @@ def overwritten(pipe: Any, entry: Tiny, after: int, loop: int = STEPS, sound: bo
     def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         if isinstance(output, tuple) and output[0] is None:  # a call that only fills a cache
             return output
+        if entry.further and len(first(output)) < held[1]:  # a term, which stays
+            return output
+        held[1] = len(first(output))
         key = id(module) if entry.style == "batched" else 0
         step, call = divmod(made.get(key, 0), calls)
         step %= loop
@@ -329,6 +343,85 @@ def repeats(pipe: Any, entry: Tiny, batch: int, steps: int, rule: Any, policy: P
     assert not any("_compiled_call_impl" in vars(module) for module in denoisers(pipe, entry))
 
 
+def fuses_steps(pipe: Any, entry: Tiny, batch: int, tolerance: float) -> None:
+    """With the scheduler's step fused into the guidance it is the same picture."""
+    with attach(pipe, APG(), EveryStep()):
+        with use_fused_steps(False):
+            apart = run(pipe, entry, STEPS, batch)
+        with use_fused_steps(True):
+            off = relative(run(pipe, entry, STEPS, batch), apart)
+    assert off < tolerance, f"off by {off:.2g} from the scheduler's own steps"
+
+
+# Without guidance
+
+
+@dataclass(frozen=True)
+class Kept(Forecast):
+    """Skips steps as `Forecast` does, and hands on what was evaluated last, as it is."""
+
+    skipped: tuple[int, ...] = (1, 2)
+
+    def plan(self, step: Step, history: History) -> list[Decision]:
+        return [Decision("neither" if history.guided and step.index in self.skipped else "both")] * history.rows
+
+    def hand(self, step: Step, history: History, guided: Tensor | None) -> Handed:
+        if guided is not None:
+            history.guided = {step.index: guided.clone()}
+            return Handed(guided)
+        (last,) = history.guided.values()
+        return Handed(last)
+
+
+@contextmanager
+def frozen(pipe: Any, entry: Tiny, skipped: tuple[int, ...]) -> Iterator[None]:
+    """Has the untouched pipeline's network put out its last output again at some steps, and the scheduler get it."""
+    seen: list[Tensor] = []
+    last: list[Any] = []
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        if len(seen) in skipped:
+            return last[-1]
+        last.append(output)
+        return output
+
+    def see(given: dict[str, Any]) -> None:
+        step = len(seen)
+        seen.append(seen[-1] if step in skipped else given["model_output"].clone())
+        if step in skipped:
+            given["model_output"] = seen[-1].clone()
+
+    handle = getattr(pipe, entry.denoisers[0]).register_forward_hook(hook)
+    try:
+        with watched(pipe.scheduler, see):
+            yield
+    finally:
+        handle.remove()
+
+
+def skips_alone(pipe: Any, entry: Tiny, batch: int, truth: Truth, tolerance: float = 1e-5) -> Report:
+    """Whole evaluations of a pipeline without guidance: nothing else changes, and the report counts them."""
+    steps = len(truth.steps.outputs)
+    skipped = tuple(i for i in (1, 2) if i < steps - 1)
+    with frozen(pipe, entry, skipped):
+        reference = run(pipe, entry, STEPS, batch)
+    assert relative(reference, truth.result) > 1e-4, "skipped and evaluated steps are too much alike to tell"
+    with (
+        recorded(pipe.scheduler) as taken,
+        attach(pipe, APG(), Kept(skipped=skipped)) as handle,
+        counting(*denoisers(pipe, entry)) as count,
+    ):
+        result = run(pipe, entry, STEPS, batch)
+    assert torch.equal(taken.outputs[0], truth.steps.outputs[0])
+    off = relative(result, reference)
+    assert off < tolerance, f"off by {off:.2g} from the run whose scheduler was given the last prediction again"
+    report = handle.report
+    assert report.nfe == count.total == truth.nfe * (steps - len(skipped)) // steps
+    assert report.nfe_full == truth.nfe
+    assert "APG" in report.note and "nothing to do" in report.note
+    return report
+
+
 # APG against the paper
 
 
@@ -398,18 +491,40 @@ OWN = {"cfg_normalization": True, "cfg_normalize": True, "enable_cfg_renorm": Tr
 """Arguments by which calls ask for a treatment of the combined prediction."""
 
 
-def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, **own: Any) -> None:
+@contextmanager
+def unguided(pipe: Any, entry: Tiny) -> Iterator[None]:
+    """Has the untouched pipeline's guidance come to the conditional prediction; terms beside it stay."""
+    from tiny_core import SCALE
+
+    if entry.branches - entry.terms < 3:
+        with overwritten(pipe, entry, 0, sound=False):
+            yield
+        return
+
+    def weaken(module: Any, args: Any, output: Any) -> Any:
+        """InstructPix2Pix: u + s (c - u) of what is put out here is c."""
+        c, u, nothing = output[0].chunk(3)
+        return (torch.cat([u + (c - u) / SCALE, u, nothing]), *output[1:])
+
+    handle = pipe.unet.register_forward_hook(weaken)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def comes_to_nothing_where_capped(pipe: Any, entry: Tiny, batch: int, tolerance: float = 1e-4, **own: Any) -> None:
     """An APG whose update is capped to nothing gives the conditional prediction alone, however that is treated.
 
     So a treatment that is another one for another combination, such as a norm, has been understood.
     """
     # In a video with sound, rule and reference are about the picture.
-    with overwritten(pipe, entry, 0, sound=False):
+    with unguided(pipe, entry):
         alone = run(pipe, entry, STEPS, batch, **own)
     assert relative(alone, run(pipe, entry, STEPS, batch, **own)) > 1e-4, "guided and alone are too much alike to tell"
     with attach(pipe, APG(norm_threshold=1e-9, momentum=0.0), EveryStep()):
         off = relative(run(pipe, entry, STEPS, batch, **own), alone)
-    assert off < 1e-4, f"APG capped to nothing is off by {off:.2g} from the conditional prediction alone"
+    assert off < tolerance, f"APG capped to nothing is off by {off:.2g} from the conditional prediction alone"
 
 
 FROM_C = ("Cosmos", "Kandinsky3", "Krea2", "ZImage")
@@ -516,16 +631,22 @@ def normed(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Halves:
 
 
 def weighted(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Halves:
-    """Of three branches: c as the denoiser put it out, and u such that u + w (c - u) is the pipeline's own."""
+    """Of three branches: c and u as the denoiser put them out, and the term that the pipeline adds."""
     from tiny_core import SCALE
 
     target = truth.steps.outputs[0].double()
     _, outputs = first_step(pipe, entry, batch)
-    c = outputs[0].double().chunk(entry.branches)[0 if is_cond_first(entry) else 1]
-    if len(outputs) != 1 or c.shape != target.shape:
+    parts = [y.double() for y in outputs[0].chunk(entry.branches)]
+    if len(outputs) != 1 or parts[0].shape != target.shape:
         raise Inapplicable("its branches cannot be told apart from outside")
-    w = SCALE + (3.0 if "PAG" in entry.cls else 0.0)  # PAG adds its own scale, 3, of another difference
-    return Halves(c, (target - w * c) / (1 - w), w)
+    if entry.terms:  # perturbed attention, at its own scale of 3
+        u, c, perturbed = parts
+        term = 3.0 * (c - perturbed)
+    else:  # InstructPix2Pix's u has the picture, and the third branch has nothing
+        c, u, nothing = parts
+        term = (entry.call(batch)["image_guidance_scale"] - 1) * (u - nothing)
+    assert relative(u + SCALE * (c - u) + term, target) < 1e-5
+    return Halves(c, u, SCALE, lambda g: g + term)
 
 
 def follows_the_listing(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from diffusers_guidance import observation
 
@@ -58,7 +59,12 @@ def on_device(pipe, network):
     set_timesteps = pipe.scheduler.set_timesteps
     here, send = observation.is_here, observation.send
     observation.is_here = lambda numbers: not isinstance(numbers, OnDevice)
-    observation.send = lambda numbers: (numbers.as_subclass(Tensor).clone(), Event(waits))
+
+    def sent(numbers):
+        with _disable_current_modes():  # a copy is not a launch
+            return numbers.as_subclass(Tensor).clone(), Event(waits)
+
+    observation.send = sent
 
     def called(module, args):
         waits.append(OnDevice.waits)

@@ -8,6 +8,7 @@
 Row 2 of that run is `run(pipe, entry, steps=4, first=2)`: same prompts, same generator.
 """
 
+import tiny_alone
 import tiny_audio
 import tiny_image
 import tiny_prior
@@ -21,6 +22,7 @@ __all__ = [
     "Tiny",
     "counting",
     "run",
+    "tiny_alone",
     "tiny_audio",
     "tiny_image",
     "tiny_prior",

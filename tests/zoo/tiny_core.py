@@ -43,7 +43,9 @@ class Tiny:
     arguments: Callable[[range], dict[str, Any]] = field(repr=False)
     denoisers: tuple[str, ...] = ("unet",)
     style: str = "batched"  # "batched": one denoiser call a step; "sequential": one per branch; "guider"
-    branches: int = 2  # evaluations of each sample in a step
+    branches: int = 2  # evaluations of each sample in a step's own calls; 1: nothing is guided
+    terms: int = 0  # of these, how many perturbed conditional ones at the end
+    further: int = 0  # calls after these on one more such branch each
     off: dict[str, Any] = field(default_factory=lambda: OFF)  # what in the call turns it off
     batches: bool = True  # more than one prompt at a time
     independent: bool = True  # rows of a batch do not influence one another in the pipeline itself

@@ -64,6 +64,15 @@ SD3: dict[str, Any] = {
 
 
 @tiny("StableDiffusion3Pipeline", lambda rows: sd3_text(rows, **SIZE), **NET)
+@tiny(
+    "StableDiffusion3Pipeline, skipped layers",
+    lambda rows: sd3_text(
+        rows, **SIZE, skip_guidance_layers=[0], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=0.8
+    ),
+    "StableDiffusion3Pipeline",
+    further=1,
+    **NET,
+)
 @tiny("StableDiffusion3Img2ImgPipeline", lambda rows: sd3_text(rows, **edited(rows)), **NET)
 @tiny("StableDiffusion3InpaintPipeline", lambda rows: sd3_text(rows, **painted(rows)), **NET)
 def sd3() -> dict[str, Any]:
@@ -802,7 +811,7 @@ def hunyuan_image() -> dict[str, Any]:
 # Perturbed attention
 
 
-PAG: dict[str, Any] = {**NET, "branches": 3, "off": {"guidance_scale": 1.0, "pag_scale": 0.0}}
+PAG: dict[str, Any] = {**NET, "branches": 3, "terms": 1, "off": {"guidance_scale": 1.0, "pag_scale": 0.0}}
 
 
 @tiny("StableDiffusion3PAGPipeline", lambda rows: sd3_text(rows, **SIZE), **PAG)

@@ -161,6 +161,7 @@ def sd1_instruct() -> dict[str, Any]:
     "StableDiffusionPAGPipeline",
     lambda rows: text(rows, **SIZE),
     branches=3,
+    terms=1,
     off={"guidance_scale": 1.0, "pag_scale": 0.0},
 )
 def sd1_pag() -> dict[str, Any]:
@@ -330,6 +331,7 @@ def xl_instruct() -> dict[str, Any]:
     "StableDiffusionXLPAGPipeline",
     lambda rows: xl_text(rows, **SIZE),
     branches=3,
+    terms=1,
     off={"guidance_scale": 1.0, "pag_scale": 0.0},
 )
 def xl_pag() -> dict[str, Any]:
@@ -439,7 +441,7 @@ def kandinsky22_controlnet() -> dict[str, Any]:
 
 # More of Stable Diffusion's kin
 
-PAG: dict[str, Any] = {"branches": 3, "off": {"guidance_scale": 1.0, "pag_scale": 0.0}}
+PAG: dict[str, Any] = {"branches": 3, "terms": 1, "off": {"guidance_scale": 1.0, "pag_scale": 0.0}}
 
 
 @tiny("StableDiffusionPAGImg2ImgPipeline", lambda rows: text(rows, **edited(rows)), **PAG)

@@ -353,8 +353,27 @@ def ltx2_text(rows: range) -> dict[str, Any]:
     return embeds(rows, 7, 32, mask="attention_mask", guidance_scale=SCALE, **plain, **rescale, **large)
 
 
+def ltx2_defaults(rows: range) -> dict[str, Any]:
+    """Spatio-temporal guidance, modality isolation and rescaling are on."""
+    found = {name: value for name, value in ltx2_text(rows).items() if not name.endswith(("stg_scale", "_rescale"))}
+    found = {name: value for name, value in found.items() if not name.endswith("modality_scale")}
+    return {**found, "spatio_temporal_guidance_blocks": [0]}
+
+
+@tiny(
+    "LTX2Pipeline, its defaults",
+    ltx2_defaults,
+    "LTX2Pipeline",
+    further=2,
+    off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0},
+    **NET,
+)
+def ltx2_perturbed() -> dict[str, Any]:
+    return ltx2(perturbed_attn=True)
+
+
 @tiny("LTX2Pipeline", ltx2_text, off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0}, **NET)
-def ltx2() -> dict[str, Any]:
+def ltx2(**changes: Any) -> dict[str, Any]:
     """Picture and sound are denoised together and guided apart."""
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
@@ -372,6 +391,7 @@ def ltx2() -> dict[str, Any]:
         **both,
         audio_num_attention_heads=2,
         audio_attention_head_dim=4,
+        **changes,
     )
     connectors = LTX2TextConnectors(
         caption_channels=16,
@@ -872,7 +892,7 @@ def svd() -> dict[str, Any]:
     }
 
 
-@tiny("AnimateDiffPAGPipeline", frames_text, branches=3, off={"guidance_scale": 1.0, "pag_scale": 0.0})
+@tiny("AnimateDiffPAGPipeline", frames_text, branches=3, terms=1, off={"guidance_scale": 1.0, "pag_scale": 0.0})
 def animate_pag() -> dict[str, Any]:
     return animate()
 

@@ -1,0 +1,597 @@
+"""All that a GPU can show, in under eight minutes: that the package is right there, cheap and fast.
+
+    make gpu        or        python benchmarks/gpu.py [--out benchmarks/results] [--only exact pipelines ...] [--short]
+
+    exact       every kernel against float64, on outputs that held NaN before; two runs equal bit for bit
+    pipelines   six tiny pipelines x six rules and policies x five ways to run them, on the device and on the CPU
+    kernels     times of a guidance step: diffusers' formula, the reference, the same compiled, Triton
+    step        what attaching costs a step: host time, launches, waits
+    saved       seconds that policies save at real size, from the time of one network call per number of rows
+
+Each row is in gpu-<machine>.json as soon as it is there; a table comes last. A section stops when its time is up, and
+says what it left out. The exit status adds up the sections in which something failed or was left out: 1, 2, 4, 8, 16.
+
+Without a GPU it runs on the CPU with tiny sizes and interpreted kernels. This shows that the command works, and
+nothing about a GPU.
+
+Where the package is not installed, it is put together from the folders of this checkout. Without a registry, diffusers
+needs only its wheel beside torch, transformers and accelerate (no matplotlib, no pytest):
+
+    python -m pip install --no-index --no-deps --target site diffusers-*.whl
+    PYTHONPATH=site python benchmarks/gpu.py
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# This folder and the checkout have a `kernels` of their own, which transformers and diffusers would take for another's.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() not in (HERE, ROOT)]
+sys.path.append(str(ROOT / "tests" / "zoo"))
+
+if importlib.util.find_spec("diffusers_guidance") is None:
+    placed = Path(tempfile.mkdtemp()) / "diffusers_guidance"
+    shutil.copytree(ROOT / "guidance", placed)
+    for folder in ("kernels", "pipelines", "samples"):
+        shutil.copytree(ROOT / folder, placed / folder)
+    sys.path.insert(0, str(placed.parent))
+
+import torch  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
+
+import diffusers  # noqa: E402
+import transformers  # noqa: E402
+import triton  # noqa: E402
+
+from diffusers_guidance import (  # noqa: E402
+    APG,
+    CFG,
+    TCFG,
+    AdaptiveGuidance,
+    CFGZeroStar,
+    Coefficients,
+    EveryStep,
+    Forecast,
+    Hold,
+    MagnitudeAware,
+    Rule,
+    Schedule,
+    attach,
+    kernels,
+)
+from diffusers_guidance.files import write  # noqa: E402
+from diffusers_guidance.kernels import launch, reference  # noqa: E402
+from diffusers_guidance.pipelines.attach.fused import use_fused_steps  # noqa: E402
+
+Found = dict[str, Any]
+Made = Callable[..., Any]
+
+
+class Check(NamedTuple):
+    """One row to come: what its name is, and what makes it. It raises `AssertionError` if it fails."""
+
+    name: str
+    make: Callable[[], Found]
+
+
+class Skipped(Exception):
+    """Why a check has no meaning here."""
+
+
+def beside(name: str) -> ModuleType:
+    """Another script of this folder."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", HERE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """RMS of the difference over the RMS of `exact`."""
+    exact = exact.double()
+    return float((found.double().to(exact.device) - exact).norm() / exact.norm())
+
+
+# exact
+
+
+class Given(Rule):
+    """A rule whose coefficients torch computes between two kernels."""
+
+    momentum = 0.25
+    needs_denoised = True
+
+    def coefficients(self, gram: Any, b: float) -> Coefficients:
+        return Coefficients(0.1, 1.0 - gram.cd / gram.cc, 2.0 * gram.sum_d / gram.numel + 1.0, 0.3)
+
+
+RULES: dict[str, Rule] = {
+    "APG": APG(7.5),
+    "APG by frame": APG(7.5, norm_dim=(-2, -1)),
+    "CFG rescale": CFG(5.0, 0.7),
+    "CFG-Zero*": CFGZeroStar(7.5),
+    "TCFG": TCFG(7.5),
+    "MAMBO-G": MagnitudeAware(7.5),
+    "given": Given(3.0),
+}
+SHAPES = {
+    "SD x1": (1, 4, 64, 64),
+    "SDXL x8": (8, 4, 128, 128),
+    "SD3 x2": (2, 16, 128, 128),
+    "odd": (3, 5, 61, 67),
+    "Wan x1": (1, 16, 21, 90, 160),
+}
+TINY_SHAPES = {"one program": (2, 3, 8, 9), "several": (1, 4, 31, 33)}
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1.05 * 2**-11, torch.bfloat16: 1.05 * 2**-8}
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside the block, new memory is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def in_launches(count: int) -> Iterator[None]:
+    """Inside the block, guidance takes one launch where it can, or two."""
+    fits = launch.fits_one_launch
+    if count == 2:
+        launch.fits_one_launch = lambda *_: False
+    try:
+        yield
+    finally:
+        launch.fits_one_launch = fits
+
+
+def agreeing(made: Made, exact: Made, tensors: Sequence[Any], limits: Sequence[float]) -> Found:
+    """Runs it twice on poisoned outputs: equal bit for bit, and within each limit of float64's."""
+    with poisoned():
+        first, second = ([t.clone() for t in made(*tensors)] for _ in range(2))
+    truths = exact(*[None if t is None else t.double() for t in tensors])
+    errors = [relative(f, e) for f, e in zip(first, truths, strict=True)]
+    assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True)), "two runs differ"
+    assert all(e < limit for e, limit in zip(errors, limits, strict=True)), f"errors {errors}, allowed {limits}"
+    return {"errors": errors}
+
+
+A, B = 1.0, -0.7
+Pair = tuple[Made, Made]
+"""What is checked, and the truth."""
+
+
+def guiding(rule: Rule, launches: int) -> Pair:
+    def guide(x: Any, c: Any, u: Any, m: Any) -> Any:
+        with in_launches(launches):
+            return kernels.guide(x, c, u, m, A, B, rule, backend="triton")
+
+    return guide, lambda x, c, u, m: reference.guide(x, c, u, m, A, B, rule)
+
+
+def stepping(dtype: torch.dtype) -> Pair:
+    update = kernels.Update((0.9, -0.2), dtype, (1.0, -0.5), torch.float32)
+    exact = update._replace(dtype=torch.float64, denoised_dtype=torch.float64)
+    return (
+        lambda x, c, u, m: kernels.step(x, c, u, m, A, B, APG(7.5), update, backend="triton"),
+        lambda x, c, u, m: reference.step(x, c, u, m, A, B, APG(7.5), exact),
+    )
+
+
+def comparing() -> Pair:
+    return (
+        lambda x, c, u: [kernels.similarity(x, c, u, A, B, backend="triton")],
+        lambda x, c, u: [reference.similarity(x, c, u, A, B)],
+    )
+
+
+def extrapolating(factors: torch.Tensor) -> Pair:
+    return (
+        lambda history: [kernels.extrapolate(history, factors, backend="triton")],
+        lambda history: [reference.extrapolate(history, factors)],
+    )
+
+
+def exact_section(short: bool) -> Iterator[Check]:
+    shapes = TINY_SHAPES if short else SHAPES
+    dtypes = (torch.float32, torch.float16) if short else tuple(ROUNDING)  # the interpreter truncates to bfloat16
+    for (size, shape), dtype in itertools.product(shapes.items(), dtypes):
+        generator = torch.Generator().manual_seed(len(size))
+        x, c, difference, m = (t.to(DEVICE) for t in torch.randn(4, *shape, generator=generator))
+        x, c, u = x.to(dtype), c.to(dtype), (c + 0.1 * difference).to(dtype)
+        rounding, name = ROUNDING[dtype], f"{size}, {str(dtype).removeprefix('torch.')}"
+        for (of, rule), launches in itertools.product(RULES.items(), (1, 2)):
+            momentum = None if of == "TCFG" else m
+            check = partial(agreeing, *guiding(rule, launches), (x, c, u, momentum), (rounding, 1e-6))
+            yield Check(f"guide, {of}, {name}, {launches}", check)
+        yield Check(f"step, {name}", partial(agreeing, *stepping(dtype), (x, c, u, m), (rounding, 1e-6, 1e-6)))
+        yield Check(f"similarity, {name}", partial(agreeing, *comparing(), (x, c, u), (1e-6,)))
+        for factors in (torch.randn(5, generator=generator), torch.randn(5, shape[1], generator=generator)):
+            history = torch.stack([x, c, u, c, x])
+            check = partial(agreeing, *extrapolating(factors), (history,), (rounding,))
+            yield Check(f"extrapolate, {factors.ndim} dimensions, {name}", check)
+
+
+# pipelines
+
+PIPES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "PixArtSigmaPipeline",
+    "FluxPipeline",
+    "WanPipeline",
+)
+STEPS, BATCH = 6, 2
+WAYS = ("no_grad", "inference_mode", "autocast", "CPU offload", "reduce-overhead")  # what takes long comes last
+ACTIONS = ("both", "conditional", "both", "extrapolate", "extrapolate", "conditional")
+
+
+def moved(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(DEVICE)
+    if isinstance(value, dict):
+        return {k: moved(v) for k, v in value.items()}
+    return type(value)(moved(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@contextlib.contextmanager
+def running(way: str, pipe: Any, entry: Any) -> Iterator[None]:
+    """The pipeline on the device, and the block run in one of `WAYS`."""
+    parts = [getattr(pipe, name) for name in entry.denoisers]
+    with contextlib.ExitStack() as stack:
+        if way == "CPU offload":
+            if not ON_GPU:
+                raise Skipped("offloads from a GPU")
+            pipe.enable_model_cpu_offload()
+        else:
+            pipe.to(DEVICE)
+        if way == "reduce-overhead":
+            for part in parts:
+                if ON_GPU:
+                    part.compile(mode="reduce-overhead", dynamic=False)
+                else:  # what it means for the package: outputs lie where those of the step before lay
+                    stack.callback(part.register_forward_hook(reusing_outputs(), with_kwargs=True).remove)
+        stack.enter_context(torch.inference_mode() if way == "inference_mode" else torch.no_grad())
+        if way == "autocast":
+            stack.enter_context(torch.autocast(DEVICE, torch.bfloat16))
+        if not ON_GPU:
+            stack.enter_context(kernels.use_backend("triton"))
+            stack.enter_context(use_fused_steps(True))
+        yield
+
+
+def reusing_outputs() -> Made:
+    """A hook that has a network write what it puts out for a prompt to one place."""
+    places: dict[Any, torch.Tensor] = {}
+
+    def hook(_module: Any, _args: Any, kwargs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(hook(_module, _args, kwargs, part) for part in output)
+        if not isinstance(output, torch.Tensor):
+            return output
+        key = kwargs["encoder_hidden_states"].data_ptr(), output.shape, output.dtype
+        places[key] = places[key].copy_(output) if key in places else output.clone()
+        return places[key]
+
+    return hook
+
+
+def nfe_of(report: Any) -> int:
+    """NFEs without those of trying a part of the batch, which a changed network may take."""
+    return report.nfe - sum(max(0, step.nfe - step.nfe_full) for step in report.steps)
+
+
+def compared(name: str, way: str, truths: dict[str, Any]) -> Iterator[Check]:
+    """A pipeline in one way: untouched, then under each rule and policy, each beside its run on the CPU."""
+    from tiny import PIPELINES, run
+
+    entry = PIPELINES[name]
+    state: dict[str, Any] = {}
+
+    def on_device() -> torch.Tensor:
+        with running(way, state["pipe"], entry):
+            return run(state["pipe"], entry, STEPS, BATCH, **moved(entry.call(BATCH))).float().cpu().clone()
+
+    def untouched() -> Found:
+        if name not in truths:
+            pipe = entry.build()
+            with torch.no_grad(), kernels.use_backend("torch"):
+                truths[name] = {"pipe": pipe, "untouched": run(pipe, entry, STEPS, BATCH)}
+                with attach(pipe, CFG(), EveryStep()) as handle:
+                    run(pipe, entry, STEPS, BATCH)
+            seen = sorted({s for step in handle.report.steps for s in step.similarity if s is not None})
+            _, low, high = max((q - p, p, q) for p, q in itertools.pairwise(seen))
+            # In the middle of the widest gap, so that rounding does not decide.
+            truths[name]["threshold"] = (low + high) / 2
+        state["pipe"] = entry.build()
+        try:
+            found = on_device()
+        except RuntimeError as error:
+            if way == "reduce-overhead" and "overwritten" in str(error):  # by the step's other call
+                raise Skipped("the untouched pipeline fails in this way") from error
+            raise
+        state["own"] = relative(found, truths[name]["untouched"])
+        # It rounds apart by no more than the precision explains.
+        assert state["own"] < (0.1 if way == "autocast" else 5e-3), f"off by {state['own']:.1e} from the CPU"
+        return {"off": state["own"]}
+
+    def guided(policy: str) -> Found:
+        if "own" not in state:
+            raise Skipped("its untouched run did not pass")
+        rule, used = {
+            "CFG": (CFG(), EveryStep()),
+            "APG": (APG(norm_threshold=2.0), EveryStep()),
+            "AG": (CFG(), AdaptiveGuidance(truths[name]["threshold"])),
+            "Hold": (CFG(), Hold(2)),
+            "search": (CFG(), Schedule(ACTIONS)),
+            "Forecast": (CFG(), Forecast()),
+        }[policy]
+        if policy not in truths[name]:
+            pipe = truths[name]["pipe"]
+            with torch.no_grad(), kernels.use_backend("torch"), attach(pipe, rule, used) as handle:
+                truths[name][policy] = run(pipe, entry, STEPS, BATCH), nfe_of(handle.report)
+        exact, nfe = truths[name][policy]
+        with attach(state["pipe"], rule, used) as handle:
+            found = on_device()
+        off = relative(found, exact)
+        assert nfe_of(handle.report) == nfe, f"{nfe_of(handle.report)} NFEs, {nfe} on the CPU"
+        limit = 20 * state["own"] + 1e-4
+        assert off < limit, f"off by {off:.1e} from the CPU, allowed {limit:.1e}; untouched {state['own']:.1e}"
+        return {"off": off, "untouched": state["own"], "nfe": nfe}
+
+    yield Check(f"{name}, {way}, untouched", untouched)
+    for policy in ("CFG", "APG", "AG", "Hold", "search", "Forecast"):
+        yield Check(f"{name}, {way}, {policy}", partial(guided, policy))
+
+
+def pipelines_section(short: bool) -> Iterator[Check]:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    truths: dict[str, Any] = {}
+    for way, name in itertools.product(WAYS, PIPES[:1] + PIPES[-1:] if short else PIPES):
+        yield from compared(name, way, truths)
+
+
+# kernels
+
+
+def kernels_section(short: bool) -> Iterator[Check]:
+    benchmark = beside("kernels")
+    for cell in benchmark.cells(short, DEVICE, half_only=True):
+        yield Check(cell.name, partial(benchmark.measured, cell, DEVICE))
+
+
+# step
+
+
+def step_section(short: bool) -> Iterator[Check]:
+    """A tiny UNet: its own host time is known from the untouched run."""
+    from tiny import PIPELINES, run
+
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build().to(DEVICE)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    call, steps, rounds = moved(entry.call(1)), (4, 8) if short else (10, 20), 3 if short else 9
+
+    def taken(count: int) -> float:
+        _synchronize()
+        began = time.perf_counter()
+        run(pipe, entry, count, **call)
+        _synchronize()
+        return time.perf_counter() - began
+
+    def launches(count: int) -> tuple[int, int]:
+        """Kernels launched and waits for the device in a run."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            run(pipe, entry, count, **call)
+        names = [event.name for event in profile.events()]
+        kernels_ = sum("LaunchKernel" in name or "LaunchCooperative" in name for name in names)
+        return kernels_, sum("Synchronize" in name for name in names)
+
+    def measure(rule: Rule | None, policy: Any) -> Found:
+        with attach(pipe, rule, policy) if rule is not None else contextlib.nullcontext():
+            taken(steps[0])
+            times = [[taken(count) for count in steps] for _ in range(rounds)]
+            each = statistics.median((long - first) / (steps[1] - steps[0]) for first, long in times)
+            found: Found = {"microseconds_a_step": each * 1e6}
+            if ON_GPU:
+                some, more = launches(steps[0]), launches(steps[1])
+                per = [(m - s) / (steps[1] - steps[0]) for s, m in zip(some, more, strict=True)]
+                found |= {"launches_a_step": per[0], "waits_a_step": per[1]}
+        return found
+
+    for name, rule, policy in (
+        ("untouched", None, None),
+        ("CFG + EveryStep", CFG(), EveryStep()),
+        ("APG + EveryStep", APG(), EveryStep()),
+        ("CFG + AG", CFG(), AdaptiveGuidance()),
+        ("CFG + Hold", CFG(), Hold(2)),
+        ("CFG + Forecast", CFG(), Forecast()),
+    ):
+        yield Check(name, partial(measure, rule, policy))
+
+
+def _synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+# saved
+
+
+def saved_section(short: bool) -> Iterator[Check]:
+    """The network once per number of rows; seconds of a run are sums of these."""
+    wall = beside("wallclock")
+    steps = 10 if short else 50
+
+    def measure(name: str) -> Found:
+        build, how = wall.DENOISERS[name]
+        dtype = torch.bfloat16 if ON_GPU else torch.float32
+        with torch.device(DEVICE):
+            model, inputs = build(not ON_GPU)
+        model = model.to(DEVICE, dtype).eval()
+        seconds: dict[int, float] = {}
+        found: Found = {"calls": how, "steps": steps}
+        with torch.inference_mode():
+            for batch in (1,) if name.startswith("Wan") or short else (1, 4):
+                for rows in (batch, 2 * batch) if how == "one call of both halves" else (batch,):
+                    args, kwargs = wall.moved(inputs(rows), DEVICE, dtype)
+
+                    def call(_: int, args: Any = args, kwargs: Any = kwargs) -> None:
+                        model(*args, **kwargs, return_dict=False)
+
+                    call(rows)
+                    repeats = 1 if short else 3
+                    seconds[rows] = statistics.median(wall.run(call, [rows], _synchronize) for _ in range(repeats))
+                full = sum(seconds[n] for n in wall.calls_of([2 * batch] * steps, batch, how))
+                for policy, share in wall.POLICIES.items():
+                    evaluated = wall.rows_of(wall.stops(share, steps, batch, False), steps)
+                    own = sum(seconds[n] for n in wall.calls_of(evaluated, batch, how))
+                    found[f"x{batch} {policy}"] = {"seconds_saved": full - own, "of_seconds": full}
+                # Skips a quarter of the steps whole.
+                found[f"x{batch} Forecast"] = {"seconds_saved": 0.25 * full, "of_seconds": full}
+        return found | {"seconds_by_rows": seconds}
+
+    for name in wall.DENOISERS:
+        yield Check(name, partial(measure, name))
+        if ON_GPU:
+            torch.cuda.empty_cache()
+
+
+SECTIONS: dict[str, tuple[Callable[[bool], Iterator[Check]], float]] = {
+    "exact": (exact_section, 110),
+    "pipelines": (pipelines_section, 180),
+    "kernels": (kernels_section, 80),
+    "step": (step_section, 20),
+    "saved": (saved_section, 70),
+}
+"""What each section checks, and its seconds."""
+
+
+def checked(check: Check) -> Found:
+    """The row of a check."""
+    began = time.perf_counter()
+    try:
+        return {"name": check.name, "ok": True, **check.make(), "took": time.perf_counter() - began}
+    except Skipped as reason:
+        return {"name": check.name, "ok": True, "skipped": str(reason)}
+    except Exception as error:
+        lines = traceback.format_exception_only(error)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return {
+            "name": check.name,
+            "ok": False,
+            "error": "".join(lines).strip()[:600],
+            "at": f"{where.name}:{where.lineno}",
+        }
+
+
+def rows_of(section: str, short: bool) -> Iterator[Found]:
+    """A section's rows, as long as its time lasts; the last one says how many are missing."""
+    checks, seconds = SECTIONS[section]
+    began, left = time.perf_counter(), 0
+    try:
+        for check in checks(short):
+            if time.perf_counter() - began > seconds and not short:
+                left += 1
+            else:
+                yield {"section": section, **checked(check)}
+    except Exception as error:
+        message = "".join(traceback.format_exception(error))[-600:]
+        yield {"section": section, "name": "the section itself", "ok": False, "error": message}
+    if left:
+        yield {"section": section, "name": f"{left} checks", "ok": False, "error": f"left out after {seconds} seconds"}
+
+
+def machine() -> Found:
+    found = {
+        "name": platform.processor() or platform.machine(),
+        "device": DEVICE,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+    if ON_GPU:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"name": properties.name, "multiprocessors": properties.multi_processor_count}
+    return found
+
+
+def table(rows: list[Found]) -> str:
+    """A line per section, then what failed, then what was measured."""
+    lines = []
+    for section in dict.fromkeys(row["section"] for row in rows):
+        mine = [row for row in rows if row["section"] == section]
+        failed, skipped = [row for row in mine if not row["ok"]], sum("skipped" in row for row in mine)
+        taken = sum(row.get("took", 0) for row in mine)
+        lines.append(f"{section:10} {len(mine):4} rows, {len(failed)} failed, {skipped} skipped, {taken:.0f} s")
+        lines += [f"  FAILED {row['name']}: {row['error'].splitlines()[-1][:150]}" for row in failed]
+        for row in mine:
+            shown = {k: v for k, v in row.items() if k not in ("section", "name", "ok", "took", "error", "at")}
+            if row["ok"] and section in ("kernels", "step", "saved"):
+                lines.append(f"  {row['name']:34} {short_form(shown)}")
+    return "\n".join(lines)
+
+
+def short_form(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{k} {short_form(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--short", action="store_true", help="a few tiny checks of each section; always without a GPU")
+    options = parser.parse_args()
+    short = options.short or not ON_GPU
+    if not ON_GPU:
+        print("No GPU: tiny sizes and interpreted kernels on the CPU. This shows that the command works, no more.")
+    random.seed(0)
+    torch.manual_seed(0)
+    here = machine()
+    file = options.out / f"gpu-{'tiny-cpu' if not ON_GPU else here['name'].replace(' ', '-')}.json"
+    rows: list[Found] = []
+    for section in options.only:
+        for row in rows_of(section, short):
+            rows.append(row)
+            write(file, json.dumps({"machine": here, "short": short, "rows": rows}, indent=1).encode() + b"\n")
+            print(f"{section:10} {'ok    ' if row['ok'] else 'FAILED'} {row['name']}", flush=True)
+    print(f"\n{table(rows)}\nwrote {file}")
+    failed = {row["section"] for row in rows if not row["ok"]}
+    return sum(1 << list(SECTIONS).index(section) for section in failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Steps that evaluate one prediction of each sample: how the scheduler gets it.
+
+Without guidance (at a scale of 1, in a distilled model) a step's output is the network's, as it is, or mixed with the
+sample by two numbers, alpha x + beta y (Sana Sprint turns what its network predicts into what its scheduler wants).
+That is a formula of one branch: no rule can act on it, but a policy may skip it as a whole.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.pipelines.attach.combination import SOLVED, Around
+from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.layout import Layout, View, views
+from diffusers_guidance.pipelines.attach.residual import mixture, norm
+from diffusers_guidance.pipelines.attach.sample import Sample
+
+
+def single(outputs: Sequence[Tensor], output: Tensor, around: Around) -> Formula | None:
+    """How the scheduler's `output` follows from the step's only prediction; None: it does not, as far as is seen."""
+    if len(outputs) != 1 or outputs[0].shape[0] > output.shape[0]:
+        return None
+    (y,) = outputs
+    for mixed in ("", SOLVED):
+        for view in views(y.shape, output.shape):
+            if view.channels or not view.holds(output):
+                continue
+            layout = Layout(batched=True, branches=1, cond_index=0, view=view, rows=y.shape[0])
+            formula = Formula(
+                layout=layout, weights=(), anchor="u", upcast=y.dtype != output.dtype, finish="", scale=None,
+                dtype=output.dtype, mixed=mixed,
+            )  # fmt: skip
+            if holds(formula, y, output, around):
+                return formula
+    return None
+
+
+def holds(formula: Formula, y: Tensor, output: Tensor, around: Around) -> bool:
+    """Whether the formula gives the scheduler's `output`, as it is or mixed with the sample."""
+    view = formula.view
+    alone, target = view(y), view.working(output)
+    if alone.shape != target.shape:
+        return False
+    if formula.mixed != SOLVED:
+        return _same(alone, target)
+    return _is_mixed(view, alone, target, around.sample)
+
+
+def _same(alone: Tensor, target: Tensor) -> bool:
+    """Whether both are equal to the rounding of the coarser one; what is not finite must be so in both."""
+    coarser = max((alone.dtype, target.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    if torch.equal(alone.to(coarser), target.to(coarser)):
+        return True
+    if not torch.equal(torch.isfinite(alone), torch.isfinite(target)):
+        return False
+    alone, target = (t.nan_to_num(0, 0, 0) for t in (alone, target))
+    return norm(alone - target) <= 4 * torch.finfo(coarser).eps * norm(target)
+
+
+def _is_mixed(view: View, alone: Tensor, target: Tensor, sample: Tensor | None) -> bool:
+    x = None if sample is None else view.working(sample)
+    if x is None or x.shape != target.shape:
+        return False
+    few = Sample(target.shape)
+    (_, beta), fit = mixture(*map(few, (target, x, alone)))
+    # The prediction must show in it.
+    return fit.fits and abs(beta) * float(few(alone).double().norm()) > 100 * fit.allowed

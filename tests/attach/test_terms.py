@@ -1,0 +1,181 @@
+"""Terms of more than two branches: the algebra, and pipelines that have them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conformance import relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import PIPELINES, counting, run
+
+from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Forecast, Hold, attach
+from diffusers_guidance.pipelines.attach.terms import Terms, candidates, coefficients, distances, trees, weigh
+
+
+@st.composite
+def hung(draw):
+    """A tree of 3 to 5 branches, each on the conditional or the unconditional one."""
+    n = draw(st.integers(3, 5))
+    cond, uncond, *others = draw(st.permutations(range(n)))
+    parents = [cond] * n
+    for k in others:
+        parents[k] = draw(st.sampled_from([cond, uncond]))
+    a = [draw(st.floats(0.1, 9.0)) if k != cond else 0.0 for k in range(n)]
+    return Terms(uncond, tuple(parents), tuple(a), ("",) * n)
+
+
+def drawn(n, seed=0, shape=(2, 4, 8, 8)):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(n)]
+
+
+@settings(deadline=None)
+@given(hung())
+def test_weights_and_coefficients_give_each_other(terms):
+    assert sum(terms.weights) == pytest.approx(1)
+    assert coefficients(terms.weights, terms.parents) == pytest.approx(terms.coefficients)
+
+
+@settings(deadline=None)
+@given(hung(), st.booleans(), st.floats(0.5, 2.0))
+def test_weights_are_found_again(terms, affine, factor):
+    parts = drawn(len(terms.parents))
+    c, u = parts[terms.cond], parts[terms.uncond]
+    target = c + (terms.w - 1) * (c - u)
+    for k, (a, parent) in enumerate(zip(terms.coefficients, terms.parents, strict=True)):
+        if k not in (terms.cond, terms.uncond):
+            target = target + a * (parts[parent] - parts[k])
+    assert torch.allclose(terms.combined(parts), target)
+    assert torch.allclose(terms.written(parts), target)
+    found = weigh(parts, target if affine else factor * target, affine)
+    assert found.values == pytest.approx(terms.weights, rel=1e-6, abs=1e-6)
+    assert found.doubt < 1e-6
+
+
+@settings(deadline=None)
+@given(hung())
+def test_a_tree_is_found_again_by_its_scales(terms):
+    scales = {"guidance_scale": terms.w} | {
+        f"s{k}_scale": a for k, a in enumerate(terms.coefficients) if k not in (terms.cond, terms.uncond)
+    }
+    parts = drawn(len(terms.parents))
+    found = trees(weigh(parts, terms.combined(parts)), scales)
+    same = [each for each in found if (each.cond, each.uncond) == (terms.cond, terms.uncond)]
+    assert same
+    assert all(torch.allclose(each.combined(parts), terms.combined(parts)) for each in same)
+    if len(parts) > 4:
+        return  # too many to look at one by one
+    exactly = [each for each in candidates(len(parts), scales) if each.parents == terms.parents]
+    assert any(each.coefficients == pytest.approx(terms.coefficients) for each in exactly)
+
+
+def test_a_branch_that_equals_another_weighs_nothing_of_its_own():
+    c, p, _ = drawn(3)
+    found = weigh([c, c, p], c + 2.8 * (c - p))
+    assert found.values == pytest.approx((3.8, math.nan, -2.8), nan_ok=True)
+    assert found.around(1) == pytest.approx((math.nan, 3.8, -2.8), nan_ok=True)
+    assert weigh([c, c], c) is None
+
+
+def test_inputs_tell_what_hangs_where():
+    text, no_text, picture, nothing = drawn(4, shape=(1, 3))
+    assert distances([{"text": text, "x": picture}] * 2) is None
+    instructed = [{"text": a, "x": b} for a, b in ((text, picture), (no_text, picture), (no_text, nothing))]
+    assert distances(instructed) == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
+    parts, (s, t) = drawn(3), (4.0, 2.0)
+    c, a, b = parts
+    target = b + s * (c - a) + t * (a - b)
+    scales = {"guidance_scale": s, "image_guidance_scale": t}
+    (terms,) = trees(weigh(parts, target), scales, distances(instructed))
+    assert (terms.cond, terms.uncond, terms.parents) == (0, 1, (0, 0, 1))
+    assert terms.coefficients == pytest.approx((0, 3, 1))
+    assert terms.alone == () and not terms.is_flat
+
+
+WITH_TERMS = {
+    "LTX2Pipeline, its defaults": ["cond", "uncond", "stg", "modality"],
+    "StableDiffusion3Pipeline, skipped layers": ["cond", "uncond", "skip_layer"],
+    "StableDiffusionPAGPipeline": ["cond", "uncond", "pag"],
+    "StableDiffusion3PAGPipeline": ["cond", "uncond", "pag"],
+}
+
+
+@pytest.mark.parametrize("name", WITH_TERMS)
+@pytest.mark.parametrize("policy", [Forecast(), AdaptiveGuidance(0.9), Hold(2)], ids=lambda p: type(p).__name__)
+def test_evaluations_are_counted_by_branch(name, policy):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    networks = [getattr(pipe, each) for each in entry.denoisers]
+    with counting(*networks) as full:
+        run(pipe, entry, 8)
+    with attach(pipe, CFG(), policy) as handle, counting(*networks) as count:
+        run(pipe, entry, 8)
+    report = handle.report
+    assert sorted(report.nfe_by_branch) == sorted(WITH_TERMS[name])
+    assert sum(report.nfe_by_branch.values()) == report.nfe == count.total
+    assert report.nfe_full == full.total
+    kept = isinstance(policy, Hold) and name.startswith("LTX2")  # nothing estimates a sound's other half
+    assert (report.nfe < report.nfe_full) is not kept
+    by = report.nfe_by_branch
+    if isinstance(policy, Forecast):
+        assert len({by["cond"], by["uncond"]}) == 1 and by["cond"] < 8
+    else:
+        assert by["cond"] == 8 and (by["uncond"] < 8) is not kept
+
+
+@pytest.mark.parametrize("name", WITH_TERMS)
+def test_a_rule_acts_on_guidance_alone(name):
+    """At a scale of 1 it gives c, and the terms stay."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    captured = []
+
+    def rule_and_truth(step, prediction, guided):
+        captured.append((prediction.cond, prediction.further, guided))
+
+    with attach(pipe, APG(norm_threshold=1e-9, momentum=0.0), EveryStep()) as handle:
+        handle.observers.append(rule_and_truth)
+        run(pipe, entry, 4, guidance_rescale=0.0) if name.startswith("LTX2") else run(pipe, entry, 4)
+    assert any(further is not None for _, further, _ in captured)
+    for cond, further, guided in captured:
+        expected = cond if further is None else cond + further
+        assert relative(guided, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("start", "stop"), list(itertools.combinations([0.0, 0.3, 0.5, 0.7, 1.0], 2)))
+def test_terms_that_come_and_go_in_a_run(start, stop):
+    """Stable Diffusion 3 skips layers in a part of its steps; also where such a step is skipped."""
+    entry = PIPELINES["StableDiffusion3Pipeline, skipped layers"]
+    pipe = entry.build()
+    asked = {"skip_layer_guidance_start": start, "skip_layer_guidance_stop": stop}
+    with counting(pipe.transformer) as full:
+        plain = run(pipe, entry, 12, **asked)
+    with attach(pipe, CFG(), Hold(1)):
+        assert torch.equal(run(pipe, entry, 12, **asked), plain)
+    with attach(pipe) as handle, counting(pipe.transformer) as count:
+        found = run(pipe, entry, 12, **asked)
+    assert handle.report.nfe == count.total < handle.report.nfe_full == full.total
+    assert relative(found, plain) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"), [("AllegroPipeline", 1), ("CogView4Pipeline", 2), ("HiDreamImagePipeline", 1)]
+)
+def test_a_trial_is_made_once(name, batch):
+    """For a pipeline's networks and shapes: later calls take no more evaluations than they use, other shapes do."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    networks, nfe = [getattr(pipe, each) for each in entry.denoisers], []
+    for _ in range(3):
+        with attach(pipe, CFG(), Hold(2)) as handle, counting(*networks) as count:
+            run(pipe, entry, 4, batch)
+        assert handle.report.nfe == count.total
+        nfe.append(handle.report.nfe)
+    assert nfe[0] > nfe[1] == nfe[2] == 6 * batch
+    assert "was tried before" in handle.report.steps[0].note
+    other = entry.build()
+    with attach(other, CFG(), Hold(2)) as handle:
+        run(other, entry, 4, batch)
+    assert handle.report.nfe == nfe[0]

@@ -1,0 +1,72 @@
+"""`make gpu`: the same checks as tests where there is a GPU; elsewhere its short form, so that it cannot rot."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no GPU; the short form of these checks runs on the CPU")
+@pytest.mark.parametrize("section", ["exact", "pipelines", "kernels", "step", "saved"])
+def test_on_a_gpu(section):
+    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    rows = list(gpu.rows_of(section, short=False))
+    print(gpu.table(rows))
+    assert [row for row in rows if not row["ok"]] == []
+
+
+def started(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_short_form_runs_without_a_gpu(tmp_path):
+    done = started(SCRIPT, "--short", "--out", tmp_path)
+    print(done.stdout, done.stderr[-3000:])
+    assert done.returncode == 0
+    (file,) = tmp_path.glob("gpu-*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["section"] for row in rows} == {"exact", "pipelines", "kernels", "step", "saved"}
+    made = [row for row in rows if "skipped" not in row]
+    assert all(row["ok"] for row in rows) and len(made) > 80
+
+
+FAILING = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("gpu", {script!r})
+gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+
+def checks(short):
+    yield gpu.Check("wrong", lambda: gpu.agreeing(lambda x: [x + 1e-3], lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
+    unwritten = lambda x: [gpu.torch.empty_like(x)]
+    yield gpu.Check("unwritten", lambda: gpu.agreeing(unwritten, lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
+    yield gpu.Check("right", lambda: gpu.agreeing(lambda x: [x + 0], lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
+    raise RuntimeError("out of memory")
+
+gpu.SECTIONS["kernels"] = checks, 9.0
+sys.argv[1:] = ["--only", "kernels", "--out", {out!r}]
+sys.exit(gpu.main())
+"""
+
+
+@pytest.mark.slow
+def test_what_fails_is_told_and_kept(tmp_path):
+    """A wrong number, memory that nothing wrote, and a section that dies: rows, and the section's bit in the status."""
+    done = started("-c", FAILING.format(script=str(SCRIPT), out=str(tmp_path)))
+    print(done.stdout, done.stderr[-3000:])
+    assert done.returncode == 4
+    (file,) = tmp_path.glob("gpu-*.json")
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert [name for name, row in rows.items() if not row["ok"]] == ["wrong", "unwritten", "the section itself"]
+    assert "allowed" in rows["wrong"]["error"] and "out of memory" in rows["the section itself"]["error"]
