@@ -84,6 +84,27 @@ def test_nothing_is_waited_for_that_was_not_before(tiny, rule, policy):
         assert [value is not None for value in step.similarity] == [was == "both" for was in step.evaluated]
 
 
+@pytest.mark.parametrize("policy", [Forecast(0.4), Hold(2)], ids=str)
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline, no guidance", "FluxPipeline, schnell"])
+def test_without_guidance_nothing_is_waited_for_either(name, policy):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    network = getattr(pipe, entry.denoisers[0])
+    extra, report = added(pipe, network, APG(), policy, lambda: run(pipe, entry, STEPS))
+    assert max(extra[1:-1]) <= 0
+    assert extra[-1] <= 1
+    assert report.nfe < report.nfe_full or type(policy) is Hold
+
+
+@pytest.mark.parametrize("rule", [CFG(), APG()], ids=str)
+def test_terms_whose_scales_are_read_are_not_waited_for(rule):
+    entry = PIPELINES["StableDiffusionInstructPix2PixPipeline"]
+    pipe = entry.build()
+    extra, _ = added(pipe, pipe.unet, rule, Hold(2), lambda: run(pipe, entry, STEPS))
+    assert max(extra[1:-1]) <= 0
+    assert extra[-1] <= 1
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_search_waits_for_nothing(per_channel):
     pipe = PIPELINES["StableDiffusionPipeline"].build()
