@@ -30,7 +30,7 @@ from diffusers_guidance.pipelines.attach.residual import Fit, Tolerance, mixture
 from diffusers_guidance.pipelines.attach.sample import Sample
 from diffusers_guidance.pipelines.attach.single import holds, rounded, single
 from diffusers_guidance.pipelines.attach.solve import best, solve
-from diffusers_guidance.pipelines.attach.terms import Apart, distances
+from diffusers_guidance.pipelines.attach.terms import Apart, Terms, distances
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule
@@ -175,9 +175,8 @@ class Discovery:
         terms = formula.tree
         if terms is None or terms.is_flat or formula.finish or not self.rule.is_plain or self.rule.is_scheduled:
             return formula
-        weights = terms.weights
-        of_others = tuple(weights[k] / -(weights[terms.cond] - 1) for k in formula.others)
-        return replace(formula, tree=None, weights=of_others, value=weights[terms.cond], exact=False)
+        merged = _merged(formula, terms)
+        return merged if formula.exact else replace(merged, tree=None, value=terms.weights[terms.cond])
 
     def single(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> bool:
         """Whether the step's only prediction is what the scheduler gets, so that it can be skipped as a whole."""
@@ -313,7 +312,7 @@ class Discovery:
                 if exactly is not None:
                     formula = replace(formula, value=s)
                     denoiser.settle_for(formula)
-            w = formula.w(s)
+            w = formula.tree.weights[formula.cond_index] if formula.tree and formula.is_merged else formula.w(s)
             tolerance, norms = formula.tolerance(s, c.dtype, is_strict=self.acts), None
             expected = formula.expected(denoiser.outputs, c, u, s, around)
             several = isinstance(s, Tensor) or (formula.tree is None and formula.evaluations > 2)
@@ -365,9 +364,10 @@ class Discovery:
         assert tree is not None
         if formula.exact:
             terms = tree.named(self.call.strengths) or tree
-            formula = replace(formula, tree=terms, value=terms.w)
-            denoiser.settle_for(formula)
-            return formula
+            again = replace(formula, tree=terms, value=terms.w)
+            again = _merged(again, terms) if formula.is_merged else again
+            denoiser.settle_for(again)
+            return again
         few = Sample(target.shape)
         x = around.sample
         near = replace(around, sample=few(x) if x is not None and x.shape == target.shape else None)
@@ -445,6 +445,16 @@ class Discovery:
                 steps[place].add_note(f"not verified: {_held(formula, fit)}")
 
         self.recording.read_later(tell)
+
+
+def _merged(formula: Formula, terms: Terms) -> Formula:
+    """The formula with all branches but the conditional one in u."""
+    weights = terms.weights
+    rest = 1 - weights[terms.cond]
+    # At w = 1 nothing of the others is left, and any u will do.
+    n = len(formula.others)
+    of_others = tuple(weights[k] / rest if rest else 1 / n for k in formula.others)
+    return replace(formula, is_merged=True, weights=of_others)
 
 
 def _held(formula: Formula, fit: Fit) -> str:
