@@ -106,7 +106,7 @@ class Denoiser:
         if self.formula.evaluations == 1:
             alone = Decision(Action.CONDITIONAL)
             return [each if each.action == Action.NEITHER else alone for each in plan]
-        both, terms = Decision(Action.BOTH), self.formula.tree
+        both, terms = Decision(Action.BOTH), None if self.formula.is_merged else self.formula.tree
 
         def is_possible(action: Action) -> bool:
             if not action.is_estimated or (self.policy.hands and action == Action.NEITHER):

@@ -28,9 +28,9 @@ from diffusers_guidance.pipelines.attach.identify import SINGLE, identify, turne
 from diffusers_guidance.pipelines.attach.layout import views
 from diffusers_guidance.pipelines.attach.residual import Fit, Tolerance, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import Sample
-from diffusers_guidance.pipelines.attach.single import holds, single
+from diffusers_guidance.pipelines.attach.single import holds, rounded, single
 from diffusers_guidance.pipelines.attach.solve import best, solve
-from diffusers_guidance.pipelines.attach.terms import Apart, distances
+from diffusers_guidance.pipelines.attach.terms import Apart, Terms, distances
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule
@@ -175,9 +175,8 @@ class Discovery:
         terms = formula.tree
         if terms is None or terms.is_flat or formula.finish or not self.rule.is_plain or self.rule.is_scheduled:
             return formula
-        weights = terms.weights
-        of_others = tuple(weights[k] / -(weights[terms.cond] - 1) for k in formula.others)
-        return replace(formula, tree=None, weights=of_others, value=weights[terms.cond], exact=False)
+        merged = _merged(formula, terms)
+        return merged if formula.exact else replace(merged, tree=None, value=terms.weights[terms.cond])
 
     def single(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> bool:
         """Whether the step's only prediction is what the scheduler gets, so that it can be skipped as a whole."""
@@ -185,12 +184,30 @@ class Discovery:
         if known is not None and known.evaluations == 1:
             if not denoiser.fits:
                 return False
-            around = self.call.around(sample, clock.space)
             return len(denoiser.outputs) == 1 and holds(known, denoiser.outputs[0], output, around)
         if (found := single(denoiser.outputs, output, around)) is None:
             return False
         denoiser.know(found)
         self._tell(denoiser, found)
+        return True
+
+    def is_single_still(self, denoiser: Denoiser, output: Tensor) -> bool:
+        """Whether a step is taken for one of a single prediction, as those before; on a device it is checked later."""
+        formula = denoiser.formula
+        if formula is None or formula.evaluations > 1 or formula.mixed or denoiser.engine is None:
+            return False
+        if len(denoiser.outputs) != 1 or not denoiser.fits:
+            return False
+        alone, target = formula.view(denoiser.outputs[0]), formula.view.working(output)
+        if alone.shape != target.shape:
+            return False
+        tolerance = Tolerance(0.0, 0.0, rounded(alone, target))
+        sent = Arrival(residual(alone, target, alone, alone, tolerance).norms)
+        if sent.is_here:
+            return tolerance.fit(sent.read().tolist()).fits
+        self._check_later(
+            denoiser, output, formula, tolerance, lambda: sent.read().tolist(), alone.dtype, self.policy.hands
+        )
         return True
 
     def _together(self, denoiser: Denoiser, output: Tensor) -> str:
@@ -217,7 +234,7 @@ class Discovery:
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
         if formula.is_read and not (self.acts and (seen.is_here or self.is_in_doubt)):
-            self._check_later(denoiser, at.output, formula, seen)
+            self._verify_later(denoiser, at.output, formula, seen)
             return seen.step, seen.prediction
         self.is_in_doubt = False
         fit, w = seen.fit, seen.step.w
@@ -231,7 +248,7 @@ class Discovery:
                 if self.acts:
                     raise
                 # Nothing is done in its place: the report says so.
-                self._check_later(denoiser, at.output, formula, seen)
+                self._verify_later(denoiser, at.output, formula, seen)
                 if not doubt:
                     return seen.step, seen.prediction
                 told = "; ".join(filter(None, [at.note, f"not verified: {doubt}"]))
@@ -295,7 +312,7 @@ class Discovery:
                 if exactly is not None:
                     formula = replace(formula, value=s)
                     denoiser.settle_for(formula)
-            w = formula.w(s)
+            w = formula.tree.weights[formula.cond_index] if formula.tree and formula.is_merged else formula.w(s)
             tolerance, norms = formula.tolerance(s, c.dtype, is_strict=self.acts), None
             expected = formula.expected(denoiser.outputs, c, u, s, around)
             several = isinstance(s, Tensor) or (formula.tree is None and formula.evaluations > 2)
@@ -347,9 +364,10 @@ class Discovery:
         assert tree is not None
         if formula.exact:
             terms = tree.named(self.call.strengths) or tree
-            formula = replace(formula, tree=terms, value=terms.w)
-            denoiser.settle_for(formula)
-            return formula
+            again = replace(formula, tree=terms, value=terms.w)
+            again = _merged(again, terms) if formula.is_merged else again
+            denoiser.settle_for(again)
+            return again
         few = Sample(target.shape)
         x = around.sample
         near = replace(around, sample=few(x) if x is not None and x.shape == target.shape else None)
@@ -394,18 +412,31 @@ class Discovery:
             )
         return "".join(f"{each}, or " for each in advice)
 
-    def _check_later(self, denoiser: Denoiser, output: Tensor, formula: Formula, seen: Seen) -> None:
+    def _verify_later(self, denoiser: Denoiser, output: Tensor, formula: Formula, seen: Seen) -> None:
+        dtype = seen.prediction.cond.dtype
+        # And not the predictions, which would be kept until then.
+        self._check_later(denoiser, output, formula, seen.tolerance, seen.norms, dtype, self.acts)
+
+    def _check_later(
+        self,
+        denoiser: Denoiser,
+        output: Tensor,
+        formula: Formula,
+        tolerance: Tolerance,
+        norms: Callable[[], Sequence[float]],
+        dtype: torch.dtype,
+        refuses: bool,
+    ) -> None:
         """Sees to it that the coming step of the report is refused, or noted, when it is read and did not fit."""
         steps, place = self.recording.report.steps, self._place
         put_out, got = [y.shape for y in denoiser.outputs], output.shape
-        tolerance, norms = seen.tolerance, seen.norms  # and not the predictions, which would be kept until then
-        rounding = Tolerance(tolerance.s, torch.finfo(seen.prediction.cond.dtype).eps)
+        rounding = Tolerance(tolerance.s, torch.finfo(dtype).eps)
 
         def tell() -> None:
             fit = tolerance.fit(norms())
             if fit.fits:
                 return
-            if self.acts:
+            if refuses:
                 if not rounding.fit(norms()).fits:
                     raise self._refusal(denoiser, put_out, got, place, _held(formula, fit))
                 self.is_in_doubt = True  # written in another order, perhaps, than the first step could tell
@@ -414,6 +445,16 @@ class Discovery:
                 steps[place].add_note(f"not verified: {_held(formula, fit)}")
 
         self.recording.read_later(tell)
+
+
+def _merged(formula: Formula, terms: Terms) -> Formula:
+    """The formula with all branches but the conditional one in u."""
+    weights = terms.weights
+    rest = 1 - weights[terms.cond]
+    # At w = 1 nothing of the others is left, and any u will do.
+    n = len(formula.others)
+    of_others = tuple(weights[k] / rest if rest else 1 / n for k in formula.others)
+    return replace(formula, is_merged=True, weights=of_others)
 
 
 def _held(formula: Formula, fit: Fit) -> str:

@@ -35,6 +35,7 @@ class Formula(Combination):
         layout: which outputs are the branches; what is asked of a formula most often is its layout's.
         weights: of the other branches in u, in their order; they sum to 1.
         tree: how more than two branches hang together.
+        is_merged: whether u is all of the tree but the conditional branch nevertheless.
         value: its scale at the step where it was found.
         noise: how much rounding may change it, as a share of the largest terms; 0: not at all.
         exact: whether it gave the output bit for bit where it was found.
@@ -43,6 +44,7 @@ class Formula(Combination):
     layout: Layout
     weights: tuple[float, ...] = (1.0,)
     tree: Terms | None = None
+    is_merged: bool = False
     value: Scale = 1.0
     noise: float = 0.0
     exact: bool = False
@@ -104,7 +106,7 @@ class Formula(Combination):
     @property
     def alone(self) -> tuple[int, ...]:
         """Which branches beside the conditional one a sample evaluates without the unconditional one."""
-        return () if self.tree is None else self.tree.alone
+        return () if self.tree is None or self.is_merged else self.tree.alone
 
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(cond, uncond) of a step's outputs, as the denoiser made them."""
@@ -114,7 +116,7 @@ class Formula(Combination):
 
     def away(self, parts: Sequence[Tensor]) -> Tensor:
         """u, from all branches; with more than two, in float32 at least."""
-        if self.tree is not None:
+        if self.tree is not None and not self.is_merged:
             return parts[self.tree.uncond]
         others = [parts[i] for i in self.others]
         if len(others) < 2:
@@ -138,7 +140,7 @@ class Formula(Combination):
 
     def rest(self, outputs: Sequence[Tensor], around: Around) -> Tensor | None:
         """What its terms add to guidance, as the scheduler would get it; None where it has none."""
-        if self.tree is None:
+        if self.tree is None or self.is_merged:
             return None
         return self.tree.rest([self.seen(y, around) for y in self.layout.invert(outputs)])
 

@@ -47,15 +47,19 @@ def holds(formula: Formula, y: Tensor, output: Tensor, around: Around) -> bool:
     return _is_mixed(view, alone, target, around.sample)
 
 
+def rounded(alone: Tensor, target: Tensor) -> float:
+    """By what share of it the target may be off, to the rounding of the coarser one."""
+    return 4 * max(torch.finfo(t.dtype).eps for t in (alone, target))
+
+
 def _same(alone: Tensor, target: Tensor) -> bool:
     """Whether both are equal to the rounding of the coarser one; what is not finite must be so in both."""
-    coarser = max((alone.dtype, target.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    if torch.equal(alone.to(coarser), target.to(coarser)):
+    if torch.equal(alone, target):
         return True
     if not torch.equal(torch.isfinite(alone), torch.isfinite(target)):
         return False
     alone, target = (t.nan_to_num(0, 0, 0) for t in (alone, target))
-    return norm(alone - target) <= 4 * torch.finfo(coarser).eps * norm(target)
+    return norm(alone - target) <= rounded(alone, target) * norm(target)
 
 
 def _is_mixed(view: View, alone: Tensor, target: Tensor, sample: Tensor | None) -> bool:

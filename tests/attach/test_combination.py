@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.layout import Layout, View
-from diffusers_guidance.pipelines.attach.residual import mixture, residual
+from diffusers_guidance.pipelines.attach.residual import Tolerance, mixture, residual
 from diffusers_guidance.spaces import Space
 
 SHAPE = (2, 3, 4, 5)
@@ -181,12 +181,12 @@ def test_rounding_is_allowed_for_and_another_scale_is_not(dtype, anchor, s):
 def test_broken_numbers_must_be_broken_in_both():
     c, u = drawn(2, torch.float32)
     output = u + 3 * (c - u)
-    broken, elsewhere = output.clone(), output.clone()
+    broken, elsewhere, tolerance = output.clone(), output.clone(), Tolerance(3.0, torch.finfo(torch.float32).eps)
     broken[0, 0, 0, 0] = elsewhere[1, 0, 0, 0] = torch.nan
     for expected, fits in ((broken, True), (output, False), (elsewhere, False)):
-        found = residual(expected, broken, c, u, 3.0)
+        found = residual(expected, broken, c, u, tolerance)
         assert found.fit(found.norms.tolist()).fits is fits
-    found = residual(output[:1], output, c, u, 3.0)
+    found = residual(output[:1], output, c, u, tolerance)
     assert not found.fit(found.norms.tolist()).fits
 
 

@@ -84,6 +84,30 @@ def test_nothing_is_waited_for_that_was_not_before(tiny, rule, policy):
         assert [value is not None for value in step.similarity] == [was == "both" for was in step.evaluated]
 
 
+@pytest.mark.parametrize("policy", [Forecast(0.4), Hold(2)], ids=str)
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline, no guidance", "StableDiffusionXLPipeline, no guidance"])
+def test_without_guidance_nothing_is_waited_for_either(name, policy):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    network = getattr(pipe, entry.denoisers[0])
+    extra, report = added(pipe, network, APG(), policy, lambda: run(pipe, entry, STEPS))
+    assert max(extra[1:-1]) <= 0
+    assert extra[-1] <= 1
+    assert report.nfe < report.nfe_full or type(policy) is Hold
+
+
+@pytest.mark.parametrize(("rule", "policy"), [(CFG(), Hold(2)), (APG(), Interval(0.2, 0.7))], ids=str)
+def test_terms_whose_scales_are_read_are_not_waited_for(rule, policy):
+    entry = PIPELINES["StableDiffusionInstructPix2PixPipeline"]
+    pipe = entry.build()
+    own, *_ = waits_by_step(pipe, pipe.unet, lambda: run(pipe, entry, STEPS))[1:]
+    with attach(pipe, rule, policy) as handle:
+        _, *waits, last = waits_by_step(pipe, pipe.unet, lambda: run(pipe, entry, STEPS))
+    assert max(waits[1:]) <= own  # the trial is another call of the first step
+    assert last <= own + 1
+    assert handle.report.nfe < handle.report.nfe_full
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_search_waits_for_nothing(per_channel):
     pipe = PIPELINES["StableDiffusionPipeline"].build()

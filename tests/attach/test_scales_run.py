@@ -168,11 +168,16 @@ def test_a_call_without_guidance_is_not_passed_off_as_scheduled():
         run(pipe, entry, 2, true_cfg_scale=1.0, negative_prompt=None, negative_prompt_embeds=None)
 
 
-def test_two_scales_at_once_are_refused():
-    entry = PIPELINES["StableDiffusionInstructPix2PixPipeline"]
+@pytest.mark.parametrize("name", ["StableDiffusionInstructPix2PixPipeline", "StableDiffusionPAGPipeline"])
+def test_terms_beside_guidance_keep_their_own_scale(name):
+    entry = PIPELINES[name]
     pipe = entry.build()
-    with attach(pipe, CFG("linear(6, 4)"), EveryStep()), pytest.raises(UnsupportedPipeline, match="several scales"):
-        run(pipe, entry, 2)
+    expected, outputs = theirs(pipe, entry, VALUES)
+    with attach(pipe, CFG(VALUES), EveryStep()) as handle, recorded(pipe.scheduler) as steps:
+        made = run(pipe, entry, len(VALUES))
+    assert all(relative(x, y) < 1e-6 for x, y in zip(steps.outputs, outputs, strict=True))
+    assert relative(made, expected) < 1e-5
+    assert [step.guidance_scale for step in handle.report.steps] == VALUES
 
 
 def test_a_guider_takes_them_and_keeps_them():
