@@ -444,7 +444,7 @@ def test_the_strip_says_what_every_step_did(pipe):
     assert row == ["both"] * 3 + ["stopped"] * 3
     (row,) = kinds_in(app_show.strip(made(pipe, policy="Hold", period=2, warmup=1, steps=4)))
     assert set(row) == {"both", "held"}
-    two = kinds_in(app_show.strip(made(pipe, steps=3, batch_size=2, guidance_scale=1)))
+    two = kinds_in(app_show.strip(made(pipe, policy="EveryStep", steps=3, batch_size=2, guidance_scale=1)))
     assert two == [["alone"] * 3] * 2
 
 
