@@ -27,6 +27,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 RULES = [each for each in ALGEBRAS.values() if each.function.__module__ == coefficients.__name__]
+CARRYING = ("apg", "apg_from_u", "momentum_guidance")
+"""Those whose rules carry momentum."""
 FOLD = {"fp32": 4, "fp16": 8, "bf16": 8}
 
 
@@ -66,8 +68,9 @@ def specialisations() -> Iterator[Specialisation]:
                 inputs | {"partials": "fp32"},
                 sizes | {"CENTRED": centred},
             )
+        carrying = [each for each in RULES if momentum is None or each.function.__name__ in CARRYING]
         for rule, (output, step, denoised) in itertools.product(
-            (*RULES, None),
+            (*carrying, None),
             (("prediction", False, None), ("flow step", True, None), ("step", True, dtype)),
         ):
             label = f"{rule.function.__name__ if rule else 'given'} {output} {dtype}{carried}"

@@ -1,6 +1,7 @@
 """Attached pipelines: the promises of `conformance`, on every way of guiding that the package started from."""
 
 import copy
+from unittest import mock
 
 import by_hand as hand
 import conformance
@@ -440,9 +441,10 @@ def test_the_schedulers_step_can_be_fused_with_the_rule(name):
         with use_fused_steps(False):
             apart = run(pipe, entry, 4, 2)
         nfe = handle.report.nfe
-        with use_fused_steps(True), conformance.recorded(pipe.scheduler) as steps:
+        kind = type(pipe.scheduler)
+        with use_fused_steps(True), mock.patch.object(kind, "step", autospec=True, side_effect=kind.step) as own:
             fused = run(pipe, entry, 4, 2)
-        assert not steps.outputs, "the scheduler's own step was called"
+        assert not own.called, "the scheduler's own step was called"
         assert handle.report.nfe == nfe
     assert conformance.relative(fused, apart) < 1e-5
 

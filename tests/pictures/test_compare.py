@@ -399,6 +399,7 @@ def test_an_interrupt_says_whether_the_command_goes_on(arguments, said, monkeypa
 def test_command_without_its_packages(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, cli.__name__)
+    monkeypatch.setattr(sys, "argv", ["diffusers-guidance", "compare"])
     from diffusers_guidance.pipelines.shell.cli import main
 
     with pytest.raises(SystemExit) as stop:
