@@ -10,7 +10,7 @@ SEED ?= 0
 TRITONS ?= 3.6.0 3.9.0
 SPREAD = -n auto --dist worksteal -W ignore --seed $(SEED)
 
-.PHONY: demo app test quick conformance lint docs matrix oldest kernels gpu dist wheel calibrations objective frontier bench wallclock
+.PHONY: demo app test quick conformance lint docs matrix oldest kernels compiled gpu dist wheel calibrations objective frontier bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
 .PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
@@ -52,6 +52,9 @@ kernels: install ## with each Triton of TRITONS: compiles every kernel for sm_80
 		PYTHONPATH=$$folder $(BIN)/python -W ignore -m diffusers_guidance.kernels.compile; \
 		PYTHONPATH=$$folder $(BIN)/pytest -q -W ignore --seed $(SEED) tests/kernels/test_interpreter.py; \
 	done
+
+compiled: install ## a part of that: this environment's Triton, for sm_90
+	$(BIN)/python -W ignore -m diffusers_guidance.kernels.compile sm_90
 
 gpu: install ## all that a GPU can show, in eight minutes: right, cheap, fast; without one it shows that it works
 	$(BIN)/python benchmarks/gpu.py

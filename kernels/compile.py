@@ -1,6 +1,7 @@
 """Compiles every shipped kernel ahead of time, without a GPU: `python -m diffusers_guidance.kernels.compile`.
 
-Prints a thread's registers and stack for sm_80, sm_90 and gfx942, and exits with 1 if a kernel spills.
+Prints a thread's registers and stack for sm_80, sm_90 and gfx942, or those of them that are named behind it, and exits
+with 1 if a kernel spills.
 """
 
 import itertools
@@ -8,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
@@ -165,10 +166,12 @@ def _used(what: tuple[str, str]) -> Usage:
     return usage(compile(_by_name()[name], TARGETS[target]))
 
 
-def main() -> int:
+def main(targets: Sequence[str]) -> int:
     spilled = 0
+    if wrong := {*targets} - {*TARGETS}:
+        sys.exit(f"no targets {', '.join(sorted(wrong))}: choose among {', '.join(TARGETS)}")
     print(f"triton {triton.__version__}: registers of one thread, and bytes of stack (spills) where not 0")
-    todo = list(itertools.product(TARGETS, _by_name()))
+    todo = list(itertools.product(targets or TARGETS, _by_name()))
     with ProcessPoolExecutor() as pool:
         for (target, name), used in zip(todo, pool.map(_used, todo, chunksize=8), strict=True):
             spilled += used.stack > 0
@@ -178,4 +181,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -854,13 +854,13 @@ def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
     begun, ended = threading.Event(), threading.Event()
     take = app_work._take
 
-    def noticed(pipe, settings, name, rule, policy, tell):
+    def noticed(pipe, settings, name, rule, policy, tell, *observers):
         def telling(*now, **seen):
             begun.set()
             tell(*now, **seen)
 
         try:
-            return take(pipe, settings, name, rule, policy, telling)
+            return take(pipe, settings, name, rule, policy, telling, *observers)
         except Stopped:
             ended.set()
             raise

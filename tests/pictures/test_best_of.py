@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
 from diffusers_guidance import CFG, EveryStep, StepAG, attach, samples
@@ -76,11 +77,11 @@ def test_generate_makes_the_best_as_if_it_had_been_asked_for(pipe, tmp_path):
         told = json.loads((tmp_path / "out" / f"{job.id}.json").read_text())["best_of"]
         seeds = {str(job.seed + i) for i in range(3)}
         assert told["differences"].keys() == seeds and told["nfe"] == 3 * 2 * 2
+        carried = json.loads(Image.open(tmp_path / "out" / f"{job.id}.png").info["diffusers-guidance"])
+        assert carried["settings"]["seed"] == told["seed"]
         assert str(told["seed"]) == max(told["differences"], key=told["differences"].get)
     case = Case("a red apple", json.loads((tmp_path / "out" / "000000.json").read_text())["best_of"]["seed"])
     alone = make(pipe, [case, Case("a tiger", 9)], Column.parse("StepAG(0.6)"), steps=5).pictures[0]
-    from PIL import Image, ImageChops
-
     found = Image.open(tmp_path / "out" / "000000.png")
     assert max(high for _, high in ImageChops.difference(found, alone).getextrema()) <= 2
 

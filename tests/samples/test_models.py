@@ -17,6 +17,7 @@ def test_a_model_of_the_other_wheel(tmp_path, monkeypatch):
     (home / "model_index.json").write_text("{}")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     assert samples.model("some-other") == home
+    assert next(iter(samples.models())) == "emoji" and samples.models()["some-other"] == home
 
 
 @pytest.mark.parametrize("name", ["another", "examples"])  # a folder without a pipeline is none either

@@ -1,10 +1,13 @@
 """Calibrations and columns under a scale that changes."""
 
+import itertools
 import json
+import shlex
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from typer.testing import CliRunner
 
 from diffusers_guidance import (
     APG,
@@ -20,6 +23,7 @@ from diffusers_guidance import (
 )
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.compare import compare
+from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.schedules import predicted_error
 
 pytestmark = pytest.mark.slow
@@ -73,6 +77,17 @@ def test_the_search_weighs_each_step_at_its_own_scale(pipe, calibrated):
     assert at([5.0] * 6) == pytest.approx(at(5.0))
     assert at([8, 6.8, 5.6, 4.4, 3.2, 2]) == pytest.approx(predicted_error(found))
     assert at([8, 6.8, 5.6, 4.4, 3.2, 2]) != pytest.approx(at(8.0), rel=1e-3)
+
+
+def test_the_search_says_how_to_compare_under_the_schedule(calibrated, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    calibrated.save(file)
+    done = CliRunner().invoke(cli.make_app(), ["search", str(file), "--nfe", "8"])
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("next: ")]
+    said = shlex.split(line)
+    columns = [Column.parse(text) for option, text in itertools.pairwise(said) if option == "--column"]
+    assert [column.guidance_scale for column in columns] == [GIVEN] * 2 and "--scale" not in said
 
 
 def test_a_forecast_learns_from_a_run_under_a_schedule(pipe):

@@ -32,18 +32,21 @@ def test_alone_it_says_in_ten_lines_what_one_can_do(capsys, monkeypatch):
     cli.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 11
-    for name in ("app", "compare", "generate", "bench", "calibrate", "search", "frontier"):
+    for name in ("app", "compare", "generate", "try", "bench", "calibrate", "search", "frontier"):
         assert any(line.startswith(f"  diffusers-guidance {name} ") for line in lines), name
+    assert "diffusers-guidance doctor" in lines[-1]
 
 
 def test_help_is_grouped_and_the_version_is_told():
     said = command("--help").output
-    places = [said.index(title) for title in ("Make pictures", "Measure", "Prepare a model")]
+    places = [said.index(title) for title in ("Make pictures", "Measure", "Prepare a model", "Mend")]
     assert places == sorted(places)
     assert command("--version").output.startswith("diffusers-guidance ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["bench", "--help"], ["app", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compare", "--help"], ["bench", "--help"], ["try", "--help"], ["app", "--help"], []]
+)
 def test_help_imports_neither_torch_nor_diffusers(arguments):
     code = f"import sys; sys.argv = ['it', *{arguments}]\n{MAIN.replace('main()', '')}\nimport os\n"
     code += (
