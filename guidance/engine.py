@@ -71,6 +71,7 @@ class Engine:
         history: what the run has seen; a new one for another batch.
         recording: takes the steps' reports.
         observers: called at every step.
+        rests: whether a sample at scale 1 needs no unconditional prediction: no further term is a difference from it.
         origin: the settled scale at which the host's own number is 0: 1 where it writes `c + s (c - u)`.
     """
 
@@ -85,6 +86,7 @@ class Engine:
     is_checked: bool = False
     """Whether the policy's calibration was found to fit this run."""
     origin: float = 0.0
+    rests: bool = True
 
     def settle(self, step: Step) -> Step:
         """The step with the scale that a schedule has there; without a schedule, as it is."""
@@ -105,7 +107,7 @@ class Engine:
         """What to evaluate at the next step: where a schedule rests at 1, the conditional prediction alone."""
         step = self.settle(step)
         found = planned(self.policy, step, self.history)
-        if not (self.rule.is_scheduled and self.rule.rests_at_one) or self.policy.hands:
+        if not (self.rule.is_scheduled and self.rule.rests_at_one and self.rests) or self.policy.hands:
             return found
         w = step.w if isinstance(step.w, tuple) else (step.w,) * len(found)
         rests = [scale == 1 and each.action != Action.NEITHER for scale, each in zip(w, found, strict=True)]

@@ -553,8 +553,11 @@ class Host:
         loop = [each.engine for each in self._denoisers.values() if each.clock is denoiser.clock]
         before = [engine.history for engine in loop if engine is not None]
         history = History.following(before, self._clock.steps - 1, denoiser.formula.rows, denoiser.name)
-        origin = denoiser.formula.w(0.0)
-        return Engine(self.rule, self.policy, history, self._recording, recorder=self._recorder, origin=origin)
+        origin, tree = denoiser.formula.w(0.0), denoiser.formula.tree
+        return Engine(
+            self.rule, self.policy, history, self._recording, recorder=self._recorder, origin=origin,
+            rests=tree is None or tree.is_flat,
+        )  # fmt: skip
 
     def _setting(self, denoiser: Denoiser, step: Step) -> dict[str, Any]:
         """This run's values of what a calibration depends on."""

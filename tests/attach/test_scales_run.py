@@ -180,6 +180,18 @@ def test_terms_beside_guidance_keep_their_own_scale(name):
     assert [step.guidance_scale for step in handle.report.steps] == VALUES
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("StableDiffusionInstructPix2PixPipeline", "both"), ("StableDiffusionPAGPipeline", "conditional")],
+)
+def test_at_1_a_term_that_hangs_on_the_unconditional_prediction_still_has_it(name, what):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    with attach(pipe, CFG([6.5, 1.0, 3.3]), EveryStep()) as handle:
+        run(pipe, entry, 3)
+    assert [step.evaluated for step in handle.report.steps] == [["both"], [what], ["both"]]
+
+
 def test_a_guider_takes_them_and_keeps_them():
     pair = Pair("StableDiffusionXLPipeline") if "StableDiffusionXLPipeline" in PIPELINES else None
     assert pair is not None
