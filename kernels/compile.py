@@ -134,7 +134,7 @@ def compile(one: Specialisation, target: GPUTarget) -> Any:
     attributes = {(one.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in sizes}
     source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": one.threads // target.warp_size}
-    options |= launch.together(target.backend) if one.together else {}
+    options |= launch.guiding(target.backend, one.together) if one.kernel is programs.guide_kernel else {}
     options |= {} if one.fuses else {"enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
 

@@ -137,9 +137,10 @@ def fits_one_launch(groups: int, chunks: int, device: torch.device) -> bool:
     return chunks == 1 or groups * chunks <= _together(device)
 
 
-def together(backend: str) -> dict[str, int]:
-    """Options of a launch whose programs wait for one another: all run at once, `RESIDENT` on a multiprocessor."""
-    return {"launch_cooperative_grid": True} | ({"maxnreg": REGISTERS} if backend == "cuda" else {})
+def guiding(backend: str, together: bool) -> dict[str, int]:
+    """Options of a launch of `guide`; `together`: its programs wait for one another, `RESIDENT` on a multiprocessor."""
+    registers = {"maxnreg": REGISTERS} if backend == "cuda" else {}
+    return registers | ({"launch_cooperative_grid": True} if together else {})
 
 
 class Counters:
@@ -258,7 +259,7 @@ def _guide(
             partials = None
             if counters is not None:
                 partials = torch.empty(groups, chunks, ENTRIES, dtype=torch.float32, device=device)
-                options |= together("hip" if torch.version.hip else "cuda")
+            options |= guiding("hip" if torch.version.hip else "cuda", counters is not None)
             programs.guide_kernel[(groups, chunks)](
                 *inputs, partials, counters, *outputs, float(layout.numel), *scalars,
                 CENTRED=algebra.centred, FOLD=fold(cond), **options,
