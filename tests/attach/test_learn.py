@@ -413,7 +413,7 @@ def test_what_calibrate_makes_serves_both_kinds(bundled, tmp_path, capsys):
     capsys.readouterr()
     other = calibrate(bundled, ["a tiger"], trajectories=1, num_inference_steps=6, guidance_scale=7.5)
     # A caller from Python who asked for no progress is told too.
-    assert "takes as long as making 1 pictures of 6 steps under full guidance (0 of 1)" in capsys.readouterr().err
+    assert "takes as long as making 1 pictures of 6 steps under full guidance: 0 of 1" in capsys.readouterr().err
     with pytest.raises(CalibrationMismatch, match="guidance_scale"):
         made + other
     joined = made.portable + other.portable
