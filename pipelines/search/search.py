@@ -28,7 +28,7 @@ def search(
 ) -> Schedule:
     """The schedule of full evaluations with the least predicted error for a budget, or the cheapest within an error.
 
-    Without `refine` it is closed form, and takes well under a second for 50 steps.
+    Without `refine` it is closed form, and takes seconds for 50 steps.
 
     Args:
         calibration: for the schedule's pipeline, scheduler, steps and scale.
