@@ -114,7 +114,7 @@ def combinations(gram: Tensor, actions: Sequence[str], fit: Fit = DELTAS) -> Ten
 
 
 def repayments(
-    gram: Tensor, actions: Sequence[str], gain: Sequence[float], w: float, fit: Fit = RECENT
+    gram: Tensor, actions: Sequence[str], gain: Sequence[float], w: float | Tensor, fit: Fit = RECENT
 ) -> tuple[Tensor, Tensor]:
     """What each step that evaluates both adds to its guided prediction, and what errors that leaves.
 
@@ -130,7 +130,7 @@ def repayments(
     Args:
         gram, actions, fit: as of `combinations`.
         gain: (T,), by step.
-        w: the guidance scale.
+        w: the guidance scale, or (T, 1) of each step.
 
     Returns:
         (C, T, 2T) combinations of the run's predictions, zero where nothing is added. And (C, N, 2T): for each of the
@@ -489,6 +489,8 @@ def _repayments(calibration: Calibration, denoiser: str, actions: tuple[str, ...
     moments, scales = calibration.moments(denoiser), calibration.setting["guidance_scale"]
     gain = calibration.gains[moments.first : moments.first + moments.steps].tolist()
     w = scales[denoiser] if denoiser in scales else next(iter(scales.values()))
+    if isinstance(w, list):  # by step of the whole run
+        w = torch.tensor(w[moments.first : moments.first + moments.steps], dtype=torch.float64)[:, None]
     return repayments(calibration.weights(denoiser, fit), _own(calibration, denoiser, actions), gain, w, fit)
 
 

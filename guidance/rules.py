@@ -154,7 +154,7 @@ class APG(Rule):
             (B, frames, C, H, W), or (1, 3, 4) on (B, C, frames, H, W): each frame of a video separately.
         reference_numel: if set, r is meant for a group of that many numbers and scales with
             sqrt(numel / reference_numel); 65536 reads r "as on SDXL at 1024 pixels".
-        start: how many steps are guided by CFG before the first of APG; their directions count for the momentum.
+        cfg_steps: how many steps are guided by CFG before the first of APG; their directions count for the momentum.
         form: "paper" acts on denoised predictions, `c + (w - 1) update`; "diffusers" on predictions as the model makes
             them, `u + w update`, as diffusers' guiders do.
 
@@ -166,15 +166,15 @@ class APG(Rule):
     eta: float = 0.0
     norm_dim: tuple[int, ...] | None = None
     reference_numel: int | None = None
-    start: int = 0
+    cfg_steps: int = 0
     form: Literal["paper", "diffusers"] = "paper"
 
     needs_denoised = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.start, 0):
-            raise ValueError(f"start={self.start!r}: a whole number of steps from 0 up")
+        if not is_whole(self.cfg_steps, 0):
+            raise ValueError(f"cfg_steps={self.cfg_steps!r}: a whole number of steps from 0 up")
         if self.form not in ("paper", "diffusers"):
             raise ValueError(f'form={self.form!r}: "paper" or "diffusers"')
         if self.norm_threshold is not None and not (is_number(self.norm_threshold) and self.norm_threshold > 0):
@@ -190,7 +190,7 @@ class APG(Rule):
     algebra = coefficients.apg
 
     def at(self, step: Step) -> Rule:
-        if step.index < self.start:
+        if step.index < self.cfg_steps:
             return _CarryingCFG(step.w, self.momentum, self.form)
         if self.form == "diffusers":
             own = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -617,7 +617,7 @@ PRESETS = {
         "per frame of (B, C, frames, H, W), as Waver's README and diffusers PR 13551 advise",
     ),
     "hunyuanimage-2.1": Preset(
-        APG("3.5x6+10", norm_threshold=10.0, start=6, form="diffusers"),
+        APG("3.5x6+10", norm_threshold=10.0, cfg_steps=6, form="diffusers"),
         "HunyuanImage",
         "shipped with HunyuanImage 2.1: CFG at 3.5 up to step 5, then APG at 10 "
         "(diffusers.guiders.AdaptiveProjectedMixGuidance)",

@@ -211,7 +211,7 @@ def test_compare(visit, tmp_path):
     expect(page.get_by_role("dialog").locator("img")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
-    expect(panel.locator(".dg-grid figcaption").last).to_contain_text("NFEs, ")
+    expect(panel.locator(".dg-grid figcaption").last).to_contain_text("NFEs")
     shoot(page, "compare")
     for kind in ("PNG", "JSON"):
         with page.expect_download() as download:

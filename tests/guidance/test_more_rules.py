@@ -201,7 +201,7 @@ def test_zeros_stay_unguided(rule):
         lambda: RenormCFG(norm_dim=(0,)),
         lambda: RenormCFG(shorten_only=2),
         lambda: RenormCFG.preset("nobody's"),
-        lambda: APG(start=-1),
+        lambda: APG(cfg_steps=-1),
         lambda: APG(form="ours"),
     ],
 )

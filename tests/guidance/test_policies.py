@@ -146,7 +146,7 @@ def test_bad_values_are_refused_by_name(make, match):
 
 
 @dataclass(frozen=True)
-class Says(Policy):
+class _Says(Policy):
     """Returns something else than a plan from the second step on."""
 
     answer: Any = None
@@ -177,12 +177,12 @@ NO_PLANS = [
 @pytest.mark.parametrize(("answer", "error", "match"), NO_PLANS)
 def test_what_is_no_plan_is_refused(answer, error, match):
     with pytest.raises(error, match=rf"Says.plan, at step 3, .*{match}"):
-        planned(Says(answer), Step(3, 5), History(2))
+        planned(_Says(answer), Step(3, 5), History(2))
 
 
 def test_a_tuple_is_a_plan():
     plan = (Decision("both"), Decision("conditional", "why"))
-    assert planned(Says(plan), Step(1, 5, None), History(2)) == list(plan)
+    assert planned(_Says(plan), Step(1, 5, None), History(2)) == list(plan)
 
 
 @pytest.mark.parametrize(
@@ -192,13 +192,13 @@ def test_a_pipeline_stops_at_what_is_no_plan(answer):
     entry = PIPELINES["StableDiffusionPipeline"]
     pipe = entry.build()
     plain = run(pipe, entry, 3, batch=2)
-    with attach(pipe, policy=Says(answer)), pytest.raises((TypeError, ValueError), match=r"Says.plan, at step 1,"):
+    with attach(pipe, policy=_Says(answer)), pytest.raises((TypeError, ValueError), match=r"Says.plan, at step 1,"):
         run(pipe, entry, 3, batch=2)
     assert torch.equal(run(pipe, entry, 3, batch=2), plain)
 
 
 def test_a_guider_stops_at_what_is_no_plan():
-    guider, x = Guider(CFG(), Says([Decision("cond")])), torch.randn(1, 2)
+    guider, x = Guider(CFG(), _Says([Decision("cond")])), torch.randn(1, 2)
     guider.set_state(0, 3, torch.tensor(900))
     guider(_evaluated(guider, x))
     with pytest.raises(ValueError, match=r"Says.plan, at step 1, decided 'cond' for sample 0"):

@@ -20,7 +20,7 @@ CHOICE = (
     "guide apg prediction fp16, momentum",
     "guide apg step fp32, momentum, together",
     "guide cfg prediction bf16, together",
-    "guide cfg_zero_star prediction fp16, momentum, together",
+    "guide cfg_zero_star prediction fp16, together",
     "guide tcfg prediction fp16, together",
     "guide magnitude_aware prediction fp16",
     "similarity",

@@ -263,7 +263,9 @@ def test_hard_numbers_against_the_papers(kind, case, launches, seed):
     tensors, rule, exact = hard(kind, seed + case)
     with launched(launches, seed):
         ours, _ = kernels.guide(*(t.to(DEVICE) for t in tensors), None, 0.0, 1.0, rule, backend="triton")
-    assert rms(ours.cpu(), exact) < 2e-6
+    _, cond, _ = tensors
+    terms = rule.w * cond.double().norm() / exact.norm()  # w c may all but cancel: what float32 rounds is its size
+    assert rms(ours.cpu(), exact) < 1e-6 * max(2, terms)
 
 
 @pytest.mark.parametrize("rule", [APG(7.5), OnlyTorch()], ids=str)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_the_search_weighs_each_step_at_its_own_scale(pipe, calibrated):
     def at(scale):
         setting = calibrated.setting | {"guidance_scale": {"unet": scale}}
         other = Calibration(setting, calibrated.denoisers, calibrated.prompts, calibrated.motions)
-        return predicted_error(type(found)(found.actions, other))
+        return predicted_error(replace(found, calibration=other))
 
     assert at([5.0] * 6) == pytest.approx(at(5.0))
     assert at([8, 6.8, 5.6, 4.4, 3.2, 2]) == pytest.approx(predicted_error(found))
