@@ -1,0 +1,229 @@
+"""Measures diffusers' own caches beside `Forecast`, alone and together: docs/results/caches.json, .md and .svg.
+
+    python benchmarks/caches.py [--model samples/emoji-flow] [--out docs/results/caches]
+
+A cache stands in for blocks of a transformer; `Forecast` stands in for whole evaluations. Each contestant makes the
+pictures of 16 held-out prompts in 20 steps at scale 5, and takes turns with plain CFG, call by call: its time is the
+ratio of the two sums of processor time. The PSNR is the mean over pictures in dB to plain CFG with the same seeds.
+Strengths are those of the caches' own authors, and weaker and stronger ones. It writes each row at once, and keeps
+existing rows of the same model.
+"""
+
+import argparse
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from bundled import prompts
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import MagCacheConfig, mag_cache
+from matplotlib import pyplot
+from torch import Tensor
+
+from diffusers_guidance import CFG, Forecast, Policy, attach, samples
+from diffusers_guidance.files import write
+from diffusers_guidance.pipelines.pictures.make import Case, pictures_of
+from diffusers_guidance.pipelines.pictures.measures import psnr, tensor_of
+from diffusers_guidance.pipelines.support.loading import fingerprint, load
+
+SEED, STEPS, SCALE, BATCH = 97531, 20, 5.0, 4
+OUT = Path(__file__).parents[1] / "docs" / "results" / "caches"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A cache of diffusers or none, under a policy or with nothing attached."""
+
+    name: str
+    family: str
+    cache: Any = None
+    """The cache's configuration."""
+    policy: Policy | None = None
+    steps: int = STEPS
+
+
+def contestants(ratios: Sequence[float]) -> list[Contestant]:
+    """All of them.
+
+    Args:
+        ratios: what MagCache wants to know of the model.
+    """
+
+    def taylor(interval: int, order: int = 1, **more: Any) -> Any:
+        # By default it looks for modules named "attn", and finds none where they are named "attn1". Feed-forward layers
+        # are called twice a step, for picture and text, which its count of steps does not know.
+        more = more or {"cache_identifiers": [r"transformer_blocks\.\d+\.attn1"]}
+        return TaylorSeerCacheConfig(
+            cache_interval=interval,
+            max_order=order,
+            disable_cache_before_step=3,
+            taylor_factors_dtype=torch.float32,
+            **more,
+        )
+
+    def mag(threshold: float) -> Any:
+        return MagCacheConfig(threshold=threshold, num_inference_steps=STEPS, mag_ratios=list(ratios))
+
+    def faster(reach: int) -> Any:
+        # "Distilled": the pipeline calls the network for each half alone, so there are no halves to cut.
+        return FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, reach),
+            attention_weight_callback=lambda _: 0.5,
+            tensor_format="BCHW",
+            is_guidance_distilled=True,
+        )
+
+    caches = {
+        **{f"TaylorSeer, order {o}, every {n}": taylor(n, order=o) for o in (1, 2) for n in (2, 3, 5)},
+        **{f"TaylorSeer lite, every {n}": taylor(n, use_lite_mode=True) for n in (2, 3, 5)},
+        **{f"FirstBlockCache, {x:g}": FirstBlockCacheConfig(threshold=x) for x in (0.02, 0.05, 0.1, 0.2)},
+        **{f"MagCache, {x:g}": mag(x) for x in (0.03, 0.06, 0.12, 0.24)},
+        **{f"FasterCache, below {n}": faster(n) for n in (341, 681)},
+    }
+    family = {name: name.split(",")[0] for name in caches}
+    found = [Contestant(name, family[name], cache) for name, cache in caches.items()]
+    for nfe in (34, 30, 26, 22, 20, 16):
+        found.append(Contestant(f"Forecast, {nfe} NFEs", "Forecast", policy=Forecast(nfe=nfe)))
+        found.append(Contestant(f"CFG, {nfe // 2} steps", "CFG in fewer steps", steps=nfe // 2))
+    for nfe, weak in (
+        (30, "TaylorSeer, order 1, every 2"),
+        (30, "FirstBlockCache, 0.05"),
+        (26, "FirstBlockCache, 0.05"),
+    ):
+        together = "Forecast with a cache"
+        found.append(Contestant(f"{weak}, Forecast, {nfe} NFEs", together, caches[weak], Forecast(nfe=nfe)))
+    return found
+
+
+@contextmanager
+def cached(pipe: Any, cache: Any) -> Iterator[None]:
+    """The cache in the pipeline's transformer."""
+    if cache is not None:
+        pipe.transformer.enable_cache(cache)
+    try:
+        yield
+    finally:
+        if cache is not None:
+            pipe.transformer.disable_cache()
+
+
+def mag_ratios(pipe: Any, case: Case) -> list[float]:
+    """What MagCache observes in a run, which it only prints. Both halves count: their mean."""
+    found: dict[int, list[float]] = {}
+    advance = mag_cache.MagCacheBlockHook._advance_step
+
+    def watched(hook: Any, state: Any) -> None:
+        found[id(state)] = list(state.calibration_ratios)
+        advance(hook, state)
+
+    mag_cache.MagCacheBlockHook._advance_step = watched
+    try:
+        with cached(pipe, MagCacheConfig(num_inference_steps=STEPS, calibrate=True)), redirect_stdout(io.StringIO()):
+            pictures_of(pipe, [case], steps=STEPS, guidance_scale=SCALE)
+    finally:
+        mag_cache.MagCacheBlockHook._advance_step = advance
+    return torch.tensor(list(found.values())).mean(0).tolist()
+
+
+class Contest:
+    """A pipeline, the cases, and the rows so far."""
+
+    def __init__(self, model: str, path: Path):
+        torch.set_num_threads(1)
+        self.pipe, self.path = load(model, device="cpu"), path
+        about = {"model": fingerprint(model), "diffusers": diffusers.__version__, "seed": SEED, "steps": STEPS}
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        self.about = about
+        self.rows: dict[str, dict[str, Any]] = found["rows"] if found.get("about") == about else {}
+        self.cases = [Case(prompt, SEED) for prompt in prompts(samples.HELDOUT_PROMPTS)[8:24]]
+
+    def timed(self, part: list[Case], steps: int = STEPS) -> tuple[Tensor, float]:
+        """Pictures, and the seconds of processor time they took."""
+        began = time.process_time()
+        made = pictures_of(self.pipe, part, steps=steps, guidance_scale=SCALE, output_type="pt")
+        return tensor_of(made), time.process_time() - began
+
+    def measure(self, contestant: Contestant) -> dict[str, Any]:
+        """dB to plain CFG and share of its time, over all cases, in turns."""
+        found: list[Tensor] = []
+        times = []
+        for start in range(0, len(self.cases), BATCH):
+            part = self.cases[start : start + BATCH]
+            full, plain = self.timed(part)
+            with ExitStack() as stack:
+                stack.enter_context(cached(self.pipe, contestant.cache))
+                handle = None
+                if contestant.policy is not None:
+                    handle = stack.enter_context(attach(self.pipe, CFG(), contestant.policy))
+                made, seconds = self.timed(part, contestant.steps)
+                notes = [] if handle is None else list(handle.report.notes)
+            found.append(psnr(made, full))
+            times.append((plain, seconds))
+        plain, seconds = map(sum, zip(*times, strict=True))
+        each = torch.cat(found)
+        row = {"family": contestant.family, "psnr": float(each.mean()), "sem": float(each.std() / len(each) ** 0.5)}
+        return row | {"time": seconds / plain, "seconds": seconds / len(self.cases), "notes": notes}
+
+    def run(self) -> None:
+        """Measures what is missing."""
+        for contestant in contestants(mag_ratios(self.pipe, self.cases[0])):
+            if contestant.name in self.rows:
+                continue
+            try:
+                row = self.measure(contestant)
+            except Exception as error:  # a cache that does not fit this transformer is a result
+                row = {"family": contestant.family, "error": f"{type(error).__name__}: {error}"}
+            self.rows[contestant.name] = row
+            write(self.path, (json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n").encode())
+            print(contestant.name, row, flush=True)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """All rows, the fastest last."""
+    lines = ["| | time | dB to plain CFG |", "|---|---:|---:|"]
+    measured = {name: row for name, row in rows.items() if "error" not in row}
+    for name, row in sorted(measured.items(), key=lambda item: -item[1]["time"]):
+        lines.append(f"| {name} | {row['time']:.2f} | {row['psnr']:.1f} ± {row['sem']:.1f} |")
+    lines += [f"| {name} | {row['error'].splitlines()[0]} | |" for name, row in rows.items() if "error" in row]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Time against dB, a line for each family."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    measured = [row for row in rows.values() if "error" not in row]
+    for family in dict.fromkeys(row["family"] for row in measured):
+        points = sorted((row["time"], row["psnr"]) for row in measured if row["family"] == family)
+        ours = family.startswith("Forecast")
+        axes.plot(*zip(*points, strict=True), "o-" if ours else ".--", label=family, zorder=3 if ours else 2)
+    axes.set(xlabel="time, plain CFG = 1", ylabel="PSNR to plain CFG, dB", title="Forecast and diffusers' caches")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", default=str(samples.MODEL.parent / "emoji-flow"), help="a pipeline with a transformer"
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="the results, without their ending")
+    options = parser.parse_args()
+    contest = Contest(options.model, options.out.with_suffix(".json"))
+    contest.run()
+    said = f"{STEPS} steps, scale {SCALE:g}, 16 held-out prompts. Made by `python benchmarks/caches.py`."
+    text = f"# Forecast and diffusers' caches\n\n{said}\n\n{table(contest.rows)}"
+    write(options.out.with_suffix(".md"), text.encode())
+    draw(contest.rows, options.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
