@@ -26,7 +26,7 @@ from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.bench.metrics import Retrieval
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make
-from diffusers_guidance.pipelines.pictures.measures import contrast, saturation, tensor_of
+from diffusers_guidance.pipelines.pictures.measures import contrast, saturation
 from diffusers_guidance.pipelines.support.loading import fingerprint, load
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "apart"
@@ -92,7 +92,7 @@ class Model:
         self.rows: dict[str, dict] = found["rows"] if found.get("about") == self.about else {}
 
     def run(self, column: Column, cases: list[Case], **more) -> Result:
-        return make(self.pipe, cases, column, steps=STEPS, batch=BATCH, output_type="pt", **more)
+        return make(self.pipe, cases, column, steps=STEPS, batch=BATCH, **more)
 
     def keep(self, label: str, row: dict) -> dict:
         self.rows[label] = row
@@ -105,7 +105,7 @@ class Model:
         if label in self.rows:
             return self.rows[label]
         result = self.run(column, cases)
-        made = tensor_of(result.pictures)
+        made = result.floats
         fits = self.retrieval(made, [case.prompt for case in cases])
         return self.keep(
             label,
