@@ -269,7 +269,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "norm_threshold": Number("Norm threshold", 0, 100, 0.5, "Cap on the update; empty: no cap.", optional=True),
         "eta": Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."),
         "reference_numel": None,
-        "start": None,
+        "cfg_steps": None,
         "form": None,
     },
     "BetaCFG": {
