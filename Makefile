@@ -23,8 +23,8 @@ app: install ## the page, on localhost
 test: install ## every test
 	$(BIN)/pytest $(SPREAD)
 
-quick: install ## those that need no browser, no cluster and no process of their own; under a minute
-	$(BIN)/pytest $(SPREAD) -m "not slow" $(patsubst %,--ignore tests/%,app bench search training samples)
+quick: install ## those that need no browser, no cluster and no process of their own; about a minute
+	$(BIN)/pytest $(SPREAD) -m "not slow" $(patsubst %,--ignore tests/%,app bench docs search shell training samples)
 
 conformance: install ## holds attach to its promises on every pipeline of docs/pipelines.md; minutes
 	$(BIN)/pytest tests/zoo/conformance_suite.py
