@@ -11,7 +11,6 @@
 `guide` once their predictions exist.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -152,12 +151,13 @@ class Engine:
             output, expected, s: what it is verified by; see `kernels.reference.observe`.
         """
         x, space = step.sample, step.space
-        ways = (0.0, 0.0), (0.0, 0.0)
-        if x is not None and space is not None and any(evaluated):
-            ways = (space.a, space.b), (space.p, space.q)
-        else:
+        if x is None or space is None or not any(evaluated):
             x = space = None
-        if x is None and output is None:
+        if space is not None:
+            ways = (space.a, space.b), (space.p, space.q)
+        elif any(evaluated):
+            x, ways = c, ((0.0, 0.0), (0.0, 0.0))  # of the predictions as they are, which any sample will do for
+        elif output is None:
             return unseen(len(evaluated))
         return Observation(kernels.observe(x, c, u, *ways, output, expected, s), space, evaluated)
 
@@ -283,18 +283,6 @@ class Engine:
         """Tells the observers of a step, and what the sampler receives."""
         for observer in self.observers:
             observer(step, prediction, guided)
-
-
-def noise_difference(step: Step, prediction: Prediction) -> Tensor:
-    """(rows,): `||cond - uncond||` of the noise predictions, on the device; NaN for rows that were not evaluated.
-
-    Where the noise is not known, of the predictions as they are.
-    """
-    c, u = prediction.cond, prediction.uncond
-    working = torch.promote_types(c.dtype, torch.float32)
-    factor = 1.0 if step.space is None or not math.isfinite(step.space.q) else abs(step.space.q)
-    found = factor * (c.to(working) - u.to(working)).flatten(1).norm(dim=1)
-    return pick(prediction.evaluated, found, torch.full_like(found, torch.nan))
 
 
 def _direction(guided: Tensor, prediction: Prediction, w: scales.W) -> Tensor:

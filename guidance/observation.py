@@ -86,10 +86,13 @@ class Observation:
 
     @cached_property
     def difference(self) -> Tensor:
-        """(rows,): `||cond - uncond||` of the noise, NaN where unknown; waits for it."""
-        q = math.nan if self._space is None else abs(self._space.q)
+        """(rows,): `||cond - uncond||` of the noise, NaN where not both were evaluated; waits for it.
+
+        Where the noise is not known, of the predictions as they are.
+        """
+        q = 1.0 if self._space is None or not math.isfinite(self._space.q) else abs(self._space.q)
         rows = zip(self._totals, self._evaluated, strict=True)
-        return torch.tensor([q * row[6] ** 0.5 if was and math.isfinite(q) else math.nan for row, was in rows])
+        return torch.tensor([q * row[6] ** 0.5 if was else math.nan for row, was in rows])
 
     @property
     def norms(self) -> list[float]:

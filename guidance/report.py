@@ -44,7 +44,8 @@ class StepReport:
     repaid: float | None = None
     """The size of the repayment, likewise."""
     difference: list[float | None] = field(default_factory=list)
-    """By sample, the norm of the difference of both noise predictions; None where they were not both evaluated."""
+    """By sample, the norm of the difference of both noise predictions; None where they were not both evaluated. Where
+    the scheduler does not tell the noise, of the predictions as they are."""
     branches: dict[str, int] = field(default_factory=dict)
     """Evaluations of the step's own by branch: "cond", "uncond", and further terms by their scales, such as "pag"."""
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import is_whole, plain
-from diffusers_guidance.engine import Observer, noise_difference
+from diffusers_guidance.engine import Observer
+from diffusers_guidance.observation import Observation
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE, borrowed
 from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of
 from diffusers_guidance.pipelines.pictures.columns import Column, short
@@ -223,9 +224,10 @@ def best_of(
                 pipe, [case._replace(seed=seed) for seed in part], tried, steps=steps, guidance_scale=guidance_scale,
                 observers=[race], **arguments,
             )  # fmt: skip
-        if race.total is None or len(race.total) != len(part):
+        moved = sum(each.difference.double() for each in race.seen)
+        if not isinstance(moved, torch.Tensor) or len(moved) != len(part) or not moved.isfinite().all():
             raise ValueError("best_of needs a pipeline that does classifier-free guidance, one picture for each seed")
-        found |= dict(zip(part, race.total.tolist(), strict=True))
+        found |= dict(zip(part, moved.tolist(), strict=True))
         nfe += race.nfe
     return Best(case._replace(seed=max(found, key=lambda seed: found[seed])), found, nfe)
 
@@ -236,16 +238,15 @@ class _Enough(Exception):
 
 @dataclass
 class _Race:
-    """An observer that adds up differences, and ends the run after so many steps."""
+    """An observer of a run's first steps, which ends it after so many."""
 
     after: int
-    total: torch.Tensor | None = None
+    seen: list[Observation] = field(default_factory=list)
     nfe: int = 0
 
     def __call__(self, step: Step, prediction: Prediction | None, guided: torch.Tensor) -> None:
-        if prediction is not None:
-            now = noise_difference(step, prediction).double()
-            self.total = now if self.total is None else self.total + now
+        if prediction is not None and prediction.observation is not None:
+            self.seen.append(prediction.observation)  # read when the race is over: nobody waits for it
             self.nfe += prediction.nfe
         if step.index + 1 >= self.after:
             raise _Enough

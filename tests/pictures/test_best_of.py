@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
@@ -53,6 +53,32 @@ def test_the_report_says_how_far_the_condition_moved_each_sample(pipe):
     with attach(pipe, CFG(), StepAG(0.5)) as handle:
         pipe("a red apple", num_inference_steps=4, guidance_scale=5.0, output_type="latent")
     assert [step.difference[0] is None for step in handle.report.steps] == [False, False, True, True]
+
+
+class Unknown(DDIMScheduler):
+    """A scheduler that nobody can read: it adds noise in another way than it steps."""
+
+    def add_noise(self, original_samples, noise, timesteps):
+        return original_samples
+
+
+def test_where_the_noise_is_not_known_the_predictions_tell(pipe):
+    known = pipe.scheduler
+    pipe.scheduler = Unknown.from_config(known.config)
+    try:
+        seen = []
+        hook = pipe.unet.register_forward_hook(lambda _, __, output: seen.append(output[0].double()))
+        with attach(pipe, CFG(), EveryStep()) as handle:
+            pipe("a red apple", num_inference_steps=4, guidance_scale=5.0, output_type="latent",
+                 generator=torch.Generator().manual_seed(3))  # fmt: skip
+        hook.remove()
+        expected = [float((y.chunk(2)[1] - y.chunk(2)[0]).norm()) for y in seen]
+        assert handle.report.note.startswith("no similarities")
+        assert [step.difference[0] for step in handle.report.steps] == pytest.approx(expected, rel=1e-3)
+        found = best_of(pipe, Case("a red apple"), Column.parse("CFG@5"), seeds=[3, 4], after=2, steps=4)
+        assert found.differences[3] == pytest.approx(sum(expected[:2]), rel=1e-3)
+    finally:
+        pipe.scheduler = known
 
 
 def test_the_seed_whose_first_steps_move_most_is_chosen(pipe):
