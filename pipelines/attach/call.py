@@ -1,6 +1,5 @@
 """One call of a pipeline: its arguments, and what the pipeline says of its guidance while it runs."""
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,29 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.combination import Around, read
-from diffusers_guidance.pipelines.attach.formula import Scales
 from diffusers_guidance.spaces import Space
-
-
-@dataclass(frozen=True)
-class _Scales(Mapping[str, Callable[[], Any]]):
-    """Those among a pipeline's attributes and its call's arguments, which come first."""
-
-    attributes: Mapping[str, Any]
-    arguments: Mapping[str, Any]
-
-    def __getitem__(self, name: str) -> Callable[[], Any]:
-        if "guidance_scale" in name or "cfg_scale" in name or "pag_scale" in name:
-            for each in (self.arguments, self.attributes):
-                if name in each:
-                    return lambda: each[name]
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in {**self.attributes, **self.arguments} if name in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 @dataclass(frozen=True)
@@ -45,19 +22,21 @@ class Call:
         """Of the pipeline's class."""
         return type(self.pipe).__name__
 
-    @property
-    def scales(self) -> Scales:
-        """Every number of the pipeline or its call that is called a guidance scale, read when it is needed."""
+    def _numbers(self, *endings: str) -> dict[str, Any]:
+        """What the pipeline and its call have by names like these; the call's first."""
+        found = {**vars(self.pipe), **self.arguments}
+        return {name: value for name, value in found.items() if any(ending in name for ending in endings)}
 
-        return _Scales(vars(self.pipe), self.arguments)
+    @property
+    def scales(self) -> dict[str, Any]:
+        """Every number of the pipeline or its call that is called a guidance scale, as it is now; see `read`."""
+        return self._numbers("guidance_scale", "cfg_scale", "pag_scale")
 
     @property
     def strengths(self) -> dict[str, float]:
         """Every number of the pipeline or its call that is called a scale, as it is now."""
-        here = {name: value for name, value in vars(self.pipe).items() if name.endswith("_scale")}
-        given = {name: value for name, value in self.arguments.items() if name.endswith("_scale")}
-        found = {name: read(value, torch.empty(0)) for name, value in (here | given).items()}
-        return {name: value for name, value in found.items() if isinstance(value, float)}
+        found = {name: read(value, torch.empty(0)) for name, value in self._numbers("_scale").items()}
+        return {name: value for name, value in found.items() if isinstance(value, float) and name.endswith("_scale")}
 
     @property
     def guides(self) -> bool | None:
@@ -65,7 +44,7 @@ class Call:
         says = getattr(self.pipe, "do_classifier_free_guidance", None)
         if isinstance(says, bool):
             return says
-        values = [get() for get in self.scales.values()]
+        values = self.scales.values()
         scales = [read(value, value if isinstance(value, Tensor) else torch.empty(0)) for value in values]
         known = [s for s in scales if s is not None]
         return any(float(s.max() if isinstance(s, Tensor) else s) > 1 for s in known) if known else None

@@ -7,7 +7,7 @@ gave that number bit for bit, it must do so at every later step. For other formu
 rounding may do. A check at a later step does not wait for the device: see `discovery`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,6 @@ from diffusers_guidance.pipelines.attach.combination import Around, Combination,
 from diffusers_guidance.pipelines.attach.layout import Layout, View
 from diffusers_guidance.pipelines.attach.residual import Residual, Scale, Tolerance, residual
 from diffusers_guidance.pipelines.attach.terms import Terms
-
-Scales = Mapping[str, Callable[[], Any]]
-"""Where the pipeline's guidance scale may be read, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +141,10 @@ class Formula(Combination):
             return None
         return self.tree.rest([self.seen(y, around) for y in self.layout.invert(outputs)])
 
-    def read(self, scales: Scales, output: Tensor) -> Scale | None:
-        """The pipeline's present scale; None if it cannot be read."""
+    def read(self, scales: Mapping[str, Any], output: Tensor) -> Scale | None:
+        """The pipeline's present scale, among those it has by name; None if it cannot be read."""
         name = self.written if self.tree is None or self.exact else ""
-        return read(scales[name](), output) if name in scales else None
+        return read(scales[name], output) if name in scales else None
 
     def reproduce(self, outputs: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler at its scale `s`, one row per sample."""

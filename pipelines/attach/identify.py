@@ -28,7 +28,7 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.branching import MOST, NOTHING, Asked, layouts, sums, weighed
 from diffusers_guidance.pipelines.attach.combination import SOLVED, Around, read
-from diffusers_guidance.pipelines.attach.formula import Formula, Scales
+from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.reading import GLOBAL, Reading, compared, differ, readings
 from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm
 from diffusers_guidance.pipelines.attach.sample import is_finite, pieces
@@ -54,7 +54,7 @@ class Identified(NamedTuple):
 def identify(
     outputs: Sequence[Tensor],
     output: Tensor,
-    scales: Scales,
+    scales: Mapping[str, Any],
     around: Around,
     known: Formula | None = None,
     told: Callable[[], int | None] = lambda: None,
@@ -62,20 +62,37 @@ def identify(
 ) -> Identified:
     """Searches for the formula behind `output`, given the outputs of the step's denoiser calls.
 
+    Samples whose predictions are not all finite have no say.
+
     Args:
+        scales: what the pipeline calls a guidance scale, by name.
         known: one found before, of the same network: its order tells where either half may be the conditional one.
         told: asked first: which of both is, by what they were made from.
         terms: what is known of more than two branches.
     """
+    rows = output.shape[0]
     if not all(is_finite(t) for t in (*outputs, output)):
-        return _identify_finite(outputs, output, scales, around, known, told, terms)
+        if any(y.shape[0] % rows for y in outputs):
+            return Identified(None, False, "some of the predictions are not finite")
+        finite = torch.isfinite(output).flatten(1).all(1)
+        for y in outputs:
+            finite &= torch.isfinite(y).flatten(1).all(1).unflatten(0, (-1, rows)).all(0)
+        if not finite.any():
+            return Identified(None, True, "no prediction is finite")
+        outputs = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
+        output, x = output[finite], around.sample
+        around = replace(around, sample=None if x is None else x[finite])
     live: dict[str, float | Tensor] = {}
-    for label, get in scales.items():
-        value = read(get(), output)
+    for label, found in scales.items():
+        value = read(found, output)
         same = (isinstance(other, float) and other == value for other in live.values())
         if value is not None and (isinstance(value, Tensor) or not any(same)):
             live[label] = value
-    return _Search(outputs, output, live, around, known, functools.cache(told), terms).found()
+    search = _Search(outputs, output, live, around, known, functools.cache(told), terms).found()
+    if (formula := search.formula) is None or len(output) == rows:
+        return search
+    whole = replace(formula.layout, rows=formula.rows * rows // len(output))
+    return search._replace(formula=replace(formula, layout=whole))
 
 
 @dataclass
@@ -468,29 +485,3 @@ def _same(formula: Formula, s: Scale, other: Formula, of: Scale) -> bool:
     """Whether both mean the same: the same half at the same w."""
     w, v = formula.w(s), other.w(of)
     return formula.cond_index == other.cond_index and abs(w - v) <= 1e-3 * max(abs(w), abs(v))
-
-
-def _identify_finite(
-    outputs: Sequence[Tensor],
-    output: Tensor,
-    scales: Scales,
-    around: Around,
-    known: Formula | None,
-    told: Callable[[], int | None],
-    terms: Asked,
-) -> Identified:
-    """`identify` on those samples alone whose predictions are finite."""
-    rows, sample = output.shape[0], around.sample
-    if any(y.shape[0] % rows for y in outputs):
-        return Identified(None, False, "some of the predictions are not finite")
-    finite = torch.isfinite(output).flatten(1).all(1)
-    for y in outputs:
-        finite &= torch.isfinite(y).flatten(1).all(1).unflatten(0, (-1, rows)).all(0)
-    if not finite.any():
-        return Identified(None, True, "no prediction is finite")
-    kept = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
-    around = replace(around, sample=None if sample is None else sample[finite])
-    found = identify(kept, output[finite], scales, around, known, told, terms)
-    formula = found.formula
-    whole = None if formula is None else replace(formula, layout=replace(formula.layout, rows=rows))
-    return found._replace(formula=whole)

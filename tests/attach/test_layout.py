@@ -149,7 +149,7 @@ def test_a_layout_is_identified_and_reproduces_what_the_scheduler_was_given(name
     held = layout.held(u + w * (c - u))
     branches = [layout.branch(sign * half) for half in ((c, u) if cond == 0 else (u, c))]
     outputs = [torch.cat(branches)] if batched else branches
-    formula = identify(outputs, held, {"guidance_scale": lambda: w}, Around(), None).formula
+    formula = identify(outputs, held, {"guidance_scale": w}, Around(), None).formula
     assert (formula.cond_index, formula.batched, formula.view.sign) == (cond, batched, sign)
     assert formula.calls == (1 if batched else 2)
     cut = formula.cut(outputs, Around())
