@@ -151,13 +151,14 @@ class Engine:
             output, expected, s: what it is verified by; see `kernels.reference.observe`.
         """
         x, space = step.sample, step.space
-        if x is None or space is None or not any(evaluated):
+        ways = (0.0, 0.0), (0.0, 0.0)
+        if not any(evaluated):
             x = space = None
-        if space is not None:
+        elif x is None or space is None:
+            x, space = c, None  # what the predictions as they are differ by; any sample will do
+        else:
             ways = (space.a, space.b), (space.p, space.q)
-        elif any(evaluated):
-            x, ways = c, ((0.0, 0.0), (0.0, 0.0))  # of the predictions as they are, which any sample will do for
-        elif output is None:
+        if x is None and output is None:
             return unseen(len(evaluated))
         return Observation(kernels.observe(x, c, u, *ways, output, expected, s), space, evaluated)
 

@@ -111,8 +111,8 @@ class Discovery:
             if view.channels or not view.holds(output):
                 continue
             alone, target = view(y).to(output.dtype), view.working(output)
-            found = residual(alone, target, target, target, Tolerance(0.0, torch.finfo(target.dtype).eps))
-            if found.fit(found.norms.tolist()).fits:
+            tolerance = Tolerance(0.0, torch.finfo(target.dtype).eps)
+            if tolerance.fit(residual(alone, target, target, target).tolist()).fits:
                 return False
             # Or the single prediction is converted to the scheduler's kind.
             few, x = Sample(target.shape), view.working(sample) if sample.shape == output.shape else None
@@ -202,7 +202,7 @@ class Discovery:
         if alone.shape != target.shape:
             return False
         tolerance = Tolerance(0.0, 0.0, rounded(alone, target))
-        sent = Arrival(residual(alone, target, alone, alone, tolerance).norms)
+        sent = Arrival(residual(alone, target, alone, alone))
         if sent.is_here:
             return tolerance.fit(sent.read().tolist()).fits
         self._check_later(
@@ -342,7 +342,7 @@ class Discovery:
         made = c if expected is None else expected
         if formula.needs_space or not c.shape == target.shape == made.shape:  # it rounds other terms than c and u
             terms = formula.terms(c, around), formula.terms(u, around)
-            sent = Arrival(residual(made, target, *terms, tolerance).norms)
+            sent = Arrival(residual(made, target, *terms))
             return seen(sent.is_here, lambda: sent.read().tolist(), observe(step, c, u, evaluated))
         found = observe(step, c, u, evaluated, target, expected, s if isinstance(s, float) else 0.0)
         return seen(found.is_here, lambda: found.norms, found)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.combination import Around, Combination, read
 from diffusers_guidance.pipelines.attach.layout import Layout, View
-from diffusers_guidance.pipelines.attach.residual import Residual, Scale, Tolerance, residual
+from diffusers_guidance.pipelines.attach.residual import Scale, Tolerance
 from diffusers_guidance.pipelines.attach.terms import Terms
 
 
@@ -150,28 +150,12 @@ class Formula(Combination):
         """What the pipeline hands to the scheduler at its scale `s`, one row per sample."""
         return self.combined([self.treated(self.view(part), around) for part in self.layout.invert(outputs)], s, around)
 
-    def residual(
-        self,
-        expected: Tensor,
-        output: Tensor,
-        c: Tensor,
-        u: Tensor,
-        s: Scale,
-        around: Around,
-        is_strict: bool = True,
-        is_finite: bool = False,
-    ) -> Residual:
-        """Compares `expected`, made from the (c, u) of `cut`, with the pipeline's own output; rounding is allowed for.
+    def tolerance(self, s: Scale, dtype: torch.dtype, is_strict: bool = True) -> Tolerance:
+        """What rounding may do to what it makes at its scale `s` of (c, u), of `cut`, in their `dtype`.
 
         Args:
             is_strict: whether an exact formula must be exact again; otherwise its last digits may differ.
-            is_finite: whether all of these numbers are finite.
         """
-        tolerance = self.tolerance(s, c.dtype, is_strict)
-        return residual(expected, output, self.terms(c, around), self.terms(u, around), tolerance, is_finite)
-
-    def tolerance(self, s: Scale, dtype: torch.dtype, is_strict: bool = True) -> Tolerance:
-        """What rounding may do to what it makes at its scale `s` of (c, u), of `cut`, in their `dtype`."""
         s = s if self.tree is None else self.tree.size
         eps = max(torch.finfo(dtype).eps, torch.finfo(self.dtype).eps)
         if self.exact and self.is_stable and is_strict:

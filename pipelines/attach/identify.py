@@ -30,7 +30,7 @@ from diffusers_guidance.pipelines.attach.branching import MOST, NOTHING, Asked, 
 from diffusers_guidance.pipelines.attach.combination import SOLVED, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.reading import GLOBAL, Reading, compared, differ, readings
-from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm
+from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import is_finite, pieces
 from diffusers_guidance.pipelines.attach.solve import SOLVABLE, solved
 
@@ -251,22 +251,13 @@ class _Search:
                 continue
             if any(_same(formula, s, *other) for other in found):
                 continue
-            if formula.finish in GLOBAL and not reading.sample.whole and reading.off(formula, s) > 1:
-                continue
-            parts, seen, near, target = reading.parts, reading.seen, reading.around, reading.target
-            s_: Any = reading.sample.of(s)
-            if formula.finish in GLOBAL and not reading.sample.whole:
-                near = self.around.through(formula.view)
-                parts = seen = [formula.seen(part, near) for part in formula.layout.invert(self.outputs)]
-                target, s_ = formula.view.working(self.output), s
-            expected = formula.combined(parts, s_, near)
-            fit = compared(formula, seen, expected, target, s_, near)
-            self._try(formula, formula.w(s), fit, norm(seen[0] - seen[1]))
-            if not fit.fits or 2 * fit.allowed >= norm(formula.combined(parts, 1.1 * s_, near) - expected):
-                continue
+            fit = reading.fit(formula, s)
+            self._try(formula, formula.w(s), fit, reading.size)
             # Where a scale beside it fits better, it only happens to be near the one that is used.
-            beside = (norm(formula.combined(parts, f * s_, near) - target) for f in (0.99, 1.01))
-            if fit.error <= min(beside) and self._fit(formula, s).fits:
+            further, *beside = (reading.fit(formula, factor * s).error for factor in (1.1, 0.99, 1.01))
+            if not fit.fits or 2 * fit.allowed >= further or fit.error > min(beside):
+                continue
+            if self._fit(formula, s).fits:
                 found.append((formula, s))
         return found
 
@@ -393,16 +384,17 @@ class _Search:
 
         Where the sample is mixed in, but for the few numbers that a factor's last digit rounds to another side.
         """
-        here = self.around.through(formula.view)
-        made = ((formula.combined(parts, s, here), target) for parts, target in self._all(formula, s))
-        if formula.is_stable:
-            return all(torch.equal(*both) for both in made)
-        given, target = next(made)
-        if int((given != target).sum()) >= (_FEW * target.numel() if formula.mixed else _ENDS):
-            return False
+        here, off = self.around.through(formula.view), 0
+        for parts, target in self._all(formula, s):
+            made = formula.combined(parts, s, here)
+            missed = 0 if torch.equal(made, target) else int((made != target).sum())
+            if missed >= (1 if formula.is_stable else _FEW * target.numel() if formula.mixed else _ENDS):
+                return False
+            off += missed
         if formula.mixed:
             return self._fit(formula, s).fits
-        return torch.equal(formula.reproduce(self.outputs, s, here), formula.view.working(self.output))
+        whole = formula.view.working(self.output)
+        return not off or torch.equal(formula.reproduce(self.outputs, s, here), whole)
 
     def _fit(self, formula: Formula, s: Scale) -> Fit:
         """How well it gives all of the output, up to rounding."""
@@ -410,11 +402,11 @@ class _Search:
             return self.fitted[2]
         here, found, apart = self.around.through(formula.view), [], []
         for parts, target in self._all(formula, s):
-            c, u = formula.chosen(parts) if formula.is_by_number else formula.cut(self.outputs, here)
-            given = formula.combined(parts, s, here)
-            found.append(formula.residual(given, target, c, u, s, here, is_finite=True))
+            c, u = formula.cut(self.outputs, here) if formula.mixed else formula.chosen(parts)
+            terms = formula.terms(c, here), formula.terms(u, here)
+            found.append(residual(formula.combined(parts, s, here), target, *terms, is_finite=True))
             apart.append(norm(c - u))
-        fit = found[0].fit(torch.stack([each.norms for each in found]).norm(dim=0).tolist())
+        fit = formula.tolerance(s, c.dtype).fit(torch.stack(found).norm(dim=0).tolist())
         self._try(formula, formula.w(s), fit, math.hypot(*apart))
         self.fitted = (formula, s, fit)
         return fit
@@ -423,7 +415,8 @@ class _Search:
         """(the branches as they are combined, the output) of all numbers, in pieces where that is possible."""
         view, here = formula.view, self.around.through(formula.view)
         whole = (*map(view.part, formula.layout.invert(self.outputs)), view.working(self.output))
-        split = formula.is_by_number and not isinstance(s, Tensor)
+        by_fiber = formula.finish not in GLOBAL and not formula.needs_space and whole[0].ndim > 2
+        split = (formula.is_by_number or by_fiber) and not isinstance(s, Tensor)
         for *parts, target in pieces(*whole) if split else [whole]:
             yield [formula.treated(view.signed(y), here) for y in parts], target
 

@@ -16,7 +16,7 @@ from diffusers_guidance.pipelines.attach.branching import layouts
 from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, Around
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.layout import Layout, View, views
-from diffusers_guidance.pipelines.attach.residual import Fit, Scale, exact, mixture, norm
+from diffusers_guidance.pipelines.attach.residual import Fit, Scale, exact, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import Sample
 
 GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
@@ -47,27 +47,36 @@ class Reading:
 
     def off(self, formula: Formula, s: Scale) -> float:
         """How far the formula is off, as a share of what rounding allows; 0 is exact. Above 1 it cannot be the one."""
-        s = self.sample.of(s)
-        if formula.finish in GLOBAL and not self.sample.whole:
-            return self._off_by_a_factor(formula, s)
-        expected = formula.combined(self.parts, s, self.around)
-        if torch.equal(expected, self.target):
-            return 0.0
         if formula.is_stable:
-            return math.inf
-        return compared(formula, self.seen, expected, self.target, s, self.around).ratio
+            made = formula.combined(self.parts, self.sample.of(s), self.around)
+            return 0.0 if torch.equal(made, self.target) else math.inf
+        return self.fit(formula, s).ratio
 
-    def _off_by_a_factor(self, formula: Formula, s: Scale) -> float:
-        """The same where only all numbers of a row tell by what it is multiplied."""
-        g = replace(formula, finish="").combined(self.parts, s, self.around)
-        g, target = (exact(t).flatten(1) for t in (g, self.target))
-        factor = (g * target).sum(1, keepdim=True) / (g * g).sum(1, keepdim=True)
-        allowed = 8 * torch.finfo(self.target.dtype).eps * float(target.norm())
-        return Fit(float((factor * g - target).norm()), allowed).ratio
+    def fit(self, formula: Formula, s: Scale) -> Fit:
+        """How well the formula explains the target; where only all numbers of a row tell by what it is multiplied, with
+        the factor that explains it best."""
+        s = self.sample.of(s)
+        if not self._is_open(formula):
+            expected = formula.combined(self.parts, s, self.around)
+            return compared(formula, self.seen, expected, self.target, s, self.around)
+        parts, target, unit = self.parts, self.target, 1.0
+        if formula.anchor == "denoised":  # it is there that it is multiplied
+            _, space = self.around.known
+            *parts, target = map(self.around.denoised, (*parts, target))
+            unit = abs(space.b)
+        plain = replace(formula, finish="", anchor="difference" if formula.anchor == "denoised" else formula.anchor)
+        g, y = (exact(t).flatten(1) for t in (plain.combined(parts, s, self.around), target))
+        factor = (g * y).sum(1, keepdim=True) / (g * g).sum(1, keepdim=True)
+        allowed = 8 * torch.finfo(target.dtype).eps * norm(formula.terms(self.target, self.around))
+        return Fit(float((factor * g - y).norm()) / unit, allowed)
+
+    def _is_open(self, formula: Formula) -> bool:
+        """Whether the sample does not tell by what the formula's finish multiplies a row."""
+        return formula.finish in GLOBAL and not self.sample.whole
 
     def meets(self, formula: Formula, s: Scale) -> bool:
         """Whether it gives a good part of the numbers to the bit: another way to round changes only some of them."""
-        if formula.finish in GLOBAL and not self.sample.whole:
+        if self._is_open(formula):
             return True
         expected = formula.combined(self.parts, self.sample.of(s), self.around)
         return float((expected == self.target).float().mean()) > 1 / 8
@@ -113,15 +122,25 @@ class Reading:
             one = formula.towards(cond, anchor="c" if is_from_c else "u", finish=finish)
             return self.off(one, live[label]) <= 4
 
-        for finish, cond, anchor in itertools.product(finishes, range(2), anchors):
-            if anchor == "denoised":  # in the scheduler's dtype it makes no difference
-                if not around.fits(self.target) or self.parts[0].dtype != formula.dtype:
+        for finish, cond in itertools.product(finishes, range(2)):
+            found: list[tuple[Formula, Scale]] = []
+            for anchor in anchors:
+                if anchor == "denoised":  # in the scheduler's dtype it makes no difference
+                    if not around.fits(self.target) or self.parts[0].dtype != formula.dtype:
+                        continue
+                elif not (finish or is_plain):
                     continue
-            elif not (finish or is_plain):
-                continue
-            for label, value in live.items():
-                if not finish or anchor in ("u", "c", "denoised") or may_be(finish, cond, anchor in FROM_C, label):
-                    yield formula.towards(cond, anchor=anchor, finish=finish, scale=label), value
+                found += [
+                    (formula.towards(cond, anchor=anchor, finish=finish, scale=label), value)
+                    for label, value in live.items()
+                    if not finish or anchor in ("u", "c", "denoised") or may_be(finish, cond, anchor in FROM_C, label)
+                ]
+            yield from self._likeliest(found) if finish in GLOBAL and not self.sample.whole else found
+
+    def _likeliest(self, found: list[tuple[Formula, Scale]]) -> list[tuple[Formula, Scale]]:
+        """Of ways to round, where only all numbers tell for certain: those that leave about the least error."""
+        off = [self.off(*each) for each in found]
+        return [each for each, share in zip(found, off, strict=True) if share <= 1.05 * min(off)]
 
     def of_networks(self) -> Iterator["Reading"]:
         """The same where the network predicts something else than the scheduler wants, in each way that is known."""
@@ -184,9 +203,9 @@ def compared(
     formula: Formula, parts: Sequence[Tensor], expected: Tensor, target: Tensor, s: Scale, around: Around
 ) -> Fit:
     """How well `expected` explains `target`, with all that rounding may do."""
-    c, u = parts[formula.cond_index], formula.away(parts)
-    found = formula.residual(expected, target, c, u, s, around, is_finite=True)
-    return found.fit(found.norms.tolist())
+    c, u = formula.chosen(parts)
+    norms = residual(expected, target, formula.terms(c, around), formula.terms(u, around), is_finite=True)
+    return formula.tolerance(s, c.dtype).fit(norms.tolist())
 
 
 def differ(c: Tensor, u: Tensor, ulps: float) -> bool:

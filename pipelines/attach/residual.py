@@ -37,24 +37,12 @@ class Tolerance(NamedTuple):
     """And of the output alone."""
 
     def fit(self, norms: Sequence[float]) -> Fit:
-        """The fit, from the norms of the error, of the output, of c and of u."""
+        """The fit, from the four norms of `residual`, once they have been read."""
         error, output, c, u = norms
         s = self.s
         largest = float(s.abs().max()) if isinstance(s, Tensor) else abs(s)
         # Every order of operations rounds terms no larger than these, each by less than eps.
         return Fit(error, self.noise * (output + largest * (c + u)) + self.floor * output)
-
-
-class Residual(NamedTuple):
-    """What a `Fit` is made of, still on the device: nobody waits for it until `norms` is read."""
-
-    norms: Tensor
-    """(4,): of the error, of the output, of c and of u."""
-    tolerance: Tolerance
-
-    def fit(self, norms: Sequence[float]) -> Fit:
-        """The fit, from `norms` as they have been read."""
-        return self.tolerance.fit(norms)
 
 
 def exact(x: Tensor) -> Tensor:
@@ -71,28 +59,21 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def residual(
-    expected: Tensor,
-    output: Tensor,
-    c: Tensor,
-    u: Tensor,
-    tolerance: Tolerance,
-    is_finite: bool = False,
-) -> Residual:
-    """Compares a reproduced model output with the pipeline's own, as computed from c and u in their dtype.
+def residual(expected: Tensor, output: Tensor, c: Tensor, u: Tensor, is_finite: bool = False) -> Tensor:
+    """(4,): the norms of what `expected` is off by from the pipeline's `output`, of that, of c and of u.
 
-    What is not finite counts as zero, so that the same numbers must be broken in both, and the others agree.
+    Nobody waits for them until they are read. What is not finite counts as zero, so that the same numbers must be
+    broken in both, and the others agree.
 
     Args:
         is_finite: whether everything is known to be, so that nothing has to be counted as zero.
     """
     if expected.shape != output.shape:
-        return Residual(torch.tensor([float("inf"), 0, 0, 0]), tolerance)
+        return torch.tensor([float("inf"), 0, 0, 0])
     if not is_finite:
         expected, output, c, u = (t.nan_to_num(0, 0, 0) for t in (expected, output, c, u))
     # Each in a pass of its own: what is large is not copied to be compared.
-    norms = torch.stack([_norm(t) for t in (expected - output, output, c, u)])
-    return Residual(norms, tolerance)
+    return torch.stack([_norm(t) for t in (expected - output, output, c, u)])
 
 
 def mixture(output: Tensor, *vectors: Tensor) -> tuple[list[float], Fit]:

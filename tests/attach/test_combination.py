@@ -169,13 +169,12 @@ def test_rounding_is_allowed_for_and_another_scale_is_not(dtype, anchor, s):
     made = one.apply(c, u, s, Around())
 
     def fit(s):
-        found = one.residual(one.apply(c, u, s, Around()), exact, c, u, s, Around())
-        return found.fit(found.norms.tolist())
+        return one.tolerance(s, dtype).fit(residual(one.apply(c, u, s, Around()), exact, c, u).tolist())
 
     assert fit(s).fits
     assert fit(s).error == pytest.approx(float((made.double() - exact.double()).norm()), rel=1e-3, abs=1e-6)
     assert not fit(s + 0.2 * max(1.0, s)).fits
-    assert replace(one, exact=True).residual(made, made, c, u, s, Around()).fit([0.0, 1.0, 1.0, 1.0]).ratio == 0
+    assert replace(one, exact=True).tolerance(s, dtype).fit([0.0, 1.0, 1.0, 1.0]).ratio == 0
 
 
 def test_broken_numbers_must_be_broken_in_both():
@@ -184,10 +183,8 @@ def test_broken_numbers_must_be_broken_in_both():
     broken, elsewhere, tolerance = output.clone(), output.clone(), Tolerance(3.0, torch.finfo(torch.float32).eps)
     broken[0, 0, 0, 0] = elsewhere[1, 0, 0, 0] = torch.nan
     for expected, fits in ((broken, True), (output, False), (elsewhere, False)):
-        found = residual(expected, broken, c, u, tolerance)
-        assert found.fit(found.norms.tolist()).fits is fits
-    found = residual(output[:1], output, c, u, tolerance)
-    assert not found.fit(found.norms.tolist()).fits
+        assert tolerance.fit(residual(expected, broken, c, u).tolist()).fits is fits
+    assert not tolerance.fit(residual(output[:1], output, c, u).tolist()).fits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
