@@ -25,7 +25,6 @@ from diffusers_guidance.pipelines.attach.combination import SOLVED, Around
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.identify import SINGLE, identify, turned
-from diffusers_guidance.pipelines.attach.layout import views
 from diffusers_guidance.pipelines.attach.residual import Fit, Tolerance, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import Sample
 from diffusers_guidance.pipelines.attach.single import holds, rounded, single
@@ -100,25 +99,14 @@ class Discovery:
         self.is_in_doubt = False
         """Whether the last step that was read was off in its last digits: the next one is waited for."""
 
-    def is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
+    def is_guided(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> bool:
         """Whether this step evaluated more than one branch; False if it evaluated one and used it unchanged."""
-        y = denoiser.outputs[0] if denoiser.outputs else None
-        if len(denoiser.outputs) != 1 or y is None or y.shape[0] > output.shape[0]:
+        outputs = denoiser.outputs
+        if len(outputs) != 1 or outputs[0].shape[0] > output.shape[0]:
             return True
         if getattr(self.call.pipe, "do_classifier_free_guidance", None) is False:
             return False
-        for view in views(y.shape, output.shape):
-            if view.channels or not view.holds(output):
-                continue
-            alone, target = view(y).to(output.dtype), view.working(output)
-            tolerance = Tolerance(0.0, torch.finfo(target.dtype).eps)
-            if tolerance.fit(residual(alone, target, target, target).tolist()).fits:
-                return False
-            # Or the single prediction is converted to the scheduler's kind.
-            few, x = Sample(target.shape), view.working(sample) if sample.shape == output.shape else None
-            if x is not None and alone.shape == target.shape and mixture(*map(few, (target, x, alone)))[1].fits:
-                return False
-        return True
+        return single(outputs, output, self.call.around(sample, clock.space), shows=False) is None
 
     def identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> str:
         """Finds the pipeline's formula, or says why that is not possible yet, such as while both predictions agree."""

@@ -348,7 +348,7 @@ class Host:
         # What the pipeline makes of what stood in for its only prediction is nothing to go by.
         alone = denoiser.formula is not None and denoiser.formula.evaluations == 1 and denoiser.skips
         alone = alone or (not self._clock.went_back and self._discovery.is_single_still(denoiser, output))
-        if alone or not self._discovery.is_guided(denoiser, output, sample):
+        if alone or not self._discovery.is_guided(denoiser, output, sample, self._clock):
             if alone or self._follows_single(denoiser, output, sample):
                 return self._alone(denoiser, output, sample)
             made = self._made_up(denoiser, output, sample)

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.combination import SOLVED, Around
 from diffusers_guidance.pipelines.attach.formula import Formula
-from diffusers_guidance.pipelines.attach.layout import Layout, View, views
+from diffusers_guidance.pipelines.attach.layout import Layout, views
 from diffusers_guidance.pipelines.attach.residual import mixture, norm
 from diffusers_guidance.pipelines.attach.sample import Sample
 
 
-def single(outputs: Sequence[Tensor], output: Tensor, around: Around) -> Formula | None:
-    """How the scheduler's `output` follows from the step's only prediction; None: it does not, as far as is seen."""
+def single(outputs: Sequence[Tensor], output: Tensor, around: Around, shows: bool = True) -> Formula | None:
+    """How the scheduler's `output` follows from the step's only prediction; None: it does not, as far as is seen.
+
+    Args:
+        shows: whether the prediction must show in it: an output of zeros follows from anything.
+    """
     if len(outputs) != 1 or outputs[0].shape[0] > output.shape[0]:
         return None
     (y,) = outputs
@@ -31,12 +35,12 @@ def single(outputs: Sequence[Tensor], output: Tensor, around: Around) -> Formula
                 layout=layout, weights=(), anchor="u", upcast=y.dtype != output.dtype, finish="", scale=None,
                 dtype=output.dtype, mixed=mixed,
             )  # fmt: skip
-            if holds(formula, y, output, around):
+            if holds(formula, y, output, around, shows):
                 return formula
     return None
 
 
-def holds(formula: Formula, y: Tensor, output: Tensor, around: Around) -> bool:
+def holds(formula: Formula, y: Tensor, output: Tensor, around: Around, shows: bool = True) -> bool:
     """Whether the formula gives the scheduler's `output`, as it is or mixed with the sample."""
     view = formula.view
     alone, target = view(y), view.working(output)
@@ -44,7 +48,11 @@ def holds(formula: Formula, y: Tensor, output: Tensor, around: Around) -> bool:
         return False
     if formula.mixed != SOLVED:
         return _same(alone, target)
-    return _is_mixed(view, alone, target, around.sample)
+    if around.sample is None or around.sample.shape != output.shape:
+        return False
+    few, x = Sample(target.shape), view.working(around.sample)
+    (_, beta), fit = mixture(*map(few, (target, x, alone)))
+    return fit.fits and (not shows or abs(beta) * float(few(alone).double().norm()) > 100 * fit.allowed)
 
 
 def rounded(alone: Tensor, target: Tensor) -> float:
@@ -60,13 +68,3 @@ def _same(alone: Tensor, target: Tensor) -> bool:
         return False
     alone, target = (t.nan_to_num(0, 0, 0) for t in (alone, target))
     return norm(alone - target) <= rounded(alone, target) * norm(target)
-
-
-def _is_mixed(view: View, alone: Tensor, target: Tensor, sample: Tensor | None) -> bool:
-    x = None if sample is None else view.working(sample)
-    if x is None or x.shape != target.shape:
-        return False
-    few = Sample(target.shape)
-    (_, beta), fit = mixture(*map(few, (target, x, alone)))
-    # The prediction must show in it.
-    return fit.fits and abs(beta) * float(few(alone).double().norm()) > 100 * fit.allowed
