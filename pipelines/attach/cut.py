@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.formula import Formula
@@ -20,8 +19,16 @@ from diffusers_guidance.pipelines.attach.remembered import Trial, keep, key, pro
 from diffusers_guidance.pipelines.attach.residual import exact
 from diffusers_guidance.pipelines.attach.state import Watch
 
-Call = tuple[Callable, tuple, dict, Any]
-"""A call of a network: what is called, its arguments, and a copy of what it put out."""
+
+class Made(NamedTuple):
+    """A call of a network that was made as it is."""
+
+    call: Callable
+    args: tuple
+    kwargs: dict
+    output: Any
+    """A copy."""
+
 
 OUTPUT = batch.Reading(elements=True, folded=False, second=False)
 """How a network's output is cut."""
@@ -136,7 +143,7 @@ class Cut:
             raise error
         self.leave_whole(f"no part of the batch can be evaluated on its own ({error})")
 
-    def find_out(self, formula: Formula, made: Sequence[Call], cuts: bool) -> str:
+    def find_out(self, formula: Formula, made: Sequence[Made], cuts: bool) -> str:
         """Makes sure that a part of the batch gives what the whole gave, and says what was tried.
 
         Costs evaluations only where an argument's shape leaves open how it is to be cut.
@@ -146,8 +153,8 @@ class Cut:
             cuts: whether parts are to be evaluated; a policy that skips whole calls alone needs none.
         """
         n, groups = formula.rows, formula.branches if formula.batched else 1
-        call, args, kwargs, output = made[0 if formula.batched else formula.others[0]]
-        self._settle(call, args, kwargs, output, n * groups)
+        one = made[0 if formula.batched else formula.others[0]]
+        self._settle(one, n * groups)
         self.keep_whole()
         if self.whole:
             return self.whole
@@ -155,8 +162,8 @@ class Cut:
             return "its hooks keep state: the batch is left whole"
         if not cuts or (groups == 1 and n == 1):
             return ""
-        names = batch.doubts((args, dict(kwargs)), n * groups, groups)
-        names += [name for name, value in kwargs.items() if "cache" in name and value is not None]
+        names = batch.doubts((one.args, dict(one.kwargs)), n * groups, groups)
+        names += [name for name, value in one.kwargs.items() if "cache" in name and value is not None]
         trials = _TRIALS if names else 1
         if groups > 2:
             names.append("its third branch")  # perturbed attention, say, needs all branches to be there
@@ -173,38 +180,26 @@ class Cut:
                 return ""
             self.leave_whole(f"no part of the batch can be evaluated on its own, {why}")
             return self.whole
-        whole = batch.prediction(output)
-        assert whole is not None
         own = sorted((formula.cond_index, *formula.alone))
         alone = [k * n + i for k in own if k < groups for i in range(n)] if formula.batched else list(range(n - 1))
         is_ours = not (self.watch.takes_part or self.watch.in_doubt)
-        of = key(args, kwargs, n, groups, tuple(alone), tuple(names), processors(self.module))
+        of = key(one.args, one.kwargs, n, groups, tuple(alone), tuple(names), processors(self.module))
         if is_ours and (before := recall(self.module, of)) is not None:
             self.reading, self.splits, note = before.reading, before.splits, before.note
             self.known |= before.known
             self.whole = before.whole
             return self.whole or note
-        note = self._try(formula, call, args, kwargs, whole, alone, trials, why)
+        note = self._try(formula, one, alone, trials, why)
         if is_ours and not self.watch.found:
             remembered = note.replace("was tried", "was tried before")
             keep(self.module, of, Trial(self.reading, self.whole, self.splits, frozenset(self.known), remembered))
         return note
 
-    def _try(
-        self,
-        formula: Formula,
-        call: Callable,
-        args: tuple,
-        kwargs: dict,
-        whole: Tensor,
-        alone: list[int],
-        trials: int,
-        why: str,
-    ) -> str:
+    def _try(self, formula: Formula, made: Made, alone: list[int], trials: int, why: str) -> str:
         """Tries the rows `alone`, in several ways, and says so."""
         n, groups = formula.rows, formula.branches if formula.batched else 1
-        for self.reading in readings(args, kwargs, n * groups, alone)[:trials]:
-            if self._fits(call, args, kwargs, whole, n * groups, alone):
+        for self.reading in readings(made, n * groups, alone)[:trials]:
+            if self._fits(made, n * groups, alone):
                 break
             if self.watch.found:
                 self.keep_whole()
@@ -216,12 +211,12 @@ class Cut:
             half, other = n // 2, formula.others[0]
             torn = [other * n + i for i in range(n - half, n)] + [formula.cond_index * n + i for i in range(half)]
             # No row has a row of its sample.
-            self.splits = self._fits(call, args, kwargs, whole, n * groups, sorted(torn))
+            self.splits = self._fits(made, n * groups, sorted(torn))
         if not self.splits:
             return f"samples are skipped only all at once, {why}"
         return f"a part of the batch was tried on its own, {why}"
 
-    def follows(self, formula: Formula, made: Sequence[Call], kept: list[int], source: list[int]) -> bool:
+    def follows(self, formula: Formula, made: Sequence[Made], kept: list[int], source: list[int]) -> bool:
         """Whether the network works ahead of that of `formula`, on the same rows and each by itself.
 
         One evaluation of the conditional rows alone tells, whose output must be that of the whole; none where whole
@@ -233,36 +228,36 @@ class Cut:
         """
         if len(made) != 1 or self.keeps_state:
             return False
-        ((call, args, kwargs, whole),) = made
-        self._settle(call, args, kwargs, whole, 0)
+        (one,) = made
+        self._settle(one, 0)
         total = formula.rows * formula.branches
         across = self.watch.takes_part and formula.rows > 1
-        if self.watch.found or across or batch.count(args, kwargs) != total:
+        if self.watch.found or across or batch.count(one.args, one.kwargs) != total:
             return False
         if len(kept) == total:  # all or nothing
             self.whole = ""
             return True
-        expected = batch.take(whole, total, [kept[i] for i in source])
-        for self.reading in readings(args, kwargs, total, kept)[:_TRIALS]:
+        expected = batch.take(one.output, total, [kept[i] for i in source])
+        for self.reading in readings(one, total, kept)[:_TRIALS]:
             try:
-                found = batch.take(self.call(call, args, kwargs, total, kept, None), len(kept), source)
+                found = batch.take(self.call(*one[:3], total, kept, None), len(kept), source)
             except Exception as error:
                 if not self.is_misfit(error):
                     raise
                 continue
             self.watch.restore()
-            if batch.shapes(found) == batch.shapes(whole) and _close(found, expected):
+            if batch.shapes(found) == batch.shapes(one.output) and _close(found, expected):
                 self.whole = ""
                 return True
         return False
 
-    def _settle(self, call: Callable, args: tuple, kwargs: dict, output: Any, rows: int) -> None:
+    def _settle(self, made: Made, rows: int) -> None:
         """Makes the identifying step's call once more, where it cannot be told yet whether the network keeps state."""
         if self.watch.in_doubt and not (self.watch.found or self.keeps_state):
             self.nfe += rows
             try:
-                with self.watch.once_more(), torch.random.fork_rng(_devices(output)):
-                    same = _close(call(*args, **kwargs), output)
+                with self.watch.once_more(), torch.random.fork_rng(_devices(made.output)):
+                    same = _close(made.call(*made.args, **made.kwargs), made.output)
             except Exception as error:
                 if not self.is_misfit(error):
                     raise
@@ -271,12 +266,14 @@ class Cut:
                 self.watch.find(f"{self.name} gives something else when called once more")
         self.watch.settle()
 
-    def _fits(self, call: Callable, args: tuple, kwargs: dict, whole: Tensor, rows: int, index: list[int]) -> bool:
-        """Whether the rows `index` alone give what they gave as a part of the `whole`; leaves no trace."""
+    def _fits(self, made: Made, rows: int, index: list[int]) -> bool:
+        """Whether the rows `index` alone give what they gave as a part of the whole; leaves no trace."""
+        whole = batch.prediction(made.output)
+        assert whole is not None
         self.nfe += len(index)
         try:
             with torch.random.fork_rng(_devices(whole)):
-                part = batch.copied(batch.prediction(self.call(call, args, kwargs, rows, index, whole.shape)))
+                part = batch.copied(batch.prediction(self.call(*made[:3], rows, index, whole.shape)))
         except Exception as error:
             if not self.is_misfit(error):
                 raise
@@ -309,13 +306,13 @@ def needs_all_branches(module: torch.nn.Module) -> bool:
     return any("PAG" in each.__name__ for each in _processors(module))
 
 
-def readings(args: tuple, kwargs: dict, rows: int, index: list[int]) -> list[batch.Reading]:
-    """Those that cut the arguments in ways of their own, the likely ones first."""
+def readings(made: Made, rows: int, index: list[int]) -> list[batch.Reading]:
+    """Those that cut a call's arguments in ways of their own, the likely ones first."""
     found: dict[tuple, batch.Reading] = {}
     # A network that takes its samples as a list takes everything else as one.
-    likely = [r for r in batch.READINGS if r.elements] if isinstance(batch.sample(args, kwargs), list) else []
+    likely = [r for r in batch.READINGS if r.elements] if isinstance(batch.sample(made.args, made.kwargs), list) else []
     for reading in (*likely, *batch.READINGS):
-        found.setdefault(tuple(batch.shapes(batch.take((args, dict(kwargs)), rows, index, reading))), reading)
+        found.setdefault(tuple(batch.shapes(batch.take((made.args, dict(made.kwargs)), rows, index, reading))), reading)
     return list(found.values())
 
 

@@ -12,7 +12,7 @@ from diffusers_guidance.engine import Engine
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.beside import Beside
 from diffusers_guidance.pipelines.attach.clock import Clock
-from diffusers_guidance.pipelines.attach.cut import OUTPUT, Call, Cut, Misfit
+from diffusers_guidance.pipelines.attach.cut import OUTPUT, Cut, Made, Misfit
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.steps import Action, Decision, Plan, Step
@@ -51,6 +51,8 @@ class Denoiser:
     follower_cut: bool = False
     """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
 
+    templates: Sequence[Any] = ()
+    """Outputs of this denoiser, by call, for their structure."""
     held: Tensor | None = None
     """The conditional branch of the last step that was evaluated, of a policy that `hands`."""
     held_calls: int = 0
@@ -61,7 +63,7 @@ class Denoiser:
     plan: Plan | None = None
     is_scanned: bool = False
     """Whether what others have put on the network was looked for at this step."""
-    inputs: list[Call] = field(default_factory=list)
+    inputs: list[Made] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     strays: list[Tensor] = field(default_factory=list)
     blanks: dict[int, Tensor] = field(default_factory=dict)
@@ -71,6 +73,8 @@ class Denoiser:
     """The step's whole conditional output, where calls are made one after another."""
     skipped: partial | None = None
     """The step's last call that was skipped."""
+    handed: Tensor | None = None
+    """What the pipeline was given for it."""
     is_told: bool = False
     """Whether a call's arguments told at this step which branch it was for."""
     is_open: bool = False
@@ -138,9 +142,8 @@ class Denoiser:
         """Takes in the pipeline's formula, as it was found from the step's outputs."""
         self.shape, self.formulas = self.outputs[0].shape, {}
         self.settle_for(formula)
-        calls = [(args, kwargs) for _, args, kwargs, _ in self.inputs]
-        tell = not formula.batched and formula.cond_index > 0 and len(calls) == formula.calls
-        self.marks = batch.marks(calls) if tell else []
+        tell = not formula.batched and formula.cond_index > 0 and len(self.inputs) == formula.calls
+        self.marks = batch.marks(self.arguments) if tell else []
 
     def restart(self) -> None:
         """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
@@ -184,15 +187,19 @@ class Denoiser:
         """Calls since the last step; of a network that has no part in guidance, if they look like a loop's."""
         if self.formula is not None:
             return len(self.outputs) + len(self.strays)
-        shapes = [(batch.sample(args, kwargs), batch.prediction(output)) for _, args, kwargs, output in self.inputs]
+        shapes = [(batch.sample(each.args, each.kwargs), batch.prediction(each.output)) for each in self.inputs]
         alike = [x for x, y in shapes if isinstance(x, Tensor) and y is not None and _same_kind(x, y)]
         return len(alike) if len(alike) > 1 else 0
 
     @property
+    def arguments(self) -> list[tuple[tuple, dict]]:
+        """Those of the step's calls, as long as no formula is known."""
+        return [(each.args, each.kwargs) for each in self.inputs]
+
+    @property
     def halves(self) -> list[dict[str, Tensor]]:
         """What both branches were made from, as long as no formula is known; see `rows.halves`."""
-        calls = [(args, kwargs) for _, args, kwargs, _ in self.inputs]
-        return batch.halves(calls, len(self.outputs[0])) if 0 < len(calls) < 3 else []
+        return batch.halves(self.arguments, len(self.outputs[0])) if 0 < len(self.inputs) < 3 else []
 
     @property
     def fits(self) -> bool:
@@ -342,7 +349,7 @@ class Denoiser:
             self.beside.see(batch.copied(output))
         # Where nothing is guided, guidance may begin at any step.
         if self.formula is None or self.formula.evaluations == 1 or (y is not None and y.shape != self.shape):
-            self.inputs.append((call, args, kwargs, batch.copied(output)))
+            self.inputs.append(Made(call, args, kwargs, batch.copied(output)))
         self._note(y, tried + asked, asked)
         return output
 
@@ -378,7 +385,7 @@ class Denoiser:
         output = made()
         y = batch.prediction(output)
         assert y is not None
-        self.inputs.append((made.func, made.args, made.keywords, batch.copied(output)))
+        self.inputs.append(Made(made.func, made.args, made.keywords, batch.copied(output)))
         self.handed.copy_(y)
         self.outputs[-1] = y.clone()
         self.nfe += len(y)
@@ -442,11 +449,6 @@ class Denoiser:
         self._note(filled, len(wanted), n)
         return batch.with_prediction(output, filled)
 
-    templates: Sequence[Any] = ()
-    """Outputs of this denoiser, by call, for their structure."""
-    handed: Tensor | None = None
-    """What the pipeline was last given for a call that was skipped."""
-
     @property
     def template(self) -> Any:
         """Any output of this denoiser."""
@@ -466,7 +468,7 @@ class Denoiser:
         if self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
             output = call(*args, **kwargs)
             if asked != total:  # the leader's batch may be another one from now on
-                self.inputs.append((call, args, kwargs, batch.copied(output)))
+                self.inputs.append(Made(call, args, kwargs, batch.copied(output)))
             return output
         if leader.skips:
             return batch.copied(self.template)
@@ -502,7 +504,7 @@ class Denoiser:
     def find_out(self, cuts: bool) -> str:
         """On the identifying step: finds out what can be skipped; see `Cut.find_out`."""
         assert self.formula is not None
-        self.templates = [output for _, _, _, output in self.inputs]
+        self.templates = [each.output for each in self.inputs]
         self.puts_out_more = batch.puts_out_more(self.template)
         if self.policy.hands and self.puts_out_more:
             self.beside.now = [*self.templates]
@@ -520,7 +522,7 @@ class Denoiser:
         # A policy that skips whole evaluations alone takes no part of any.
         kept, source = _kept(formula, [self.policy.hands] * formula.rows)
         if self.cut.follows(formula, self.inputs, kept, source):
-            self.leader, self.templates = leader, [self.inputs[0][3]]
+            self.leader, self.templates = leader, [self.inputs[0].output]
 
 
 def _emptied(output: Any) -> Any:

@@ -138,8 +138,7 @@ class Discovery:
 
     def _asked(self, denoiser: Denoiser) -> Asked:
         """What tells how the step's branches hang together, where there are more than two."""
-        calls = [(args, kwargs) for _, args, kwargs, _ in denoiser.inputs]
-        known = denoiser.formula
+        calls, known = denoiser.arguments, denoiser.formula
 
         def apart(formula: Formula) -> Apart | None:
             if len(calls) != formula.calls:
