@@ -253,11 +253,11 @@ class _Search:
                 continue
             fit = reading.fit(formula, s)
             self._try(formula, formula.w(s), fit, reading.size)
-            # Where a scale beside it fits better, it only happens to be near the one that is used.
-            further, *beside = (reading.fit(formula, factor * s).error for factor in (1.1, 0.99, 1.01))
-            if not fit.fits or 2 * fit.allowed >= further or fit.error > min(beside):
+            if not fit.fits or 2 * fit.allowed >= reading.fit(formula, 1.1 * s).error:
                 continue
-            if self._fit(formula, s).fits:
+            # Where a scale beside it fits better, it only happens to be near the one that is used.
+            beside = (reading.fit(formula, factor * s).error for factor in (0.99, 1.01))
+            if fit.error <= min(beside) and self._fit(formula, s).fits:
                 found.append((formula, s))
         return found
 
