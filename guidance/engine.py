@@ -273,6 +273,7 @@ class Engine:
             self.recorder.skip()
         step, known = self.settle(step), self.history
         changes = self.rule.is_scheduled or (step.w is not None and known.scale not in (None, step.w))
+        changes = changes and step.branches > 1
         known.direction = None
         if changes and guided is not None and prediction is not None and step.w is not None:
             known.direction = _direction(guided, prediction, step.w)

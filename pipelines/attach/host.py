@@ -407,9 +407,20 @@ class Host:
         if again is not None:
             self._tell(prediction, step, None if not self._observers else view.emit(again(), output), sample)
             return Guided(None, found.result, lambda: view.emit(again(), output))
-        if self.policy.hands:
-            handed = self._hand(denoiser, step, output if handed is None else handed, sample, prediction)
-        self._tell(prediction, step, output if handed is None else handed, sample)
+        return self._conclude(denoiser, step, output if handed is None else handed, output, sample, prediction)
+
+    def _conclude(
+        self,
+        denoiser: Denoiser,
+        step: Step,
+        guided: Tensor,
+        output: Tensor,
+        sample: Tensor,
+        prediction: Prediction | None = None,
+    ) -> Guided:
+        """What the scheduler gets in place of `output`: what was `guided`, or what the policy makes of it."""
+        handed = self._hand(denoiser, step, guided, sample, prediction) if self.policy.hands else guided
+        self._tell(prediction, step, handed, sample)
         return Guided(None if handed is output else handed)
 
     def _forecast(
@@ -418,12 +429,10 @@ class Host:
         """A step that evaluated nothing: there is nothing to verify, and what the scheduler gets is forecast."""
         formula = denoiser.formula
         assert formula is not None
-        s = formula.read(self._call.scales, formula.view.working(output))
+        s = 1.0 if formula.evaluations == 1 else formula.read(self._call.scales, formula.view.working(output))
         step = replace(step, w=engine.history.scale if s is None else formula.w(s))
         engine.skip(step, plan, *denoiser.take_cost(), note)
-        handed = self._hand(denoiser, step, output, sample)
-        self._tell(None, step, handed, sample)
-        return Guided(handed)
+        return self._conclude(denoiser, step, output, output, sample)
 
     def _count_branches(self, denoiser: Denoiser, evaluated: Sequence[bool]) -> None:
         """Says in the step's report which of its branches were evaluated, of how many samples."""
@@ -492,24 +501,18 @@ class Host:
             denoiser.is_guided_by(self._engine(denoiser), step)
         engine, plan = denoiser.engine, denoiser.plan
         assert engine is not None and plan is not None
-        view = formula.view
+        if not denoiser.nfe:
+            return self._forecast(denoiser, engine, plan, step, output, sample, note)
+        view, alone = formula.view, [False] * step.rows
         c, x = view.working(output), view.working(sample)
         space = self._clock.space if x.shape == c.shape else None
         step = replace(step, space=space, sample=None if space is None else x, w=1.0)
         nfe, nfe_full = denoiser.take_cost()
-        plan = [Decision(Action.CONDITIONAL if nfe else Action.NEITHER, each.why) for each in plan]
         engine.check(lambda: self._setting(denoiser, step))
-        prediction = None
-        if nfe:
-            alone, nothing = [False] * step.rows, unseen(step.rows)
-            prediction = Prediction(c, c, alone, nfe=nfe, nfe_full=nfe_full, observation=nothing, note=note)
-            engine.guide(step, plan, prediction, lambda s: c)
-        else:
-            engine.skip(step, plan, nfe, nfe_full, note)
-        self._count_branches(denoiser, [False] * step.rows)
-        handed = self._hand(denoiser, step, output, sample) if self.policy.hands else output
-        self._tell(prediction, step, handed, sample)
-        return Guided(None if handed is output else handed)
+        prediction = Prediction(c, c, alone, nfe=nfe, nfe_full=nfe_full, observation=unseen(step.rows), note=note)
+        engine.guide(step, [Decision(Action.CONDITIONAL, each.why) for each in plan], prediction, lambda s: c)
+        self._count_branches(denoiser, alone)
+        return self._conclude(denoiser, step, output, output, sample, prediction)
 
     def _unguided(self, denoiser: Denoiser, step: Step, output: Tensor, sample: Tensor, is_new: bool) -> Guided:
         """A step without guidance, which ends the forecast before it."""

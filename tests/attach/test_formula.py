@@ -24,6 +24,7 @@ from diffusers_guidance.pipelines.attach.branching import Asked
 from diffusers_guidance.pipelines.attach.combination import Around
 from diffusers_guidance.pipelines.attach.identify import identify
 from diffusers_guidance.pipelines.attach.sample import SIZE, pieces
+from diffusers_guidance.spaces import Space
 
 WAYS = {
     "u + w (c - u)": lambda c, u, w: u + w * (c - u),
@@ -160,6 +161,33 @@ def test_a_search_is_decided_on_a_sample_and_confirmed_on_all(way, is_named, dty
         identify(outputs, output, scales, Around())
     print(f"{passes.count:.1f} passes")
     assert passes.count < 30
+
+
+@pytest.mark.parametrize("way", ["u + w (c - u)", "u - w u + w c"])
+@pytest.mark.parametrize("finish", FINISHES)
+def test_a_search_for_a_finish_is_decided_on_a_sample_too(finish, way):
+    """Also where no way to write the combination gives it to the bit, so that none is confirmed."""
+    c, u = pair(0.1, shape=(1, 16, 8, 64, 64))
+    outputs, output = [torch.cat([u, c])], FINISHES[finish](WAYS[way](c, u, 5.3), c)
+    x, around = pair(1.0, shape=c.shape, seed=1)[0], 0.7 if finish == "guidance_rescale" else 0.0
+    around = Around(x, Space(1.0, -0.7, 1.0, 0.3, 0.3, 0.7, 0.7, True), around)
+    with Passes(c.numel()) as passes:
+        formula = identify(outputs, output, {"embedded_guidance_scale": 3.5, "guidance_scale": 5.3}, around).formula
+    assert (formula.cond_index, formula.scale, formula.finish) == (1, "guidance_scale", finish)
+    print(f"{passes.count:.1f} passes")
+    assert passes.count < 60
+
+
+def test_denoised_predictions_that_are_rescaled_as_a_whole_are_told_by_a_sample():
+    """As LTX-2 does, of a video too large to look at all of it."""
+    (c, u), (x, _) = (pair(0.1, shape=(2, 16, 4, 32, 32), seed=seed) for seed in (0, 1))
+    space = Space(1.0, -0.7, 1.0, 0.3, 0.3, 0.7, 0.7, True)
+    c0, u0 = (x - 0.7 * y for y in (c, u))
+    output = (rescaled(c0 + (5.3 - 1) * (c0 - u0), c0) - x) / -0.7
+    formula = found(
+        [u, c], output, {"guidance_scale": 5.3, "other_guidance_scale": 3.5}, around=Around(x, space, 0.7)
+    ).formula
+    assert (formula.anchor, formula.finish, formula.scale) == ("denoised", "guidance_rescale", "guidance_scale")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
