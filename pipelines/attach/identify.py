@@ -29,10 +29,11 @@ from torch import Tensor
 from diffusers_guidance.pipelines.attach.branching import MOST, NOTHING, Asked, layouts, sums, weighed
 from diffusers_guidance.pipelines.attach.combination import SOLVED, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula
-from diffusers_guidance.pipelines.attach.reading import GLOBAL, Reading, compared, differ, readings
+from diffusers_guidance.pipelines.attach.reading import GLOBAL, Reading, differ, readings
 from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import is_finite, pieces
 from diffusers_guidance.pipelines.attach.solve import SOLVABLE, solved
+from diffusers_guidance.pipelines.attach.terms import weigh
 
 _FEW = 1 / 64
 """The share of numbers that may round to another side where a formula is followed in all its operations."""
@@ -286,16 +287,20 @@ class _Search:
 
     def _by_weights(self, reading: Reading) -> Formula | None:
         """Of more than two branches: an affine combination that guides towards one of them."""
+        weights = weigh(reading.parts, reading.target)
+        if weights is None or any(map(math.isnan, weights.values)):  # equal branches leave it open
+            return None
         found: list[tuple[Formula, Scale]] = []
-        for cond in range(reading.formula.evaluations):
-            w, weights, is_certain = reading.weights(cond)
-            if weights is None:
+        for cond, w in enumerate(weights.values):
+            others, total = [each for k, each in enumerate(weights.values) if k != cond], 1 - w
+            # Each of the others must be pushed away from: what is left of InstructPix2Pix's weights when the wrong
+            # branch is taken for the conditional one has another sign.
+            if total >= 0 or max(others) > 1e-3 * abs(total):
                 continue
-            formula, parts = reading.formula.towards(cond, weights=weights), reading.parts
-            made = formula.combined(parts, w, reading.around)
-            fit = compared(formula, parts, made, reading.target, w, reading.around)
-            self._try(formula, w, fit, norm(parts[cond] - formula.away(parts)))
-            if fit.fits and is_certain and self._fit(formula, w).fits:
+            formula = reading.formula.towards(cond, weights=tuple(each / total for each in others))
+            fit = reading.fit(formula, w)
+            self._try(formula, w, fit, norm(reading.parts[cond] - formula.away(reading.parts)))
+            if fit.fits and weights.doubt < 0.01 * abs(total) and self._fit(formula, w).fits:
                 found.append((formula, w))
         return self._chosen(found, self._close)
 

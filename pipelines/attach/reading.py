@@ -83,10 +83,10 @@ class Reading:
 
     def solved(self, cond: int) -> tuple[float, Fit]:
         """(w, fit): the w that explains the target best as `u + w (c - u)`, and how well it does."""
-        c, u, target = (exact(t) for t in (self.seen[cond], self.seen[1 - cond], self.target))
-        d = c - u
-        w = float(((target - u) * d).sum() / (d * d).sum())
-        return w, compared(self.formula, self.seen, u + w * d, target, w, self.around)
+        c, u = self.seen[cond], self.seen[1 - cond]
+        w = self.formula.towards(cond).invert(c, u, self.target)
+        made = exact(u) + w * (exact(c) - exact(u))
+        return w, compared(self.formula, self.seen, made, exact(self.target), w, self.around)
 
     def differs(self, ulps: float) -> bool:
         """Whether any two branches do, by more than so many units of rounding."""
@@ -151,26 +151,6 @@ class Reading:
             formula = replace(self.formula, mixed=network, meets=meets, noise=noise)
             parts, seen = ([how(y, around) for y in self.parts] for how in (formula.treated, formula.handed))
             yield replace(self, formula=formula, parts=parts, seen=seen)
-
-    def weights(self, cond: int) -> tuple[float, tuple[float, ...] | None, bool]:
-        """(w, the other branches' weights in u, whether they are certain), if the output guides towards `cond`.
-
-        Each of the others must be pushed away from: what is left of InstructPix2Pix's weights when the wrong branch is
-        taken for the conditional one has another sign.
-        """
-        others = [part for i, part in enumerate(self.parts) if i != cond]
-        c, *others = (exact(part).flatten() for part in (self.parts[cond], *others))
-        basis, y = torch.stack([other - c for other in others], 1), exact(self.target).flatten() - c
-        gram = basis.T @ basis
-        if not bool(torch.linalg.eigvalsh(gram)[0] > 1e-12 * gram.trace()):  # equal branches leave the weights open
-            return 1.0, None, False
-        factors = torch.linalg.solve(gram, basis.T @ y)
-        total = float(factors.sum())  # 1 - w
-        if total >= 0 or float(factors.max()) > 1e-3 * abs(total):
-            return 1.0, None, False
-        error = float((basis @ factors - y).norm()) / math.sqrt(len(y))
-        uncertain = error * float(torch.linalg.inv(gram).diagonal().max().sqrt())
-        return 1 - total, tuple((factors / total).tolist()), uncertain < 0.01 * abs(total)
 
 
 def readings(outputs: Sequence[Tensor], output: Tensor, around: Around) -> Iterator[Reading]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,10 +46,8 @@ def solved(formula: Formula, few: Triple, whole: Callable[[], Iterable[Triple]])
     few = tuple(t[finite] for t in few)
     if not math.isfinite(near) or not len(few[0]):
         return None
-    search = _bisected if formula.anchor in _MONOTONE else _narrowed
     for _ in range(4):
-        c, u, target = few
-        found = search(partial(_made, formula), c, u, target, near, span)
+        found = _searched(formula, few, near, span)
         if found is None:
             return None
         missed = _missed(formula, found, whole())
@@ -77,35 +74,37 @@ def _missed(formula: Formula, s: float, whole: Iterable[Triple]) -> list[Triple]
     return missed
 
 
-def _narrowed(
-    made: Callable[[Tensor, Tensor, float], Tensor], c: Tensor, u: Tensor, target: Tensor, near: float, span: float
-) -> float | None:
-    """A scale at which a sum of two terms gives `target`, if none further than `span` of itself away does too.
+def _searched(formula: Formula, few: Triple, near: float, span: float) -> float | None:
+    """A scale at which the formula gives a `few` numbers, if none further than `span` of itself away does too.
 
     Between two scales each term lies between what it is at both, and so does the rounded sum: where that excludes
     one number of the target, none of the scales between fits.
     """
-    zero = torch.zeros_like(c)
+    c, u, target = few
+    zero, is_sum = torch.zeros_like(c), formula.anchor in _SUMS
 
     def fits(s: float) -> bool:
-        return torch.equal(made(c, u, s), target)
+        return torch.equal(_made(formula, c, u, s), target)
+
+    def terms(s: float) -> list[Tensor]:
+        halves = [(c, zero), (zero, u)] if is_sum else [(c, u)]
+        return [_made(formula, *each, s) for each in halves]
 
     def may_fit(low: float, high: float) -> bool:
-        ends = [(made(c, zero, s), made(zero, u, s)) for s in (low, high)]
-        least, most = (
-            torch.stack([pick(*terms) for terms in zip(*ends, strict=True)]).sum(0)
-            for pick in (torch.minimum, torch.maximum)
-        )
-        least, most, there = (t.to(c.dtype) for t in (least, most, target))  # rounded where the sum may be
+        ends = [*zip(terms(low), terms(high), strict=True)]
+        least, most = (torch.stack([pick(*each) for each in ends]).sum(0) for pick in (torch.minimum, torch.maximum))
+        there = target
+        if is_sum:  # rounded where the sum may be
+            least, most, there = (t.to(c.dtype) for t in (least, most, target))
         return bool(((least <= there) & (there <= most)).all())
 
-    def is_telling(s: float) -> bool:
+    def told(s: float) -> float | None:
         off = span * max(abs(s), 0.1)
-        return not (fits(s - off) or fits(s + off))
+        return None if fits(s - off) or fits(s + off) else s
 
     for s in dict.fromkeys(float(f"{near:.{digits}g}") for digits in range(1, 7)):
         if fits(s):
-            return s if is_telling(s) else None
+            return told(s)
     reach = 0.1 * max(abs(near), 1.0)
     waiting = [(near - reach, near + reach)]
     for _ in range(400):
@@ -114,48 +113,8 @@ def _narrowed(
         low, high = waiting.pop()
         middle = (low + high) / 2
         if fits(middle):
-            return middle if is_telling(middle) else None
+            return told(middle)
         if may_fit(low, high):
             halves = [(low, middle), (middle, high)]
             waiting += halves[::-1] if near < middle else halves  # the last is searched first
     return None
-
-
-def _bisected(
-    made: Callable[[Tensor, Tensor, float], Tensor], c: Tensor, u: Tensor, target: Tensor, near: float, span: float
-) -> float | None:
-    """The middle of all scales that give `target`, if they are less than `span` of themselves apart."""
-    along = (c.float() - u.float()).sign()
-
-    def side(s: float) -> int | None:
-        """1: s is too large, -1: too small, 0: it fits; None: both, for different numbers."""
-        off = (made(c, u, s).float() - target.float()) * along
-        high, low = bool((off > 0).any()), bool((off < 0).any())
-        return None if high and low else int(high) - int(low)
-
-    if not torch.equal(made(c, u, near)[along == 0], target[along == 0]):
-        return None
-    reach = 0.1 * max(abs(near), 1.0)
-    low, high, fitting = near - reach, near + reach, None
-    while high - low > 1e-9 * reach:
-        middle = (low + high) / 2
-        found = side(middle)
-        if found is None:
-            return None
-        if found == 0:
-            fitting = middle
-            break
-        low, high = (low, middle) if found > 0 else (middle, high)
-    if fitting is None:
-        return None
-    least, most = fitting, fitting
-    for _ in range(12):
-        middle = (low + least) / 2
-        low, least = (low, middle) if side(middle) == 0 else (middle, least)
-        middle = (most + high) / 2
-        most, high = (middle, high) if side(middle) == 0 else (most, middle)
-    if most - least > span * max(abs(fitting), 0.1):
-        return None
-    middle = (least + most) / 2
-    rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 8))
-    return next((s for s in rounded if least <= s <= most), middle)
