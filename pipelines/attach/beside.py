@@ -4,13 +4,13 @@ It goes to a scheduler that is not followed. So it is forecast as it is, from th
 same weights as a prediction (`guidance/forecast.py`), and nothing is repaid.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from diffusers_guidance.forecast import forecast
+from diffusers_guidance.pipelines.attach.rows import mapped
 
 
 @dataclass
@@ -38,20 +38,14 @@ class Beside:
         if not known:
             return None
         factors = forecast([*known], index)
-        return _summed([known[step] for step in factors], [*factors.values()])
 
+        def summed(*leaves: Any) -> Any:
+            """The sum of both steps'; what are no numbers to be summed up is the last one's."""
+            last = leaves[-1]
+            if not isinstance(last, Tensor):
+                return last
+            if not last.is_floating_point() or any(getattr(t, "shape", None) != last.shape for t in leaves):
+                return last.clone()
+            return sum(factor * t for factor, t in zip(factors.values(), leaves, strict=True)).to(last.dtype)
 
-def _summed(trees: Sequence[Any], factors: Sequence[float]) -> Any:
-    """The sum of trees of one kind, each times a factor; what are no numbers to be summed up is the last one's."""
-    last = trees[-1]
-    if isinstance(last, Tensor):
-        alike = last.is_floating_point() and all(isinstance(t, Tensor) and t.shape == last.shape for t in trees)
-        terms = [factor * t for factor, t in zip(factors, trees, strict=True)] if alike else [last.clone()]
-        return sum(terms[1:], start=terms[0]).to(last.dtype)
-    if isinstance(last, dict):
-        kept = {key: _summed([t[key] for t in trees], factors) for key in last}
-        return kept if type(last) is dict else type(last)(**kept)
-    if isinstance(last, list | tuple):
-        items = [_summed(each, factors) for each in zip(*trees, strict=True)]
-        return type(last)(*items) if hasattr(last, "_fields") else type(last)(items)
-    return last
+        return mapped(summed, *(known[step] for step in factors))

@@ -15,7 +15,7 @@ import torch
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.perturbed import Perturbed
-from diffusers_guidance.pipelines.attach.remembered import Trial, keep, key, processors, recall
+from diffusers_guidance.pipelines.attach.remembered import Trial, keep, key, recall
 from diffusers_guidance.pipelines.attach.residual import exact
 from diffusers_guidance.pipelines.attach.state import Watch
 
@@ -183,7 +183,7 @@ class Cut:
         own = sorted((formula.cond_index, *formula.alone))
         alone = [k * n + i for k in own if k < groups for i in range(n)] if formula.batched else list(range(n - 1))
         is_ours = not (self.watch.takes_part or self.watch.in_doubt)
-        of = key(one.args, one.kwargs, n, groups, tuple(alone), tuple(names), processors(self.module))
+        of = key(one.args, one.kwargs, n, groups, tuple(alone), tuple(names), _processors(self.module))
         if is_ours and (before := recall(self.module, of)) is not None:
             self.reading, self.splits, note = before.reading, before.splits, before.note
             self.known |= before.known
@@ -291,8 +291,10 @@ class Cut:
         return True
 
 
-def _processors(module: torch.nn.Module) -> list[type]:
-    return [type(part.processor) for part in module.modules() if getattr(part, "processor", None) is not None]
+def _processors(module: torch.nn.Module) -> tuple[type, ...]:
+    """The kinds of a network's attention processors."""
+    found = (type(part.processor) for part in module.modules() if getattr(part, "processor", None) is not None)
+    return tuple(dict.fromkeys(found))
 
 
 def looks_across(module: torch.nn.Module) -> bool:

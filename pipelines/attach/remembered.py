@@ -5,11 +5,11 @@ shapes alone: it is made once for these. Where others' code works on the network
 have changed. A network's samples are not kept.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffusers_guidance.pipelines.attach import rows as batch
 
@@ -31,8 +31,14 @@ _TRIALS: WeakKeyDictionary[nn.Module, dict[Hashable, Trial]] = WeakKeyDictionary
 
 
 def key(args: tuple, kwargs: dict, *about: Hashable) -> Hashable:
-    """Of a call: the shapes of its tensors by their place, how many lists hold, and what else a trial is `about`."""
-    return (*about, tuple(batch.shaped((args, kwargs))))
+    """Of a call: the shapes of its tensors by their place, its other plain values, and what else a trial is `about`."""
+
+    def told(leaf: Any) -> Hashable:
+        if isinstance(leaf, Tensor):
+            return tuple(leaf.shape), str(leaf.dtype)
+        return leaf if isinstance(leaf, int | str | bool | None) else type(leaf).__name__
+
+    return (*about, tuple((path, told(leaf)) for path, leaf in batch.leaves((args, kwargs))))
 
 
 def recall(module: nn.Module, of: Hashable) -> Trial | None:
@@ -46,9 +52,3 @@ def keep(module: nn.Module, of: Hashable, trial: Trial) -> None:
     trials[of] = trial
     while len(trials) > _MOST:
         del trials[next(iter(trials))]
-
-
-def processors(module: nn.Module) -> Sequence[Any]:
-    """The kinds of a network's attention processors."""
-    found = (type(part.processor) for part in module.modules() if getattr(part, "processor", None) is not None)
-    return tuple(dict.fromkeys(found))

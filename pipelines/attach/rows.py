@@ -7,7 +7,7 @@ cut (tensors along their first dimension), and all others are passed on. Some sh
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,24 @@ def _like(tree: Any, parts: Any) -> Any:
     return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
 
 
+def mapped(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """The tree with `function` of each leaf, and of the same leaf of `others`, trees of its kind."""
+    if isinstance(tree, dict):
+        return _like(tree, {key: mapped(function, tree[key], *(each[key] for each in others)) for key in tree})
+    if isinstance(tree, list | tuple):
+        return _like(tree, [mapped(function, *each) for each in zip(tree, *others, strict=True)])
+    return function(tree, *others)
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """All that a tree holds, by its place in it."""
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{path}.{key}")
+    else:
+        yield path, tree
+
+
 def _select(tensor: Tensor, index: list[int]) -> Tensor:
     if index and index == list(range(index[0], index[0] + len(index))):
         # Copied, so that its place in the whole is not a new case for compiled code.
@@ -169,11 +187,7 @@ def puts_out_more(output: Any) -> bool:
 
 def copied(tree: Any) -> Any:
     """The same numbers in memory of their own: a network may use its output again, and empty its arguments."""
-    if isinstance(tree, Tensor):
-        return tree.clone()
-    if isinstance(tree, dict):
-        return _like(tree, {key: copied(value) for key, value in tree.items()})
-    return _like(tree, [copied(value) for value in tree]) if isinstance(tree, list | tuple) else tree
+    return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def merged(chosen: list[bool], there: Any, otherwise: Any) -> Any:
@@ -287,24 +301,9 @@ def carries(mark: dict[str, Tensor], call: Any) -> bool:
     return all(same(tensor, given.get(name)) for name, tensor in mark.items())
 
 
-def _named(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def _named(tree: Any) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a tree, by their place in it."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, dict | list | tuple):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _named(value, f"{path}.{key}")
-
-
-def shaped(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """By place in a tree: the shapes of its tensors, other values as they are if they are plain."""
-    if isinstance(tree, Tensor):
-        yield path, (tuple(tree.shape), str(tree.dtype))
-    elif isinstance(tree, dict | list | tuple):
-        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from shaped(value, f"{path}.{name}")
-    else:
-        yield path, tree if isinstance(tree, int | str | bool | None) else type(tree).__name__
+    return ((path, leaf) for path, leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
