@@ -1,1 +1,26 @@
-"""Meeting a pipeline: what diffusers does with guidance, found out, verified and taken over."""
+"""Meeting a pipeline: what diffusers does with guidance, found out, verified and taken over.
+
+A prediction's way, from the network to the scheduler, in the order to read it:
+
+    intercept, deferred     a call of the pipeline, of its networks and of its scheduler is caught
+    attach                  the pipeline's call becomes a run; `pair`, `arguments` and `turn` serve it
+    host                    the run: which hook was reached, what the scheduler is handed in the end
+    call, parts, clock      what the pipeline says of itself; its networks and schedulers; where in its table a step is
+    denoiser                a network's call: which rows are evaluated, and what stands in for the others
+      cut, rows             a part of a batch on its own: taken from a call, and tried; `remembered` for later calls
+      beside, perturbed     a video's sound; perturbed attention without the unconditional branch
+      state, memory, foreign    whether what others have put on the network remembers anything from call to call
+    discovery               how the step's outputs became the scheduler's prediction: found once, verified at each step
+      layout                which outputs are which branch, and which part of one the scheduler gets
+      combination           how two branches become one
+      terms                 what more than two add
+      formula               a layout, a combination and terms: all that is found out
+      identify              the search for one, over every `reading` of the outputs, decided on a `sample`, where a scale
+                            is not named by `solve`; `branching` weighs terms, `residual` says what rounding allows
+      single                where there is one prediction and no guidance
+    guidance/engine.py      the rule combines, the policy fills in, forecasts and plans the next step
+    fused                   guidance and the scheduler's step in one
+
+Beside that way: `company` refuses what was not seen in full, `schedulers` reads `Space`s off a diffusers scheduler,
+`fingerprint` says what a calibration was made for, and `guider` meets loops that ask a guider of diffusers instead.
+"""
