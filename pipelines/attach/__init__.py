@@ -15,8 +15,8 @@ A prediction's way, from the network to the scheduler, in the order to read it:
       combination           how two branches become one
       terms                 what more than two add
       formula               a layout, a combination and terms: all that is found out
-      identify              the search for one, over every `reading` of the outputs, decided on a `sample`, where a scale
-                            is not named by `solve`; `branching` weighs terms, `residual` says what rounding allows
+      identify              the search for one, over each `reading` of the outputs, decided on a `sample` of numbers:
+                            `solve` finds a scale without a name, `branching` what terms weigh, `residual` the rounding
       single                where there is one prediction and no guidance
     guidance/engine.py      the rule combines, the policy fills in, forecasts and plans the next step
     fused                   guidance and the scheduler's step in one
