@@ -46,6 +46,11 @@ class Arrival:
         self._numbers = self._numbers.cpu()
         return self._numbers
 
+    @property
+    def norms(self) -> list[float]:
+        """Of a vector: its numbers; waits for them."""
+        return self.read().tolist()
+
 
 class Observation:
     """The sums of `kernels.observe`, of a step's rows.

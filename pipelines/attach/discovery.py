@@ -7,7 +7,7 @@ are there at once. A scale that must be solved for is waited for.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -76,15 +76,13 @@ class Seen(NamedTuple):
     prediction: Prediction
     """With what it shows of itself."""
     tolerance: Tolerance
-    norms: Callable[[], Sequence[float]]
-    """Of the error, of the output, of c and of u; waits for them."""
-    is_here: bool
-    """Whether they are there at once."""
+    sent: Arrival | Observation
+    """With the norms of the error, of the output, of c and of u."""
 
     @property
     def fit(self) -> Fit:
         """How far the formula is off; waits for the numbers."""
-        return self.tolerance.fit(self.norms())
+        return self.tolerance.fit(self.sent.norms)
 
 
 class Discovery:
@@ -191,10 +189,8 @@ class Discovery:
         tolerance = Tolerance(0.0, 0.0, rounded(alone, target))
         sent = Arrival(residual(alone, target, alone, alone))
         if sent.is_here:
-            return tolerance.fit(sent.read().tolist()).fits
-        self._check_later(
-            denoiser, output, formula, tolerance, lambda: sent.read().tolist(), alone.dtype, self.policy.hands
-        )
+            return tolerance.fit(sent.norms).fits
+        self._check_later(denoiser, output, formula, tolerance, sent, alone.dtype, self.policy.hands)
         return True
 
     def _together(self, denoiser: Denoiser, output: Tensor) -> str:
@@ -220,7 +216,7 @@ class Discovery:
         denoiser, seen = at.denoiser, self._see(at)
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
-        if formula.is_read and not (self.acts and (seen.is_here or self.is_in_doubt)):
+        if formula.is_read and not (self.acts and (seen.sent.is_here or self.is_in_doubt)):
             self._verify_later(denoiser, at.output, formula, seen)
             return seen.step, seen.prediction
         self.is_in_doubt = False
@@ -269,25 +265,12 @@ class Discovery:
             formula = self._weighed(denoiser, formula, target, around)
         c, u = formula.cut(denoiser.outputs, around)
         guided = any(evaluated) or not all(each.action == Action.CONDITIONAL for each in plan)
+        s: Any = formula.value  # without guidance the scale does not matter
+        expected, sent = None, None
         if formula.mixed == SOLVED:
-            if not self.rule.is_plain or self.rule.is_scheduled:
-                raise UnsupportedPipeline(
-                    f"{self.call.name} changes its guided prediction in an unknown way, and may "
-                    f"change that of {self.rule} in another: {self.advice(denoiser)}use CFG() as the rule, without "
-                    "a scale of its own, with any policy"
-                )
-            few = Sample(target.shape)
-            (alpha, *betas), fit = mixture(*(few(t) for t in ((target, x, c, u) if guided else (target, x, c))))
-            beta = sum(betas)
-            mixed = alpha * x + betas[0] * c + (betas[1] * u if guided else 0)
-            error = norm((mixed - target).nan_to_num(0, 0, 0))
-            # The pipeline's loss by cancellation before it scaled the result cannot be seen from here.
-            whole = norm(target.nan_to_num(0, 0, 0))
-            allowed = max(fit.allowed * math.sqrt(target.numel() / few(target).numel()), 1e-3 * whole)
-            tolerance, norms = Tolerance(0.0, 1.0), (error, allowed, 0.0, 0.0)
-            c, u, w = alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta
+            c, u, w, sent = self._unmixed(denoiser, c, u, x, target, guided)
+            tolerance = Tolerance(0.0, 1.0)
         else:
-            s: Any = formula.value  # without guidance the scale does not matter
             if formula.scale is not None:
                 live = formula.read(self.call.scales, target)
                 s = s if live is None else live
@@ -300,7 +283,7 @@ class Discovery:
                     formula = replace(formula, value=s)
                     denoiser.settle_for(formula)
             w = formula.tree.weights[formula.cond_index] if formula.tree and formula.is_merged else formula.w(s)
-            tolerance, norms = formula.tolerance(s, c.dtype, is_strict=self.acts), None
+            tolerance = formula.tolerance(s, c.dtype, is_strict=self.acts)
             expected = formula.expected(denoiser.outputs, c, u, s, around)
             several = isinstance(s, Tensor) or (formula.tree is None and formula.evaluations > 2)
             if several and self.rule.is_scheduled:
@@ -319,20 +302,40 @@ class Discovery:
         halves, observe = formula.halves(denoiser.outputs), denoiser.engine.observe
         rest = formula.rest(denoiser.outputs, around)
 
-        def seen(is_here: bool, norms: Callable[[], Sequence[float]], found: Observation) -> Seen:
+        def seen(found: Observation, sent: Arrival | Observation) -> Seen:
             nfe, nfe_full = cost
             prediction = Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note, rest)
-            return Seen(step, prediction, tolerance, norms, is_here)
+            return Seen(step, prediction, tolerance, sent)
 
-        if norms is not None:
-            return seen(True, lambda: norms, observe(step, c, u, evaluated))
+        if sent is not None:
+            return seen(observe(step, c, u, evaluated), sent)
         made = c if expected is None else expected
         if formula.needs_space or not c.shape == target.shape == made.shape:  # it rounds other terms than c and u
             terms = formula.terms(c, around), formula.terms(u, around)
-            sent = Arrival(residual(made, target, *terms))
-            return seen(sent.is_here, lambda: sent.read().tolist(), observe(step, c, u, evaluated))
+            return seen(observe(step, c, u, evaluated), Arrival(residual(made, target, *terms)))
         found = observe(step, c, u, evaluated, target, expected, s if isinstance(s, float) else 0.0)
-        return seen(found.is_here, lambda: found.norms, found)
+        return seen(found, found)
+
+    def _unmixed(
+        self, denoiser: Denoiser, c: Tensor, u: Tensor, x: Tensor, target: Tensor, guided: bool
+    ) -> tuple[Tensor, Tensor, float, Arrival]:
+        """(c, u, w, what it is verified by) where the sample is mixed in, by numbers that are solved for here."""
+        if not self.rule.is_plain or self.rule.is_scheduled:
+            raise UnsupportedPipeline(
+                f"{self.call.name} changes its guided prediction in an unknown way, and may "
+                f"change that of {self.rule} in another: {self.advice(denoiser)}use CFG() as the rule, without "
+                "a scale of its own, with any policy"
+            )
+        few = Sample(target.shape)
+        (alpha, *betas), fit = mixture(*(few(t) for t in ((target, x, c, u) if guided else (target, x, c))))
+        beta = sum(betas)
+        mixed = alpha * x + betas[0] * c + (betas[1] * u if guided else 0)
+        error = norm((mixed - target).nan_to_num(0, 0, 0))
+        # The pipeline's loss by cancellation before it scaled the result cannot be seen from here.
+        whole = norm(target.nan_to_num(0, 0, 0))
+        allowed = max(fit.allowed * math.sqrt(target.numel() / few(target).numel()), 1e-3 * whole)
+        sent = Arrival(torch.tensor([error, allowed, 0.0, 0.0], dtype=torch.float64))
+        return alpha * x + beta * c, alpha * x + beta * u, betas[0] / beta, sent
 
     def identify_further(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> None:
         """Finds the formula of a step with further calls after those of the formula that is known."""
@@ -402,7 +405,7 @@ class Discovery:
     def _verify_later(self, denoiser: Denoiser, output: Tensor, formula: Formula, seen: Seen) -> None:
         dtype = seen.prediction.cond.dtype
         # And not the predictions, which would be kept until then.
-        self._check_later(denoiser, output, formula, seen.tolerance, seen.norms, dtype, self.acts)
+        self._check_later(denoiser, output, formula, seen.tolerance, seen.sent, dtype, self.acts)
 
     def _check_later(
         self,
@@ -410,7 +413,7 @@ class Discovery:
         output: Tensor,
         formula: Formula,
         tolerance: Tolerance,
-        norms: Callable[[], Sequence[float]],
+        sent: Arrival | Observation,
         dtype: torch.dtype,
         refuses: bool,
     ) -> None:
@@ -420,11 +423,11 @@ class Discovery:
         rounding = Tolerance(tolerance.s, torch.finfo(dtype).eps)
 
         def tell() -> None:
-            fit = tolerance.fit(norms())
+            fit = tolerance.fit(sent.norms)
             if fit.fits:
                 return
             if refuses:
-                if not rounding.fit(norms()).fits:
+                if not rounding.fit(sent.norms).fits:
                     raise self._refusal(denoiser, put_out, got, place, _held(formula, fit))
                 self.is_in_doubt = True  # written in another order, perhaps, than the first step could tell
             elif place < len(steps):  # nothing was done in place of the pipeline's own guidance
