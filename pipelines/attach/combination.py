@@ -168,52 +168,31 @@ def read(value: Any, output: Tensor) -> float | Tensor | None:
     return float(value) if math.isfinite(value) else None
 
 
-def from_u(c: Tensor, u: Tensor, s: Any) -> Tensor:
-    return u + s * (c - u)
-
-
-def from_c(c: Tensor, u: Tensor, s: Any) -> Tensor:
-    return c + s * (c - u)
-
-
-def weighted(c: Tensor, u: Tensor, s: Any) -> Tensor:
-    return s * c + (1 - s) * u
-
-
-def weighted_from_c(c: Tensor, u: Tensor, s: Any) -> Tensor:
-    return (1 + s) * c - s * u
-
-
-def added(c: Tensor, u: Tensor, s: Any) -> Tensor:
-    return u + s * (c - u) if isinstance(s, Tensor) else torch.add(u, c - u, alpha=s)
-
-
-def lerp(c: Tensor, u: Tensor, s: Any) -> Tensor:
+def _lerp(c: Tensor, u: Tensor, s: Any) -> Tensor:
     return torch.lerp(u, c, s.to(u.dtype) if isinstance(s, Tensor) else s)
 
 
-def by_difference(c: Tensor, u: Tensor, s: Any) -> Tensor:
-    return c + (s - 1) * (c - u)
+def _added(c: Tensor, u: Tensor, s: Any) -> Tensor:
+    return u + s * (c - u) if isinstance(s, Tensor) else torch.add(u, c - u, alpha=s)
 
 
-def in_float32(c: Tensor, u: Tensor, s: Any) -> Tensor:
+def _in_float32(c: Tensor, u: Tensor, s: Any) -> Tensor:
     working = torch.promote_types(c.dtype, torch.float32)
-    return from_u(c.to(working), u.to(working), s)
+    return u.to(working) + s * (c.to(working) - u.to(working))
 
 
 ANCHORS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
-    "u": from_u,
-    "c": from_c,
-    "lerp": lerp,
-    "denoised": by_difference,
-    "difference": by_difference,
-    "weighted": weighted,
-    "weighted from c": weighted_from_c,
-    "added": added,
-    "in float32": in_float32,
+    "u": lambda c, u, s: u + s * (c - u),
+    "c": lambda c, u, s: c + s * (c - u),
+    "lerp": _lerp,
+    "denoised": lambda c, u, s: c + (s - 1) * (c - u),
+    "difference": lambda c, u, s: c + (s - 1) * (c - u),
+    "weighted": lambda c, u, s: s * c + (1 - s) * u,
+    "weighted from c": lambda c, u, s: (1 + s) * c - s * u,
+    "added": _added,
+    "in float32": _in_float32,
 }
 """Ways to write a combination; each rounds in a way of its own."""
-
 
 FROM_C = ("c", "weighted from c")
 """Those whose scale counts from 0: w = 1 + s."""
