@@ -67,7 +67,7 @@ class Reading:
         plain = replace(formula, finish="", anchor="difference" if formula.anchor == "denoised" else formula.anchor)
         g, y = (exact(t).flatten(1) for t in (plain.combined(parts, s, self.around), target))
         factor = (g * y).sum(1, keepdim=True) / (g * g).sum(1, keepdim=True)
-        allowed = 8 * torch.finfo(target.dtype).eps * norm(formula.terms(self.target, self.around))
+        allowed = 4 * torch.finfo(target.dtype).eps * norm(formula.terms(self.target, self.around))
         return Fit(float((factor * g - y).norm()) / unit, allowed)
 
     def _is_open(self, formula: Formula) -> bool:
