@@ -155,6 +155,9 @@ FINISHES: dict[str, Callable[[Tensor, Tensor, Around], Tensor]] = {
 }
 """What is done to a combination g, given c."""
 
+GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
+"""Those that multiply a sample by a number that all of it goes into; the others look along the last dimension alone."""
+
 
 def read(value: Any, output: Tensor) -> float | Tensor | None:
     """A number, whatever its type, or a tensor of them that can be multiplied with `output`; None: neither."""

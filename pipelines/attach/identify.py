@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.branching import MOST, NOTHING, Asked, layouts, sums, weighed
-from diffusers_guidance.pipelines.attach.combination import SOLVED, Around, read
+from diffusers_guidance.pipelines.attach.combination import GLOBAL, SOLVED, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula
-from diffusers_guidance.pipelines.attach.reading import GLOBAL, Reading, differ, readings
+from diffusers_guidance.pipelines.attach.reading import Reading, differ, readings
 from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import is_finite, pieces
 from diffusers_guidance.pipelines.attach.solve import SOLVABLE, solved

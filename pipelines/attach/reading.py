@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.branching import layouts
-from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, NETWORKS, Around
+from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, GLOBAL, NETWORKS, Around
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.layout import Layout, View, views
 from diffusers_guidance.pipelines.attach.residual import Fit, Scale, exact, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import Sample
 
-GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
-"""Finishes by a number of a sample as a whole."""
 _MEETS = ("denoised", "own", "wants")
 """What of a network's may be combined, the likely ones first; see `Formula.meets`."""
 
