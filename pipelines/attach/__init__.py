@@ -8,6 +8,7 @@ A prediction's way, from the network to the scheduler, in the order to read it:
     call, parts, clock      what the pipeline says of itself; its networks and schedulers; where in its table a step is
     denoiser                a network's call: which rows are evaluated, and what stands in for the others
       cut, rows             a part of a batch on its own: taken from a call, and tried; `remembered` for later calls
+      told                  which branch a call is for, by its arguments
       beside, perturbed     a video's sound; perturbed attention without the unconditional branch
       state, memory, foreign    whether what others have put on the network remembers anything from call to call
     discovery               how the step's outputs became the scheduler's prediction: found once, verified at each step

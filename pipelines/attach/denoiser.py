@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusers_guidance.engine import Engine
 from diffusers_guidance.pipelines.attach import rows as batch
+from diffusers_guidance.pipelines.attach import told
 from diffusers_guidance.pipelines.attach.beside import Beside
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.cut import OUTPUT, Cut, Made, Misfit
@@ -143,7 +144,7 @@ class Denoiser:
         self.shape, self.formulas = self.outputs[0].shape, {}
         self.settle_for(formula)
         tell = not formula.batched and formula.cond_index > 0 and len(self.inputs) == formula.calls
-        self.marks = batch.marks(self.arguments) if tell else []
+        self.marks = told.marks(self.arguments) if tell else []
 
     def restart(self) -> None:
         """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
@@ -198,8 +199,8 @@ class Denoiser:
 
     @property
     def halves(self) -> list[dict[str, Tensor]]:
-        """What both branches were made from, as long as no formula is known; see `rows.halves`."""
-        return batch.halves(self.arguments, len(self.outputs[0])) if 0 < len(self.inputs) < 3 else []
+        """What both branches were made from, as long as no formula is known; see `told.halves`."""
+        return told.halves(self.arguments, len(self.outputs[0])) if 0 < len(self.inputs) < 3 else []
 
     @property
     def fits(self) -> bool:
@@ -331,7 +332,7 @@ class Denoiser:
         A pipeline that stops guiding goes on with the conditional call alone, whichever came first before: what its
         arguments do not tell of a step's first call is open, None.
         """
-        found = [i for i, mark in enumerate(self.marks) if batch.carries(mark, (args, kwargs))]
+        found = [i for i, mark in enumerate(self.marks) if told.carries(mark, (args, kwargs))]
         if len(found) == 1:
             self.is_told = True
             return found[0]

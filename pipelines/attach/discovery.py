@@ -17,7 +17,6 @@ from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.observation import Arrival, Observation
-from diffusers_guidance.pipelines.attach import rows
 from diffusers_guidance.pipelines.attach.branching import Asked, weighed
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -30,6 +29,7 @@ from diffusers_guidance.pipelines.attach.sample import Sample
 from diffusers_guidance.pipelines.attach.single import holds, rounded, single
 from diffusers_guidance.pipelines.attach.solve import best, solve
 from diffusers_guidance.pipelines.attach.terms import Apart, Terms, distances
+from diffusers_guidance.pipelines.attach.told import branches, conditional
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule
@@ -113,7 +113,7 @@ class Discovery:
         known, halves = (None, []) if before is None else before
 
         def told() -> int | None:
-            return rows.conditional(denoiser.halves, self.call.arguments, halves) if self.acts else None
+            return conditional(denoiser.halves, self.call.arguments, halves) if self.acts else None
 
         around = self.call.around(sample, clock.space)
         found = identify(denoiser.outputs, output, self.call.scales, around, known, told, self._asked(denoiser))
@@ -141,7 +141,7 @@ class Discovery:
         def apart(formula: Formula) -> Apart | None:
             if len(calls) != formula.calls:
                 return None
-            return distances(rows.branches(calls, formula.rows, formula.branches if formula.batched else 1))
+            return distances(branches(calls, formula.rows, formula.branches if formula.batched else 1))
 
         def pair(formula: Formula) -> tuple[int, int] | None:
             """The branches of guidance that is known, which begin those of one with further calls."""

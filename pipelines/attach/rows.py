@@ -7,7 +7,7 @@ cut (tensors along their first dimension), and all others are passed on. Some sh
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,13 @@ def _listed(name: str, value: Any, rows: int) -> bool:
     return tensors and not _POSITIONAL.search(name)
 
 
-def _leads(value: Any, rows: int) -> bool:
+def leads(value: Any, rows: int) -> bool:
+    """Whether it is a tensor with one entry for each row."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
 
 
-def _folded(name: str, value: Any, rows: int) -> bool:
+def folded(name: str, value: Any, rows: int) -> bool:
+    """Whether it is a tensor with several entries for each row, such as frames."""
     large = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] > rows > 0
     return large and value.shape[0] % rows == 0 and not _POSITIONAL.search(name)
 
@@ -75,16 +77,16 @@ def _second(value: Any, rows: int) -> bool:
 def take(tree: Any, rows: int, index: list[int], reading: Reading = READINGS[0], name: str = "") -> Any:
     """`tree` with row `index[i]` of everything that has `rows` rows in place i."""
     if _listed(name, tree, rows):
-        if reading.elements or (reading.lists and not all(_leads(v, rows) for v in tree)):
+        if reading.elements or (reading.lists and not all(leads(v, rows) for v in tree)):
             return [tree[i] for i in index]
         if not reading.lists:
-            return [_select(v, index) if _leads(v, rows) else v for v in tree]
+            return [_select(v, index) if leads(v, rows) else v for v in tree]
     if isinstance(tree, Tensor):
-        if _leads(tree, rows) and (reading.first or not _second(tree, rows)):
+        if leads(tree, rows) and (reading.first or not _second(tree, rows)):
             return tree if _POSITIONAL.search(name) and not reading.tables else _select(tree, index)
         if reading.second and _second(tree, rows):
             return _select(tree.transpose(0, 1), index).transpose(0, 1)
-        if reading.folded and rows > 1 and _folded(name, tree, rows):
+        if reading.folded and rows > 1 and folded(name, tree, rows):
             return _select(tree.unflatten(0, (rows, -1)), index).flatten(0, 1)
         return tree
     if isinstance(tree, dict):
@@ -149,12 +151,12 @@ def doubts(tree: Any, rows: int, groups: int) -> list[str]:
 
     def open_question(name: str, value: Any) -> bool:
         if isinstance(value, list):
-            return all(_leads(v, rows) for v in value)
-        if _leads(value, rows) and not _second(value, rows):
+            return all(leads(v, rows) for v in value)
+        if leads(value, rows) and not _second(value, rows):
             return _POSITIONAL.search(name) is not None and not repeats(value)
-        if _leads(value, rows) and repeats(value):
+        if leads(value, rows) and repeats(value):
             return False
-        return _folded(name, value, rows) or _second(value, rows)
+        return folded(name, value, rows) or _second(value, rows)
 
     return list(dict.fromkeys(name for name, value in _leaves(tree, rows) if open_question(name, value)))
 
@@ -193,7 +195,7 @@ def copied(tree: Any) -> Any:
 def merged(chosen: list[bool], there: Any, otherwise: Any) -> Any:
     """Row by row of two outputs of one kind: `there` where chosen, else `otherwise`."""
     if isinstance(there, Tensor):
-        fits = isinstance(otherwise, Tensor) and there.shape == otherwise.shape and _leads(there, len(chosen))
+        fits = isinstance(otherwise, Tensor) and there.shape == otherwise.shape and leads(there, len(chosen))
         return pick(chosen, there, otherwise) if fits else there
     if isinstance(there, dict) and isinstance(otherwise, dict):
         return _like(there, {key: merged(chosen, value, otherwise.get(key)) for key, value in there.items()})
@@ -204,111 +206,14 @@ def merged(chosen: list[bool], there: Any, otherwise: Any) -> Any:
     return there
 
 
-def marks(calls: Sequence[Any]) -> list[dict[str, Tensor]]:
-    """For each call, those tensors among its arguments that differ from all other calls', so that they identify it."""
-    return [{name: t.clone() for name, t in each.items()} for each in _differing([dict(_named(c)) for c in calls])]
-
-
-def halves(calls: Sequence[Any], rows: int) -> list[dict[str, Tensor]]:
-    """For both branches of a step, in one call on `rows` or in two: those of its arguments that differ between them."""
-    if len(calls) > 1:
-        return _differing([dict(_named(call)) for call in calls])
-    cut = {name: t.chunk(2) for call in calls for name, t in _named(call) if _leads(t, rows)} if rows % 2 == 0 else {}
-    return _differing([{name: pair[i] for name, pair in cut.items()} for i in range(2)])
-
-
-def branches(calls: Sequence[Any], rows: int, head: int) -> list[dict[str, Tensor]]:
-    """By branch, the tensors it was made from: of the first call on `head` branches of `rows` each, then of the others.
-
-    Of a first call on one branch, all calls are alike.
-    """
-    first, *others = (dict(_named(call)) for call in calls)
-    if head > 1:
-        total = head * rows
-        cut = {n: t.chunk(head) for n, t in first.items() if _leads(t, total) or _folded(n, t, total)}
-        return [*({name: parts[i] for name, parts in cut.items()} for i in range(head)), *others]
-    return [first, *others]
-
-
-def _differing(named: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    shared = set.intersection(*(set(each) for each in named))
-
-    def differ(name: str) -> bool:
-        pairs = itertools.combinations([each[name] for each in named], 2)
-        return all(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
-
-    telling = [name for name in sorted(shared) if differ(name)]
-    return [{name: each[name] for name in telling} for each in named] if telling else []
-
-
-def conditional(
-    halves: Sequence[dict[str, Tensor]], arguments: Mapping[str, Any], before: Sequence[dict[str, Tensor]]
-) -> int | None:
-    """Which of two `halves` is the conditional one; None if their arguments do not tell.
-
-    Args:
-        arguments: the pipeline's: embeddings by name; prompts, of which some differ where no negative ones do.
-        before: the first row of (the unconditional, the conditional) half, where they were told apart before.
-    """
-    prompts, negatives = (_texts(arguments.get(name)) for name in ("prompt", "negative_prompt"))
-
-    def is_negative(half: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-        """Whether `half` is the unconditional one."""
-        for name, negative in arguments.items():
-            positive = arguments.get(name.removeprefix("negative_"))
-            if not isinstance(negative, Tensor) or not isinstance(positive, Tensor) or negative is positive:
-                continue
-            if any(_begins(t, negative) and _begins(other[key], positive) for key, t in half.items()):
-                return True
-        for name, t in half.items():
-            if "mask" not in name and t.ndim > 1 and not t.any() and other[name].any():  # no text, no picture
-                return True
-            if len(prompts) > 1 and len(negatives) < 2 and _is_repeated(t) and not _is_repeated(other[name]):
-                return True
-        return bool(before) and any(
-            bool(was) and all(name in each and _begins(each[name], t) for name, t in was.items())
-            for each, was in zip((half, other), before, strict=True)
-        )
-
-    if len(halves) != 2:
-        return None
-    first, second = (is_negative(*pair) for pair in (halves, halves[::-1]))
-    return None if first == second else int(first)
-
-
-def _texts(prompt: Any) -> set[str]:
-    return {prompt} if isinstance(prompt, str) else set(map(str, prompt)) if isinstance(prompt, list | tuple) else set()
-
-
-def _begins(t: Tensor, with_: Tensor) -> bool:
-    """Whether both have the same first row."""
-    same = t.ndim > 0 and t.shape[1:] == with_.shape[1:] and len(t) > 0 and len(with_) > 0
-    return same and torch.equal(t[0], with_[0].to(t))
-
-
-def _is_repeated(t: Tensor) -> bool:
-    return len(t) > 1 and bool((t == t[:1]).all())
-
-
-def carries(mark: dict[str, Tensor], call: Any) -> bool:
-    """Whether a call has all of a mark's tensors."""
-    given = dict(_named(call))
-
-    def same(a: Tensor, b: Tensor | None) -> bool:
-        alike = b is not None and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        return alike and torch.equal(a, b)  # type: ignore[arg-type]
-
-    return all(same(tensor, given.get(name)) for name, tensor in mark.items())
-
-
-def _named(tree: Any) -> Iterator[tuple[str, Tensor]]:
+def named(tree: Any) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a tree, by their place in it."""
     return ((path, leaf) for path, leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     """All tensors of a tree."""
-    return (tensor for _, tensor in _named(tree))
+    return (tensor for _, tensor in named(tree))
 
 
 def with_prediction(output: Any, value: Tensor) -> Any:

@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from diffusers_guidance.pipelines.attach.rows import (
     READINGS,
     Reading,
-    carries,
     copied,
     doubts,
-    marks,
     merged,
     pick,
     prediction,
@@ -26,6 +24,7 @@ from diffusers_guidance.pipelines.attach.rows import (
     take,
     with_prediction,
 )
+from diffusers_guidance.pipelines.attach.told import carries, marks
 
 
 class Pair(NamedTuple):

@@ -1,0 +1,107 @@
+"""What the arguments of a network's calls tell of the branch that each is for."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_guidance.pipelines.attach.rows import folded, leads, named
+
+
+def marks(calls: Sequence[Any]) -> list[dict[str, Tensor]]:
+    """For each call, those tensors among its arguments that differ from all other calls', so that they identify it."""
+    return [{name: t.clone() for name, t in each.items()} for each in _differing([dict(named(c)) for c in calls])]
+
+
+def halves(calls: Sequence[Any], rows: int) -> list[dict[str, Tensor]]:
+    """For both branches of a step, in one call on `rows` or in two: those of its arguments that differ between them."""
+    if len(calls) > 1:
+        return _differing([dict(named(call)) for call in calls])
+    cut = {name: t.chunk(2) for call in calls for name, t in named(call) if leads(t, rows)} if rows % 2 == 0 else {}
+    return _differing([{name: pair[i] for name, pair in cut.items()} for i in range(2)])
+
+
+def branches(calls: Sequence[Any], rows: int, head: int) -> list[dict[str, Tensor]]:
+    """By branch, the tensors it was made from: of the first call on `head` branches of `rows` each, then of the others.
+
+    Of a first call on one branch, all calls are alike.
+    """
+    first, *others = (dict(named(call)) for call in calls)
+    if head > 1:
+        total = head * rows
+        cut = {n: t.chunk(head) for n, t in first.items() if leads(t, total) or folded(n, t, total)}
+        return [*({name: parts[i] for name, parts in cut.items()} for i in range(head)), *others]
+    return [first, *others]
+
+
+def _differing(given: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    shared = set.intersection(*(set(each) for each in given))
+
+    def differ(name: str) -> bool:
+        pairs = itertools.combinations([each[name] for each in given], 2)
+        return all(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+
+    telling = [name for name in sorted(shared) if differ(name)]
+    return [{name: each[name] for name in telling} for each in given] if telling else []
+
+
+def conditional(
+    halves: Sequence[dict[str, Tensor]], arguments: Mapping[str, Any], before: Sequence[dict[str, Tensor]]
+) -> int | None:
+    """Which of two `halves` is the conditional one; None if their arguments do not tell.
+
+    Args:
+        arguments: the pipeline's: embeddings by name; prompts, of which some differ where no negative ones do.
+        before: the first row of (the unconditional, the conditional) half, where they were told apart before.
+    """
+    prompts, negatives = (_texts(arguments.get(name)) for name in ("prompt", "negative_prompt"))
+
+    def is_negative(half: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        """Whether `half` is the unconditional one."""
+        for name, negative in arguments.items():
+            positive = arguments.get(name.removeprefix("negative_"))
+            if not isinstance(negative, Tensor) or not isinstance(positive, Tensor) or negative is positive:
+                continue
+            if any(_begins(t, negative) and _begins(other[key], positive) for key, t in half.items()):
+                return True
+        for name, t in half.items():
+            if "mask" not in name and t.ndim > 1 and not t.any() and other[name].any():  # no text, no picture
+                return True
+            if len(prompts) > 1 and len(negatives) < 2 and _is_repeated(t) and not _is_repeated(other[name]):
+                return True
+        return bool(before) and any(
+            bool(was) and all(name in each and _begins(each[name], t) for name, t in was.items())
+            for each, was in zip((half, other), before, strict=True)
+        )
+
+    if len(halves) != 2:
+        return None
+    first, second = (is_negative(*pair) for pair in (halves, halves[::-1]))
+    return None if first == second else int(first)
+
+
+def _texts(prompt: Any) -> set[str]:
+    return {prompt} if isinstance(prompt, str) else set(map(str, prompt)) if isinstance(prompt, list | tuple) else set()
+
+
+def _begins(t: Tensor, with_: Tensor) -> bool:
+    """Whether both have the same first row."""
+    same = t.ndim > 0 and t.shape[1:] == with_.shape[1:] and len(t) > 0 and len(with_) > 0
+    return same and torch.equal(t[0], with_[0].to(t))
+
+
+def _is_repeated(t: Tensor) -> bool:
+    return len(t) > 1 and bool((t == t[:1]).all())
+
+
+def carries(mark: dict[str, Tensor], call: Any) -> bool:
+    """Whether a call has all of a mark's tensors."""
+    given = dict(named(call))
+
+    def same(a: Tensor, b: Tensor | None) -> bool:
+        alike = b is not None and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        return alike and torch.equal(a, b)  # type: ignore[arg-type]
+
+    return all(same(tensor, given.get(name)) for name, tensor in mark.items())
