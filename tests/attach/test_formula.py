@@ -190,6 +190,15 @@ def test_denoised_predictions_that_are_rescaled_as_a_whole_are_told_by_a_sample(
     assert (formula.anchor, formula.finish, formula.scale) == ("denoised", "guidance_rescale", "guidance_scale")
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_broken_sample_has_no_say_and_is_counted(copies):
+    """Also where the scheduler holds the batch twice, as DiT's does."""
+    c, u = pair(0.1, shape=(3, 4, 8, 8))
+    c[1] = u[1] = math.nan
+    formula = found([u, c], torch.cat([u + 5 * (c - u)] * copies), {"guidance_scale": 5.0}).formula
+    assert (formula.cond_index, formula.rows, formula.view.copies) == (1, 3, copies)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_scale_that_nobody_can_read_is_solved_for_to_the_bit(dtype):
     for apart in (0.01, 0.05, 0.3):
