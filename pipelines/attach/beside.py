@@ -46,6 +46,7 @@ class Beside:
                 return last
             if not last.is_floating_point() or any(getattr(t, "shape", None) != last.shape for t in leaves):
                 return last.clone()
-            return sum(factor * t for factor, t in zip(factors.values(), leaves, strict=True)).to(last.dtype)
+            total: Any = sum(factor * t for factor, t in zip(factors.values(), leaves, strict=True))
+            return total.to(last.dtype)
 
         return mapped(summed, *(known[step] for step in factors))

@@ -266,7 +266,8 @@ class Discovery:
         c, u = formula.cut(denoiser.outputs, around)
         guided = any(evaluated) or not all(each.action == Action.CONDITIONAL for each in plan)
         s: Any = formula.value  # without guidance the scale does not matter
-        expected, sent = None, None
+        expected: Tensor | None = None
+        sent: Arrival | None = None
         if formula.mixed == SOLVED:
             c, u, w, sent = self._unmixed(denoiser, c, u, x, target, guided)
             tolerance = Tolerance(0.0, 1.0)
