@@ -56,6 +56,5 @@ class Space:
 
     @property
     def predicts_velocity(self) -> bool:
-        """Whether the prediction is flow matching's velocity: if it is zero, clean sample and noise equal the
-        sample."""
+        """Whether the prediction is flow matching's velocity: at 0, clean sample and noise equal the sample."""
         return self.a == self.p == 1
