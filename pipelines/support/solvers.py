@@ -9,14 +9,14 @@ import diffusers
 
 
 def scheduler_of(own: Any, name: str | None) -> Any:
-    """A fresh scheduler of that class, with the pipeline's configuration: solvers carry history between calls.
+    """A new scheduler of that class with the pipeline's configuration, since solvers keep history between calls.
 
     Args:
         own: the pipeline's.
         name: a class of diffusers that can replace `own`; None for its own.
 
     Raises:
-        ValueError: it expects other noise levels or other predictions; the message lists those that fit.
+        ValueError: it expects other noise levels or other predictions; the message lists the classes that fit.
     """
     if name is None:
         return copy.deepcopy(own)
