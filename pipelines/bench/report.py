@@ -56,7 +56,7 @@ def html(summary: Summary) -> str:
 
 
 def markdown(summary: Summary) -> str:
-    """The tables, for docs."""
+    """The tables for the docs."""
     suite, measures = summary.suite, summary.measures
     prompts = counted(len(suite.prompts), "held-out prompt" if suite.held_out else "prompt")
     lines = [f"{prompts}, {counted(len(suite.seeds), 'seed')}. {ABOUT_INTERVALS}", ""]
@@ -121,7 +121,7 @@ def figure(found: Figure | None, measure: Measure) -> str:
 
 
 def _plots(summary: Summary) -> dict[str, tuple[str, str]]:
-    """By name, caption and SVG."""
+    """The caption and SVG of each plot, by name."""
     if not summary.rows:
         return {}
     made = {"fidelity": fidelity_plot(summary), "look": look_plot(summary), "time": time_plot(summary)}

@@ -77,7 +77,7 @@ def generate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make a picture for a prompt, or for every line of a file; with its settings. The same command resumes."""
+    """Make a picture for a prompt, or one for every line of a file, with its settings. The same command resumes."""
     with reporting(goes_on=True) as progress, _cluster(ray, ray_address):
         from diffusers_guidance.pipelines.pictures.generate import generate, jobs_of
 
@@ -87,7 +87,7 @@ def generate_command(
             batch=batch, best_of=best_of, after=after, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
     typer.echo(f"{made} picture{'s' * (made != 1)} made, {had} already existed")
-    written([out], "each picture carries its settings, and has them beside it as JSON")
+    written([out], "each picture has its settings in it, and beside it as JSON")
 
 
 def _cluster(ray: bool, address: str | None) -> AbstractContextManager[None]:
