@@ -1,14 +1,15 @@
-"""What APG does by itself at a high scale, and what stopping guidance does: docs/results/apart/*.json and .md.
+"""Measures APG alone at a high scale, and stopping guidance alone: docs/results/apart/*.json and .md.
 
     python benchmarks/apart.py [emoji] [emoji-flow]
 
 1. The scale of CFG at which the nearest real picture shows the requested thing most often: the best scale, w.
-2. Where the burn comes from: 3 w in a third of the steps alone, w in the others.
+2. Where the burn comes from: 3 w in one third of the steps, w in the others.
 3. What the cap does: the mean norm of the update d at each step of CFG at 3 w, in denoised space.
 4. Settings of APG at 3 w with every step guided, chosen on calibration prompts.
-5. The chosen ones beside CFG, each with every step guided and with AG, on things that no calibration prompt names.
+5. The chosen settings beside CFG, each with every step guided and with AG, on things that no calibration prompt names.
 
-20 steps of the model's own kind of scheduler. It resumes after an interruption, and replaces another model's results.
+It takes 20 steps of the model's own kind of scheduler. It resumes after an interruption, and replaces another model's
+results.
 """
 
 import itertools
@@ -31,13 +32,13 @@ from diffusers_guidance.pipelines.support.loading import fingerprint, load
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "apart"
 MODELS = {"emoji": "DPMSolverMultistepScheduler", "emoji-flow": None}
-"""The bundled models, and the scheduler in place of their own."""
+"""The bundled models, and the schedulers that replace their own."""
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 15)
 STEPS, BATCH = 20, 16
 CHOOSING, JUDGING = 1000, 2000
-"""Seeds; each picture has the next one."""
+"""The first seeds; each further picture has the next one."""
 ROOM = 0.05
-"""How far the saturation may be from that of the best scale."""
+"""How far the saturation may be from that at the best scale."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Part(CFG):
 
 @dataclass
 class Norms:
-    """An observer of the update's norm in denoised space, step by step."""
+    """An observer of the update's norm in denoised space at each step."""
 
     by_step: dict[int, list[float]] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ GRID = tuple(
 
 
 class Model:
-    """A bundled model, what is asked of it, and the rows measured so far."""
+    """A bundled model, its prompts, and the rows measured so far."""
 
     def __init__(self, name: str):
         torch.set_num_threads(1)

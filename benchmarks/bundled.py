@@ -19,7 +19,7 @@ def prompts(file: Path) -> list[str]:
 
 
 class Bundled:
-    """The pipeline, on one thread: two such processes do more than one with two threads."""
+    """The pipeline on one thread: two such processes are faster than one with two threads."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)

@@ -2,11 +2,11 @@
 
     python benchmarks/caches.py [--model samples/emoji-flow] [--out docs/results/caches]
 
-A cache stands in for blocks of a transformer; `Forecast` stands in for whole evaluations. Each contestant makes the
-pictures of 16 held-out prompts in 20 steps at scale 5, and takes turns with plain CFG, call by call: its time is the
-ratio of the two sums of processor time. The PSNR is the mean over pictures in dB to plain CFG with the same seeds.
-Strengths are those of the caches' own authors, and weaker and stronger ones. It writes each row at once, and keeps
-existing rows of the same model.
+A cache replaces blocks of a transformer; `Forecast` replaces whole evaluations. Each contestant makes the pictures of
+16 held-out prompts in 20 steps at scale 5, and takes turns with plain CFG, call by call: its time is the ratio of the
+two sums of processor time. The PSNR is the mean over pictures, in dB to plain CFG with the same seeds. The caches run
+at their authors' strengths, and at weaker and stronger ones. It writes each row at once, and keeps existing rows of the
+same model.
 """
 
 import argparse
@@ -39,7 +39,7 @@ OUT = Path(__file__).parents[1] / "docs" / "results" / "caches"
 
 @dataclass(frozen=True)
 class Contestant:
-    """A cache of diffusers or none, under a policy or with nothing attached."""
+    """A cache of diffusers or none, under a policy or without a handle."""
 
     name: str
     family: str
@@ -50,15 +50,15 @@ class Contestant:
 
 
 def contestants(ratios: Sequence[float]) -> list[Contestant]:
-    """All of them.
+    """All contestants.
 
     Args:
-        ratios: what MagCache wants to know of the model.
+        ratios: what MagCache has to know about the model.
     """
 
     def taylor(interval: int, order: int = 1, **more: Any) -> Any:
-        # By default it looks for modules named "attn", and finds none where they are named "attn1". Feed-forward layers
-        # are called twice a step, for picture and text, which its count of steps does not know.
+        # By default it looks for modules named "attn", and does not find those named "attn1". Feed-forward layers are
+        # called twice a step, for picture and text, which disturbs its count of steps.
         more = more or {"cache_identifiers": [r"transformer_blocks\.\d+\.attn1"]}
         return TaylorSeerCacheConfig(
             cache_interval=interval,
@@ -72,7 +72,7 @@ def contestants(ratios: Sequence[float]) -> list[Contestant]:
         return MagCacheConfig(threshold=threshold, num_inference_steps=STEPS, mag_ratios=list(ratios))
 
     def faster(reach: int) -> Any:
-        # "Distilled": the pipeline calls the network for each half alone, so there are no halves to cut.
+        # "Distilled", since the pipeline calls the network for each half alone, so a call has no halves to separate.
         return FasterCacheConfig(
             spatial_attention_block_skip_range=2,
             spatial_attention_timestep_skip_range=(-1, reach),
@@ -116,7 +116,7 @@ def cached(pipe: Any, cache: Any) -> Iterator[None]:
 
 
 def mag_ratios(pipe: Any, case: Case) -> list[float]:
-    """What MagCache observes in a run, which it only prints. Both halves count: their mean."""
+    """The ratios that MagCache observes in a run and only prints; the mean of both halves."""
     found: dict[int, list[float]] = {}
     advance = mag_cache.MagCacheBlockHook._advance_step
 
@@ -146,13 +146,13 @@ class Contest:
         self.cases = [Case(prompt, SEED) for prompt in prompts(samples.HELDOUT_PROMPTS)[8:24]]
 
     def timed(self, part: list[Case], steps: int = STEPS) -> tuple[Tensor, float]:
-        """Pictures, and the seconds of processor time they took."""
+        """Pictures, and the seconds of processor time that they took."""
         began = time.process_time()
         made = pictures_of(self.pipe, part, steps=steps, guidance_scale=SCALE, output_type="pt")
         return tensor_of(made), time.process_time() - began
 
     def measure(self, contestant: Contestant) -> dict[str, Any]:
-        """dB to plain CFG and share of its time, over all cases, in turns."""
+        """dB to plain CFG, and the share of its time, over all cases in turns."""
         found: list[Tensor] = []
         times = []
         for start in range(0, len(self.cases), BATCH):

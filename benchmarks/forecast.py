@@ -2,9 +2,9 @@
 
     python benchmarks/forecast.py [ddim-20-5 ...]
 
-Settings are scheduler-steps-guidance scale. It uses 16 held-out prompts and one seed, none of them used for any choice
-(the first eight prompts had been looked at, with another seed). It writes each row at once, and keeps existing rows.
-It measures the mean of the pictures' PSNR to full guidance, for CFG in fewer steps too.
+Settings are scheduler-steps-guidance scale. It uses 16 held-out prompts and one seed; none of them was used for any
+choice (but the first eight prompts had been looked at with another seed). It writes each row at once, and keeps
+existing rows. It measures the mean of the pictures' PSNR to full guidance, for CFG in fewer steps too.
 """
 
 import json

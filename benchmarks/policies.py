@@ -66,7 +66,7 @@ def told(name: str) -> str:
 
 
 def summary() -> str:
-    """The PSNR of the schedules beside the best of everything else, at three budgets, and the cost of being close."""
+    """The PSNR of the schedules and of the best other policies at three budgets, and the NFEs for 35 and 40 dB."""
     lines = [
         f"Mean PSNR in dB to full guidance over 16 held-out prompts (8 at 50 steps) and one seed. {PSNR}.",
         "",
