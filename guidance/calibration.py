@@ -193,7 +193,7 @@ class Moments:
         if self.first != other.first or self.gram.shape != other.gram.shape:
             raise CalibrationMismatch(
                 f"Gram matrices {tuple(self.gram.shape)} from step {self.first} on, and {tuple(other.gram.shape)} from "
-                f"step {other.first} on, do not add: calibrate both shares with the same settings"
+                f"step {other.first} on, do not add up: calibrate both shares with the same settings"
             )
         both = {space: torch.cat([seen, other.similarity[space]]) for space, seen in self.similarity.items()}
         return Moments(self.first, self.gram + other.gram, both)
@@ -300,7 +300,7 @@ class Calibration:
     def __repr__(self) -> str:
         s, source = self.setting, f", from {self.source!r}" if self.source else ""
         if not self.denoisers:
-            each = [f"{m.runs} of {len(m.levels)} levels at scale {m.scale:g}" for m in self.motions]
+            each = [f"{m.runs} at {len(m.levels)} levels and scale {m.scale:g}" for m in self.motions]
             return f"Calibration({s.get('pipeline', '')}, runs: {', '.join(each)}{source})"
         runs = [w if isinstance(w, list) else [w] for w in s["guidance_scale"].values()]
         scales = "/".join(dict.fromkeys("..".join(f"{w:g}" for w in dict.fromkeys([ws[0], ws[-1]])) for ws in runs))

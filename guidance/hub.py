@@ -25,7 +25,7 @@ def found(name: str | Path, **options: Any) -> Path:
         return path / FILE
     if not _REPOSITORY.fullmatch(str(name)) or path.suffix == ".safetensors":
         raise FileNotFoundError(
-            f"{name}: no such file or folder, nor the name of a repository, as owner/name; make a calibration with "
+            f"{name}: no such file or folder, nor the name of a repository (owner/name); make a calibration with "
             "calibrate(pipe, prompts, path=...)"
         )
     from huggingface_hub import hf_hub_download

@@ -133,4 +133,5 @@ class Learner:
         setting = {"pipeline": pipeline, "denoisers": fingerprints([*recorder.denoisers])}
         made = Calibration(setting, {}, {}, (motion,))
         self.learned, self.lack = made if self.learned is None else self.learned + made, ""
-        return f"learned from this run: {motion.runs} of {len(motion.levels)} noise levels at scale {motion.scale:g}"
+        samples = f"{motion.runs} sample{'s' * (motion.runs > 1)}"
+        return f"learned from this run: {samples} at {len(motion.levels)} noise levels, scale {motion.scale:g}"

@@ -420,7 +420,7 @@ class Forecast(Policy):
         _check_calibration(self.calibration)
         if self.calibration is not None and not self.calibration.motions:
             raise CalibrationMismatch(
-                f"{self.calibration!r} does not say how predictions move, which Forecast goes by: calibrate anew"
+                f"{self.calibration!r} does not say how predictions move, which Forecast needs: calibrate anew"
             )
 
     @property
@@ -471,7 +471,7 @@ class Forecast(Policy):
             return f"scale {scale:g} is far from {found.motion.scale:g}"
         chosen, weight = self.pattern(len(table), table, branches), weights(table, found.variogram)
         share = missed(chosen, weight, found.doubt) / (missed(chosen, weight, found.variogram) or 1.0)
-        return f"{share:.0%} of the predicted error is not of what was measured" if share > MOST_DOUBT else ""
+        return f"{share:.0%} of the predicted error was not measured" if share > MOST_DOUBT else ""
 
     def _told(self, step: Step, scale: float | None) -> str:
         """What a run's forecasts rest on, for the report."""
@@ -481,11 +481,11 @@ class Forecast(Policy):
         if found is None:
             return ""
         motion = found.motion
-        at = f"{len(motion.levels)} noise levels at scale {motion.scale:g}"
+        at = f"{len(motion.levels)} noise levels, scale {motion.scale:g}"
         favour = (
-            "" if self._by(step.table, scale, step.branches).is_measured else ", by which a power law is as good here"
+            "" if self._by(step.table, scale, step.branches).is_measured else ", which make a power law as good here"
         )
-        return f"forecasts by {motion.runs} run{'s' * (motion.runs > 1)} of {at}{favour}"
+        return f"forecast from {motion.runs} run{'s' * (motion.runs > 1)} at {at}{favour}"
 
     def plan(self, step: Step, history: History) -> Plan:
         if not history.guided or history.is_denoised != bool(step.table):

@@ -124,7 +124,9 @@ def _job(given: Any, number: int) -> Job:
     line: _Line = checked(_Line, {"id": f"{number:06}"} | given, lambda *said: "{} {!r}: {}".format(*said))
     arguments = line.model_extra or {}
     if chosen := sorted(arguments.keys() & _FOR_ALL):
-        raise ValueError(f"{', '.join(chosen)}: not a line's own; steps, scale and the rest are set for all lines")
+        raise ValueError(
+            f"{', '.join(chosen)}: a line cannot set this; steps, scale and the rest are the same for all lines"
+        )
     check_sides(arguments)
     return Job(line.id, line.prompt, line.seed, line.negative_prompt, tuple(sorted(arguments.items())))
 
