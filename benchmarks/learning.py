@@ -93,7 +93,10 @@ def main() -> None:
         sys.exit(f"no settings {', '.join(sorted(wrong))}: choose among {', '.join(RUNS)}")
     for name in names:
         measure(bundled, name)
-        write(OUT / "summary.md", f"# Forecast, by what is known\n\nMean PSNR in dB. {PSNR}.\n\n{summary()}".encode())
+        write(
+            OUT / "summary.md",
+            f"# Forecast, with and without recorded runs\n\nMean PSNR in dB. {PSNR}.\n\n{summary()}".encode(),
+        )
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from diffusers_guidance.pipelines.support.templates import template
 
 INK, GREY, BLUE, GREEN = "#1a1a1a", "#8a8a8a", "#2f6fde", "#1a7f37"
 ABOUT_INTERVALS = (
-    "Every figure is a mean over all prompts and seeds; after it, the 95 % interval of a bootstrap that draws seeds "
-    "and prompts anew."
+    "Every figure is a mean over all prompts and seeds. After it stands its 95 % interval, from a bootstrap over seeds "
+    "and prompts."
 )
 ABOUT_SECONDS = (
     "Seconds are medians, with their 20 and 80 % quantiles. Each column ran in turns with {baseline}, and its saving "
-    "is the median of the ratios of neighbouring runs. Possible is what the skipped evaluations take, measured on the "
-    "denoiser alone in other calls, so that noise can take the share of it that was saved beyond 100 %."
+    "is the median of the ratios of neighbouring runs. Possible is the time of the skipped evaluations, measured on "
+    "the denoiser alone in other calls; because of noise, a column can save more than 100 % of it."
 )
 
 
@@ -73,7 +73,7 @@ def markdown(summary: Summary) -> str:
         lines += [ABOUT_SECONDS.format(baseline=suite.baseline), ""]
         lines += [*_table(head, [_timing_cells(t) for t in summary.timings]), ""]
     if summary.rates:
-        head = ["batch B", "evaluations/s at B", "at 2B", "time of B in that of 2B"]
+        head = ["batch B", "evaluations/s at B", "at 2B", "time of B / time of 2B"]
         lines += [*_table(head, [_rate_cells(r) for r in summary.rates]), ""]
     if summary.verdicts:
         met = {True: "met", False: "**not met**", None: "not measured"}
