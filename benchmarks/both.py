@@ -96,7 +96,7 @@ class Measured:
         """Rows that are missing, and what was made for the picture."""
         start_up(pipe, self.cases[:1], suited(self.name).scale)
         lesson = Column("", CFG(), Forecast(0.45, learn=True), suited(self.name).scale)
-        learned = make(pipe, [Case("a lemon", 1 + SEED)], lesson, steps=STEPS).calibration
+        learned = make(pipe, [Case(read_lines(samples.CALIBRATION_PROMPTS)[0], SEED)], lesson, steps=STEPS).calibration
         plain: Line | None = None
         shown: dict[str, Result] = {}
         for line in lines(self.name, learned):
