@@ -1,7 +1,7 @@
-"""The README's table and picture of both models: docs/results/both/*.json, docs/both.webp, and README.md's marked part.
+"""The README's table and picture of both models, and docs/models.md: docs/results/both, docs/both.webp, marked parts.
 
     python benchmarks/both.py            # measures what is missing, then writes table and picture
-    python benchmarks/both.py --write    # writes the table from what was measured
+    python benchmarks/both.py --write    # writes the pages alone, from what was measured
 
 On each bundled model that is here: the prompts of `make demo`, one seed, 20 steps of its own scheduler, CFG at the
 scale that suits it and at one where it burns. Each way takes turns with plain CFG, prompt by prompt: its time is the
@@ -11,6 +11,7 @@ over pictures to plain CFG at that scale. Every row is written as it is made; ot
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from diffusers_guidance.policies import Policy
 
 ROOT = Path(__file__).parents[1]
 OUT, PICTURE, README = ROOT / "docs" / "results" / "both", ROOT / "docs" / "both.webp", ROOT / "README.md"
+PAGE = ROOT / "docs" / "models.md"
+PART = re.compile(r"<!-- (results/\S+) -->\n.*?<!-- end -->", re.DOTALL)
+"""Of that page, where the results in a file go."""
 BEGIN, END = "<!-- by benchmarks/both.py -->", "<!-- to here -->"
 STEPS, SEED = 20, 0
 SHOWN = ("CFG", "default", "half", "high", "apg and stopped")
@@ -195,6 +199,22 @@ def written() -> str:
     return table({name: read(OUT / f"{name}.json") for name in samples.NAMES})
 
 
+def filled(page: str) -> str:
+    """A page with the results in its marked parts: the text of a file below its title, or the picture."""
+
+    def content(found: re.Match[str]) -> str:
+        file = PAGE.parent / found[1]
+        if not file.is_file():
+            inner = "Not measured yet."
+        elif file.suffix == ".md":
+            inner = file.read_text(encoding="utf-8").partition("\n")[2].strip()
+        else:
+            inner = f"![{file.stem}]({found[1]})"
+        return f"<!-- {found[1]} -->\n\n{inner}\n\n<!-- end -->"
+
+    return PART.sub(content, page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", choices=[*samples.NAMES, []], help="default: all that are here")
@@ -211,6 +231,8 @@ def main() -> None:
         for number, sheet in enumerate(sheets):
             page.paste(sheet, (0, sum(each.height for each in sheets[:number])))
         page.save(PICTURE, quality=85)
+    write(OUT / "summary.md", f"# Both models\n\n{written()}\n".encode())
+    write(PAGE, filled(PAGE.read_text(encoding="utf-8")).encode())
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

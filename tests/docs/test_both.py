@@ -21,6 +21,11 @@ def test_the_table_of_the_readme_is_of_the_measured_rows():
     assert len(table.strip().splitlines()) == 2 + len([*BOTH["lines"]("emoji")])
 
 
+def test_the_page_of_the_models_has_the_results_in_the_files():
+    text = BOTH["PAGE"].read_text(encoding="utf-8")
+    assert text == BOTH["filled"](text) and len(BOTH["PART"].findall(text)) >= 5
+
+
 @pytest.mark.parametrize("name", samples.NAMES)
 def test_rows_are_of_the_weights_that_are_here(name):
     if name not in samples.models():
