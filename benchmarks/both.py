@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from PIL import Image
 
 from diffusers_guidance import CFG, AdaptiveGuidance, EveryStep, Forecast, Rule, samples
 from diffusers_guidance.files import write
-from diffusers_guidance.pipelines.app.suited import suited
+from diffusers_guidance.pipelines.app.suited import Suited, suited
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.compare import Comparison
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make, start_up
@@ -111,7 +111,8 @@ class Measured:
             made, seconds, full, whole = _in_turns(pipe, self.cases, line, plain)
             shown[line.key] = made
             row = {
-                "label": line.label, "scale": made.guidance_scale, "nfe": made.nfe, "nfe_full": full.nfe,
+                "label": line.label, "scale": made.guidance_scale, "nfe": made.nfe / len(self.cases),
+                "nfe_full": full.nfe / len(self.cases),
                 "saturation": float(saturation(made.floats).mean()),
             }  # fmt: skip
             if line is not plain:
@@ -127,12 +128,12 @@ class Measured:
         results = []
         for key in SHOWN:
             made = shown[key]
-            made.pictures, made.decoded = made.pictures[:ROWS], made.decoded[:ROWS]
+            made.pictures, made.decoded, made.reports = made.pictures[:ROWS], made.decoded[:ROWS], made.reports[:ROWS]
             results.append(made)
         scheduler = type(pipe.scheduler).__name__
         asked = [case.prompt for case in self.cases[:ROWS]]
         about = (self.name, type(pipe).__name__, scheduler, "cpu", "float32", asked, [SEED], STEPS, None)
-        return contact_sheet(Comparison(*about, results), [_note(self.rows[key]) for key in SHOWN])
+        return contact_sheet(Comparison(*about, results), [_note(self.rows[key], suited(self.name)) for key in SHOWN])
 
 
 def read(path: Path, about: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
@@ -161,16 +162,19 @@ def _in_turns(pipe: Any, cases: list[Case], line: Line, plain: Line) -> tuple[Re
 
 def _joined(found: list[tuple[Result, float]]) -> tuple[Result, float]:
     """Results of single pictures as one."""
-    whole = found[0][0]
-    for made, _ in found[1:]:
-        whole.pictures += made.pictures
-        whole.decoded += made.decoded
-        whole.reports += made.reports
-    return whole, sum(seconds for _, seconds in found)
+    each = [made for made, _ in found]
+    joined = {
+        name: [one for made in each for one in getattr(made, name)] for name in ("pictures", "decoded", "reports")
+    }
+    return replace(each[0], **joined), sum(seconds for _, seconds in found)
 
 
-def _note(row: dict[str, Any]) -> str:
-    return f"{row['time']:.0%} of the time, {row['psnr']:.1f} dB" if "psnr" in row else "100 % of the time"
+def _note(row: dict[str, Any], suits: Suited) -> str:
+    """Time and likeness; where CFG burns, colours in place of the likeness to that."""
+    near = f"saturation {row['saturation']:.2f}" if row["scale"] == suits.high else f"{row.get('psnr', 0):.1f} dB"
+    return f"{row.get('time', 1):.0%} of the time" + (
+        f", {near}" if "psnr" in row or row["scale"] == suits.high else ""
+    )
 
 
 def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -187,7 +191,7 @@ def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
         for rows in named.values():
             row = rows[line.key]
             saved = 1 - row["nfe"] / row["nfe_full"]
-            cells.append(f"{row['nfe']}" + (f" (−{saved:.0%})" if saved > 0 else ""))
+            cells.append(f"{row['nfe']:.3g}" + (f" (−{saved:.0%})" if saved > 0 else ""))
             cells += [f"{row['time']:.2f}", f"{row['psnr']:.1f} dB"] if "psnr" in row else ["1", ""]
             cells.append(f"{row['saturation']:.3f}")
         text.append(f"| {line.label} at {' and '.join(scales)} | {' | '.join(cells)} |")
