@@ -1,4 +1,4 @@
-"""The README's table and picture of both models, and docs/models.md: docs/results/both, docs/both.webp, marked parts.
+"""The README's table and picture of both models, and docs/models.md: docs/results/both, docs/contact_sheet.png.
 
     python benchmarks/both.py            # measures what is missing, then writes table and picture
     python benchmarks/both.py --write    # writes the pages alone, from what was measured
@@ -35,7 +35,7 @@ from diffusers_guidance.pipelines.support.loading import fingerprint, load
 from diffusers_guidance.policies import Policy
 
 ROOT = Path(__file__).parents[1]
-OUT, PICTURE, README = ROOT / "docs" / "results" / "both", ROOT / "docs" / "both.webp", ROOT / "README.md"
+OUT, PICTURE, README = ROOT / "docs" / "results" / "both", ROOT / "docs" / "contact_sheet.png", ROOT / "README.md"
 PAGE = ROOT / "docs" / "models.md"
 PART = re.compile(r"<!-- (results/\S+) -->\n.*?<!-- end -->", re.DOTALL)
 """Of that page, where the results in a file go."""
@@ -234,7 +234,7 @@ def main() -> None:
         page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
         for number, sheet in enumerate(sheets):
             page.paste(sheet, (0, sum(each.height for each in sheets[:number])))
-        page.save(PICTURE, quality=85)
+        page.save(PICTURE, optimize=True)
     write(OUT / "summary.md", f"# Both models\n\n{written()}\n".encode())
     write(PAGE, filled(PAGE.read_text(encoding="utf-8")).encode())
     text = README.read_text(encoding="utf-8")
