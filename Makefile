@@ -10,7 +10,7 @@ SEED ?= 0
 TRITONS ?= 3.6.0 3.9.0
 SPREAD = -n auto --dist worksteal -W ignore --seed $(SEED)
 
-.PHONY: demo app test quick conformance lint docs matrix oldest kernels compiled gpu dist wheel calibrations objective frontier bench wallclock
+.PHONY: demo app test quick conformance lint docs matrix oldest kernels compiled gpu dist wheel calibrations objective frontier both carry bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
 .PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
@@ -80,6 +80,12 @@ objective: install ## measures the premises of the search for schedules, in docs
 
 frontier: install ## measures fidelity against NFEs for every policy, in docs/results/policies
 	$(BIN)/python benchmarks/policies.py
+
+both: install ## makes the README's table and picture of both models; resumes
+	$(BIN)/python benchmarks/both.py
+
+carry: install ## measures what carries over from one model to the other, in docs/results/carry; resumes
+	$(BIN)/python benchmarks/carry.py
 
 bench: install ## measures what policies save and cost on the bundled model, in docs/results/bench; resumes
 	$(BIN)/diffusers-guidance bench --out out/bench

@@ -1,11 +1,11 @@
 """Measures diffusers' own caches beside `Forecast`, alone and together: docs/results/caches.json, .md and .svg.
 
-    python benchmarks/caches.py [--model samples/emoji-flow] [--out docs/results/caches]
+    python benchmarks/caches.py [--prompts 16] [--model emoji-flow] [--out docs/results/caches]
 
 A cache replaces blocks of a transformer; `Forecast` replaces whole evaluations. Each contestant makes the pictures of
-16 held-out prompts in 20 steps at scale 5, and takes turns with plain CFG, call by call: its time is the ratio of the
-two sums of processor time. The PSNR is the mean over pictures, in dB to plain CFG with the same seeds. The caches run
-at their authors' strengths, and at weaker and stronger ones. It writes each row at once, and keeps existing rows of the
+held-out prompts in 20 steps at scale 5, and takes turns with plain CFG, call by call: its time is the ratio of the two
+sums of processor time. The PSNR is the mean over pictures, in dB to plain CFG with the same seeds. The caches run at
+their authors' strengths, and at weaker and stronger ones. It writes each row at once, and keeps existing rows of the
 same model.
 """
 
@@ -27,7 +27,7 @@ from diffusers.hooks import MagCacheConfig, mag_cache
 from matplotlib import pyplot
 from torch import Tensor
 
-from diffusers_guidance import CFG, Forecast, Policy, attach, samples
+from diffusers_guidance import CFG, Calibration, Forecast, Policy, attach, samples
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.make import Case, pictures_of
 from diffusers_guidance.pipelines.pictures.measures import psnr, tensor_of
@@ -35,6 +35,11 @@ from diffusers_guidance.pipelines.support.loading import fingerprint, load
 
 SEED, STEPS, SCALE, BATCH = 97531, 20, 5.0, 4
 OUT = Path(__file__).parents[1] / "docs" / "results" / "caches"
+NOTES = (
+    "Time is the ratio of processor times to plain CFG, in turns, on one thread. FasterCache is made for pipelines "
+    "that evaluate both halves of guidance in one call. CogView 4 calls its transformer for each half. With one memory "
+    "for both, FasterCache mixes them: beside its authors' weight there is one that holds each half's own attention."
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,13 @@ class Contestant:
     steps: int = STEPS
 
 
-def contestants(ratios: Sequence[float]) -> list[Contestant]:
+def contestants(pipe: Any, ratios: Sequence[float], learned: Calibration | None) -> list[Contestant]:
     """All contestants.
 
     Args:
+        pipe: the pipeline; FasterCache reads its current step.
         ratios: what MagCache has to know about the model.
+        learned: what Forecast learned from a run of another prompt.
     """
 
     def taylor(interval: int, order: int = 1, **more: Any) -> Any:
@@ -71,12 +78,15 @@ def contestants(ratios: Sequence[float]) -> list[Contestant]:
     def mag(threshold: float) -> Any:
         return MagCacheConfig(threshold=threshold, num_inference_steps=STEPS, mag_ratios=list(ratios))
 
-    def faster(reach: int) -> Any:
+    def faster(reach: int, every: int = 2, weight: float = 0.5) -> Any:
         # "Distilled", since the pipeline calls the network for each half alone, so a call has no halves to separate.
+        # But each layer has one memory, of its last two calls, for both halves. y_1 + weight (y_1 - y_2) is an output
+        # of one half only if the weight is -1: y_2, the last of the same half. An odd `every` computes both in turn.
         return FasterCacheConfig(
-            spatial_attention_block_skip_range=2,
+            spatial_attention_block_skip_range=every,
             spatial_attention_timestep_skip_range=(-1, reach),
-            attention_weight_callback=lambda _: 0.5,
+            attention_weight_callback=lambda _: weight,
+            current_timestep_callback=lambda: pipe.current_timestep,
             tensor_format="BCHW",
             is_guidance_distilled=True,
         )
@@ -86,12 +96,18 @@ def contestants(ratios: Sequence[float]) -> list[Contestant]:
         **{f"TaylorSeer lite, every {n}": taylor(n, use_lite_mode=True) for n in (2, 3, 5)},
         **{f"FirstBlockCache, {x:g}": FirstBlockCacheConfig(threshold=x) for x in (0.02, 0.05, 0.1, 0.2)},
         **{f"MagCache, {x:g}": mag(x) for x in (0.03, 0.06, 0.12, 0.24)},
-        **{f"FasterCache, below {n}": faster(n) for n in (341, 681)},
+        **{f"FasterCache, as its authors weigh, below {n}": faster(n) for n in (341, 681)},
+        **{f"FasterCache, held, every {k}, below {n}": faster(n, k, -1.0) for k, n in ((3, 341), (3, 681), (5, 681))},
     }
     family = {name: name.split(",")[0] for name in caches}
     found = [Contestant(name, family[name], cache) for name, cache in caches.items()]
     for nfe in (34, 30, 26, 22, 20, 16):
         found.append(Contestant(f"Forecast, {nfe} NFEs", "Forecast", policy=Forecast(nfe=nfe)))
+        if learned is not None:
+            policy = Forecast(nfe=nfe, calibration=learned)
+            found.append(
+                Contestant(f"Forecast, one run learned, {nfe} NFEs", "Forecast, one run learned", None, policy)
+            )
         found.append(Contestant(f"CFG, {nfe // 2} steps", "CFG in fewer steps", steps=nfe // 2))
     for nfe, weak in (
         (30, "TaylorSeer, order 1, every 2"),
@@ -136,14 +152,17 @@ def mag_ratios(pipe: Any, case: Case) -> list[float]:
 class Contest:
     """A pipeline, the cases, and the rows so far."""
 
-    def __init__(self, model: str, path: Path):
+    def __init__(self, model: str, path: Path, count: int):
         torch.set_num_threads(1)
         self.pipe, self.path = load(model, device="cpu"), path
         about = {"model": fingerprint(model), "diffusers": diffusers.__version__, "seed": SEED, "steps": STEPS}
+        about |= {"prompts": count}
         found = json.loads(path.read_text()) if path.is_file() else {}
         self.about = about
         self.rows: dict[str, dict[str, Any]] = found["rows"] if found.get("about") == about else {}
-        self.cases = [Case(prompt, SEED) for prompt in prompts(samples.HELDOUT_PROMPTS)[8:24]]
+        self.cases = [Case(prompt, SEED) for prompt in prompts(samples.HELDOUT_PROMPTS)[8 : 8 + count]]
+        self.other = Case(prompts(samples.CALIBRATION_PROMPTS)[0], SEED)
+        """A prompt that caches and Forecast may learn from."""
 
     def timed(self, part: list[Case], steps: int = STEPS) -> tuple[Tensor, float]:
         """Pictures, and the seconds of processor time that they took."""
@@ -172,11 +191,19 @@ class Contest:
         row = {"family": contestant.family, "psnr": float(each.mean()), "sem": float(each.std() / len(each) ** 0.5)}
         return row | {"time": seconds / plain, "seconds": seconds / len(self.cases), "notes": notes}
 
+    def learned(self) -> Calibration | None:
+        """What Forecast learns from one run."""
+        with attach(self.pipe, CFG(), Forecast(learn=True)) as handle:
+            self.timed([self.other])
+            return handle.calibration
+
     def run(self) -> None:
         """Measures what is missing."""
-        for contestant in contestants(mag_ratios(self.pipe, self.cases[0])):
+        all_ = contestants(self.pipe, mag_ratios(self.pipe, self.other), self.learned())
+        for number, contestant in enumerate(all_):
             if contestant.name in self.rows:
                 continue
+            print(f"{number}/{len(all_)}", end=" ")
             try:
                 row = self.measure(contestant)
             except Exception as error:  # a cache that does not fit this transformer is a result
@@ -210,19 +237,28 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def publish(contest: Contest, to: Path) -> None:
+    """Table and plot of the rows so far."""
+    said = f"{STEPS} steps, scale {SCALE:g}, {len(contest.cases)} held-out prompts. {NOTES}"
+    text = (
+        f"# Forecast and diffusers' caches\n\n{said}\n\n{table(contest.rows)}\nMade by `python benchmarks/caches.py`.\n"
+    )
+    write(to.with_suffix(".md"), text.encode())
+    if any("error" not in row for row in contest.rows.values()):
+        draw(contest.rows, to.with_suffix(".svg"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default=str(samples.MODEL.parent / "emoji-flow"), help="a pipeline with a transformer"
-    )
+    parser.add_argument("--model", default="emoji-flow", help="a pipeline with a transformer")
     parser.add_argument("--out", type=Path, default=OUT, help="the results, without their ending")
+    parser.add_argument("--prompts", type=int, default=16, help="how many of the held-out ones")
     options = parser.parse_args()
-    contest = Contest(options.model, options.out.with_suffix(".json"))
-    contest.run()
-    said = f"{STEPS} steps, scale {SCALE:g}, 16 held-out prompts. Made by `python benchmarks/caches.py`."
-    text = f"# Forecast and diffusers' caches\n\n{said}\n\n{table(contest.rows)}"
-    write(options.out.with_suffix(".md"), text.encode())
-    draw(contest.rows, options.out.with_suffix(".svg"))
+    contest = Contest(options.model, options.out.with_suffix(".json"), options.prompts)
+    try:
+        contest.run()
+    finally:  # what there is of them, if it is interrupted
+        publish(contest, options.out)
 
 
 if __name__ == "__main__":

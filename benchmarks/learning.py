@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 import diffusers
-from bundled import Bundled, prompts
-from forecast import BUDGETS, SCHEDULERS, Setting
+from bundled import SCHEDULERS, Bundled, prompts
+from forecast import BUDGETS, Setting
 
 from diffusers_guidance import Calibration, Forecast, calibrate, samples
 from diffusers_guidance.files import write

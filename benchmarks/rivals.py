@@ -21,8 +21,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from bundled import Bundled, prompts
-from forecast import BUDGETS, SCHEDULERS, SEED, Setting
+from bundled import SCHEDULERS, Bundled, prompts
+from forecast import BUDGETS, SEED, Setting
 from torch import Tensor
 
 from diffusers_guidance import (

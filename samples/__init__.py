@@ -4,7 +4,10 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-MODEL = Path(str(files(__name__) / "emoji"))
+NAMES = ("emoji", "emoji-flow")
+"""All bundled pipelines that there are: the first is in the main wheel, the others come with the extra `models`."""
+
+MODEL = Path(str(files(__name__) / NAMES[0]))
 """Folder of the bundled pipeline: `StableDiffusionPipeline.from_pretrained(MODEL)`."""
 
 PROMPTS = Path(str(files(__name__) / "prompts.txt"))

@@ -164,6 +164,7 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
     found["held out"] = {
         "pairs": len(hidden),
         "captions": len(wanted),
+        "captions trained on": len({*wanted} & {caption for i in seen for caption in records[i].captions}),
         "generated": _retrieved(embed(network, unseen), pool, fits),
         "missed": _missed(embed(network, unseen), pool, fits[0]),
         "real pictures, distorted": _retrieved(real, pool, fits),
@@ -333,20 +334,25 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where generated pictures go; default: generated in the folder")
     options = parser.parse_args()
     file = options.to or options.model / "evaluation.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    there = _read(file)
     pipe = load(options.model)
-    for part in options.parts or [part for part in parts if part not in found]:
+    for part in options.parts or [part for part in parts if part not in there]:
         if part == "eye":
-            found[part] = save_eye(options.folder, options.model)
+            made = save_eye(options.folder, options.model)
         elif part in ("prompts", "retrieval"):
             measure = {"prompts": prompts, "retrieval": retrieval}[part]
-            found[part] = measure(pipe, options.folder, options.keep or options.folder / "generated")
+            made = measure(pipe, options.folder, options.keep or options.folder / "generated")
         elif part == "guidance":
-            found[part] = guidance(pipe) | {"data": data_look(options.folder)}
+            made = guidance(pipe) | {"data": data_look(options.folder)}
         else:
-            found[part] = {"similarity": similarity, "seconds": seconds}[part](pipe)
+            made = {"similarity": similarity, "seconds": seconds}[part](pipe)
+        found = _read(file) | {part: made}  # read anew: other parts may be measured beside this one
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
-    print(json.dumps(found, indent=1))
+    print(json.dumps(_read(file), indent=1))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from diffusers_guidance.pipelines.pictures.measures import (
     saturation,
     tensor_of,
 )
-from diffusers_guidance.pipelines.support.loading import load_whole
+from diffusers_guidance.pipelines.support.loading import load_whole, located
 
 Record = dict[str, Any]
 RESAMPLINGS = 2000
@@ -222,6 +222,7 @@ class Scorers:
 
     @classmethod
     def find(cls, model: str) -> "Scorers":
+        model = located(model)
         makers: dict[str, Callable[[], Any]] = {
             "lpips": lpips_scorer,
             "clip_score": clip_scorer,

@@ -113,11 +113,13 @@ class Suite:
 
     @classmethod
     def read(cls, file: Path = SUITE) -> "Suite":
-        """The suite in a YAML file; paths in it are relative to it.
+        """The suite in a YAML file, or the bundled one of that name; paths in it are relative to it.
 
         Raises:
             ValueError: something is missing, unknown or of the wrong kind; the message says what.
         """
+        bundled = SUITE.with_name(f"{file}.yaml")
+        file = bundled if not file.exists() and file.name == str(file) and bundled.is_file() else file
         try:
             given = yaml.safe_load(read_text(file))
         except yaml.YAMLError as error:

@@ -16,7 +16,11 @@ Address = Annotated[str | None, typer.Option(help='Ray cluster to use with --ray
 
 def bench_command(
     suite: Annotated[
-        Path, typer.Option(help="YAML file that says what to measure.", show_default="the bundled model's")
+        Path,
+        typer.Option(
+            help=f"YAML file that says what to measure, or a bundled one's name: {', '.join(samples.NAMES)}.",
+            show_default=samples.NAMES[0],
+        ),
     ] = samples.SUITE,
     own: With = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, pictures and report.html.")] = Path("out/bench"),

@@ -71,11 +71,11 @@ def compare_command(
         from diffusers_guidance.pipelines.pictures.compare import compare
         from diffusers_guidance.pipelines.pictures.sheet import save
         from diffusers_guidance.pipelines.support.files import read_lines
-        from diffusers_guidance.pipelines.support.loading import load
+        from diffusers_guidance.pipelines.support.loading import load, located
         from diffusers_guidance.scales import stand_in
 
         import_own(own or ())
-        columns = [Column.parse(text) for text in column or (BUNDLED if model == MODEL else COLUMNS)]
+        columns = [Column.parse(text) for text in column or (BUNDLED if located(model) == MODEL else COLUMNS)]
         texts = [*(prompts or ()), *(read_lines(prompts_file) if prompts_file else ())] or read_lines(samples.PROMPTS)
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
         comparison = compare(

@@ -23,7 +23,10 @@ from diffusers_guidance.pipelines.support.modules import HELP
 MODEL = str(samples.MODEL)
 Model = Annotated[
     str,
-    typer.Option(help="A pipeline's folder or its name on the Hugging Face hub.", show_default="the bundled one"),
+    typer.Option(
+        help=f"A pipeline's folder, its name on the hub, or a bundled one's: {', '.join(samples.NAMES)}.",
+        show_default=samples.NAMES[0],
+    ),
 ]
 Scheduler = Annotated[
     str | None,

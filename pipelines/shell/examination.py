@@ -133,7 +133,7 @@ def _version(name: str) -> str | None:
 def _models() -> Iterator[str]:
     from diffusers_guidance import samples
 
-    for name in ("emoji", "emoji-flow"):
+    for name in samples.NAMES:
         try:
             samples.model(name)
             yield name

@@ -16,13 +16,13 @@ from diffusers_guidance.pipelines.shell.common import Device, Dtype, Scheduler, 
 if TYPE_CHECKING:
     from diffusers_guidance.pipelines.pictures.trial import Trial
 
-BUNDLED = ("emoji", "emoji-flow")
-
 
 def try_command(
     model: Annotated[
         str,
-        typer.Argument(help="A pipeline's folder, its name on the Hugging Face hub, or a bundled one's: \"emoji\"."),
+        typer.Argument(
+            help=f"A pipeline's folder, its name on the hub, or a bundled one's: {', '.join(samples.NAMES)}."
+        ),
     ],
     prompt: Annotated[list[str], typer.Option(help="Repeatable. More pictures give a better answer.")],
     steps: Annotated[int | None, typer.Option(min=2, show_default="the pipeline's own")] = None,
@@ -51,11 +51,8 @@ def try_command(
         from diffusers_guidance.pipelines.support.loading import load
 
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
-        folder = (
-            str(samples.model(model)) if model in {*BUNDLED, *samples.models()} and not Path(model).is_dir() else model
-        )
         trial = try_out(
-            load(folder, scheduler, device, dtype), prompt, seed=seed, steps=steps, guidance_scale=scale, turns=turns,
+            load(model, scheduler, device, dtype), prompt, seed=seed, steps=steps, guidance_scale=scale, turns=turns,
             same=same, progress=progress, **sides,
         )  # fmt: skip
         files = _save(trial, out)

@@ -15,6 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from packaging.version import Version
 
+from diffusers_guidance import samples
 from diffusers_guidance.pipelines.support.solvers import scheduler_of
 
 _one_at_a_time = RLock()
@@ -40,11 +41,21 @@ def best_device() -> str:
     return found.type if found else "cpu"
 
 
+def located(model: str) -> str:
+    """The folder of a bundled pipeline, by its name (`samples.NAMES`); a folder here that has the name comes first.
+
+    Raises:
+        ValueError: it is bundled in a wheel that is not installed.
+    """
+    bundled = model in {*samples.NAMES, *samples.models()} and not Path(model).is_dir()
+    return str(samples.model(model)) if bundled else model
+
+
 def load(
     model: str, scheduler: str | None = None, device: str | None = None, dtype: str | None = None,
     cls: Any = DiffusionPipeline,
 ) -> Any:  # fmt: skip
-    """The pipeline in a folder or, if there is no such folder, the one of that name on the hub.
+    """The pipeline in a folder; else the bundled one of that name; else the one of that name on the hub.
 
     It is read from safetensors. Code that comes with it does not run.
 
@@ -64,10 +75,14 @@ def load(
         raise ValueError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     if not model:
         raise ValueError("--model is empty: a pipeline's folder, or its name on the hub")
+    model = located(model)
     folder = Path(model).expanduser()
     here = folder.is_dir()
     if not here and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        raise ValueError(f"--model {model}: no such folder, and a name on the hub has the form owner/name")
+        raise ValueError(
+            f"--model {model}: no such folder, and a name on the hub has the form owner/name "
+            f"(bundled: {', '.join(samples.NAMES)})"
+        )
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # each warns about the other
     options = {name: getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))}
     options |= {"local_files_only": here, "use_safetensors": True, "trust_remote_code": False}
@@ -145,7 +160,7 @@ def fingerprint(model: str) -> str:
 
     Only a pipeline's components and their index count, and not files beside them (a card, an evaluation).
     """
-    folder = Path(model).expanduser()
+    folder = Path(located(model)).expanduser()
     if not folder.is_dir():
         return model
     digest = hashlib.sha256()
