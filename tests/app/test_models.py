@@ -74,11 +74,11 @@ def test_flow_matching_is_offered_no_scheduler_but_its_own(models):
         choice = gr.Dropdown()
         for form in (Generation, Grid, Trial):
             controls = Controls(form, models, choice)
-            controls.add("scheduler")
+            controls.add(*(name for name in form.kinds() if name != "model"))
             assert controls._choices("scheduler", FLOW) == {"choices": [OWN]}
             assert controls._choices("scheduler", BUNDLED) == {"choices": [*SCHEDULERS]}
             assert controls._choices("scheduler", "owner/name") == {"choices": [*SCHEDULERS]}
-            assert controls.put(form(model=FLOW))[controls["scheduler"]]["choices"] == [(OWN, OWN)]
+            assert controls.put(form(model=FLOW))[controls["scheduler"]]["choices"] == [OWN]
 
 
 @needs_flow
