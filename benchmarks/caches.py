@@ -183,13 +183,13 @@ class Contest:
                 if contestant.policy is not None:
                     handle = stack.enter_context(attach(self.pipe, CFG(), contestant.policy))
                 made, seconds = self.timed(part, contestant.steps)
-                notes = [] if handle is None else list(handle.report.notes)
+                nfe = None if handle is None else handle.report.nfe / len(part)
             found.append(psnr(made, full))
             times.append((plain, seconds))
         plain, seconds = map(sum, zip(*times, strict=True))
         each = torch.cat(found)
         row = {"family": contestant.family, "psnr": float(each.mean()), "sem": float(each.std() / len(each) ** 0.5)}
-        return row | {"time": seconds / plain, "seconds": seconds / len(self.cases), "notes": notes}
+        return row | {"time": seconds / plain, "seconds": seconds / len(self.cases), "nfe": nfe}
 
     def learned(self) -> Calibration | None:
         """What Forecast learns from one run."""
@@ -206,7 +206,10 @@ class Contest:
             print(f"{number}/{len(all_)}", end=" ")
             try:
                 row = self.measure(contestant)
-            except Exception as error:  # a cache that does not fit this transformer is a result
+            except Exception as error:
+                if contestant.cache is None:
+                    raise
+                # That a cache does not fit this transformer is a result.
                 row = {"family": contestant.family, "error": f"{type(error).__name__}: {error}"}
             self.rows[contestant.name] = row
             write(self.path, (json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n").encode())
