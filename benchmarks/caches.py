@@ -110,12 +110,9 @@ def contestants(pipe: Any, ratios: Sequence[float], learned: Calibration | None)
                 Contestant(f"Forecast, one run learned, {nfe} NFEs", "Forecast, one run learned", None, policy)
             )
         found.append(Contestant(f"CFG, {nfe // 2} steps", "CFG in fewer steps", steps=nfe // 2))
-    for nfe, weak in (
-        (30, "TaylorSeer, order 1, every 2"),
-        (30, "FirstBlockCache, 0.05"),
-    ):
+    for weak in ("TaylorSeer, order 1, every 2", "FirstBlockCache, 0.1"):
         together = "Forecast with a cache"
-        found.append(Contestant(f"{weak}, Forecast, {nfe} NFEs", together, caches[weak], Forecast(nfe=nfe)))
+        found.append(Contestant(f"{weak}, Forecast", together, caches[weak], Forecast(nfe=30)))
     return found
 
 
