@@ -231,15 +231,15 @@ class Cut:
             kept: those rows of the batch.
             source: for each row of the batch which of these stands for it.
         """
-        if len(made) != 1 or self.keeps_state:
+        if len(made) not in ({1} if formula.batched else {1, formula.branches}) or self.keeps_state:
             return False
-        ((call, args, kwargs, whole),) = made
+        call, args, kwargs, whole = made[0]
         self._settle(call, args, kwargs, whole, 0)
-        total = formula.rows * formula.branches
+        total = formula.rows * (formula.branches if formula.batched else 1)
         across = self.watch.takes_part and formula.rows > 1
         if self.watch.found or across or batch.count(args, kwargs) != total:
             return False
-        if len(kept) == total:  # all or nothing
+        if len(kept) == total or not formula.batched:  # all or nothing
             self.whole = ""
             return True
         expected = batch.take(whole, total, [kept[i] for i in source])

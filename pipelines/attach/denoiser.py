@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.engine import Engine
+from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.beside import Beside
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -50,6 +51,8 @@ class Denoiser:
     """Of its predictions, by which the formula was identified."""
     follower_cut: bool = False
     """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
+    place: int = 0
+    """How many calls it has made at this step, ahead of its leader."""
 
     held: Tensor | None = None
     """The conditional branch of the last step that was evaluated, of a policy that `hands`."""
@@ -106,13 +109,17 @@ class Denoiser:
         if self.formula.evaluations == 1:
             alone = Decision(Action.CONDITIONAL)
             return [each if each.action == Action.NEITHER else alone for each in plan]
-        both, terms = Decision(Action.BOTH), None if self.formula.is_merged else self.formula.tree
+        formula, both = self.formula, Decision(Action.BOTH)
+        terms = None if formula.is_merged else formula.tree
 
         def is_possible(action: Action) -> bool:
             if not action.is_estimated or (self.policy.hands and action == Action.NEITHER):
                 return True
-            # Nothing estimates what else is put out, nor a term; one that hangs on an estimate would be off with it.
-            return not self.puts_out_more and (terms is None or (action == Action.EXTRAPOLATE and terms.is_flat))
+            # Nothing estimates a term, and one that hangs on an estimate would be off with it. What else is put out is
+            # held of a batch.
+            if self.puts_out_more and not (action == Action.EXTRAPOLATE and self.beside.steps and formula.batched):
+                return False
+            return terms is None or (action == Action.EXTRAPOLATE and terms.is_flat)
 
         return [each if is_possible(Action(each.action)) else both for each in plan]
 
@@ -209,6 +216,7 @@ class Denoiser:
         """Makes the call that was skipped after all; None where there was none."""
         if self.skipped is None:
             return None
+        self._open()
         y = batch.prediction(self.skipped())
         self.skipped = None
         if y is not None:
@@ -225,11 +233,15 @@ class Denoiser:
         self.beside.hold(self.step.index)
 
     def end_step(self) -> None:
+        if self.beside.now:  # nothing is handed on
+            if len(self.beside.now) == len(self.outputs):
+                self.beside.hold(self.step.index)
+            self.beside.now = []
         self.plan, self.follower_cut, self.is_scanned = None, False, False
         self.inputs, self.outputs, self.strays, self.blanks = [], [], [], {}
         self.given = self.skipped = self.handed = None
         self.is_told = self.is_open = False
-        self.nfe = self.nfe_full = 0
+        self.nfe = self.nfe_full = self.place = 0
 
     @property
     def evaluates(self) -> list[bool]:
@@ -254,6 +266,15 @@ class Denoiser:
         plan = self.plan
         whole = self.cut.is_left_whole or self.is_open
         return plan is not None and not whole and all(each.action == Action.NEITHER for each in plan)
+
+    @property
+    def label(self) -> str:
+        """In the report."""
+        return self.name
+
+    def run_of(self, module: torch.nn.Module, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """`run`, of a call of that network."""
+        return self.run(call, args, kwargs)
 
     def run(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
@@ -306,10 +327,11 @@ class Denoiser:
         if asked != expected:
             return self._run_whole(call, args, kwargs, asked)
         branch = 0 if formula.batched else self.branch_of(args, kwargs)
-        if self.skips and self.sample_shape != batch.sample_shape(args, kwargs):  # a callback has made them larger, say
+        is_first = not self.outputs  # a callback has made the samples larger, say
+        if self.skips and is_first and self.sample_shape != batch.sample_shape(args, kwargs):
             branch = None
         if branch is None:
-            self.is_open = True
+            self._open()
             return self._run_whole(call, args, kwargs, asked)
         if self.skips:
             self.skipped = partial(call, *args, **kwargs)
@@ -338,13 +360,18 @@ class Denoiser:
             self.cut.leave_whole(f"{self.name} is also called for something else than a prediction")
         if not self.outputs:
             self.sample_shape = batch.sample_shape(args, kwargs)
-        if self.policy.hands and self.puts_out_more:
+        if self._keeps_more:
             self.beside.see(batch.copied(output))
         # Where nothing is guided, guidance may begin at any step.
         if self.formula is None or self.formula.evaluations == 1 or (y is not None and y.shape != self.shape):
             self.inputs.append((call, args, kwargs, batch.copied(output)))
         self._note(y, tried + asked, asked)
         return output
+
+    @property
+    def _keeps_more(self) -> bool:
+        """Whether what it puts out beside its prediction is kept, to be forecast or held."""
+        return self.puts_out_more and (self.policy.hands or self.policy.estimates)
 
     def _run_nothing(self, formula: Formula, branch: int) -> Any:
         assert self.engine is not None
@@ -374,6 +401,7 @@ class Denoiser:
     def _take_back(self) -> None:
         """Makes the step's skipped call after all, and puts what it gives where the pipeline has got something else."""
         assert self.skipped is not None and self.handed is not None
+        self._open()
         made, self.skipped = self.skipped, None
         output = made()
         y = batch.prediction(output)
@@ -382,6 +410,14 @@ class Denoiser:
         self.handed.copy_(y)
         self.outputs[-1] = y.clone()
         self.nfe += len(y)
+
+    def _open(self) -> None:
+        """Evaluates all of this step after all; refused where a network ahead of it has skipped its part."""
+        if self.follower_cut:
+            raise UnsupportedPipeline(
+                f"{self.name} was called in another way than before at a step that was to be skipped, and what works "
+                "ahead of it, such as a ControlNet, had skipped that step: use a policy that skips nothing, EveryStep"
+            )
         self.is_open = True
 
     def _run_batched(self, formula: Formula, call: Callable, args: tuple, kwargs: dict) -> Any:
@@ -402,9 +438,18 @@ class Denoiser:
             own = (formula.cond_index, *formula.alone)
             filled = [each if i in own else self._filled(cond, each) for i, each in enumerate(branches)]
             (y,) = formula.layout.apply(filled)
+            if self.puts_out_more:
+                output = self.beside.held(output, self._guessed(formula))
             output = batch.with_prediction(output, y)
         self._note(y, len(kept), total)
         return output
+
+    def _guessed(self, formula: Formula) -> list[tuple[int, int]]:
+        """Of a batch, the rows that are estimated, each with its conditional one."""
+        assert self.plan is not None
+        n, own = formula.rows, (formula.cond_index, *formula.alone)
+        rows = [i for i in range(n) if self.plan[i].action == Action.EXTRAPOLATE and not self.evaluates[i]]
+        return [(k * n + i, formula.cond_index * n + i) for k in range(formula.branches) if k not in own for i in rows]
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         n = formula.rows
@@ -458,18 +503,20 @@ class Denoiser:
         return self.engine.fill(self.step, self.plan, cond, uncond, self.evaluates)
 
     def _run_ahead(self, leader: "Denoiser", asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Skips the rows that its leader is about to skip."""
+        """Skips the rows that its leader is about to skip; of one that makes a call for each branch, all or nothing."""
         formula = leader.formula
         assert formula is not None
-        total = formula.rows * formula.branches
+        total = formula.rows * (formula.branches if formula.batched else 1)
         self.cut.leave_whole(self.cut.watch.found)
-        if self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
+        place, self.place = self.place, self.place + 1
+        if leader.skips and not self.cut.whole and asked == total and place < len(self.templates):
+            leader.follower_cut = True
+            return batch.copied(self.templates[place])
+        if not formula.batched or self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
             output = call(*args, **kwargs)
             if asked != total:  # the leader's batch may be another one from now on
                 self.inputs.append((call, args, kwargs, batch.copied(output)))
             return output
-        if leader.skips:
-            return batch.copied(self.template)
         kept, source = _kept(formula, leader.evaluates)
         try:
             output = batch.take(self.cut.call(call, args, kwargs, total, kept, self.shape), len(kept), source)
@@ -504,7 +551,7 @@ class Denoiser:
         assert self.formula is not None
         self.templates = [output for _, _, _, output in self.inputs]
         self.puts_out_more = batch.puts_out_more(self.template)
-        if self.policy.hands and self.puts_out_more:
+        if self._keeps_more:
             self.beside.now = [*self.templates]
         before = self.cut.nfe
         note = self.cut.find_out(self.formula, self.inputs, cuts)
@@ -519,8 +566,16 @@ class Denoiser:
             return
         # A policy that skips whole evaluations alone takes no part of any.
         kept, source = _kept(formula, [self.policy.hands] * formula.rows)
-        if self.cut.follows(formula, self.inputs, kept, source):
-            self.leader, self.templates = leader, [self.inputs[0][3]]
+        calls = self.inputs if formula.batched else [each for each in self.inputs if leader.shares_sample(each)]
+        if self.cut.follows(formula, calls, kept, source):
+            self.leader, self.templates = leader, [output for _, _, _, output in calls]
+
+    def shares_sample(self, made: Call) -> bool:
+        """Whether a call of another network at this step is on the samples that this one was called on."""
+        _, args, kwargs, _ = made
+        own = [batch.sample(own_args, own_kwargs) for _, own_args, own_kwargs, _ in self.inputs]
+        given = [*batch.tensors((args, kwargs))]
+        return any(isinstance(x, Tensor) and x.shape == t.shape and torch.equal(x, t) for x in own for t in given)
 
 
 def _emptied(output: Any) -> Any:

@@ -145,7 +145,7 @@ class Discovery:
 
     def _tell(self, denoiser: Denoiser, formula: Formula) -> None:
         report = self.recording.report
-        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {formula}"]
+        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.label}: {formula}"]
         report.formula = "; ".join(dict.fromkeys(told_so_far))
 
     def _asked(self, denoiser: Denoiser) -> Asked:
@@ -215,7 +215,7 @@ class Discovery:
         names = [each.name for each in self.networks if any(y.shape == output.shape for y in each.outputs)]
         if len(names) < 2 or denoiser.name not in names:
             return ""
-        return f"{' and '.join(names)} were evaluated for it, and guidance between several networks is not followed"
+        return f"{' and '.join(names)} were evaluated for it, and no sum of their predictions gives it"
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales that do not tell."""

@@ -366,6 +366,33 @@ def test_a_controlnet_leaves_out_what_its_network_does(name, monkeypatch):
         assert conformance.relative(result, whole) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "QwenImageControlNetPipeline",
+        "FluxControlNetPipeline",
+        "FluxControlNetImg2ImgPipeline",
+    ],
+)
+@pytest.mark.slow
+def test_a_controlnet_beside_one_call_a_branch_skips_whole_steps(name, monkeypatch):
+    """It may serve all branches at once, or be called for each."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    with counting(pipe.controlnet) as full:
+        plain = run(pipe, entry, 8)
+    with attach(pipe) as handle, counting(pipe.controlnet) as count:
+        found = run(pipe, entry, 8)
+    skipped = sum(not step.nfe for step in handle.report.steps)
+    steps = len(handle.report.steps)
+    assert skipped and count.total == full.total * (steps - skipped) // steps
+    assert torch.equal(run(pipe, entry, 8), plain)
+    monkeypatch.setattr("diffusers_guidance.pipelines.attach.denoiser.Denoiser.follow", lambda self, leader: None)
+    with attach(pipe), counting(pipe.controlnet) as count:
+        assert torch.equal(run(pipe, entry, 8), found)
+    assert count.total == full.total
+
+
 def test_sound_beside_the_picture_is_never_estimated():
     entry = PIPELINES["LTX2Pipeline"]
     pipe = entry.build()

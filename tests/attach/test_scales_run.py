@@ -159,13 +159,31 @@ def test_the_wrong_number_of_steps_is_refused_and_the_pipeline_stays_usable():
     assert torch.equal(run(pipe, entry, 4), expected)
 
 
-def test_a_call_without_guidance_is_not_passed_off_as_scheduled():
-    entry = PIPELINES["FluxPipeline"]
-    if not entry.available:
-        pytest.skip("this diffusers has no FluxPipeline")
+def test_a_schedule_has_nothing_to_do_without_guidance_and_says_so():
+    entry = PIPELINES["FluxPipeline, no guidance"]
     pipe = entry.build()
-    with attach(pipe, CFG("linear(6, 4)"), EveryStep()), pytest.raises(UnsupportedPipeline, match="could not act"):
-        run(pipe, entry, 2, true_cfg_scale=1.0, negative_prompt=None, negative_prompt_embeds=None)
+    expected = run(pipe, entry, 2)
+    with attach(pipe, CFG("linear(6, 4)"), EveryStep()) as handle:
+        assert torch.equal(run(pipe, entry, 2), expected)
+    assert "CFG(guidance_scale='linear(6, 4)') and EveryStep() had nothing to do, which needs a" in handle.report.note
+    with attach(pipe, CFG("linear(6, 4)")) as handle:
+        assert not torch.equal(run(pipe, entry, 8), expected)
+    assert "CFG(guidance_scale='linear(6, 4)') had nothing to do, which needs a neg" in handle.report.note
+
+
+def test_a_schedule_that_the_network_would_have_to_follow_is_refused():
+    """A distilled model's guidance_scale is an input of its network, one number a run."""
+    entry = PIPELINES["LatentConsistencyModelPipeline"]
+    pipe = entry.build()
+    for policy in (EveryStep(), Forecast()):
+        with (
+            attach(pipe, CFG("linear(6, 4)"), policy),
+            pytest.raises(
+                UnsupportedPipeline,
+                match=r"took guidance_scale=6 for all of its steps, so the schedule 'linear\(6, 4\)' was",
+            ),
+        ):
+            run(pipe, entry, 4)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionInstructPix2PixPipeline", "StableDiffusionPAGPipeline"])
