@@ -2,9 +2,9 @@
 
     python benchmarks/scales.py [ddim dpm]
 
-It takes 20 steps, eight held-out prompts and one seed, and schedules whose mean is 5 or near it. Per scheduler it writes
-docs/results/scales/*.json, each row at once, and keeps existing rows; then summary.md. It measures the mean of the
-pictures' PSNR to guidance at every step, under the same schedule.
+It takes 20 steps, eight held-out prompts and one seed, and schedules whose mean is 5 or near it. It measures the mean
+of the pictures' PSNR to guidance at every step, under the same schedule. It writes each row at once to
+docs/results/scales/*.json, keeps existing rows, and writes summary.md.
 """
 
 import json

@@ -51,6 +51,10 @@ class Denoiser:
     """Of its predictions, by which the formula was identified."""
     follower_cut: bool = False
     """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
+    rows_ahead: list[int] = field(default_factory=list)
+    """Of a network that works ahead of another: of its calls at a step."""
+    is_cut: bool = False
+    """Whether such a network can skip a part of the rows."""
     place: int = 0
     """How many calls it has made at this step, ahead of its leader."""
 
@@ -285,9 +289,14 @@ class Denoiser:
             self.cut.watch.scan()
         if not self.nfe_full:  # nothing of this step is missing yet
             self._keep_whole()
+        place, left = len(self.outputs), self.nfe_full - self.nfe
         output = self._run(self.cut.watch.over(call), args, kwargs)
         if self.nfe == self.nfe_full:
             self._keep_whole()
+        if self.nfe_full - self.nfe > left:
+            self.cut.kept.put_back(place)
+        else:
+            self.cut.kept.see(place)
         return output
 
     def take_cost(self) -> tuple[int, int]:
@@ -323,7 +332,12 @@ class Denoiser:
         if (place := len(self.outputs)) >= formula.head and asked == formula.rows:
             if self.skips and formula.evaluations == 1:
                 self._take_back()
-            return self._run_nothing(formula, place) if self.skips else self._run_whole(call, args, kwargs, asked)
+            if self.skips:
+                return self._run_nothing(formula, place)
+            branch = formula.branches + place - formula.head
+            if branch < formula.evaluations and branch not in formula.alone and not any(self.evaluates):
+                return self._run_unneeded(formula, place)
+            return self._run_whole(call, args, kwargs, asked)
         if asked != expected:
             return self._run_whole(call, args, kwargs, asked)
         branch = 0 if formula.batched else self.branch_of(args, kwargs)
@@ -390,6 +404,12 @@ class Denoiser:
         y = formula.layout.apply(branches)[branch].clone()
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
+
+    def _run_unneeded(self, formula: Formula, place: int) -> Any:
+        """A further call on what hangs on the unconditional branch, which no sample has at this step."""
+        cond = formula.layout.invert(self.outputs)[formula.cond_index].clone()
+        self._note(cond, 0, len(cond))
+        return batch.with_prediction(self._template(place, len(cond)), cond)
 
     def _template(self, call: int, rows: int) -> Any:
         """Any output of so many rows, for its structure."""
@@ -503,16 +523,17 @@ class Denoiser:
         return self.engine.fill(self.step, self.plan, cond, uncond, self.evaluates)
 
     def _run_ahead(self, leader: "Denoiser", asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Skips the rows that its leader is about to skip; of one that makes a call for each branch, all or nothing."""
+        """Skips the rows that its leader is about to skip, or all of them or none."""
         formula = leader.formula
         assert formula is not None
-        total = formula.rows * (formula.branches if formula.batched else 1)
+        total = formula.rows * formula.branches
         self.cut.leave_whole(self.cut.watch.found)
         place, self.place = self.place, self.place + 1
-        if leader.skips and not self.cut.whole and asked == total and place < len(self.templates):
+        expected = [asked == rows for rows in self.rows_ahead[place : place + 1]]
+        if leader.skips and not self.cut.whole and expected == [True]:
             leader.follower_cut = True
             return batch.copied(self.templates[place])
-        if not formula.batched or self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
+        if not self.is_cut or self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
             output = call(*args, **kwargs)
             if asked != total:  # the leader's batch may be another one from now on
                 self.inputs.append((call, args, kwargs, batch.copied(output)))
@@ -566,14 +587,17 @@ class Denoiser:
             return
         # A policy that skips whole evaluations alone takes no part of any.
         kept, source = _kept(formula, [self.policy.hands] * formula.rows)
-        calls = self.inputs if formula.batched else [each for each in self.inputs if leader.shares_sample(each)]
-        if self.cut.follows(formula, calls, kept, source):
+        self.is_cut = formula.batched and self.cut.follows(formula, self.inputs, kept, source)
+        calls = self.inputs if self.is_cut else [each for each in self.inputs if leader.shares_sample(each)]
+        if self.is_cut or (self.policy.hands and calls and self.cut.is_steady(calls)):
             self.leader, self.templates = leader, [output for _, _, _, output in calls]
+            self.rows_ahead = [batch.count(args, kwargs) for _, args, kwargs, _ in calls]
 
     def shares_sample(self, made: Call) -> bool:
-        """Whether a call of another network at this step is on the samples that this one was called on."""
+        """Whether a call of another network at this step is on this one's samples, or on their frames as rows."""
         _, args, kwargs, _ = made
         own = [batch.sample(own_args, own_kwargs) for _, own_args, own_kwargs, _ in self.inputs]
+        own += [x.transpose(1, 2).flatten(0, 1) for x in own if isinstance(x, Tensor) and x.ndim == 5]
         given = [*batch.tensors((args, kwargs))]
         return any(isinstance(x, Tensor) and x.shape == t.shape and torch.equal(x, t) for x in own for t in given)
 

@@ -119,17 +119,17 @@ def test_without_the_unconditional_prediction_its_term_stays(pair, name):
 def test_another_rule_takes_the_part_of_guidance(pair, name):
     """APG that changes nothing is guidance; capped to nothing it leaves the term alone."""
     own = theirs(pair, made(name))
-    found, _ = ours(pair, Guider(APG(eta=1.0, momentum=0.0, norm_threshold=0.0), EveryStep(), around=made(name)))
+    found, _ = ours(pair, Guider(APG(eta=1.0, momentum=0.0, norm_threshold=None), EveryStep(), around=made(name)))
     assert all(relative(x, y) < 1e-4 for x, y in zip(found.outputs, own.outputs, strict=True))
     capped, _ = ours(pair, Guider(APG(norm_threshold=1e-8), EveryStep(), around=made(name)))
-    alone, _ = ours(pair, Guider(CFG(1.0), EveryStep(), around=made(name)))
+    alone, _ = ours(pair, Guider(CFG(1.00001), EveryStep(), around=made(name)))
     assert all(relative(x, y) < 1e-4 for x, y in zip(capped.outputs, alone.outputs, strict=True))
     assert relative(capped.outputs[1], own.outputs[1]) > 1e-2
 
 
 def test_its_own_treatment_of_the_sum_is_kept(pair):
     own = theirs(pair, made("SkipLayerGuidance", guidance_rescale=0.7))
-    same = APG(eta=1.0, momentum=0.0, norm_threshold=0.0)
+    same = APG(eta=1.0, momentum=0.0, norm_threshold=None)
     found, _ = ours(pair, Guider(same, EveryStep(), around=made("SkipLayerGuidance", guidance_rescale=0.7)))
     assert all(relative(x, y) < 1e-4 for x, y in zip(found.outputs, own.outputs, strict=True))
 

@@ -372,6 +372,7 @@ def test_a_controlnet_leaves_out_what_its_network_does(name, monkeypatch):
         "QwenImageControlNetPipeline",
         "FluxControlNetPipeline",
         "FluxControlNetImg2ImgPipeline",
+        "AnimateDiffControlNetPipeline",
     ],
 )
 @pytest.mark.slow
@@ -404,13 +405,50 @@ def test_sound_beside_the_picture_is_never_estimated():
         return out[0], out[1]
 
     untouched = both()
-    for policy in (Hold(2), Again((1, 2))):
-        with attach(pipe, CFG(), policy) as handle:
-            assert all(map(torch.equal, both(), untouched))
-        assert handle.report.nfe == handle.report.nfe_full == 8
+    with attach(pipe, CFG(), Again((1, 2))) as handle:
+        assert all(map(torch.equal, both(), untouched))
+    assert handle.report.nfe == handle.report.nfe_full == 8
     with attach(pipe, CFG(), Interval(stop=0.5)) as handle:
         both()
     assert handle.report.nfe == 6
+
+
+@pytest.mark.parametrize("name", ["LTX2Pipeline", "LTX2Pipeline, its defaults"])
+def test_sound_beside_the_picture_is_held_with_it(name):
+    """As in the untouched pipeline whose network's unconditional half is overwritten by a hook, picture and sound."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+
+    def both():
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        out = pipe(**entry.call(), num_inference_steps=5, generator=generator, output_type="latent", return_dict=False)
+        return out[0], out[1]
+
+    plain = both()
+    with attach(pipe, CFG(), Hold(2)) as handle, counting(pipe.transformer) as count:
+        found = both()
+    held = [step.evaluated[0] != "both" for step in handle.report.steps]
+    assert any(held) and handle.report.nfe == count.total == handle.report.nfe_full - sum(held)
+    step, before = 0, None
+
+    def overwrite(module, args, kwargs, output):
+        nonlocal step, before
+        if len(output[0]) == 1:  # a further branch
+            return output
+        halves = [y.chunk(2) for y in output]
+        if held[step]:
+            halves = [(c + (u0 - c0), c) for (_, c), (u0, c0) in zip(halves, before, strict=True)]
+        else:
+            before = [(u.clone(), c.clone()) for u, c in halves]
+        step += 1
+        return tuple(torch.cat(half) for half in halves)
+
+    hook = pipe.transformer.register_forward_hook(overwrite, with_kwargs=True)
+    expected = both()
+    hook.remove()
+    for made, wanted, unheld in zip(found, expected, plain, strict=True):
+        assert conformance.relative(made, wanted) < 1e-5 < conformance.relative(unheld, wanted)
 
 
 def test_a_schedule_of_the_wrong_length_is_refused():
