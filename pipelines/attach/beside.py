@@ -2,7 +2,8 @@
 
 It goes to a scheduler that is not followed. So it is forecast as it is, from the last two evaluated steps, with the
 same weights as a prediction (`guidance/forecast.py`), and nothing is repaid. Where the unconditional half alone is
-skipped, and estimated, its part is held: it differs from the conditional one's as at the last evaluated step.
+skipped, and estimated, its part is held: it differs from the conditional one's as at the last evaluated step, as a
+velocity (`policies.Policy.estimate`).
 """
 
 from collections.abc import Callable, Sequence
@@ -41,14 +42,18 @@ class Beside:
         factors = forecast([*known], index)
         return _summed([known[step] for step in factors], [*factors.values()])
 
-    def held(self, output: Any, rows: Sequence[tuple[int, int]]) -> Any:
-        """A step's first output, where so many rows are copies of others: (row, of which), as they differed before."""
+    def held(self, output: Any, rows: Sequence[tuple[int, int, float]]) -> Any:
+        """A step's first output, where so many rows are copies of others, as they differed before.
+
+        Args:
+            rows: (row, of which it is a copy, by what factor the difference goes).
+        """
         before = self.steps[max(self.steps)][0]
 
         def held(now: Tensor, then: Tensor) -> Tensor:
             made = now.clone()
-            for row, other in rows:
-                made[row] += then[row] - then[other]
+            for row, other, factor in rows:
+                made[row] += factor * (then[row] - then[other])
             return made
 
         return _zipped(output, before, held)

@@ -51,6 +51,8 @@ class Denoiser:
     """Of its predictions, by which the formula was identified."""
     follower_cut: bool = False
     """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
+    hands_copies: bool = False
+    """Whether the pipeline gets copies of its predictions, which cannot be filled in later."""
     rows_ahead: list[int] = field(default_factory=list)
     """Of a network that works ahead of another: of its calls at a step."""
     is_cut: bool = False
@@ -261,7 +263,8 @@ class Denoiser:
         cut = self.cut
         uncut = (cut.keeps_state and self.formula.batched) or (any(both) and (cut.keeps_state or not cut.splits))
         # The sound of a row that is skipped is the conditional one's, which must be there.
-        early = self.puts_out_more and not self.formula.batched and self.formula.cond_index > 0
+        late = self.puts_out_more or self.hands_copies
+        early = late and not self.formula.batched and self.formula.cond_index > 0
         return [True] * len(both) if self.cut.whole or uncut or early or self.is_open else both
 
     @property
@@ -464,12 +467,17 @@ class Denoiser:
         self._note(y, len(kept), total)
         return output
 
-    def _guessed(self, formula: Formula) -> list[tuple[int, int]]:
-        """Of a batch, the rows that are estimated, each with its conditional one."""
-        assert self.plan is not None
-        n, own = formula.rows, (formula.cond_index, *formula.alone)
+    def _guessed(self, formula: Formula) -> list[tuple[int, int, float]]:
+        """Of a batch, the rows that are estimated, each with its conditional one, and how a held velocity turns."""
+        assert self.plan is not None and self.engine is not None
+        n, own, held = formula.rows, (formula.cond_index, *formula.alone), self.engine.history.velocity
         rows = [i for i in range(n) if self.plan[i].action == Action.EXTRAPOLATE and not self.evaluates[i]]
-        return [(k * n + i, formula.cond_index * n + i) for k in range(formula.branches) if k not in own for i in rows]
+        return [
+            (k * n + i, formula.cond_index * n + i, held[i] / self.step.velocity)
+            for k in range(formula.branches)
+            if k not in own
+            for i in rows
+        ]
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         n = formula.rows

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from diffusers_guidance.pipelines.attach import rows as batch
-from diffusers_guidance.pipelines.attach.cut import Call
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
 
 
@@ -68,18 +67,20 @@ class Together(Denoiser):
         made = cls(first.name, torch.nn.ModuleList(one.module for one in each), first.policy)
         made.networks = tuple(one.name for one in each)
         made.parts = {id(one.module): part for one, part in zip(each, parts, strict=True) if part is not None}
+        made.hands_copies = bool(made.parts)
         made.clock, made.loop, made.sample_shape = first.clock, first.loop, first.sample_shape
+        watch = made.cut.watch
+        for one in each:
+            watch.take_in(one.cut.watch)
+        watch.scan()
         for one, part in zip(each, parts, strict=True):
-            made.inputs += one.inputs if part is None else [_cut(part, call) for call in one.inputs]
-            made.outputs += one.outputs if part is None else [y.narrow(*_ends(part)) for y in one.outputs]
-            made.nfe, made.nfe_full, made.aside = (
-                made.nfe + one.nfe,
-                made.nfe_full + one.nfe_full,
-                made.aside + one.aside,
-            )
-            watch = one.cut.watch
-            if watch.found or watch.finds.code or watch.finds.hooks:
-                made.cut.leave_whole(f"{' and '.join(made.networks)} guide together, and others' code is on {one.name}")
+            for call, args, kwargs, output in one.inputs:
+                again = partial(_called, part, watch.over(one.cut.watch.unwatched(call)))
+                made.inputs.append((again, args, kwargs, _of(part, output)))
+            made.outputs += [_of(part, y) for y in one.outputs]
+            made.nfe += one.nfe
+            made.nfe_full += one.nfe_full
+            made.aside += one.aside
         return made
 
     @property
@@ -91,17 +92,12 @@ class Together(Denoiser):
         return self.run(call, args, kwargs) if part is None else part.called(call, args, kwargs, self.run)
 
 
-def _ends(part: Part) -> tuple[int, int, int]:
-    return part.dim, part.start, part.length
+def _of(part: Part | None, output: Any) -> Any:
+    return output if part is None else part.of(output)
 
 
-def _cut(part: Part, made: Call) -> Call:
-    call, args, kwargs, output = made
-    return partial(_called, part, call), args, kwargs, part.of(output)
-
-
-def _called(part: Part, call: Callable, *args: Any, **kwargs: Any) -> Any:
-    return part.of(call(*args, **kwargs))
+def _called(part: Part | None, call: Callable, *args: Any, **kwargs: Any) -> Any:
+    return _of(part, call(*args, **kwargs))
 
 
 def together(called: Sequence[Denoiser]) -> Iterator[Together]:

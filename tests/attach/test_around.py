@@ -9,6 +9,7 @@ import torch
 from conformance import relative
 from diffusers import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 from diffusers.guiders import BaseGuidance
+from diffusers.utils import is_kornia_available
 from modular import Pair
 from tiny import counting
 
@@ -46,12 +47,16 @@ def made(name: str, **changes: Any) -> BaseGuidance:
         "SmoothedEnergyGuidance": {"seg_guidance_config": SmoothedEnergyGuidanceConfig(**LAYER)},
         "AutoGuidance": {"auto_guidance_config": LayerSkipConfig(**LAYER)},
     }
+    if name == "FrequencyDecoupledGuidance":
+        return guiders.FrequencyDecoupledGuidance([6.0, 3.0])
     kind = Smoothed if name == "SmoothedEnergyGuidance" else getattr(guiders, name)
     return kind(**{"guidance_scale": 4.0, **whole.get(name, {}), **changes})
 
 
 TERMS = ["SkipLayerGuidance", "PerturbedAttentionGuidance", "SmoothedEnergyGuidance"]
 ALL = [*TERMS, "AutoGuidance", "ClassifierFreeGuidance", "AdaptiveProjectedGuidance", "ClassifierFreeZeroStarGuidance"]
+no_kornia = pytest.mark.skipif(not is_kornia_available(), reason="FrequencyDecoupledGuidance needs kornia")
+each_guider = pytest.mark.parametrize("name", [*ALL, pytest.param("FrequencyDecoupledGuidance", marks=no_kornia)])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ def ours(pair: Pair, guider: Guider) -> tuple[Any, int]:
         return pair.run(2), count.total
 
 
-@pytest.mark.parametrize("name", ALL)
+@each_guider
 def test_its_own_combination_stands_untouched(pair, name):
     own = theirs(pair, made(name))
     guider = Guider(CFG(), EveryStep(), around=made(name))
@@ -79,7 +84,7 @@ def test_its_own_combination_stands_untouched(pair, name):
     assert guider.report.nfe == nfe == guider.report.nfe_full
 
 
-@pytest.mark.parametrize("name", ALL)
+@each_guider
 def test_forecasts_skip_whole_steps(pair, name):
     own = theirs(pair, made(name))
     guider = Guider(policy=Forecast(), around=made(name))

@@ -1,6 +1,7 @@
 """Attached pipelines: the promises of `conformance`, on every way of guiding that the package started from."""
 
 import copy
+import math
 from unittest import mock
 
 import by_hand as hand
@@ -437,10 +438,12 @@ def test_sound_beside_the_picture_is_held_with_it(name):
         if len(output[0]) == 1:  # a further branch
             return output
         halves = [y.chunk(2) for y in output]
+        sigma = handle.report.steps[step].sigma
+        size = math.hypot(1 - sigma, sigma)  # of a flow's noise and signal: what a velocity is held by
         if held[step]:
-            halves = [(c + (u0 - c0), c) for (_, c), (u0, c0) in zip(halves, before, strict=True)]
+            halves = [(c + (u0 - c0) * then / size, c) for (_, c), (u0, c0, then) in zip(halves, before, strict=True)]
         else:
-            before = [(u.clone(), c.clone()) for u, c in halves]
+            before = [(u.clone(), c.clone(), size) for u, c in halves]
         step += 1
         return tuple(torch.cat(half) for half in halves)
 

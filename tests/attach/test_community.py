@@ -16,7 +16,7 @@ from tiny_core import ddim
 from tiny_unet import unet
 from torch import Tensor, nn
 
-from diffusers_guidance import CFG, EveryStep, StepAG, attach
+from diffusers_guidance import CFG, EveryStep, StepAG, UnsupportedPipeline, attach
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +37,13 @@ class Community(diffusers.DiffusionPipeline):
         draw = torch.Generator().manual_seed(0)
         x = torch.randn(rows, 4, 5, 5, generator=draw)
         texts = torch.randn(3, 1, 5, 16, generator=draw).expand(3, rows, 5, 16)
+        own = self.unet.attn_processors
+        if step is smoothed:
+            blurs = {name: Smoothed(each) if "attn1" in name else each for name, each in own.items()}
+            self.unet.set_attn_processor(blurs)
         for t in self.scheduler.timesteps:
             x = self.scheduler.step(step(self, x, t, texts), t, x, return_dict=False)[0]
+        self.unet.set_attn_processor(own)
         return x
 
 
@@ -100,26 +105,16 @@ class Smoothed:
         kept, blurred = hidden_states[: -(len(hidden_states) // 3)], hidden_states[-(len(hidden_states) // 3) :]
         if len(hidden_states) % 3:
             raise ValueError("a batch of three")
-        heads = attn.heads
         flat = blurred.flatten(2).transpose(1, 2) if blurred.ndim == 4 else blurred
         q = attn.head_to_batch_dim(attn.to_q(flat).mean(1, keepdim=True).expand(-1, flat.shape[1], -1))
         k, v = attn.head_to_batch_dim(attn.to_k(flat)), attn.head_to_batch_dim(attn.to_v(flat))
         made = attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(q, k), v))
         made = attn.to_out[1](attn.to_out[0](made))
-        assert heads
         return torch.cat([self.own(attn, kept, *args, **kwargs), made.view_as(blurred)])
 
 
 def smoothed(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
-    places = [m for name, m in pipe.unet.named_modules() if name.endswith("attn1")]
-    before = [m.processor for m in places]
-    for m in places:
-        m.processor = Smoothed(m.processor)
-    try:
-        u, c, p = call(pipe.unet, x, t, texts[0], texts[1], texts[1])
-    finally:
-        for m, own in zip(places, before, strict=True):
-            m.processor = own
+    u, c, p = call(pipe.unet, x, t, texts[0], texts[1], texts[1])
     return u + pipe._guidance_scale * (c - u) + pipe._seg_scale * (c - p)
 
 
@@ -145,7 +140,6 @@ def test_its_guidance_is_found_and_stands(step, branches):
         pipe(step)
     with attach(pipe, CFG(), EveryStep()) as handle, recorded(pipe.scheduler) as found:
         pipe(step)
-    print(handle.report.formula)
     assert all(torch.equal(x, y) for x, y in zip(found.outputs, own.outputs, strict=True))
     assert handle.report.nfe == handle.report.nfe_full == branches * STEPS
 
@@ -155,12 +149,15 @@ def test_its_guidance_is_found_and_stands(step, branches):
 def test_forecasts_skip_whole_steps(step, branches, rows):
     pipe = built()
     networks = (pipe.unet, pipe.weak)
+    if step is perpendicular and rows > 1:  # its factors are each sample's own
+        with attach(pipe), pytest.raises(UnsupportedPipeline, match="could not be verified"):
+            pipe(step, rows=rows)
+        return
     with recorded(pipe.scheduler) as own:
         pipe(step, rows=rows)
     with attach(pipe) as handle, recorded(pipe.scheduler) as found, counting(*networks) as count:
         pipe(step, rows=rows)
     report = handle.report
-    print(report)
     assert report.nfe == count.total < report.nfe_full == branches * rows * STEPS
     skipped = [i for i, each in enumerate(report.steps) if not each.nfe]
     assert skipped
@@ -175,5 +172,4 @@ def test_a_network_ahead_of_each_call_skips_with_it():
     with attach(pipe, CFG(), StepAG(0.5)), counting(pipe.unet) as count, counting(pipe.weak) as ahead:
         pipe(steered)
     assert count.total == 12 and ahead.total == 2 * STEPS
-    pipe.weak.register_forward_hook(lambda *_: None)
     assert made.isfinite().all()

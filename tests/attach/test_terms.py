@@ -183,7 +183,7 @@ def test_a_trial_is_made_once(name, batch):
 SAG = {"sag_scale": 0.75}
 
 
-@pytest.mark.parametrize("policy", [EveryStep(), Forecast(), AdaptiveGuidance(0.0), Hold(2)], ids=repr)
+@pytest.mark.parametrize("policy", [EveryStep(), Forecast(), AdaptiveGuidance(0.01), Hold(2)], ids=repr)
 def test_self_attention_guidance(policy):
     """Its third branch is made from an attention map that it reads off the network after the first call."""
     entry = PIPELINES["StableDiffusionSAGPipeline"]
@@ -194,16 +194,16 @@ def test_self_attention_guidance(policy):
         found = run(pipe, entry, 8, **SAG)
     report = handle.report
     assert report.nfe == count.total and report.nfe_full == 24
-    short = [i for i, step in enumerate(report.steps) if step.nfe < step.nfe_full]
+    short = [i for i, step in enumerate(report.steps) if step.evaluated != ["both"]]
     same = short[0] if short else 8
     assert all(torch.equal(x, y) for x, y in zip(steps.outputs[:same], own.outputs[:same], strict=True))
     if isinstance(policy, AdaptiveGuidance):
-        assert [step.nfe for step in report.steps] == [3, *[1] * 7]
+        assert [step.nfe for step in report.steps] == [4, *[1] * 7]  # one of them a trial
         for i in range(1, 8):  # the scheduler is given the conditional prediction
             text = pipe.encode_prompt(entry.call()["prompt"], "cpu", 1, False)[0]
             c = pipe.unet(steps.samples[i], pipe.scheduler.timesteps[i], encoder_hidden_states=text).sample
             assert relative(steps.outputs[i], c) < 1e-5
-    assert bool(short) is isinstance(policy, Forecast | AdaptiveGuidance)  # what hangs on u is not estimated
+    assert bool(short) is not isinstance(policy, EveryStep)
     assert relative(found, plain) < 1
     assert torch.equal(run(pipe, entry, 8, **SAG), plain)
 
