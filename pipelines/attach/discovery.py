@@ -212,10 +212,12 @@ class Discovery:
 
     def _together(self, denoiser: Denoiser, output: Tensor) -> str:
         """What is seen of a step for which several networks predicted something of the scheduler's shape."""
-        names = [each.name for each in self.networks if any(y.shape == output.shape for y in each.outputs)]
-        if len(names) < 2 or denoiser.name not in names:
+        seen = [each for each in self.networks if any(y.shape == output.shape for y in each.outputs)]
+        if len(seen) < 2 or all(each is not denoiser for each in seen):
             return ""
-        return f"{' and '.join(names)} were evaluated for it, and no sum of their predictions gives it"
+        known = [each.label for each in seen if each.formula is not None]
+        why = f"until now {known[0]} alone was" if known else "no sum of their predictions gives it"
+        return f"{' and '.join(each.label for each in seen)} were evaluated for it, and {why}"
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales that do not tell."""

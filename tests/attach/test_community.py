@@ -10,13 +10,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conformance import recorded
-from tiny import counting
+from conformance import recorded, relative
+from tiny import PIPELINES, counting, run
 from tiny_core import ddim
 from tiny_unet import unet
 from torch import Tensor, nn
 
-from diffusers_guidance import CFG, EveryStep, StepAG, UnsupportedPipeline, attach
+from diffusers_guidance import CFG, EveryStep, Forecast, Hold, StepAG, UnsupportedPipeline, attach
 
 pytestmark = pytest.mark.slow
 
@@ -173,3 +173,48 @@ def test_a_network_ahead_of_each_call_skips_with_it():
         pipe(steered)
     assert count.total == 12 and ahead.total == 2 * STEPS
     assert made.isfinite().all()
+
+
+IDEOGRAM = PIPELINES["Ideogram4Pipeline"]
+
+
+def test_ideograms_own_schedule_is_followed():
+    """By default it guides at 7, and at 3 in the last steps."""
+    pipe = IDEOGRAM.build()
+    changes = {"guidance_scale": None, "guidance_schedule": [7.0, 7.0, 7.0, 3.0]}
+    plain = run(pipe, IDEOGRAM, 4, **changes)
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(run(pipe, IDEOGRAM, 4, **changes), plain)
+    assert [step.guidance_scale for step in handle.report.steps] == changes["guidance_schedule"]
+    assert handle.report.formula.startswith("transformer and unconditional_transformer: 2 calls, cond then uncond")
+
+
+@pytest.mark.parametrize("policy", [Forecast(), Hold(2), StepAG(0.5)], ids=repr)
+def test_what_is_skipped_of_two_networks_is_handed_in_each_ones_form(policy):
+    """The one with the text puts out its tokens too; hooks that look on see which calls were made."""
+    pipe = IDEOGRAM.build()
+    networks = pipe.transformer, pipe.unconditional_transformer
+    with attach(pipe, CFG(), policy) as handle, counting(networks[0]) as text, counting(networks[1]) as none:
+        found = run(pipe, IDEOGRAM, 8, batch=2)
+    assert handle.report.nfe == text.total + none.total < 32
+    assert text.total == (12 if isinstance(policy, Forecast) else 16)
+    assert none.total >= 8 and torch.isfinite(found).all()
+    with attach(pipe, CFG(), policy):
+        alone = run(pipe, IDEOGRAM, 8, first=1)
+    assert relative(found[1:], alone) < 1e-5
+
+
+def test_a_network_that_comes_in_later_is_refused():
+    pipe, made = built(), []
+
+    def later(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+        made.append(t)
+        u, c = call(pipe.unet, x, t, texts[0], texts[1])
+        guided = u + pipe._guidance_scale * (c - u)
+        return guided if len(made) < 3 else guided + (c - call(pipe.weak, x, t, texts[1]))
+
+    with (
+        attach(pipe),
+        pytest.raises(UnsupportedPipeline, match="unet and weak were evaluated for it, and until now unet alone was"),
+    ):
+        pipe(later)
