@@ -268,7 +268,8 @@ class Cut:
             return False
         for call, args, kwargs, output in made:
             self._settle(call, args, kwargs, output, 0)
-        return not self.watch.found
+        self.whole = self.watch.found
+        return not self.whole
 
     def _settle(self, call: Callable, args: tuple, kwargs: dict, output: Any, rows: int) -> None:
         """Makes the identifying step's call once more, where it cannot be told yet whether the network keeps state."""

@@ -602,12 +602,14 @@ class Denoiser:
             self.rows_ahead = [batch.count(args, kwargs) for _, args, kwargs, _ in calls]
 
     def shares_sample(self, made: Call) -> bool:
-        """Whether a call of another network at this step is on this one's samples, or on their frames as rows."""
+        """Whether a call of another network at this step is on samples of this one, or on their frames as rows."""
         _, args, kwargs, _ = made
         own = [batch.sample(own_args, own_kwargs) for _, own_args, own_kwargs, _ in self.inputs]
-        own += [x.transpose(1, 2).flatten(0, 1) for x in own if isinstance(x, Tensor) and x.ndim == 5]
+        alike = [x for x in own if isinstance(x, Tensor)]
+        alike += [x[: self.formula.rows] for x in alike if self.formula is not None]  # guess mode: one branch's alone
+        alike += [x.transpose(1, 2).flatten(0, 1) for x in alike if x.ndim == 5]
         given = [*batch.tensors((args, kwargs))]
-        return any(isinstance(x, Tensor) and x.shape == t.shape and torch.equal(x, t) for x in own for t in given)
+        return any(x.shape == t.shape and torch.equal(x, t) for x in alike for t in given)
 
 
 def _emptied(output: Any) -> Any:

@@ -166,11 +166,11 @@ def test_a_schedule_has_nothing_to_do_without_guidance_and_says_so():
     expected = run(pipe, entry, 2, **alone)
     with attach(pipe, CFG("linear(6, 4)"), EveryStep()) as handle:
         assert torch.equal(run(pipe, entry, 2, **alone), expected)
-    told = "CFG(guidance_scale='linear(6, 4)') and EveryStep() had nothing to do, which needs a negative prompt"
-    assert told in handle.report.note
+    assert "; CFG(guidance_scale='linear(6, 4)', rescale=0.0) and EveryStep() had nothing to do" in handle.report.note
+    assert "which needs a negative prompt and a true_cfg_scale above 1" in handle.report.note
     with attach(pipe, CFG("linear(6, 4)")) as handle:
         run(pipe, entry, 8, **alone)
-    assert "; CFG(guidance_scale='linear(6, 4)') had nothing to do, which needs" in handle.report.note
+    assert "; CFG(guidance_scale='linear(6, 4)', rescale=0.0) had nothing to do, which needs" in handle.report.note
     assert handle.report.saved >= 0.25
 
 
