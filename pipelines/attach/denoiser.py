@@ -73,6 +73,8 @@ class Denoiser:
     inputs: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     strays: list[Tensor] = field(default_factory=list)
+    surplus: list[Tensor] = field(default_factory=list)
+    """Those before the step's own that are taken for somebody's probe."""
     blanks: dict[int, Tensor] = field(default_factory=dict)
     """By call, what the pipeline was given for unconditional ones that came first, to be filled in by the conditional
     one."""
@@ -173,8 +175,8 @@ class Denoiser:
         """At the end of a step: which of its calls were the step's.
 
         Calls on another batch before them are somebody's probe; without others, the batch itself is another one.
-        So are further calls on the same batch before the step's own, where all were evaluated in full. What is called
-        after the step's own has a part in its guidance.
+        So are further calls on the same batch before the step's own, where all were evaluated in full, unless numbers
+        tell otherwise. What is called after the step's own has a part in its guidance.
         """
         if not self.outputs:
             self.outputs, self.strays = self.strays, []
@@ -182,7 +184,7 @@ class Denoiser:
         if formula is None or formula.evaluations == 1 or formula.further or not all(self.evaluates):
             return
         if len(self.outputs) > formula.calls and all(y.shape == self.shape for y in self.outputs):
-            self.outputs = self.outputs[-formula.calls :]
+            self.surplus, self.outputs = self.outputs[: -formula.calls], self.outputs[-formula.calls :]
 
     @property
     def is_cut_short(self) -> bool:
@@ -244,7 +246,7 @@ class Denoiser:
                 self.beside.hold(self.step.index)
             self.beside.now = []
         self.plan, self.follower_cut, self.is_scanned = None, False, False
-        self.inputs, self.outputs, self.strays, self.blanks = [], [], [], {}
+        self.inputs, self.outputs, self.strays, self.surplus, self.blanks = [], [], [], [], {}
         self.given = self.skipped = self.handed = None
         self.is_told = self.is_open = False
         self.nfe = self.nfe_full = self.place = 0

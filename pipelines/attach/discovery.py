@@ -235,7 +235,7 @@ class Discovery:
         denoiser, seen = at.denoiser, self._see(at)
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
-        if formula.is_read and not (self.acts and (seen.is_here or self.is_in_doubt)):
+        if formula.is_read and not denoiser.surplus and not (self.acts and (seen.is_here or self.is_in_doubt)):
             self._verify_later(denoiser, at.output, formula, seen)
             return seen.step, seen.prediction
         self.is_in_doubt = False
@@ -264,6 +264,12 @@ class Discovery:
         around = self.call.around(at.sample, at.clock.space)
         asked = self._asked(denoiser)
         found = identify(denoiser.outputs, at.output, self.call.scales, around, formula, terms=asked)
+        if found.formula is None and denoiser.surplus:  # not a probe, but a term that comes in
+            every = [*denoiser.surplus, *denoiser.outputs]
+            found = identify(every, at.output, self.call.scales, around, formula, terms=asked)
+            if found.formula is not None:
+                denoiser.outputs = every
+                self._tell(denoiser, found.formula)
         again = found.formula
         if again is None and found.undetermined and found.tried != SINGLE:
             return  # the output agrees with both predictions

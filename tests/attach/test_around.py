@@ -6,14 +6,14 @@ from typing import Any
 import diffusers.guiders as guiders
 import pytest
 import torch
-from conformance import relative
+from conformance import recorded, relative
 from diffusers import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import is_kornia_available
 from modular import Pair
-from tiny import counting
+from tiny import PIPELINES, counting, run
 
-from diffusers_guidance import APG, CFG, EveryStep, Forecast, StepAG, UnsupportedPipeline
+from diffusers_guidance import APG, CFG, EveryStep, Forecast, StepAG, UnsupportedPipeline, attach
 from diffusers_guidance.pipelines.attach.guider import Guider
 
 pytestmark = pytest.mark.slow
@@ -190,3 +190,22 @@ def test_a_configuration_keeps_it():
         Guider(guidance_scale=5, around=made("SkipLayerGuidance"))
     with pytest.raises(TypeError, match=r"around='pag': a guider of diffusers .*SkipLayerGuidance"):
         Guider(around="pag")
+
+
+@pytest.mark.parametrize("policy", [EveryStep(), Forecast(), StepAG(0.5)], ids=repr)
+def test_attach_finds_the_terms_of_a_pipelines_own_guider(policy):
+    """Which come in at the second step, as a third call."""
+    entry = PIPELINES["HunyuanVideo15Pipeline"]
+    pipe = entry.build()
+    pipe.guider = Smoothed(4.0, seg_guidance_config=SmoothedEnergyGuidanceConfig(indices=[0]))
+    with recorded(pipe.scheduler) as own:
+        run(pipe, entry, 8)
+    with attach(pipe, CFG(), policy) as handle, recorded(pipe.scheduler) as steps, counting(pipe.transformer) as count:
+        run(pipe, entry, 8)
+    report = handle.report
+    assert report.nfe == count.total and [step.nfe_full for step in report.steps] == [2, *[3] * 7]
+    short = [i for i, step in enumerate(report.steps) if step.nfe < step.nfe_full]
+    assert bool(short) is not isinstance(policy, EveryStep)
+    same = short[0] if short else 8
+    assert all(torch.equal(x, y) for x, y in zip(steps.outputs[:same], own.outputs[:same], strict=True))
+    assert "3 calls" in report.formula
