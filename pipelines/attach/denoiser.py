@@ -339,8 +339,8 @@ class Denoiser:
                 self._take_back()
             if self.skips:
                 return self._run_nothing(formula, place)
-            branch = formula.branches + place - formula.head
-            if branch < formula.evaluations and branch not in formula.alone and not any(self.evaluates):
+            further = formula.branches + place - formula.head
+            if further < formula.evaluations and further not in formula.alone and not any(self.evaluates):
                 return self._run_unneeded(formula, place)
             return self._run_whole(call, args, kwargs, asked)
         if asked != expected:

@@ -212,7 +212,7 @@ class Discovery:
 
     def _together(self, denoiser: Denoiser, output: Tensor) -> str:
         """What is seen of a step for which several networks predicted something of the scheduler's shape."""
-        seen = [each for each in self.networks if any(y.shape == output.shape for y in each.outputs)]
+        seen = [each for each in self.networks if any(y.shape[1:] == output.shape[1:] for y in each.outputs)]
         if len(seen) < 2 or all(each is not denoiser for each in seen):
             return ""
         known = [each.label for each in seen if each.formula is not None]

@@ -370,7 +370,8 @@ class Guider(Pair, BaseGuidance):
 
         def own(s: float | None) -> Tensor:
             if inner is not None:
-                return inner.combined(parts, engine.rule.guidance_scale and step.w if s is None else s)
+                w = step.w if engine.rule.guidance_scale is not None and isinstance(step.w, int | float) else None
+                return inner.combined(parts, w if s is None else s)
             assert step.w is not None
             return uncond + (scales.column(step.w, c) if s is None else s) * (c - uncond)
 

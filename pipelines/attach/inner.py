@@ -79,7 +79,7 @@ class Inner:
 
     def prepare(self, denoiser: nn.Module, number: int) -> None:
         """Called before the step's evaluation of that number: the guider goes by its place among all."""
-        if number < len(self._places) and getattr(self.guider, "_count_prepared", 0):
+        if number < len(self._places) and self.guider._count_prepared:
             self.guider._count_prepared = self._places[number]
         self.guider.prepare_models(denoiser)
 
@@ -131,7 +131,7 @@ def rebuilt(saved: Any) -> BaseGuidance:
     if isinstance(saved, BaseGuidance):
         return saved
     name = saved.get("_class_name") if isinstance(saved, dict) else None
-    known = {each.__name__: each for each in _kinds(BaseGuidance)}
+    known: dict[Any, Any] = {each.__name__: each for each in _kinds(BaseGuidance)}
     if name not in known:
         raise TypeError(
             f"around={saved!r}: a guider of diffusers ({', '.join(sorted({*known} & {*dir(guiders)}))}), or None"
