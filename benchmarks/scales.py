@@ -35,10 +35,13 @@ SCALES = {
 
 
 def fewer(name: str, nfe: int) -> int:
-    """In how many steps CFG of that schedule makes so many evaluations: where it rests at 1, a step makes one."""
+    """In how many steps CFG of that schedule makes so many evaluations.
+
+    Where it rests at 1, a step makes one; the first makes two, whatever the scale.
+    """
 
     def cost(steps: int) -> int:
-        return 2 * steps if name != "interval" else steps + steps // 2
+        return 2 * steps if name != "interval" else steps + steps // 2 + 1
 
     return max(steps for steps in range(1, STEPS + 1) if cost(steps) <= nfe)
 

@@ -107,12 +107,24 @@ class Engine:
         """What to evaluate at the next step: where a schedule rests at 1, the conditional prediction alone."""
         step = self.settle(step)
         found = planned(self.policy, step, self.history)
-        if not (self.rule.is_scheduled and self.rule.rests_at_one and self.rests) or self.policy.hands:
+        if not self.may_rest:
             return found
-        w = step.w if isinstance(step.w, tuple) else (step.w,) * len(found)
+        w, alone = self._by_row(step), Decision(Action.CONDITIONAL, "scale 1")
+        if self.policy.hands:  # all samples or none, and no forecast leads over it
+            return [alone] * len(found) if self._is_at_rest(step) else found
         rests = [scale == 1 and each.action != Action.NEITHER for scale, each in zip(w, found, strict=True)]
-        alone = Decision(Action.CONDITIONAL, "scale 1")
         return [alone if rest else each for rest, each in zip(rests, found, strict=True)]
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether a step at scale 1 is the conditional prediction alone."""
+        return self.rule.is_scheduled and self.rule.rests_at_one and self.rests
+
+    def _by_row(self, step: Step) -> tuple[float | None, ...]:
+        return step.w if isinstance(step.w, tuple) else (step.w,) * self.history.rows
+
+    def _is_at_rest(self, step: Step) -> bool:
+        return self.may_rest and all(scale == 1 for scale in self._by_row(step))
 
     def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
         """The unconditional prediction where it was evaluated, an estimate where the plan wants one, `cond` elsewhere.
@@ -271,6 +283,9 @@ class Engine:
         if guided is None and self.recorder is not None:
             self.recorder.skip()
         step, known = self.settle(step), self.history
+        if guided is not None and self._is_at_rest(step):
+            known.lapse()
+            return guided
         changes = self.rule.is_scheduled or (step.w is not None and known.scale not in (None, step.w))
         known.direction = None
         if changes and guided is not None and prediction is not None and step.w is not None:

@@ -51,6 +51,8 @@ class Denoiser:
     """Of its predictions, by which the formula was identified."""
     follower_cut: bool = False
     """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
+    cuts: bool = False
+    """Whether parts of its batch are to be evaluated."""
     hands_copies: bool = False
     """Whether the pipeline gets copies of its predictions, which cannot be filled in later."""
     rows_ahead: list[int] = field(default_factory=list)
@@ -584,7 +586,7 @@ class Denoiser:
         self.puts_out_more = batch.puts_out_more(self.template)
         if self._keeps_more:
             self.beside.now = [*self.templates]
-        before = self.cut.nfe
+        self.cuts, before = cuts, self.cut.nfe
         note = self.cut.find_out(self.formula, self.inputs, cuts)
         self.nfe += self.cut.nfe - before
         self.templates = [*map(_emptied, self.templates)]
@@ -595,8 +597,8 @@ class Denoiser:
         formula, self.leader = leader.formula, None
         if formula is None:
             return
-        # A policy that skips whole evaluations alone takes no part of any.
-        kept, source = _kept(formula, [self.policy.hands] * formula.rows)
+        # Where whole evaluations alone are skipped, no part of any is taken.
+        kept, source = _kept(formula, [not leader.cuts] * formula.rows)
         self.is_cut = formula.batched and self.cut.follows(formula, self.inputs, kept, source)
         calls = self.inputs if self.is_cut else [each for each in self.inputs if leader.shares_sample(each)]
         if self.is_cut or (self.policy.hands and calls and self.cut.is_steady(calls)):

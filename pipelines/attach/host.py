@@ -599,7 +599,9 @@ class Host:
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
         is_guided = denoiser.formula is not None and denoiser.formula.evaluations > 1
-        note = denoiser.find_out(cuts=is_guided and not self.policy.hands)
+        given, origin = self.rule.guidance_scale, 0.0 if denoiser.formula is None else denoiser.formula.w(0.0)
+        rests = self.rule.is_scheduled and self.rule.rests_at_one and given is not None and scales.rests(given, origin)
+        note = denoiser.find_out(cuts=is_guided and (rests or not self.policy.hands))
         formula, is_whole = denoiser.formula, denoiser.cut.is_left_whole
         if formula is not None and (formula.batched or self.policy.hands) and not is_whole:
             for other in self._denoisers.values():

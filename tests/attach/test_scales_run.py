@@ -150,6 +150,36 @@ def test_where_it_rests_at_1_the_unconditional_half_is_not_evaluated(rule):
     assert handle.report.nfe == (14 if rests else 16)
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "WanPipeline", "StableDiffusionControlNetPipeline"])
+def test_forecasts_rest_with_it(name):
+    """They begin anew behind it; where nothing was skipped by then, all is as without them."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    (network,) = (getattr(pipe, each) for each in entry.denoisers)
+    schedule = "1x3+5x6+1x3"
+    with attach(pipe, CFG(schedule), EveryStep()) as full, recorded(pipe.scheduler) as own:
+        run(pipe, entry, 12, batch=2)
+    with (
+        attach(pipe, CFG(schedule), Forecast(0.4)) as handle,
+        recorded(pipe.scheduler) as steps,
+        counting(network) as count,
+    ):
+        run(pipe, entry, 12, batch=2)
+    report = handle.report
+    assert [step.evaluated[0] for step in full.report.steps] == [
+        "both",
+        *["conditional"] * 2,
+        *["both"] * 6,
+        *["conditional"] * 3,
+    ]
+    ours = [step.evaluated[0] for step in report.steps]
+    assert ours[:4] == ["both", "conditional", "conditional", "both"] and ours[9:] == ["conditional"] * 3
+    skipped = ours.index("neither")
+    assert set(ours[3:9]) == {"both", "neither"}
+    assert report.nfe == count.total < full.report.nfe
+    assert all(relative(x, y) < 1e-5 for x, y in zip(steps.outputs[:skipped], own.outputs[:skipped], strict=True))
+
+
 def test_the_wrong_number_of_steps_is_refused_and_the_pipeline_stays_usable():
     entry = PIPELINES["StableDiffusionPipeline"]
     pipe = entry.build()
