@@ -109,10 +109,11 @@ class Engine:
         found = planned(self.policy, step, self.history)
         if not self.may_rest:
             return found
-        w, alone = self._by_row(step), Decision(Action.CONDITIONAL, "scale 1")
-        if self.policy.hands:  # all samples or none, and no forecast leads over it
-            return [alone] * len(found) if self._is_at_rest(step) else found
-        rests = [scale == 1 and each.action != Action.NEITHER for scale, each in zip(w, found, strict=True)]
+        alone = Decision(Action.CONDITIONAL, "scale 1")
+        if self.policy.hands:
+            return [alone] * len(found) if self._is_pause(step) else found
+        at_one = [scale == 1 for scale in self._by_row(step)]
+        rests = [rest and each.action != Action.NEITHER for rest, each in zip(at_one, found, strict=True)]
         return [alone if rest else each for rest, each in zip(rests, found, strict=True)]
 
     @property
@@ -123,8 +124,9 @@ class Engine:
     def _by_row(self, step: Step) -> tuple[float | None, ...]:
         return step.w if isinstance(step.w, tuple) else (step.w,) * self.history.rows
 
-    def _is_at_rest(self, step: Step) -> bool:
-        return self.may_rest and all(scale == 1 for scale in self._by_row(step))
+    def _is_pause(self, step: Step) -> bool:
+        """Whether forecasts end at this step, of a policy that `hands`: no sample is guided. A run to learn from is."""
+        return self.may_rest and self.recorder is None and all(scale == 1 for scale in self._by_row(step))
 
     def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
         """The unconditional prediction where it was evaluated, an estimate where the plan wants one, `cond` elsewhere.
@@ -283,7 +285,7 @@ class Engine:
         if guided is None and self.recorder is not None:
             self.recorder.skip()
         step, known = self.settle(step), self.history
-        if guided is not None and self._is_at_rest(step):
+        if guided is not None and self._is_pause(step):
             known.lapse()
             return guided
         changes = self.rule.is_scheduled or (step.w is not None and known.scale not in (None, step.w))
