@@ -34,16 +34,14 @@ SCALES = {
 """By name, the schedule of a run of so many steps."""
 
 
+def cost(name: str, steps: int) -> int:
+    """NFEs of CFG in so many steps: where a schedule rests at 1, a step makes one; the first makes two in any case."""
+    return 2 * steps if name != "interval" else steps + steps // 2 + 1
+
+
 def fewer(name: str, nfe: int) -> int:
-    """In how many steps CFG of that schedule makes so many evaluations.
-
-    Where it rests at 1, a step makes one; the first makes two, whatever the scale.
-    """
-
-    def cost(steps: int) -> int:
-        return 2 * steps if name != "interval" else steps + steps // 2 + 1
-
-    return max(steps for steps in range(1, STEPS + 1) if cost(steps) <= nfe)
+    """In how many steps CFG of that schedule makes so many evaluations at most."""
+    return max(steps for steps in range(1, STEPS + 1) if cost(name, steps) <= nfe)
 
 
 def measure(bundled: Bundled, scheduler: str) -> None:
@@ -69,8 +67,18 @@ def measure(bundled: Bundled, scheduler: str) -> None:
             )
 
 
+def cell(row: dict) -> str:
+    """Forecast, and CFG in fewer steps; with the NFEs where they are not those of the column."""
+
+    def told(psnr: float, nfe: float, bold: str = "") -> str:
+        return f"{bold}{psnr:.1f}{bold}{f' at {nfe:g}' if nfe != row['budget'] else ''}"
+
+    other = "full" if row["fewer_psnr"] is None else told(row["fewer_psnr"], cost(row["scale"], row["fewer"]))
+    return f"{told(row['psnr'], row['nfe'], '**')} / {other}"
+
+
 def summary() -> str:
-    """A table of all rows: in each cell Forecast, and CFG in fewer steps."""
+    """A table of all rows."""
     lines = [
         f"| scheduler | scale | full | {' | '.join(map(str, BUDGETS))} |",
         f"|---|---|---:|{'---:|' * len(BUDGETS)}",
@@ -86,8 +94,7 @@ def summary() -> str:
             cells = []
             for nfe in BUDGETS:
                 row = found.get(nfe)
-                other = "" if row is None or row["fewer_psnr"] is None else f"{row['fewer_psnr']:.1f}"
-                cells.append("" if row is None else f"**{row['psnr']:.1f}** / {other or 'full'}")
+                cells.append("" if row is None else cell(row))
             given = first["given"] if isinstance(first["given"], str) else f"{first['given']:g}"
             label = SCHEDULERS[scheduler].removesuffix("Scheduler")
             lines.append(f"| {label} | `{given}` | {first['full']:g} | {' | '.join(cells)} |")
