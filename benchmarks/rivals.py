@@ -2,13 +2,13 @@
 
     python benchmarks/rivals.py [ddim-20-5 ...]
 
-Each rival is a few lines, from its paper. All forecast the guided prediction: a forecast that is linear in what the
-network puts out gives the same from both predictions. Each is measured on the steps that `Forecast` evaluates, and on
-evenly spaced ones, as their authors space them: the first step, the last, and every n-th. DPCache chooses its own
-steps, and Adaptive Guidance and LinearAG skip the unconditional prediction alone. What is calibrated, is so on eight
-runs of calibration prompts. Prompts, settings and budgets are those of `forecast.py`; there are two seeds, the second
-after all settings' first. Rows are written as they are made, with each picture's PSNR. Intervals are of the mean over
-prompts (95 %, by Student's t), each prompt the mean of its seeds.
+Each rival is a few lines, from its paper. All forecast the guided prediction: a forecast that is linear in the
+network's outputs gives the same result from both predictions. Each is measured on the steps that `Forecast` evaluates,
+and on evenly spaced ones, as its authors space them: the first step, the last, and every n-th. DPCache chooses its own
+steps. Adaptive Guidance and LinearAG skip only the unconditional prediction. Rivals that need a calibration get eight
+runs of calibration prompts. Prompts, settings and budgets are those of `forecast.py`. There are two seeds; the second
+one starts when all settings have the first. It writes each row at once, with the PSNR of each picture. Intervals are
+for the mean over prompts (95 %, by Student's t), where each prompt has the mean of its seeds.
 """
 
 import itertools
@@ -21,8 +21,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from bundled import Bundled, prompts
-from forecast import BUDGETS, SCHEDULERS, SEED, Setting
+from bundled import SCHEDULERS, Bundled, prompts
+from forecast import BUDGETS, SEED, Setting
 from torch import Tensor
 
 from diffusers_guidance import (
@@ -67,11 +67,11 @@ class Rival(Forecast):
         return tuple(i in chosen for i in range(count))
 
     def kept(self, step: Step, guided: Tensor) -> Tensor:
-        """What is kept of an evaluated step."""
+        """What the rival keeps of an evaluated step."""
         return guided
 
     def estimate_of(self, step: Step, known: dict[int, Tensor]) -> Tensor:
-        """The prediction of a skipped step, from what is kept."""
+        """The prediction of a skipped step, from what the rival keeps."""
         raise NotImplementedError
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> Handed:
@@ -111,7 +111,7 @@ class TaylorSeer(Rival):
 
 @dataclass(frozen=True)
 class AdamsBashforth(Rival):
-    """Two-step Adams-Bashforth: a line through the last two, over the noise level."""
+    """Two-step Adams-Bashforth: a line through the last two predictions, over the noise level."""
 
     def estimate_of(self, step: Step, known: dict[int, Tensor]) -> Tensor:
         *others, last = sorted(known)
@@ -123,8 +123,8 @@ class AdamsBashforth(Rival):
 
 @dataclass(frozen=True)
 class Spectrum(Rival):
-    """Chebyshev polynomials of degree 4 with ridge 0.1 over all that was evaluated, half blended with a line
-    (arXiv 2603.01623)."""
+    """Chebyshev polynomials of degree 4 with ridge 0.1 over all evaluated predictions, blended half and half with a
+    line (arXiv 2603.01623)."""
 
     _: KW_ONLY
     degree: int = 4
@@ -144,7 +144,7 @@ class Spectrum(Rival):
 
 @dataclass(frozen=True)
 class EasyCache(Rival):
-    """What the network adds to its input is held (arXiv 2507.02860), on a fixed schedule."""
+    """Holds what the network adds to its input (arXiv 2507.02860), on a fixed schedule."""
 
     def kept(self, step: Step, guided: Tensor) -> Tensor:
         return guided if step.sample is None else guided - step.sample
@@ -158,8 +158,8 @@ class EasyCache(Rival):
 class FoCa(Rival):
     """A forecast by the second backward differentiation formula, corrected by Heun's rule (after arXiv 2508.16211).
 
-    With k the steps since the last evaluated one, f the slope to it, and f' that slope continued on a line,
-    the forecast is 4/3 y(0) - 1/3 y(-k) + 2/3 k f', with y(-k) on the line through the last two. Then Heun's rule
+    Let k be the number of steps since the last evaluated one, f the slope to it, and f' that slope continued on a line.
+    The forecast is 4/3 y(0) - 1/3 y(-k) + 2/3 k f', with y(-k) on the line through the last two. Then Heun's rule
     takes the mean of f and of the forecast's slope.
     """
 
@@ -179,9 +179,9 @@ class FoCa(Rival):
 
 @dataclass(frozen=True)
 class DPCache(TaylorSeer):
-    """A Taylor series of order 1 on the steps with the least sum of its calibrated errors (arXiv 2602.22654).
+    """A Taylor series of order 1, on the steps with the least sum of its calibrated errors (arXiv 2602.22654).
 
-    The error of a skipped step is the norm of what the line through the two evaluated ones before it misses.
+    The error of a skipped step is the norm of its distance from the line through the two evaluated steps before it.
     """
 
     _: KW_ONLY
@@ -214,7 +214,7 @@ class DPCache(TaylorSeer):
 
 
 def rivals(nfe: int) -> dict[str, Forecast]:
-    """By name, all with one budget."""
+    """All rivals by name, with the same budget."""
     found: dict[str, Forecast] = {"Forecast": Forecast(nfe=nfe)}
     for is_even, spaced in ((False, "Forecast's steps"), (True, "even steps")):
         found |= {
@@ -286,7 +286,7 @@ def told(rows: list[dict], what: str, nfe: int) -> str:
 
 
 def ahead(rows: list[dict], nfe: int) -> str:
-    """How far `Forecast` is ahead of the best other row at a budget, in the same pictures."""
+    """How far `Forecast` is ahead of the best other row at a budget, over the same pictures."""
     by: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if row["budget"] == nfe and row["pictures"]:
@@ -301,7 +301,7 @@ def ahead(rows: list[dict], nfe: int) -> str:
 
 
 def summary() -> str:
-    """A table of all measured rows, by setting; dB."""
+    """A table in dB of all measured rows, for each setting."""
     lines = [
         "# Rivals",
         "",
@@ -329,7 +329,7 @@ def summary() -> str:
 
 
 def plot(name: str) -> None:
-    """A setting's rows over NFEs, in a file; rivals on evenly spaced steps are dashed."""
+    """Plots a setting's rows over NFEs into a file; rivals on evenly spaced steps are dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.8), layout="constrained")

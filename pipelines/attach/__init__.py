@@ -7,9 +7,11 @@ A prediction's way, from the network to the scheduler, in the order to read it:
     host                    the run: which hook was reached, what the scheduler is handed in the end
     call, parts, clock      what the pipeline says of itself; its networks and schedulers; where in its table a step is
     denoiser                a network's call: which rows are evaluated, and what stands in for the others
+      together              several networks that make a step's predictions, followed as one
       cut, rows             a part of a batch on its own: taken from a call, and tried; `remembered` for later calls
       told                  which branch a call is for, by its arguments
-      beside, perturbed     a video's sound; perturbed attention without the unconditional branch
+      beside, kept          what a network gives beside its prediction: a video's sound; what its pipeline reads off it
+      perturbed             perturbed attention without the unconditional branch
       state, memory, foreign    whether what others have put on the network remembers anything from call to call
     discovery               how the step's outputs became the scheduler's prediction: found once, verified at each step
       layout                which outputs are which branch, and which part of one the scheduler gets
@@ -23,5 +25,6 @@ A prediction's way, from the network to the scheduler, in the order to read it:
     fused                   guidance and the scheduler's step in one
 
 Beside that way: `company` refuses what was not seen in full, `schedulers` reads `Space`s off a diffusers scheduler,
-`fingerprint` says what a calibration was made for, and `guider` meets loops that ask a guider of diffusers instead.
+`fingerprint` says what a calibration was made for, and `guider` meets loops that ask a guider of diffusers instead,
+around another, `inner`, if they have one.
 """

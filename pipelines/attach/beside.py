@@ -1,9 +1,12 @@
 """What a network puts out beside its prediction, such as a video's sound, where an evaluation is skipped as a whole.
 
 It goes to a scheduler that is not followed. So it is forecast as it is, from the last two evaluated steps, with the
-same weights as a prediction (`guidance/forecast.py`), and nothing is repaid.
+same weights as a prediction (`guidance/forecast.py`), and nothing is repaid. Where the unconditional half alone is
+skipped, and estimated, its part is held: it differs from the conditional one's as at the last evaluated step, as a
+velocity (`policies.Policy.estimate`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,3 +53,21 @@ class Beside:
             return total.to(last.dtype)
 
         return mapped(summed, *(known[step] for step in factors))
+
+    def held(self, output: Any, rows: Sequence[tuple[int, int, float]]) -> Any:
+        """A step's first output, where so many rows are copies of others, as they differed before.
+
+        Args:
+            rows: (row, of which it is a copy, by what factor the difference goes).
+        """
+
+        def held(now: Any, then: Any) -> Any:
+            """What are no numbers, or of another shape, stays as it is now."""
+            if not isinstance(now, Tensor) or getattr(then, "shape", None) != now.shape or not now.is_floating_point():
+                return now
+            made = now.clone()
+            for row, other, factor in rows:
+                made[row] += factor * (then[row] - then[other])
+            return made
+
+        return mapped(held, output, self.steps[max(self.steps)][0])

@@ -1,4 +1,4 @@
-"""What the subcommands of `diffusers-guidance` share: options, progress, one-line errors and ends.
+"""What the subcommands of `diffusers-guidance` share: options, progress, one-line errors, and how they end.
 
 Nothing here or in the subcommands' signatures imports torch, so that `--help` comes at once.
 """
@@ -23,7 +23,10 @@ from diffusers_guidance.pipelines.support.modules import HELP
 MODEL = str(samples.MODEL)
 Model = Annotated[
     str,
-    typer.Option(help="A pipeline's folder or its name on the Hugging Face hub.", show_default="the bundled one"),
+    typer.Option(
+        help=f"A pipeline's folder, its name on the hub, or a bundled one's: {', '.join(samples.NAMES)}.",
+        show_default=samples.NAMES[0],
+    ),
 ]
 Scheduler = Annotated[
     str | None,
@@ -43,7 +46,7 @@ Calibrated = Annotated[
 
 
 def options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say which version this is.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
 ) -> None:
     """Better guidance for diffusers pipelines: the same picture in less time, and high scales without burn."""
     if version:
@@ -52,7 +55,7 @@ def options(
 
 
 class Bar:
-    """A progress bar with the time left: a `Progress`. Where the output is no terminal, a line every ten seconds."""
+    """A `Progress` as a bar with the time left. If the output is not a terminal, it prints a line every ten seconds."""
 
     every = 10.0
 
@@ -78,7 +81,7 @@ class Bar:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if self.began is None:  # what is done already took no time in this call
+        if self.began is None:  # work done before this call took no time in it
             self.began, self.first = now, done
             self.loading.stop()
             self.task = self.progress.add_task(what, total=total, completed=done)
@@ -96,17 +99,17 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def reporting(goes_on: bool = False) -> Iterator[Bar]:
-    """A progress bar while it runs; prints errors that the user can fix in one line, without a traceback.
+    """Shows a progress bar, and prints errors that the user can fix in one line, without a traceback.
 
     Args:
         goes_on: whether the same command resumes after an interruption.
     """
-    resumes = "; the same command goes on from here" if goes_on else ""
+    resumes = "; the same command continues from here" if goes_on else ""
     try:
         with Bar() as bar:
             yield bar
     except KeyboardInterrupt as ended:
-        typer.echo(f"stopped: all that is written is whole{resumes}", err=True)
+        typer.echo(f"stopped: all written files are complete{resumes}", err=True)
         raise typer.Exit(status(ended)) from None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -118,7 +121,7 @@ def reporting(goes_on: bool = False) -> Iterator[Bar]:
 
 
 def sentence(error: OSError) -> str:
-    """What is wrong with which file, and what to do."""
+    """Which file is wrong, why, and what to do."""
     if error.errno is None or not error.filename:
         return str(error)
     said = {
@@ -136,7 +139,7 @@ def sentence(error: OSError) -> str:
 
 
 def written(files: Iterable[Path], then: str = "") -> None:
-    """Says what was written, and what to do next."""
+    """Prints the written files, and what to do next."""
     for file in files:
         typer.echo(f"wrote {file}")
     if then:
