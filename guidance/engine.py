@@ -124,8 +124,12 @@ class Engine:
         return step.w if isinstance(step.w, tuple) else (step.w,) * self.history.rows
 
     def _is_pause(self, step: Step) -> bool:
-        """Whether forecasts end at this step, of a policy that `hands`: no sample is guided. A run to learn from is."""
-        return self.may_rest and self.recorder is None and all(scale == 1 for scale in self._by_row(step))
+        """Whether forecasts end at this step, of a policy that `hands`: the schedule guides no sample here.
+
+        A run to learn from goes on, and one without guidance has no schedule.
+        """
+        may = self.may_rest and self.recorder is None and step.branches > 1
+        return may and all(scale == 1 for scale in self._by_row(step))
 
     def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
         """By row: the unconditional prediction if it was evaluated, an estimate if the plan wants one, else `cond`.
