@@ -185,7 +185,7 @@ def told(rule: APG) -> str:
 def page(model: Model) -> str:
     """The rows as tables."""
     rows, parts = model.rows, ("choose", "where", "grid", "between", "judge")
-    best = rows["chosen"]["scale"]
+    best, high = model.suited.scale, model.suited.high
     lines = [f"# APG and stopping guidance, each by itself: {model.name}", "", ""]
     for part in parts:
         cases = model.judging if part == "judge" else model.choosing
@@ -212,7 +212,7 @@ def page(model: Model) -> str:
 
 def draw(model: Model, path: Path) -> None:
     """Saturation and margin against the scale: CFG and the chosen APG with every step guided, and both with AG."""
-    best, chosen = model.rows["chosen"]["scale"], model.rows["chosen"]["APG"]
+    best, high, chosen = model.suited.scale, model.suited.high, model.rows["chosen"]["APG"]
     lines: dict[str, dict[float, dict]] = {}
     for label, row in model.rows.items():
         part, _, rest = label.partition(": ")
@@ -226,7 +226,7 @@ def draw(model: Model, path: Path) -> None:
                 *zip(*sorted((scale, row[measure]) for scale, row in line.items()), strict=True), "o-", label=name
             )
         for name in ("CFG", chosen):
-            row, short = model.rows[f"judge: {name}+AG@{model.suited.high:g}"], "CFG" if name == "CFG" else "APG"
+            row, short = model.rows[f"judge: {name}+AG@{high:g}"], "CFG" if name == "CFG" else "APG"
             place.plot(
                 model.suited.high, row[measure], "s" if short == "CFG" else "D", label=f"{short} + AG, other prompts"
             )
