@@ -202,7 +202,7 @@ def page(model: Model) -> str:
         lines.append("")
     norms = ", ".join(f"{value:.2f}" for value in rows["norms"].values())
     lines += [
-        f"Mean norm of d by step, CFG@{model.suited.high:g}: {norms}.",
+        f"Mean norm of d by step, CFG@{high:g}: {norms}.",
         "",
         "Made by `python benchmarks/apart.py`.",
         "",
@@ -227,9 +227,7 @@ def draw(model: Model, path: Path) -> None:
             )
         for name in ("CFG", chosen):
             row, short = model.rows[f"judge: {name}+AG@{high:g}"], "CFG" if name == "CFG" else "APG"
-            place.plot(
-                model.suited.high, row[measure], "s" if short == "CFG" else "D", label=f"{short} + AG, other prompts"
-            )
+            place.plot(high, row[measure], "s" if short == "CFG" else "D", label=f"{short} + AG, other prompts")
         place.axvline(best, color="#94a3b8", ls=":")
         place.set(xlabel="guidance scale", ylabel=measure)
         place.grid(alpha=0.3)
