@@ -1046,7 +1046,7 @@ def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_p
         assert list(tmp_path.glob("diffusers-guidance-*"))
         app.terminate()
         assert app.wait(600) == 143
-        assert app.stdout.read().splitlines()[-1] == "stopped; no picture is left behind"
+        assert app.stdout.read().splitlines()[-1] == "stopped; all pictures are deleted"
     assert first.startswith(f"The page is at http://127.0.0.1:{port}/")
     assert not list(tmp_path.glob("diffusers-guidance-*"))
 
