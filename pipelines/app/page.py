@@ -287,7 +287,7 @@ def _stage(outcome: Outcome, beside: Outcome | None = None) -> str:
 
 
 def _short(outcome: Outcome) -> str:
-    """The names of rule and policy, short. It skips CFG if a policy follows."""
+    """The names of rule and policy, short; without CFG if a policy follows."""
     named = outcome.guided.name.removeprefix("CFG + ")
     return named.replace("EveryStep", "plain CFG").replace("AdaptiveGuidance", "AG")
 

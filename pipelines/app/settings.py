@@ -194,7 +194,7 @@ def _said(name: str, value: Any, wanted: str) -> str:
 
 
 def _plain(number: float) -> str:
-    """A number in words: every digit of a whole number, the shortest form of any other."""
+    """A number as text: every digit of a whole number, at most six digits of any other."""
     return str(int(number)) if number == int(number) else f"{number:g}"
 
 
@@ -274,7 +274,7 @@ class Knob(NamedTuple):
 
 KINDS: dict[str, dict[str, Any]] = {
     "APG": {
-        "momentum": Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions."),
+        "momentum": Number("Momentum", -0.95, 0.95, 0.05, "A negative value pushes away from past directions."),
         "norm_threshold": Number("Norm threshold", 0, 100, 0.5, "Cap on the update. Empty: not capped.", optional=True),
         "eta": Number("Eta", 0, 1, 0.05, "Weight of the part of the update that raises saturation."),
         "reference_numel": None,

@@ -70,7 +70,7 @@ class Schedule(Way):
 
 @dataclass(frozen=True)
 class FewerSteps(Way):
-    """Plain CFG in fewer steps, which every policy has to beat.
+    """Every step in full, but fewer steps: every policy has to beat this.
 
     Args:
         share: The share of the steps that is made.
