@@ -34,11 +34,11 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 ON_DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
-"""Shared by all events that use the device, so that all wait in one visible queue."""
+"""Options of all events that use the device, so that they wait in one visible queue."""
 
 
 def choice_of_model(models: Models) -> Any:
-    """The control of the model, which all forms of the page share; hidden where there is nothing to choose."""
+    """The control of the model, which all forms of the page share. It is hidden if there is only one model."""
     named, free = models.offered, "*" in models.allowed
     return gr.Dropdown(
         named, value=BUNDLED, label=MODEL.label, info=MODEL.info if models.allowed else None, elem_id="model",
@@ -47,7 +47,7 @@ def choice_of_model(models: Models) -> Any:
 
 
 class Controls:
-    """The controls of one form, laid out in whatever order the page likes.
+    """The controls of one form. The page chooses their order.
 
     Args:
         model: the control of the model.
@@ -64,7 +64,7 @@ class Controls:
             self.made[name] = component(kinds[name], defaults[name], elem_id=f"{self.form.__name__}-{name}", **given)
 
     def _choices(self, name: str, model: str) -> dict[str, Any]:
-        """What a control offers on a model, if that depends on it; of a user's own, which is not loaded yet, all."""
+        """What a control offers, if that depends on the model. For a user's model it offers everything."""
         bundled = model in samples.models()
         if isinstance(self.form.kinds()[name], Side):
             sides = sides_of(self.models.get(model)) if bundled else range(128, 2049, 64)
@@ -75,13 +75,13 @@ class Controls:
         return {}
 
     def follow_the_model(self, suits: Callable[[str], dict[str, Any]] = lambda model: {}) -> Any:
-        """Once a user chooses another model, offers what it has, and sets what suits it.
+        """When a user chooses another model, offers what it has, and sets what suits it.
 
         Args:
-            suits: values by setting, for a model.
+            suits: gives the values that suit a model, by setting.
 
         Returns:
-            The event, for what is to come after it.
+            The event, so that others can follow it.
         """
         offered = [name for name in self.made if name != "model" and self._choices(name, BUNDLED)]
         first, others = self.form.defaults(), [*suits(BUNDLED)]
@@ -96,7 +96,7 @@ class Controls:
         )  # fmt: skip
 
     def put(self, form: Form) -> dict[Any, Any]:
-        """Updates that show a form's settings, and what its model offers."""
+        """Updates that show a form's settings, and the choices that its model offers."""
         values = form.values()
         return {
             self[name]: gr.update(value=value, **self._choices(name, values["model"])) for name, value in values.items()
@@ -107,7 +107,7 @@ class Controls:
 
     @property
     def inputs(self) -> list[Any]:
-        """All of them, in the form's own order."""
+        """All controls, in the order of the form."""
         return [self.made[name] for name in self.form.kinds()]
 
     def read(self, values: Sequence[Any]) -> Any:
@@ -115,7 +115,7 @@ class Controls:
 
 
 def component(kind: Any, value: Any, **changes: Any) -> Any:
-    """The control for a setting. The forms get what it sends unchanged, and check it."""
+    """The control for a setting. The form gets what the control sends, and checks it."""
     given = {"label": kind.label, "info": kind.info or None, "value": value} | changes
     match kind:
         case Side():
@@ -140,7 +140,7 @@ def component(kind: Any, value: Any, **changes: Any) -> Any:
 
 
 def _described(made: Any, schema: dict[str, Any]) -> Any:
-    """A control that tells clients its JSON type; Gradio would say that all choices are strings."""
+    """A control that tells clients its JSON type. Gradio would say that all choices are strings."""
     made.api_info = lambda: schema
     return made
 
@@ -150,21 +150,21 @@ def _described(made: Any, schema: dict[str, Any]) -> Any:
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """Shows every error to the user as a sentence; unforeseen errors go to the server's log."""
+    """Shows every error to the user as a sentence. Unforeseen errors also go to the server's log."""
     try:
         yield
     except (ValueError, GuidanceError) as error:
         raise gr.Error(str(error), print_exception=False) from None
     except torch.OutOfMemoryError:
-        raise gr.Error("Out of memory: fewer or smaller pictures, please.", print_exception=False) from None
+        raise gr.Error("The device is out of memory: make fewer or smaller pictures.", print_exception=False) from None
     except Exception:
         log.exception("a request failed")
-        message = "Something went wrong here, not with what you asked; the server's log knows more."
+        message = "Something went wrong here: this is a fault of the app, not of your settings. See the server's log."
         raise gr.Error(message, print_exception=False) from None
 
 
 def reporting(status: Any) -> Callable[[Callable], Callable]:
-    """Keeps the sentence of an event's error in `status`, where it stays after the alert is gone."""
+    """Shows the sentence of an event's error in `status`, where it stays after the alert is gone."""
 
     def decorated(event: Callable) -> Callable:
         @functools.wraps(event)
@@ -182,7 +182,7 @@ def reporting(status: Any) -> Callable[[Callable], Callable]:
 
 
 def relayed(work: Generator[News, None, R], updates: Callable[[News], Any]) -> Generator[Any, None, R]:
-    """Yields the page's updates for every news of `work`, and returns its result; closing this closes `work`."""
+    """Yields the updates for each news of `work`, and returns its result. Closing this generator closes `work`."""
     try:
         while True:
             yield updates(next(work))
@@ -193,7 +193,7 @@ def relayed(work: Generator[News, None, R], updates: Callable[[News], Any]) -> G
 
 
 def quietly(work: Generator[News, None, R], outputs: int) -> Generator[Any, None, R]:
-    """The same for clients, who see nothing before the end but may cancel at any time."""
+    """Like `relayed`, for clients: they see nothing before the end, but can cancel at any time."""
     return relayed(work, lambda news: tuple(gr.skip() for _ in range(outputs)))
 
 
@@ -209,7 +209,7 @@ def finished(work: Generator[Any, None, R]) -> R:
 
 
 def endpoint(controls: Controls, function: Callable, outputs: list[Any]) -> None:
-    """Offers the generator `function(form)` to clients under its own name, with the form's fields as parameters."""
+    """Offers the generator `function(form)` to clients, under its name and with the form's settings as parameters."""
     kinds, defaults = controls.form.kinds(), controls.form.defaults()
 
     def call(*values: Any) -> Iterator[Any]:

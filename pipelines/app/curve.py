@@ -10,10 +10,10 @@ COLOURS = ("currentColor", "#c2410c", "#0f766e", "#6d28d9")
 
 
 def values(given: scales.Given, steps: int) -> dict[str, list[float]]:
-    """By step; of each sample or network where they differ, by its number or name.
+    """The scale at each step. Samples or networks that differ have a list each, by number or name.
 
     Raises:
-        ValueError: it cannot be read, or is for another number of steps; or it depends on the scheduler (CFG++).
+        ValueError: the scale cannot be read, is for another number of steps, or depends on the scheduler (CFG++).
     """
     kept = scales.checked(given)
     if kept is None:
@@ -29,7 +29,7 @@ def values(given: scales.Given, steps: int) -> dict[str, list[float]]:
 
 
 def shown(given: str, steps: int) -> str:
-    """The curve, why there is none, or nothing for nothing."""
+    """The curve of a scale, or the sentence why it cannot be drawn; nothing for an empty text."""
     try:
         return curve(given, steps) if given.strip() else ""
     except ValueError as error:
@@ -37,7 +37,7 @@ def shown(given: str, steps: int) -> str:
 
 
 def curve(given: scales.Given, steps: int) -> str:
-    """As an SVG picture: a line for each sample or network, and the least and the largest scale as text."""
+    """The scale as an SVG picture: a line for each sample or network, and the least and the largest scale as text."""
     lines = values(given, steps)
     numbers = [value for line in lines.values() for value in line]
     low, high = min(numbers), max(numbers)

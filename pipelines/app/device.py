@@ -1,4 +1,4 @@
-"""The device of the app: one thread that does one job at a time, and its models."""
+"""The device of the app, a thread that does one job at a time, and the models on it."""
 
 import atexit
 import logging
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(BaseException):
-    """Nobody waits for this work any more. Not an `Exception`, so that pipelines do not catch it."""
+    """Nobody waits for this work any more. It is not an `Exception`, so that pipelines do not catch it."""
 
 
 class Device:
-    """Runs jobs in its own thread, in order of arrival, never two at once, until the interpreter ends."""
+    """Runs jobs in its own thread, one at a time, in order of arrival, until the interpreter ends."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -38,24 +38,24 @@ class Device:
             self._jobs.get()()
 
     def close(self) -> None:
-        """Stops the current job at its next news, drops the others, and waits for the end.
+        """Stops the current job at its next news, drops the others, and waits for the thread.
 
-        An interpreter that ends while its thread is in a kernel aborts the process.
+        If the interpreter ends while the thread is in a kernel, the process aborts.
         """
         self.stop()
         self._thread.join()
 
     def stop(self) -> None:
-        """The same without the wait."""
+        """Does the same as `close`, but does not wait."""
         self._closed.set()
         self._jobs.put(lambda: None)
 
     def run(self, job: Callable[[Callable[[Any], None]], R]) -> Generator[Any, None, R]:
-        """Yields what `job(tell)` tells, the latest news only, and returns its result.
+        """Yields the latest news of `job(tell)`, and returns its result.
 
-        `tell(news)` passes news on to whoever waits. It raises `Stopped` once nobody waits.
+        The job calls `tell(news)`, which raises `Stopped` once nobody waits.
 
-        Closing the generator stops the job at its next news, and drops it if it has not begun.
+        Closing the generator stops the job at its next news. A job that has not begun is dropped.
         """
         news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         stopped = threading.Event()
@@ -69,7 +69,7 @@ class Device:
             try:
                 if not stopped.is_set():
                     news.put(("result", job(tell)))
-            except BaseException as error:  # any error belongs to the one who waits
+            except BaseException as error:  # any error goes to the caller who waits
                 news.put(("error", error))
 
         self._jobs.put(work)
@@ -88,7 +88,7 @@ class Device:
 
 
 class Models:
-    """The bundled pipelines, and one of the user's own if the server allows it.
+    """The bundled pipelines, and one user's model at a time if the server allows it.
 
     Args:
         allowed: names and folders that may be loaded; "*" allows all.
@@ -100,18 +100,22 @@ class Models:
         self._pipes: dict[str, DiffusionPipeline] = {}
 
     def get(self, name: str) -> DiffusionPipeline:
-        """The pipeline of that name, loaded if needed; a `ValueError` says in a sentence why not."""
+        """The pipeline of that name, loaded if needed.
+
+        Raises:
+            ValueError: the server does not allow the model, or it cannot be loaded.
+        """
         if name not in self.offered and "*" not in self.allowed:
             raise ValueError(f"This server does not allow the model {name!r} (see its option --allow-models).")
         if name not in self._pipes:
             ours = samples.models()
-            self._pipes = {key: pipe for key, pipe in self._pipes.items() if key in ours}  # one guest at a time
+            self._pipes = {key: pipe for key, pipe in self._pipes.items() if key in ours}  # one user's model at a time
             self._pipes[name] = self._load(name)
         return self._pipes[name]
 
     @property
     def offered(self) -> list[str]:
-        """The names to choose from."""
+        """The names of the models to choose from."""
         return [*samples.models(), *(name for name in self.allowed if name != "*")]
 
     def _load(self, name: str) -> DiffusionPipeline:
@@ -139,11 +143,11 @@ def _refuse_foreign(name: str) -> None:
     config = AutoPipelineForText2Image.load_config(str(folder) if folder.is_dir() else name)
     foreign = [key for key, value in config.items() if isinstance(value, list | tuple) and not _is_known(*value)]
     if foreign or not isinstance(config["_class_name"], str):
-        raise ValueError(f"not all of it is diffusers' or transformers' own: {foreign or config['_class_name']}")
+        raise ValueError(f"it has parts that are not of diffusers or transformers: {foreign or config['_class_name']}")
 
 
 def _is_known(library: Any = None, name: Any = None, *rest: Any) -> bool:
-    """Whether a part of a pipeline is a class of diffusers or transformers, but not one that loads other classes."""
+    """Whether a part of a pipeline is a class of diffusers or transformers that does not load other classes."""
     if library is None:
         return True  # a missing optional part
     own = library == "diffusers" or hasattr(diffusers.pipelines, str(library))

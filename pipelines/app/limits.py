@@ -8,18 +8,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 class SmallRequests:
     """ASGI middleware that stops requests larger than the page or a client needs (413).
 
-    It refuses uploads of any size (403): nothing here takes a file.
+    It refuses all uploads (403): the page does not take files.
     """
 
     most = 64 * 1024
-    """Bytes."""
+    """The largest request, in bytes."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
-            await PlainTextResponse("Nothing can be uploaded here.", 403)(scope, receive, send)
+            await PlainTextResponse("Files cannot be uploaded here.", 403)(scope, receive, send)
             return
         taken = 0
 

@@ -1,6 +1,6 @@
-// What the page does by itself, in the browser.
+// What the page does in the browser, without the server.
 window.dg = {
-  // A picture of a batch goes on the stage.
+  // Puts a picture of a batch on the stage.
   put(button) {
     const stage = button.closest(".dg-stage"), [first, over] = stage.querySelectorAll(".dg-pair img");
     if (over) first.src = button.dataset.plain;
@@ -8,7 +8,7 @@ window.dg = {
     Object.assign(stage.querySelector(".dg-file"), { href: button.firstElementChild.src, download: button.dataset.name });
     stage.querySelectorAll(".dg-thumbs button").forEach((each) => each.setAttribute("aria-pressed", each === button));
   },
-  // The settings in a PNG that was made here; the file itself stays with its owner.
+  // Returns the settings in a PNG that was made here. The file stays in the browser.
   async settings(file) {
     const bytes = new DataView(await file.arrayBuffer()), text = new TextDecoder("latin1");
     const name = (at, length) => text.decode(new Uint8Array(bytes.buffer, at, length));
@@ -28,7 +28,7 @@ window.dg = {
     const said = input.parentNode.querySelector("output");
     let found = null;
     try { found = await dg.settings(input.files[0]); } catch (error) { found = null; }
-    if (!found) { said.textContent = "This file carries no settings of a picture made here."; return; }
+    if (!found) { said.textContent = "This file is not a picture that was made here: it does not carry settings."; return; }
     const plain = (value) => value === true ? "True" : value === false ? "False" : value === null ? "" : String(value);
     location.search = new URLSearchParams(Object.entries(found).map(([key, value]) => [key, plain(value)]));
   },
@@ -42,7 +42,7 @@ window.dg = {
     box.showModal();
   },
 };
-// Arrows move within a group of radio buttons, as everywhere else.
+// Arrow keys move within a group of radio buttons, as they do on other pages.
 document.addEventListener("keydown", (event) => {
   const by = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
   const radio = event.target;

@@ -46,26 +46,26 @@ from diffusers_guidance.policies import Forecast
 from diffusers_guidance.scales import text
 
 WAITING = 32
-"""How many may queue up."""
+"""How many jobs may wait in the queue."""
 VISITORS = 128
-"""How many pages the server keeps the last pictures of; older pages can no longer choose among theirs."""
+"""How many pages the server remembers, with their last pictures. Older pages can no longer go back to theirs."""
 
 REMEMBERED = 12
-"""How many results of a visit are kept, to go back to."""
+"""How many results of a visit are kept. A user can go back to them."""
 TURNS = 3
-"""How often each picture that the page opens with is made, for its seconds."""
+"""How often the first two pictures of the page are made, to measure their seconds."""
 
 TO_RESULT = """() => {
     if (innerWidth < 900) document.getElementById("status").scrollIntoView({behavior: "smooth"});
 }"""
-"""Where all is in one column, the result may be out of sight."""
+"""Scrolls to the result. If the page has one column, the result may be out of sight."""
 
 
 def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     """The whole page.
 
     Args:
-        welcome: whether it opens with pictures, generated now.
+        welcome: whether the page opens with pictures, which are generated now.
     """
     opening = welcomed(studio) if welcome else []
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -81,8 +81,8 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
 
 
 def welcomed(studio: Studio) -> list[Outcome]:
-    """What the page opens with: both uses beside plain CFG, on the same prompt and seed."""
-    finished(studio.generate(Generation(steps=2)))  # so that the times shown are those of a warm model
+    """Makes what the page opens with: both uses beside plain CFG, on the same prompt and seed."""
+    finished(studio.generate(Generation(steps=2)))  # warms the model up before the times that are shown
     first = finished(studio.generate(Generation(), turns=TURNS))
     return [first, finished(studio.generate(Generation(**PRESETS["High scale without burn"].settings())))]
 
@@ -91,7 +91,7 @@ def welcomed(studio: Studio) -> list[Outcome]:
 
 
 def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | None) -> Any:
-    """Returns the control of the prompt."""
+    """Lays out the tab "Generate", and returns the control of the prompt."""
     controls = Controls(Generation, studio.models, model)
     with gr.Row(elem_classes="dg-work"):
         with gr.Column(elem_classes="dg-ask", min_width=0):
@@ -144,7 +144,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
     values = [controls[name] for name in Generation.kinds()]
 
     def shown(outcome: Outcome, beside: Outcome | None) -> dict[Any, Any]:
-        """The page's parts for a finished piece of work, over its plain picture or a kept one."""
+        """Updates that show an outcome, beside its plain CFG picture or the kept outcome `beside`."""
         return {
             status: _said(outcome),
             stage: _stage(outcome, beside),
@@ -175,7 +175,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
         }
 
     def on_stop(last: Outcome | None, beside: Outcome | None, said: str) -> dict[Any, Any]:
-        """The earlier pictures in place of those not made yet."""
+        """Shows the last pictures again, instead of those that were cancelled."""
         if not app_show.is_progress(said):
             return {status: gr.skip()}
         pictures = app_show.empty("The picture comes here.") if last is None else _stage(last, beside)
@@ -202,7 +202,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
     )  # fmt: skip
 
     def on_select(before: list[Outcome], beside: Outcome | None, selected: gr.SelectData) -> dict[Any, Any]:
-        if selected.index >= len(before):  # the server no longer has this page's pictures
+        if selected.index >= len(before):  # the server has dropped this page's pictures
             return {status: gr.skip()}
         outcome = before[selected.index]
         return controls.put(outcome.settings) | shown(outcome, beside)
@@ -221,7 +221,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
     query = gr.Textbox(visible=False)
 
     def on_link(search: str) -> dict[Any, Any]:
-        """Puts in the settings that an address carries."""
+        """Shows the settings that an address carries."""
         given = {name: text for name, text in parse_qsl(search.lstrip("?"), keep_blank_values=True) if name[:2] != "__"}
         if not given:
             return {status: gr.skip()}
@@ -229,7 +229,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
             form = Generation.read(given)
         except ValueError as error:
             return {status: app_show.note(str(error))}
-        return controls.put(form) | {status: app_show.note("The settings of the link are in: press Generate.")}
+        return controls.put(form) | {status: app_show.note("The settings of the link are in place: press Generate.")}
 
     linked = page.load(on_link, query, [*values, status], js="() => location.search", queue=False, **on_page)
     follow(linked)
@@ -247,11 +247,12 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
 
 
 def _draw_the_schedule(controls: Controls) -> None:
-    """The scale over the steps as a curve, below its text."""
+    """Draws the scale over the steps as a curve, below its text."""
     drawn = gr.HTML(visible="hidden", padding=False, elem_id="schedule-curve")
 
     def draw(schedule: str, steps: int) -> Any:
-        told = app_curve.shown(schedule, steps)  # hidden, it stays on the page, so that it appears at once when needed
+        told = app_curve.shown(schedule, steps)
+        # An empty curve is hidden, but stays on the page, so that it can appear at once.
         return gr.update(value=told, visible=True if told else "hidden")
 
     for each in ("schedule", "steps"):
@@ -262,7 +263,7 @@ def _draw_the_schedule(controls: Controls) -> None:
 
 
 def _chips(control: Any, texts: Sequence[str]) -> Any:
-    """Texts to start from: one puts itself in, and starts the work."""
+    """Texts to start from. A click on a text enters it and starts the work."""
     return gr.Dataset(
         components=[control], samples=[[text] for text in texts], label="Try", type="values", elem_classes="dg-chips"
     )
@@ -276,7 +277,7 @@ def _said(outcome: Outcome) -> str:
 
 
 def _stage(outcome: Outcome, beside: Outcome | None = None) -> str:
-    """The pictures of a piece of work over those of plain CFG, or over a kept one."""
+    """The pictures of an outcome, compared with those of plain CFG, or with the kept outcome `beside`."""
     guided, words = outcome.guided.pictures, outcome.settings.prompt
     if beside is not None and beside is not outcome:
         left = f"kept: {_short(beside)}"
@@ -286,7 +287,7 @@ def _stage(outcome: Outcome, beside: Outcome | None = None) -> str:
 
 
 def _short(outcome: Outcome) -> str:
-    """Rule and policy in two words, CFG's being left to be understood."""
+    """The names of rule and policy, short; without CFG if a policy follows."""
     named = outcome.guided.name.removeprefix("CFG + ")
     return named.replace("EveryStep", "plain CFG").replace("AdaptiveGuidance", "AG")
 
@@ -302,10 +303,12 @@ def _thumbnails(seen: Sequence[Outcome]) -> list[tuple[str, str]]:
 
 
 def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> Callable[[Any], None]:
-    """Presets choose rule, policy, scale and knobs; these show what they are, and the preset they make, if any.
+    """Keeps presets and controls in step.
+
+    A preset sets rule, policy, scale and knobs. If these equal a preset, the page selects that preset.
 
     Returns:
-        What has the page follow after another event that sets them.
+        A function that makes the page follow another event, which sets these controls.
     """
     rule, policy = controls["rule"], controls["policy"]
     owners = {name: knob.owner for name, knob in knobs().items()}
@@ -319,8 +322,8 @@ def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> Call
         parts = kinds["rule"][rule], kinds["policy"][policy]
         return [*map(app_show.about, parts), *(gr.update(visible=owner in parts) for owner in owners.values())]
 
-    # In the browser itself, so that whoever presses the button in the next moment gets what was chosen.
-    models = [*controls.models.offered, ""]  # and what all others get
+    # This runs in the browser, so that a press of the button right after the choice already uses it.
+    models = [*controls.models.offered, ""]  # "" stands for all other models
     known = json.dumps({model: {name: each.settings(model) for name, each in PRESETS.items()} for model in models})
     names = json.dumps([*set_by])
     of_model = f'(known => known[model] ?? known[""])({known})'
@@ -328,7 +331,7 @@ def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> Call
         const wanted = {of_model}[name] ?? {{}};
         return {names}.map((each, i) => each in wanted ? wanted[each] : now[i]);
     }}"""
-    # At whatever scale: that of a preset is where to start from.
+    # The scale may differ: a preset only gives a scale to start from.
     recognise = f"""(model, ...now) => {{
         const is = (wanted, each, i) => !(each in wanted) || each == "guidance_scale" || wanted[each] === now[i];
         const found = Object.entries({of_model}).find(([_, wanted]) => {names}.every((each, i) => is(wanted, each, i)));
@@ -353,9 +356,10 @@ def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> Call
 
 
 def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: Any) -> None:
-    """
+    """Lays out the tab "Compare".
+
     Args:
-        prompt: that of the tab "Generate", taken over when this one is opened.
+        prompt: the prompt of the tab "Generate". This tab takes it over when it is opened.
     """
     controls = Controls(Grid, studio.models, model)
     with gr.Row(elem_classes="dg-work"):
@@ -379,7 +383,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
     on_page: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 
     def planned(*values: Any) -> dict[Any, Any]:
-        """The grid that would be made, before anybody waits for it."""
+        """Shows the empty grid that would be made."""
         downloads = {png: gr.update(visible=False), table: gr.update(visible=False)}
         try:
             form = controls.read(values)
@@ -401,7 +405,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
     )
     scaled = controls.follow_the_model(lambda model: {"scales": [suited(model).scale]})
     scaled.then(planned, controls.inputs, [status, grid, run, png, table], preprocess=False, **on_page)
-    # Once for each prompt: whoever writes another one here keeps it.
+    # Each prompt is taken over once: a prompt that the user writes here stays.
     tab.select(
         None, [prompt, controls["prompt"]], controls["prompt"], **on_page,
         js="(there, here) => there === dg.taken ? here : (dg.taken = there)",
@@ -410,7 +414,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
     @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         form = controls.read(values)
-        yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # they hold the last result
+        yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # these files hold the last result
 
         def so_far(news: News) -> dict[Any, Any]:
             done = news.so_far.results if news.so_far else []
@@ -432,7 +436,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
     _buttons(run, stop, on_run, controls, status, [grid, png, table], chosen)
 
     def compare(form: Grid) -> Iterator[Any]:
-        """Makes one prompt's picture under rules, policies and scales; returns a labelled grid and the figures."""
+        """Makes the picture of one prompt under rules, policies and scales; returns a labelled grid and the figures."""
         comparison = yield from quietly(studio.compare(form), 2)
         yield app_show.in_a_file(_grid_picture(form, comparison)).path, comparison.to_dict()
 
@@ -470,15 +474,15 @@ def benchmark_tab(studio: Studio, model: Any) -> None:
         with gr.Column(elem_classes="dg-result", min_width=0):
             status = gr.HTML(
                 padding=False,
-                value=app_show.note("How near every policy comes to full CFG, and for how many evaluations."),
+                value=app_show.note("This measures how near each policy comes to full CFG, and with how many NFEs."),
             )
-            frontier = gr.HTML(app_show.empty("The plot grows with every measured policy."), padding=False)
+            frontier = gr.HTML(app_show.empty("The plot comes here, and grows with every policy."), padding=False)
             table = gr.DownloadButton("Download JSON", visible=False, size="sm")
 
     @reporting(status)
     def on_run(*values: Any) -> Iterator[dict[Any, Any]]:
         form, points = controls.read(values), 0
-        yield {table: gr.update(visible=False)}  # it holds the last result
+        yield {table: gr.update(visible=False)}  # this file holds the last result
 
         def so_far(news: News) -> dict[Any, Any]:
             nonlocal points
@@ -490,7 +494,7 @@ def benchmark_tab(studio: Studio, model: Any) -> None:
 
         found = yield from relayed(studio.benchmark(form), so_far)
         yield {
-            status: app_show.note(f"{len(found)} ways of guiding, averaged over {counted(form.prompts, 'prompt')}."),
+            status: app_show.note(f"{len(found)} ways to guide, averaged over {counted(form.prompts, 'prompt')}."),
             frontier: app_show.frontier_html(found),
             table: gr.update(value=_json_file(app_work.figures(form, found), "benchmark.json"), visible=True),
         }
@@ -498,7 +502,7 @@ def benchmark_tab(studio: Studio, model: Any) -> None:
     _buttons(run, stop, on_run, controls, status, [frontier, table])
 
     def benchmark(form: Trial) -> Iterator[Any]:
-        """Measures policies against full CFG; returns the plot of fidelity over evaluations, and the figures."""
+        """Measures policies against full CFG; returns a plot of fidelity against NFEs, and the figures."""
         found = yield from quietly(studio.benchmark(form), 2)
         plot = app_show.to_picture(app_show.frontier_plot(found))
         app_work.label(plot, {"settings": {name: getattr(form, name) for name in form.kinds()}})
@@ -517,7 +521,7 @@ def benchmark_tab(studio: Studio, model: Any) -> None:
 def _buttons(
     run: Any, stop: Any, on_run: Callable, controls: Controls, status: Any, outputs: list[Any], after: Any = None
 ) -> None:
-    """The buttons that start and end a tab's work; it also starts after an event, if one is given."""
+    """Connects the buttons that start and cancel a tab's work. The event `after`, if given, starts it too."""
     event: dict[str, Any] = {
         "fn": on_run, "inputs": controls.inputs, "outputs": [status, *outputs], "preprocess": False,
         "show_progress_on": status, "api_visibility": "private", **ON_DEVICE,
@@ -532,7 +536,7 @@ def _buttons(
 
 
 def _json_file(values: dict[str, Any], name: str) -> str:
-    """A file among the app's outputs."""
+    """Writes a JSON file among the app's outputs."""
     content = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False).encode()
     return save_bytes_to_cache(content, name, get_upload_folder())
 
@@ -565,7 +569,7 @@ def launch(
         allowed_paths=[],
         state_session_capacity=VISITORS,
         app_kwargs={"middleware": [Middleware(SmallRequests), *tools]},
-        max_file_size="1kb",  # nothing here takes uploads
+        max_file_size="1kb",  # the page takes no uploads
         ssr_mode=False,
         pwa=False,
         css_paths=Path(__file__).with_name("page.css"),

@@ -31,11 +31,11 @@ def serve(
         typer.Option(
             help="A folder or a name on the Hugging Face hub that users may load, or * for all; safetensors "
             "only. Repeatable.",
-            show_default="only the bundled model",
+            show_default="only the bundled models",
         ),
     ] = None,
     own: Annotated[list[str] | None, typer.Option("--with", help=HELP, show_default="none")] = None,
-    mcp: Annotated[bool, typer.Option("--mcp", help="Be an MCP server as well.")] = False,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Serve as an MCP server too.")] = False,
     share: Annotated[bool, typer.Option("--share", help="Make a public address through gradio.live.")] = False,
 ) -> None:
     """Serve the page: generate, compare and benchmark with guidance."""
@@ -47,7 +47,7 @@ def serve(
     heed_termination()
     folder = tempfile.TemporaryDirectory(prefix="diffusers-guidance-", ignore_cleanup_errors=True)
     with _until_stopped(), folder as outputs:
-        os.environ["GRADIO_TEMP_DIR"] = outputs  # its own folder, so that other apps' files are out of reach
+        os.environ["GRADIO_TEMP_DIR"] = outputs  # a folder of its own keeps the files of other apps out of reach
         try:
             typer.echo("Loading the model, and making the pictures that the page opens with ...")
             from diffusers_guidance.pipelines.support.loading import quiet
@@ -69,31 +69,31 @@ def serve(
         try:
             wait_for_the_end()
         finally:
-            studio.device.stop()  # so that nothing writes into the folder any more
+            studio.device.stop()  # from here on nothing writes into the folder
             page.close(verbose=False)
 
 
 def wait_for_the_end() -> None:
-    """Waits until a signal comes; the page is served from threads of its own."""
+    """Waits until a signal comes. Other threads serve the page."""
     threading.Event().wait()
 
 
 @contextmanager
 def _until_stopped() -> Iterator[None]:
-    """Ends with one line and the signal's exit status, once what is inside has cleaned up."""
+    """Ends the process with one line and the signal's exit status, after the block has cleaned up."""
     try:
         yield
     except KeyboardInterrupt as ended:
-        typer.echo("stopped; no picture is left behind", err=True)
+        typer.echo("stopped; all pictures are deleted", err=True)
         end_at_once(status(ended))
 
 
 def _check_address(host: str, port: int) -> None:
-    """Refuses at once, by the options' names, an address where the page cannot listen."""
+    """Exits with an error that names the options if the page cannot listen at the address."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            if os.name == "posix":  # elsewhere it would allow ports in use
+            if os.name == "posix":  # on other systems it would allow ports in use
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The app's settings, each with its default, its limits and its words.
+"""The settings of the app, each with a default, limits, a label and a sentence about it.
 
-The page, the named API endpoints and the MCP tools are all built from the forms below. Pydantic checks every
-arriving value here and nowhere else. Names are looked up in fixed lists.
+The page, the API endpoints and the MCP tools are built from the forms below. Pydantic checks every value that arrives,
+here and nowhere else. Names are looked up in fixed lists.
 """
 
 import functools
@@ -30,7 +30,7 @@ from diffusers_guidance.scales import Given
 from diffusers_guidance.scales import checked as checked_scale
 
 BUNDLED = samples.MODEL.name
-"""The first of the models that come with the package (`samples.models`); the page starts with it."""
+"""The model that the page starts with: the first bundled one (`samples.models`)."""
 
 OWN = "the model's own"
 SCHEDULERS: dict[str, str | None] = {
@@ -45,48 +45,49 @@ SCHEDULERS: dict[str, str | None] = {
 
 
 def _usable(types: list[type], first: type) -> dict[str, type]:
-    """Those that need no arguments, by name."""
+    """The types that need no arguments, by name."""
     usable = [t for t in types if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(t))]
     found: dict[str, type] = {first.__name__: first}
     for each in usable:
-        found.setdefault(each.__name__, each)  # the package's own names stay its own
+        found.setdefault(each.__name__, each)  # a name of the package stays with the package's class
     return found
 
 
 def rules() -> dict[str, type[Rule]]:
-    """By name, those to choose from: CFG, the package's others, and those that were imported."""
+    """The rules to choose from, by name: CFG, the package's others, and imported ones."""
     return _usable(known_rules(), CFG)
 
 
 def policies() -> dict[str, Any]:
-    """Likewise the policies, Forecast first, and the ways that become one."""
+    """The policies to choose from, by name: Forecast, the others, and the ways (`WAYS`) that become a policy."""
     usable = _usable(known_policies(), Forecast)
     return usable | {each.__name__: each for each in WAYS if each.__name__ not in usable}
 
 
 EXAMPLES = suited(BUNDLED).examples
-"""Prompts to start from; the page opens with the first."""
+"""Prompts to start from. The page opens with the first."""
 
 SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.5, 9.0, 10.0, 12.0, 15.0, 18.0, 20.0, 25.0)
-"""To be compared."""
+"""The guidance scales that a comparison offers."""
 
 COMPARISONS = {
     "Ways to save": (("CFG",), ("Forecast", "EveryStep", "AdaptiveGuidance", "Hold", "FewerSteps"), ("scale",)),
-    "What takes the burn out": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance"), ("scale", "high")),
+    "What removes the burn": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance"), ("scale", "high")),
     "Rules at a high scale": (
         ("CFG", "APG", "CFGZeroStar", "MagnitudeAware", "TCFG"), ("EveryStep",), ("scale", "high"),
     ),
 }  # fmt: skip
-"""Rules, policies, and which scales of those that suit the model, to start from; the page opens with the first."""
+"""Comparisons to start from: rules, policies, and which of the scales that suit the model (`Suited`). The page opens
+with the first."""
 
 
 def comparison(name: str, model: str = BUNDLED) -> tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]]:
-    """One of `COMPARISONS` on a model."""
+    """The rules, policies and scales of one of `COMPARISONS` on a model."""
     rules, policies, scales = COMPARISONS[name]
     return rules, policies, tuple(getattr(suited(model), scale) for scale in scales)
 
 
-# Kinds of values; each says in words what it takes
+# Kinds of values; each says in words what values it takes
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Number:
     step: float = 1
     info: str = ""
     optional: bool = False
-    """Whether it may be empty, which is None."""
+    """Whether the value may be empty, which is None."""
 
     @property
     def whole(self) -> bool:
@@ -123,7 +124,7 @@ class Number:
 
     @property
     def words(self) -> str:
-        """What is wanted."""
+        """The values that it takes, in words."""
         words = ["a whole number" if self.whole else "a number"]
         if math.isfinite(self.low):
             words += [f"from {_plain(self.low)}", f"to {_plain(self.high)}" if math.isfinite(self.high) else "up"]
@@ -140,7 +141,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Side(Number):
-    """A picture's side; 0 is the model's own, and the model has its own limits."""
+    """A side of a picture, in pixels; 0 is the model's own. The limits also depend on the model (`work.sides_of`)."""
 
     @property
     def type(self) -> Any:
@@ -193,7 +194,7 @@ def _said(name: str, value: Any, wanted: str) -> str:
 
 
 def _plain(number: float) -> str:
-    """Every digit of a whole number, and no more than there are of another."""
+    """A number as text: every digit of a whole number, at most six digits of any other."""
     return str(int(number)) if number == int(number) else f"{number:g}"
 
 
@@ -201,34 +202,34 @@ F = TypeVar("F", bound="Form")
 
 
 class Setting(NamedTuple):
-    """One of a form's: what it is unless given, and what it takes."""
+    """A setting of a form: its default, and the kind of its values."""
 
     default: Any
     kind: Any
 
 
 def setting(default: Any, kind: Any | Callable[[], Any]) -> Any:
-    """A setting of a form, an attribute of its class; a kind that depends on what was imported is made when asked."""
+    """Declares a setting as an attribute of a form's class. A kind that depends on imports is given as a function."""
     return Setting(default, kind)
 
 
 class Form:
-    """Base of the forms: checks every setting when it is made."""
+    """Base of the forms. A form checks all settings when it is made."""
 
     def __init__(self, **given: Any):
         kinds = self.kinds()
         if unknown := given.keys() - kinds:
-            raise TypeError(f"{min(unknown)} is no setting: there are {', '.join(kinds)}")
+            raise TypeError(f"{min(unknown)} is not a setting: there are {', '.join(kinds)}")
         read: BaseModel = checked(_schema(type(self).__name__, tuple(kinds.items())), self.defaults() | given, _said)
         self.__dict__.update(read)
         self.check()
 
     def check(self) -> None:
-        """Refuses settings that do not go together."""
+        """Raises a `ValueError` if the settings do not go together."""
 
     @classmethod
     def settings(cls) -> dict[str, Setting]:
-        """All there are, by name."""
+        """All settings, by name."""
         own = {name: each for name, each in vars(cls).items() if isinstance(each, Setting)}
         return {name: Setting(each.default, _now(each.kind)) for name, each in own.items()}
 
@@ -242,11 +243,11 @@ class Form:
         return {name: each.default for name, each in cls.settings().items()}
 
     def values(self) -> dict[str, Any]:
-        """Every setting as it is here, by name."""
+        """The value of every setting, by name."""
         return dict(vars(self))
 
     def but(self: F, **changes: Any) -> F:
-        """A form with some settings changed."""
+        """A copy of this form with some settings changed."""
         return type(self)(**self.values() | changes)
 
 
@@ -273,59 +274,60 @@ class Knob(NamedTuple):
 
 KINDS: dict[str, dict[str, Any]] = {
     "APG": {
-        "momentum": Number("Momentum", -0.95, 0.95, 0.05, "Negative pushes away from past directions."),
-        "norm_threshold": Number("Norm threshold", 0, 100, 0.5, "Cap on the update; empty: no cap.", optional=True),
-        "eta": Number("Eta", 0, 1, 0.05, "Weight of the part that drives saturation."),
+        "momentum": Number("Momentum", -0.95, 0.95, 0.05, "A negative value pushes away from past directions."),
+        "norm_threshold": Number("Norm threshold", 0, 100, 0.5, "Cap on the update. Empty: not capped.", optional=True),
+        "eta": Number("Eta", 0, 1, 0.05, "Weight of the part of the update that raises saturation."),
         "reference_numel": None,
         "cfg_steps": None,
         "form": None,
     },
     "BetaCFG": {
-        "gamma": Number("Gamma", 0, 2, 0.05, "Power of the norm that guidance is divided by."),
+        "gamma": Number("Gamma", 0, 2, 0.05, "Guidance is divided by its norm to this power."),
         "a": Number("Alpha of the curve", 1, 10, 0.1),
         "b": Number("Beta of the curve", 1, 10, 0.1),
     },
     "TAG": {"eta": Number("Eta", 1, 3, 0.05, "Factor of the part across the sample; 1 is CFG.")},
     "ADG": {"most": Number("Largest angle", 0.05, 3, 0.05, "In radians.")},
     "MomentumGuidance": {
-        "alpha": Number("Alpha", 0, 5, 0.05, "How far to go on from the average; 0 is CFG."),
-        "beta": Number("Beta", 0, 0.95, 0.05, "How much of the average is kept."),
+        "alpha": Number("Alpha", 0, 5, 0.05, "How far to move on from the average; 0 is CFG."),
+        "beta": Number("Beta", 0, 0.95, 0.05, "The share of the average that each step keeps."),
     },
-    "CFG": {"rescale": Number("Rescale", 0, 1, 0.05, "Pulls the contrast back; 0 is off.")},
-    "CFGZeroStar": {"zero_init": Number("Zero steps", 0, 20, info="First steps that stand still.")},
-    "MagnitudeAware": {"alpha": Number("Alpha", 0, 50, 0.5, "How strongly far moves are damped; 0 is CFG.")},
+    "CFG": {"rescale": Number("Rescale", 0, 1, 0.05, "Pulls the contrast toward that without guidance; 0 is off.")},
+    "CFGZeroStar": {"zero_init": Number("Zero steps", 0, 20, info="First steps that do not move the sample.")},
+    "MagnitudeAware": {"alpha": Number("Alpha", 0, 50, 0.5, "How strongly large moves are damped; 0 is CFG.")},
     "AdaptiveGuidance": {
-        "threshold": Number("Threshold", 0.5, 1, 0.001, "Similarity from which guidance stops."),
-        "patience": Number("Patience", 1, 10, info="Steps in a row that must reach it."),
-        "space": OneOf("Space", ("denoised", "noise"), "The predictions that are compared."),
+        "threshold": Number("Threshold", 0.5, 1, 0.001, "Guidance stops at this similarity of both predictions."),
+        "patience": Number("Patience", 1, 10, info="The number of steps in a row that must reach the threshold."),
+        "space": OneOf("Space", ("denoised", "noise"), "The space in which both predictions are compared."),
     },
     "Interval": {
-        "start": Number("Start", 0, 1, 0.05, "Guide from this share of the steps."),
-        "stop": Number("Stop", 0, 1, 0.05, "Guide up to this share of the steps."),
+        "start": Number("Start", 0, 1, 0.05, "Guidance starts after this share of the steps."),
+        "stop": Number("Stop", 0, 1, 0.05, "Guidance stops after this share of the steps."),
         "by": None,
     },
-    "StepAG": {"p": Number("Share", 0.05, 1, 0.05, "Guide in this first share of the steps.")},
+    "StepAG": {"p": Number("Share", 0.05, 1, 0.05, "Guidance stops after this share of the steps.")},
     "Forecast": {
-        "save": Number("Save", 0, 0.75, 0.05, "The share of the evaluations to skip."),
+        "save": Number("Save", 0, 0.75, 0.05, "The share of the network evaluations to skip."),
         "nfe": None,
-        "learn": Flag("Learn", "The next picture is made in full and recorded; those after it go by what it showed."),
+        "learn": Flag("Learn", "The next picture is made in full and recorded. Later pictures use the record."),
     },
     "Search": {"budget": Number("Budget", 4, 200, 1, "Network evaluations of one picture.")},
     "Schedule": {"actions": Text("Actions", "A letter for each step: B, C, E or N.", 100)},
-    "FewerSteps": {"share": Number("Share of the steps", 0.1, 1, 0.05, "Those that are made.")},
+    "FewerSteps": {"share": Number("Share of the steps", 0.1, 1, 0.05, "The share that is made.")},
     "Hold": {
-        "period": Number("Period", 1, 10, info="Steps from one full evaluation to the next."),
-        "warmup": Number("Warm-up", 1, 20, info="First steps, evaluated in full."),
-        "last": Flag("The last step in full", "Periods count back from it."),
+        "period": Number("Period", 1, 10, info="The number of steps from one full evaluation to the next."),
+        "warmup": Number("Warm-up", 1, 20, info="The number of first steps, which are evaluated in full."),
+        "last": Flag("The last step in full", "Then the periods count back from the last step."),
     },
 }
-"""How fields of the package's own rules and policies are shown; None: not at all. Others follow from their types."""
+"""How the page shows the fields of the package's own rules and policies; None: it hides them. Other fields follow from
+their types."""
 
 
 def knobs() -> dict[str, Knob]:
-    """Those of all rules and policies, each with its owner's default.
+    """The knobs of all rules and policies, by name, each with its owner's default.
 
-    One goes by its field's name, or by its owner's and the field's where that name is another's already.
+    The name of a knob is that of its field. If that name is taken, the owner's name precedes it.
     """
     found: dict[str, Knob] = {}
     taken = {name for name, each in vars(Generation).items() if isinstance(each, Setting)}
@@ -338,16 +340,16 @@ def knobs() -> dict[str, Knob]:
 
 
 def knobs_of(owner: type) -> list[str]:
-    """The knobs that a rule or policy has; its other fields keep their defaults."""
+    """The names of a rule's or policy's knobs. Its other fields keep their defaults."""
     return [name for name, knob in knobs().items() if knob.owner is owner]
 
 
 def _fields(owner: type) -> dict[str, Setting]:
-    """A rule's or policy's own settings, by field."""
+    """The settings of a rule's or policy's knobs, by field."""
     shown = KINDS.get(owner.__name__, {}) if owner.__module__.split(".")[0] == __name__.split(".")[0] else {}
     try:
         hints: Mapping[str, Any] = get_type_hints(owner)
-    except NameError:  # of names for type checkers alone
+    except NameError:  # the hints have names that only type checkers know
         hints = {}
     found = {}
     for each in fields(owner):
@@ -361,7 +363,7 @@ def _fields(owner: type) -> dict[str, Setting]:
 
 
 def _kind(hint: Any, name: str, info: str) -> Any:
-    """What a field of that type takes; None where it is nothing that one can set here."""
+    """The kind of a field, from its type; None if the page cannot set it."""
     label = name.replace("_", " ").capitalize()
     given = [each for each in get_args(hint) if each is not NoneType]
     if get_origin(hint) is Literal and all(isinstance(each, str) for each in given):
@@ -376,7 +378,7 @@ def _kind(hint: Any, name: str, info: str) -> Any:
 
 
 def _told(owner: type, name: str) -> str:
-    """The first sentence of what its documentation's "Args" say of a field."""
+    """The first sentence about a field under "Args" in its owner's docstring."""
     said = re.search(
         rf"^\s*{name}: (.+?)(?:\.\s|\.?\n\s*\n|\.?\n\s*\w+: |\.?\s*$)", inspect.getdoc(owner) or "", re.M | re.S
     )
@@ -390,12 +392,12 @@ def _told(owner: type, name: str) -> str:
 
 PROMPT = Text("Prompt")
 NEGATIVE = Text("Negative prompt", "What the picture should not show.")
-SCALE = Number("Guidance scale", 1, 30, 0.5, "How strongly the prompt counts; 1 is no guidance.")
-SCHEDULE = Text("Scale over the steps", 'Instead of one scale, such as "linear(9, 3)" or "3x5+7"; empty: one.', 200)
+SCALE = Number("Guidance scale", 1, 30, 0.5, "How strongly the prompt counts; 1 is without guidance.")
+SCHEDULE = Text("Scale over the steps", 'Replaces the scale: "linear(9, 3)" or "3x5+7". Empty: one scale.', 200)
 STEPS = Number("Steps", 1, 100)
 SCHEDULER = OneOf("Scheduler", tuple(SCHEDULERS))
 SEED = Number("Seed", 0, 2**32 - 1)
-MODEL = Text("Model", "A folder or a name on the Hugging Face hub, from those this server allows.", 300)
+MODEL = Text("Model", "A bundled model, or a folder or a name on the Hugging Face hub that this server allows.", 300)
 
 
 class Generation(Form):
@@ -409,13 +411,13 @@ class Generation(Form):
     scheduler: str = setting(OWN, SCHEDULER)
     seed: int = setting(0, SEED)
     random_seed: bool = setting(False, Flag("New seed every time"))
-    batch_size: int = setting(1, Number("Pictures", 1, 8, info="Seeds count up from the first."))
+    batch_size: int = setting(1, Number("Pictures", 1, 8, info="Their seeds count up from this seed."))
     width: int = setting(0, Side("Width", 0, 2048, 8, "0: the model's own."))
     height: int = setting(0, Side("Height", 0, 2048, 8, "0: the model's own."))
-    rule: str = setting("CFG", lambda: OneOf("Rule", tuple(rules()), "How both predictions of a step become one."))
-    policy: str = setting("Forecast", lambda: OneOf("Policy", tuple(policies()), "Which of them each step evaluates."))
+    rule: str = setting("CFG", lambda: OneOf("Rule", tuple(rules()), "How the two predictions of a step become one."))
+    policy: str = setting("Forecast", lambda: OneOf("Policy", tuple(policies()), "Which of the two a step evaluates."))
     compare_with_plain: bool = setting(
-        True, Flag("Compare with plain CFG", "The same seed again, for the slider, the seconds and the dB.")
+        True, Flag("Compare with plain CFG", "Also makes the seed with plain CFG, for the slider, seconds and dB.")
     )
     model: str = setting(BUNDLED, MODEL)
 
@@ -431,12 +433,12 @@ class Generation(Form):
         self.make_policy()
 
     def settled(self) -> "Generation":
-        """These settings with their seed drawn, if it was to be."""
+        """These settings; with `random_seed`, a copy with a drawn seed."""
         return self.but(seed=random.randrange(2**32), random_seed=False) if self.random_seed else self
 
     @property
     def scale(self) -> Given:
-        """The guidance scale, or its schedule where there is one."""
+        """The schedule of the guidance scale if there is one, else the guidance scale."""
         return self.schedule or self.guidance_scale
 
     @property
@@ -448,7 +450,7 @@ class Generation(Form):
         return [Case(self.prompt, seed, self.negative_prompt or None) for seed in self.seeds]
 
     def make_rule(self, pipe: Any) -> Rule:
-        """The chosen rule with its knobs. Of APG, what is no knob here is as the model, or `APG.preset`, has it."""
+        """The chosen rule with its knobs. APG's other fields are what suits the model, or those of `APG.preset`."""
         if self.rule != APG.__name__:
             return self._with_knobs(rules()[self.rule]())
         return self._with_knobs(suited(self.model).apg if self.model in samples.models() else APG.preset(pipe))
@@ -458,25 +460,25 @@ class Generation(Form):
 
     @property
     def steps_made(self) -> int:
-        """Those of the run: a way may make fewer than asked for."""
+        """The number of steps that the run makes. A way may make fewer than `steps`."""
         made = self.make_policy()
         return made.steps(self.steps) if isinstance(made, Way) else self.steps
 
     @classmethod
     def read(cls, written: Mapping[str, str]) -> "Generation":
-        """The settings in an address: texts, which are numbers and yes or no where those are wanted.
+        """Reads the settings in an address. Their values are texts, also those of numbers and flags.
 
         Raises:
-            ValueError: one is none of ours, or has no such value.
+            ValueError: a name is not a setting, or its value is not allowed.
         """
         kinds = cls.kinds()
         if unknown := sorted(written.keys() - kinds):
-            raise ValueError(f"The address has {unknown[0]!r}: there are {', '.join(kinds)}.")
+            raise ValueError(f"The address has {unknown[0]!r}, which is not a setting: there are {', '.join(kinds)}.")
         return cls(**{name: _read(kinds[name], text) for name, text in written.items()})
 
     @property
     def address(self) -> str:
-        """A query that carries these settings; `read` takes it apart again. Defaults are left to the page."""
+        """A query with these settings, for `read`. It skips those that equal the page's defaults."""
         first = self.defaults()
         used = {*knobs_of(rules()[self.rule]), *knobs_of(policies()[self.policy])}
         unused = {*knobs()} - used
@@ -492,7 +494,7 @@ class Generation(Form):
 
 
 def _read(kind: Any, text: str) -> Any:
-    """A value of that kind as it is written in an address; what is none stays a text, and is refused as such."""
+    """Reads a value of that kind from an address. A text that is not such a value stays a text; the form refuses it."""
     if isinstance(kind, Number):
         try:
             return float(text) if text else None
@@ -502,14 +504,15 @@ def _read(kind: Any, text: str) -> Any:
 
 
 class Preset(NamedTuple):
-    """A pair to start from, and the guidance scale that it is for; rule and scale go by what suits the model."""
+    """A rule, a policy and a guidance scale to start from. Rule and scale depend on what suits the model."""
 
     rule: Callable[[Suited], Rule]
     policy: Policy
     guidance_scale: Callable[[Suited], float]
 
     def settings(self, model: str = BUNDLED) -> dict[str, Any]:
-        """What it sets: both names, the scale, the knobs of both; of APG its own defaults on a model of one's own."""
+        """What the preset sets: the names of rule and policy, their knobs, and the scale. On a user's model APG has its
+        defaults."""
         suits = suited(model)
         rule, scale = self.rule(suits), self.guidance_scale(suits)
         names = {"rule": type(rule).__name__, "policy": type(self.policy).__name__}
@@ -531,11 +534,11 @@ PRESETS = {
     "Both": Preset(_apg, Forecast(0.25), lambda suits: 1.5 * suits.scale),
     "Plain CFG": Preset(_cfg, EveryStep(), lambda suits: suits.scale),
 }
-"""What to start from; the page opens with the first."""
+"""Presets to start from. The page opens with the first."""
 
 
 def as_preset(part: Rule | Policy) -> dict[str, Any]:
-    """The knobs that make this of a rule or policy; whether Forecast learns is for the user to switch."""
+    """The knobs of this rule or policy, with its values. It skips `learn`, which the user switches."""
     own = {name: knob for name, knob in knobs().items() if knob.owner is type(part) and knob.field != "learn"}
     return {name: getattr(part, knob.field) for name, knob in own.items()}
 
@@ -560,7 +563,7 @@ class Grid(Form):
     model: str = setting(BUNDLED, MODEL)
 
     most = 24
-    """Pictures in a grid."""
+    """The most pictures in a grid."""
 
     def check(self) -> None:
         if not self.prompt:
@@ -574,12 +577,12 @@ class Grid(Form):
 
     @property
     def count(self) -> int:
-        """Of the pictures."""
+        """The number of pictures in the grid."""
         return len(self.rules) * len(self.policies) * len(self.scales) + len(self.written)
 
     @property
     def written(self) -> list[Column]:
-        """The columns of one's own. A server's files are no user's business: only bundled calibrations go by name."""
+        """The columns that the user wrote. They can name bundled calibrations, but not files of the server."""
         lines = [line.strip() for line in self.columns.splitlines() if line.strip()]
         return [Column.parse(line, beside=None) for line in lines]
 
@@ -587,9 +590,9 @@ class Grid(Form):
 class Trial(Form):
     """One press of the button "Run benchmark"."""
 
-    prompts: int = setting(3, Number("Prompts", 1, 6, info="How many of the bundled prompts to average over."))
+    prompts: int = setting(3, Number("Prompts", 1, 6, info="The number of bundled prompts to average over."))
     guidance_scale: float = setting(5.0, SCALE)
-    steps: int = setting(20, Number("Steps", 4, 50, info="Of the full run that all others are measured against."))
+    steps: int = setting(20, Number("Steps", 4, 50, info="Steps of the full run. All others are compared with it."))
     scheduler: str = setting(OWN, SCHEDULER)
     seed: int = setting(0, SEED)
     model: str = setting(BUNDLED, MODEL)

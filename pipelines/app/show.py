@@ -34,58 +34,58 @@ from diffusers_guidance.report import StepReport
 from diffusers_guidance.steps import Action
 
 INK = "#123457"
-"""Represents the colour of the page's text; no other colour may equal it."""
+"""Stands for the colour of the page's text. No other colour may equal it."""
 
 
 @functools.cache
 def _parts() -> Any:
-    """The macros of `parts.html`, which escape their arguments."""
+    """The macros of `parts.html`. They escape their arguments."""
     filters = {"counted": counted, "data_uri": data_uri, "decibels": _decibels, "breakable": _breakable}
     return template(__package__, "parts.html", **filters).module
 
 
 def head(opening: Sequence[Outcome] = ()) -> str:
-    """The page's opening: what it is for, each use beside plain CFG with the same prompt and seed."""
+    """The top of the page: both uses, each beside plain CFG with the same prompt and seed."""
     return str(_parts().head(opening))
 
 
 def progress_bar(news: News) -> str:
-    """A job's progress."""
+    """The progress of a job, as a bar."""
     return str(_parts().progress_bar(news))
 
 
 def is_progress(html: str) -> bool:
-    """Whether it is a `progress_bar`, so that something is running."""
+    """Whether this is a `progress_bar`: then a job is running."""
     return "<progress" in (html or "")
 
 
 def note(text: str, address: str = "", warning: str = "", lesson: str = "") -> str:
-    """One quiet line.
+    """One line of status.
 
     Args:
         address: a query that carries the settings.
-        warning: the end of the prompt that was not read.
-        lesson: what was learned.
+        warning: the end of the prompt that the model did not read.
+        lesson: what Forecast learned.
     """
     return str(_parts().note(text, address, warning, lesson))
 
 
 def picture_file() -> str:
-    """Where a picture that was made here gives its settings back; the file stays in the browser."""
+    """The control that reads the settings from a picture that was made here. The file stays in the browser."""
     return str(_parts().picture_file())
 
 
 def numbers(outcome: Outcome) -> str:
-    """What a picture cost and how near it is, beside plain CFG."""
+    """The cost of a picture and its likeness to plain CFG's."""
     return str(_parts().numbers(outcome))
 
 
 def stage(pairs: Sequence[tuple[Image.Image | None, Image.Image]], left: str, right: str, words: str) -> str:
-    """The pictures, each over its reference, with a slider between them and links to their files.
+    """The pictures, each over its reference, with a slider between the two and links to the files.
 
     Args:
-        pairs: the reference, or none, and the picture.
-        left, right: what they are.
+        pairs: a reference or None, and a picture.
+        left, right: names of the reference and of the picture.
         words: what the pictures show.
     """
     shown = [tuple(None if each is None else in_a_file(each) for each in pair) for pair in pairs]
@@ -102,12 +102,12 @@ class Shown(NamedTuple):
 
     @property
     def url(self) -> str:
-        """Relative to the page."""
+        """The address of the file, relative to the page."""
         return f"gradio_api/file={quote(self.path)}"
 
 
 def in_a_file(picture: Image.Image) -> Shown:
-    """A picture as a file of its own name, written once; again where it was cleaned away since."""
+    """Writes a picture into a file. If the file still exists, it is not written again."""
     shown: Shown | None = picture.info.get("shown")
     if shown is None or not Path(shown.path).exists():
         name = f"{file_name(picture)}.png"
@@ -117,17 +117,17 @@ def in_a_file(picture: Image.Image) -> Shown:
 
 
 def forming(picture: Image.Image, words: str) -> str:
-    """A picture as it is denoised."""
+    """A picture while it is denoised."""
     return str(_parts().forming(picture, words))
 
 
 def about(part: type) -> str:
-    """What a rule or policy is: the first sentence of its documentation."""
+    """What a rule or policy is: the first sentence of its docstring."""
     sentence = re.split(r"(?<=\.)\s", inspect.getdoc(part) or "")[0]
     if part is LinearAG:
         sentence += (
-            f" It is fitted where there is a calibration for model, scheduler, steps and scale "
-            f"({', '.join(bundled_calibrations())}); otherwise it holds the last difference. The result says which."
+            f" It is fitted to a calibration if there is one for model, scheduler, steps and scale "
+            f"({', '.join(bundled_calibrations())}). Otherwise it holds the last difference. The result says which."
         )
     return str(_parts().about(re.split("`([^`]+)`", sentence)))
 
@@ -148,12 +148,12 @@ class Mark(NamedTuple):
 
 
 KINDS = {
-    "both": "both evaluated",
-    "repaid": "both evaluated, and the error of the skipped steps before repaid",
-    "held": "the one with the prompt evaluated, the other estimated",
-    "stopped": "guidance stopped: only the one with the prompt evaluated",
+    "both": "both predictions evaluated",
+    "repaid": "both evaluated; they repay the error of the skipped steps before",
+    "held": "the prediction with the prompt evaluated, the other estimated",
+    "stopped": "guidance stopped: only the prediction with the prompt evaluated",
     "skipped": "skipped: nothing evaluated",
-    "alone": "no guidance: one prediction",
+    "alone": "without guidance: one prediction",
 }
 
 
@@ -171,7 +171,7 @@ def _mark(step: StepReport, row: int) -> Mark:
 
 
 def strip(outcome: Outcome) -> str:
-    """A run, step by step: what was evaluated, with the similarity of both predictions and the scale drawn over it."""
+    """A run as a strip: what each step evaluated. Curves over it show similarity and scale."""
     steps = outcome.guided.reports[0].steps
     rows = max((len(step.evaluated) for step in steps), default=0)
     marks = [[_mark(step, row) for step in steps] for row in range(rows)]
@@ -180,12 +180,12 @@ def strip(outcome: Outcome) -> str:
     kinds = [kind for kind in KINDS if any(mark.kind == kind for row in marks for mark in row)]
     counts = {kind: sum(mark.kind == kind for mark in marks[0]) for kind in kinds}
     lines = [_line("similarity", similarity, "", "how far the predictions with and without the prompt agree")]
-    lines += [_line("scale", scales, "", "effective guidance scale: CFG at that scale would push as far")]
+    lines += [_line("scale", scales, "", "effective guidance scale: at this scale CFG would push as far")]
     return str(_parts().strip(marks, {kind: KINDS[kind] for kind in kinds}, counts, [each for each in lines if each]))
 
 
 class Line(NamedTuple):
-    """A curve over the steps, in a box as wide as there are steps and 100 high."""
+    """A curve over the steps. Its box is 100 high, and as wide as the number of steps."""
 
     name: str
     points: str
@@ -205,14 +205,14 @@ def _line(name: str, points: Sequence[tuple[int, float]], unit: str, words: str)
 
 
 def frontier_plot(rows: Sequence[Measured]) -> Figure:
-    """Fidelity to full CFG against its cost; further up and to the left is better. What is our own is drawn heavier."""
+    """Fidelity to full CFG against NFEs. Up and to the left is better. This package's policies are drawn heavier."""
     figure = Figure(figsize=(7.0, 4.1), layout="constrained")
     axes = plane(figure)
     rivals = {row.series for row in rows} - {*OURS}
     draw(axes, rows[1:], rivals, full=rows[0].nfe if rows else None)
     if rows:
         measured = [row.psnr for row in rows[1:] if row.psnr < EQUAL]
-        # From the first point on, a plot of its final size.
+        # The axes have their final size from the first point on.
         axes.set(
             xlim=(0.4 * rows[0].nfe, 1.03 * rows[0].nfe), ylim=(min([15, *measured]) - 1, max([55, *measured]) + 2)
         )
@@ -238,7 +238,7 @@ def _plot(svg: str, caption: str) -> str:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """A figure as inline SVG in the page's font and colour, light or dark."""
+    """A figure as inline SVG, in the page's font and its light or dark colour."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(INK)
@@ -276,11 +276,11 @@ class Laid(NamedTuple):
     places: list[tuple[int, int]]
     """(row, column) of each picture, in the order in which they are made."""
     own: dict[tuple[int, int], str]
-    """What is written under pictures that no row and column names."""
+    """The name of each column that the user wrote, which stands under its picture."""
 
 
 def _layout(grid: Grid) -> Laid:
-    """Several scales run across, else the longer of rules and policies; columns of one's own come below."""
+    """Several scales run across, else the longer of rules and policies. Columns that the user wrote come below."""
     several = len(grid.policies) > 1
     pairs = [f"{rule} + {policy}" if several else rule for policy in grid.policies for rule in grid.rules]
     if len(grid.scales) > 1:
@@ -305,7 +305,7 @@ def _caption(result: Result) -> tuple[str, str]:
 
 
 def grid_html(grid: Grid, results: Sequence[Result]) -> str:
-    """The pictures made so far, in their places."""
+    """The grid with the pictures so far."""
     laid = _layout(grid)
     done = zip(laid.places, results, strict=False)
     cells = {place: (result, laid.own.get(place, ""), *_caption(result)) for place, result in done}
@@ -313,7 +313,7 @@ def grid_html(grid: Grid, results: Sequence[Result]) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A name that may break where its words meet, and before its arguments."""
+    """A name that can break between its words, and before its arguments."""
     return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])|(?=\()", name))
 
 
@@ -331,7 +331,7 @@ def _grid_plot(grid: Grid, comparison: Comparison) -> Figure:
     shortened = textwrap.shorten(grid.prompt, 40 * len(columns), placeholder=" …")
     scale = f", scale {grid.scales[0]:g}" if len(grid.scales) == 1 else ""
     title = f"{shortened}\nseed {grid.seed}, {counted(grid.steps, 'step')} of {comparison.scheduler}{scale}"
-    figure.suptitle(title, fontsize="small", parse_math=False)  # a prompt may hold dollars
+    figure.suptitle(title, fontsize="small", parse_math=False)  # a prompt may have dollar signs
     places = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes in places.flat:
         axes.set_axis_off()

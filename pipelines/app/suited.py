@@ -1,6 +1,6 @@
-"""What suits each bundled model: its scales, its APG, and prompts that it draws well. All else follows from the model.
+"""What suits each bundled model: scales, settings of APG, and prompts that it draws well.
 
-Each figure is measured: scales and APG's settings by `benchmarks/apart.py`, in docs/results.
+`benchmarks/apart.py` measured the scales and APG's settings; the figures are in docs/results.
 """
 
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from diffusers_guidance.rules import APG
 
 @dataclass(frozen=True)
 class Suited:
-    """Where the page starts on a model; by default, on one of the user's own."""
+    """Where the page starts on a model. The defaults are for a user's model."""
 
     scale: float = 5.0
-    """The scale of CFG that shows best what is asked for."""
+    """The scale at which CFG shows best what the prompt asks for."""
     high: float = 15.0
-    """One at which CFG burns."""
+    """A scale at which CFG burns."""
     apg: APG = field(default_factory=APG)
-    """APG's settings at that scale."""
+    """APG's settings at the high scale."""
     examples: tuple[str, ...] = ("a dog face, noto style", "a hamburger, 3d style", "a red apple, flat style",
                                  "a pizza, noto style", "a cat face, noto style", "a rocket, noto style")  # fmt: skip
     """Prompts to start from."""
@@ -28,5 +28,5 @@ _KNOWN = {"emoji": Suited(apg=APG.preset("emoji")), "emoji-flow": Suited(apg=APG
 
 
 def suited(model: str) -> Suited:
-    """What suits a model, by its name."""
+    """What suits the model of this name."""
     return _KNOWN.get(model, Suited()) if model in samples.models() else Suited()

@@ -1,4 +1,4 @@
-"""The app as an MCP server: tools with few parameters. A picture is an image block, its figures are structured."""
+"""The app as an MCP server: tools with few parameters. Pictures are image blocks, their figures are structured."""
 
 import base64
 from collections.abc import Callable, Generator
@@ -43,19 +43,19 @@ Prompt = Annotated[
 ]
 Seed = Annotated[int, Field(description="The same seed gives the same picture.")]
 Steps = Annotated[int, Field(description="Steps of the scheduler, 1 to 100.")]
-Model = Annotated[str, Field(description=f"One of {', '.join(samples.models())}, or one that the server allows.")]
+Model = Annotated[str, Field(description=f"One of {', '.join(samples.models())}, or a model that the server allows.")]
 Scheduler = Annotated[str, Field(description=f"One of: {', '.join(SCHEDULERS)}.")]
 Ways = Annotated[
     list[str],
     Field(
-        description="Rule + policy @ scale, or either: CFG, APG+AG@12, Forecast(0.4), Hold(2), "
-        'search(25, calibration="dpm-20-5"); default is what attach(pipe) chooses.'
+        description="Rule + policy @ scale, or a part of it: CFG, APG+AG@12, Forecast(0.4), Hold(2), "
+        'search(25, calibration="dpm-20-5"). "default" is what attach(pipe) chooses.'
     ),
 ]
 
 
 class Made(BaseModel):
-    """A picture's cost."""
+    """A picture's settings and cost."""
 
     prompt: str
     seed: int
@@ -63,36 +63,36 @@ class Made(BaseModel):
     policy: str
     guidance_scale: float | str
     steps: int
-    nfe: int = Field(description="Network evaluations made.")
-    nfe_full: int = Field(description="Those of plain classifier-free guidance.")
+    nfe: int = Field(description="The network evaluations of the run.")
+    nfe_full: int = Field(description="The network evaluations of plain CFG.")
     seconds: float
     saturation: float = Field(description="0 is grey, 1 is burnt.")
     unread: str = Field(description="The end of the prompt that the model does not read.")
-    link: str = Field(description="A query of the page that carries these settings.")
+    link: str = Field(description="A query of the page, with these settings.")
 
 
 class Compared(BaseModel):
-    """What each column of a grid cost, and its PSNR to plain guidance at its scale."""
+    """What each column of a grid cost, and its PSNR to plain CFG at the same scale."""
 
     columns: list[dict[str, Any]]
 
 
 class Measured(BaseModel):
-    """What every way of saving costs, and how near it comes to full guidance; `ratio` is that of their seconds."""
+    """What each policy costs, and how near it comes to full CFG. `ratio` is its seconds over those of full CFG."""
 
     rows: list[dict[str, Any]]
     recommended: str
 
 
 def make_server(studio: Studio, host: str) -> FastMCP:
-    """The server with its tools; each call is a job like a visitor's, and waits for its turn like one."""
+    """The server with its tools. Each call is a job that waits for its turn, like a visitor's."""
     server = FastMCP("diffusers-guidance", host=host, stateless_http=True, log_level="WARNING")
     waiting = [0]
 
     async def done(start: Callable[[], Generator[News, None, R]], context: Context) -> R:
-        """Follows a job to its end, and tells the client how far it is."""
+        """Follows a job to its end, and tells the client its progress."""
         if waiting[0] >= WAITING:
-            raise ToolError("Too many are waiting: try again in a minute.")
+            raise ToolError("Too many calls are waiting. Try again in a minute.")
         waiting[0] += 1
         work: Generator[News, None, R] | None = None
         try:
@@ -113,27 +113,27 @@ def make_server(studio: Studio, host: str) -> FastMCP:
     async def generate(
         context: Context,
         prompt: Prompt = EXAMPLES[0],
-        want: Annotated[Literal[tuple(PRESETS)], Field(description="What guidance is for.")] = FIRST,  # type: ignore[valid-type]
-        guidance_scale: Annotated[float | None, Field(description="Default: the one that `want` is for.")] = None,
+        want: Annotated[Literal[tuple(PRESETS)], Field(description="What you want from guidance.")] = FIRST,  # type: ignore[valid-type]
+        guidance_scale: Annotated[float | None, Field(description="Default: the scale of `want`.")] = None,
         seed: Seed = 0,
         steps: Steps = 20,
-        policy: Annotated[str, Field(description=f"Instead of that of `want`: {_policies()}.")] = "",
+        policy: Annotated[str, Field(description=f"Replaces the policy of `want`: {_policies()}.")] = "",
         knobs: Annotated[
             dict[str, float | str | bool | None] | None,
-            Field(description='Of the rule and the policy, such as {"save": 0.4}; {"schedule": "linear(9, 3)"}.'),
+            Field(description='Of rule and policy: {"save": 0.4}. Other settings too: {"schedule": "linear(9, 3)"}.'),
         ] = None,
         negative_prompt: Annotated[str, Field(description="What the picture should not show.")] = "",
         scheduler: Scheduler = OWN,
         model: Model = BUNDLED,
     ) -> Annotated[CallToolResult, Made]:
-        """Makes a picture from a prompt, with guidance that takes less time or bears a high scale."""
+        """Makes a picture from a prompt, with guidance that takes less time or does not burn at a high scale."""
         with _told():
             wanted = PRESETS[want].settings(model) | (knobs or {})
             wanted |= {"policy": policy} if policy else {}
             wanted |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
             unknown = wanted.keys() - Generation.kinds()
             if unknown:
-                raise ValueError(f"knobs: there is no {min(unknown)}.")
+                raise ValueError(f"knobs: {min(unknown)} is not a setting: there are {', '.join(Generation.kinds())}.")
             settings = Generation(
                 **wanted, prompt=prompt, seed=seed, steps=steps, negative_prompt=negative_prompt, scheduler=scheduler,
                 model=model, compare_with_plain=False,
@@ -154,13 +154,13 @@ def make_server(studio: Studio, host: str) -> FastMCP:
         context: Context,
         prompt: Prompt = EXAMPLES[0],
         ways: Ways = ["CFG", "default", "Forecast(0.45)", "CFG@15", "AG@15"],  # noqa: B006
-        guidance_scale: Annotated[float, Field(description="Of those that name none.")] = 5.0,
+        guidance_scale: Annotated[float, Field(description="The scale of columns that do not name one.")] = 5.0,
         seed: Seed = 0,
         steps: Steps = 20,
         scheduler: Scheduler = OWN,
         model: Model = BUNDLED,
     ) -> Annotated[CallToolResult, Compared]:
-        """Makes one prompt's picture in several ways of guiding, side by side, with the cost of each."""
+        """Makes the picture of one prompt under several rules and policies, side by side, with the cost of each."""
         with _told():
             form = Grid(
                 prompt=prompt, rules=[], policies=[], scales=[guidance_scale], columns="\n".join(ways), seed=seed,
@@ -175,13 +175,13 @@ def make_server(studio: Studio, host: str) -> FastMCP:
     @server.tool()
     async def benchmark(
         context: Context,
-        prompts: Annotated[int, Field(description="How many of the bundled prompts, 1 to 6.")] = 1,
-        guidance_scale: Annotated[float, Field(description="Of all runs.")] = 5.0,
+        prompts: Annotated[int, Field(description="The number of bundled prompts, 1 to 6.")] = 1,
+        guidance_scale: Annotated[float, Field(description="The scale of all runs.")] = 5.0,
         steps: Steps = 20,
         scheduler: Scheduler = OWN,
         model: Model = BUNDLED,
     ) -> Annotated[CallToolResult, Measured]:
-        """Measures how near every way of saving evaluations comes to full guidance; takes a minute or more."""
+        """Measures how near each policy comes to full CFG, and with how many evaluations. Takes a minute or more."""
         with _told():
             form = Trial(prompts=prompts, guidance_scale=guidance_scale, steps=steps, scheduler=scheduler, model=model)
         rows = await done(lambda: studio.benchmark(form), context)
@@ -199,7 +199,7 @@ def _policies() -> str:
 
 
 def _next(work: Generator[News, None, R]) -> News | tuple[R]:
-    """The next news, or the result in a tuple; `StopIteration` does not cross threads."""
+    """The next news, or a tuple with the result: `StopIteration` does not cross threads."""
     try:
         return next(work)
     except StopIteration as stopped:
@@ -208,7 +208,7 @@ def _next(work: Generator[News, None, R]) -> News | tuple[R]:
 
 @contextmanager
 def _told() -> Any:
-    """Errors as their sentences alone, as on the page."""
+    """Shows an error as its sentence alone, like the page."""
     try:
         with sentences():
             yield
@@ -226,11 +226,11 @@ def _answer(picture: Image.Image, figures: BaseModel, said: str) -> CallToolResu
 
 
 class Served:
-    """ASGI middleware that answers at `PATH`, and keeps the server's sessions as long as the app runs."""
+    """ASGI middleware that answers at `PATH`. It keeps the server's sessions as long as the app runs."""
 
     def __init__(self, app: ASGIApp, server: FastMCP):
         self.app = app
-        server.streamable_http_app()  # makes its sessions
+        server.streamable_http_app()  # makes the session manager
         self.sessions = server.session_manager
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Ways to save that the app offers beside the policies: they need a calibration, or other steps, to become one."""
+"""Ways to save evaluations that the app offers beside the policies. A way becomes a policy for the run at hand."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,23 @@ from diffusers_guidance.schedules import closed_form
 from diffusers_guidance.steps import Action
 
 LETTERS = {"B": Action.BOTH, "C": Action.CONDITIONAL, "E": Action.EXTRAPOLATE, "N": Action.NEITHER}
-"""How a step's action is written in a schedule."""
+"""How a schedule writes a step's action."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """Base of the ways; each has defaults for all of its fields, and is shown like a policy."""
+    """Base of the ways. All fields of a way have defaults. The page shows it like a policy."""
 
     def policy(self, calibration: Calibration | None) -> Policy:
-        """What it comes down to, on a model with this calibration for the run's settings."""
+        """The policy for a run.
+
+        Args:
+            calibration: the model's calibration for the settings of the run, if there is one.
+        """
         return EveryStep()
 
     def steps(self, asked: int) -> int:
-        """How many steps it makes of those asked for."""
+        """The number of steps that the run makes if `asked` were asked for."""
         return asked
 
 
@@ -39,15 +43,15 @@ class Search(Way):
     def policy(self, calibration: Calibration | None) -> Policy:
         if calibration is None:
             raise ValueError(
-                "Search needs a calibration for the model, scheduler, steps and scale. There are "
-                f"{', '.join(bundled_calibrations())}: choose one of these settings, or another policy."
+                "Search needs a calibration for the model, scheduler, steps and scale. There are calibrations for "
+                f"{', '.join(bundled_calibrations())}: choose the settings of one of these, or another policy."
             )
         return closed_form(calibration, self.budget)
 
 
 @dataclass(frozen=True)
 class Schedule(Way):
-    """What each step evaluates, in your own letters: B both, C conditional, E conditional and extrapolated, N neither.
+    """What each step evaluates, as letters: B both, C conditional, E conditional and extrapolated, N neither.
 
     Args:
         actions: A letter for each step. N needs a calibration, as Search does.
@@ -66,10 +70,10 @@ class Schedule(Way):
 
 @dataclass(frozen=True)
 class FewerSteps(Way):
-    """Every step in full, but fewer of them: what saving has to beat.
+    """Every step in full, but fewer steps: every policy has to beat this.
 
     Args:
-        share: Of the steps that are made.
+        share: The share of the steps that is made.
     """
 
     share: float = 0.75

@@ -1,4 +1,4 @@
-"""The work behind the app's three buttons: generate, compare, benchmark. It knows pipelines, not pages."""
+"""The work behind the app's three buttons: generate, compare, benchmark. It does not know the page."""
 
 import functools
 import inspect
@@ -63,7 +63,7 @@ class News:
 
 
 class Tell(Progress, Protocol):
-    """A `Progress` that can also show something; raises `Stopped` once nobody waits."""
+    """A `Progress` that can also show pictures and results. It raises `Stopped` once nobody waits."""
 
     def __call__(
         self, what: str, done: int, total: int, /, pictures: list[Image.Image] | None = None, so_far: Any = None
@@ -75,7 +75,7 @@ class Tell(Progress, Protocol):
 
 @dataclass
 class Learned:
-    """What the runs of one visit taught about a model, and the settings of those runs."""
+    """What Forecast learned about a model in one visit, and the settings of the runs that it learned from."""
 
     model: str
     calibration: Calibration
@@ -84,26 +84,26 @@ class Learned:
 
 @dataclass
 class Outcome:
-    """The result of "Generate": pictures of the chosen pair, of plain CFG if wanted, and the code."""
+    """The result of "Generate": pictures under the chosen rule and policy, under plain CFG if wanted, and the code."""
 
     settings: Generation
     guided: Result
     plain: Result | None
     code: str
     ratios: list[float] = field(default_factory=list)
-    """Seconds over those of plain CFG, of every turn that made both."""
+    """For each turn, the seconds over those of plain CFG."""
     learned: Learned | None = None
-    """What Forecast knows from now on, if it learns."""
+    """What Forecast has learned after this run, if it learns."""
     strengths: dict[int, list[float]] = field(default_factory=dict)
-    """By step that predicted both, the effective guidance scale of every picture (`effective.Strength`)."""
+    """The effective guidance scale of each picture (`effective.Strength`), by step; only steps that evaluated both."""
     unread: str = ""
     """The end of the prompt that the model does not read."""
     psnr: float | None = None
-    """To plain CFG's pictures in dB, as decoded; the mean over pictures."""
+    """PSNR to plain CFG's pictures in dB, as decoded; the mean over pictures."""
 
     @property
     def nfe_full(self) -> int:
-        """Network evaluations of plain CFG, with all of the steps."""
+        """The network evaluations of plain CFG in all steps."""
         return round(self.guided.nfe_full * self.settings.steps / self.settings.steps_made)
 
     @property
@@ -112,25 +112,25 @@ class Outcome:
 
     @property
     def ratio(self) -> float | None:
-        """The median of the turns' ratios."""
+        """The median of `ratios`."""
         return statistics.median(self.ratios) if self.ratios else None
 
     @property
     def lesson(self) -> str:
-        """What Forecast learned in this run, or went by, in a sentence; nothing where it does not learn."""
+        """A sentence about what Forecast learned in this run, or used in it; empty if it does not learn."""
         if self.learned is None:
             return ""
         note = self.guided.reports[0].steps[0].note
         if self.learned.lessons[-1:] == [self.settings]:
             levels = len(self.learned.calibration.motions[-1].levels)
             return (
-                f"Learned: this picture was made in full, and showed how the model's predictions move over {levels} "
-                "noise levels. The next pictures go by it."
+                f"Forecast learned: this picture was made in full. It showed how the predictions change over {levels} "
+                "noise levels. The next pictures use this."
             )
         return f"This picture was {note}." if note.startswith("forecast") else note
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the pictures, as plain JSON types."""
+        """Everything but the pictures, as plain JSON types."""
         plain = {"plain": _measured(self.plain), "ratio": self.ratio, "psnr": self.psnr} if self.plain else {}
         full = {"nfe_full": self.nfe_full, "saved": self.saved}
         reports = {"report": self.guided.reports[0].to_dict()}
@@ -154,11 +154,11 @@ def _measured(result: Result) -> dict[str, Any]:
 def generate(
     pipe: DiffusionPipeline, settings: Generation, tell: Tell, learned: Learned | None = None, turns: int = 1
 ) -> Outcome:
-    """Runs the pipeline under the chosen rule and policy, and by itself if the settings ask for that.
+    """Runs the pipeline under the chosen rule and policy. If the settings ask for that, it also runs plain CFG.
 
     Args:
-        learned: what Forecast goes by if it learns; of another model, it does not count.
-        turns: how often to make both, in turns, so that the ratio of their seconds says something on a busy machine.
+        learned: what Forecast has learned so far. If it is of another model, it is not used.
+        turns: how often to make both, in turns. More turns give a better ratio of the seconds on a busy machine.
     """
     plain_pair = CFG(), EveryStep()
     learned = learned if learned is not None and learned.model == settings.model else None
@@ -190,7 +190,7 @@ def generate(
             label(picture, {"settings": made, "nfe": result.nfe, "nfe_full": result.nfe_full})
     likeness = None if plain is None else float(psnr(guided.floats, plain.floats).mean())
     for result in filter(None, (guided, plain)):
-        result.decoded.clear()  # a visit keeps its pictures as they are shown
+        result.decoded.clear()  # a visit keeps only the pictures that are shown
     learns = isinstance(pair[1], Forecast) and pair[1].learn
     if learns and guided.calibration is not None and guided.calibration is not pair[1].calibration:
         before = [] if learned is None else learned.lessons
@@ -202,7 +202,7 @@ def generate(
 
 
 def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell, *observers: Any) -> Result:
-    """One watched call of the pipeline."""
+    """Calls the pipeline once, and tells its progress."""
     steps = settings.steps if name.startswith("Plain") else settings.steps_made
 
     def watch(step: Step, prediction: Prediction | None, guided: Tensor) -> None:
@@ -217,7 +217,7 @@ def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, te
 
 
 def policy_of(pipe: Any, settings: Generation, learned: Learned | None = None) -> Policy:
-    """The chosen policy; what goes by a calibration gets a bundled one that fits exactly, or what was learned."""
+    """The chosen policy. One that uses a calibration gets a bundled one that fits exactly, or the learned one."""
     made = settings.make_policy()
     if isinstance(made, Way):
         return made.policy(_calibration_for(pipe, settings))
@@ -234,7 +234,7 @@ def _calibration_for(pipe: Any, settings: Generation) -> Calibration | None:
 
 
 def fitting_calibration(pipe: Any, settings: Generation | Trial) -> str | None:
-    """The name of the bundled calibration for the model, scheduler, steps and scale, if there is one."""
+    """The name of the bundled calibration for the model, scheduler, steps and scale, or None."""
     if settings.model not in samples.models():
         return None
     asked = {"num_inference_steps": settings.steps, "guidance_scale": settings.guidance_scale}
@@ -246,7 +246,7 @@ def fitting_calibration(pipe: Any, settings: Generation | Trial) -> str | None:
 
 @functools.cache
 def _calibrated() -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """Pipeline, scheduler and call of every bundled calibration."""
+    """The pipeline, scheduler and call of each bundled calibration, by its name."""
     made = {name: Calibration.load(calibration_file(name)) for name in bundled_calibrations()}
     return {
         name: (each.setting["pipeline"], each.setting["scheduler"]["class"], each.call) for name, each in made.items()
@@ -254,14 +254,14 @@ def _calibrated() -> dict[str, tuple[str, str, dict[str, Any]]]:
 
 
 def estimates(policy: Policy) -> str:
-    """The substitute for evaluations that LinearAG skips, in words beside its name."""
+    """How LinearAG estimates the predictions that it skips, as words after its name; empty for other policies."""
     if not isinstance(policy, LinearAG):
         return ""
     return ", held" if policy.calibration is None else ", fitted"
 
 
 def sides_asked(pipe: Any, settings: Generation) -> dict[str, Any]:
-    """The sides that the settings name."""
+    """The width and height that the settings name, if they fit the model."""
     asked = {name: getattr(settings, name) for name in ("width", "height") if getattr(settings, name)}
     sides = sides_of(pipe)
     for name, side in asked.items():
@@ -273,7 +273,7 @@ def sides_asked(pipe: Any, settings: Generation) -> dict[str, Any]:
 
 
 def sides_of(pipe: Any) -> range:
-    """The widths and heights, in pixels, allowed here for a pipeline's pictures: from half to twice its own."""
+    """The widths and heights that the app allows for a pipeline, in pixels: from half to twice its own."""
     own = max(own_size(pipe) or (1024,))
     return range(own // 16 * 8, 2 * own + 1, 8)
 
@@ -314,7 +314,7 @@ def reproduce(pipe: Any, settings: Generation, learned: Learned | None = None) -
     lines += [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
     lines += [f"handle = attach(pipe, rule={_written(rule, settings.schedule)}, policy={written})"]
     if lessons:
-        lines += ["# Made in full before: what they showed is what the pictures below go by."]
+        lines += ["# Forecast learns from these runs, and uses them for the pictures below."]
         for lesson in lessons:
             lines += ["pipe(", *_call_lines(pipe, lesson), ")"]
     lines += ["images = pipe(", *_call_lines(pipe, settings)]
@@ -324,7 +324,7 @@ def reproduce(pipe: Any, settings: Generation, learned: Learned | None = None) -
 
 
 def _call_lines(pipe: Any, settings: Generation) -> list[str]:
-    """The arguments of the call that makes these pictures, a line each."""
+    """The arguments of the call that makes these pictures, one a line."""
     known = inspect.signature(type(pipe).__call__).parameters
     scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
     asked = {"num_inference_steps": settings.steps_made, scale: settings.guidance_scale}
@@ -339,12 +339,12 @@ def _call_lines(pipe: Any, settings: Generation) -> list[str]:
 
 
 def _is_ours(kind: type) -> bool:
-    """Whether it comes with the package."""
+    """Whether a class comes with the package."""
     return kind.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _argument(value: Any) -> str:
-    """An argument of a call as code; a text for each picture is the same for all."""
+    """An argument of a call as code. A list has the same text for each picture."""
     if isinstance(value, list):
         text = json.dumps(value[0], ensure_ascii=False)
         return text if len(value) == 1 else f"[{text}] * {len(value)}"
@@ -361,16 +361,16 @@ def _written(part: Any, schedule: str = "") -> str:
 
 
 class Cell(NamedTuple):
-    """A picture of a grid to make."""
+    """A picture of a grid that is to be made."""
 
     column: Column
     steps: int
 
 
 def cells_of(pipe: Any, grid: Grid) -> list[Cell]:
-    """One per picture, scales within rules within policies, then the columns of one's own.
+    """One cell for each picture: by policy, then rule, then scale; then the columns that the user wrote.
 
-    APG is as in the presets.
+    APG has the settings of the presets.
     """
     asked = {"steps": grid.steps, "model": grid.model, "scheduler": grid.scheduler} | as_preset(suited(grid.model).apg)
     chosen = [
@@ -387,7 +387,7 @@ def cells_of(pipe: Any, grid: Grid) -> list[Cell]:
 
 
 def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
-    """The pictures of the grid; after each one, tells all made so far."""
+    """Makes the pictures of the grid. After each one it tells all results so far."""
     comparison: Comparison | None = None
     with scheduled(pipe, SCHEDULERS[grid.scheduler]):
         cells = cells_of(pipe, grid)
@@ -409,20 +409,20 @@ def compare_grid(pipe: DiffusionPipeline, grid: Grid, tell: Tell) -> Comparison:
 
 @dataclass(frozen=True)
 class Measured(Row):
-    """A measured way of guiding."""
+    """A measured policy."""
 
     ratio: float = 1.0
-    """Its seconds over those of full CFG, made right before and right after it."""
+    """Its seconds over the mean of the two runs of full CFG right before and right after it."""
 
 
 OURS = (FORECAST, SEARCH)
-"""Series that are this package's own; the others are from papers, and what saves by itself."""
+"""The series of this package's policies. The others are policies from papers, and plain CFG in fewer steps."""
 
 
 def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Measured]:
-    """Network evaluations against fidelity to full CFG, for every way of saving them; the first row is full CFG's.
+    """Measures the network evaluations of each policy, and its fidelity to full CFG. The first row is full CFG.
 
-    Every way takes its turn between two of full CFG, whose seconds are what its own are measured by.
+    Each policy runs between two runs of full CFG, and its seconds are a ratio to theirs.
     """
     prompts = read_lines(samples.PROMPTS)[: trial.prompts]
     rows: list[Measured] = []
@@ -451,7 +451,7 @@ def benchmark(pipe: DiffusionPipeline, trial: Trial, tell: Tell) -> list[Measure
 
 
 def recommended(rows: Sequence[Measured]) -> tuple[Measured, Measured | None, Measured | None] | None:
-    """The default, and of what evaluates no more the best of others' ways and the best searched schedule."""
+    """The default; the best policy from elsewhere with at most as many evaluations; the best such searched schedule."""
     default = next((row for row in rows if row.label == DEFAULT), None)
     if default is None:
         return None
@@ -464,12 +464,12 @@ def recommended(rows: Sequence[Measured]) -> tuple[Measured, Measured | None, Me
 
 
 def figures(trial: Trial, rows: Sequence[Measured]) -> dict[str, Any]:
-    """What the benchmark measured, as plain JSON types."""
+    """The settings and results of the benchmark, as plain JSON types."""
     return {"settings": trial.values(), "rows": [asdict(row) for row in rows]}
 
 
 def _part_of(tell: Tell, what: str, number: int, count: int, steps: int, so_far: Any) -> Progress:
-    """The progress of run `number` of `count`, each as long as this one."""
+    """The progress of run `number` of `count`, as if all runs were as long as this one."""
 
     def progress(_: str, done: int, total: int, /) -> None:
         total = max(total, steps)
@@ -479,7 +479,7 @@ def _part_of(tell: Tell, what: str, number: int, count: int, steps: int, so_far:
 
 
 class Preview:
-    """Decodes denoised latents into small pictures, in at most a fifth of a run's time."""
+    """Decodes denoised latents into small pictures. It takes at most a fifth of a run's time."""
 
     largest = 384
 
@@ -496,7 +496,7 @@ class Preview:
         vae: Any = getattr(self.pipe, "vae", None)
         factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
         if factor is None or vae.config.latent_channels != denoised.shape[1]:
-            return None  # packed, or in another form of its own
+            return None  # the latents are packed, or have another form
         latents = denoised / factor + (getattr(vae.config, "shift_factor", None) or 0)
         decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         pictures = self.pipe.image_processor.postprocess(decoded, output_type="pil")
@@ -508,11 +508,11 @@ class Preview:
 
 
 def unread(pipe: Any, prompt: str) -> str:
-    """The end of a prompt that the pipeline's text encoder does not read; nothing where it reads all of it."""
+    """The end of a prompt that the pipeline's text encoder does not read; empty if it reads the whole prompt."""
     names = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
     tokenizers = [each for name in names if (each := getattr(pipe, name, None)) is not None] or [None]
     asked = parameters(type(pipe), "__call__").get("max_sequence_length")
-    # Where the call says how much is read it says so to the last encoder, which reads the most.
+    # `max_sequence_length` of the call is the limit of the last encoder, which reads the most.
     tokenizer = tokenizers[-1] if isinstance(asked, int) else tokenizers[0]
     most = asked if isinstance(asked, int) else getattr(tokenizer, "model_max_length", 10**9)
     if tokenizer is None or most > 10**6:
@@ -522,12 +522,12 @@ def unread(pipe: Any, prompt: str) -> str:
         return ""
     if not tokenizer.is_fast:
         return str(tokenizer.decode(told.input_ids[most - 1 :], skip_special_tokens=True)).strip()
-    start = told.offset_mapping[most - 1][0]  # the last token that is read marks the end
+    start = told.offset_mapping[most - 1][0]  # the model reads an end token in its place
     return prompt[prompt.rfind(" ", 0, start + 1) + 1 :].strip()
 
 
 def file_name(picture: Image.Image, what: str = "") -> str:
-    """A name for a picture's file, without its ending: what it shows, and its seed."""
+    """A name for a picture's file, without the suffix: words of the prompt, the seed, and `what`."""
     made = json.loads(picture.info.get("diffusers-guidance", "{}")).get("settings", {})
     words = re.findall(r"\w+", str(made.get("prompt", "")).lower())
     short = "-".join(words)[:48].rstrip("-") or "picture"
@@ -535,17 +535,17 @@ def file_name(picture: Image.Image, what: str = "") -> str:
 
 
 def label(picture: Image.Image, facts: dict[str, Any]) -> None:
-    """Adds its settings to a picture, as PNG metadata once it is saved.
+    """Adds facts to a picture. When the picture is saved as PNG, they are in its metadata.
 
-    The current time makes every file different: Gradio names files by their content, and would overwrite
-    one that is being sent to somebody else.
+    The current time makes every file different. Gradio names files by their content: it would overwrite a file that is
+    being sent to somebody else.
     """
     made = {"version": version("diffusers-guidance"), "made": datetime.now(timezone.utc).isoformat()}
     picture.info["diffusers-guidance"] = json.dumps(made | facts)
 
 
 class Studio:
-    """The work above, one job at a time on one device."""
+    """Does the work of this file, one job at a time on one device."""
 
     def __init__(self, allow_models: Sequence[str] = ()):
         self.models = Models(allow_models)

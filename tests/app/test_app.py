@@ -457,7 +457,7 @@ def test_the_scale_over_the_strip_is_the_one_that_guides(pipe):
 def test_what_it_learned_is_said_and_gone_by(pipe, tmp_path, monkeypatch):
     asked = {"steps": 6, "learn": True, "save": 0.4}
     first = made(pipe, prompt="a tiger", **asked)
-    assert first.guided.nfe == 12 and "6 noise levels" in first.lesson and first.lesson.startswith("Learned")
+    assert first.guided.nfe == 12 and "6 noise levels" in first.lesson and first.lesson.startswith("Forecast learned")
     settings = Generation(**asked, compare_with_plain=False)
     second = app_work.generate(pipe, settings, lambda *news, **seen: None, first.learned)
     assert second.guided.nfe < 12 and second.lesson.startswith("This picture was forecast from 1 run at 6 noise levels")
@@ -1046,7 +1046,7 @@ def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_p
         assert list(tmp_path.glob("diffusers-guidance-*"))
         app.terminate()
         assert app.wait(600) == 143
-        assert app.stdout.read().splitlines()[-1] == "stopped; no picture is left behind"
+        assert app.stdout.read().splitlines()[-1] == "stopped; all pictures are deleted"
     assert first.startswith(f"The page is at http://127.0.0.1:{port}/")
     assert not list(tmp_path.glob("diffusers-guidance-*"))
 
