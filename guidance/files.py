@@ -1,21 +1,48 @@
 """Files that are whole or not there at all."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`; a kill in the middle leaves what was there before."""
+    """Writes `content` to `path`; a kill in the middle, or a full disk, leaves what was there before."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
+    with about(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            os.replace(part, path)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Adds `content` to the end of a file, and waits until it is on the disk; of a failed try nothing stays.
+
+    A kill in the middle may leave a part of it.
+    """
+    with about(path), path.open("ab") as file:
+        before = file.tell()
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                file.close()  # which tries to write the rest once more
+            os.truncate(path, before)
+            raise
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Has errors of the system say that they are about this file, not a part of it, or nothing."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:  # about the file that is wanted, not the part of it
+        yield
+    except OSError as error:
         if error.errno is None:
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -6,13 +6,12 @@ pictures. So an interruption leaves only finished cells, and the next call does 
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers_guidance.files import write
+from diffusers_guidance.files import append, write
 from diffusers_guidance.pipelines.bench.cells import Done, run_cell
 from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.support.loading import fingerprint
@@ -140,7 +139,4 @@ class Results:
         return record
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.file, json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")

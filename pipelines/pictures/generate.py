@@ -221,7 +221,7 @@ def generate(
 
     progress = progress or silent
     done = 0
-    progress("generating", done, len(jobs))
+    progress("generating", sum(found(part) or 0 for part in batches), len(jobs))
     for _, count in resumed(work, batches, found, keep, on_ray=on_ray, resources=resources):
         done += count
         progress("generating", done, len(jobs))
