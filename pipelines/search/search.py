@@ -67,7 +67,7 @@ def search(
     fidelity = Fidelity(pipe, prompts, [seed], **calibration.call, **arguments)
     about = {"calibration": calibration.digest, "fit": repr(fit), "prompts": list(prompts), "seed": seed}
     record = None if path is None else Record(Path(path), about | {"arguments": repr(arguments)}, CalibrationMismatch)
-    known = (record and record.read() or {}).get("psnr", {})
+    known = ((record and record.read()) or {}).get("psnr", {})
 
     def measure(schedule: Schedule) -> float:
         progress("schedules", next(numbers), total)

@@ -4,7 +4,10 @@ A policy plans a step, for every sample of the batch on its own, from what the r
 the last two steps evaluated in full. It keeps nothing itself, so a run never sees the one before it.
 """
 
+import os
 from dataclasses import dataclass
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads leave their core free
 
 import torch
 from diffusers import StableDiffusionPipeline

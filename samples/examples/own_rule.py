@@ -8,7 +8,10 @@ As a linear combination of (X, c, d, m) that is one line of algebra on inner pro
 it where there is no GPU, Triton compiles it into its kernels where there is one. Under any policy, on any pipeline.
 """
 
+import os
 from dataclasses import dataclass
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads leave their core free
 
 import torch
 from diffusers import StableDiffusionPipeline

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from diffusers_guidance import Calibration, files, samples
+from diffusers_guidance import Calibration, files
 from diffusers_guidance.pipelines.bench.run import Results
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.shell.common import Bar
@@ -156,10 +156,10 @@ def test_a_signal_in_the_middle(name, number, code, here, heeded, told):
         assert told()[heard] >= 1  # it begins with what is there
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk(name, here, monkeypatch):
-    """The first write finds room, and of the second half: as a disk does it, the error names no file."""
-    writes, real, appended = [], Path.write_bytes, files.append
+    """The first write finds room, and half of the second; as of a real disk, the error names no file."""
+    writes, real = [], Path.write_bytes
 
     def fill(path, content):
         writes.append(path)
@@ -244,7 +244,3 @@ def test_a_kill_in_the_middle_of_the_benchmark(here):
     done = run("bench")
     assert done.exit_code == 0, done.output
     assert pieces("bench", whole(here / "out")) == 5
-
-
-def test_the_bundled_model_is_what_these_run_on():
-    assert samples.MODEL.is_dir()
