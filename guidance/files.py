@@ -33,7 +33,8 @@ def append(path: Path, content: bytes) -> None:
         except BaseException:
             with suppress(OSError):
                 file.close()  # which tries to write the rest once more
-            os.truncate(path, before)
+            with suppress(OSError):
+                os.truncate(path, before)
             raise
 
 

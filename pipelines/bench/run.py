@@ -58,15 +58,17 @@ def bench(
         return _keep(results, out, key(cell), cell, done)
 
     def do(cells: Sequence[Cell], at_once: int | None = None) -> None:
-        for cell in cells[:1]:
-            progress(f"{cell.kind}: {cell.column}", len(mine), total)
+        left = [cell for cell in cells if results.found(key(cell)) is None]
+        had = len(mine) + len(cells) - len(left)
+        for cell in left[:1]:
+            progress(f"{cell.kind}: {cell.column}", had, total)
         found = resumed(
             work, cells, lambda cell: results.found(key(cell)), keep,
             on_ray=on_ray, resources=resources, at_once=at_once,
         )  # fmt: skip
         for cell, record in found:
             mine.append(record)
-            progress(f"{cell.kind}: {cell.column}", len(mine), total)
+            progress(f"{cell.kind}: {cell.column}", max(had, len(mine)), total)
 
     do(suite.effective_cells())
     strength = {(r["scheduler_asked"], r["column"]): r.get("guidance_scale") for r in mine}

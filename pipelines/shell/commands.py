@@ -170,8 +170,7 @@ def search_command(
             raise ValueError("--nfe or --error: say how many network evaluations a picture may take, or its error")
         made = Calibration.load(calibration_file(calibration))
         real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts))) if refine else None
-        texts = None if real is None else real[1]
-        path = _kept(keep, "json", made.digest, texts)
+        path = _kept(keep, "json", made.digest, real and real[1])
         found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, path=path, progress=progress)
     _print_schedule(found)
     typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
@@ -205,7 +204,9 @@ def search_nas_command(
         from diffusers_guidance.pipelines.support.loading import load
 
         texts = read_lines(prompts)
-        asked = dict(num_inference_steps=steps, guidance_scale=scale, iterations=iterations, batch_size=batch)
+        asked: dict[str, Any] = {
+            "num_inference_steps": steps, "guidance_scale": scale, "iterations": iterations, "batch_size": batch,
+        }  # fmt: skip
         path = _kept(keep, "safetensors", model, scheduler, device, dtype, texts, nfe, asked)
         found = search_nas(load(model, scheduler, device, dtype), texts, nfe, **asked, path=path, progress=progress)
     _print_schedule(found)

@@ -225,7 +225,7 @@ def test_launches_and_memory_of_a_search(fit):
 )
 def test_memory_kept_from_step_to_step(rule, policy, most, dtype):
     untouched, _ = run(dtype)
-    meter, report = run(dtype, rule, policy)
+    meter, report = run(dtype, rule, policy, None)
     kept = [now - max(untouched.kept) for now in meter.kept]
     print(kept, max(meter.peak) - max(untouched.peak))
     assert max(kept) <= most
