@@ -28,7 +28,7 @@ class Rival(Forecast):
         if not self.is_even:
             return super().pattern(count, table, branches)
         evaluations = sum(super().pattern(count, table, branches))
-        chosen = {round(i * (count - 1) / (evaluations - 1)) for i in range(evaluations)}
+        chosen = {round(i * (count - 1) / max(evaluations - 1, 1)) for i in range(evaluations)}
         return tuple(i in chosen for i in range(count))
 
     def kept(self, step: Step, guided: Tensor) -> Tensor:

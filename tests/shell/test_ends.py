@@ -241,7 +241,7 @@ def test_a_kill_in_the_middle_of_the_benchmark(here):
     lines = (here / "out" / "results.jsonl").read_bytes().splitlines()
     assert len(lines) in (3, 4)
     had = len(Results(here / "out" / "results.jsonl").cells)
-    assert had == 2 and "stopped" not in killed.stderr
+    assert had == 2 and "whole" not in killed.stderr
     done = run("bench")
     assert done.exit_code == 0, done.output
     assert pieces("bench", whole(here / "out")) == 5
