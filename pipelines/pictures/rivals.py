@@ -71,7 +71,7 @@ class TaylorSeer(Rival):
                 new.append((new[j] - factor) / (i - before))  # type: ignore[operator]
             factors, before = new, i
         away = step.index - max(known)
-        return sum(factor * away**j / math.factorial(j) for j, factor in enumerate(factors))  # type: ignore[return-value]
+        return sum(factor * away**j / math.factorial(j) for j, factor in enumerate(factors))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Spectrum(Rival):
         weights = fitted @ torch.linalg.solve(gram, wanted)
         curve = sum(float(w) * known[i] for w, i in zip(weights, steps, strict=True))
         line = TaylorSeer.estimate_of(TaylorSeer(nfe=self.nfe), step, known)
-        return 0.5 * curve + 0.5 * line  # type: ignore[operator]
+        return 0.5 * curve + 0.5 * line
 
 
 @dataclass(frozen=True)
