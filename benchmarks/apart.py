@@ -1,24 +1,27 @@
-"""What APG does by itself at a high scale, and what stopping guidance does: docs/results/apart/*.json and .md.
+"""Measures APG alone at a high scale, and stopping guidance alone: docs/results/apart/*.json and .md.
 
-    python benchmarks/apart.py [emoji] [emoji-flow]
+    python benchmarks/apart.py [emoji] [emoji-flow] [--choosing 128] [--judging 400] [--coarse]
 
 1. The scale of CFG at which the nearest real picture shows the requested thing most often: the best scale, w.
-2. Where the burn comes from: 3 w in a third of the steps alone, w in the others.
+2. Where the burn comes from: 3 w in one third of the steps, w in the others.
 3. What the cap does: the mean norm of the update d at each step of CFG at 3 w, in denoised space.
 4. Settings of APG at 3 w with every step guided, chosen on calibration prompts.
-5. The chosen ones beside CFG, each with every step guided and with AG, on things that no calibration prompt names.
+5. The chosen settings beside CFG, each with every step guided and with AG, on things that no calibration prompt names.
+6. The chosen settings between both scales, for the plot.
 
-20 steps of the model's own kind of scheduler. It resumes after an interruption, and replaces another model's results.
+It takes 20 steps of the model's own kind of scheduler. It resumes after an interruption, and replaces the results of
+another model or of other numbers of pictures. With `--coarse` the grid of 4. has 12 settings instead of 33.
 """
 
+import argparse
 import itertools
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from bundled import prompts
+from matplotlib import pyplot
 from torch import Tensor
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Prediction, Rule, Step, samples
@@ -31,13 +34,13 @@ from diffusers_guidance.pipelines.support.loading import fingerprint, load
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "apart"
 MODELS = {"emoji": "DPMSolverMultistepScheduler", "emoji-flow": None}
-"""The bundled models, and the scheduler in place of their own."""
+"""The bundled models, and the schedulers that replace their own."""
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 15)
 STEPS, BATCH = 20, 16
 CHOOSING, JUDGING = 1000, 2000
-"""Seeds; each picture has the next one."""
+"""The first seeds; each further picture has the next one."""
 ROOM = 0.05
-"""How far the saturation may be from that of the best scale."""
+"""How far the saturation may be from that at the best scale."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Part(CFG):
 
 @dataclass
 class Norms:
-    """An observer of the update's norm in denoised space, step by step."""
+    """An observer of the update's norm in denoised space at each step."""
 
     by_step: dict[int, list[float]] = field(default_factory=dict)
 
@@ -74,20 +77,35 @@ GRID = tuple(
 ) + tuple(APG(eta=0.0, momentum=0.0, norm_threshold=norm_threshold) for norm_threshold in (2.5, 3.0, 4.0))
 
 
-class Model:
-    """A bundled model, what is asked of it, and the rows measured so far."""
+COARSE = tuple(
+    APG(eta=eta, momentum=momentum, norm_threshold=norm_threshold)
+    for eta, momentum, norm_threshold in itertools.product((0.5, 1.0), (0.0, -0.5), (1.5, 2.25, 3.0))
+)
 
-    def __init__(self, name: str):
+
+class Model:
+    """A bundled model, its prompts, and the rows measured so far.
+
+    Args:
+        choosing, judging: the most pictures of a row.
+        grid: settings of APG to choose among.
+    """
+
+    def __init__(self, name: str, choosing: int, judging: int, grid: tuple[APG, ...]):
         torch.set_num_threads(1)
-        folder = samples.MODEL.parent / name
-        self.name, self.pipe = name, load(str(folder), MODELS[name], "cpu")
+        self.name, self.pipe, self.grid = name, load(name, MODELS[name], "cpu"), grid
         self.retrieval = Retrieval.load(samples.MODEL / Retrieval.FILE)
         chosen = [text for text in prompts(samples.CALIBRATION_PROMPTS) if self.retrieval.concept(text)]
         named = {self.retrieval.concept(text) for text in chosen}
         others = sorted({*self.retrieval.concepts} - named)
-        self.choosing = [Case(text, CHOOSING + i) for i, text in enumerate(chosen * 2)]
-        self.judging = [Case(f"an emoji of {concept}", JUDGING + i) for i, concept in enumerate(others)]
-        self.path, self.about = OUT / f"{name}.json", {"model": fingerprint(str(folder)), "steps": STEPS}
+        self.choosing = [Case(text, CHOOSING + i) for i, text in enumerate(spread(chosen * 2, choosing))]
+        self.judging = [
+            Case(f"an emoji of {concept}", JUDGING + i) for i, concept in enumerate(spread(others, judging))
+        ]
+        self.path = OUT / f"{name}.json"
+        self.about = {
+            "model": fingerprint(name), "steps": STEPS, "choosing": len(self.choosing), "judging": len(self.judging),
+        }  # fmt: skip
         found = json.loads(self.path.read_text()) if self.path.is_file() else {}
         self.rows: dict[str, dict] = found["rows"] if found.get("about") == self.about else {}
 
@@ -134,7 +152,7 @@ class Model:
             self.keep("norms", {str(step): sum(each) / len(each) for step, each in seen.by_step.items()})
         grid = {
             rule: self.measure(f"grid: {told(rule)}@{high}", Column("", rule, EveryStep(), high), self.choosing)
-            for rule in GRID
+            for rule in self.grid
         }
         wanted = choose[best]["saturation"]
         near = {rule: row for rule, row in grid.items() if abs(row["saturation"] / wanted - 1) <= ROOM} or grid
@@ -145,6 +163,14 @@ class Model:
                 rules.items(), (("", EveryStep()), ("+AG", AdaptiveGuidance()))
             ):
                 self.measure(f"judge: {name}{suffix}@{scale}", Column("", each, policy, scale), self.judging)
+        for scale in (best, 1.5 * best, 2 * best):
+            self.measure(f"between: {told(rule)}@{scale:g}", Column("", rule, EveryStep(), scale), self.choosing)
+
+
+def spread(texts: list[str], count: int) -> list[str]:
+    """So many of them, from all over the list."""
+    count = min(count, len(texts))
+    return [texts[i * len(texts) // count] for i in range(count)]
 
 
 def told(rule: APG) -> str:
@@ -153,7 +179,7 @@ def told(rule: APG) -> str:
 
 def page(model: Model) -> str:
     """The rows as tables."""
-    rows, parts = model.rows, ("choose", "where", "grid", "judge")
+    rows, parts = model.rows, ("choose", "where", "grid", "between", "judge")
     best = rows["chosen"]["best scale"]
     lines = [f"# APG and stopping guidance, each by itself: {model.name}", "", ""]
     for part in parts:
@@ -174,15 +200,45 @@ def page(model: Model) -> str:
     return "\n".join(lines)
 
 
+def draw(model: Model, path: Path) -> None:
+    """Saturation and retrieval against the scale: CFG and the chosen APG with every step guided, and both with AG."""
+    best, chosen = model.rows["chosen"]["best scale"], model.rows["chosen"]["APG"]
+    lines: dict[str, dict[float, dict]] = {}
+    for label, row in model.rows.items():
+        part, _, rest = label.partition(": ")
+        name, _, scale = rest.rpartition("@")
+        if part in ("choose", "between") or (part == "grid" and name == chosen):
+            lines.setdefault("CFG" if name == "CFG" else "APG", {})[float(scale)] = row
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for place, measure in zip(axes, ("saturation", "retrieval"), strict=True):
+        for name, line in lines.items():
+            place.plot(
+                *zip(*sorted((scale, row[measure]) for scale, row in line.items()), strict=True), "o-", label=name
+            )
+        for name in ("CFG", chosen):
+            row, short = model.rows[f"judge: {name}+AG@{3 * best}"], "CFG" if name == "CFG" else "APG"
+            place.plot(3 * best, row[measure], "s" if short == "CFG" else "D", label=f"{short} + AG, other prompts")
+        place.axvline(best, color="#94a3b8", ls=":")
+        place.set(xlabel="guidance scale", ylabel=measure)
+        place.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{model.name}: APG is {chosen}", fontsize="medium")
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: all")
+    parser.add_argument("--choosing", type=int, default=128, help="the most pictures of a row that chooses")
+    parser.add_argument("--judging", type=int, default=400, help="the most pictures of a row that judges")
+    parser.add_argument("--coarse", action="store_true", help="fewer settings of APG")
+    options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    names = sys.argv[1:] or [*MODELS]
-    if wrong := {*names} - {*MODELS}:
-        sys.exit(f"no models {', '.join(sorted(wrong))}: choose among {', '.join(MODELS)}")
-    for name in names:
-        model = Model(name)
+    for name in options.models or MODELS:
+        model = Model(name, options.choosing, options.judging, COARSE if options.coarse else GRID)
         model.run_all()
         write(OUT / f"{name}.md", page(model).encode())
+        draw(model, OUT / f"{name}.svg")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/apg.py
 
 A grid of eta, momentum and norm_threshold, at every step and until both predictions agree (AG), measures saturation,
-contrast, and how often the nearest real picture shows the requested thing. It uses 32 of the calibration's prompts, a
-seed of their own, 20 steps of DPM-Solver++, and CFG at scales 5 and 15. The benchmark's suite takes its APG from here
+contrast, and how often the nearest real picture shows the requested thing. It uses 32 of the calibration's prompts with
+a new seed, 20 steps of DPM-Solver++, and CFG at scales 5 and 15. The benchmark's suite takes its APG from here
 and measures it on held-out prompts. It resumes after an interruption, and replaces another model's results.
 """
 
@@ -74,7 +74,7 @@ def main() -> None:
                 "retrieval": float(retrieval(made, texts).float().mean()),
             }
             write(path, (json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
-    said = "32 prompts of those calibrated with: a picture is 3.1 %. Made by `python benchmarks/apg.py`."
+    said = "32 of the calibration's prompts: a picture is 3.1 %. Made by `python benchmarks/apg.py`."
     path.with_suffix(".md").write_text(f"# Settings of APG at scale 15, bundled model\n\n{said}\n\n{table(rows)}")
     print(table(rows))
 

@@ -1,12 +1,12 @@
 """Measures diffusers' own caches beside `Forecast`, alone and together: docs/results/caches.json, .md and .svg.
 
-    python benchmarks/caches.py [--model samples/emoji-flow] [--out docs/results/caches]
+    python benchmarks/caches.py [--prompts 16] [--model emoji-flow] [--out docs/results/caches]
 
-A cache stands in for blocks of a transformer; `Forecast` stands in for whole evaluations. Each contestant makes the
-pictures of 16 held-out prompts in 20 steps at scale 5, and takes turns with plain CFG, call by call: its time is the
-ratio of the two sums of processor time. The PSNR is the mean over pictures in dB to plain CFG with the same seeds.
-Strengths are those of the caches' own authors, and weaker and stronger ones. It writes each row at once, and keeps
-existing rows of the same model.
+A cache replaces blocks of a transformer; `Forecast` replaces whole evaluations. Each contestant makes the pictures of
+held-out prompts in 20 steps at scale 5, and takes turns with plain CFG, call by call: its time is the ratio of the two
+sums of processor time. The PSNR is the mean over pictures, in dB to plain CFG with the same seeds. The caches run at
+their authors' strengths, and at weaker and stronger ones. It writes each row at once, and keeps existing rows of the
+same model.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from diffusers.hooks import MagCacheConfig, mag_cache
 from matplotlib import pyplot
 from torch import Tensor
 
-from diffusers_guidance import CFG, Forecast, Policy, attach, samples
+from diffusers_guidance import CFG, Calibration, Forecast, Policy, attach, samples
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.make import Case, pictures_of
 from diffusers_guidance.pipelines.pictures.measures import psnr, tensor_of
@@ -35,11 +35,17 @@ from diffusers_guidance.pipelines.support.loading import fingerprint, load
 
 SEED, STEPS, SCALE, BATCH = 97531, 20, 5.0, 4
 OUT = Path(__file__).parents[1] / "docs" / "results" / "caches"
+NOTES = (
+    "Time is the ratio of processor times to plain CFG, in turns, on one thread. FasterCache is made for pipelines "
+    "that evaluate both halves of guidance in one call. CogView 4 calls its transformer for each half. With one memory "
+    "for both, FasterCache mixes them: beside its authors' weight there is one that holds each half's own attention. "
+    "A cache keeps state from call to call, so beside one `Forecast` evaluates every step; the NFEs say so."
+)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A cache of diffusers or none, under a policy or with nothing attached."""
+    """A cache of diffusers or none, under a policy or without a handle."""
 
     name: str
     family: str
@@ -49,16 +55,18 @@ class Contestant:
     steps: int = STEPS
 
 
-def contestants(ratios: Sequence[float]) -> list[Contestant]:
-    """All of them.
+def contestants(pipe: Any, ratios: Sequence[float], learned: Calibration | None) -> list[Contestant]:
+    """All contestants.
 
     Args:
-        ratios: what MagCache wants to know of the model.
+        pipe: the pipeline; FasterCache reads its current step.
+        ratios: what MagCache has to know about the model.
+        learned: what Forecast learned from a run of another prompt.
     """
 
     def taylor(interval: int, order: int = 1, **more: Any) -> Any:
-        # By default it looks for modules named "attn", and finds none where they are named "attn1". Feed-forward layers
-        # are called twice a step, for picture and text, which its count of steps does not know.
+        # By default it looks for modules named "attn", and does not find those named "attn1". Feed-forward layers are
+        # called twice a step, for picture and text, which disturbs its count of steps.
         more = more or {"cache_identifiers": [r"transformer_blocks\.\d+\.attn1"]}
         return TaylorSeerCacheConfig(
             cache_interval=interval,
@@ -71,12 +79,15 @@ def contestants(ratios: Sequence[float]) -> list[Contestant]:
     def mag(threshold: float) -> Any:
         return MagCacheConfig(threshold=threshold, num_inference_steps=STEPS, mag_ratios=list(ratios))
 
-    def faster(reach: int) -> Any:
-        # "Distilled": the pipeline calls the network for each half alone, so there are no halves to cut.
+    def faster(reach: int, every: int = 2, weight: float = 0.5) -> Any:
+        # "Distilled", since the pipeline calls the network for each half alone, so a call has no halves to separate.
+        # But each layer has one memory, of its last two calls, for both halves. y_1 + weight (y_1 - y_2) is an output
+        # of one half only if the weight is -1: y_2, the last of the same half. An odd `every` computes both in turn.
         return FasterCacheConfig(
-            spatial_attention_block_skip_range=2,
+            spatial_attention_block_skip_range=every,
             spatial_attention_timestep_skip_range=(-1, reach),
-            attention_weight_callback=lambda _: 0.5,
+            attention_weight_callback=lambda _: weight,
+            current_timestep_callback=lambda: pipe.current_timestep,
             tensor_format="BCHW",
             is_guidance_distilled=True,
         )
@@ -86,20 +97,22 @@ def contestants(ratios: Sequence[float]) -> list[Contestant]:
         **{f"TaylorSeer lite, every {n}": taylor(n, use_lite_mode=True) for n in (2, 3, 5)},
         **{f"FirstBlockCache, {x:g}": FirstBlockCacheConfig(threshold=x) for x in (0.02, 0.05, 0.1, 0.2)},
         **{f"MagCache, {x:g}": mag(x) for x in (0.03, 0.06, 0.12, 0.24)},
-        **{f"FasterCache, below {n}": faster(n) for n in (341, 681)},
+        **{f"FasterCache, as its authors weigh, below {n}": faster(n) for n in (341, 681)},
+        **{f"FasterCache, held, every {k}, below {n}": faster(n, k, -1.0) for k, n in ((3, 341), (3, 681), (5, 681))},
     }
     family = {name: name.split(",")[0] for name in caches}
     found = [Contestant(name, family[name], cache) for name, cache in caches.items()]
     for nfe in (34, 30, 26, 22, 20, 16):
         found.append(Contestant(f"Forecast, {nfe} NFEs", "Forecast", policy=Forecast(nfe=nfe)))
+        if learned is not None:
+            policy = Forecast(nfe=nfe, calibration=learned)
+            found.append(
+                Contestant(f"Forecast, one run learned, {nfe} NFEs", "Forecast, one run learned", None, policy)
+            )
         found.append(Contestant(f"CFG, {nfe // 2} steps", "CFG in fewer steps", steps=nfe // 2))
-    for nfe, weak in (
-        (30, "TaylorSeer, order 1, every 2"),
-        (30, "FirstBlockCache, 0.05"),
-        (26, "FirstBlockCache, 0.05"),
-    ):
+    for weak in ("TaylorSeer, order 1, every 2", "FirstBlockCache, 0.1"):
         together = "Forecast with a cache"
-        found.append(Contestant(f"{weak}, Forecast, {nfe} NFEs", together, caches[weak], Forecast(nfe=nfe)))
+        found.append(Contestant(f"{weak}, Forecast", together, caches[weak], Forecast(nfe=30)))
     return found
 
 
@@ -116,7 +129,7 @@ def cached(pipe: Any, cache: Any) -> Iterator[None]:
 
 
 def mag_ratios(pipe: Any, case: Case) -> list[float]:
-    """What MagCache observes in a run, which it only prints. Both halves count: their mean."""
+    """The ratios that MagCache observes in a run and only prints; the mean of both halves."""
     found: dict[int, list[float]] = {}
     advance = mag_cache.MagCacheBlockHook._advance_step
 
@@ -136,23 +149,26 @@ def mag_ratios(pipe: Any, case: Case) -> list[float]:
 class Contest:
     """A pipeline, the cases, and the rows so far."""
 
-    def __init__(self, model: str, path: Path):
+    def __init__(self, model: str, path: Path, count: int):
         torch.set_num_threads(1)
         self.pipe, self.path = load(model, device="cpu"), path
         about = {"model": fingerprint(model), "diffusers": diffusers.__version__, "seed": SEED, "steps": STEPS}
+        about |= {"prompts": count}
         found = json.loads(path.read_text()) if path.is_file() else {}
         self.about = about
         self.rows: dict[str, dict[str, Any]] = found["rows"] if found.get("about") == about else {}
-        self.cases = [Case(prompt, SEED) for prompt in prompts(samples.HELDOUT_PROMPTS)[8:24]]
+        self.cases = [Case(prompt, SEED) for prompt in prompts(samples.HELDOUT_PROMPTS)[8 : 8 + count]]
+        self.other = Case(prompts(samples.CALIBRATION_PROMPTS)[0], SEED)
+        """A prompt that caches and Forecast may learn from."""
 
     def timed(self, part: list[Case], steps: int = STEPS) -> tuple[Tensor, float]:
-        """Pictures, and the seconds of processor time they took."""
+        """Pictures, and the seconds of processor time that they took."""
         began = time.process_time()
         made = pictures_of(self.pipe, part, steps=steps, guidance_scale=SCALE, output_type="pt")
         return tensor_of(made), time.process_time() - began
 
     def measure(self, contestant: Contestant) -> dict[str, Any]:
-        """dB to plain CFG and share of its time, over all cases, in turns."""
+        """dB to plain CFG, and the share of its time, over all cases in turns."""
         found: list[Tensor] = []
         times = []
         for start in range(0, len(self.cases), BATCH):
@@ -164,22 +180,33 @@ class Contest:
                 if contestant.policy is not None:
                     handle = stack.enter_context(attach(self.pipe, CFG(), contestant.policy))
                 made, seconds = self.timed(part, contestant.steps)
-                notes = [] if handle is None else list(handle.report.notes)
+                nfe = None if handle is None else handle.report.nfe / len(part)
             found.append(psnr(made, full))
             times.append((plain, seconds))
         plain, seconds = map(sum, zip(*times, strict=True))
         each = torch.cat(found)
         row = {"family": contestant.family, "psnr": float(each.mean()), "sem": float(each.std() / len(each) ** 0.5)}
-        return row | {"time": seconds / plain, "seconds": seconds / len(self.cases), "notes": notes}
+        return row | {"time": seconds / plain, "seconds": seconds / len(self.cases), "nfe": nfe}
+
+    def learned(self) -> Calibration | None:
+        """What Forecast learns from one run."""
+        with attach(self.pipe, CFG(), Forecast(learn=True)) as handle:
+            self.timed([self.other])
+            return handle.calibration
 
     def run(self) -> None:
         """Measures what is missing."""
-        for contestant in contestants(mag_ratios(self.pipe, self.cases[0])):
+        all_ = contestants(self.pipe, mag_ratios(self.pipe, self.other), self.learned())
+        for number, contestant in enumerate(all_):
             if contestant.name in self.rows:
                 continue
+            print(f"{number}/{len(all_)}", end=" ")
             try:
                 row = self.measure(contestant)
-            except Exception as error:  # a cache that does not fit this transformer is a result
+            except Exception as error:
+                if contestant.cache is None:
+                    raise
+                # That a cache does not fit this transformer is a result.
                 row = {"family": contestant.family, "error": f"{type(error).__name__}: {error}"}
             self.rows[contestant.name] = row
             write(self.path, (json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n").encode())
@@ -188,11 +215,12 @@ class Contest:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """All rows, the fastest last."""
-    lines = ["| | time | dB to plain CFG |", "|---|---:|---:|"]
+    lines = ["| | NFEs | time | dB to plain CFG |", "|---|---:|---:|---:|"]
     measured = {name: row for name, row in rows.items() if "error" not in row}
     for name, row in sorted(measured.items(), key=lambda item: -item[1]["time"]):
-        lines.append(f"| {name} | {row['time']:.2f} | {row['psnr']:.1f} ± {row['sem']:.1f} |")
-    lines += [f"| {name} | {row['error'].splitlines()[0]} | |" for name, row in rows.items() if "error" in row]
+        nfe = f"{row['nfe']:g}" if row["nfe"] else ""
+        lines.append(f"| {name} | {nfe} | {row['time']:.2f} | {row['psnr']:.1f} ± {row['sem']:.1f} |")
+    lines += [f"| {name} | | {row['error'].splitlines()[0]} | |" for name, row in rows.items() if "error" in row]
     return "\n".join(lines) + "\n"
 
 
@@ -210,19 +238,28 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def publish(contest: Contest, to: Path) -> None:
+    """Table and plot of the rows so far."""
+    said = f"{STEPS} steps, scale {SCALE:g}, {len(contest.cases)} held-out prompts. {NOTES}"
+    text = (
+        f"# Forecast and diffusers' caches\n\n{said}\n\n{table(contest.rows)}\nMade by `python benchmarks/caches.py`.\n"
+    )
+    write(to.with_suffix(".md"), text.encode())
+    if any("error" not in row for row in contest.rows.values()):
+        draw(contest.rows, to.with_suffix(".svg"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default=str(samples.MODEL.parent / "emoji-flow"), help="a pipeline with a transformer"
-    )
+    parser.add_argument("--model", default="emoji-flow", help="a pipeline with a transformer")
     parser.add_argument("--out", type=Path, default=OUT, help="the results, without their ending")
+    parser.add_argument("--prompts", type=int, default=16, help="how many of the held-out ones")
     options = parser.parse_args()
-    contest = Contest(options.model, options.out.with_suffix(".json"))
-    contest.run()
-    said = f"{STEPS} steps, scale {SCALE:g}, 16 held-out prompts. Made by `python benchmarks/caches.py`."
-    text = f"# Forecast and diffusers' caches\n\n{said}\n\n{table(contest.rows)}"
-    write(options.out.with_suffix(".md"), text.encode())
-    draw(contest.rows, options.out.with_suffix(".svg"))
+    contest = Contest(options.model, options.out.with_suffix(".json"), options.prompts)
+    try:
+        contest.run()
+    finally:  # what there is of them, if it is interrupted
+        publish(contest, options.out)
 
 
 if __name__ == "__main__":

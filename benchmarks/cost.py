@@ -2,11 +2,11 @@
 
     python benchmarks/cost.py [--out benchmarks/results] [--rounds 9]
 
-Stable Diffusion's loop with Euler, on a network that does next to nothing: processor time is then that of the
-loop. Runs of `STEPS` and of three times as many steps, attached and untouched in turns, give a step's time without what
-is done once a run (identification at its first step). On a GPU it is hidden behind the network, as long as the
-network takes longer. On a CPU the arithmetic of both predictions is part of it, which a GPU does in a few launches.
-Writes cost-<machine>.json.
+It runs Stable Diffusion's loop with Euler on a network that does almost nothing, so the processor time is that of the
+loop. Runs of `STEPS` and of three times as many steps, attached and untouched in turns, give the time of a step without
+the work that is done once a run (identification at its first step). On a GPU this time is hidden behind the network, if
+the network takes longer. On a CPU it includes the arithmetic of both predictions, which a GPU does in a few launches.
+It writes cost-<machine>.json.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PAIRS = {
 
 
 class Network(diffusers.ModelMixin, ConfigMixin):
-    """A multiple of the sample, another one for each prompt."""
+    """A multiple of the sample, different for each prompt."""
 
     @register_to_config
     def __init__(self, in_channels: int = 4, sample_size: int = 8, time_cond_proj_dim: int | None = None):

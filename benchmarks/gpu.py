@@ -1,21 +1,21 @@
-"""All that a GPU can show, in under eight minutes: that the package is right there, cheap and fast.
+"""Everything that needs a GPU to be checked, in under eight minutes: that the package is right there, cheap and fast.
 
     make gpu        or        python benchmarks/gpu.py [--out benchmarks/results] [--only exact pipelines ...] [--short]
 
     exact       every kernel against float64, on outputs that held NaN before; two runs equal bit for bit
     pipelines   six tiny pipelines x six rules and policies x five ways to run them, on the device and on the CPU
     kernels     times of a guidance step: diffusers' formula, the reference, the same compiled, Triton
-    step        what attaching costs a step: host time, launches, waits
+    step        what attaching adds to a step: host time, launches, waits
     saved       seconds that policies save at real size, from the time of one network call per number of rows
 
-Each row is in gpu-<machine>.json as soon as it is there; a table comes last. A section stops when its time is up, and
-says what it left out. The exit status adds up the sections in which something failed or was left out: 1, 2, 4, 8, 16.
+Each row is written to gpu-<machine>.json when it is measured; a table comes last. A section stops when its time is up,
+and says what it skipped. The exit status adds up the sections in which something failed or was skipped: 1, 2, 4, 8, 16.
 
 Without a GPU it runs on the CPU with tiny sizes and interpreted kernels. This shows that the command works, and
 nothing about a GPU.
 
-Where the package is not installed, it is put together from the folders of this checkout. Without a registry, diffusers
-needs only its wheel beside torch, transformers and accelerate (no matplotlib, no pytest):
+If the package is not installed, it is loaded from the folders of this checkout. On a machine without a package
+registry, diffusers needs only its wheel beside torch, transformers and accelerate (not matplotlib, not pytest):
 
     python -m pip install --no-index --no-deps --target site diffusers-*.whl
     PYTHONPATH=site python benchmarks/gpu.py
@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# This folder and the checkout have a `kernels` of their own, which transformers and diffusers would take for another's.
+# This folder and the checkout have a `kernels`, which transformers and diffusers would take for another package.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() not in (HERE, ROOT)]
 sys.path.append(str(ROOT / "tests" / "zoo"))
 
@@ -90,7 +90,7 @@ Made = Callable[..., Any]
 
 
 class Check(NamedTuple):
-    """One row to come: what its name is, and what makes it. It raises `AssertionError` if it fails."""
+    """A row to measure: its name, and the function that makes it, which raises `AssertionError` if it fails."""
 
     name: str
     make: Callable[[], Found]
@@ -162,7 +162,7 @@ def poisoned() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_launches(count: int) -> Iterator[None]:
-    """Inside the block, guidance takes one launch where it can, or two."""
+    """Inside the block, guidance takes one launch where possible, or always two."""
     fits = launch.fits_one_launch
     if count == 2:
         launch.fits_one_launch = lambda *_: False
@@ -185,7 +185,7 @@ def agreeing(made: Made, exact: Made, tensors: Sequence[Any], limits: Sequence[f
 
 A, B = 1.0, -0.7
 Pair = tuple[Made, Made]
-"""What is checked, and the truth."""
+"""The outputs to check, and the true ones."""
 
 
 def guiding(rule: Rule, launches: int) -> Pair:
@@ -250,7 +250,7 @@ PIPES = (
     "WanPipeline",
 )
 STEPS, BATCH = 6, 2
-WAYS = ("no_grad", "inference_mode", "autocast", "CPU offload", "reduce-overhead")  # what takes long comes last
+WAYS = ("no_grad", "inference_mode", "autocast", "CPU offload", "reduce-overhead")  # slow ones come last
 ACTIONS = ("both", "conditional", "both", "extrapolate", "extrapolate", "conditional")
 
 
@@ -277,7 +277,7 @@ def running(way: str, pipe: Any, entry: Any) -> Iterator[None]:
             for part in parts:
                 if ON_GPU:
                     part.compile(mode="reduce-overhead", dynamic=False)
-                else:  # what it means for the package: outputs lie where those of the step before lay
+                else:  # its effect on the package: outputs lie where those of the step before lay
                     stack.callback(part.register_forward_hook(reusing_outputs(), with_kwargs=True).remove)
         stack.enter_context(torch.inference_mode() if way == "inference_mode" else torch.no_grad())
         if way == "autocast":
@@ -289,7 +289,7 @@ def running(way: str, pipe: Any, entry: Any) -> Iterator[None]:
 
 
 def reusing_outputs() -> Made:
-    """A hook that has a network write what it puts out for a prompt to one place."""
+    """A hook that makes a network write its outputs for a prompt to the same place every time."""
     places: dict[Any, torch.Tensor] = {}
 
     def hook(_module: Any, _args: Any, kwargs: Any, output: Any) -> Any:
@@ -305,7 +305,7 @@ def reusing_outputs() -> Made:
 
 
 def nfe_of(report: Any) -> int:
-    """NFEs without those of trying a part of the batch, which a changed network may take."""
+    """NFEs without those of trials on a part of the batch, which a changed network may need."""
     return report.nfe - sum(max(0, step.nfe - step.nfe_full) for step in report.steps)
 
 
@@ -329,7 +329,7 @@ def compared(name: str, way: str, truths: dict[str, Any]) -> Iterator[Check]:
                     run(pipe, entry, STEPS, BATCH)
             seen = sorted({s for step in handle.report.steps for s in step.similarity if s is not None})
             _, low, high = max((q - p, p, q) for p, q in itertools.pairwise(seen))
-            # In the middle of the widest gap, so that rounding does not decide.
+            # The threshold is in the middle of the widest gap, so that rounding does not decide.
             truths[name]["threshold"] = (low + high) / 2
         state["pipe"] = entry.build()
         try:
@@ -339,7 +339,7 @@ def compared(name: str, way: str, truths: dict[str, Any]) -> Iterator[Check]:
                 raise Skipped("the untouched pipeline fails in this way") from error
             raise
         state["own"] = relative(found, truths[name]["untouched"])
-        # It rounds apart by no more than the precision explains.
+        # The difference is no larger than the precision explains.
         assert state["own"] < (0.1 if way == "autocast" else 5e-3), f"off by {state['own']:.1e} from the CPU"
         return {"off": state["own"]}
 
@@ -493,7 +493,7 @@ SECTIONS: dict[str, tuple[Callable[[bool], Iterator[Check]], float]] = {
     "step": (step_section, 20),
     "saved": (saved_section, 70),
 }
-"""What each section checks, and its seconds."""
+"""The checks of each section, and its seconds."""
 
 
 def checked(check: Check) -> Found:
@@ -515,7 +515,7 @@ def checked(check: Check) -> Found:
 
 
 def rows_of(section: str, short: bool) -> Iterator[Found]:
-    """A section's rows, as long as its time lasts; the last one says how many are missing."""
+    """A section's rows until its time is up; the last one says how many are missing."""
     checks, seconds = SECTIONS[section]
     began, left = time.perf_counter(), 0
     try:
@@ -528,7 +528,7 @@ def rows_of(section: str, short: bool) -> Iterator[Found]:
         message = "".join(traceback.format_exception(error))[-600:]
         yield {"section": section, "name": "the section itself", "ok": False, "error": message}
     if left:
-        yield {"section": section, "name": f"{left} checks", "ok": False, "error": f"left out after {seconds} seconds"}
+        yield {"section": section, "name": f"{left} checks", "ok": False, "error": f"skipped after {seconds} seconds"}
 
 
 def machine() -> Found:
@@ -548,7 +548,7 @@ def machine() -> Found:
 
 
 def table(rows: list[Found]) -> str:
-    """A line per section, then what failed, then what was measured."""
+    """A line for each section, then the failures, then the measurements."""
     lines = []
     for section in dict.fromkeys(row["section"] for row in rows):
         mine = [row for row in rows if row["section"] == section]
@@ -577,7 +577,7 @@ def main() -> int:
     options = parser.parse_args()
     short = options.short or not ON_GPU
     if not ON_GPU:
-        print("No GPU: tiny sizes and interpreted kernels on the CPU. This shows that the command works, no more.")
+        print("No GPU: tiny sizes and interpreted kernels on the CPU. This only shows that the command works.")
     random.seed(0)
     torch.manual_seed(0)
     here = machine()

@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--out benchmarks/results]
 
 Checks every candidate against float64, then times one guidance step (APG with momentum): in CUDA graphs, where launches
-cost least, and eager, as pipelines call it. *Cold* cycles through inputs, more than the cache holds; *warm* repeats
-one, as a step does whose network has just written its predictions. After every row it writes kernels.json (machine,
+cost least, and eager, as pipelines call it. *Cold* cycles through more inputs than the cache holds; *warm* repeats one
+input, like a step whose network has just written its predictions. After every row it writes kernels.json (machine,
 versions, every number), and at the end kernels.md (the table for the docs) and kernels.png. Without a GPU it measures
 tiny sizes and interpreted kernels on the CPU, which only shows that it works.
 """
@@ -49,7 +49,7 @@ REPEATS = 50
 
 
 def of_diffusers(x, c, u, m):
-    """The formula of diffusers' guider; on the raw predictions, so it does not read the sample."""
+    """The formula of diffusers' guider. It acts on the raw predictions, so it does not read the sample."""
     buffer = MomentumBuffer(RULE.momentum)
     buffer.running_average = m
     return normalized_guidance(
@@ -105,7 +105,7 @@ def quantiles(times):
 
 
 def in_graph(function, sets):
-    """Microseconds a call, from replays of one CUDA graph that cycles through all input sets."""
+    """Microseconds per call, from replays of one CUDA graph that cycles through all input sets."""
     for _ in range(3):
         function(*sets[0])
     torch.cuda.synchronize()
@@ -117,7 +117,7 @@ def in_graph(function, sets):
 
 
 def eager(function, sets):
-    """Microseconds a call, as pipelines make it."""
+    """Microseconds per call in the way that pipelines make it."""
 
     def cycle():
         for inputs in sets:
@@ -140,7 +140,7 @@ def by_events(function, repeats, calls):
 
 
 def time_on_cpu(function, sets):
-    """Microseconds a call, by the clock."""
+    """Microseconds per call by the clock."""
     times = []
     for i in range(5):
         start = time.perf_counter()
@@ -151,7 +151,7 @@ def time_on_cpu(function, sets):
 
 
 def timed(function, sets, device):
-    """Quantiles by kind of timing."""
+    """The quantiles of each kind of timing."""
     if device == "cpu":
         return {"interpreted" if function is triton else "eager": time_on_cpu(function, sets)}
     warm = [sets[0]] * len(sets)
@@ -171,7 +171,7 @@ def copy_bandwidth():
 
 
 def bytes_moved(shape, dtype, launches):
-    """Bytes that must move: (x, c, u) and momentum in for each pass; prediction and momentum out once."""
+    """Bytes that must move: each pass reads (x, c, u) and momentum; prediction and momentum are written once."""
     size = dtype.itemsize
     return torch.Size(shape).numel() * (launches * (3 * size + 4) + size + 4)
 
@@ -206,7 +206,7 @@ def machine(device):
 
 
 class Cell(NamedTuple):
-    """What one row is about."""
+    """What a row measures."""
 
     size: str
     shape: tuple[int, ...]
@@ -222,7 +222,7 @@ CANDIDATES = {"diffusers": of_diffusers, "reference": reference, "Triton": trito
 
 
 def cells(tiny: bool, device: str, half_only: bool = False) -> Iterator[Cell]:
-    """All rows, or those of the size of a check: half precision, batch 1."""
+    """All rows, or those for a quick check: half precision, batch 1."""
     sizes = TINY if tiny else SIZES
     dtypes = (DTYPES[0],) if tiny else DTYPES[1:2] if half_only else DTYPES
     for (size, shape), batch, dtype in itertools.product(sizes.items(), (1,) if tiny or half_only else (1, 8), dtypes):
@@ -233,7 +233,7 @@ def cells(tiny: bool, device: str, half_only: bool = False) -> Iterator[Cell]:
 
 
 def measured(cell: Cell, device: str, bandwidth: float | None = None) -> dict[str, Any]:
-    """A row. Raises AssertionError where the candidate is wrong."""
+    """A row. Raises AssertionError if the candidate is wrong."""
     torch.manual_seed(0)
     _, shape, dtype, name = cell
     if name == "compiled":
@@ -302,7 +302,7 @@ def main():
     out = parser.parse_args().out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        print("No GPU: tiny sizes and interpreted kernels. This shows that the benchmark works, and no speed.")
+        print("No GPU: tiny sizes and interpreted kernels. This only shows that the benchmark works.")
     bandwidth = copy_bandwidth() if device == "cuda" else None
     result = {"machine": machine(device), "copy_bandwidth_bytes_per_second": bandwidth, "rows": []}
     rows, prefix = result["rows"], "kernels" if device == "cuda" else "kernels-tiny-cpu"

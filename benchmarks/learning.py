@@ -1,11 +1,11 @@
-"""Measures what `Forecast` gains by runs of the model: docs/results/learning/*.json and summary.md.
+"""Measures what `Forecast` gains from recorded runs of the model: docs/results/learning/*.json and summary.md.
 
     python benchmarks/learning.py [ddim-20-5 ...]
 
-Held-out prompts and a seed as in benchmarks/forecast.py; the runs are of calibration prompts. Rows: nothing known; so
-many runs of the setting itself; one of 50 steps of DPM-Solver++, and one at another scale. Each row is written as it is
-made, and those that are there are not made again. Mean PSNR in dB to full guidance. The runs are kept in the folder for
-temporary files, each file the one with fewer runs and some more.
+Held-out prompts and seed are those of benchmarks/forecast.py; the recorded runs are of calibration prompts. The rows
+are: nothing known; some runs of the setting itself; one run of 50 steps of DPM-Solver++; and one at another scale. It
+writes each row at once, and keeps existing rows. They have the mean PSNR in dB to full guidance. The runs are kept in
+the folder for temporary files; a file with more runs contains those of the file with fewer.
 """
 
 import json
@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 import diffusers
-from bundled import Bundled, prompts
-from forecast import BUDGETS, SCHEDULERS, Setting
+from bundled import SCHEDULERS, Bundled, prompts
+from forecast import BUDGETS, Setting
 
 from diffusers_guidance import Calibration, Forecast, calibrate, samples
 from diffusers_guidance.files import write
@@ -29,7 +29,7 @@ NOTHING = "nothing"
 
 
 def calibration(bundled: Bundled, name: str, runs: int) -> Calibration:
-    """Of the first so many runs of a setting; a file keeps them, and more runs add to it."""
+    """The calibration of the first runs of a setting. A file keeps it; further runs are added to it."""
     scheduler, steps, scale = name.split("-")
     before = bundled.pipe.scheduler
     bundled.pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(bundled.config)
@@ -63,7 +63,7 @@ def measure(bundled: Bundled, name: str) -> None:
                 Forecast(nfe=nfe, calibration=made),
                 {(row["what"], row["budget"]): row for row in setting.rows},
             )
-            # Where it goes by the power law after all, its pictures are those of nothing known.
+            # If it uses the power law after all, its pictures are those of nothing known.
             if made is not None and (what, nfe) not in rows and not policy._by(table, setting.scale).is_measured:
                 setting.rows.append(rows[NOTHING, nfe] | {"what": what})
                 write(setting.path, json.dumps(setting.rows, indent=1).encode())
@@ -93,7 +93,10 @@ def main() -> None:
         sys.exit(f"no settings {', '.join(sorted(wrong))}: choose among {', '.join(RUNS)}")
     for name in names:
         measure(bundled, name)
-        write(OUT / "summary.md", f"# Forecast, by what is known\n\nMean PSNR in dB. {PSNR}.\n\n{summary()}".encode())
+        write(
+            OUT / "summary.md",
+            f"# Forecast, with and without recorded runs\n\nMean PSNR in dB. {PSNR}.\n\n{summary()}".encode(),
+        )
 
 
 if __name__ == "__main__":

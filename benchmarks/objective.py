@@ -2,15 +2,15 @@
 
     python benchmarks/objective.py [dpm-20-5 ...]
 
-* Objectives: that of `predicted_error`, the squared sum of each gap's errors with gains after repayment, beside the
-  same without gains and with other powers of rho in them, and the sum of squared errors. For each, the rank
-  correlation with the PSNR of real runs over 48 random schedules, and the PSNR of the schedules that minimise it,
-  beside even spacing. All repay.
-* The gains themselves: how skipping a single step changes the picture, relative to its prediction's error.
+* Objectives. That of `predicted_error` is the squared sum of each gap's errors times gains, after repayment. The others
+  have no gains, or other powers of rho in the gains, or sum squared errors. For each it measures the rank correlation
+  with the PSNR of real runs over 48 random schedules, and the PSNR of the schedules that minimise it, beside even
+  spacing. All schedules repay.
+* The gains themselves: how much a single skipped step changes the picture, relative to its prediction's error.
 * Fits: target, regressors, ridge, per channel.
 * Negative prompts inside the calibration, and one outside.
 
-It uses 12 of the calibration's prompts and a seed of their own. It resumes at the first part not measured.
+It uses 12 of the calibration's prompts with a new seed. It resumes at the first part that is not measured.
 """
 
 import json
@@ -145,7 +145,7 @@ def minimisers(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, 
 
 
 def singles(calibration: Calibration, fidelity: Fidelity, rho: torch.Tensor, progress: Callable) -> list:
-    """Skips each step alone: root mean square error of the picture over that of the step's prediction."""
+    """Skips each step alone: the root mean square error of the picture over that of the step's prediction."""
     rows, steps = [], calibration.steps
     for t in range(1, steps):
         progress("single steps", t, steps)
@@ -225,9 +225,9 @@ def markdown(name: str, found: dict) -> str:
             f"Mean PSNR in dB to full guidance; 12 prompts. {found['calibration']}. {PSNR}.",
             f"Rank correlation with PSNR over {len(random_rows['rows'])} random schedules:",
             table(correlations),
-            "What the minimisers measure:",
+            "PSNR of the schedules that minimise each objective:",
             table(found["minimisers"]),
-            "Gains, by skipping at one step; in units that make both columns alike on average:",
+            "Gains, measured by skipping one step; scaled so that both columns have the same mean:",
             table(found["single steps"]),
             "Fits:",
             table(found["fits"]),

@@ -3,7 +3,7 @@
     python benchmarks/publish.py out/bench
 
 Copies report, plots, figures and lines to docs/results/bench, and the tables into the marked part of docs/benchmark.md.
-Draws pictures of some columns below each other.
+It also draws the pictures of some columns below each other.
 """
 
 import json

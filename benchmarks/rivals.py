@@ -3,11 +3,11 @@
     python benchmarks/rivals.py [ddim-20-5 ...]
 
 The rivals are in `pipelines/pictures/rivals.py`. Each is measured on the steps that `Forecast` evaluates, and on
-evenly spaced ones, as their authors space them: the first step, the last, and every n-th. DPCache chooses its own
-steps, and Adaptive Guidance and LinearAG skip the unconditional prediction alone. What is calibrated, is so on eight
-runs of calibration prompts. Prompts, settings and budgets are those of `forecast.py`; there are two seeds, the second
-after all settings' first. Rows are written as they are made, with each picture's PSNR. Intervals are of the mean over
-prompts (95 %, by Student's t), each prompt the mean of its seeds.
+evenly spaced ones, as its authors space them: the first step, the last, and every n-th. DPCache chooses its own
+steps. Adaptive Guidance and LinearAG skip only the unconditional prediction. Rivals that need a calibration get eight
+runs of calibration prompts. Prompts, settings and budgets are those of `forecast.py`. There are two seeds; the second
+one starts when all settings have the first. It writes each row at once, with the PSNR of each picture. Intervals are
+for the mean over prompts (95 %, by Student's t), where each prompt has the mean of its seeds.
 """
 
 import itertools
@@ -20,8 +20,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from bundled import Bundled, prompts
-from forecast import BUDGETS, SCHEDULERS, SEED, Setting
+from bundled import SCHEDULERS, Bundled, prompts
+from forecast import BUDGETS, SEED, Setting
 
 from diffusers_guidance import (
     AdaptiveGuidance,
@@ -49,9 +49,9 @@ T_95 = 2.131
 
 @dataclass(frozen=True)
 class DPCache(TaylorSeer):
-    """A Taylor series of order 1 on the steps with the least sum of its calibrated errors (arXiv 2602.22654).
+    """A Taylor series of order 1, on the steps with the least sum of its calibrated errors (arXiv 2602.22654).
 
-    The error of a skipped step is the norm of what the line through the two evaluated ones before it misses.
+    The error of a skipped step is the norm of its distance from the line through the two evaluated steps before it.
     """
 
     _: KW_ONLY
@@ -84,7 +84,7 @@ class DPCache(TaylorSeer):
 
 
 def rivals(nfe: int) -> dict[str, Forecast]:
-    """By name, all with one budget."""
+    """All rivals by name, with the same budget."""
     found: dict[str, Forecast] = {"Forecast": Forecast(nfe=nfe)}
     for is_even, spaced in ((False, "Forecast's steps"), (True, "even steps")):
         found |= {
@@ -156,7 +156,7 @@ def told(rows: list[dict], what: str, nfe: int) -> str:
 
 
 def ahead(rows: list[dict], nfe: int) -> str:
-    """How far `Forecast` is ahead of the best other row at a budget, in the same pictures."""
+    """How far `Forecast` is ahead of the best other row at a budget, over the same pictures."""
     by: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if row["budget"] == nfe and row["pictures"]:
@@ -171,7 +171,7 @@ def ahead(rows: list[dict], nfe: int) -> str:
 
 
 def summary() -> str:
-    """A table of all measured rows, by setting; dB."""
+    """A table in dB of all measured rows, for each setting."""
     lines = [
         "# Rivals",
         "",
@@ -199,7 +199,7 @@ def summary() -> str:
 
 
 def plot(name: str) -> None:
-    """A setting's rows over NFEs, in a file; rivals on evenly spaced steps are dashed."""
+    """Plots a setting's rows over NFEs into a file; rivals on evenly spaced steps are dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.8), layout="constrained")

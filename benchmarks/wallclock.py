@@ -1,11 +1,11 @@
-"""The worth of skipped evaluations at real size: seconds of a run's denoiser calls under CFG and under policies.
+"""What skipped evaluations save at real size: seconds of a run's denoiser calls under CFG and under policies.
 
     python benchmarks/wallclock.py [--out benchmarks/results] [--rounds 5]
 
 It builds denoisers of the published configurations with random weights (time does not depend on them): the UNets of
 Stable Diffusion 1.5 and SDXL, the transformers of Stable Diffusion 3 and Wan 2.1 1.3B. A run is the denoiser calls
 of a pipeline's loop, and skips halves where the policy stops guidance: for a whole batch at once, or
-sample by sample, each at its own step. Every policy takes turns with CFG, and counts as a ratio to it. Writes
+sample by sample, each at its own step. Every policy takes turns with CFG, and its time is a ratio to CFG's. It writes
 wallclock.json. Without a GPU it says so and times tiny denoisers, which only shows that it works.
 """
 
@@ -139,7 +139,7 @@ DENOISERS = {
     "SD 3, 1024x1024": (sd3, "one call of both halves"),
     "Wan 2.1 1.3B, 81x480x832": (wan, "a call for each half"),
 }
-"""Builder, and how that family's pipeline calls it."""
+"""The builder, and how that family's pipeline calls the denoiser."""
 
 
 def stops(share: float, steps: int, batch: int, each: bool) -> list[int]:
@@ -156,7 +156,7 @@ def rows_of(guided: list[int], steps: int) -> list[int]:
 
 
 def calls_of(rows: list[int], batch: int, how: str) -> list[int]:
-    """Rows of every call of the denoiser."""
+    """The rows of each call of the denoiser."""
     if how == "one call of both halves":
         return rows
     return [part for count in rows for part in (batch, count - batch) if part]
@@ -251,7 +251,7 @@ def main() -> int:
     rows = []
     with torch.inference_mode():
         for name in options.only:
-            # A video's step takes seconds: fewer of them suffice.
+            # A step of a video takes seconds, so fewer of them are enough.
             video = name.startswith("Wan") and device == "cuda"
             batches = (1,) if video else (1, 4, 8)
             rows += measure(name, device, 20 if video else steps, batches, options.rounds)

@@ -1,4 +1,4 @@
-"""Hooks of the docs site (mkdocs.yml): pages that are files elsewhere, and links that leave docs/."""
+"""Hooks of the docs site (mkdocs.yml): for pages whose files lie elsewhere, and for links that leave docs/."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Leads links to code into the repository, where it is known, and links to folders to what sums them up."""
+    """Points links to code at the repository, if its address is known, and links to folders at their summaries."""
     here = (ROOT / "docs" / page.file.src_uri).parent
     tops = {source: page for page, source in PAGES.items()}
 

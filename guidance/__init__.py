@@ -54,7 +54,7 @@ if TYPE_CHECKING:  # at run time `__getattr__` finds these
     )
     from diffusers_guidance.steps import Action, Decision, History, Prediction, Step
 
-__version__ = "0.1.0"  # the one place that says it
+__version__ = "0.1.0"  # the only place that states it
 
 __all__ = [
     "ADG",

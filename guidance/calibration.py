@@ -1,17 +1,17 @@
 """Calibration: how the predictions of a model under full guidance correlate, and estimates fitted to that.
 
 Write a run of T steps as the 2T vectors p = (c_0 .. c_{T-1}, d_0 .. d_{T-1}): its conditional predictions, and
-d = c - u. A calibration keeps the sum of all their inner products over many runs, and no run:
+d = c - u. A calibration keeps the sum of all their inner products over many runs, but none of the runs:
 
     G = sum of p p^T        (2T x 2T)
 
 For any choice of evaluations, G gives the least-squares estimates of the skipped predictions (LinearAG,
-arXiv 2312.12487, section 5). With R the predictions known by then, and t the wanted one:
+arXiv 2312.12487, section 5). With R the predictions known at that step, and t the wanted one:
 
     estimate = w . p_R        w = (G_RR + ridge diag G_RR)^-1 G_Rt
 
-Such Grams add: several machines may each calibrate a share. Beside them a calibration keeps how the denoised
-predictions move (`motion.py`), which depends on neither scheduler nor number of steps.
+Such matrices add up, so several machines may each calibrate a share. A calibration also keeps how the denoised
+predictions move (`motion.py`), which depends on neither the scheduler nor the number of steps.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ from diffusers_guidance.steps import Action
 
 FORMAT = "diffusers-guidance calibration 2"
 READ = (FORMAT, "diffusers-guidance calibration 1")
-"""What `load` reads; the first version had no motions."""
+"""The formats that `load` reads; the first one has no motions."""
 _MODEL = ("pipeline", "denoisers")
-"""What of a setting a motion depends on."""
+"""The parts of a setting on which a motion depends."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Fit:
     """How a skipped prediction is estimated.
 
     Args:
-        regressors: "all" predictions evaluated so far, as in the paper; or "recent", those of the last two steps
-            evaluated in full, and the current conditional one.
-        target: "delta"; or "uncond" as in the paper, with u in place of d among regressors too. As c_t is a
-            regressor of d_t, both span the same estimates; only what the ridge shrinks differs.
+        regressors: "all" predictions evaluated so far, as in the paper; or "recent": the predictions of the last two
+            steps evaluated in full, and the current conditional one.
+        target: "delta"; or "uncond" as in the paper, where u also replaces d among the regressors. Since c_t is a
+            regressor of d_t, both span the same estimates. Only the ridge shrinks different things.
         ridge: relative to the regressors' own squares.
-        per_channel: separate coefficients for each channel, from a calibration made `per_channel`.
+        per_channel: separate coefficients for each channel; the calibration must be made with `per_channel`.
     """
 
     regressors: Literal["all", "recent"] = "all"
@@ -73,21 +73,21 @@ class Fit:
 
 DELTAS = Fit()
 RECENT = Fit("recent")
-"""That of schedules which repay."""
+"""The fit of schedules that repay."""
 UNCONDS = Fit(target="uncond")
 """The published fit of LinearAG."""
 
 
 def combinations(gram: Tensor, actions: Sequence[str], fit: Fit = DELTAS) -> Tensor:
-    """What each step guides with, c_t and d_t, as combinations of the predictions of the run.
+    """The c_t and d_t that each step guides with, as combinations of the predictions of the run.
 
     Args:
-        gram: (2T, 2T), or (C, 2T, 2T) by channel; float64.
+        gram: (2T, 2T), or (C, 2T, 2T) for separate channels; float64.
         actions: T of "both", "conditional", "extrapolate", "neither".
         fit: how missing predictions are estimated.
 
     Returns:
-        (2T, 2T) or (C, 2T, 2T) coefficients: the rows make c_0 .. c_{T-1}, d_0 .. d_{T-1} of the same columns.
+        (2T, 2T) or (C, 2T, 2T) coefficients: the rows make c_0 .. c_{T-1}, d_0 .. d_{T-1} from the same, as columns.
     """
     steps = len(actions)
     unit = torch.eye(2 * steps, dtype=gram.dtype)
@@ -116,25 +116,25 @@ def combinations(gram: Tensor, actions: Sequence[str], fit: Fit = DELTAS) -> Ten
 def repayments(
     gram: Tensor, actions: Sequence[str], gain: Sequence[float], w: float | Tensor, fit: Fit = RECENT
 ) -> tuple[Tensor, Tensor]:
-    """What each step that evaluates both adds to its guided prediction, and what errors that leaves.
+    """What each step that evaluates both adds to its guided prediction, and the errors that remain.
 
     A step without an evaluation is handed g_t + e_t in place of g_t = c_t + (w - 1) d_t. Errors of neighbouring steps
-    move the picture the same way, so what counts is their sum, each times its step's gain. The next step i that
-    evaluates both knows more. It adds the s closest to what is owed,
+    move the picture the same way, so their sum counts, each times its step's gain. The next step i that evaluates both
+    knows more. It adds the s closest to the debt,
 
-        gain_i s = - sum of gain_t e_t over the steps t since the last one that did
+        gain_i s = - sum of gain_t e_t over the steps t since the last step that evaluated both
 
-    by least squares on all predictions evaluated by then, or if the fit is "recent" on those of the last three steps
-    evaluated in full.
+    by least squares on all predictions evaluated so far. If the fit is "recent", it uses only those of the last three
+    steps evaluated in full.
 
     Args:
-        gram, actions, fit: as of `combinations`.
-        gain: (T,), by step.
-        w: the guidance scale, or (T, 1) of each step.
+        gram, actions, fit: as for `combinations`.
+        gain: (T,), of each step.
+        w: the guidance scale, or (T, 1), that of each step.
 
     Returns:
-        (C, T, 2T) combinations of the run's predictions, zero where nothing is added. And (C, N, 2T): for each of the
-        stretches between such steps the sum that is left.
+        (C, T, 2T) combinations of the run's predictions, zero where nothing is added. And (C, N, 2T): the sum that
+        remains in each of the N stretches between such steps.
     """
     steps = len(actions)
     unit = torch.eye(2 * steps, dtype=gram.dtype)
@@ -172,11 +172,13 @@ class Moments:
     """Inner products of one denoiser's predictions over all trajectories, T of its evaluations in each."""
 
     first: int
-    """The run's step of this denoiser's first evaluation."""
+    """The step of the run at which this denoiser is evaluated first."""
     gram: Tensor
-    """(C, 2T, 2T) float64: sums of inner products of (c_0 .., d_0 ..) by channel; C is 1 if channels are not split."""
+    """(C, 2T, 2T) float64: sums of inner products of (c_0 .., d_0 ..) for each channel; C is 1 if channels are not
+    split."""
     similarity: dict[str, Tensor]
-    """By space, "denoised" and "noise": (trajectories, T) float32 cosines of both predictions, NaN where unknown."""
+    """For each space, "denoised" and "noise": (trajectories, T) float32 cosines of both predictions, NaN where
+    unknown."""
 
     @property
     def steps(self) -> int:
@@ -191,7 +193,7 @@ class Moments:
         if self.first != other.first or self.gram.shape != other.gram.shape:
             raise CalibrationMismatch(
                 f"Gram matrices {tuple(self.gram.shape)} from step {self.first} on, and {tuple(other.gram.shape)} from "
-                f"step {other.first} on, do not add: calibrate both shares with the same settings"
+                f"step {other.first} on, do not add up: calibrate both shares with the same settings"
             )
         both = {space: torch.cat([seen, other.similarity[space]]) for space, seen in self.similarity.items()}
         return Moments(self.first, self.gram + other.gram, both)
@@ -199,27 +201,27 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What was measured of a model, and what it was measured on. `save` and `load` keep it in a file of kilobytes.
+    """What was measured about a model, and in which setting. `save` and `load` keep it in a file of kilobytes.
 
     It has two parts. Its `motions` serve `Forecast`, with any scheduler, number of steps, scale and size of the model.
-    The moments of its `denoisers` serve `LinearAG`, `Schedule` and `search`, in the one setting they are of.
-    `calibrate` measures both; what a run taught (`Forecast(learn=True)`) are motions alone.
+    The moments of its `denoisers` serve `LinearAG`, `Schedule` and `search`, in the setting in which they were
+    measured. `calibrate` measures both. `Forecast(learn=True)` measures motions only.
 
-    Two of the same settings add: `calibrate(..., share=(0, 2)) + calibrate(..., share=(1, 2))`. Of other settings, what
-    is `portable` adds.
+    Two calibrations of the same setting add up: `calibrate(..., share=(0, 2)) + calibrate(..., share=(1, 2))`. For
+    different settings only their `portable` parts add up.
     """
 
     setting: dict[str, Any]
-    """Plain JSON: the pipeline and its denoisers' fingerprints; with moments, its scheduler's too, timesteps, each
-    denoiser's guidance scale, `gains`, and the arguments of `calibrate`."""
+    """Plain JSON: the pipeline and its denoisers' fingerprints. With moments also the scheduler's fingerprint,
+    timesteps, each denoiser's guidance scale, `gains`, and the arguments of `calibrate`."""
     denoisers: dict[str, Moments]
-    """By the denoiser's name in the pipeline."""
+    """The moments of each denoiser, by its name in the pipeline."""
     prompts: dict[str, int]
-    """How many trajectories were made with each negative prompt."""
+    """The number of trajectories with each negative prompt."""
     motions: tuple[Motion, ...] = ()
-    """By noise levels and scale, how the predictions of whole runs move."""
+    """How the predictions of whole runs move; one for each set of noise levels and scale."""
     source: str = ""
-    """The file, folder or repository it is from."""
+    """The file, folder or repository it comes from."""
 
     @property
     def trajectories(self) -> int:
@@ -233,18 +235,18 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of its matrices: what was measured with it can say so."""
+        """16 hexadecimal digits that identify its matrices, to be noted beside results that were made with it."""
         measured = [m.gram for m in self.denoisers.values()] or [m.variograms for m in self.motions]
         return hashlib.sha256(b"".join(numbers.numpy().tobytes() for numbers in measured)).hexdigest()[:16]
 
     @property
     def portable(self) -> "Calibration":
-        """The part that serves `Forecast` alone: it adds up whatever scheduler, steps and scale it was made with."""
+        """The part that serves `Forecast`. Such parts add up, whatever their scheduler, steps and scale."""
         setting = {name: self.setting[name] for name in _MODEL if name in self.setting}
         return Calibration(setting, {}, {}, self.motions, self.source)
 
     def weights(self, denoiser: str, fit: Fit = DELTAS) -> Tensor:
-        """(C, 2T, 2T) Gram matrices that `fit` has coefficients for: by channel, or one for all.
+        """(C, 2T, 2T) Gram matrices for the coefficients of `fit`: one for each channel, or one for all.
 
         Raises:
             CalibrationMismatch: it does not tell channels apart.
@@ -258,7 +260,7 @@ class Calibration:
     def call(self) -> dict[str, Any]:
         """The `num_inference_steps` and `guidance_scale` of the pipeline's call.
 
-        A two-stage solver evaluates more often, and some pipelines' scale is one less than w.
+        A two-stage solver makes more evaluations than that, and the scale of some pipelines is one less than w.
         """
         self._need_moments()
         return {name: self.setting["calibrated"][name] for name in ("num_inference_steps", "guidance_scale")}
@@ -280,7 +282,7 @@ class Calibration:
         if not (self.denoisers and other.denoisers):
             whole, part = (self, other) if self.denoisers else (other, self)
             whole.check({name: part.setting[name] for name in _MODEL if name in part.setting})
-            # Of a pipeline with two denoisers, runs may have seen one or both.
+            # If a pipeline has two denoisers, its runs may have used one or both.
             known = part.setting.get("denoisers", {}) | whole.setting.get("denoisers", {})
             return Calibration(whole.setting | {"denoisers": known}, whole.denoisers, whole.prompts, motions)
         setting = self.setting
@@ -298,7 +300,7 @@ class Calibration:
     def __repr__(self) -> str:
         s, source = self.setting, f", from {self.source!r}" if self.source else ""
         if not self.denoisers:
-            each = [f"{m.runs} of {len(m.levels)} levels at scale {m.scale:g}" for m in self.motions]
+            each = [f"{m.runs} at {len(m.levels)} levels and scale {m.scale:g}" for m in self.motions]
             return f"Calibration({s.get('pipeline', '')}, runs: {', '.join(each)}{source})"
         runs = [w if isinstance(w, list) else [w] for w in s["guidance_scale"].values()]
         scales = "/".join(dict.fromkeys("..".join(f"{w:g}" for w in dict.fromkeys([ws[0], ws[-1]])) for ws in runs))
@@ -311,7 +313,7 @@ class Calibration:
         return id(self)
 
     def moments(self, denoiser: str) -> Moments:
-        """Those of a denoiser by its name; the only ones there are where it has none."""
+        """The moments of a denoiser by its name; without a name, the only ones."""
         self._need_moments()
         if not denoiser and len(self.denoisers) == 1:
             return next(iter(self.denoisers.values()))
@@ -347,7 +349,8 @@ class Calibration:
         # A run whose running maximum first reaches the threshold at step i evaluates i + 1 steps in full.
         highest = seen.nan_to_num(-1).cummax(1).values
         candidates = highest.flatten().clamp(1e-6, 1).unique()
-        # It then saves an evaluation at each later step, except where a denoiser is new and evaluated in full.
+        # It then saves an evaluation at each later step, except at a new denoiser's first step, which is evaluated in
+        # full.
         firsts = {moments.first for moments in self.denoisers.values()}
         later = [t - 1 for t in range(1, self.steps) if t not in firsts]
         maxima = highest[:, later].flatten().sort().values
@@ -356,15 +359,15 @@ class Calibration:
         return float(candidates[(saved - save).abs().argmin()]), space
 
     def coefficients(self, denoiser: str, actions: Sequence[str], fit: Fit = DELTAS) -> Tensor:
-        """(C, 2T, 2T) `combinations` for a denoiser's own T steps out of a whole run's `actions`."""
+        """(C, 2T, 2T) `combinations` for a denoiser's own T steps, from the `actions` of a whole run."""
         return _coefficients(self, denoiser, tuple(actions), fit)
 
     def repayments(self, denoiser: str, actions: Sequence[str], fit: Fit = RECENT) -> tuple[Tensor, Tensor]:
-        """`repayments` of a denoiser's own T steps out of a whole run's `actions`."""
+        """`repayments` for a denoiser's own T steps, from the `actions` of a whole run."""
         return _repayments(self, denoiser, tuple(actions), fit)
 
     def check(self, setting: dict[str, Any]) -> None:
-        """Refuses a run whose `setting` differs in anything that both state, and names the difference."""
+        """Refuses a run whose `setting` differs in a value that both have; the error names the difference."""
         found = list(_differences(self.setting, setting, ""))
         if found:
             raise CalibrationMismatch(
@@ -388,28 +391,28 @@ class Calibration:
         write(Path(path), serialize(tensors, {"format": FORMAT, "calibration": described}))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder as `push_to_hub` fills a repository: the file, and a card that says what it is for."""
+        """Writes a folder with the files that `push_to_hub` puts into a repository: the calibration and its card."""
         hub.keep(self, folder)
 
     def push_to_hub(self, name: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-        """Puts it into a repository of the Hub, with a card; makes the repository where it is not there.
+        """Puts it into a repository on the Hub, with a card. Creates the repository if there is none.
 
         Args:
             name: the repository's, as "owner/name".
-            private: whether a repository that is made is private. Default: as the owner's are.
-            token: of a user who may write there. Default: the one that is logged in.
+            private: whether a new repository is private. Default: the owner's own default.
+            token: of a user who may write there. Default: that of the logged-in user.
 
         Returns:
-            The address of what was written.
+            The address of the repository.
         """
         return hub.push(self, name, private, token)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> "Calibration":
-        """Reads one from a folder, a file, or a repository of the Hub, "owner/name", which is downloaded once.
+        """Reads one from a folder, a file, or a repository on the Hub ("owner/name"), which is downloaded once.
 
         Args:
-            options: of `huggingface_hub.hf_hub_download`, such as `revision`, `token` and `local_files_only`.
+            options: for `huggingface_hub.hf_hub_download`, such as `revision`, `token` and `local_files_only`.
 
         Raises:
             FileNotFoundError: there is none.
@@ -419,10 +422,10 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Args:
-            path: the file, or the name of one of the bundled model's, such as "dpm-20-5".
+            path: the file, or the name of a bundled model's calibration, such as "dpm-20-5".
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -449,7 +452,7 @@ class Calibration:
 
     @classmethod
     def _of(cls, described: dict[str, Any], tensors: dict[str, Tensor], path: str) -> "Calibration":
-        """What a file says."""
+        """The calibration in a file."""
         denoisers = {
             name: Moments(
                 first,
@@ -489,13 +492,13 @@ def _repayments(calibration: Calibration, denoiser: str, actions: tuple[str, ...
     moments, scales = calibration.moments(denoiser), calibration.setting["guidance_scale"]
     gain = calibration.gains[moments.first : moments.first + moments.steps].tolist()
     w = scales[denoiser] if denoiser in scales else next(iter(scales.values()))
-    if isinstance(w, list):  # by step of the whole run
+    if isinstance(w, list):  # for each step of the whole run
         w = torch.tensor(w[moments.first : moments.first + moments.steps], dtype=torch.float64)[:, None]
     return repayments(calibration.weights(denoiser, fit), _own(calibration, denoiser, actions), gain, w, fit)
 
 
 def _own(calibration: Calibration, denoiser: str, actions: tuple[str, ...]) -> tuple[str, ...]:
-    """A denoiser's own steps out of a whole run's actions."""
+    """The actions of a denoiser's own steps, from those of a whole run."""
     moments = calibration.moments(denoiser)
     own = actions[moments.first : moments.first + moments.steps]
     if len(own) != moments.steps:
@@ -512,17 +515,17 @@ def gains(table: Sequence[Space]) -> list[float]:
 def euler_gains(table: Sequence[Space]) -> list[float]:
     """How far an error of each step's prediction moves the picture, if the solver takes Euler steps.
 
-    With x = signal x0 + noise eps and rho = noise / signal, an Euler step in rho takes an error e of the
-    prediction to one of x / signal that is e times
+    With x = signal x0 + noise eps and rho = noise / signal, an Euler step in rho turns an error e of the prediction
+    into an error of x / signal that is e times
 
         |b| (1 - rho' / rho)        (a prime: at the next step; denoised = a x + b prediction)
 
-    Gains are these over sqrt(rho): the noisier the sample, the more of the error later steps correct. For Gaussian
-    data of unit variance 1 / sqrt(1 + rho'^2) of an error would remain at the end. Guidance amplifies differences and
-    leaves more. The root fits measured pictures: docs/policies.md.
-    The evaluations of one solver step share its gain. A first step from pure noise, rho infinite, is weighed as if
-    from rho', which is too much rather than too little. The run is assumed to end without noise, and no step to add
-    any. With a stochastic scheduler the real gains fall less towards the end, by a factor of 1.3 to 3.
+    A gain is this factor over sqrt(rho): the noisier the sample, the more of the error later steps correct. For
+    Gaussian data of unit variance 1 / sqrt(1 + rho'^2) of an error would remain at the end. Guidance amplifies
+    differences, so more remains. The root fits measured pictures: docs/policies.md. The evaluations of one solver step
+    share its gain. A first step from pure noise, where rho is infinite, counts as if it started from rho', which is
+    rather too much than too little. The formula assumes that the run ends without noise and that no step adds noise.
+    With a stochastic scheduler the real gains fall less towards the end, by a factor of 1.3 to 3.
     """
     starts = [i for i, space in enumerate(table) if space.new_step] or [0]
     found: list[float] = []
@@ -537,7 +540,7 @@ def euler_gains(table: Sequence[Space]) -> list[float]:
 
 
 def _differences(made: Any, used: Any, where: str, precision: float = 0.0) -> Iterator[str]:
-    """What differs between two trees of plain values, where both have a value."""
+    """The differences between two trees of plain values, where both have a value."""
     if isinstance(made, dict) and isinstance(used, dict):
         both = sorted(made.keys() & used.keys())
         if where.endswith(".weights"):

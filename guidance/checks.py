@@ -1,4 +1,4 @@
-"""Numbers that users give: makes them plain and checks their kind. Rules and policies word the errors."""
+"""Makes the numbers that users give plain, and checks their kind. Rules and policies word the errors."""
 
 import math
 from dataclasses import fields
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """A numpy number, a tensor without dimensions or a fraction as an int or float, also within a list or tuple.
+    """Turns a numpy number, a tensor without dimensions or a fraction into an int or float, also in a list or tuple.
 
-    Everything else comes back unchanged. So only plain numbers are printed, compared and saved.
+    Everything else comes back unchanged. So all numbers that are printed, compared and saved are plain.
     """
     if type(value) in (list, tuple):
         return type(value)(plain(each) for each in value)
@@ -19,7 +19,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_fields(part: Any) -> None:
-    """Makes the fields of a new frozen dataclass `plain`; a list stays the given object."""
+    """Makes the fields of a new frozen dataclass `plain`; a list stays the same object."""
     for field in fields(part):
         if not isinstance(value := getattr(part, field.name), list):
             object.__setattr__(part, field.name, plain(value))

@@ -1,8 +1,9 @@
-"""How strong a rule's guidance is, in the measure that all rules share: the scale at which CFG would push as far.
+"""How strong a rule's guidance is, in a measure that all rules share: the scale at which CFG would push as far.
 
-Rules differ in what they do across the direction of guidance and in how far they go along it. Going further alone
-raises most scores, so rules are compared at equal strength too (GA-Eval, arXiv 2602.22570). As there, strength
-is the projection of g - u on d = c - u, in units of d, averaged over steps and samples; g is the guided prediction:
+Rules differ in how far they go along the direction of guidance, and in what they do perpendicular to it. To go further
+raises most scores by itself, so rules are compared at equal strength too (GA-Eval, arXiv 2602.22570). As there,
+strength is the projection of g - u onto d = c - u, in units of d, averaged over steps and samples; g is the guided
+prediction:
 
     w_eff = <g - u, d> / <d, d> = 1 + <g - c, d> / <d, d>,     which is w for CFG at w
 
@@ -24,7 +25,7 @@ class Strength:
     """An observer that appends the effective guidance scale of every step to `scales`."""
 
     scales: list[Tensor] = field(default_factory=list)
-    """By step, (rows,) each."""
+    """(rows,) for each step."""
 
     def __call__(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:
         if prediction is None:
@@ -36,7 +37,7 @@ class Strength:
 
     @property
     def mean(self) -> float:
-        """Over all steps and samples so far, without those where both predictions agree."""
+        """The mean over all steps and samples so far, without those where both predictions are equal."""
         values = [value for step in self.scales for value in step.tolist() if math.isfinite(value)]
         if not values:
             raise ValueError("no guided step was seen: run the pipeline with this observer first")

@@ -1,14 +1,14 @@
-"""The engine: one step of guidance, whoever evaluates the predictions and whoever takes the result.
+"""The engine: one step of guidance, independent of who evaluates the predictions and who takes the result.
 
     plan      which predictions of which samples the step evaluates        (the policy)
     predict   evaluate them                                                (the host)
     fill in   what was not evaluated                                       (the policy)
     combine   both predictions become one                                  (the rule)
-    remember  what later steps look back on
+    remember  what later steps need
     report
 
-`advance` is these lines. A host whose loop calls it takes them in two parts: `plan` before its networks run, and
-`guide` once their predictions exist.
+`advance` runs these lines in order. A host that is called from a pipeline's loop runs them in two parts: `plan` before
+its networks run, and `guide` once their predictions exist.
 """
 
 import math
@@ -37,10 +37,10 @@ momentum."""
 
 
 class Host(Protocol):
-    """Where an engine's predictions come from and go to."""
+    """The source of an engine's predictions, and the taker of its results."""
 
     def predict(self, step: Step, plan: Plan) -> Prediction:
-        """Evaluates what the plan asks for, and fills in the rest by `Engine.fill`."""
+        """Evaluates what the plan asks for, and fills in the rest with `Engine.fill`."""
         ...
 
     def resume(self, step: Step, guided: Tensor) -> None:
@@ -50,12 +50,12 @@ class Host(Protocol):
 
 @dataclass
 class Guided:
-    """What an engine makes of a step's prediction.
+    """An engine's result for a step's prediction.
 
     Args:
-        tensor: (rows, ...); None: the host's own combination, untouched.
+        tensor: (rows, ...); None for the host's own combination, untouched.
         result: what the scheduler's step returned, if guidance and step were fused.
-        again: makes the tensor in that case.
+        again: computes the tensor in that case.
     """
 
     tensor: Tensor | None
@@ -68,11 +68,11 @@ class Engine:
     """A rule and a policy over one run of one network on one batch.
 
     Args:
-        history: what the run has seen; a new one for another batch.
-        recording: takes the steps' reports.
+        history: what the run has seen; another batch needs a new one.
+        recording: collects the steps' reports.
         observers: called at every step.
-        rests: whether a sample at scale 1 needs no unconditional prediction: no further term is a difference from it.
-        origin: the settled scale at which the host's own number is 0: 1 where it writes `c + s (c - u)`.
+        rests: whether a sample at scale 1 needs only its conditional prediction: no further term uses the other.
+        origin: the settled scale at which the host's own number is 0; it is 1 if the host writes `c + s (c - u)`.
     """
 
     rule: Rule
@@ -81,15 +81,15 @@ class Engine:
     recording: Recording
     observers: Sequence[Observer] = ()
     recorder: Recorder | None = None
-    """Told of every guided step, of a policy that `learns`."""
+    """Sees every guided step, if the policy `learns`."""
     momentum: Tensor | None = field(default=None, repr=False)
     is_checked: bool = False
-    """Whether the policy's calibration was found to fit this run."""
+    """Whether the policy's calibration has been checked against this run."""
     origin: float = 0.0
     rests: bool = True
 
     def settle(self, step: Step) -> Step:
-        """The step with the scale that a schedule has there; without a schedule, as it is."""
+        """The step with its scale from the rule's schedule; without a schedule, the step as it is."""
         if not self.rule.is_scheduled or step.branches == 1:
             return step
         given = self._given(step)
@@ -99,12 +99,12 @@ class Engine:
         return replace(step, w=w, mean_w=scales.mean(self.rule.guidance_scale, run, self.origin))
 
     def _given(self, step: Step) -> scales.W:
-        """The schedule's value as the host counts it."""
+        """The schedule's value in the host's own count."""
         assert self.rule.guidance_scale is not None
         return scales.at(self.rule.guidance_scale, replace(step, rows=self.history.rows), self.origin)
 
     def plan(self, step: Step) -> Plan:
-        """What to evaluate at the next step: where a schedule rests at 1, the conditional prediction alone."""
+        """What to evaluate at the next step; only the conditional prediction where a schedule stays at 1."""
         step = self.settle(step)
         found = planned(self.policy, step, self.history)
         if not (self.rule.is_scheduled and self.rule.rests_at_one and self.rests) or self.policy.hands:
@@ -115,7 +115,7 @@ class Engine:
         return [alone if rest else each for rest, each in zip(rests, found, strict=True)]
 
     def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
-        """The unconditional prediction where it was evaluated, an estimate where the plan wants one, `cond` elsewhere.
+        """By row: the unconditional prediction if it was evaluated, an estimate if the plan wants one, else `cond`.
 
         It is always a new tensor.
         """
@@ -130,7 +130,7 @@ class Engine:
         return predicted(self.policy, step, self.history)
 
     def check(self, found: Callable[[], dict[str, Any]]) -> None:
-        """Refuses a policy calibrated for another setting than the one `found` returns, which it calls once a run."""
+        """Refuses a policy that was calibrated for another setting than `found()`. It calls `found` once a run."""
         if self.policy.calibration is not None and not self.is_checked:
             self.policy.check(found())
         self.is_checked = True
@@ -145,11 +145,11 @@ class Engine:
         expected: Tensor | None = None,
         s: float = 0.0,
     ) -> Observation:
-        """What the step shows of itself, in one pass that does not wait for the device.
+        """Measures the step in one pass, without waiting for the device.
 
         Args:
             c, u, evaluated: see `Prediction`.
-            output, expected, s: what it is verified by; see `kernels.reference.observe`.
+            output, expected, s: the numbers that verify it; see `kernels.reference.observe`.
         """
         x, space = step.sample, step.space
         ways = (0.0, 0.0), (0.0, 0.0)
@@ -170,12 +170,12 @@ class Engine:
         finish: Callable[[Tensor, Tensor], Tensor] = lambda guided, cond: guided,
         fuse: Callable[[], FusedStep | None] = lambda: None,
     ) -> Guided:
-        """Guides a step's prediction, remembers what later steps look back on, and reports.
+        """Guides a step's prediction, remembers what later steps need, and reports.
 
         Args:
-            own: the host's own combination of both predictions, `u + s (c - u)` in its order of operations, at a scale
-                as it counts; at None, the one it has by itself.
-            finish: what the host does to a combination, given the conditional prediction.
+            own: the host's own combination of both predictions, `u + s (c - u)` in its order of operations. It takes a
+                scale in the host's own count; None means the host's own scale.
+            finish: what the host does to a combination; it also takes the conditional prediction.
             fuse: the scheduler's step, if it can be fused with guidance here.
         """
         step = self.settle(step)
@@ -208,7 +208,7 @@ class Engine:
         return Guided((guided + correction).to(guided.dtype))
 
     def skip(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> None:
-        """Reports a step that evaluated nothing, of a policy that `hands`."""
+        """Reports a step that evaluated nothing, under a policy that `hands`."""
         step, nothing = self.settle(step), unseen(len(plan))
         self.history.seen.append(nothing)
         self.recording.add(step, plan, [False] * len(plan), nfe, nfe_full, nothing, note)
@@ -224,11 +224,11 @@ class Engine:
     ) -> Guided:
         c, u, rows = prediction.cond, prediction.uncond, len(plan)
         if step.branches == 1:
-            return Guided(None)  # one prediction, which no rule changes
+            return Guided(None)  # a single prediction, which no rule changes
         unguided = [each.action == Action.CONDITIONAL for each in plan]
         if self.rule.is_plain or all(unguided):
             stray = [alone and was for alone, was in zip(unguided, prediction.evaluated, strict=True)]
-            if self.rule.is_scheduled:  # the host has combined them at another scale
+            if self.rule.is_scheduled:  # the host combined them at another scale
                 made = scales.by_row(self._given(step), rows, own)
                 return Guided(pick(stray, finish(c, c), made) if any(stray) else made)
             return Guided(pick(stray, finish(c, c), own(None)) if any(stray) else None)
@@ -261,12 +261,12 @@ class Engine:
         return Guided(guided)
 
     def hand(self, step: Step, guided: Tensor | None, prediction: Prediction | None = None) -> Tensor:
-        """What the sampler receives in place of `guided`, which is None where nothing was evaluated.
+        """What the sampler receives in place of `guided`, which is None if nothing was evaluated.
 
-        For a policy that `hands`, at a guided step that has been reported.
+        It is for policies that `hands`, at a guided step that has been reported.
 
         Args:
-            prediction: what `guided` was made of.
+            prediction: what `guided` was made from.
         """
         if guided is None and self.recorder is not None:
             self.recorder.skip()
@@ -280,7 +280,7 @@ class Engine:
         return found.prediction
 
     def tell(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:
-        """Tells the observers of a step, and what the sampler receives."""
+        """Tells the observers about a step and what the sampler receives."""
         for observer in self.observers:
             observer(step, prediction, guided)
 
@@ -288,7 +288,7 @@ class Engine:
 def noise_difference(step: Step, prediction: Prediction) -> Tensor:
     """(rows,): `||cond - uncond||` of the noise predictions, on the device; NaN for rows that were not evaluated.
 
-    Where the noise is not known, of the predictions as they are.
+    If the noise is not known, it uses the predictions as they are.
     """
     c, u = prediction.cond, prediction.uncond
     working = torch.promote_types(c.dtype, torch.float32)
@@ -298,9 +298,9 @@ def noise_difference(step: Step, prediction: Prediction) -> Tensor:
 
 
 def _direction(guided: Tensor, prediction: Prediction, w: scales.W) -> Tensor:
-    """What one more of the scale adds to a guided prediction: at any w but 1, its own part of what guidance adds.
+    """What a scale larger by 1 adds to a guided prediction: if w is not 1, its share of what guidance adds.
 
-    So it is exact for rules that are linear in w. The prediction may have fewer channels.
+    It is exact for rules that are linear in w. The prediction may have fewer channels.
     """
     working = torch.promote_types(guided.dtype, torch.float32)
     c, u = prediction.cond.to(working), prediction.uncond.to(working)

@@ -2,7 +2,7 @@
 
 
 class GuidanceError(Exception):
-    """Base of every error of this package except bad arguments (`ValueError`, `TypeError`)."""
+    """The base of every error of this package except those for bad arguments (`ValueError`, `TypeError`)."""
 
 
 class UnsupportedPipeline(GuidanceError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`; a kill in the middle, or a full disk, leaves what was there before."""
+    """Writes `content` to `path`; if the process is killed meanwhile, or the disk is full, the old file stays."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with about(path):
         try:
@@ -40,7 +40,7 @@ def append(path: Path, content: bytes) -> None:
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Has errors of the system say that they are about this file, not a part of it, or nothing."""
+    """Makes errors of the system name this file, not its temporary part, and not nothing."""
     try:
         yield
     except OSError as error:

@@ -6,25 +6,26 @@ The best linear estimate at t from steps E, with weights that sum to 1, is
     D~_t = sum over k in E of w_k D_k        [ V(i, k)  1 ] [w]   [ V(t, k) ]
                                              [    1     0 ] [m] = [    1    ]
 
-With nothing measured, V(t, s) = |t - s|^p: a run moves like fractional Brownian motion, rougher than a polynomial and
-smoother than a random walk. There p = 1 holds the last prediction and interpolates on a line; p near 2 extrapolates
-along one. Measured, V is the model's own (`variogram.py`, `motion.py`). A skipped step j is
-handed such an estimate from the last two evaluated steps. At the next evaluated step i it is known better, by one more,
-and the difference is repaid: what counts for the picture is the sum of all errors, each times its step's gain, since
-neighbouring steps move it the same way. So i is handed
+If nothing was measured, V(t, s) = |t - s|^p: a run moves like fractional Brownian motion, rougher than a polynomial and
+smoother than a random walk. With p = 1 the estimate holds the last prediction, and interpolates on a line; with p near
+2 it extrapolates along a line. If runs were measured, V is the model's own (`variogram.py`, `motion.py`). A skipped
+step j is handed such an estimate from the last two evaluated steps. At the next evaluated step i a better estimate
+exists, from three steps, and the difference is repaid. Neighbouring steps move the picture the same way, so the sum of
+all errors counts, each times its step's gain. So i is handed
 
     D_i + sum over the skipped steps j since the last evaluated one of (gain_j / gain_i) (D~_j - handed_j)
 
-Everything here is a linear combination of at most three evaluated predictions: no more are kept.
+Everything here is a linear combination of at most three evaluated predictions, so no more are kept.
 
-Which steps to skip follows from the same V. Skipped between two evaluated ones, D_j is known up to the variance of its
-estimate from these two, whose root the picture feels by gain_j. A power law is the same everywhere in a run, so there
+The same V says which steps to skip. If step j is skipped between two evaluated ones, D_j is known up to the variance of
+its estimate from these two. The root of this variance moves the picture by gain_j. A power law is the same everywhere
+in a run, so for it
 
     gain_j rho_j^(5/6) = (1 - rho' / rho) rho^(1/3)        (rho: noise over signal, a prime: at the next step)
 
-stands for the gain, an Euler step's whatever the solver. The power of rho is what orders measured pictures. Errors of
-neighbours add up, those of different gaps do not: the sum over all gaps of the squared sum within each is least along a
-shortest path.
+stands for the gain, as in an Euler step, whatever the solver. This power of rho orders measured pictures best. Errors
+of neighbours add up, and errors of different gaps do not. So the error to minimise is the sum over all gaps of the
+squared sum within each gap; a shortest path finds its minimum.
 """
 
 import math
@@ -46,7 +47,7 @@ UNMEASURED = PowerLaw()
 _HOST: dict = {"dtype": torch.float64, "device": "cpu"}
 
 Combination = dict[int, float]
-"""Factors of evaluated steps' predictions, by step."""
+"""The factor of each evaluated step's prediction."""
 
 
 @lru_cache(maxsize=4096)
@@ -58,19 +59,19 @@ def estimate(steps: tuple[int, ...], at: int, variogram: PowerLaw | Measured = U
 
 
 def forecast(evaluated: Sequence[int], at: int, variogram: PowerLaw | Measured = UNMEASURED) -> Combination:
-    """What a skipped step is handed: an estimate from the last two evaluated ones."""
+    """What a skipped step is handed: an estimate from the last two evaluated steps."""
     return estimate(tuple(evaluated[-2:]), at, variogram)
 
 
 def repayment(
     evaluated: Sequence[int], skipped: Sequence[int], gain: Sequence[float], variogram: PowerLaw | Measured = UNMEASURED
 ) -> Combination:
-    """What the last of the `evaluated` steps is handed beside its own prediction.
+    """What the last of the `evaluated` steps is handed in addition to its own prediction.
 
     Args:
-        evaluated: the last three evaluated steps, fewer near the start.
-        skipped: those since the last but one of them; each got its `forecast`.
-        gain: of all steps, for errors of denoised predictions (`denoised_gains`).
+        evaluated: the last three evaluated steps, or fewer near the start.
+        skipped: the steps skipped since the last but one of these; each got its `forecast`.
+        gain: the gains of all steps for errors of denoised predictions (`denoised_gains`).
     """
     now, before = evaluated[-1], evaluated[:-1]
     found = dict.fromkeys(evaluated, 0.0)
@@ -88,7 +89,7 @@ def repayment(
 def summed_error(
     chosen: tuple[bool, ...], table: tuple[Space, ...], by: PowerLaw | Measured, measured: Measured
 ) -> float:
-    """The mean square, as `measured`, of the sum of errors times gains, of estimates made `by` a variogram."""
+    """The mean square of the sum of errors times gains. Estimates use the variogram `by`, errors `measured`."""
     gain, total = denoised_gains(table), torch.zeros(len(table), **_HOST)
     evaluated: list[int] = []
     skipped: list[int] = []
@@ -113,11 +114,11 @@ def combined(predictions: dict[int, Tensor], combination: Combination) -> Tensor
 
 
 def at_scale(w: scales.W | None, history: History) -> dict[int, Tensor]:
-    """The history's guided predictions by step, each as it would be at the scale w.
+    """The history's guided predictions by step, each taken to the scale w.
 
-    A guided prediction is D = X + (w - 1) B. Where the scale changes, what it is at step k is not what it would be at
-    another step's scale; but D_k + (w - w_k) B_k is, and B is kept beside it. So what is estimated is the motion of the
-    predictions, and never that of the schedule, which is known.
+    A guided prediction is D = X + (w - 1) B. If the scale changes, D_k of step k is not what it would be at the scale
+    w. But D_k + (w - w_k) B_k is, and the history keeps B beside D. So forecasts estimate only the motion of the
+    predictions, and not that of the schedule, which is known.
     """
     found = dict(history.guided)
     for step, guided in history.guided.items():
@@ -129,7 +130,7 @@ def at_scale(w: scales.W | None, history: History) -> dict[int, Tensor]:
 
 @lru_cache(maxsize=16)
 def denoised_gains(table: tuple[Space, ...]) -> tuple[float, ...]:
-    """By step: how far an error of its denoised prediction moves the picture; see `calibration.gains`."""
+    """For each step, how far an error of its denoised prediction moves the picture; see `calibration.gains`."""
     return _of_denoised(gains(table), table)
 
 
@@ -141,9 +142,9 @@ def _of_denoised(found: Sequence[float], table: Sequence[Space]) -> tuple[float,
 def pattern(
     count: int, evaluations: int, table: tuple[Space, ...] = (), variogram: PowerLaw | Measured = UNMEASURED
 ) -> tuple[bool, ...]:
-    """By step, whether it is evaluated: the first, the last two, and of the others those that are costliest to skip.
+    """Whether each step is evaluated: the first, the last two, and of the others those that cost most to skip.
 
-    Skips no more steps in a row than the budget requires: never two while a little more than half may be evaluated.
+    It skips no more steps in a row than the budget requires: never two if a little more than half may be evaluated.
 
     Args:
         count: steps of the run.
@@ -156,23 +157,23 @@ def pattern(
     weight = weights(table, variogram) if len(table) == count else torch.ones(count, **_HOST)
     if evaluations < 4:
         return _cheapest(weight, evaluations, variogram)
-    # What was off before the last step, it can hardly repay.
+    # The last step can hardly repay the errors before it.
     return (*_cheapest(weight[:-1], evaluations - 1, variogram), True)
 
 
 def missed(chosen: Sequence[bool], weight: Tensor, variogram: PowerLaw | Measured) -> float:
-    """What a pattern is predicted to miss: the sum over its gaps that `pattern` makes least."""
+    """The predicted error of a pattern: the sum over its gaps, which `pattern` minimises."""
     evaluated = [i for i, was in enumerate(chosen) if was]
     costs = _costs(weight, max((k - i for i, k in pairwise(evaluated)), default=1), variogram)
     return sum(float(costs[k - i, k]) for i, k in pairwise(evaluated))
 
 
 def _costs(weight: Tensor, furthest: int, variogram: PowerLaw | Measured) -> Tensor:
-    """(furthest + 1, T): [g, i] is what skipping the g - 1 steps before i costs, if i - g and i are evaluated."""
+    """(furthest + 1, T): [g, i] is the cost of skipping the g - 1 steps before i, if i - g and i are evaluated."""
     count = len(weight)
     costs = torch.zeros(furthest + 1, count, **_HOST)
     steps = torch.arange(count)
-    # The variance left of j by the best estimate from i and k, w of i and 1 - w of k.
+    # The variance of step j about its best estimate from i and k, with the weights w and 1 - w.
     apart = variogram.between(steps, steps)
     for g in range(2, furthest + 1):
         i, k = steps[: count - g, None], steps[g:, None]
@@ -207,12 +208,12 @@ def _cheapest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured) 
 
 
 def weights(table: tuple[Space, ...], variogram: PowerLaw | Measured = UNMEASURED) -> Tensor:
-    """(T,) by step, the squared part an error has of its denoised prediction; where the variogram does not know how
-    strongly that moves there, times a guess of it."""
+    """(T,): for each step the squared gain of an error of its denoised prediction. If the variogram does not know how
+    fast predictions move there, it is multiplied by a guess of that."""
     gain = torch.tensor(_of_denoised(euler_gains(table), table), **_HOST).square()
     if variogram.is_measured:
         return gain
     rho = torch.tensor([space.noise / space.signal if space.signal else math.inf for space in table], **_HOST)
     found = torch.where((rho > 0) & rho.isfinite(), gain * rho ** (5 / 3), 0.0)
-    # What is not known (pure noise) is taken to be worth the most.
+    # Steps of unknown weight (pure noise) get the largest one.
     return torch.where(found > 0, found, float(found.max()) or 1.0)

@@ -1,4 +1,4 @@
-"""Calibrations in folders and on the Hub: where one is found by its name, and the card it is kept with."""
+"""Calibrations in folders and on the Hub: how one is found by its name, and the card beside it."""
 
 import re
 import tempfile
@@ -13,10 +13,10 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def found(name: str | Path, **options: Any) -> Path:
-    """The file of a calibration: `name` itself, the one in the folder of that name, or that of a repository.
+    """The file of a calibration: `name` itself, the file in the folder of that name, or that of a repository.
 
     Raises:
-        FileNotFoundError: nothing of this name is here, and no repository could have it; or the repository has none.
+        FileNotFoundError: nothing here has this name and no repository can have it, or the repository has no file.
     """
     path = Path(name)
     if path.is_file():
@@ -27,7 +27,7 @@ def found(name: str | Path, **options: Any) -> Path:
         return path / FILE
     if not _REPOSITORY.fullmatch(str(name)) or path.suffix == ".safetensors":
         raise FileNotFoundError(
-            f"{name}: no such file or folder, nor the name of a repository, as owner/name; make a calibration with "
+            f"{name}: no such file or folder, nor the name of a repository (owner/name); make a calibration with "
             "calibrate(pipe, prompts, path=...)"
         )
     from huggingface_hub import hf_hub_download
@@ -55,7 +55,7 @@ def keep(calibration: Any, folder: str | Path, name: str = "") -> None:
 
 
 def push(calibration: Any, name: str, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Puts the calibration and its card into a repository, which is made where it is not there; returns its address."""
+    """Puts the calibration and its card into a repository, and creates it if there is none. Returns its address."""
     from huggingface_hub import HfApi
 
     if not _REPOSITORY.fullmatch(name):
@@ -69,7 +69,7 @@ def push(calibration: Any, name: str, private: bool | None = None, token: str | 
 
 
 def card(calibration: Any, name: str) -> str:
-    """The README of a repository: what the calibration is for, and how it is used."""
+    """The README of a repository: what the calibration is for, and how to use it."""
     setting = calibration.setting
     networks = [f"`{part}`, a {made.get('class', 'network')}" for part, made in setting.get("denoisers", {}).items()]
     rows = [f"| {len(m.levels)} | {m.scale:g} | {m.runs} |" for m in calibration.motions]
@@ -89,7 +89,7 @@ tags:
 # How the predictions of {setting.get("pipeline", "a pipeline")} move
 
 A calibration of [diffusers-guidance](https://pypi.org/project/diffusers-guidance/): some kilobytes of numbers, no
-weights and no code. With it a pipeline skips evaluations of its network and forecasts what they would have said.
+weights and no code. With it a pipeline skips evaluations of its network and forecasts their results.
 
 ```python
 from diffusers_guidance import Forecast, attach
@@ -97,8 +97,8 @@ from diffusers_guidance import Forecast, attach
 handle = attach(pipe, policy=Forecast(save=0.4, calibration="{name}"))
 ```
 
-It is for pipelines with {" and ".join(networks)}, and refuses other models, and adapters that are fused to it.
-Scheduler, number of steps, guidance scale and size are free.
+It is for pipelines with {" and ".join(networks)}, and refuses other models, and adapters fused into them.
+Scheduler, number of steps, guidance scale and size may be any.
 
 | noise levels | guidance scale | runs |
 |---:|---:|---:|

@@ -1,4 +1,4 @@
-"""Learning: a run that is made in full is recorded, and what it showed serves the runs after it."""
+"""Learning: a run made in full is recorded, and the runs after it use the record."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from diffusers_guidance.policies import Policy
 from diffusers_guidance.steps import Prediction, Step
 
 Fingerprints = Callable[[Sequence[str]], dict[str, Any]]
-"""What tells models apart, of the networks of these names; see `Calibration.check`."""
+"""Returns what tells models apart, for the networks of these names; see `Calibration.check`."""
 
 _NOT_FULL = "not every step was evaluated"
 
@@ -21,26 +21,26 @@ _NOT_FULL = "not every step was evaluated"
 class Recorder:
     """Records the motion of one run, as long as all of it is evaluated.
 
-    All denoised predictions of the run are compared with each other, so all are kept until it ends, in the run's own
-    precision and on its device: two for each step. After the first step that is not evaluated none are.
+    All denoised predictions of the run are compared with each other. So all are kept until it ends, two for each step,
+    on its device and in its precision. At the first step that is not evaluated they are dropped.
     """
 
     def __init__(self) -> None:
         self.denoisers: dict[str, None] = {}
-        """Names of the networks that were seen."""
+        """The names of the networks seen so far."""
         self.lack = "no guided step was seen"
         """Why there is no motion."""
         self.last: Step | None = None
         self._seen: list[Tensor] = []
-        """By step, (2, rows, ...): X and B."""
+        """(2, rows, ...) for each step: X and B."""
         self._levels: list[float] = []
         self._products: list[Tensor] = []
-        """By step, (3, steps before) on the device."""
+        """(3, earlier steps) for each step, on the device."""
         self._scale: float | None = None
         self._is_over = False
 
     def see(self, step: Step, prediction: Prediction) -> None:
-        """Told of every guided step."""
+        """Sees every guided step."""
         if self._is_over:
             return
         space, sample, c = step.space, step.sample, prediction.cond
@@ -66,14 +66,14 @@ class Recorder:
         return None
 
     def skip(self) -> None:
-        """Told of a step that was not evaluated: this run is not recorded."""
+        """Sees a step that was not evaluated: this run is not recorded."""
         self._stop(_NOT_FULL)
 
     def _stop(self, why: str) -> None:
         self.lack, self._is_over, self._seen, self._products = why, True, [], []
 
     def motion(self) -> Motion | None:
-        """Of the run so far; None where `lack` says why. Keeps nothing of it."""
+        """The motion of the run so far; None if `lack` says why. Keeps nothing of the run."""
         if self._is_over or self._scale is None:
             return None
         count, rows, scale = len(self._levels), self._seen[0].shape[1], self._scale
@@ -81,7 +81,7 @@ class Recorder:
         for t, products in enumerate(self._products):
             values[:, t, :t] = values[:, :t, t] = products.double().cpu()
         levels = torch.tensor(self._levels, dtype=torch.float64)
-        # Stages of a solver may come back to a level.
+        # A solver's stages may return to an earlier level.
         order = torch.argsort(levels, descending=True, stable=True)
         falls = torch.cat([torch.ones(1, dtype=torch.bool), levels[order].diff() < -1e-6])
         kept = order[falls]
@@ -97,7 +97,7 @@ class Recorder:
 
 
 class Learner:
-    """What a pipeline's runs have taught so far, and the policy that goes by it."""
+    """What a pipeline's runs have taught so far, for the policy that uses it."""
 
     def __init__(self) -> None:
         self.learned: Calibration | None = None
@@ -105,14 +105,14 @@ class Learner:
         """Why the last full run taught nothing."""
 
     def calibration(self, policy: Policy) -> Calibration | None:
-        """All that is known: what the policy was given, and what was learned."""
+        """Everything known: the policy's own calibration, and what was learned."""
         given = policy.calibration
         if given is None or self.learned is None:
             return given or self.learned
         return given.portable + self.learned
 
     def informed(self, policy: Policy, fingerprints: Fingerprints) -> Policy:
-        """The policy as it goes by what was learned; another model is learned anew."""
+        """The policy with what was learned; another model is learned anew."""
         if not policy.learns:
             return policy
         if self.learned is not None:
@@ -123,7 +123,7 @@ class Learner:
         return policy.informed(self.calibration(policy), self.lack)
 
     def take(self, recorder: Recorder, pipeline: str, fingerprints: Fingerprints) -> str:
-        """Adds what a run showed; what the report is to say of it."""
+        """Adds what a run showed; returns a sentence about it for the report."""
         if recorder.lack == _NOT_FULL:
             return ""
         motion = recorder.motion()
@@ -133,4 +133,5 @@ class Learner:
         setting = {"pipeline": pipeline, "denoisers": fingerprints([*recorder.denoisers])}
         made = Calibration(setting, {}, {}, (motion,))
         self.learned, self.lack = made if self.learned is None else self.learned + made, ""
-        return f"learned from this run: {motion.runs} of {len(motion.levels)} noise levels at scale {motion.scale:g}"
+        samples = f"{motion.runs} sample{'s' * (motion.runs > 1)}"
+        return f"learned from this run: {samples} at {len(motion.levels)} noise levels, scale {motion.scale:g}"

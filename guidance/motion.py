@@ -1,20 +1,20 @@
-"""Motion: how the denoised predictions of a model move over a run, as runs under full guidance show it.
+"""Motion: how the denoised predictions of a model move over a run under full guidance.
 
-Let X_t be the denoised conditional prediction of a step, and B_t what guidance adds to it, b (c - u), so that the
-denoised guided one is D_t = X_t + (w - 1) B_t at any scale w. A motion keeps the three variograms
+Let X_t be the denoised conditional prediction of a step, and B_t = b (c - u) what guidance adds to it. Then the
+denoised guided prediction is D_t = X_t + (w - 1) B_t at any scale w. A motion keeps the three variograms
 
     E |X_t - X_s|^2        E (X_t - X_s) . (B_t - B_s)        E |B_t - B_s|^2
 
-as means over numbers and samples, by noise level. They say what the Gram matrix of all X and B says of their
-differences, without what cancels in those. From them follows the variogram of D at any scale:
+as means over numbers and samples, at the noise levels of the steps. The Gram matrix of all X and B has the same
+information, but large terms cancel in its differences. The variogram of D at any scale follows:
 
     V(t, s) = the first + 2 (w - 1) the second + (w - 1)^2 the third
 
-and, for steps at other noise levels, an interpolation. Time runs as fast as predictions move: from level to level by
-V^(1/p), in between straight over log(noise / signal). In that time a power law |t - s|^p fits the neighbours by
-construction; it is what stands in where nothing was measured. A level in between is estimated from the measured ones
-by `kriged`, and what the estimate leaves open, by that law, is added. So a fine grid serves a coarse one as if it were
-measured, and a coarse grid serves a fine one by the power law. The law also counts as much as one run.
+Steps at other noise levels are interpolated. For this, time runs as fast as predictions move: V^(1/p) passes from one
+level to the next, on a straight line over log(noise / signal). In that time the power law |t - s|^p fits neighbouring
+levels by construction. It replaces what was not measured. `kriged` estimates a level in between from the measured ones,
+and the variance that this estimate has under the power law is added. So a fine grid serves a coarse one as if it had
+been measured, and a coarse grid serves a fine one by the power law. The power law also counts as one more run.
 """
 
 import math
@@ -31,12 +31,12 @@ from diffusers_guidance.variogram import ROUGHNESS, Measured, kriged, power
 
 _HOST: dict = {"dtype": torch.float64, "device": "cpu"}
 _LEVELS = (1e-4, 1e3)
-"""Noise over signal is taken to be in between."""
+"""Noise over signal is limited to this range."""
 
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """Of runs at one scale, at the noise levels of their steps."""
+    """The variograms of runs at one scale, at the noise levels of their steps."""
 
     levels: Tensor
     """(T,) float64: log(noise / signal), falling."""
@@ -48,7 +48,7 @@ class Motion:
 
     @property
     def is_sound(self) -> bool:
-        """Whether it is what its fields say."""
+        """Whether its fields fit together and are finite."""
         n = len(self.levels)
         return (
             self.levels.ndim == 1
@@ -61,12 +61,12 @@ class Motion:
         )
 
     def at(self, w: float) -> Tensor:
-        """(T, T) the variogram of guided predictions at scale w, on its own levels."""
+        """(T, T): the variogram of guided predictions at scale w, on its own levels."""
         x, both, b = self.variograms
         return (x + 2 * (w - 1) * both + (w - 1) ** 2 * b).clamp(min=0)
 
     def is_like(self, other: "Motion") -> bool:
-        """Whether both are of the same levels and scale."""
+        """Whether both have the same levels and scale."""
         same = len(self.levels) == len(other.levels) and torch.allclose(self.levels, other.levels, rtol=0, atol=1e-4)
         return same and math.isclose(self.scale, other.scale, rel_tol=1e-4)
 
@@ -77,7 +77,7 @@ class Motion:
 
 
 def merged(motions: Sequence[Motion]) -> tuple[Motion, ...]:
-    """The same, those that are alike added up."""
+    """The same motions, with those that are alike added up."""
     found: list[Motion] = []
     for motion in motions:
         like = next((i for i, each in enumerate(found) if each.is_like(motion)), None)
@@ -95,18 +95,18 @@ def level(space: Space) -> float:
 
 
 class Known(NamedTuple):
-    """What motions say of a run."""
+    """What motions say about a run."""
 
     variogram: Measured
     doubt: Measured
-    """The part of it that was not measured, but follows from the power law."""
+    """The part of `variogram` that was not measured, but follows from the power law."""
     motion: Motion
-    """Which of them said so."""
+    """The motion that says so."""
 
 
 @lru_cache(maxsize=64)
 def known(motions: tuple[Motion, ...], table: tuple[Space, ...], w: float | None) -> Known | None:
-    """What they know of a run, by that one of the nearest scale and of those the one that leaves the least open."""
+    """What the motions know about a run. It uses the nearest scale, and there the motion with the least doubt."""
     if not motions or len(table) < 2:
         return None
     levels = torch.tensor([level(space) for space in table], **_HOST)
@@ -116,12 +116,12 @@ def known(motions: tuple[Motion, ...], table: tuple[Space, ...], w: float | None
 
 
 def far(motion: Motion, w: float | None) -> float:
-    """How far a scale is from that of a motion: by what factor guidance adds more, as a logarithm."""
+    """How far a scale is from a motion's scale: the logarithm of the factor by which guidance adds more."""
     return 0.0 if w is None else abs(math.log(max(abs(w - 1), 0.1) / max(abs(motion.scale - 1), 0.1)))
 
 
 def served(motion: Motion, levels: Tensor, w: float | None = None) -> Known:
-    """What a motion knows of steps at other `levels`, and at another scale."""
+    """What a motion knows about steps at other `levels`, and at another scale."""
     own = motion.at(motion.scale if w is None else w)
     moved = own.diagonal(1)
     time = torch.cat([torch.zeros(1, **_HOST), moved.clamp(min=1e-9 * float(moved.max())).pow(1 / ROUGHNESS).cumsum(0)])
@@ -140,13 +140,13 @@ def served(motion: Motion, levels: Tensor, w: float | None = None) -> Known:
 
 
 def _apart(values: Tensor) -> Tensor:
-    """The same, where no two steps are quite at the same place."""
+    """The same values, slightly raised so that no two steps are at the same place."""
     least = 1e-9 * float(values.max()) or 1.0
     return values + least * (1 - torch.eye(len(values), dtype=values.dtype))
 
 
 def _interpolated(at: Tensor, levels: Tensor, time: Tensor) -> Tensor:
-    """Times at other levels: on straight lines between those known, which go on beyond both ends."""
+    """Times at other levels, on straight lines between the known ones; the lines continue beyond both ends."""
     i = torch.searchsorted(-levels, -at).clamp(1, len(levels) - 1)
     share = (at - levels[i - 1]) / (levels[i] - levels[i - 1])
     return time[i - 1] + share * (time[i] - time[i - 1])

@@ -1,8 +1,8 @@
-"""What a guided step shows of itself, and how its numbers get from the device to the host: nobody waits on the way.
+"""The measures of a guided step, and how its numbers get from the device to the host without a wait.
 
-A device works behind its host. To ask for a number of the current step is to let it run dry. So numbers are sent when
-they are made (`Arrival`), and read once the next step's networks have been asked for: what was made before
-these has been passed by then. Where the host itself computes, numbers have arrived when they are made.
+A device works behind its host. If the host asks for a number of the current step, it waits, and the device runs out of
+work. So numbers are sent when they are made (`Arrival`), and read after the next step's networks have been launched: by
+then they have arrived. On a CPU numbers have arrived as soon as they are made.
 """
 
 import math
@@ -21,7 +21,7 @@ def is_here(numbers: Tensor) -> bool:
 
 
 def send(numbers: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """A copy on the host, complete after the event; without one, the numbers themselves, on a device that has none."""
+    """A copy on the host, complete after the event; on a device without events, the numbers themselves."""
     device = numbers.device
     stream = getattr(torch.get_device_module(device), "current_stream", None)
     if stream is None or not hasattr(torch.Stream, "record_event"):
@@ -35,11 +35,11 @@ class Arrival:
 
     def __init__(self, numbers: Tensor):
         self.is_here = is_here(numbers)
-        """Whether they were there at once."""
+        """Whether they were on the host at once."""
         self._numbers, self._event = (numbers.detach(), None) if self.is_here else send(numbers.detach())
 
     def read(self) -> Tensor:
-        """On the host; waits for them where they are not there yet."""
+        """The numbers on the host; waits if they are not there yet."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
@@ -48,12 +48,12 @@ class Arrival:
 
 
 class Observation:
-    """The sums of `kernels.observe`, of a step's rows.
+    """The sums of `kernels.observe` for a step's rows.
 
     Args:
         sums: (rows, parts, 9).
-        space: of the step; None: not known.
-        evaluated: by row, whether both predictions are the network's own.
+        space: the step's; None if not known.
+        evaluated: for each row, whether both predictions are the network's own.
     """
 
     def __init__(self, sums: Tensor, space: Space | None, evaluated: Sequence[bool]):
@@ -61,12 +61,12 @@ class Observation:
 
     @property
     def is_here(self) -> bool:
-        """Whether it was on the host at once."""
+        """Whether the sums were on the host at once."""
         return self._sums.is_here
 
     @cached_property
     def _totals(self) -> list[list[float]]:
-        """By row, the nine sums."""
+        """The nine sums of each row."""
         return self._sums.read().double().sum(1).tolist()
 
     @cached_property
@@ -93,10 +93,10 @@ class Observation:
 
     @property
     def norms(self) -> list[float]:
-        """Of what the step's output was off by, of the output, of c and of u: over all rows; waits for them."""
+        """Over all rows: of the output's deviation from the formula, of the output, of c and of u. Waits for them."""
         return [sum(row[i] for row in self._totals) ** 0.5 for i in range(4)]
 
 
 def unseen(rows: int) -> Observation:
-    """Of a step that did not evaluate both predictions."""
+    """For a step that did not evaluate both predictions."""
     return Observation(torch.zeros(rows, 1, 9), None, [False] * rows)

@@ -4,13 +4,13 @@ A policy is a frozen dataclass with one method, `plan`. From the next step and w
 it chooses for each sample of the batch separately between
 
     both           evaluate the conditional and the unconditional prediction
-    conditional    evaluate the conditional one alone and use it unguided
-    extrapolate    evaluate the conditional one alone and guide with an estimate of the other
+    conditional    evaluate the conditional one only and use it unguided
+    extrapolate    evaluate the conditional one only and guide with an estimate of the other
     neither        evaluate nothing and guide with estimates of both, or with a forecast of the guided prediction
 
 (`steps.Action`). It keeps no state: all memory is in the `History`, which belongs to one run. The first step of a
-denoiser in a run is always evaluated in full, because the pipeline's guidance is identified there; another plan
-then decides only how the step is used. To add a policy, subclass `Policy` and write `plan`.
+denoiser in a run is always evaluated in full, because the pipeline's guidance is identified there. If the plan differs,
+it decides only how the step's predictions are used. To add a policy, subclass `Policy` and write `plan`.
 """
 
 import math
@@ -53,34 +53,34 @@ class Policy:
     needs_denoised = False
     """Whether `plan` uses similarities, and so needs a scheduler whose predictions can be denoised."""
     remembers = False
-    """Whether `estimate` looks back on all predictions of the run; the history then keeps those that `reads` names."""
+    """Whether `estimate` reads all predictions of the run; the history then keeps those that `reads` names."""
     estimates = True
     """Whether `plan` may say "extrapolate". If not, the history keeps no difference of both predictions."""
     hands = False
-    """Whether the scheduler gets what `hand` makes of a step's guided prediction, whatever rule and pipeline did.
-    Such a policy needs no `predict` for steps that evaluate neither prediction."""
+    """Whether the scheduler gets the result of `hand` in place of a step's guided prediction, under any rule. Such a
+    policy does not need `predict` for steps that evaluate neither prediction."""
     calibration = None  # type: Calibration | None
     """What the policy is fitted to; a run of another setting is refused at its first step."""
 
     corrects = False
-    """Whether the scheduler gets a step's guided prediction and the policy's `correction`."""
+    """Whether the scheduler gets a step's guided prediction plus the policy's `correction`."""
     learns = False
-    """Whether full runs under it are recorded, for it to be `informed` of what they showed."""
+    """Whether full runs under it are recorded, so that it can be `informed` of what they showed."""
 
     def __init_subclass__(cls) -> None:
         if "plan" in vars(cls) and "estimates" not in vars(cls):
-            cls.estimates = True  # whatever the plan that it replaces may say
+            cls.estimates = True  # whatever the replaced plan says
 
     def __post_init__(self) -> None:
         plain_fields(self)
 
     def check(self, setting: dict[str, Any]) -> None:
-        """Refuses a run whose `setting` is not what the calibration is for."""
+        """Refuses a run whose `setting` is not the calibration's."""
         if self.calibration is not None:
             self.calibration.check(setting)
 
     def informed(self, calibration: Calibration | None, lack: str = "") -> "Policy":
-        """The same policy with what is known by now; `lack` says why runs cannot be learned from, if so."""
+        """The same policy with what is known by now. If runs cannot teach anything, `lack` says why."""
         return self
 
     def plan(self, step: Step, history: History) -> Plan:
@@ -90,8 +90,8 @@ class Policy:
     def estimate(self, step: Step, history: History, cond: Tensor) -> Tensor:
         """(rows, ...) estimate of the unconditional prediction where `plan` said "extrapolate".
 
-        It holds each sample's last difference of both as a velocity. That is like holding it as noise at low noise
-        levels, and as denoised sample at high ones.
+        It holds the last difference of each sample's predictions as a velocity. At low noise levels that is close to
+        holding it as noise, and at high ones as a denoised sample.
         """
         assert history.delta is not None
         factors = [velocity / step.velocity for velocity in history.velocity]
@@ -101,8 +101,8 @@ class Policy:
         return torch.cat([kernels.mix([c, d], [1.0, -factor], cond.dtype) for c, d, factor in rows])
 
     def reads(self, step: Step, history: History) -> tuple[Collection[int] | None, Collection[int] | None]:
-        """Of which guided steps so far, this one included, later estimates read the conditional and the unconditional
-        predictions, of a policy that `remembers`; None: all."""
+        """The guided steps so far, this one included, whose conditional and unconditional predictions later estimates
+        read, for a policy that `remembers`. None means all."""
         return None, None
 
     def predict(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} has no estimate of both predictions")
 
     def correction(self, step: Step, history: History) -> Tensor | None:
-        """What is added to a step's guided prediction, of a policy that `corrects`; None for nothing.
+        """What a policy that `corrects` adds to a step's guided prediction; None for nothing.
 
         Args:
             step: the one about to be taken.
@@ -123,8 +123,8 @@ class Policy:
 
         Args:
             step: the one about to be taken.
-            history: its `guided` and `skipped` are this method's to keep.
-            guided: (rows, ...) what was evaluated and guided; None where nothing was.
+            history: this method keeps its `guided` and `skipped`.
+            guided: (rows, ...), the guided prediction; None if nothing was evaluated.
         """
         raise NotImplementedError(f"{type(self).__name__} hands on what was evaluated")
 
@@ -135,12 +135,12 @@ class Handed(NamedTuple):
     prediction: Tensor
     note: str = ""
     sizes: Tensor | None = None
-    """(3,), on the device, norms: of the average error of the forecasts before this step, of the repayment, and of the
-    denoised prediction, all denoised."""
+    """(3,) on the device: the norms of the average error of the forecasts before this step, of the repayment, and of
+    the prediction, all as denoised samples."""
 
 
 def planned(policy: Policy, step: Step, history: History) -> Plan:
-    """What `policy.plan` says of the next step, checked.
+    """The decisions of `policy.plan` for the next step, checked.
 
     Raises:
         TypeError: it is not a list of one `Decision` a sample.
@@ -172,7 +172,7 @@ _ACTIONS = frozenset(Action)
 
 
 def estimated(policy: Policy, step: Step, history: History, cond: Tensor) -> Tensor:
-    """What `policy.estimate` says, checked against `cond`.
+    """The estimate of `policy.estimate`, checked against `cond`.
 
     Raises:
         TypeError: it is not a tensor.
@@ -183,7 +183,7 @@ def estimated(policy: Policy, step: Step, history: History, cond: Tensor) -> Ten
 
 
 def predicted(policy: Policy, step: Step, history: History) -> tuple[Tensor, Tensor]:
-    """What `policy.predict` says, checked to be a pair of predictions of one shape; raises as `estimated`."""
+    """The estimates of `policy.predict`, checked to be a pair of one shape; raises like `estimated`."""
     found, said = policy.predict(step, history), f"{type(policy).__name__}.predict, at step {step.index},"
     if not isinstance(found, tuple | list) or len(found) != 2:
         raise TypeError(f"{said} returned a {type(found).__name__}: it must return a pair of tensors, (cond, uncond)")
@@ -215,15 +215,15 @@ class EveryStep(Policy):
 
 @dataclass(frozen=True)
 class AdaptiveGuidance(Policy):
-    """AG (arXiv 2312.12487, section 4): conditional only, once both predictions of a sample agree.
+    """AG (arXiv 2312.12487, section 4): only the conditional prediction, once both predictions of a sample agree.
 
-    The step at which a sample's similarity reaches the threshold is still guided, since both of its predictions
-    exist already. For the rest of the run that sample's unconditional prediction is not evaluated.
+    The step at which a sample's similarity reaches the threshold is still guided, since both predictions exist already.
+    For the rest of the run the sample's unconditional prediction is skipped.
 
     Args:
         threshold: gamma-bar in (0, 1]. A higher value keeps guidance longer.
-        space: the predictions to compare, "denoised" or "noise". The paper compares noise predictions, with
-            0.991. On SDXL these have been seen to agree to 0.999 from the first step, so denoised is the default.
+        space: the predictions to compare, "denoised" or "noise". The paper compares noise predictions, with 0.991. On
+            SDXL their similarity was seen to be 0.999 from the first step on, so "denoised" is the default.
         patience: how many steps in a row the similarity must reach the threshold.
     """
 
@@ -258,9 +258,9 @@ class AdaptiveGuidance(Policy):
         return cls(threshold, chosen)  # type: ignore[arg-type]
 
     def plan(self, step: Step, history: History) -> Plan:
-        """Goes by the similarities that have arrived, and waits for the last one only while a sample is within reach.
+        """Uses the similarities that have arrived, and waits for the last one only if a sample is near the threshold.
 
-        Where one jumps from out of reach, its sample is guided for a step more.
+        If a similarity jumps past the threshold from out of reach, its sample is guided for one step more.
         """
         seen = history.agreement(self.space, arrived=True)
         stopped = self._stopped(seen)
@@ -270,7 +270,7 @@ class AdaptiveGuidance(Policy):
         return [Decision(Action.BOTH) if i is None else Decision(Action.CONDITIONAL, f"{why} {i}") for i in stopped]
 
     def _stopped(self, seen: Tensor) -> list[int | None]:
-        """By sample, the step at which it had reached the threshold as often as it must; `seen` is (steps, rows)."""
+        """The step at which each sample reached the threshold `patience` times in a row; `seen` is (steps, rows)."""
         agree = seen >= self.threshold  # False for NaN
         if len(agree) < self.patience:
             return [None] * seen.shape[1]
@@ -279,14 +279,14 @@ class AdaptiveGuidance(Policy):
         return [i if done else None for i, done in zip(first, crossed.any(0).tolist(), strict=True)]
 
     def _is_near(self, seen: Tensor) -> bool:
-        """Whether a sample's similarity, known by step, may reach the threshold at the next one."""
+        """Whether a sample's similarity, known for the steps so far, may reach the threshold at the next one."""
         known = [value for value in seen.tolist() if value == value]
         return bool(known) and 1 - known[-1] <= REACH * (1 - self.threshold) + 1e-6
 
 
 @dataclass(frozen=True)
 class Interval(Policy):
-    """Guidance in a limited interval (arXiv 2404.07724); conditional only outside.
+    """Guidance in a limited interval (arXiv 2404.07724), and only the conditional prediction outside it.
 
     `Interval(0.1, 0.6)` guides from 10 % of the steps, included, to 60 %, excluded. `Interval.sigma(low, high)`
     guides where low < sigma <= high, with sigma as in the scheduler's own `sigmas`.
@@ -311,7 +311,7 @@ class Interval(Policy):
 
     @classmethod
     def sigma(cls, low: float, high: float) -> "Interval":
-        """Guidance where low < sigma <= high. The paper's best for SDXL is (0.28, 5.42]."""
+        """Guidance where low < sigma <= high. The paper's best interval for SDXL is (0.28, 5.42]."""
         return cls(low, high, by="sigma")
 
     def plan(self, step: Step, history: History) -> Plan:
@@ -328,7 +328,7 @@ class Interval(Policy):
 
 @dataclass(frozen=True)
 class StepAG(Policy):
-    """Guidance in the first `p` of the steps, conditional only afterwards (Step AG, arXiv 2506.08351)."""
+    """Guidance in the first share `p` of the steps, and none afterwards (Step AG, arXiv 2506.08351)."""
 
     p: float = 0.5
 
@@ -377,25 +377,25 @@ class Hold(Policy):
 class Forecast(Policy):
     """Skips whole evaluations, forecasts their guided predictions, and repays the forecasts' errors.
 
-    Which steps are evaluated follows from the noise levels and the budget: the first, the last, and those that would be
-    the costliest to skip; none are skipped twice in a row while the budget allows it (`forecast.pattern`). A skipped
-    step is handed an estimate from the last two evaluated guided predictions, as denoised samples; the next evaluated
-    one is handed its own and a repayment (`forecast.repayment`). What is forecast is the guided prediction itself, so
-    any rule and any pipeline's own formula go with it.
+    The noise levels and the budget decide which steps are evaluated: the first, the last, and those that would cost
+    most to skip. It never skips two steps in a row while the budget allows (`forecast.pattern`). A skipped step is
+    handed an estimate from the last two evaluated guided predictions, as denoised samples. The next evaluated step is
+    handed its own prediction and a repayment (`forecast.repayment`). It forecasts the guided prediction itself, so it
+    works with any rule and any pipeline's own formula.
 
-    It works with what it knows: with nothing, estimates are by a power law; with a calibration, by how this model's
-    predictions move, at any scheduler, number of steps, scale and size.
+    Without a calibration, estimates follow a power law. With one, they follow this model's own motion, at any
+    scheduler, number of steps, scale and size.
 
     If a scheduler's predictions cannot be denoised, they are forecast as they are, and nothing is repaid.
 
     Args:
         save: the least share of the NFEs to save, from 0 to below 1; the first and the last step are always evaluated.
-        nfe: instead, the most NFEs of one sample, two for each evaluated step (one where nothing is guided, one more
-            for each further term); 4 or more. It does not count steps that a run must evaluate: a second denoiser's
-            first, and the next after steps without guidance.
-        calibration: of this model (`calibrate`, or a handle's `calibration`), or where it is kept: a file, a folder, or
-            a repository's name on the Hub, from which it is then downloaded.
-        learn: make a run in full where too little is known of the like, and go by what it shows from the next one on.
+        nfe: instead of `save`, the largest number of NFEs for one sample, 4 or more. An evaluated step takes two (one
+            without guidance, one more for each further term). Steps that a run must evaluate are not counted: a second
+            denoiser's first step, and the next step after steps without guidance.
+        calibration: this model's calibration (from `calibrate`, or a handle's `calibration`), or its file, its folder,
+            or the name of its repository on the Hub, from which it is then downloaded.
+        learn: make a run in full if too little is known about such runs, and use what it shows from the next one on.
     """
 
     save: float = 0.25
@@ -420,7 +420,7 @@ class Forecast(Policy):
         _check_calibration(self.calibration)
         if self.calibration is not None and not self.calibration.motions:
             raise CalibrationMismatch(
-                f"{self.calibration!r} does not say how predictions move, which Forecast goes by: calibrate anew"
+                f"{self.calibration!r} does not say how predictions move, which Forecast needs: calibrate anew"
             )
 
     @property
@@ -435,9 +435,9 @@ class Forecast(Policy):
         return replace(self, calibration=calibration, learn=self.learn and not lack)
 
     def pattern(self, count: int, table: tuple[Space, ...] = (), branches: int = 2) -> tuple[bool, ...]:
-        """By step of a run of so many, whether it is evaluated, where each evaluates so many `branches`.
+        """Whether each step of a run of `count` steps is evaluated, if an evaluated step takes `branches` NFEs.
 
-        By the power law, whatever is known: schedules by what runs had shown measured worse (docs/forecast.md).
+        It follows the power law, whatever is known: schedules from recorded runs measured worse (docs/forecast.md).
         """
         return pattern(count, self._evaluations(count, branches), table)
 
@@ -448,9 +448,10 @@ class Forecast(Policy):
         return None if self.calibration is None else known(self.calibration.motions, table, scale)
 
     def _by(self, table: tuple[Space, ...], scale: float | None, branches: int = 2) -> PowerLaw | Measured:
-        """What estimates are made by: of the power law and what was measured, what is off by less in sum, as measured.
+        """The variogram for estimates: the power law or the measured one, whichever has the smaller measured error.
 
-        The best estimates of single predictions are not always: few steps far apart repay more evenly by the law.
+        The measured one estimates single predictions best, but does not always win: over few steps far apart the law
+        repays more evenly.
         """
         found = self._known(table, scale)
         if found is None:
@@ -460,7 +461,7 @@ class Forecast(Policy):
         return measured if by_measured * (1 + OPTIMISM / found.motion.runs) < by_law else UNMEASURED
 
     def _learning(self, table: tuple[Space, ...], scale: float | None, branches: int = 2) -> str:
-        """Why a run of these steps is made in full, to be learned; nothing where it is not."""
+        """Why a run of these steps is made in full, to be learned; empty if it is not."""
         if not self.learn or len(table) < 3:
             return ""
         found = self._known(table, scale)
@@ -470,21 +471,21 @@ class Forecast(Policy):
             return f"scale {scale:g} is far from {found.motion.scale:g}"
         chosen, weight = self.pattern(len(table), table, branches), weights(table, found.variogram)
         share = missed(chosen, weight, found.doubt) / (missed(chosen, weight, found.variogram) or 1.0)
-        return f"{share:.0%} of the predicted error is not of what was measured" if share > MOST_DOUBT else ""
+        return f"{share:.0%} of the predicted error was not measured" if share > MOST_DOUBT else ""
 
     def _told(self, step: Step, scale: float | None) -> str:
-        """What a run goes by, for the report."""
+        """What a run's forecasts rest on, for the report."""
         if learning := self._learning(step.table, scale, step.branches):
             return f"evaluated in full, to learn: {learning}"
         found = self._known(step.table, scale)
         if found is None:
             return ""
         motion = found.motion
-        at = f"{len(motion.levels)} noise levels at scale {motion.scale:g}"
+        at = f"{len(motion.levels)} noise levels, scale {motion.scale:g}"
         favour = (
-            "" if self._by(step.table, scale, step.branches).is_measured else ", by which a power law is as good here"
+            "" if self._by(step.table, scale, step.branches).is_measured else ", which make a power law as good here"
         )
-        return f"forecasts by {motion.runs} run{'s' * (motion.runs > 1)} of {at}{favour}"
+        return f"forecast from {motion.runs} run{'s' * (motion.runs > 1)} at {at}{favour}"
 
     def plan(self, step: Step, history: History) -> Plan:
         if not history.guided or history.is_denoised != bool(step.table):
@@ -511,7 +512,7 @@ class Forecast(Policy):
         if guided is not None and (
             history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values())
         ):
-            history.lapse()  # from another scheduler, or other samples
+            history.lapse()  # from another scheduler or other samples
         if step.w is not None:
             history.scales[step.index] = step.w
         if guided is None:
@@ -548,25 +549,26 @@ class Forecast(Policy):
     ) -> Tensor:
         """The norm of the average error of the forecasts since the step before the last evaluated one.
 
-        Of equal gains a repayment is the sum of what is now known to have been missing.
+        With equal gains, a repayment is the sum of the errors as now known.
         """
         now = max(history.guided)
-        if len(skipped) == 1 and gain[skipped[0]] and gain[now]:  # that, but for its gain
+        if len(skipped) == 1 and gain[skipped[0]] and gain[now]:  # the repayment without its gain
             return repaid.norm() * (gain[now] / gain[skipped[0]])
         return _missing(history, skipped, [1.0] * len(gain), by).norm() / len(skipped)
 
 
 REACH = 3.0
-"""By what factor a similarity's distance from 1 may fall in a step; of 100 steps of the bundled model's runs, 99 do not
-take it further."""
+"""The factor by which a similarity's distance from 1 may fall in a step. It falls by less at 99 of 100 steps of the
+bundled model's runs."""
 OPTIMISM = 0.12
-"""By what share more than it says itself the estimates of one run are off by in sum in other runs; half that of two."""
+"""The share by which the summed error of one run's estimates is larger in other runs than in that run; for two runs it
+is half."""
 MOST_DOUBT = 0.5
 """The share of a forecast's predicted error that may be unmeasured before a run is learned anew."""
 
 
 def _typical(step: Step) -> float | None:
-    """The scale that a run is known by: its mean where it is scheduled, and over samples."""
+    """The scale to look a run up by: the mean over its schedule and over its samples."""
     if step.mean_w is not None or step.w is None:
         return step.mean_w
     return sum(step.w) / len(step.w) if isinstance(step.w, tuple) else step.w
@@ -586,7 +588,7 @@ def _denoised(guided: Tensor, sample: Tensor | None, space: Space | None) -> Ten
 
 
 def _missing(history: History, skipped: Sequence[int], gain: Sequence[float], by: PowerLaw | Measured) -> Tensor:
-    """What is to be added to the last evaluated denoised prediction to repay the steps skipped before it."""
+    """What to add to the last evaluated denoised prediction to repay the steps skipped before it."""
     known = history.guided
     if not history.slopes:
         return combined(known, repayment([*known], skipped, gain, by))
@@ -601,21 +603,21 @@ def _predicted(
     """The prediction that denoises to a combination of those in `known`."""
     if space is None or sample is None:
         return combined(known, combination)
-    b = space.b or 1.0  # at b = 0 any prediction will do
+    b = space.b or 1.0  # with b = 0, any prediction denoises alike
     terms = [*(known[step] for step in combination), sample]
     return kernels.mix(terms, [*(factor / b for factor in combination.values()), -space.a / b], terms[0].dtype)
 
 
 @dataclass(frozen=True)
 class Schedule(Policy):
-    """A fixed action for every step of the run, such as a policy search returns.
+    """A fixed action for every step of the run, for example as `search` returns them.
 
     Args:
         actions: one of "both", "conditional", "extrapolate", "neither" per step. Its length must be the run's
             number of steps. Estimates need a "both" before them, and "neither" needs a calibration.
-        calibration: what estimates are fitted to. None: holds the last difference of both predictions.
-        fit: how they are fitted.
-        repay: whether a step that evaluates both repays the estimates before it, as schedules of `search` do
+        calibration: the calibration to fit estimates to. None: holds the last difference of both predictions.
+        fit: how to fit them.
+        repay: whether a step that evaluates both repays the estimates before it, as in schedules of `search`
             (`calibration.repayments`). It needs a calibration.
     """
 
@@ -657,7 +659,7 @@ class Schedule(Policy):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations of one sample; a denoiser's first step is evaluated in full, however it is used."""
+        """Network evaluations of one sample. A denoiser's first step is always evaluated in full."""
         firsts = {0} if self.calibration is None else {m.first for m in self.calibration.denoisers.values()}
         return sum(2 if t in firsts else Action(action).nfe for t, action in enumerate(self.actions))
 
@@ -683,7 +685,7 @@ class Schedule(Policy):
             return None, None
         actions = tuple(map(Action, self.actions))
         conds, deltas = _read_later(self.calibration, history.denoiser, actions, self.fit, len(history.cond))
-        if self.repay:  # by the last three steps evaluated in full, planned or not
+        if self.repay:  # from the last three steps evaluated in full, planned or not
             full = [t for t, action in enumerate(history.actions) if action == Action.BOTH]
             recent = {*range(full[-3] if len(full) > 2 else 0, len(history.cond) + 1)}
             return conds | recent, deltas | recent
@@ -692,21 +694,21 @@ class Schedule(Policy):
     def correction(self, step: Step, history: History) -> Tensor | None:
         assert self.calibration is not None
         moments, seen = self._moments(step, history, len(history.cond) - 1), len(history.cond)
-        # A step that was to be skipped may have been evaluated after all: what was owed is what was done.
+        # A step planned as skipped may have been evaluated after all: repay what was done, not what was planned.
         done = (*self.actions[: moments.first], *history.actions, *self.actions[moments.first + seen :])
         added, _ = self.calibration.repayments(history.denoiser, done, self.fit)
         factors = added[:, seen - 1]
         return _mixed(history.cond, history.uncond, factors.T) if bool(factors.any()) else None
 
     def _rows(self, step: Step, history: History) -> tuple[Tensor, Tensor]:
-        """(2T, C) each, the factors of the step's cond and delta: on the conditional predictions, then on deltas."""
+        """(2T, C) each: the factors of the step's cond and delta, for conditional predictions and then for deltas."""
         assert self.calibration is not None
         moments, seen = self._moments(step, history, len(history.cond)), len(history.cond)
         table = self.calibration.coefficients(history.denoiser, self.actions, self.fit)  # (C, 2T, 2T)
         return table[:, seen].T, table[:, moments.steps + seen].T
 
     def _moments(self, step: Step, history: History, before: int) -> Moments:
-        """Those of the denoiser, of a run that began where they did; `before` are its guided steps before this one."""
+        """The denoiser's moments, for a run that began at the same step; `before` counts its earlier guided steps."""
         assert self.calibration is not None
         moments = self.calibration.moments(history.denoiser)
         if step.index - before != moments.first:
@@ -743,7 +745,7 @@ def _mixed(conds: Sequence[Tensor], unconds: Sequence[Tensor], factors: Tensor) 
 def _read_later(
     calibration: Calibration, denoiser: str, actions: tuple[Action, ...], fit: Fit, seen: int
 ) -> tuple[frozenset[int], frozenset[int]]:
-    """Which of the first `seen` + 1 steps' predictions the estimates after them read: conditional, unconditional."""
+    """Which predictions of the first `seen` + 1 steps later estimates read: the conditional, the unconditional."""
     moments = calibration.moments(denoiser)
     own = actions[moments.first : moments.first + moments.steps]
     used = calibration.coefficients(denoiser, actions, fit).any(0)  # (2T, 2T)
@@ -765,9 +767,9 @@ class LinearAG(Policy):
     conditional prediction alone in the second half: 25 NFEs at 20 steps. `search` finds better ones.
 
     Args:
-        calibration: what the combination is fitted to. None: holds the last difference of both predictions.
-        actions: per step as in `Schedule`. Default: the published ones.
-        fit: how the combination is fitted. Default: as published.
+        calibration: the calibration to fit the combination to. None: holds the last difference of both predictions.
+        actions: for each step, as in `Schedule`. Default: the published ones.
+        fit: how to fit the combination. Default: as published.
     """
 
     calibration: Calibration | None = None
@@ -785,7 +787,7 @@ class LinearAG(Policy):
         return self.calibration is not None
 
     def schedule(self, steps: int) -> Schedule:
-        """What it does in a run of `steps` steps."""
+        """Its actions in a run of `steps` steps."""
         return Schedule(self.actions or published(steps), self.calibration, self.fit)
 
     def plan(self, step: Step, history: History) -> Plan:
@@ -808,6 +810,6 @@ def _check_calibration(calibration: Any) -> None:
 
 
 def published(steps: int) -> tuple[Action, ...]:
-    """LinearAG's schedule: every other step of the first half evaluated, no guidance in the second."""
+    """LinearAG's schedule: every other step of the first half evaluates both; the second half is unguided."""
     guided = (Action.BOTH, Action.EXTRAPOLATE)
     return tuple(guided[i % 2] if i < steps / 2 else Action.CONDITIONAL for i in range(steps))

@@ -27,29 +27,30 @@ class StepReport:
     action: list[str]
     """"both", "conditional", "extrapolate" or "neither": how the sample was guided."""
     similarity: list[float | None]
-    """Cosine of the denoised predictions, None where they were not both evaluated."""
+    """Cosine between both denoised predictions; None if they were not both evaluated."""
     similarity_noise: list[float | None]
-    """Cosine of the noise predictions."""
+    """Cosine between both noise predictions."""
     nfe: int
-    """Network evaluations made, of all samples together."""
+    """Network evaluations made for all samples together."""
     nfe_full: int
-    """Those the pipeline would have made by itself."""
+    """Network evaluations that the pipeline would have made by itself."""
     guidance_scale: float | list[float] | None = None
-    """The settled scale w, where 1 is the conditional prediction alone; a list where it differs by sample."""
+    """The settled scale w, where 1 is the conditional prediction alone; a list if samples differ."""
     denoiser: str = ""
     note: str = ""
     off: float | None = None
-    """The average error, as known now, of the forecasts that this step repays: relative to the denoised prediction,
-    of a batch as a whole."""
+    """The average error of the forecasts that this step repays, relative to the denoised prediction, over the whole
+    batch."""
     repaid: float | None = None
-    """The size of the repayment, likewise."""
+    """The size of the repayment, in the same unit."""
     difference: list[float | None] = field(default_factory=list)
-    """By sample, the norm of the difference of both noise predictions; None where they were not both evaluated."""
+    """For each sample the norm of the difference of both noise predictions; None if they were not both evaluated."""
     branches: dict[str, int] = field(default_factory=dict)
-    """Evaluations of the step's own by branch: "cond", "uncond", and further terms by their scales, such as "pag"."""
+    """The step's evaluations by branch: "cond", "uncond", and further terms by the names of their scales, such as
+    "pag"."""
 
     def add_note(self, note: str) -> None:
-        """Adds to what is said of the step."""
+        """Adds to the step's note."""
         self.note = "; ".join(filter(None, [self.note, note]))
 
 
@@ -67,7 +68,7 @@ class Report:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations, counted per sample: a guided step of a batch of 4 is 8."""
+        """Network evaluations, counted per sample: a guided step of a batch of 4 counts 8."""
         return sum(step.nfe for step in self.steps)
 
     @property
@@ -77,13 +78,13 @@ class Report:
 
     @property
     def nfe_by_branch(self) -> dict[str, int]:
-        """Those made by branch: "cond", "uncond", and further terms by the names of their scales; without trials."""
+        """Evaluations by branch, without trials: "cond", "uncond", and further terms by the names of their scales."""
         names = dict.fromkeys(name for step in self.steps for name in step.branches)
         return {name: sum(step.branches.get(name, 0) for step in self.steps) for name in names}
 
     @property
     def nfe_by_sample(self) -> list[float]:
-        """Those made for each sample; trials on all of them together are shared out. Their sum is `nfe`."""
+        """Evaluations for each sample. Trials on the whole batch are shared out, so the sum is `nfe`."""
         found = [0.0] * max((len(step.evaluated) for step in self.steps), default=0)
         for step in self.steps:
             rows = len(step.evaluated)
@@ -95,10 +96,10 @@ class Report:
 
     @property
     def difference(self) -> list[float]:
-        """By sample, `||cond - uncond||` of the noise predictions, summed over the steps that evaluated both.
+        """For each sample `||cond - uncond||` of the noise predictions, summed over the steps that evaluated both.
 
-        Of several seeds for one prompt, those with more of it tend to be better (CFG-Rejection, arXiv 2505.23343), and
-        the first steps tell: `generate --best-of`.
+        Among several seeds for one prompt, those with a larger sum tend to be better (CFG-Rejection, arXiv 2505.23343),
+        and the first steps already show it: see `generate --best-of`.
         """
         found = [0.0] * max((len(step.difference) for step in self.steps), default=0)
         for step in self.steps:
@@ -108,7 +109,7 @@ class Report:
 
     @property
     def saved(self) -> float:
-        """Share of the network evaluations saved, 0 to 1 (negative where a check cost one and nothing was saved)."""
+        """Share of the network evaluations saved, 0 to 1 (negative if a check cost one and nothing was saved)."""
         return 1 - self.nfe / self.nfe_full if self.nfe_full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class Report:
 
 
 class Recording:
-    """A report in the making: its steps, counted from `first`, and their numbers that are still on the device."""
+    """A report that is still being made: its steps, counted from `first`, and numbers that are still on the device."""
 
     def __init__(self, report: Report, first: int = 0):
         self.report, self.first = report, first
@@ -198,7 +199,7 @@ class Recording:
         Args:
             plan: how each sample was used.
             evaluated: by sample, whether both of its predictions were evaluated.
-            seen: what the step showed of itself.
+            seen: the step's measures.
         """
         alone = [Action.NEITHER if each.action == Action.NEITHER else Action.CONDITIONAL for each in plan]
         reasons = dict.fromkeys(filter(None, [note, *(each.why for each in plan)]))
@@ -231,11 +232,11 @@ class Recording:
             self.read_later(tell)
 
     def read_later(self, tell: Callable[[], None]) -> None:
-        """Has `tell`, which reads numbers on their way to the host, called at the next `read`."""
+        """Calls `tell` at the next `read`; it reads numbers that are on their way to the host."""
         self._unread.append(tell)
 
     def read(self) -> None:
-        """Reads what was sent since the last time; waits for what has not arrived yet."""
+        """Reads all numbers sent since the last time; waits for those that have not arrived yet."""
         while self._unread:
             self._unread.pop(0)()
 

@@ -1,11 +1,11 @@
 """Rules: how the conditional and the unconditional prediction of a step become one.
 
-A rule is a frozen dataclass with an `algebra`: scalar algebra on the inner products of
+A rule is a frozen dataclass with an `algebra`. It takes the inner products of
 
     X (denoised conditional prediction), c (conditional prediction), d = c - u, m (momentum)
 
-that gives the factors of X, c, d and m in the guided prediction. To add a rule, subclass `Rule` here or in your own
-module and give it one. Everything else (spaces, momentum, policies, pipelines) follows. See docs/extending.md.
+and gives the factors of X, c, d and m in the guided prediction. To add a rule, subclass `Rule` here or in your own
+module and give it an `algebra`. Everything else (spaces, momentum, policies, pipelines) follows. See docs/extending.md.
 """
 
 import copy
@@ -30,21 +30,22 @@ class Rule:
 
     Args:
         guidance_scale: w, where 1 is the conditional prediction alone. None takes the pipeline call's. Under `attach`
-            it replaces the call's own argument: if a pipeline counts that from 0 (Z-Image), w is one more. It may be a
-            number, a list by step, or a schedule such as "linear(9, 3)" or "3x3+7x45": see `scales`.
+            it replaces the call's own argument, and counts like it: if a pipeline counts from 0 (Z-Image), w is one
+            more. It may be a number, a list with a number for each step, or a schedule such as "linear(9, 3)" or
+            "3x3+7x45": see `scales`.
     """
 
     guidance_scale: scales.Given | None = None
 
-    # Not annotated, so these are not fields here: a rule that lets users choose declares the field itself.
+    # These are not annotated, so they are not fields. A rule that lets users choose one declares the field itself.
     momentum = 0.0
-    """beta: how much of the previous step's direction is carried over. 0: no momentum."""
+    """beta: the share of the previous step's direction that is carried over. 0 means no momentum."""
     norm_dim = None  # type: tuple[int, ...] | None
     """The dimensions of the inner products; None: all but the batch."""
     needs_denoised = False
     """Whether `coefficients` uses X or m, and so needs a scheduler whose predictions can be denoised.
 
-    A rule that does so without setting this is refused at its first guided step.
+    A rule that uses them without setting this is refused at its first guided step.
     """
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class Rule:
         object.__setattr__(self, "guidance_scale", scales.checked(self.guidance_scale))
 
     def at(self, step: Step) -> "Rule":
-        """This rule at one step of a run, whose settled guidance scale is `step.w`."""
+        """This rule at one step of a run. The settled guidance scale is `step.w`."""
         return replace(self, guidance_scale=step.w)
 
     @property
@@ -66,7 +67,7 @@ class Rule:
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether its scale follows a schedule, in place of the pipeline's own."""
+        """Whether its scale follows a schedule that replaces the pipeline's own."""
         return scales.changes(self.guidance_scale)
 
     @property
@@ -75,19 +76,19 @@ class Rule:
         return False
 
     rests_at_one = True
-    """Whether at a scale of 1 it is the conditional prediction alone, so that the other need not be evaluated."""
+    """Whether at a scale of 1 the result is the conditional prediction, so that the other can be skipped."""
     fuses = True
-    """Whether its step may be fused with the scheduler's; not where it carries something else than the momentum."""
+    """Whether its step may be fused with the scheduler's; False if it carries something other than the momentum."""
 
     def guided(
         self, sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float
     ) -> tuple[Tensor, Tensor]:
-        """The guided prediction, and what is carried to the next step: the new momentum (`kernels.guide`)."""
+        """The guided prediction, and the value carried to the next step: the new momentum (`kernels.guide`)."""
         return kernels.guide(sample, cond, uncond, momentum, a, b, self)
 
     @property
     def centred(self) -> bool:
-        """Whether the `coefficients` are an algebra that gets c and d less a number near them."""
+        """Whether the `coefficients` are an algebra that takes c and d shifted by a number near them."""
         used = algebra_of(type(self))
         return used is not None and used.centred
 
@@ -115,8 +116,8 @@ class CFG(Rule):
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        rescale: phi of arXiv 2305.08891 (eq. 15-16), in [0, 1]: how far the guided prediction's standard
-            deviation is pulled back to the conditional one's. 0 leaves the pipeline's arithmetic bit for bit.
+        rescale: phi of arXiv 2305.08891 (eq. 15-16), in [0, 1]: how far the guided prediction's standard deviation is
+            pulled back to that of the conditional one. 0 keeps the pipeline's arithmetic bit for bit.
     """
 
     rescale: float = 0.0
@@ -145,18 +146,19 @@ class APG(Rule):
 
     Args, the important ones first:
         guidance_scale: w. None takes the pipeline call's.
-        norm_threshold: r, the cap on the update's Euclidean norm per group (None: no cap). 15 is the paper's
-            for SDXL at 1024 pixels. It grows with the square root of the latent's size, see `reference_numel`.
+        norm_threshold: r, the cap on the update's Euclidean norm in each group; None means no cap. The paper's value
+            for SDXL at 1024 pixels is 15. The norm grows with the square root of the latent's size; see
+            `reference_numel`.
         momentum: beta in (-1, 1); negative pushes away from the previous directions. 0 turns it off. The
             paper uses -0.5 for SDXL, and a range from -0.75 to -0.25.
         eta: weight of the parallel part. 0 drops it (the paper's advice), 1 keeps all of it.
         norm_dim: dimensions of the norm and the projection. None: the whole sample. (-3, -2, -1) on
             (B, frames, C, H, W), or (1, 3, 4) on (B, C, frames, H, W): each frame of a video separately.
-        reference_numel: if set, r is meant for a group of that many numbers and scales with
-            sqrt(numel / reference_numel); 65536 reads r "as on SDXL at 1024 pixels".
-        cfg_steps: how many steps are guided by CFG before the first of APG; their directions count for the momentum.
-        form: "paper" acts on denoised predictions, `c + (w - 1) update`; "diffusers" on predictions as the model makes
-            them, `u + w update`, as diffusers' guiders do.
+        reference_numel: if set, r is meant for a group of this many numbers and is scaled by sqrt(numel /
+            reference_numel). With 65536, r means what it means for SDXL at 1024 pixels.
+        cfg_steps: the number of first steps guided by CFG instead of APG; their directions count for the momentum.
+        form: "paper" acts on denoised predictions, `c + (w - 1) update`; "diffusers" acts on predictions as the model
+            makes them, `u + w update`, like diffusers' guiders.
 
     With eta=1, norm_threshold=None and momentum=0 this is CFG.
     """
@@ -211,8 +213,8 @@ class APG(Rule):
         """The settings for a family of pipelines.
 
         Args:
-            family: a name from `PRESETS`, or a pipeline, whose class name is looked up there. A pipeline of
-                an unlisted family gets "normalised".
+            family: a name from `PRESETS`, or a pipeline, whose class name is looked up there. A pipeline of another
+                family gets "normalised".
             changes: fields to change, such as `guidance_scale=10`.
         """
         if isinstance(family, str):
@@ -227,7 +229,7 @@ class APG(Rule):
 
 @dataclass(frozen=True)
 class _FromU(APG):
-    """APG on predictions as the model makes them: what is carried is the average of `c - u`."""
+    """APG on predictions as the model makes them; it carries the average of `c - u`."""
 
     algebra = coefficients.apg_from_u
 
@@ -239,7 +241,7 @@ class _FromU(APG):
 
 @dataclass(frozen=True)
 class _CarryingCFG(Rule):
-    """CFG that carries APG's momentum on."""
+    """CFG that keeps APG's momentum up to date."""
 
     momentum: float = 0.0
     form: str = "paper"
@@ -257,15 +259,15 @@ class _CarryingCFG(Rule):
 
 @dataclass(frozen=True)
 class RenormCFG(Rule):
-    """CFG whose result is as long as the conditional prediction, or at most as long.
+    """CFG whose result gets the length of the conditional prediction, or at most that length.
 
     `g ||c|| / ||g||` with `g = u + w (c - u)`. Over whole samples it is EP-CFG (arXiv 2412.09966) without its
-    percentiles. Pipelines have their own: `RenormCFG.preset("qwen-image")` and the others of `RENORMED`.
+    percentiles. `RenormCFG.preset("qwen-image")` and the others in `RENORMED` are what pipelines do.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        norm_dim: dimensions of the norms. None: the whole sample. (-3,) on (B, C, H, W): each pixel by itself.
-        shorten_only: whether it is only shortened, never lengthened.
+        norm_dim: dimensions of the norms. None: the whole sample. (-3,) on (B, C, H, W): each pixel separately.
+        shorten_only: whether the result is only shortened, never lengthened.
     """
 
     norm_dim: tuple[int, ...] | None = None
@@ -284,7 +286,7 @@ class RenormCFG(Rule):
 
     @classmethod
     def preset(cls, family: str, **changes: Any) -> "RenormCFG":
-        """As a pipeline or a paper has it: a name from `RENORMED`, with some fields changed."""
+        """The rule of a pipeline or a paper: a name from `RENORMED`, with some fields changed."""
         if family not in RENORMED:
             raise ValueError(f"family={family!r}: one of {', '.join(RENORMED)}")
         return replace(RENORMED[family].rule, **changes)
@@ -294,13 +296,13 @@ class RenormCFG(Rule):
 class BetaCFG(Rule):
     """beta-CFG (arXiv 2502.10574): `u + w p(t) (c - u) / ||c - u||^gamma`, p the density of a beta distribution.
 
-    On predictions as the model makes them. Guidance is least at both ends of the run, where p is 0 and the
-    unconditional prediction alone is left. Since `||c - u||` grows with the square root of the latent's size, so must w
-    where gamma is 1: what is 5 for CFG is about 5 ||c - u||.
+    It acts on predictions as the model makes them. At both ends of the run p is 0, and the result is the unconditional
+    prediction. `||c - u||` grows with the square root of the latent's size, so with gamma = 1 w must grow too: a 5 of
+    CFG becomes about 5 ||c - u||.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        gamma: power of the norm; 0 leaves the curve alone, 1 is the authors' choice.
+        gamma: power of the norm; 0 uses the curve without a norm, 1 is the authors' choice.
         a, b: the distribution's parameters, from 1 up; the authors use 2 and 2, or 2 and 3.
     """
 
@@ -317,7 +319,7 @@ class BetaCFG(Rule):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a number from 1 up")
 
     def density(self, share: float) -> float:
-        """p at a share of the run, from 0 to 1."""
+        """The density p at a share of the run, from 0 to 1."""
         whole = math.gamma(self.a) * math.gamma(self.b) / math.gamma(self.a + self.b)
         return float(share ** (self.a - 1) * (1 - share) ** (self.b - 1)) / whole
 
@@ -336,15 +338,15 @@ class BetaCFG(Rule):
 
 @dataclass(frozen=True)
 class TAG(Rule):
-    """Tangential amplifying guidance (arXiv 2510.04533): CFG, then its part across the sample times eta.
+    """Tangential amplifying guidance (arXiv 2510.04533): CFG with its part perpendicular to the sample times eta.
 
-    The paper splits a solver's step along the sample x and across it, and lengthens the part across. Of a solver that
-    looks at one prediction a step (DDIM, Euler), that is the same as lengthening the prediction's part across x. This
-    does the latter, with any solver.
+    The paper splits a solver's step into a part along the sample x and a part perpendicular to it, and lengthens the
+    second. If a solver uses one prediction a step (DDIM, Euler), it is the same to lengthen the prediction's part
+    perpendicular to x. This rule does so with any solver.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        eta: factor of the part across, 1 or a little more; 1 is CFG.
+        eta: factor of the perpendicular part, 1 or a little more; 1 is CFG.
     """
 
     eta: float = 1.15
@@ -370,14 +372,14 @@ class TAG(Rule):
 
 @dataclass(frozen=True)
 class ADG(Rule):
-    """Angle domain guidance (arXiv 2506.11039): turns the denoised prediction, and does not lengthen it.
+    """Angle domain guidance (arXiv 2506.11039): turns the denoised prediction instead of lengthening it.
 
-    With theta the angle between both denoised predictions, X turns on by (w - 1) theta, at most by `most`, away from
-    the unconditional one. The result is at most sqrt(2) times as long as X.
+    With theta the angle between both denoised predictions, X turns away from the unconditional one by a further (w - 1)
+    theta, but at most by `most`. The result is at most sqrt(2) times as long as X.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        most: the largest angle in radians; pi / 3 is the authors'.
+        most: the largest angle in radians; pi / 3 is the authors' value.
     """
 
     most: float = math.pi / 3
@@ -392,7 +394,7 @@ class ADG(Rule):
     def coefficients(self, gram: Gram, b: float) -> Coefficients:
         """cos(t) X + sin(t) / sin(theta) (X - <U, X> / <U, U> U), t = min((w - 1) theta, most) and U = X - b d.
 
-        |X| |U| sin(theta) is the area of X and U, and so of X and b d: no angle is lost to rounding.
+        |X| |U| sin(theta) is the area between X and U, and so between X and b d: no angle is lost to rounding.
         """
         if b == 0:
             return Coefficients(0.0, 1.0, 0.0, 0.0)
@@ -409,22 +411,22 @@ class ADG(Rule):
 
 @dataclass(frozen=True)
 class MomentumGuidance(Rule):
-    """Momentum guidance (arXiv 2602.20360, Algorithm 1): CFG, then on from the average of the steps before.
+    """Momentum guidance (arXiv 2602.20360, Algorithm 1): CFG, then a push away from the average of earlier steps.
 
     `v + alpha (v - m)` with `v = u + w (c - u)`, and `m = (1 - beta) v + beta m` for the next step; m starts at the
-    first v. It is made for flow matching's velocities. On models that predict noise it acts on the noise, which is the
-    velocity of `x / signal`.
+    first v. It is made for the velocities of flow matching. On models that predict noise it acts on the noise, which is
+    the velocity of `x / signal`.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        alpha: how far to go on; 0 is CFG.
-        beta: how much of the average is kept, from 0 to below 1.
+        alpha: the strength of the push; 0 is CFG.
+        beta: the share of the average that is kept, from 0 to below 1.
     """
 
     alpha: float = 0.5
     beta: float = 0.6
 
-    needs_denoised = True  # it uses m, which others have in denoised space
+    needs_denoised = True  # it uses m, which other rules have in denoised space
     rests_at_one = False
     fuses = False
 
@@ -458,10 +460,10 @@ class CFGZeroStar(Rule):
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        zero_init: how many steps at the start predict zero in place of a flow-matching model's velocity
-            (section 4.2), which leaves the sample unchanged. The authors advise about 4 % of the steps for
-            models that have not converged; 0 turns it off. It has no effect on models that predict something
-            else: there zero would not leave the sample unchanged.
+        zero_init: the number of first steps that predict zero in place of a flow-matching model's velocity (section
+            4.2), which leaves the sample unchanged. The authors advise about 4 % of the steps for models that have not
+            converged; 0 turns it off. It has no effect on models that predict something other than a velocity: a zero
+            would change the sample there.
     """
 
     zero_init: int = 1
@@ -496,7 +498,7 @@ class TCFG(Rule):
     """Tangential damping (arXiv 2503.18137): `u' + w (c - u')`, where u' is a projection of u.
 
     It projects u onto the direction that c and u share most, their first right singular vector (Algorithm 1), on
-    predictions as the model makes them. The dropped part of u points away from where the condition leads.
+    predictions as the model makes them. The dropped part of u points away from the direction of the condition.
     """
 
     algebra = coefficients.tcfg
@@ -506,12 +508,12 @@ class TCFG(Rule):
 class MagnitudeAware(Rule):
     """MAMBO-G (arXiv 2508.03442): `u + w' (c - u)` with `w' = 1 + (w - 1) exp(-alpha ||c - u|| / ||u||)`.
 
-    Damps guidance where it would move the prediction far, as it does at the first steps; on predictions as
-    the model makes them.
+    It damps guidance where that would move the prediction far, as at the first steps. It acts on predictions as the
+    model makes them.
 
     Args:
         guidance_scale: w. None takes the pipeline call's.
-        alpha: how strongly. 0 is CFG; 8 is the authors' value in diffusers, for a w of 10.
+        alpha: the strength of the damping. 0 is CFG; 8 is the authors' value in diffusers, for a w of 10.
     """
 
     alpha: float = 8.0
@@ -528,7 +530,7 @@ class MagnitudeAware(Rule):
 
 
 def _dims(given: Any) -> tuple[int, ...] | None:
-    """The dimensions of a norm, checked; None: all but the batch."""
+    """The dimensions of a norm, checked; None means all but the batch."""
     if given is None:
         return None
     dims = plain(tuple(given)) if isinstance(given, list | tuple) else ()
@@ -541,7 +543,7 @@ def _dims(given: Any) -> tuple[int, ...] | None:
 
 
 def settled(rule: Rule, step: Step) -> Rule:
-    """`rule.at(step)`, refused if it needs the denoised prediction without saying so: it would get c for X.
+    """`rule.at(step)`; refuses a rule that needs the denoised prediction without saying so, since it would get c for X.
 
     Raises:
         ValueError: its `needs_denoised` is False, but it has a momentum, or its coefficients use X or m.
@@ -553,11 +555,11 @@ def settled(rule: Rule, step: Step) -> Rule:
 
 
 _asks: dict[tuple[type, str], str] = {}
-"""Findings about rules, by class and settings, so that no rule is kept alive."""
+"""Findings about rules by class and settings, so that the rules themselves are not kept alive."""
 
 
 def _denoised_in(rule: Rule) -> str:
-    """What in a rule needs the denoised prediction; empty if nothing does."""
+    """What part of a rule needs the denoised prediction; empty if none does."""
     if rule.momentum:
         return f"has a momentum of {rule.momentum:g}, in denoised space"
     known = type(rule), repr(rule)
@@ -574,13 +576,13 @@ def _looked_at(rule: Rule) -> str:
     X, c, u, m, other_X, other_m = numbers
 
     def made(X: torch.Tensor, m: torch.Tensor, b: float) -> list[torch.Tensor]:
-        tried = copy.deepcopy(rule)  # the rule may keep count
+        tried = copy.deepcopy(rule)  # the rule may count its calls
         return [torch.as_tensor(k, dtype=torch.float64) for k in tried.coefficients(gram(X, c, u, m), b)]
 
     try:
         found = {b: made(X, m, b) for b in (-0.7, -0.1, 0.7)}
         others = [(found[b], made(size * other_X, size * other_m, b)) for b in (-0.7, 0.7) for size in (1e-3, 1.0, 1e3)]
-    except Exception:  # a rule that rejects such numbers, or cannot be copied, raises again at the real ones
+    except Exception:  # a rule that rejects such numbers, or cannot be copied, raises again with the real ones
         return ""
 
     def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
@@ -597,7 +599,7 @@ def _looked_at(rule: Rule) -> str:
 
 
 class Preset(NamedTuple):
-    """Settings of a rule, the class-name prefix of their pipelines, and their source."""
+    """Settings of a rule, the prefix of their pipelines' class names, and their source."""
 
     rule: Any
     pipelines: str
@@ -630,10 +632,12 @@ PRESETS = {
     "emoji": Preset(APG(norm_threshold=6, eta=0.5), "", "measured on the bundled model: docs/results/apg.md"),
     "stable-diffusion.cpp": Preset(APG(norm_threshold=5.0), "", "advice of stable-diffusion.cpp"),
 }
-"""Settings of APG by family, published or measured here; those with a prefix are found by a pipeline's class name.
+"""Settings of APG for each family, published or measured here. Those with a prefix are found by a pipeline's class
+name.
 
-Flow-matching models apply their settings to the velocity as the network predicts it. Here, as in the paper, the cap is
-on the denoised prediction's update, which is sigma times the velocity's. So it loosens at the last steps.
+The published settings of flow-matching models act on the velocity as the network predicts it. Here, as in the paper,
+the cap is on the denoised prediction's update, which is sigma times the velocity's. So the cap is looser at the last
+steps.
 """
 
 
@@ -661,4 +665,4 @@ RENORMED = {
         "each pixel of (B, C, H, W), only shortened (ComfyUI's CFGNorm)",
     ),
 }
-"""CFG of the conditional prediction's length, as pipelines and papers have it."""
+"""CFG with the length of the conditional prediction, as in pipelines and papers."""

@@ -10,8 +10,8 @@
     "transformer: 4; transformer_2: linear(4, 2)"  by network
     "5 | 7.5 | 3x3+7"                              by sample of the batch
 
-What users give is kept as it is, plain, so that it can be compared, printed and saved. `at` says what it comes to at a
-step, and nothing else in the package asks.
+A scale is kept as the user gives it, as plain data, so that it can be compared, printed and saved. Only `at` says what
+it comes to at a step.
 """
 
 import math
@@ -31,7 +31,7 @@ from diffusers_guidance.steps import Step, pick
 Given = float | tuple[float, ...] | str
 """A guidance scale as it is kept."""
 W = float | tuple[float, ...]
-"""What it comes to at a step: a number, or one for each sample."""
+"""A scale's value at a step: a number, or one for each sample."""
 
 WANTED = (
     'a number from 0 up, a list of them by step, or a schedule: "3x3+7x45", "linear(9, 3)", "cosine(1, 9)", '
@@ -40,13 +40,13 @@ WANTED = (
 
 
 def checked(given: Any) -> Given | None:
-    """The same in a plain form; None stays.
+    """The same scale in a plain form; None stays None.
 
     Args:
         given: a number, a list of numbers, a text as above, or a dictionary of these by network.
 
     Raises:
-        ValueError: it is none of these; says what is wrong.
+        ValueError: it is none of these; the message says what is wrong.
     """
     if getattr(given, "ndim", None) == 1 and hasattr(given, "tolist"):  # an array or a tensor
         given = given.tolist()
@@ -72,11 +72,11 @@ def changes(given: Given | None) -> bool:
 
 
 def at(given: Given, step: Step, origin: float = 0.0) -> W:
-    """What it comes to at a step.
+    """The scale's value at a step.
 
     Args:
-        step: its `index` of `count`; its `rows` and `denoiser`, where these matter; its `table` for CFG++.
-        origin: the settled scale w at which the given number is 0: 1 where a pipeline writes `c + s (c - u)`.
+        step: needs `index` and `count`; `rows` and `denoiser` if these matter; and `table` for CFG++.
+        origin: the settled scale w at which the given number is 0; it is 1 if the pipeline writes `c + s (c - u)`.
 
     Raises:
         ValueError: it is meant for another number of steps or samples, or for other networks.
@@ -95,13 +95,13 @@ def at(given: Given, step: Step, origin: float = 0.0) -> W:
 
 
 def mean(given: Given, step: Step, origin: float = 0.0) -> float:
-    """Of all steps of the run that `step` belongs to, and of all samples; what the run compares to."""
+    """The mean over all steps of the run that `step` belongs to, and over all samples."""
     values = by_step(given, step, origin)
     return sum(values) / len(values)
 
 
 def by_step(given: Given, step: Step, origin: float = 0.0) -> list[float]:
-    """The settled scale w at every step of the run that `step` belongs to; of a batch, the mean."""
+    """The settled scale w at every step of the run that `step` belongs to; for a batch, the mean."""
     table = step.table if isinstance(given, str) and "cfgpp" in given else ()
     return list(_whole_run(given, len(step.table) or step.count, table, step.rows, step.denoiser, origin))
 
@@ -116,7 +116,7 @@ def _whole_run(
 
 
 def stand_in(given: Given) -> float:
-    """The number to call a pipeline with, so that it guides where the schedule does: the largest there is."""
+    """The number to call a pipeline with, so that it guides wherever the schedule does: the largest one."""
     if not isinstance(given, str):
         return max(given) if isinstance(given, tuple) else given
     return max(number for each in _read(given) for number in each.numbers)
@@ -130,19 +130,19 @@ def guides(given: Given) -> bool:
 
 
 def parts(given: Given) -> tuple[int, tuple[str, ...]]:
-    """How many samples it is for, 1 where it says nothing of them; and the networks that it names."""
+    """The number of samples it is for (1 if it names none), and the networks that it names."""
     found = _read(given) if isinstance(given, str) else ()
     names = [name for each in found if isinstance(each, Experts) for name, _ in each.by]
     return max(len(found), 1), tuple(dict.fromkeys(names))
 
 
 def text(given: Given | None) -> str:
-    """As a user would write it."""
+    """The scale as a user would write it."""
     return "" if given is None else _told(given)
 
 
 def by_row(values: W | None, rows: int, make: Callable[[Any], Tensor]) -> Tensor:
-    """(rows, ...): what `make` makes of each sample's value, called once for each that differs."""
+    """(rows, ...): what `make` returns for each sample's value; it is called once for each different value."""
     if not isinstance(values, tuple):
         return make(values)
     found = None
@@ -184,12 +184,12 @@ SHAPES: dict[str, Callable[[float, float, float], float]] = {
     "cosine": _cosine,
     "parabola": _parabola,
 }
-"""By name, functions of the elapsed share of the run, from 0 to 1, and two numbers."""
+"""Functions of the elapsed share of the run, from 0 to 1, and of two numbers; by name."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A number, a line of SHAPES between two, or "cfgpp"."""
+    """A number, one of SHAPES between two numbers, or "cfgpp"."""
 
     name: str
     ends: tuple[float, ...]
@@ -202,7 +202,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pieces:
-    """One shape after the other, each for so many steps; the last without a number is for the rest."""
+    """One shape after the other, each for a number of steps. A last one without a number is for the rest."""
 
     parts: tuple[tuple[Shape, int | None], ...]
 
@@ -231,7 +231,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Experts:
-    """One for each network, by its name in the pipeline."""
+    """A scale for each network, by its name in the pipeline."""
 
     by: tuple[tuple[str, Pieces], ...]
 
@@ -248,14 +248,14 @@ class Experts:
 
 
 def cfgpp(strength: float, step: Step, given: Given) -> float:
-    """CFG++ (arXiv 2406.08070) as a scale, for one step of a solver that takes one evaluation a step.
+    """CFG++ (arXiv 2406.08070) as a scale, for one step of a solver that makes one evaluation a step.
 
-    It denoises with u + lambda (c - u), noise predictions, and adds noise again by u alone. With rho, noise over
-    signal, and rho' that of the next step, a first-order step takes x / signal by rho' - rho times the prediction g, so
+    It denoises with the noise prediction u + lambda (c - u), and adds noise again with u alone. Let rho be noise over
+    signal, and rho' that of the next step. A first-order step moves x / signal by rho' - rho times the prediction g, so
 
         (rho' - rho) g = rho' u - rho (u + lambda (c - u))        g = u + lambda / (1 - rho' / rho) (c - u)
 
-    At the last step rho' is 0: the run is taken to end without noise.
+    At the last step rho' is 0: the run is assumed to end without noise.
     """
     if not step.table:
         raise ValueError(f"guidance_scale={given!r} needs a scheduler whose noise levels are known")
@@ -271,7 +271,7 @@ def cfgpp(strength: float, step: Step, given: Given) -> float:
 
 @lru_cache(maxsize=256)
 def _read(given: str) -> tuple[Experts | Pieces, ...]:
-    """By sample; one for all where the text names none."""
+    """A scale for each sample; a single one for all if the text does not separate samples."""
     return tuple(_of_network(given, each) for each in given.split("|"))
 
 
@@ -289,7 +289,7 @@ def _pieces(given: str, text: str) -> Pieces:
     if text.lstrip().startswith("["):
         numbers = [each.strip() for each in text.strip().strip("[]").split(",")]
         return Pieces(tuple((_shape(given, each), 1) for each in numbers))
-    # No sign is part of a number here, but those of an exponent.
+    # Numbers have no sign here, except in an exponent.
     terms = re.split(r"(?<![eE])\+", text)
     parts = []
     for place, term in enumerate(terms):

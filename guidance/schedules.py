@@ -1,15 +1,15 @@
-"""Search for a schedule of evaluations: which steps to evaluate in full for a budget of NFEs.
+"""The search for a schedule: which steps to evaluate in full for a budget of NFEs.
 
 Errors of neighbouring skipped steps move the picture the same way, and the next step evaluated in full repays them
 (`calibration.repayments`). So a schedule's predicted error is
 
     E^2 = sum over its gaps of |sum over the gap's steps t of gain_t (error of g_t), less what is repaid|^2
 
-with g_t = c_t + (w - 1) d_t, w the calibration's guidance scale, least squares by its Gram matrix, and `gains` from the
-scheduler. The search fits on the last two evaluated steps, and repays by these and the next (nearly as good as all:
-docs/policies.md). Then a gap's term depends only on the two steps before it and the one after it, and a shortest path
-gives the best schedule for every budget at once. Its choice has the least error by that fit, and nearly the least by
-others.
+with g_t = c_t + (w - 1) d_t. The guidance scale w and the Gram matrix for least squares are the calibration's; the
+`gains` come from the scheduler. The search fits estimates on the last two evaluated steps, and repayments on these and
+the next one (nearly as good as on all: docs/policies.md). Then a gap's term depends only on the two steps before it and
+the one after it, and a shortest path gives the best schedule for every budget at once. Its choice has the least error
+under that fit, and nearly the least under others.
 
 A skipped step evaluates neither prediction, unless `skip=False` keeps the conditional one. Schedules have no unguided
 steps: an estimate costs no extra evaluation, and its squared residual is at most |d|^2.
@@ -37,14 +37,14 @@ def closed_form(
 ) -> Schedule:
     """The schedule with the least predicted error for a budget, or the cheapest within a predicted error.
 
-    Least as in this module's head: over full evaluations, by a fit on two steps. A spare evaluation goes where it makes
-    `predicted_error` the least.
+    "Least" is over all choices of full evaluations, with the fit on two steps (see the head of this module). A spare
+    evaluation goes to the step where it lowers `predicted_error` most.
 
     Args:
         nfe: network evaluations of one sample, from two for each denoiser to twice the steps.
         error: instead of `nfe`, the largest `predicted_error` allowed.
-        skip: whether a step may evaluate nothing. Otherwise every step evaluates at least the conditional prediction,
-            and the least `nfe` is one a step and one more for each denoiser.
+        skip: whether a step may evaluate nothing. If not, every step evaluates at least the conditional prediction, and
+            `nfe` must be at least one for each step and one more for each denoiser.
         fit: how the schedule's skipped predictions are estimated.
 
     Returns:
@@ -75,9 +75,9 @@ def closed_form(
 
 
 def predicted_error(schedule: Schedule) -> float:
-    """E for any schedule, relative to that of no guidance after the first step.
+    """The error E of any schedule, relative to the error without guidance after the first step.
 
-    Without repayment, every skipped step counts alone: E^2 is the sum of their squared errors times gains.
+    Without repayment every skipped step counts alone: E^2 is the sum of their squared errors times gains.
     """
     if schedule.calibration is None:
         raise ValueError("predicted_error needs a schedule with a calibration: Schedule(actions, calibration)")
@@ -96,9 +96,9 @@ def predicted_error(schedule: Schedule) -> float:
 
 
 def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> list[tuple[Action, ...]]:
-    """The best actions by the number of full evaluations, from one for each denoiser up.
+    """The best actions for each number of full evaluations, starting with one for each denoiser.
 
-    `tilt` multiplies the gains by exp(tilt * elapsed share of the run): above 0 it weighs late steps more.
+    `tilt` multiplies the gains by exp(tilt * elapsed share of the run). Above 0 it gives late steps more weight.
     """
     left: Action = Action.NEITHER if skip else Action.EXTRAPOLATE
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
@@ -124,18 +124,19 @@ def optima(calibration: Calibration, skip: bool = True, tilt: float = 0.0) -> li
 
 
 def gap_costs(gram: Tensor, regressors: Tensor, targets: Tensor, gain: Tensor, ridge: float = 1e-6) -> Tensor:
-    """(T + 1, T, T + 1): [i + 1, j, k] is the squared norm of what a gap leaves: of the sum of the targets times gains
-    between the evaluated steps j and k, less what i (-1: none), j and k tell of it. k = T is the end of the run.
+    """(T + 1, T, T + 1): [i + 1, j, k] is the squared norm of the error that a gap leaves. That is the sum of the
+    targets times gains between the evaluated steps j and k, less what the steps i, j and k explain of it. i = -1 means
+    no step; k = T is the end of the run.
 
     Args:
         gram: (2T, 2T)
-        regressors: (T, K, 2T), each step's K predictions.
+        regressors: (T, K, 2T), the K predictions of each step.
         targets: (T, 2T)
         gain: (T,); a step of gain 0 cannot repay.
     """
     steps, n = len(regressors), regressors.shape[1]
     targets, repays = gain[:, None] * targets, torch.nn.functional.pad(gain > 0, (0, 1))
-    # Of the step that there is not, at both ends, predictions are zero.
+    # Beyond both ends of the run there is no step: its predictions are zero.
     padded = torch.cat([regressors, torch.zeros_like(regressors[:1])]).flatten(0, 1)  # ((T + 1) K, 2T)
     products = padded @ gram @ padded.T
     wanted = torch.nn.functional.pad((padded @ gram @ targets.T).cumsum(1), (1, 0))  # up to, and without, t
@@ -160,7 +161,7 @@ def gap_costs(gram: Tensor, regressors: Tensor, targets: Tensor, gain: Tensor, r
 
 
 def shortest(cost: Tensor) -> list[tuple[float, tuple[int, ...]]]:
-    """For n = 1 .. T evaluated steps, always with the first: the least sum over gaps, and the steps."""
+    """For n = 1 .. T evaluated steps, the first always among them: the least sum over gaps, and the steps."""
     steps = cost.shape[1]
     before, k = torch.arange(steps)[:, None], torch.arange(steps)
     value = torch.full((steps + 1, steps), torch.inf, dtype=cost.dtype)  # (i + 1, j): the last two evaluated
@@ -184,13 +185,13 @@ def shortest(cost: Tensor) -> list[tuple[float, tuple[int, ...]]]:
 
 
 def even(steps: int, evaluated: int, left: Action = Action.EXTRAPOLATE) -> tuple[Action, ...]:
-    """Full evaluations spread evenly, with the first and the last step; `left` at the others."""
+    """Full evaluations at evenly spaced steps, the first and the last among them; `left` at the others."""
     spread = torch.linspace(0, steps - 1, evaluated).round().int().tolist() if evaluated > 1 else [0]
     return _actions(steps, set(spread), left)
 
 
 def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = RECENT) -> list[Schedule]:
-    """Candidates for a budget, the closed form's best first."""
+    """Candidates for a budget; the closed form's best comes first."""
     found = [_within(optima(calibration, skip, tilt), nfe, calibration, fit) for tilt in (0.0, -1.0, 1.0, -2.0, 2.0)]
     steps, firsts = calibration.steps, _firsts(calibration)
 
@@ -210,11 +211,11 @@ def shortlist(calibration: Calibration, nfe: int, skip: bool = True, fit: Fit = 
 
 
 def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], runs: int) -> Schedule:
-    """The best measured schedule, of all candidates and then of neighbours of the best, while runs remain.
+    """The best measured schedule among all candidates, and then among neighbours of the best while runs remain.
 
     Args:
         candidates: schedules with the same calibration and fit; all are measured.
-        measure: the quality of a schedule in real runs, higher is better (such as PSNR in dB).
+        measure: returns the quality of a schedule in real runs; higher is better (such as PSNR in dB).
         runs: how many schedules to measure in all. Neighbours have one full evaluation a step earlier or later.
     """
     quality = {schedule.actions: measure(schedule) for schedule in candidates}
@@ -232,7 +233,7 @@ def climb(candidates: Sequence[Schedule], measure: Callable[[Schedule], float], 
 
 
 def _within(best: Sequence[tuple[Action, ...]], nfe: int, calibration: Calibration, fit: Fit) -> Schedule:
-    """The last of `best` within a budget; a spare NFE goes to the conditional prediction where it helps most."""
+    """The last of `best` within a budget. A spare NFE evaluates a conditional prediction where it helps most."""
     least, most = _nfe(best[0]), _nfe(best[-1])
     if not least <= nfe <= most:
         raise ValueError(f"nfe={nfe!r}: from {least} to {most} for such schedules of {calibration!r}")
@@ -248,8 +249,8 @@ def errors_of(gram: Tensor, w: float | Tensor, made: Tensor) -> Tensor:
     """(T,) norms of the errors of c_t + (w - 1) d_t, for the combinations `made` that replace the predictions.
 
     Args:
-        gram: (C, 2T, 2T), whose channels add.
-        w: the guidance scale, or (T, 1) of each step.
+        gram: (C, 2T, 2T), whose channels add up.
+        w: the guidance scale, or (T, 1), that of each step.
         made: (C, 2T, 2T)
     """
     steps = gram.shape[-1] // 2
@@ -259,12 +260,12 @@ def errors_of(gram: Tensor, w: float | Tensor, made: Tensor) -> Tensor:
 
 
 def _firsts(calibration: Calibration) -> set[int]:
-    """The steps at which a denoiser is new and evaluated in full."""
+    """The first step of each denoiser, which is evaluated in full."""
     return {moments.first for moments in calibration.denoisers.values()}
 
 
 def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[str, Moments, Tensor, float | Tensor]]:
-    """Each denoiser's name, moments, the gains (T,) of its steps, and its guidance scale; (T, 1) if it is scheduled."""
+    """For each denoiser its name, moments, the gains (T,) of its steps, and its guidance scale, (T, 1) if scheduled."""
     gain = calibration.gains * torch.exp(tilt * torch.linspace(0, 1, calibration.steps, dtype=torch.float64))
     found = []
     for name, each in calibration.denoisers.items():
@@ -275,7 +276,7 @@ def _parts(calibration: Calibration, tilt: float = 0.0) -> list[tuple[str, Momen
 
 
 def _neighbours(actions: Sequence[Action | str], firsts: set[int]) -> list[tuple[Action | str, ...]]:
-    """All schedules with one full evaluation, except those at `firsts`, exchanged with the step before or after it."""
+    """All schedules with one full evaluation moved to the step before or after it, except those at `firsts`."""
     found = []
     free = {*range(len(actions))} - firsts
     for t in sorted(free):

@@ -38,9 +38,9 @@ class Space:
     noise: float
     """sample = signal * x0 + noise * eps."""
     sigma: float
-    """Noise over signal, as in the scheduler's `sigmas`, inf without signal; in flow matching, the noise."""
+    """Noise over signal, as in the scheduler's `sigmas`; inf without signal. In flow matching it is the noise."""
     new_step: bool
-    """False at the later stages of one solver step, where momentum does not advance."""
+    """False at the later stages of a solver step; momentum does not advance there."""
     reuse: float = 1.0
     """How far an error of this step's prediction moves the rest of the run, as a multiple of an Euler step's: a
     multistep solver uses a prediction again at later steps."""
@@ -49,12 +49,12 @@ class Space:
     def velocity(self) -> float:
         """The prediction's factor in v = (signal * eps - noise * x0) / hypot(signal, noise) (arXiv 2202.00512).
 
-        With the sample given, d x0 = b d y and signal * x0 + noise * eps stays: d v = -b hypot / noise * d y.
+        For a given sample, d x0 = b d y, and signal * x0 + noise * eps is constant: d v = -b hypot / noise * d y.
         """
         factor = -self.b * math.hypot(self.signal, self.noise) / self.noise if self.noise else 0.0
         return factor or 1.0  # without noise, or with b = 0, any factor will do
 
     @property
     def predicts_velocity(self) -> bool:
-        """Whether the prediction is flow matching's velocity: at zero, clean sample and noise equal the sample."""
+        """Whether the prediction is flow matching's velocity: at 0, clean sample and noise equal the sample."""
         return self.a == self.p == 1

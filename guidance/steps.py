@@ -1,4 +1,4 @@
-"""A step and what is known of it, as values for rules, policies, kernels, observers and the report.
+"""A step and what is known about it, as values for rules, policies, kernels, observers and the report.
 
 Step         which evaluation of the run it is, and what its prediction means
 Decision     what a policy does with one sample at a step: an `Action`, and why
@@ -19,14 +19,14 @@ from diffusers_guidance.spaces import Space
 
 
 class Action(str, Enum):
-    """What a step does for one sample. Each action equals its name, a plain string."""
+    """What a step does for one sample. Each action is equal to its name, a plain string."""
 
     BOTH = "both"
     """Evaluate the conditional and the unconditional prediction."""
     CONDITIONAL = "conditional"
-    """Evaluate the conditional one alone, and use it unguided."""
+    """Evaluate the conditional prediction only, and use it unguided."""
     EXTRAPOLATE = "extrapolate"
-    """Evaluate the conditional one alone, and guide with an estimate of the other."""
+    """Evaluate the conditional prediction only, and guide with an estimate of the unconditional one."""
     NEITHER = "neither"
     """Evaluate nothing: guide with estimates of both, or with a forecast of the guided prediction."""
 
@@ -49,7 +49,7 @@ class Action(str, Enum):
 class Decision(NamedTuple):
     """What to do for one sample at one step, and why (a few words for the report).
 
-    "neither" holds for a whole batch or not at all: if other samples are evaluated, so is this one.
+    "neither" applies to a whole batch or not at all: if other samples are evaluated, so is this one.
     """
 
     action: Action | str
@@ -64,30 +64,30 @@ Plan = list[Decision]
 class Step:
     """One evaluation of a run. A two-stage solver such as Heun makes two evaluations a step; each counts.
 
-    A policy's `plan` sees it before the evaluation, when `sample` is not known yet, and `w` only if it is scheduled.
+    A policy's `plan` sees it before the evaluation. Then `sample` is not known yet, and `w` only if it is scheduled.
     """
 
     index: int = 0
     """Its number in the run, from 0."""
     count: int = 1
-    """How many evaluations the run makes."""
+    """The number of evaluations in the run."""
     timestep: float | None = None
-    """The scheduler's; None if unknown."""
+    """The scheduler's timestep; None if unknown."""
     space: Space | None = None
     """What sample and prediction mean; None if unknown."""
     sample: Tensor | None = None
     """(rows, ...): x_t as the scheduler has it; None if it cannot denoise the prediction."""
     w: float | tuple[float, ...] | None = None
-    """The settled guidance scale, where 1 is the conditional prediction alone; or one for each sample.
+    """The settled guidance scale, where 1 is the conditional prediction alone; one for each sample if they differ.
 
-    A rule gets a number: samples that differ are guided apart.
+    A rule gets a number: samples with different scales are guided separately.
     """
     mean_w: float | None = None
-    """Its mean over the run where it follows a schedule; None: it is `w`, as far as is known."""
+    """The mean of `w` over the run if it follows a schedule; None if it does not."""
     rows: int = 1
     """Samples in the batch."""
     branches: int = 2
-    """Network evaluations of a sample without a policy: 1 where nothing is guided, more than 2 with further terms."""
+    """Network evaluations of a sample without a policy: 1 without guidance, more than 2 with further terms."""
     denoiser: str = ""
     """The name of the network in its pipeline, such as "unet"."""
     table: tuple[Space, ...] = ()
@@ -103,7 +103,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A step's predictions for all rows, each (rows, ...); substitutes replace what was not evaluated."""
+    """A step's predictions for all rows, each (rows, ...), with substitutes for those that were not evaluated."""
 
     cond: Tensor
     uncond: Tensor
@@ -111,17 +111,17 @@ class Prediction:
     evaluated: Sequence[bool]
     """By row, whether both are the network's own."""
     put_out: tuple[Tensor, Tensor] | None = None
-    """(cond, uncond) as the network put them out, in their own memory, if the scheduler takes them in another form."""
+    """(cond, uncond) as the network returned them, in their own memory, if the scheduler takes them in another form."""
     nfe: int = -1
-    """Network evaluations made, of all samples together. Default: two for each evaluated sample, one for others."""
+    """Network evaluations made for all samples together. Default: two for each evaluated sample, one for each other."""
     nfe_full: int = -1
-    """Those that plain guidance would have made. Default: two for each sample."""
+    """Network evaluations that plain guidance would have made. Default: two for each sample."""
     observation: Observation | None = None
-    """What the step showed of itself, if that is known already."""
+    """The step's measures, if they are known already."""
     note: str = ""
-    """The report's note on it."""
+    """The report's note on the step."""
     further: Tensor | None = None
-    """(rows, ...): what terms beside guidance add to the guided prediction, such as s (c - p) of a perturbed one."""
+    """(rows, ...): what further terms add to the guided prediction, such as s (c - p) with a perturbed prediction p."""
 
     def __post_init__(self) -> None:
         rows = len(self.evaluated)
@@ -132,63 +132,63 @@ class Prediction:
 
     @property
     def own(self) -> tuple[Tensor, Tensor]:
-        """(cond, uncond) as the network put them out."""
+        """(cond, uncond) as the network returned them."""
         return (self.cond, self.uncond) if self.put_out is None else self.put_out
 
     @property
     def similarity(self) -> Tensor | None:
-        """(2, rows) of the denoised predictions and of the noise, NaN where unknown; None before an observer is told.
+        """(2, rows): of the denoised predictions and of the noise, NaN where unknown. None before observers are told.
 
-        It waits for the device.
+        This waits for the device.
         """
         return None if self.observation is None else self.observation.similarity
 
 
 @dataclass
 class History:
-    """What one run has seen so far of one denoiser, for a batch of `rows` samples."""
+    """What one run has seen of one denoiser so far, for a batch of `rows` samples."""
 
     rows: int
     denoiser: str = ""
     """Its name in the pipeline, such as "unet"."""
     seen: list[Observation] = field(default_factory=list)
-    """By step, what it showed of itself.
+    """The measures of each step.
 
-    They begin with those of the denoiser it took over from in this run, as Wan 2.2's second expert does.
+    If another denoiser ran before this one in the run (Wan 2.2's first expert), its steps come first.
     """
     delta: Tensor | None = None
-    """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser put it out; of a policy that
+    """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser returned it, for policies that
     `estimates`."""
     velocity: list[float] = field(default_factory=list)
-    """By row, the factor from a prediction to `v` at the step of `delta`."""
+    """For each row, the factor from a prediction to `v` at the step of `delta`."""
     cond: list[Tensor] = field(default_factory=list)
-    """By step, (rows, ...) each: the conditional predictions, kept only for a policy that `remembers`; where no later
-    estimate reads one, an empty tensor."""
+    """The conditional prediction of each step, (rows, ...), kept only for a policy that `remembers`. A prediction that
+    no later estimate reads is an empty tensor."""
     uncond: list[Tensor] = field(default_factory=list)
-    """Likewise the unconditional ones; for skipped samples, the substitute."""
+    """Likewise the unconditional predictions; skipped samples have their substitutes."""
     actions: list[Action] = field(default_factory=list)
-    """By step: what was done with the first sample."""
+    """The action of each step for the first sample."""
     guided: dict[int, Tensor] = field(default_factory=dict)
-    """By step: the last guided predictions, as a policy that `hands` keeps them."""
+    """The last guided predictions by step, in the form in which a policy that `hands` keeps them."""
     is_denoised: bool = False
-    """Whether these are denoised samples, or else in the scheduler's form."""
+    """Whether `guided` holds denoised samples; if not, predictions in the scheduler's form."""
     skipped: list[int] = field(default_factory=list)
-    """The steps since the last of these."""
+    """The steps since the last one in `guided`."""
     scale: float | None = None
-    """The settled guidance scale of the run's first step, or the mean of a schedule, of a policy that `hands`."""
+    """The settled guidance scale of the run's first step, or the mean of a schedule, for policies that `hands`."""
     direction: Tensor | None = None
-    """Of the step just guided, what one more of the scale adds to its guided prediction; None where it stays."""
+    """What a scale larger by 1 would add to the last guided prediction; None if the scale does not change."""
     scales: dict[int, float | tuple[float, ...]] = field(default_factory=dict)
-    """By step, the scales of `guided` and `skipped`, where they change."""
+    """The scales of the steps in `guided` and `skipped`, if they change."""
     slopes: dict[int, Tensor] = field(default_factory=dict)
-    """By step, what one more of the scale adds to `guided`, where it changes."""
+    """What a scale larger by 1 would add to each of `guided`, if the scale changes."""
 
     @classmethod
     def following(cls, others: Iterable["History"], steps: int, rows: int, denoiser: str) -> "History":
-        """A new history that takes over similarities and forecasts from the loop's earlier denoiser (Wan 2.2's first).
+        """A new history, with similarities and forecasts from the loop's earlier denoiser (Wan 2.2's first).
 
         Args:
-            others: the loop's. One with more than the loop's `steps` so far belongs to an earlier loop.
+            others: the loop's histories. One with more steps than the loop's `steps` so far is from an earlier loop.
         """
         made = cls(rows, denoiser)
         for other in others:
@@ -204,14 +204,14 @@ class History:
 
         Args:
             space: "denoised" or "noise".
-            arrived: without the last step's where a device still has them; else this waits for it.
+            arrived: skip the last step's if they are still on the device; otherwise this waits for them.
         """
         seen = self.seen[:-1] if arrived and self.seen and not self.seen[-1].is_here else self.seen
         row = ("denoised", "noise").index(space)
         return torch.stack([each.similarity[row] for each in seen]) if seen else torch.empty(0, self.rows)
 
     def keep_difference(self, prediction: Prediction, velocity: float) -> None:
-        """Keeps the difference of a step's predictions, of rows that evaluated both."""
+        """Keeps the difference of a step's predictions, for the rows that evaluated both."""
         evaluated = prediction.evaluated
         if any(evaluated):
             cond, uncond = prediction.own
@@ -223,8 +223,8 @@ class History:
         """Keeps a step's predictions.
 
         Args:
-            conds: the steps whose conditional predictions later estimates read, and no others; None: all.
-            unconds: likewise the unconditional ones.
+            conds: the steps whose conditional predictions later estimates read; None means all. Others are dropped.
+            unconds: likewise for the unconditional predictions.
         """
         cond, uncond = prediction.own
         self.cond.append(cond)
@@ -238,7 +238,7 @@ class History:
                         others[i] = others[i].clone()
 
     def lapse(self) -> None:
-        """Forgets what forecasts are made from, since this step was not guided."""
+        """Forgets the predictions that forecasts are made from, since this step was not guided."""
         for each in (self.guided, self.skipped, self.scales, self.slopes):
             each.clear()
 

@@ -2,7 +2,8 @@
 
 if __name__ == "kernels":
     # If Python starts in the checkout, diffusers and transformers find this folder when they look for Hugging Face's
-    # package of the same name. Step aside for it. If it is not installed, stay empty, which they take for its absence.
+    # package of the same name. Then load that package instead. If it is not installed, stay empty: they take that for
+    # its absence.
     import importlib.util
     import sys
     from importlib.machinery import PathFinder

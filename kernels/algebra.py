@@ -4,12 +4,12 @@
     def half(gram, b, w, _1, _2, _3):
         return Coefficients(0.0 * w, 1.0 + 0.0 * w, (w - 1) / 2, 0.0 * w)
 
-It is scalar algebra on a group's Gram entries, on b and on four settings of the rule, in operators and the functions
-of `ops`. Divisions need no guard: a group with a non-finite coefficient stays unguided. Each
-coefficient must depend on something (`0.0 * w` for zero), or Triton has no type for it; that of u may be left away.
+It is scalar algebra on a group's Gram entries, on b and on four settings of the rule, with operators and the functions
+of `ops`. Divisions need no guard: a group with a non-finite coefficient stays unguided. Each coefficient must depend on
+something (`0.0 * w` for zero), or Triton has no type for it. The coefficient of u is optional.
 
-`@algebra(centred=True)` says that of c and d it uses variances alone. Its Gram then has the products and sums of c and
-d less a number near them, so that no large mean cancels.
+`@algebra(centred=True)` says that the algebra uses only variances of c and d. Its Gram then has the products and sums
+of c and d after a number near them is subtracted, so that a large mean does not cancel.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from diffusers_guidance.kernels import ops
 from diffusers_guidance.kernels.reference import Coefficients, Gram
 
 ALGEBRAS: dict[str, "Algebra"] = {}
-"""By the name that a kernel gets."""
+"""All algebras, by the name that a kernel gets."""
 
 
 class Algebra:
@@ -56,12 +56,12 @@ def algebra(function: Callable[..., Coefficients]) -> Algebra: ...
 @overload
 def algebra(*, centred: bool) -> Callable[[Callable[..., Coefficients]], Algebra]: ...
 def algebra(function: Callable[..., Coefficients] | None = None, *, centred: bool = False) -> Any:
-    """Declares a rule's algebra; see above."""
+    """Declares a rule's algebra; see the head of this file."""
     return partial(Algebra, centred=centred) if function is None else Algebra(function)
 
 
 def algebra_of(rule: type) -> Algebra | None:
-    """What gives a rule's coefficients: its `algebra`, or None where a method overrides that."""
+    """The `algebra` that gives a rule's coefficients, or None if a method overrides it."""
     names = ("algebra", "coefficients")
     declared, method = (next((c for c in rule.__mro__ if vars(c).get(name) is not None), None) for name in names)
     in_charge = declared is not None and method is not None and issubclass(declared, method)

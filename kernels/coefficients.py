@@ -15,7 +15,8 @@ def cfg(gram, b, w, rescale, _2, _3):
     (arXiv 2305.08891, eq. 15-16).
     """
     v = w - 1
-    # Variances of c and of g = c + (w - 1) d, times (n - 1); the same for c and d less any number of their own.
+    # Variances of c and of g = c + (w - 1) d, times (n - 1). To subtract any number from c, and any from d, does not
+    # change them.
     total = gram.sum_c + v * gram.sum_d
     variance_c = gram.cc - gram.sum_c * gram.sum_c / gram.numel
     variance_g = gram.cc + 2 * v * gram.cd + v * v * gram.dd - total * total / gram.numel
@@ -33,7 +34,9 @@ def apg(gram, b, w, beta, threshold, eta):
     """
     DD = b * b * gram.dd + 2 * b * beta * gram.dm + beta * beta * gram.mm
     DX = b * gram.Xd + beta * gram.Xm
-    s = 1.0 / ops.sqrt(ops.maximum(1.0, DD / threshold / threshold))  # has a gradient for any threshold, and at DD = 0
+    s = 1.0 / ops.sqrt(
+        ops.maximum(1.0, DD / threshold / threshold)
+    )  # this form has a gradient for any threshold, and at DD = 0
     k = DX / gram.XX
     strength = (w - 1) * s / b
     noisy = b != 0  # at b = 0 no noise is left, and the denoised sample does not depend on the prediction
@@ -47,8 +50,8 @@ def apg(gram, b, w, beta, threshold, eta):
 def cfg_zero_star(gram, b, w, _1, _2, _3):
     """s u + w (c - s u) with s = <c, u> / <u, u> (arXiv 2503.18886, Algorithm 1).
 
-    It is w c - (w - 1) s u, and c + (w - 1) ((1 - s) c + s d) with 1 - s = (<d, d> - <c, d>) / <u, u>. The first is
-    exact where c and u are far apart, the second where they nearly agree.
+    It is w c - (w - 1) s u, and c + (w - 1) ((1 - s) c + s d) with 1 - s = (<d, d> - <c, d>) / <u, u>. The first form
+    is exact where c and u are far apart, the second where they nearly agree.
     """
     v = w - 1
     s = gram.cu / gram.uu
@@ -62,8 +65,8 @@ def tcfg(gram, b, w, _1, _2, _3):
     """u' + w (c - u') with u' the part of u along the first right singular vector of (c, u) (arXiv 2503.18137).
 
     The singular values and left vectors of the rows (c, u) are those of their Gram matrix, whose first vector
-    (cos t, sin t) has tan 2t = 2 <c, u> / (<c, c> - <u, u>). So u' = sin t (cos t c + sin t u). Over the trace, neither
-    huge nor tiny predictions leave float32.
+    (cos t, sin t) has tan 2t = 2 <c, u> / (<c, c> - <u, u>). So u' = sin t (cos t c + sin t u). Divided by the trace,
+    huge and tiny predictions stay within float32.
     """
     v = w - 1
     trace = gram.cc + gram.uu
@@ -82,7 +85,7 @@ def magnitude_aware(gram, b, w, alpha, _2, _3):
 
 @algebra
 def renormed(gram, b, w, most, _2, _3):
-    """g sqrt(<c, c> / <g, g>) with g = c + (w - 1) d: CFG of the length that c has; with `most`, at most that."""
+    """g sqrt(<c, c> / <g, g>) with g = c + (w - 1) d: CFG with the length of c; with `most`, at most that length."""
     v = w - 1
     f = ops.sqrt(gram.cc / (gram.cc + 2 * v * gram.cd + v * v * gram.dd))
     f = ops.where(most != 0, ops.minimum(1.0, f), f)
@@ -91,7 +94,7 @@ def renormed(gram, b, w, most, _2, _3):
 
 @algebra
 def beta_cfg(gram, b, w, gamma, _2, _3):
-    """u + w (c - u) / ||c - u||^gamma (arXiv 2502.10574); w has its part of the beta distribution already."""
+    """u + w (c - u) / ||c - u||^gamma (arXiv 2502.10574); w already contains the factor of the beta distribution."""
     scaled = w * ops.exp(-0.5 * gamma * ops.log(gram.dd))
     return Coefficients(0.0 * scaled, 1.0 + 0.0 * scaled, scaled - 1, 0.0 * scaled)
 
@@ -123,6 +126,6 @@ def apg_from_u(gram, b, w, beta, threshold, eta):
 
 @algebra
 def momentum_guidance(gram, b, w, alpha, _2, _3):
-    """v + alpha (v - m) with v = c + (w - 1) d, and m the average of the steps before; v where there is none."""
+    """v + alpha (v - m) with v = c + (w - 1) d, and m the average of earlier steps; v at the first step."""
     carried = ops.where(gram.mm > 0, alpha, 0.0)
     return Coefficients(0.0 * carried, 1.0 + carried, (1.0 + carried) * (w - 1), -carried)

@@ -1,7 +1,7 @@
 """Compiles every shipped kernel ahead of time, without a GPU: `python -m diffusers_guidance.kernels.compile`.
 
-Prints a thread's registers and stack for sm_80, sm_90 and gfx942, or those of them that are named behind it, and exits
-with 1 if a kernel spills.
+It prints a thread's registers and stack for sm_80, sm_90 and gfx942, or only for the targets named on the command line.
+It exits with 1 if a kernel spills.
 """
 
 import itertools
@@ -28,7 +28,7 @@ TARGETS = {
 }
 RULES = [each for each in ALGEBRAS.values() if each.function.__module__ == coefficients.__name__]
 CARRYING = ("apg", "apg_from_u", "momentum_guidance")
-"""Those whose rules carry momentum."""
+"""The algebras whose rules carry momentum."""
 FOLD = {"fp32": 4, "fp16": 8, "bf16": 8}
 
 
@@ -56,7 +56,7 @@ class Usage(NamedTuple):
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """All that the launchers request."""
+    """All kernels that the launchers request."""
     for dtype, momentum in itertools.product(FOLD, (None, "fp32")):
         inputs = {"sample": dtype, "cond": dtype, "uncond": dtype, "momentum": momentum}
         carried = ", momentum" if momentum else ""
@@ -115,7 +115,7 @@ FLOATS = (
 
 
 def compile(one: Specialisation, target: GPUTarget) -> Any:
-    """The kernel compiled as a launch would for contiguous tensors of sizes divisible by 16."""
+    """The kernel, compiled as a launch would compile it for contiguous tensors of sizes divisible by 16."""
     signature: dict[str, str] = {}
     constants = dict(one.constants)
     for name in one.kernel.arg_names:

@@ -37,12 +37,12 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def _choice() -> str | None:
-    """The choice of `use_backend` here. `torch.compile` cannot read it, and keeps its value at compile time."""
+    """The choice of `use_backend` in this context. `torch.compile` keeps its value at compile time."""
     return _forced.get()
 
 
 def backend_of(*tensors: Tensor | None, backend: str | None = None) -> str:
-    """`"torch"` or `"triton"`: the call's `backend`, else `use_backend`'s, else by the tensors."""
+    """`"torch"` or `"triton"`: the call's `backend`, else that of `use_backend`, else what suits the tensors."""
     chosen = _checked(backend) or _choice()
     if chosen is not None:
         return chosen
@@ -126,7 +126,7 @@ def observe(
     s: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """(B, parts, 9) sums that a guided step is verified and judged by; see `reference.observe`."""
+    """(B, parts, 9): sums that verify and measure a guided step; see `reference.observe`."""
     if backend_of(sample, cond, uncond, output, expected, backend=backend) == "torch":
         return reference.observe(sample, cond, uncond, denoised, noise, output, expected, s)
     return torch.ops.diffusers_guidance.observe(sample, cond, uncond, [*denoised, *noise], output, expected, s)
@@ -142,7 +142,7 @@ def mix(tensors: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype,
 def _settings(
     sample: Tensor, cond: Tensor, uncond: Tensor, momentum: Tensor | None, a: float, b: float, rule: Rule
 ) -> tuple[float, str, list[float], Tensor | None, list[int] | None]:
-    """A rule for the ops: (beta, its algebra's name, parameters, or its coefficients, norm_dim)."""
+    """A rule in the form that the ops take: (beta, its algebra's name, parameters, or its coefficients, norm_dim)."""
     norm_dim = None if rule.norm_dim is None else list(rule.norm_dim)
     numel = reference.group_numel(cond, rule.norm_dim)
     compiled = algebra_of(type(rule))

@@ -28,7 +28,7 @@ TILE, THREADS = 2048, 256
 RESIDENT, REGISTERS = 3, 80
 """Programs of 256 threads that run at once on a multiprocessor of 65536 registers, if a thread takes 80 at most."""
 SHORT = 256
-"""A copy gathers rows of fewer numbers: a chunk for each row would leave most of its threads idle."""
+"""Rows with fewer numbers are gathered by a copy: a chunk for each row would leave most of its threads idle."""
 
 ENTRIES = int(programs.ENTRIES.value)
 
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(cond: Tensor, norm_dim: Sequence[int] | None = None) -> Layout:
-    """The dense layout that follows `cond`'s own order of dimensions, where the kernels can walk it."""
+    """The dense layout with `cond`'s own order of dimensions, if the kernels can walk it."""
     shape = tuple(cond.shape)
     normed = set(dims_of(cond, norm_dim))
     group_dims = tuple(i for i in range(cond.ndim) if i not in normed)
@@ -75,7 +75,7 @@ def layout_of(cond: Tensor, norm_dim: Sequence[int] | None = None) -> Layout:
 
 
 def _runs(order: Sequence[int], shape: Sequence[int], normed: set[int]) -> dict[bool, list[list[int]]]:
-    """Neighbouring dimensions of one kind, summed over (True) or not, merged; skips those of size 1."""
+    """Merges neighbouring dimensions of one kind, summed over (True) or not; skips those of size 1."""
     runs: dict[bool, list[list[int]]] = {True: [], False: []}
     last = None
     for i in order:
@@ -91,13 +91,13 @@ def _runs(order: Sequence[int], shape: Sequence[int], normed: set[int]) -> dict[
 
 
 def _two(runs: list[list[int]], strides: Sequence[int], shape: Sequence[int]) -> list[tuple[int, int]]:
-    """(size, stride) of up to two runs, padded in front to two."""
+    """(size, stride) of up to two runs, padded to two at the front."""
     pairs = [(prod(shape[i] for i in run), strides[run[-1]]) for run in runs]
     return [(1, 0)] * (2 - len(pairs)) + pairs
 
 
 def _in(layout: Layout, cond: Tensor, x: Tensor) -> Tensor:
-    """`x` itself if it has this layout, else a copy that has; on the device of `cond`."""
+    """`x` itself if it has this layout, else a copy with it; on the device of `cond`."""
     if x.device != cond.device:
         raise ValueError(f"the tensors must be on one device; these are on {x.device} and {cond.device}")
     if tuple(x.shape) != layout.shape:
@@ -128,32 +128,32 @@ def _warp(device: torch.device) -> int:
 
 @cache
 def _together(device: torch.device) -> int:
-    """How many programs can wait for one another, by a cooperative launch. The interpreter runs one after the other."""
+    """How many programs can wait for one another in a cooperative launch. The interpreter runs programs one by one."""
     return RESIDENT * _multiprocessors(device) if device.type == "cuda" else 0
 
 
 def fits_one_launch(groups: int, chunks: int, device: torch.device) -> bool:
-    """Whether all chunks of all groups fit into the registers of programs that run at once."""
+    """Whether all chunks of all groups fit into the registers of the programs that run at once."""
     return chunks == 1 or groups * chunks <= _together(device)
 
 
 def guiding(backend: str, together: bool) -> dict[str, int]:
-    """Options of a launch of `guide`; `together`: its programs wait for one another, `RESIDENT` on a multiprocessor."""
+    """Options of a launch of `guide`. If `together`, `RESIDENT` programs on a multiprocessor wait for one another."""
     registers = {"maxnreg": REGISTERS} if backend == "cuda" else {}
     return registers | ({"launch_cooperative_grid": True} if together else {})
 
 
 class Counters:
-    """Numbers in a device's memory by which programs meet (`programs._meet`): 0 before every launch and after it.
+    """Counters in a device's memory, at which programs meet (`programs._meet`); 0 before and after every launch.
 
-    Launches that may overlap never share one. Those of one stream follow one another. A captured launch, which a graph
-    may replay on any stream, keeps its own for good.
+    Launches that may overlap never share a counter. Launches of one stream follow one another. A captured launch, which
+    a graph may replay on any stream, keeps its own forever.
     """
 
     COUNT = 2**18
 
     def __init__(self, device: torch.device):
-        # Another thread allocates them: a thread that prepares a CUDA graph may be allocating from that graph's memory.
+        # Another thread allocates them, since a thread that captures a CUDA graph may allocate from the graph's memory.
         with ThreadPoolExecutor(1) as other:
             self.numbers = other.submit(self._zeros, device).result()
         self.taken = 0
@@ -184,7 +184,7 @@ _counters: dict[torch.device, Counters] = {}
 
 
 def _meeting_place(groups: int, device: torch.device) -> Tensor | None:
-    """A counter for each group of a launch whose programs meet; None where there are none, which takes two launches."""
+    """A counter for each group of a launch whose programs meet; None, for two launches, if none are left."""
     captured, stream = False, 0
     if device.type == "cuda":
         captured = torch.cuda.is_current_stream_capturing()
@@ -197,17 +197,17 @@ def _meeting_place(groups: int, device: torch.device) -> Tensor | None:
 
 
 def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device: makes that `device`."""
+    """Makes `device` the current device, on which Triton launches."""
     return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
 def _chunks(layout: Layout) -> int:
-    """How many chunks a group has."""
+    """The number of chunks in a group."""
     return layout.rows * triton.cdiv(layout.columns, TILE)
 
 
 def _parts(layout: Layout, device: torch.device) -> int:
-    """Programs per group where each takes several chunks: all of them run at once."""
+    """Programs per group if each takes several chunks: all of them run at once."""
     return max(1, min(_chunks(layout), RESIDENT * _multiprocessors(device) // max(1, prod(layout.groups))))
 
 
@@ -236,7 +236,7 @@ def _guide(
     a: float, b: float, beta: float, rule: str, parameters: Sequence[float], coefficients: Tensor | None,
     layout: Layout, out: Tensor, denoised: Tensor | None = None, update: Sequence[float] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fills `out` (the prediction, or with an `update` the next sample) and `denoised`; returns the new momentum."""
+    """Fills `out` (the prediction, or with `update` the next sample) and `denoised`; returns the new momentum."""
     new_momentum = _new(layout, cond, torch.float32)
     sample, uncond = _in(layout, cond, sample), _in(layout, cond, uncond)
     momentum = None if momentum is None else _in(layout, cond, momentum)
@@ -278,7 +278,7 @@ def guide(
     beta: float, rule: str, parameters: Sequence[float], coefficients: Tensor | None,
     norm_dim: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`reference.guide` with the coefficients of `ALGEBRAS[rule]`, or with those given as (groups, 5)."""
+    """`reference.guide` with the coefficients of `ALGEBRAS[rule]`, or with given coefficients (groups, 5)."""
     layout = layout_of(cond, norm_dim)
     out = _new(layout, cond, cond.dtype)
     new_momentum = _guide(sample, cond, uncond, momentum, a, b, beta, rule, parameters, coefficients, layout, out)
@@ -341,7 +341,7 @@ def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
     columns = out.numel() // rows
     coefficients = coefficients.to(history.device, torch.float32).contiguous()
     with _on(history.device):
-        # CUDA allows only 65535 programs along any axis but the first: a video's numbers go on the first.
+        # CUDA allows only 65535 programs along the second and third axis, so a video's numbers go along the first.
         programs.extrapolate_kernel[(triton.cdiv(columns, TILE), rows)](
             history, coefficients, out, count, history.stride(0), channels, columns,
             TILE=TILE, num_warps=THREADS // _warp(history.device),

@@ -1,4 +1,4 @@
-"""The functions a rule's algebra may use besides operators, for torch; Triton compiles its own in their place.
+"""The functions that a rule's algebra may use besides operators, for torch; Triton compiles its own instead.
 
 Each takes tensors and plain numbers.
 """

@@ -1,6 +1,6 @@
-"""The kernels that pass over a step's tensors once: `observe`, what verifies and judges it, and `mix`, a plain sum.
+"""The kernels that pass over a step's tensors once: `observe`, which verifies and measures it, and `mix`, a plain sum.
 
-Programs and launchers in one file, since each is one loop; how a tensor reaches them is said in programs.py.
+Programs and launchers are in one file, since each is one loop. The head of programs.py says how a tensor reaches them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,12 +18,12 @@ from diffusers_guidance.kernels.programs import _float32, _fold, _offsets
 
 SUMS = 9
 TERMS = 8
-"""Tensors that one launch of `mix` adds up."""
+"""The number of tensors that one launch of `mix` adds up."""
 
 
 @triton.jit
 def _finite(x):
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)  # not true of NaN either
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)  # false for NaN too
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def observe_kernel(
 ):  # fmt: skip
     """sums[group, part] = `reference.observe` over every parts-th chunk of the group.
 
-    It is launched without fused multiply-adds: `u + s (c - u)` is to round as a pipeline's own three operations do.
+    It is launched without fused multiply-adds, so that `u + s (c - u)` rounds like a pipeline's own three operations.
     """
     a, b, p, q, s = _float32(a), _float32(b), _float32(p), _float32(q), _float32(s)
     group, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -88,7 +88,7 @@ def observe_kernel(
 def mix_kernel(
     t0, t1, t2, t3, t4, t5, t6, t7, out, f0, f1, f2, f3, f4, f5, f6, f7, size, TILE: tl.constexpr
 ):  # fmt: skip
-    """out = f0 t0 + f1 t1 + ..., of the tensors that are given."""
+    """out = f0 t0 + f1 t1 + ..., over the tensors that are given."""
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = offsets < size
     total = _float32(f0) * tl.load(t0 + offsets, mask, other=0.0).to(tl.float32)
@@ -113,7 +113,7 @@ def observe(
     sample: Tensor | None, cond: Tensor, uncond: Tensor, factors: Sequence[float],
     output: Tensor | None, expected: Tensor | None, s: float,
 ) -> Tensor:  # fmt: skip
-    """`reference.observe`; `factors` are those of the denoised predictions, then of the noise."""
+    """`reference.observe`; `factors` are for the denoised predictions, then for the noise."""
     layout = launch.layout_of(cond)
     tensors = [None if t is None else launch._in(layout, cond, t) for t in (sample, cond, uncond, output, expected)]
     groups, parts = prod(layout.groups), launch._parts(layout, cond.device)
@@ -131,7 +131,7 @@ def observe(
 
 
 def mix(tensors: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """`reference.mix`, by one launch for up to `TERMS` tensors."""
+    """`reference.mix`, in one launch for up to `TERMS` tensors."""
     first = tensors[0]
     layout = launch.layout_of(first)
     given = [*zip((launch._in(layout, first, t) for t in tensors), factors, strict=True)]

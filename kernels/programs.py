@@ -6,8 +6,8 @@ tensors of a call share these strides. A chunk is TILE columns of one row. Sums 
 neighbours a thread reads at once, the chunks of a program, its threads, then the programs, always in the same
 order and without atomics, so that runs repeat bit for bit.
 
-A program's sums are one vector of ENTRIES numbers, in `Gram`'s order: one reduction makes it, one store writes it,
-and one reduction adds up those of a group. Only then is it taken apart.
+A program's sums are one vector of ENTRIES numbers, in `Gram`'s order. One reduction makes it, one store writes it, and
+one reduction adds up the vectors of a group. Only then is it taken apart.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,17 +19,17 @@ from diffusers_guidance.kernels.reference import Coefficients, Gram
 
 ENTRIES = tl.constexpr(16)  # a partial Gram: 12 products, 4 sums
 PARTIALS = tl.constexpr(64)  # partial Grams read at once
-STAGES = tl.constexpr(2)  # chunks of a loop on their way at once
+STAGES = tl.constexpr(2)  # chunks of a loop that are being loaded at once
 
 
 @triton.jit
 def _float32(scalar):
-    return tl.cast(scalar, tl.float32)  # Python's floats arrive as float64 where Inductor launches
+    return tl.cast(scalar, tl.float32)  # Python's floats arrive as float64 if Inductor launches
 
 
 @triton.jit
 def _offsets(group, chunk, groups_1, columns, group_stride_0, group_stride_1, row_stride, column_stride, TILE):
-    """Offsets of a chunk's numbers (int64), and which of them exist."""
+    """Offsets of a chunk's numbers (int64), and a mask of those that exist."""
     per_row = tl.cdiv(columns, TILE)
     column = (chunk % per_row).to(tl.int64) * TILE + tl.arange(0, TILE)
     offsets = (chunk // per_row).to(tl.int64) * row_stride + column * column_stride
@@ -55,7 +55,7 @@ def _read(sample, cond, uncond, momentum, offsets, mask):
 
 @triton.jit
 def _pivots(cond, uncond, start, CENTRED: tl.constexpr):
-    """A group's first c and d. Less them, its variances do not cancel, however large its mean."""
+    """A group's first c and d. With them subtracted, variances do not cancel, however large the mean is."""
     c, d = 0.0, 0.0
     if CENTRED:
         c = tl.load(cond + start).to(tl.float32)
@@ -70,7 +70,7 @@ def _fold(x, FOLD: tl.constexpr):
 
 @triton.jit
 def _sums(x, c, u, m, mask, a, b, pivot_c, pivot_d, CENTRED: tl.constexpr, FOLD: tl.constexpr):
-    """The products and sums of X = a x + b c, c, d = c - u, m and u, FOLD neighbours to a number."""
+    """The products and sums of X = a x + b c, c, d = c - u, m and u; FOLD neighbours are summed to one number."""
     X, d = a * x + b * c, c - u
     uu, cu = _fold(u * u, FOLD), _fold(c * u, FOLD)
     if CENTRED:
@@ -152,14 +152,14 @@ def _read_total(partials, parts):
     total = tl.zeros([PARTIALS, ENTRIES], tl.float32)
     for first in range(0, parts, PARTIALS):
         part = first + tl.arange(0, PARTIALS)[:, None]
-        # Not from the cache of a multiprocessor: other ones wrote them.
+        # Do not read the multiprocessor's own cache: other multiprocessors wrote them.
         total += tl.load(partials + part * ENTRIES + tl.arange(0, ENTRIES), part < parts, 0.0, cache_modifier=".cg")
     return tl.sum(total, axis=0)
 
 
 @triton.jit
 def _entry(total, index: tl.constexpr):
-    # In a row, a warp by itself has it: no barrier.
+    # In one row, a single warp holds it: no barrier is needed.
     picked = tl.where(tl.arange(0, ENTRIES)[None, :] == index, total[None, :], 0.0)
     return tl.sum(tl.sum(picked, axis=1), axis=0)
 
@@ -189,9 +189,9 @@ def _gram(total, numel):
 
 @triton.jit
 def _meet(counter, part, parts):
-    """A barrier among a group's programs, which all run at once: returns when all of them have come.
+    """A barrier among a group's programs, which all run at once: it returns when all of them have arrived.
 
-    Together they add 2^31 to the counter. So its sign changes when the last one comes, and the other bits are 0 again
+    Together they add 2^31 to the counter. So its sign changes when the last one arrives, and the other bits are 0 again
     for the next launch.
     """
     tl.debug_barrier()  # every thread of this program has written
@@ -208,7 +208,7 @@ def _write(
     out, denoised, new_momentum, offsets, mask, x, c, u, m,
     k, finite, a, b, beta, out_x, out_p, denoised_x, denoised_p, STEP: tl.constexpr,
 ):  # fmt: skip
-    """p = kX X + kc c + kd d + km m + ku u, or c where that is not finite.
+    """p = kX X + kc c + kd d + km m + ku u, or c if that is not finite.
 
     out = p, or out_x x + out_p p in a fused step.
     """
@@ -231,7 +231,7 @@ def gram_kernel(
 ):  # fmt: skip
     """partials[group, part] = the products and sums of (X, c, d, m) over every parts-th chunk of the group.
 
-    CENTRED: c and d less the group's first ones.
+    CENTRED: the group's first c and d are subtracted from c and d.
     """
     a, b = _float32(a), _float32(b)
     group, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -272,7 +272,7 @@ def combine_kernel(
         finite = tl.abs(k.X + k.c + k.d + k.m + k.u + g.dd + g.mm) < float("inf")
     chunks = rows * tl.cdiv(columns, TILE)
     for chunk in tl.range(part, chunks, programs, num_stages=STAGES):
-        # Backwards: the cache still holds what `gram` read last.
+        # Backwards, since the cache still holds what `gram` read last.
         offsets, mask = _offsets(
             group, chunks - 1 - chunk, groups_1, columns,
             group_stride_0, group_stride_1, row_stride, column_stride, TILE,
@@ -291,9 +291,9 @@ def guide_kernel(
     groups_1, rows, columns, group_stride_0, group_stride_1, row_stride, column_stride,
     RULE: tl.constexpr, STEP: tl.constexpr, CENTRED: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """`gram_kernel` and `combine_kernel` in one launch: a program reads its one chunk once and holds it in registers.
+    """`gram_kernel` and `combine_kernel` in one launch: a program reads its only chunk once and holds it in registers.
 
-    Meanwhile it adds up its group's Gram with the group's other programs; without `partials` it has no others.
+    Meanwhile the programs of a group add up its Gram. Without `partials` a group has one program.
     """
     a, b, beta = _float32(a), _float32(b), _float32(beta)
     p0, p1, p2, p3 = _float32(p0), _float32(p1), _float32(p2), _float32(p3)

@@ -6,12 +6,12 @@ Every rule is a linear combination, per group, of five vectors
     c = cond                       the conditional prediction, raw
     d = cond - uncond              the guidance direction
     m                              the momentum, in denoised space
-    u = uncond                     as c - d it would be lost where it is far smaller than c
+    u = uncond                     c - d would lose it where it is far smaller than c
 
-with coefficients that depend only on those vectors' inner products. A group is a sample, or with
-`rule.norm_dim` whatever those dimensions span (such as a frame of a video). X and d are formed before anything
-is summed. So the cancellation in `a * sample + b * cond` and in `cond - uncond` occurs once, elementwise;
-inner products of (sample, cond, uncond) would square it.
+with coefficients that depend only on the inner products of these vectors. A group is a sample, or with `rule.norm_dim`
+what those dimensions span (such as a frame of a video). X and d are formed before anything
+is summed. So the cancellation in `a * sample + b * cond` and in `cond - uncond` happens once, elementwise. Inner
+products of (sample, cond, uncond) would square it.
 """
 
 import math
@@ -55,7 +55,7 @@ class Coefficients(NamedTuple):
 
 
 class Rule(Protocol):
-    """What `guide` needs of a rule; `diffusers_guidance.rules` has the real ones."""
+    """What `guide` needs from a rule; `diffusers_guidance.rules` has the real ones."""
 
     @property
     def momentum(self) -> float: ...
@@ -71,7 +71,7 @@ def gram(
 ) -> Gram:
     """Inner products of the vectors, each (B, ...), over `norm_dim` (default: all but the batch).
 
-    With `centred` those of c and d are taken less their means: the same variances, without the cancellation.
+    With `centred` the means of c and d are subtracted first: the variances are the same, without the cancellation.
     """
     dim = dims_of(X, norm_dim)
     d = c - u
@@ -85,7 +85,7 @@ def gram(
 
 
 def group_numel(x: Tensor, norm_dim: Sequence[int] | None) -> int:
-    """How many numbers of `x`, (B, ...), a group has."""
+    """The number of numbers in a group of `x`, (B, ...)."""
     return math.prod([x.shape[i] for i in dims_of(x, norm_dim)])
 
 
@@ -104,7 +104,7 @@ def dims_of(x: Tensor, norm_dim: Sequence[int] | None) -> tuple[int, ...]:
 
 def finite_coefficients(rule: Rule, g: Gram, b: float) -> Coefficients:
     """The rule's coefficients as tensors like the Gram's entries; NaN for groups that stay unguided."""
-    # A plain number is filled in on the device: to copy it there would wait for the device, and cannot be captured.
+    # A plain number is filled in on the device. A copy would wait for the device, and a CUDA graph cannot capture it.
     k = Coefficients(*(torch.zeros_like(g.dd) + k_i for k_i in rule.coefficients(g, b)))
     finite = torch.isfinite(k.X + k.c + k.d + k.m + k.u + g.dd + g.mm)
     return Coefficients(*(torch.where(finite, k_i, torch.nan) for k_i in k))
@@ -167,7 +167,7 @@ def step(
 def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
     """Sum over k of `coefficients[k] * history[k]`; history (K, B, C, ...), coefficients (K,) or (K, C).
 
-    With past predictions as the history, it is LinearAG's estimate of a skipped one (arXiv 2312.12487).
+    With past predictions as the history, it is LinearAG's estimate of a skipped prediction (arXiv 2312.12487).
     """
     working = torch.promote_types(history.dtype, torch.float32)
     factors = coefficients.to(history.device, working)
@@ -181,8 +181,8 @@ def extrapolate(history: Tensor, coefficients: Tensor) -> Tensor:
 def similarity(sample: Tensor, cond: Tensor, uncond: Tensor, a: float, b: float) -> Tensor:
     """(B,) cosine between `a * sample + b * cond` and `a * sample + b * uncond`.
 
-    With the coefficients (a, b) of denoised space it compares denoised predictions, with those of noise space
-    noise predictions (Adaptive Guidance's gamma_t, arXiv 2312.12487). NaN where one of them is 0.
+    With the coefficients (a, b) of denoised space it compares denoised predictions. With those of noise space it
+    compares noise predictions (Adaptive Guidance's gamma_t, arXiv 2312.12487). NaN where one of them is 0.
     """
     working = torch.promote_types(cond.dtype, torch.float32)
     c = cond.to(working)
@@ -203,18 +203,18 @@ def observe(
     expected: Tensor | None = None,
     s: float = 0.0,
 ) -> Tensor:
-    """(B, parts, 9): what one guided step shows of itself, as sums over numbers; whoever reads them adds up the parts.
+    """(B, parts, 9): the measures of one guided step, as sums over numbers; the reader adds up the parts.
 
         <e, e>  <o, o>  <c, c>  <u, u>    <X, X>  <N, N>  <d, d>  <X, d>  <N, d>
 
-    with d = c - u, X = a x + b c and N = p x + q c for `denoised` (a, b) and `noise` (p, q); and with e what
-    `expected` is off by from o, an `output` made of both predictions. In the first four, what is not finite
-    counts as 0.
+    with d = c - u, X = a x + b c and N = p x + q c for `denoised` (a, b) and `noise` (p, q); and with e the difference
+    between `expected` and o, an `output` made from both predictions. In the first four, numbers that are not finite
+    count as 0.
 
     Args:
-        sample: x; None: the last five are 0.
-        output: None: the first four are 0.
-        expected: default: `u + s (c - u)`, rounded after every operation as torch does in the dtype of c.
+        sample: x; if None, the last five are 0.
+        output: if None, the first four are 0.
+        expected: default `u + s (c - u)`, rounded after every operation as torch does in the dtype of c.
     """
     working = torch.promote_types(cond.dtype, torch.float32)
     c, u, dims = cond.to(working), uncond.to(working), tuple(range(2, cond.ndim + 1))

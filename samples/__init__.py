@@ -1,32 +1,35 @@
-"""The bundled text-to-image pipelines and prompts to try them with."""
+"""The bundled text-to-image pipelines, and prompts to try them with."""
 
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-MODEL = Path(str(files(__name__) / "emoji"))
+NAMES = ("emoji", "emoji-flow")
+"""All bundled pipelines that there are: the first is in the main wheel, the others come with the extra `models`."""
+
+MODEL = Path(str(files(__name__) / NAMES[0]))
 """Folder of the bundled pipeline: `StableDiffusionPipeline.from_pretrained(MODEL)`."""
 
 PROMPTS = Path(str(files(__name__) / "prompts.txt"))
-"""One prompt a line."""
+"""The prompts of the demo, one on each line."""
 
 CALIBRATION_PROMPTS = Path(str(files(__name__) / "calibration_prompts.txt"))
-"""What the bundled calibrations were made with."""
+"""The prompts of the bundled calibrations."""
 
 HELDOUT_PROMPTS = Path(str(files(__name__) / "heldout_prompts.txt"))
-"""What policies are measured on; none of these is among those calibrated with."""
+"""The prompts for measuring policies; none of them was used for a calibration."""
 
 CALIBRATIONS = Path(str(files(__name__) / "calibrations"))
 """Folder of the bundled model's calibrations, `<scheduler>-<steps>-<guidance scale>.safetensors`."""
 
 SUITE = Path(str(files(__name__) / "suites" / "emoji.yaml"))
-"""What `bench` measures unless told otherwise."""
+"""The suite that `bench` measures by default."""
 
 
 def models() -> dict[str, Path]:
-    """Folders of all bundled pipelines by their names, with those of the wheel `diffusers-guidance-models`.
+    """The folders of all bundled pipelines by their names, including those of the wheel `diffusers-guidance-models`.
 
-    That of `MODEL` is the first.
+    The first one is that of `MODEL`.
     """
     further = find_spec("diffusers_guidance_models")
     homes = [MODEL.parent, *map(Path, (further and further.submodule_search_locations) or ())]

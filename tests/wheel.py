@@ -4,10 +4,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 import diffusers_guidance
 from diffusers_guidance import attach
+from diffusers_guidance.pipelines.support.loading import load
 from diffusers_guidance.samples import CALIBRATION_PROMPTS, CALIBRATIONS, HELDOUT_PROMPTS, MODEL, PROMPTS, model
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -19,9 +20,13 @@ assert list(CALIBRATIONS.glob("*.safetensors"))
 assert diffusers_guidance.__version__ == version("diffusers-guidance")
 wheel = next((CHECKOUT / "dist").glob("diffusers_guidance-*.whl"))
 assert wheel.stat().st_size < 35 * 2**20, f"{wheel.name} has {wheel.stat().st_size / 2**20:.1f} MB: at most 35"
-if list((CHECKOUT / "dist").glob("diffusers_guidance_models-*.whl")):
+for further in (CHECKOUT / "dist").glob("diffusers_guidance_models-*.whl"):
+    assert further.stat().st_size < 40e6, f"{further.name} has {further.stat().st_size / 1e6:.1f} MB: at most 40"
     assert Path(sys.prefix).resolve() in model("emoji-flow").resolve().parents
-    DiffusionPipeline.from_pretrained(model("emoji-flow"), local_files_only=True)
+    second = load("emoji-flow", device="cpu")
+    with attach(second) as handle:
+        assert second("a red apple", num_inference_steps=6, guidance_scale=5.0).images[0].size == (128, 128)
+    assert handle.report.nfe < handle.report.nfe_full == 12
 
 pipe = StableDiffusionPipeline.from_pretrained(MODEL, local_files_only=True)
 pipe.set_progress_bar_config(disable=True)

@@ -1,7 +1,7 @@
 """The autoencoder: 128-pixel pictures to latents of 6 x 16 x 16 and back.
 
-`python benchmarks/training/autoencoder.py` trains it; `--decoder` then trains only the decoder
-further, on the latents of the encoder as it is, so that a UNet trained on them stays valid.
+`python benchmarks/training/autoencoder.py` trains it. `--decoder` then trains only the decoder further, on the
+unchanged encoder's latents, so that a UNet trained on them stays valid.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from diffusers_guidance.pipelines.pictures import measures as fidelity
 
 CHANNELS = 6
 NOISE = 0.1
-"""Standard deviation of the noise on (unnormalised) latents in training: the decoder forgives a diffusion's errors."""
+"""Standard deviation of the noise on (unnormalised) latents in training, so that the decoder tolerates a diffusion's
+errors."""
 
 
 def create() -> AutoencoderKL:
@@ -70,7 +71,7 @@ def reconstruction_losses(drawn: Tensor, true: Tensor) -> dict[str, Tensor]:
 def batch(pictures: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
     """`count` random crops of `size` pixels, mirrored or not, (count, 3, size, size) in [-1, 1].
 
-    Of two random places the one with more to see is taken: much of an emoji is white.
+    Of two random places it takes the one with more to see, since much of an emoji is white.
     """
     free = data.SIZE - size
     crops = []
@@ -112,13 +113,13 @@ def psnr(vae: nn.Module, pictures: Tensor) -> float:
 
 @torch.no_grad()
 def normalise(vae: Any, mean: Tensor, std: Tensor) -> None:
-    """Makes latents of mean 0 and standard deviation 1 per channel, exactly, by quant_conv and post_quant_conv alone.
+    """Makes latents of mean 0 and standard deviation 1 per channel, exactly, through quant_conv and post_quant_conv.
 
     z' = (z - mean) / std and decode(z') = decode(z): quant_conv is linear before z, post_quant_conv linear after.
     The spread that the encoder states becomes the noise of training, NOISE / std.
 
     Args:
-        mean, std: Of the latents, per channel.
+        mean, std: Those of the latents, per channel.
     """
     weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
     weight[:CHANNELS] /= std[:, None, None, None]
@@ -132,13 +133,13 @@ def normalise(vae: Any, mean: Tensor, std: Tensor) -> None:
 
 @torch.no_grad()
 def denormalised(vae: Any) -> tuple[Any, Tensor]:
-    """Undoes `normalise` as far as it can be: `normalise(vae, 0, std)` makes what was given of what is returned.
+    """Undoes `normalise` as far as possible: `normalise(vae, 0, std)` turns the result into the given one again.
 
     Args:
-        vae: Normalised; is changed.
+        vae: A normalised one; it is changed.
 
     Returns:
-        The autoencoder, whose latents have mean 0 still, and their standard deviations.
+        The autoencoder, whose latents still have mean 0, and their standard deviations.
     """
     std = NOISE / (vae.quant_conv.bias[CHANNELS:] / 2).exp()
     normalise(vae, torch.zeros_like(std), 1 / std)
@@ -146,7 +147,7 @@ def denormalised(vae: Any) -> tuple[Any, Tensor]:
 
 
 def pictures_seen(folder: Path) -> tuple[Tensor, Tensor]:
-    """Pictures of training and pictures held out."""
+    """The pictures for training, and the held-out ones."""
     pictures, records = data.load(folder)
     hidden = torch.tensor([r.held_out for r in records])
     return pictures[~hidden], pictures[hidden]
@@ -171,13 +172,13 @@ def train(folder: Path, minutes: float, decoder_only: bool) -> None:
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights of a run's checkpoint."""
+    """The averaged weights in a run's checkpoint."""
     tensors = load_file(folder / "state.safetensors")
     return {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
 
 
 def trained(folder: Path) -> AutoencoderKL:
-    """The trained autoencoder, with the decoder as trained furthest; its latents are not normalised."""
+    """The trained autoencoder, with the decoder that was trained longest; its latents are not normalised."""
     vae = create()
     further = folder / "decoder"
     vae.load_state_dict(averaged(further if (further / "state.json").exists() else folder / "autoencoder"))
@@ -186,7 +187,7 @@ def trained(folder: Path) -> AutoencoderKL:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set; checkpoints go there")
+    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="folder of the data set and checkpoints")
     parser.add_argument("--minutes", type=float, default=16, help="wall-clock time")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share gradients")
     parser.add_argument("--decoder", action="store_true", help="train only the decoder, further")

@@ -1,6 +1,6 @@
-"""The tables of a model's card, out of `evaluation.json` (and `curve.json`) beside it.
+"""The tables of a model's card, from `evaluation.json` (and `curve.json`) beside it.
 
-`python benchmarks/training/card.py samples/emoji-flow` writes them between the two marks in its README.md.
+`python benchmarks/training/card.py samples/emoji-flow` writes them between the two marks in the README.md there.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def retrieval(found: dict[str, Any]) -> str:
-    """Shares of pictures whose nearest real ones fit, beside those of real pictures, distorted."""
+    """Shares of pictures whose nearest real ones fit, beside the same shares for distorted real pictures."""
     measured = {
         "training captions": found["retrieval"],
         "held-out pairs": found["retrieval"]["held out"],
@@ -39,7 +39,7 @@ def retrieval(found: dict[str, Any]) -> str:
 
 
 def guidance(found: dict[str, Any]) -> str:
-    """Saturation and contrast by scale and rule."""
+    """Saturation and contrast for each scale and rule."""
     measured = found["guidance"]
     rules = [rule for rule in measured if rule not in ("scales", "data")]
     rows = (
@@ -61,14 +61,14 @@ def similarity(found: dict[str, Any], steps: Sequence[int] = (1, 2, 3, 5, 10, 15
 
 
 def curve(records: Sequence[dict[str, Any]], count: int = 14) -> str:
-    """Mean squared error of the velocity by steps: `count` of the records, the last one among them."""
+    """Mean squared error of the velocity over the steps: `count` of the records, the last one among them."""
     spread = [records[(len(records) - 1) * i // (count - 1)] for i in range(count)] if len(records) > count else records
     rows = (("rate", *[f"{r['rate']:.2f}" for r in spread]), ("error", *[f"{r['v']:.3f}" for r in spread]))
     return table(["step", *[str(r["step"]) for r in spread]], rows)
 
 
 def written(model: Path) -> str:
-    """The tables of the model in that folder, as its card has them."""
+    """The tables for the card of the model in that folder."""
     found = json.loads((model / "evaluation.json").read_text(encoding="utf8"))
     trained, look, seconds = found["retrieval"], found["guidance"]["data"], found["seconds"]
     single, double, decoding = (1000 * seconds[what] for what in TIMED)

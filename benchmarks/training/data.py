@@ -1,7 +1,7 @@
 """The data set: emoji of four styles from the package registries, as 128-pixel pictures with captions.
 
-`python benchmarks/training/data.py` fetches the packages below with `npm pack`, rasterises them
-over white and writes `pictures.safetensors` (uint8, (N, 128, 128, 3)) and `pictures.json` (one record a picture).
+`python benchmarks/training/data.py` fetches the packages below with `npm pack`, rasterises them over white, and writes
+`pictures.safetensors` (uint8, (N, 128, 128, 3)) and `pictures.json` (one record a picture).
 """
 
 import argparse
@@ -34,11 +34,11 @@ PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",  # Google Noto Emoji, Apache-2.0
     "blob": "@iconify-json/noto-v1@1.2.5",  # Google Noto Emoji before version 2, Apache-2.0
 }
-"""npm packages: names and keywords, then a style word each."""
+"""npm packages: first the names and keywords, then one for each style word."""
 
 STYLES = ("3d", "flat", "noto", "blob")
 HELD_OUT = 0.05
-"""Share of the style x concept pairs that no training sees."""
+"""The share of the style x concept pairs that no training sees."""
 
 _ALWAYS_TRAINED = {
     "red apple", "dog face", "rocket", "pizza", "grinning face", "tiger face", "tiger", "guitar", "soccer ball",
@@ -56,7 +56,7 @@ _NO_LABELS = re.compile(r"^(man|woman|men|women)\b.+|.*(button|o’clock|-thirty
 
 @dataclass
 class Picture:
-    """A record of the data set; `pictures[i]` of the tensor is its picture."""
+    """A record of the data set; the picture of record i is `pictures[i]` of the tensor."""
 
     style: str
     concept: str
@@ -160,7 +160,7 @@ SYNONYMS = {
         globe showing americas: globe, planet earth, earth
         """.strip().splitlines()
 }
-"""What people type for some concepts, beside the name in Unicode."""
+"""What people type for some concepts besides the name in Unicode."""
 
 _TEMPLATES_STYLED = (
     "a {style} emoji of {a_name}",
@@ -180,7 +180,7 @@ _VOWEL_SOUND = re.compile(r"^(?!uni|one|use|eu)[aeiou]|^hour", re.I)
 
 
 def with_article(name: str) -> str:
-    """Name (of one thing or several) as a caption has it: "an apple", "a unicorn", "grapes".
+    """A name (of one thing or several) as captions write it: "an apple", "a unicorn", "grapes".
 
     Args:
         name: What the picture shows, in lower case.
@@ -191,7 +191,7 @@ def with_article(name: str) -> str:
 
 
 def captions(picture: Picture, count: int, seed: int = 0) -> list[str]:
-    """`count` captions of one picture as people would type them: half with the style word, some with keywords.
+    """`count` captions of one picture, as people would type them: half with the style word, some with keywords.
 
     Args:
         picture: The record; its tags should be those that few other concepts share.
@@ -221,7 +221,7 @@ _COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown
 
 
 def dominant_colour(picture: np.ndarray) -> str | None:
-    """The colour that 80 % of the coloured pixels share, or None; (H, W, 3) uint8."""
+    """The colour that 80 % of the coloured pixels share, or None; takes (H, W, 3) uint8."""
     pixels = picture[::4, ::4].reshape(-1, 3) / 255
     named = Counter(_colour_name(*pixel) for pixel in pixels)
     del named[None]
@@ -247,7 +247,7 @@ def _colour_name(red: float, green: float, blue: float) -> str | None:
 
 
 def fetch(folder: Path) -> dict[str, Path]:
-    """Fetches the packages with `npm pack` where they are missing; their unpacked folders by key of PACKAGES."""
+    """Fetches missing packages with `npm pack`. Returns their unpacked folders by the keys of PACKAGES."""
     found = {}
     for key, package in PACKAGES.items():
         found[key] = folder / key
@@ -263,7 +263,7 @@ def fetch(folder: Path) -> dict[str, Path]:
 
 
 def concepts(names: Path) -> list[dict[str, Any]]:
-    """emojibase's records of things one can draw: no flags, skin tones, clocks, signs, letters, gendered doubles."""
+    """emojibase's records of drawable things, without flags, skin tones, clocks, signs, letters, gendered doubles."""
     subgroups = json.loads((names / "meta" / "groups.json").read_text(encoding="utf8"))["subgroups"]
     records = json.loads((names / "en" / "data.json").read_text(encoding="utf8"))
     kept = []
@@ -274,13 +274,13 @@ def concepts(names: Path) -> list[dict[str, Any]]:
         if record["subgroup"] not in _NO_SUBGROUPS:
             kept.append(record)
     shared = Counter(tag for record in kept for tag in record.get("tags", []))
-    for record in kept:  # a keyword that more than three concepts share names none of them
+    for record in kept:  # a keyword that more than three concepts share does not name any of them
         record["tags"] = [tag for tag in record.get("tags", []) if shared[tag] <= 3 and tag != record["label"]]
     return kept
 
 
 def held_out(style: str, concept: str, label: str) -> bool:
-    """Whether the pair is kept from every training; decided by a hash, so it never changes. At most one style each."""
+    """Whether the pair is held out from every training, by a hash, so it never changes. At most one style of each."""
     if label.lower() in _ALWAYS_TRAINED:
         return False
     number = int(hashlib.sha256(concept.encode()).hexdigest(), 16)
@@ -292,7 +292,7 @@ def _plain(concept: str) -> str:
 
 
 class _Iconify:
-    """An icon package: SVG by code points, or by slug of the name where the package has no code points."""
+    """An icon package: SVG by code points, or by the slug of the name if the package has no code points."""
 
     def __init__(self, folder: Path):
         icons = json.loads((folder / "icons.json").read_text(encoding="utf8"))
@@ -350,7 +350,7 @@ def build(folder: Path, count: int = 32) -> list[Picture]:
             records.append(Picture(style, concept, label, record["subgroup"], record["tags"], colour, hidden))
     styles_of = Counter(r.concept for r in records)
     for r in records:
-        r.held_out &= styles_of[r.concept] > 1  # a concept is learned in some other style
+        r.held_out &= styles_of[r.concept] > 1  # a concept is learned in another style
         r.captions = captions(r, count)
     save_file({"pictures": torch.from_numpy(np.stack(pictures))}, folder / "pictures.safetensors")
     (folder / "pictures.json").write_text(json.dumps([asdict(r) for r in records], ensure_ascii=False), "utf8")
@@ -374,7 +374,7 @@ def everyday(records: list[Picture], count: int) -> list[int]:
 
 
 def plain_name(label: str) -> str:
-    """Unicode's name as one types it."""
+    """Unicode's name as people type it."""
     return label.lower().replace("’", "'")
 
 

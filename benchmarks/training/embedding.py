@@ -1,7 +1,7 @@
-"""The eye of the evaluation: the network that embeds pictures, trained on real ones only, apart from the generator.
+"""The eye of the evaluation: a network that embeds pictures, trained only on real ones, apart from the generator.
 
-It learns to tell concept and style of distorted real pictures; nearest in its embedding means most alike. Made by
-`evaluate`, which puts it beside the model for the benchmark's retrieval score.
+It learns to name concept and style of distorted real pictures; the nearest picture in its embedding is the most similar
+one. `evaluate` makes it, and puts it beside the model for the benchmark's retrieval score.
 """
 
 import math
@@ -30,7 +30,7 @@ def distorted(pictures: Tensor, generator: torch.Generator) -> Tensor:
     rows = ((cosine, -sine, across), (sine, cosine, down))
     matrix = torch.stack([torch.stack(row, 1) for row in rows], 1)
     grid = F.affine_grid(matrix, list(pictures.shape), align_corners=False)
-    seen = F.grid_sample(pictures - 1, grid, align_corners=False) + 1  # white, 1, is what lies outside
+    seen = F.grid_sample(pictures - 1, grid, align_corners=False) + 1  # outside the picture is white, 1
     soft = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
     seen = torch.lerp(seen, soft, draw(0, 1).view(-1, 1, 1, 1))
     gain = 1 + 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
@@ -43,9 +43,9 @@ def trained(pictures: Tensor, concepts: list[str], styles: list[str], file: Path
 
     Args:
         pictures: Real ones, (N, H, W, 3) uint8.
-        concepts, styles: Of each picture.
+        concepts, styles: Those of each picture.
         file: A safetensors file.
-        steps: Of 64 pictures.
+        steps: Their number, of 64 pictures each.
     """
     names = sorted(set(concepts))
     network = Embedding(len(names), len(STYLES))

@@ -1,7 +1,7 @@
 """A bundled model's numbers: retrieval, held-out pairs, guidance scales, similarity over steps, seconds.
 
-`python benchmarks/training/evaluate.py` measures them all, or the parts named, and writes
-`evaluation.json` beside the model; a part that is there already is measured only when it is named.
+`python benchmarks/training/evaluate.py` measures them all, or the named parts, and writes `evaluation.json` beside the
+model. A part that is there already is measured again only if it is named.
 """
 
 import argparse
@@ -39,10 +39,10 @@ PROMPTS = (
 
 SCALE, STEPS = 5.0, 20
 CONCEPTS = 400
-"""Whose real pictures are looked up, whatever the model was trained on."""
+"""The concepts whose real pictures are looked up, whatever the model was trained on."""
 
 COLUMNS = 12
-"""Of the sheets of generated pictures that are kept."""
+"""The format of the sheets of generated pictures that are kept."""
 
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)
 SCHEDULERS = (
@@ -77,7 +77,7 @@ def generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], what: str,
 
 
 def share_found(queries: Tensor, pool: Tensor, fits: Tensor, among: int) -> float:
-    """Share of the queries of which one of the `among` nearest in the pool fits.
+    """The share of the queries for which one of the `among` nearest in the pool fits.
 
     Args:
         queries, pool: Vectors of length 1, (Q, D) and (P, D).
@@ -88,7 +88,7 @@ def share_found(queries: Tensor, pool: Tensor, fits: Tensor, among: int) -> floa
 
 
 def _fits(wanted: Sequence[Picture], pool: Sequence[Picture], styled: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """(Q, P): same concept; and same concept, and same style where the caption named one."""
+    """(Q, P) each: same concept; and same concept and style, if the caption named a style."""
     concept = torch.tensor([[w.concept == p.concept for p in pool] for w in wanted])
     style = torch.tensor(
         [[not named or w.style == p.style for p in pool] for w, named in zip(wanted, styled, strict=True)]
@@ -102,12 +102,12 @@ def _retrieved(queries: Tensor, pool: Tensor, fits: tuple[Tensor, Tensor]) -> di
 
 
 def _missed(queries: Tensor, pool: Tensor, fits: Tensor) -> list[int]:
-    """Numbers of the queries of which none of the nearest five fits."""
+    """The numbers of the queries for which none of the nearest five fits."""
     return [i for i in range(len(queries)) if not share_found(queries[i : i + 1], pool, fits[i : i + 1], 5)]
 
 
 def eye(folder: Path, pictures: Tensor, records: Sequence[Picture]) -> tuple[Embedding, list[int]]:
-    """The embedding, and the numbers of the real pictures it knows: the everyday concepts, held-out pairs included."""
+    """The embedding, and the numbers of the real pictures it knows: the everyday concepts, including held-out pairs."""
     concepts = {records[i].concept for i in data.everyday(list(records), CONCEPTS)}
     known = [i for i, r in enumerate(records) if r.concept in concepts]
     named = [records[i] for i in known]
@@ -130,8 +130,8 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
     """Whether the real pictures nearest to a generated one fit its caption.
 
     Args:
-        folder: Of the data set and checkpoints.
-        keep: Where the generated pictures are kept.
+        folder: The folder of the data set and checkpoints.
+        keep: Where to keep the generated pictures.
         count: Captions of training pictures; each held-out pair of a trained concept is drawn with three seeds.
     """
     pictures, records = data.load(folder)
@@ -164,6 +164,7 @@ def retrieval(pipe: Any, folder: Path, keep: Path, count: int = 400) -> dict[str
     found["held out"] = {
         "pairs": len(hidden),
         "captions": len(wanted),
+        "captions trained on": len({*wanted} & {caption for i in seen for caption in records[i].captions}),
         "generated": _retrieved(embed(network, unseen), pool, fits),
         "missed": _missed(embed(network, unseen), pool, fits[0]),
         "real pictures, distorted": _retrieved(real, pool, fits),
@@ -191,14 +192,14 @@ def asked_for(caption: str, records: Sequence[Picture]) -> tuple[str, str | None
 
 
 def shipped_prompts() -> list[str]:
-    """The prompts that ship with the package: the demo's and those policies are calibrated and tested on."""
+    """The prompts that ship with the package: the demo's, and those for calibrating and testing policies."""
     files = ("prompts.txt", "calibration_prompts.txt", "heldout_prompts.txt")
     lines = [line for name in files for line in (MODEL.parent / name).read_text(encoding="utf8").splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
 
 
 def prompts(pipe: Any, folder: Path, keep: Path) -> dict[str, Any]:
-    """Retrieval, in any of the everyday pictures, by the prompts that ship with the package: for any emoji pipeline."""
+    """Retrieval among all everyday pictures, for the prompts that ship with the package; for any emoji pipeline."""
     pictures, records = data.load(folder)
     network, known = eye(folder, pictures, records)
     captions = shipped_prompts()
@@ -224,7 +225,7 @@ def prompts(pipe: Any, folder: Path, keep: Path) -> dict[str, Any]:
 
 
 def guidance(pipe: Any) -> dict[str, Any]:
-    """Mean saturation and contrast of the common prompts' pictures by guidance scale, for CFG and APG."""
+    """Mean saturation and contrast of the common prompts' pictures at each guidance scale, for CFG and APG."""
     found: dict[str, Any] = {"scales": list(SCALES)}
     for rule in ("CFG", "APG(norm_threshold=5)"):
         columns = [f"{rule}@{scale}" for scale in SCALES]
@@ -240,7 +241,7 @@ def guidance(pipe: Any) -> dict[str, Any]:
 
 
 def contrast(pictures: Sequence[np.ndarray]) -> float:
-    """Mean over pictures (H, W, 3) uint8 of the standard deviation of their luma, 0 to 0.5."""
+    """The mean over pictures (H, W, 3) uint8 of the standard deviation of their luma, 0 to 0.5."""
     luma = [(picture @ np.array([0.299, 0.587, 0.114]) / 255).std() for picture in pictures]
     return float(np.mean(luma))
 
@@ -255,7 +256,7 @@ def data_look(folder: Path) -> dict[str, float]:
 
 
 def similarity(pipe: Any) -> dict[str, Any]:
-    """Cosine of conditional and unconditional predictions, mean over the common prompts, step by step."""
+    """The cosine of conditional and unconditional predictions at each step, the mean over the common prompts."""
     own, found = pipe.scheduler, {}
     fitting = (type(own).__name__,) if "FlowMatch" in type(own).__name__ else SCHEDULERS
     for name in tqdm(fitting, desc="schedulers"):
@@ -324,27 +325,34 @@ def _to(bar: Any, done: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = ("eye", "prompts", "retrieval", "guidance", "similarity", "seconds")
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="measured again even if they are there")
-    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set and checkpoints")
+    parser.add_argument(
+        "parts", nargs="*", choices=[*parts, []], help="parts to measure, also if they are there already"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="folder of the data set and checkpoints")
     parser.add_argument("--model", type=Path, default=MODEL, help="the exported pipeline")
     parser.add_argument("--to", type=Path, help="the file of the numbers; default: evaluation.json beside the model")
     parser.add_argument("--keep", type=Path, help="where generated pictures go; default: generated in the folder")
     options = parser.parse_args()
     file = options.to or options.model / "evaluation.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    there = _read(file)
     pipe = load(options.model)
-    for part in options.parts or [part for part in parts if part not in found]:
+    for part in options.parts or [part for part in parts if part not in there]:
         if part == "eye":
-            found[part] = save_eye(options.folder, options.model)
+            made = save_eye(options.folder, options.model)
         elif part in ("prompts", "retrieval"):
             measure = {"prompts": prompts, "retrieval": retrieval}[part]
-            found[part] = measure(pipe, options.folder, options.keep or options.folder / "generated")
+            made = measure(pipe, options.folder, options.keep or options.folder / "generated")
         elif part == "guidance":
-            found[part] = guidance(pipe) | {"data": data_look(options.folder)}
+            made = guidance(pipe) | {"data": data_look(options.folder)}
         else:
-            found[part] = {"similarity": similarity, "seconds": seconds}[part](pipe)
+            made = {"similarity": similarity, "seconds": seconds}[part](pipe)
+        found = _read(file) | {part: made}  # read anew: other parts may be measured beside this one
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
-    print(json.dumps(found, indent=1))
+    print(json.dumps(_read(file), indent=1))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
 
 
 if __name__ == "__main__":

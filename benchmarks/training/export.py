@@ -1,8 +1,8 @@
-"""Export: the trained parts as a folder that an unmodified diffusers pipeline loads.
+"""Export: writes the trained parts as a folder that an unmodified diffusers pipeline loads.
 
-`python benchmarks/training/export.py` writes the first model, `... export.py emoji-flow` the second: in float16, but
-the text encoder in float32 (transformers would keep a float16 one beside diffusers' float32 network). Beside the second
-goes `curve.json`, how its loss fell.
+`python benchmarks/training/export.py` writes the first model, `... export.py emoji-flow` the second. They are in
+float16, but the text encoder is in float32 (transformers would keep a float16 one beside diffusers' float32 network).
+The second model also gets `curve.json`, which says how its loss fell.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 MODELS: dict[str, Any] = {"emoji": text_to_image, "emoji-flow": flow}
-"""Modules that train them, by the folder of `samples` they go to."""
+"""The modules that train the models, by the folder of `samples` for each model."""
 
 
 def write(made: DiffusionPipeline, vocabulary: Path, target: Path) -> None:
-    """Writes the pipeline to `target`, in place of what the same parts left there.
+    """Writes the pipeline to `target`, and replaces earlier files of the same parts.
 
     Args:
         made: All but its text encoder is turned to float16.
@@ -41,7 +41,7 @@ def write(made: DiffusionPipeline, vocabulary: Path, target: Path) -> None:
 
 
 def _name_for_all(file: Path, kind: str) -> None:
-    """Renames CLIP's weights as transformers 4 knows them, which 5 reads too, and no longer writes."""
+    """Renames CLIP's weights to the names of transformers 4, which version 5 reads too but does not write."""
     if kind != "CLIPTextModel":
         return
     prefix = "text_model."
@@ -62,11 +62,11 @@ def export(kind: Any, folder: Path, target: Path) -> None:
 
 
 def curve(places: list[Path], every: int = 200) -> list[dict[str, Any]]:
-    """What runs that follow one another logged, one record for so many steps.
+    """The log of runs that follow one another, with a record for a fixed number of steps.
 
     Args:
-        places: Their folders. A record stands for all before it of the same step or later ones: of what was interrupted
-            and done again, or went on beside the run that ended it.
+        places: Their folders. A record replaces all earlier records of the same or later steps, which an interruption
+            or a run that continued beside its ended copy may leave.
     """
     found: list[dict[str, Any]] = []
     for place in places:
@@ -80,9 +80,9 @@ def curve(places: list[Path], every: int = 200) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", choices=MODELS, default="emoji", help="which")
-    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the checkpoints")
-    parser.add_argument("--to", type=Path, help="where the pipeline goes; default: of that name, in samples")
+    parser.add_argument("model", nargs="?", choices=MODELS, default="emoji", help="which model")
+    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="folder of the checkpoints")
+    parser.add_argument("--to", type=Path, help="where the pipeline goes; default: the folder of that name in samples")
     options = parser.parse_args()
     kind, to = MODELS[options.model], options.to or Path("samples", options.model)
     with torch.no_grad():

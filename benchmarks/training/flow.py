@@ -1,7 +1,7 @@
 """The second model: a flow-matching transformer and its text encoder, on the first one's latents and vocabulary.
 
-`python benchmarks/training/flow.py` trains them at one rate for as long as it is let (after `text_to_image` or `resume`
-has prepared what both read); `--decay-minutes 60` then ends a copy of the run, and leaves the run to go on.
+`python benchmarks/training/flow.py` trains them at one rate until its time is up, after `text_to_image` or `resume` has
+prepared the files that both read. `--decay-minutes 60` then ends a copy of the run; the run itself can continue.
 """
 
 import argparse
@@ -22,25 +22,25 @@ from trainer import Plan, Trainer, branch, start
 from transformers import CLIPTokenizer, GlmConfig, GlmModel
 
 MULTIPLE = 16
-"""CogView4Pipeline pads prompts on the left to a multiple of so many tokens."""
+"""CogView4Pipeline pads prompts on the left to a multiple of this many tokens."""
 
 LENGTH = 2 * MULTIPLE
-"""Tokens of a caption at most: hardly one in a thousand has more than 16."""
+"""The most tokens of a caption; hardly one caption in a thousand has more than 16."""
 
 LONG = 0.1
-"""Share of the steps in which captions are as long as that, so that long prompts are nothing new."""
+"""Share of the steps in which captions have that length, so that the model knows long prompts."""
 
 WIDTH = 256
 """Of the transformer."""
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Straight paths from noise to pictures, in even steps: latents are few, so nothing is shifted."""
+    """Straight paths from noise to pictures, in even steps; without a shift, since the latents are small."""
     return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The first model's vocabulary; pads on the left, with tokens of beginning."""
+    """The first model's vocabulary; pads on the left with the token for the beginning."""
     tokenizer = text_to_image.load_tokenizer(folder)
     tokenizer.pad_token, tokenizer.padding_side, tokenizer.model_max_length = tokenizer.bos_token, "left", LENGTH
     return tokenizer
@@ -57,7 +57,7 @@ class Flow(nn.Module):
 
     Args:
         tokenizer: Decides the number of embeddings.
-        layers: Of the transformer.
+        layers: The transformer's number of blocks.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, layers: int = 10):
@@ -92,21 +92,21 @@ class Flow(nn.Module):
             sample_size=data.SIZE // 8,
             rope_axes_dim=(data.SIZE // 8,) * 2,
         )
-        for name, parameter in self.transformer.named_parameters():  # every block begins as nothing
+        for name, parameter in self.transformer.named_parameters():  # every block is zero at first
             if name.startswith("proj_out") or "norm1.linear" in name or "norm_out.linear" in name:
                 nn.init.zeros_(parameter)
         for parameter in [*self.text_encoder.layers[-1].parameters(), *self.text_encoder.norm.parameters()]:
-            nn.init.zeros_(parameter.requires_grad_(False))  # the pipeline reads what goes into the last layer
+            nn.init.zeros_(parameter.requires_grad_(False))  # the pipeline reads the input of the last layer
 
     def forward(self, ids: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         size = torch.full((len(noisy), 2), float(data.SIZE), device=noisy.device)
-        on_cpu = noisy.device.type == "cpu"  # where so few tokens are a sixth faster without tiles
+        on_cpu = noisy.device.type == "cpu"  # there so few tokens are a sixth faster without tiles
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             text = self.text_encoder(ids, output_hidden_states=True, use_cache=False).hidden_states[-2]
             return self.transformer(noisy, text, timesteps, size, size, torch.zeros_like(size)).sample
 
     def adam_only(self) -> list[nn.Parameter]:
-        """Embeddings, first and last layers, and what reads the time: not what Muon is for."""
+        """Embeddings, first and last layers, and those that read the time: Muon is not made for these."""
         names = ("embed_tokens", "patch_embed.proj", "time_condition_embed", ".linear", "proj_out")
         return [p for name, p in self.named_parameters() if any(part in name for part in names)]
 
@@ -116,7 +116,7 @@ class Flow(nn.Module):
 
 
 def noising() -> Noising:
-    """x_t = (1 - s) x + s eps and v = eps - x, for s from 0.001 to 1, as often as `density` says."""
+    """x_t = (1 - s) x + s eps and v = eps - x, for s from 0.001 to 1, drawn with the frequencies of `density`."""
     timesteps = torch.arange(1, 1001)
     s = timesteps.double() / 1000
     one = torch.ones(1000)
@@ -124,11 +124,11 @@ def noising() -> Noising:
 
 
 def density(s: Tensor, floor: float = 0.2) -> Tensor:
-    """How often each share of noise is drawn: logit-normal (Esser et al. 2024), and a floor for the two ends.
+    """How often each share of noise is drawn: logit-normal (Esser et al. 2024), with a floor for the two ends.
 
     Args:
         s: Shares of noise, evenly spaced.
-        floor: Share that is drawn uniformly.
+        floor: The share of draws that is uniform.
     """
     inside = s.clamp(1e-6, 1 - 1e-6)
     weight = torch.exp(-inside.logit().square() / 2) / (inside * (1 - inside))
@@ -136,7 +136,7 @@ def density(s: Tensor, floor: float = 0.2) -> Tensor:
 
 
 class FlowLoss(Loss):
-    """`Loss` that shows captions as the pipeline pads them: most to 16 tokens, those of some steps to 32."""
+    """A `Loss` with captions padded as in the pipeline: in most steps to 16 tokens, in some to 32."""
 
     def read(self, ids: Tensor, generator: torch.Generator) -> Tensor:
         return ids if torch.rand((), generator=generator) < LONG else ids[:, -MULTIPLE:]
@@ -170,13 +170,15 @@ def trained(folder: Path) -> Flow:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set; checkpoints go there")
-    parser.add_argument("--concepts", type=int, default=text_to_image.CONCEPTS, help="the first so many")
+    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="folder of the data set and checkpoints")
+    parser.add_argument(
+        "--concepts", type=int, default=text_to_image.CONCEPTS, help="the first so many of concepts.txt"
+    )
     parser.add_argument("--minutes", type=float, default=420, help="wall-clock time at one rate")
     parser.add_argument(
-        "--decay-minutes", type=float, help="end a copy of the run instead: down to nothing in this time"
+        "--decay-minutes", type=float, help="instead, end a copy of the run: its rate falls to zero in this time"
     )
-    parser.add_argument("--rate", type=float, default=1.0, help="of the learning rates, relative to the first model's")
+    parser.add_argument("--rate", type=float, default=1.0, help="the learning rates, relative to the first model's")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step, of all workers")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share gradients")
     options = parser.parse_args()

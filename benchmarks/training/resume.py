@@ -1,7 +1,7 @@
-"""Resume: what export wrote, turned back into checkpoints, so that the weights that ship can be trained further.
+"""Resume: turns exported models back into checkpoints, so that the weights that ship can be trained further.
 
-`python benchmarks/training/resume.py` does it. Training then goes on with the same vocabulary and the
-same latents, from weights that were rounded to float16 and with optimizers that begin anew.
+`python benchmarks/training/resume.py` does it. Training then continues with the same vocabulary and the same latents,
+from weights rounded to float16 and with new optimizers.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def resume(model: Path, folder: Path) -> None:
     """Writes the checkpoints of `model` to `folder`.
 
     Args:
-        model: What `export` wrote.
-        folder: Where training goes on. The pictures are not among what is written: they come from `data`.
+        model: A folder that `export` wrote.
+        folder: Where training continues. It gets no pictures: they come from `data`.
 
     Raises:
         FileExistsError: there are checkpoints in `folder` already.
@@ -53,7 +53,7 @@ def resume(model: Path, folder: Path) -> None:
     save_file(scale, places[1] / "inputs.safetensors")  # no pictures chosen yet
     for place, module in zip(places, (vae, made), strict=True):
         trainer.save_weights(module, place)
-    if (eye := model / Retrieval.FILE).exists():  # what judged this model judges what comes next
+    if (eye := model / Retrieval.FILE).exists():  # the embedding that judged this model judges the next one too
         weights = {n.removeprefix("network."): t for n, t in load_file(eye).items() if n.startswith("network.")}
         save_file({name: weight.float() for name, weight in weights.items()}, folder / "embedding.safetensors")
 
@@ -61,7 +61,7 @@ def resume(model: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL, help="what export wrote")
-    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set; checkpoints go there")
+    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="folder of the data set and checkpoints")
     options = parser.parse_args()
     try:
         resume(options.model, options.folder)

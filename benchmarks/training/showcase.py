@@ -1,4 +1,4 @@
-"""The pictures of the model's card: concepts and styles, guidance scales, and what went wrong.
+"""The pictures of the model's card: concepts and styles, guidance scales, and failures.
 
 `python benchmarks/training/showcase.py`, after `evaluate`, writes them beside the model.
 """
@@ -40,7 +40,7 @@ def labelled(pictures: Sequence[Image.Image], columns: int, above: Sequence[str]
 
 
 def grid(pipe: object, styles: Sequence[str]) -> Image.Image:
-    """Concepts by styles, the first row without a style word, scale 5, 20 steps, seed 0: nothing picked."""
+    """A grid of concepts and styles, the first row without a style word; scale 5, 20 steps, seed 0, nothing picked."""
     names = [(style, name) for style in ("", *styles) for name in CONCEPTS]
     captions = [
         f"a {style} emoji of {data.with_article(name)}" if style else data.with_article(name) for style, name in names
@@ -51,7 +51,7 @@ def grid(pipe: object, styles: Sequence[str]) -> Image.Image:
 
 
 def scales(pipe: object) -> Image.Image:
-    """Three prompts by guidance scales, CFG above APG."""
+    """Three prompts at several guidance scales, CFG above APG."""
     prompts = ("a tiger face", "a rocket", "a slice of pizza")
     rules = ("CFG", "APG(norm_threshold=5)")
     made = compare(pipe, prompts, [f"{rule}@{scale}" for rule in rules for scale in SCALES], warm_up=False)
@@ -64,11 +64,11 @@ def scales(pipe: object) -> Image.Image:
 
 
 def failures(folder: Path, found: dict, count: int = 12) -> Image.Image | None:
-    """Generated pictures among whose five nearest real ones none fits: the first of each list, in equal parts.
+    """Generated pictures whose five nearest real ones do not fit: the first of each list, in equal parts.
 
     Args:
-        folder: Of the generated pictures.
-        found: The numbers: those parts are shown that were measured.
+        folder: The folder of the generated pictures.
+        found: The measured numbers; it shows the parts that were measured.
     """
     lists = {"prompts": found.get("prompts", {}).get("missed", [])}
     if "retrieval" in found:
@@ -88,10 +88,10 @@ def failures(folder: Path, found: dict, count: int = 12) -> Image.Image | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set and checkpoints")
+    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="folder of the data set and checkpoints")
     parser.add_argument("--model", type=Path, default=MODEL, help="the exported pipeline")
     parser.add_argument("--keep", type=Path, help="where evaluate kept its pictures; default: generated in the folder")
-    parser.add_argument("--styles", nargs="*", default=data.STYLES, help="that the grid shows")
+    parser.add_argument("--styles", nargs="*", default=data.STYLES, help="styles that the grid shows")
     options = parser.parse_args()
     pipe = evaluate.load(options.model)
     found = json.loads((options.model / "evaluation.json").read_text())

@@ -21,14 +21,14 @@ from trainer import Plan, Trainer, start
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 24
-"""Tokens of a caption."""
+"""The number of tokens of a caption."""
 
 WIDTH = 192
-"""Of the text encoder."""
+"""The text encoder's width."""
 
 CONCEPTS = 250
 DROPPED = 0.1
-"""Share of captions replaced by the empty one, for classifier-free guidance (Ho and Salimans 2021)."""
+"""The share of captions replaced by the empty one, for classifier-free guidance (Ho and Salimans 2021)."""
 
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 
@@ -53,7 +53,7 @@ def create_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     """A tokenizer in CLIP's format with merges of its own; writes vocab.json and merges.txt to `folder`.
 
     Args:
-        captions: What the merges are learned from.
+        captions: The texts to learn the merges from.
         folder: Where the two files go.
     """
     learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -140,7 +140,7 @@ class TextToImage(nn.Module):
             addition_embed_type="text",
             addition_embed_type_num_heads=8,
         )
-        for name, parameter in self.unet.named_parameters():  # every branch begins as nothing
+        for name, parameter in self.unet.named_parameters():  # every branch is zero at first
             if name.endswith(("conv2.weight", "conv2.bias", "proj_out.weight", "proj_out.bias")) or "conv_out" in name:
                 nn.init.zeros_(parameter)
 
@@ -149,7 +149,7 @@ class TextToImage(nn.Module):
         return self.unet(noisy, timesteps, encoder_hidden_states=text).sample
 
     def adam_only(self) -> list[nn.Parameter]:
-        """Embeddings, first and last layers: not what Muon is for."""
+        """Embeddings, first and last layers: Muon is not made for these."""
         embeddings = [p for name, p in self.text_encoder.named_parameters() if "embedding.weight" in name]
         return [*embeddings, self.unet.conv_in.weight, self.unet.conv_out.weight]
 
@@ -170,12 +170,12 @@ class TextToImage(nn.Module):
 def timestep_density(alphas_cumprod: Tensor, clip: float = 5.0, floor: float = 0.1) -> Tensor:
     """How often each timestep is drawn: by the min-SNR weight of v-prediction, min(SNR, clip) / (SNR + 1), and a floor.
 
-    Drawing by the weight has the mean of weighting the loss (Hang et al. 2023, eq. 5 for v) with less variance.
+    To draw by the weight has the same mean as to weight the loss (Hang et al. 2023, eq. 5 for v), with less variance.
 
     Args:
-        alphas_cumprod: The scheduler's, one a timestep.
+        alphas_cumprod: The scheduler's, one for each timestep.
         clip: gamma of min-SNR.
-        floor: Share that is drawn uniformly.
+        floor: The share of draws that is uniform.
     """
     ratio = alphas_cumprod.double() / (1 - alphas_cumprod.double())
     weight = ratio.clamp(max=clip) / (ratio + 1)
@@ -184,12 +184,12 @@ def timestep_density(alphas_cumprod: Tensor, clip: float = 5.0, floor: float = 0
 
 @dataclass(frozen=True)
 class Noising:
-    """How latents are noised, and what is learned of it: x_t = signal clean + noise eps, of_noise eps - of_clean clean.
+    """How latents are noised, and the target: x_t = signal clean + noise eps, v = of_noise eps - of_clean clean.
 
     Args:
-        timesteps: What the network is told, (T,); everything else is one value a timestep.
+        timesteps: The network's input, (T,); all others have one value for each timestep.
         signal, noise: Shares of the clean latents and of the noise.
-        of_noise, of_clean: Shares of the two in what is predicted.
+        of_noise, of_clean: Shares of the two in the prediction.
         density: How often each is drawn.
     """
 
@@ -202,7 +202,7 @@ class Noising:
 
 
 def v_prediction() -> Noising:
-    """That of `scheduler`: v = a eps - s x, drawn by the min-SNR weight."""
+    """The noising of `scheduler`: v = a eps - s x, drawn by the min-SNR weight."""
     alphas = scheduler().alphas_cumprod
     a, s = alphas.sqrt(), (1 - alphas).sqrt()
     return Noising(torch.arange(len(alphas)), a, s, a, s, timestep_density(alphas))
@@ -216,7 +216,7 @@ class Loss:
         latents: Normalised, (N, 6, 16, 16).
         ids: Tokens of the captions of each picture, (N, captions, 24).
         empty: Tokens of the empty caption, (24,).
-        count: Pictures a step and worker.
+        count: Pictures per step and worker.
         rank, world: Workers draw interleaved strata.
     """
 
@@ -228,14 +228,14 @@ class Loss:
         self.cumulative = noising.density.cumsum(0)
 
     def places(self, generator: torch.Generator) -> Tensor:
-        """Numbers of timesteps, one of each of `count` equally likely ranges, in random order; (count,)."""
+        """(count,): numbers of timesteps, one from each of `count` equally likely ranges, in random order."""
         strata = torch.arange(self.count) * self.world + self.rank
         places = (strata + torch.rand(self.count, generator=generator, dtype=torch.float64)) / (self.count * self.world)
         drawn = torch.searchsorted(self.cumulative, places).clamp(max=len(self.cumulative) - 1)
         return drawn[torch.randperm(self.count, generator=generator)]
 
     def read(self, ids: Tensor, generator: torch.Generator) -> Tensor:
-        """What the text encoder is given of the captions (count, length)."""
+        """The text encoder's input from the captions, (count, length)."""
         return ids
 
     def __call__(self, model: nn.Module, generator: torch.Generator, progress: float) -> dict[str, Tensor]:
@@ -261,9 +261,9 @@ class Loss:
 
 @torch.no_grad()
 def prepare(folder: Path, concepts: int) -> None:
-    """Writes what training reads to `folder`/text_to_image: tokenizer, tokens, normalised latents.
+    """Writes the files that training reads to `folder`/text_to_image: tokenizer, tokens, normalised latents.
 
-    Once; a run that goes on with fewer or more concepts keeps its vocabulary and scale of latents.
+    It does so once: a run that continues with fewer or more concepts keeps its vocabulary and scale of latents.
     """
     place = folder / "text_to_image"
     pictures, records = data.load(folder)
@@ -305,13 +305,15 @@ def trained(folder: Path) -> TextToImage:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="of the data set; checkpoints go there")
+    parser.add_argument("--folder", type=Path, default=Path("out/model"), help="folder of the data set and checkpoints")
     parser.add_argument("--concepts", type=int, default=CONCEPTS, help="the first so many of concepts.txt")
     parser.add_argument("--minutes", type=float, default=70, help="wall-clock time")
     parser.add_argument(
         "--rate", type=float, default=1.0, help="the peak of the learning rates, relative to a new run's"
     )
-    parser.add_argument("--flat", type=float, default=Plan.flat, help="share of it before the learning rate decays")
+    parser.add_argument(
+        "--flat", type=float, default=Plan.flat, help="share of the run before the learning rate decays"
+    )
     parser.add_argument("--batch", type=int, default=48, help="pictures a step, of all workers")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share gradients")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The training loop that autoencoder and UNet share: Muon, an average of the weights, a schedule by time, checkpoints.
+"""The training loop that autoencoder and UNet share: Muon, averaged weights, a schedule over time, checkpoints.
 
-Weights are float32; gradients come from a copy in the compute type. Several one-thread processes (`workers`)
-share the gradients over gloo: on shared cores they are only slowed, where one process with several threads stalls.
+Weights are float32; gradients come from a copy in the compute type. Several one-thread processes (`workers`) share the
+gradients over gloo. On shared cores they only slow down, while one process with several threads stalls.
 """
 
 import copy
@@ -23,23 +23,24 @@ from tqdm import tqdm
 from diffusers_guidance.files import write
 
 Loss = Callable[[nn.Module, torch.Generator, float], dict[str, Tensor]]
-"""loss(model, generator, progress from 0 to 1): by name, what is summed and minimised; a mean over a worker's share."""
+"""loss(model, generator, progress from 0 to 1): named terms, whose sum is minimised; means over a worker's share."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, and how fast. One schedule for the whole of it, if that can be foreseen.
+    """How long to train, and how fast: one schedule for the whole run, if its length can be foreseen.
 
-    To go on after its end takes a rate that goes up again: all the way up made an earlier model worse, half of the
-    way (`flat` 0 and twice the `minutes`) made the one that ships better.
+    To continue after its end, the rate has to rise again. A rise to the full rate made an earlier model worse; a rise
+    to half of it (`flat` 0 and twice the `minutes`) made the model that ships better.
 
     Args:
-        minutes: Wall-clock time of the run (its parts, if it was interrupted); None if `steps` decides.
-        steps: Number of steps in place of a time.
+        minutes: Wall-clock time of the run (all its parts, if it was interrupted); None if `steps` decides.
+        steps: Number of steps instead of a time.
         muon: Peak learning rate of matrices and convolutions, relative to the spectral norm.
         adam: Peak learning rate of everything else.
         warmup: Steps until the peak.
-        flat: Share of the run at the peak; then linearly down to `end`. 1: a run that `branch` ends later.
+        flat: Share of the run at the peak; after it the rate falls linearly to `end`. With 1, `branch` ends the run
+        later.
         end: Share of the peak at the end.
         average: Decay of the exponential average of the weights, a step.
         save_every: Seconds between checkpoints.
@@ -56,17 +57,17 @@ class Plan:
     save_every: float = 120.0
 
     def progress(self, step: int, seconds: float) -> float:
-        """How much of the run is done, 0 to 1."""
+        """The share of the run that is done, 0 to 1."""
         return min(1.0, step / self.steps if self.steps else seconds / (60 * (self.minutes or 1)))
 
     def factor(self, step: int, progress: float) -> float:
-        """What the peak learning rates are multiplied with."""
+        """The factor of the peak learning rates."""
         decay = 1 - (1 - self.end) * max(0.0, progress - self.flat) / max(1 - self.flat, 1e-9)
         return min(1.0, (step + 1) / self.warmup) * decay
 
 
 def orthogonalised(update: Tensor, steps: int = 5) -> Tensor:
-    """Nearest matrices with orthonormal rows or columns, roughly, for a batch (B, M, N) with M <= N.
+    """Roughly the nearest matrices with orthonormal rows or columns, for a batch (B, M, N) with M <= N.
 
     Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
     """
@@ -132,7 +133,7 @@ class Muon:
         return found
 
     def load(self, state: dict[str, Tensor]) -> None:
-        if not state:  # weights alone, see `save_weights`
+        if not state:  # only weights, see `save_weights`
             return
         for i, m in enumerate(self.momentum):
             m.copy_(state[f"momentum.{i}"])
@@ -162,8 +163,8 @@ class Trainer:
     """One run in one folder: `state.safetensors`, `state.json` and `log.jsonl`; continues where it was interrupted.
 
     Args:
-        model: Float32 weights; what requires no gradient stays as it is.
-        loss: What to minimise; called with the copy of the model in the compute type.
+        model: Float32 weights; parts without gradients stay as they are.
+        loss: What to minimise; it is called with the copy of the model in the compute type.
         plan: How long and how fast.
         folder: Where checkpoints go.
         adam_only: Weights of two dimensions that Muon should leave alone (embeddings, first and last layers).
@@ -231,7 +232,7 @@ class Trainer:
         return self.average
 
     def save(self) -> None:
-        """Writes the checkpoint; a checkpoint is whole or the one before it."""
+        """Writes the checkpoint; if it is interrupted, the checkpoint before it stays."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in self.optimizer.state().items()}
@@ -277,7 +278,7 @@ class Trainer:
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Writes a checkpoint from which a run begins with the weights of `model`."""
+    """Writes a checkpoint, so that a run begins with the weights of `model`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     both = {f"{kind}.{k}": v.clone() for kind in ("model", "average") for k, v in state.items()}
@@ -285,9 +286,9 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 
 def branch(folder: Path, to: Path) -> None:
-    """Begins in `to` a run that goes on from the checkpoint in `folder` with a plan of its own; once.
+    """Begins a run in `to` that continues from the checkpoint in `folder` with its own plan. It does so only once.
 
-    Its steps go on, so it draws what that run would have drawn; its time begins at 0.
+    Its steps count on, so it draws what the first run would have drawn; its time begins at 0.
     """
     if (to / "state.json").exists():
         return
@@ -303,7 +304,7 @@ def _write(tensors: dict[str, Tensor], folder: Path, step: int, seconds: float) 
 
 
 def start(train: Callable[..., Any], workers: int, *arguments: Any) -> None:
-    """Calls `train(*arguments)` in `workers` processes of one thread that can share gradients; in this one if 1."""
+    """Calls `train(*arguments)` in `workers` processes of one thread that share gradients; if 1, in this process."""
     if workers == 1:
         train(*arguments)
         return

@@ -15,9 +15,21 @@ import torch
 from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.app.device import Models
-from diffusers_guidance.pipelines.app.settings import BUNDLED, Flag, Form, Number, OneOf, Side, SomeOf
+from diffusers_guidance.pipelines.app.settings import (
+    BUNDLED,
+    MODEL,
+    OWN,
+    SCHEDULERS,
+    Flag,
+    Form,
+    Number,
+    OneOf,
+    Side,
+    SomeOf,
+)
 from diffusers_guidance.pipelines.app.show import note
 from diffusers_guidance.pipelines.app.work import News, sides_of
+from diffusers_guidance.pipelines.support.solvers import fitting
 
 R = TypeVar("R")
 log = logging.getLogger(__name__)
@@ -26,42 +38,70 @@ ON_DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 """Shared by all events that use the device, so that all wait in one visible queue."""
 
 
-class Controls:
-    """The controls of one form, laid out in whatever order the page likes."""
+def choice_of_model(models: Models) -> Any:
+    """The control of the model, which all forms of the page share; hidden where there is nothing to choose."""
+    named, free = models.offered, "*" in models.allowed
+    return gr.Dropdown(
+        named, value=BUNDLED, label=MODEL.label, info=MODEL.info if models.allowed else None, elem_id="model",
+        visible=len(named) > 1 or free, allow_custom_value=free, scale=0, min_width=200,
+    )  # fmt: skip
 
-    def __init__(self, form: type[Form], models: Models):
+
+class Controls:
+    """The controls of one form, laid out in whatever order the page likes.
+
+    Args:
+        model: the control of the model.
+    """
+
+    def __init__(self, form: type[Form], models: Models, model: Any):
         self.form, self.models = form, models
-        self.made: dict[str, Any] = {}
+        self.made: dict[str, Any] = {"model": model}
 
     def add(self, *names: str, **changes: Any) -> None:
         kinds, defaults = self.form.kinds(), self.form.defaults()
         for name in names:
-            if name == "model":
-                self.made[name] = self._model()
-                continue
-            given = changes | ({"choices": self._sides()} if isinstance(kinds[name], Side) else {})
+            given = changes | self._choices(name, BUNDLED)
             self.made[name] = component(kinds[name], defaults[name], elem_id=f"{self.form.__name__}-{name}", **given)
 
-    def _sides(self, model: str = BUNDLED) -> list[tuple[str, int]]:
-        """Sides to choose from: the bundled model's, or round ones for a user's own model, which is not loaded yet."""
-        sides = sides_of(self.models.get(model)) if model in samples.models() else range(128, 2049, 64)
-        return [("the model's own", 0), *((str(side), side) for side in sides)]
+    def _choices(self, name: str, model: str) -> dict[str, Any]:
+        """What a control offers on a model, if that depends on it; of a user's own, which is not loaded yet, all."""
+        bundled = model in samples.models()
+        if isinstance(self.form.kinds()[name], Side):
+            sides = sides_of(self.models.get(model)) if bundled else range(128, 2049, 64)
+            return {"choices": [(OWN, 0), *((str(side), side) for side in sides)]}
+        if name == "scheduler":
+            fit = fitting(self.models.get(model).scheduler) if bundled else {*SCHEDULERS.values()}
+            return {"choices": [each for each, cls in SCHEDULERS.items() if cls is None or cls in fit]}
+        return {}
 
-    def sides_follow_the_model(self) -> None:
-        """Offers another model's own sides, and starts from its own size."""
-        sides = [self[name] for name, kind in self.form.kinds().items() if isinstance(kind, Side)]
-        self["model"].input(
-            lambda model: [gr.update(choices=self._sides(model), value=0) for _ in sides], self["model"], sides,
+    def follow_the_model(self, suits: Callable[[str], dict[str, Any]] = lambda model: {}) -> Any:
+        """Once a user chooses another model, offers what it has, and sets what suits it.
+
+        Args:
+            suits: values by setting, for a model.
+
+        Returns:
+            The event, for what is to come after it.
+        """
+        offered = [name for name in self.made if name != "model" and self._choices(name, BUNDLED)]
+        first, others = self.form.defaults(), [*suits(BUNDLED)]
+
+        def update(model: str) -> list[Any]:
+            choices = [gr.update(value=first[name], **self._choices(name, model)) for name in offered]
+            return choices + [suits(model)[name] for name in others]
+
+        return self["model"].input(
+            update, self["model"], [self[name] for name in offered + others],
             queue=False, api_visibility="private", show_progress="hidden",
         )  # fmt: skip
 
-    def _model(self) -> Any:
-        kind = self.form.kinds()["model"]
-        named, free = self.models.offered, "*" in self.models.allowed
-        return gr.Dropdown(
-            named, value=BUNDLED, label=kind.label, info=kind.info if self.models.allowed else None,
-            visible=len(named) > 1 or free, allow_custom_value=free,
-        )  # fmt: skip
+    def put(self, form: Form) -> dict[Any, Any]:
+        """Updates that show a form's settings, and what its model offers."""
+        values = form.values()
+        return {
+            self[name]: gr.update(value=value, **self._choices(name, values["model"])) for name, value in values.items()
+        }
 
     def __getitem__(self, name: str) -> Any:
         return self.made[name]
@@ -175,7 +215,7 @@ def endpoint(controls: Controls, function: Callable, outputs: list[Any], kept: S
     """Offers the generator `function(form)` to clients under its own name, with the form's fields as parameters.
 
     Args:
-        kept: states of a client's session. They are no parameters; the function gets them after the form, and yields
+        kept: states of a client's session. They are not parameters; the function gets them after the form, and yields
             them after the outputs.
     """
     kinds, defaults = controls.form.kinds(), controls.form.defaults()

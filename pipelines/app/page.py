@@ -18,6 +18,7 @@ from diffusers_guidance.pipelines.app import work as app_work
 from diffusers_guidance.pipelines.app.controls import (
     ON_DEVICE,
     Controls,
+    choice_of_model,
     endpoint,
     finished,
     quietly,
@@ -26,18 +27,19 @@ from diffusers_guidance.pipelines.app.controls import (
 )
 from diffusers_guidance.pipelines.app.limits import SmallRequests
 from diffusers_guidance.pipelines.app.settings import (
-    BUNDLED,
     COMPARISONS,
     EXAMPLES,
     PRESETS,
     Generation,
     Grid,
     Trial,
+    comparison,
     knobs,
     knobs_of,
     policies,
     rules,
 )
+from diffusers_guidance.pipelines.app.suited import suited
 from diffusers_guidance.pipelines.app.work import Learned, News, Outcome, Studio
 from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.policies import Forecast
@@ -68,12 +70,13 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     opening = welcomed(studio) if welcome else []
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.HTML(app_show.head(opening))
+        model = choice_of_model(studio.models)
         with gr.Tab("Generate"):
-            prompt = generate_tab(studio, page, opening[0] if opening else None)
+            prompt = generate_tab(studio, page, model, opening[0] if opening else None)
         with gr.Tab("Compare") as tab:
-            compare_tab(studio, page, tab, prompt)
+            compare_tab(studio, page, model, tab, prompt)
         with gr.Tab("Benchmark"):
-            benchmark_tab(studio)
+            benchmark_tab(studio, model)
     return page.queue(max_size=WAITING, api_open=False)
 
 
@@ -87,9 +90,9 @@ def welcomed(studio: Studio) -> list[Outcome]:
 # Generate
 
 
-def generate_tab(studio: Studio, page: gr.Blocks, first: Outcome | None) -> Any:
+def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | None) -> Any:
     """Returns the control of the prompt."""
-    controls = Controls(Generation, studio.models)
+    controls = Controls(Generation, studio.models, model)
     with gr.Row(elem_classes="dg-work"):
         with gr.Column(elem_classes="dg-ask", min_width=0):
             controls.add("prompt", max_lines=4)
@@ -116,7 +119,6 @@ def generate_tab(studio: Studio, page: gr.Blocks, first: Outcome | None) -> Any:
             preset = gr.Radio(
                 list(PRESETS), value=next(iter(PRESETS)), label="What you want", elem_classes="dg-choices"
             )
-            controls.add("model")
             controls.add("guidance_scale")
             controls.add("learn", visible=Generation.defaults()["policy"] == Forecast.__name__)
             controls.add("compare_with_plain")
@@ -128,7 +130,6 @@ def generate_tab(studio: Studio, page: gr.Blocks, first: Outcome | None) -> Any:
                 _draw_the_schedule(controls)
                 with gr.Row():
                     controls.add("width", "height", min_width=120)
-                controls.sides_follow_the_model()
                 gr.HTML(app_show.picture_file(), padding=False)
             with gr.Accordion("Rule and policy", open=False):
                 told = {}
@@ -194,13 +195,17 @@ def generate_tab(studio: Studio, page: gr.Blocks, first: Outcome | None) -> Any:
     stopped.then(on_stop, [now, kept, status], [status, stage], queue=False, **on_page)
 
     follow = _keep_in_step(preset, controls, told)
+    controls.follow_the_model()
+    model.input(
+        lambda model: gr.update(samples=[[text] for text in suited(model).examples]), model, examples,
+        queue=False, show_progress="hidden", **on_page,
+    )  # fmt: skip
 
     def on_select(before: list[Outcome], beside: Outcome | None, selected: gr.SelectData) -> dict[Any, Any]:
         if selected.index >= len(before):  # the server no longer has this page's pictures
             return {status: gr.skip()}
         outcome = before[selected.index]
-        put = {controls[name]: value for name, value in outcome.settings.values().items()}
-        return put | shown(outcome, beside)
+        return controls.put(outcome.settings) | shown(outcome, beside)
 
     back = history.select(on_select, [visited, kept], [*values, *outputs[:7]], queue=False, **on_page)
     follow(back)
@@ -224,8 +229,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, first: Outcome | None) -> Any:
             form = Generation.read(given)
         except ValueError as error:
             return {status: app_show.note(str(error))}
-        put = {controls[name]: value for name, value in form.values().items()}
-        return put | {status: app_show.note("The settings of the link are in: press Generate.")}
+        return controls.put(form) | {status: app_show.note("The settings of the link are in: press Generate.")}
 
     linked = page.load(on_link, query, [*values, status], js="() => location.search", queue=False, **on_page)
     follow(linked)
@@ -316,11 +320,12 @@ def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> Call
         return [*map(app_show.about, parts), *(gr.update(visible=owner in parts) for owner in owners.values())]
 
     # In the browser itself, so that whoever presses the button in the next moment gets what was chosen.
-    known = json.dumps([{name: each.settings(model) for name, each in PRESETS.items()} for model in (BUNDLED, "")])
+    models = [*controls.models.offered, ""]  # and what all others get
+    known = json.dumps({model: {name: each.settings(model) for name, each in PRESETS.items()} for model in models})
     names = json.dumps([*set_by])
-    of_model = f"({known})[model == {json.dumps(BUNDLED)} ? 0 : 1]"
+    of_model = f'(known => known[model] ?? known[""])({known})'
     choose = f"""(name, model, ...now) => {{
-        const wanted = {of_model}[name];
+        const wanted = {of_model}[name] ?? {{}};
         return {names}.map((each, i) => each in wanted ? wanted[each] : now[i]);
     }}"""
     # At whatever scale: that of a preset is where to start from.
@@ -332,6 +337,8 @@ def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> Call
     model, settings = controls["model"], [*set_by.values()]
     chosen = preset.input(None, [preset, model, *settings], settings, js=choose, **quick)
     chosen.then(visible, [rule, policy], shown, **quick)
+    another = model.input(None, [preset, model, *settings], settings, js=choose, **quick)
+    another.then(visible, [rule, policy], shown, **quick)
     gr.on([rule.input, policy.input], visible, [rule, policy], shown, **quick)
     gr.on([each.input for each in settings], None, [model, *settings], preset, js=recognise, **quick)
 
@@ -345,12 +352,12 @@ def _keep_in_step(preset: Any, controls: Controls, told: dict[str, Any]) -> Call
 # Compare
 
 
-def compare_tab(studio: Studio, page: gr.Blocks, tab: Any, prompt: Any) -> None:
+def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: Any) -> None:
     """
     Args:
         prompt: that of the tab "Generate", taken over when this one is opened.
     """
-    controls = Controls(Grid, studio.models)
+    controls = Controls(Grid, studio.models, model)
     with gr.Row(elem_classes="dg-work"):
         with gr.Column(elem_classes="dg-ask", min_width=0):
             controls.add("prompt", max_lines=4)
@@ -367,7 +374,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, tab: Any, prompt: Any) -> None:
         with gr.Column(elem_classes="dg-knobs", min_width=0):
             controls.add("rules", "policies", "scales", "columns")
             with gr.Accordion("Picture: seed, steps, scheduler", open=False):
-                controls.add("negative_prompt", "seed", "steps", "scheduler", "model")
+                controls.add("negative_prompt", "seed", "steps", "scheduler")
     choices = [controls[name] for name in ("rules", "policies", "scales", "columns")]
     on_page: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 
@@ -389,7 +396,11 @@ def compare_tab(studio: Studio, page: gr.Blocks, tab: Any, prompt: Any) -> None:
         [each.input for each in choices], planned, controls.inputs, [status, grid, run, png, table], preprocess=False,
         show_progress="hidden", trigger_mode="always_last", **on_page,
     )  # fmt: skip
-    chosen = examples.click(lambda sample: list(map(list, COMPARISONS[sample[0]])), examples, choices[:3], **on_page)
+    chosen = examples.click(
+        lambda sample, model: list(map(list, comparison(sample[0], model))), [examples, model], choices[:3], **on_page
+    )
+    scaled = controls.follow_the_model(lambda model: {"scales": [suited(model).scale]})
+    scaled.then(planned, controls.inputs, [status, grid, run, png, table], preprocess=False, **on_page)
     # Once for each prompt: whoever writes another one here keeps it.
     tab.select(
         None, [prompt, controls["prompt"]], controls["prompt"], **on_page,
@@ -445,8 +456,8 @@ def _grid_picture(form: Grid, comparison: Any) -> Any:
 # Benchmark
 
 
-def benchmark_tab(studio: Studio) -> None:
-    controls = Controls(Trial, studio.models)
+def benchmark_tab(studio: Studio, model: Any) -> None:
+    controls = Controls(Trial, studio.models, model)
     with gr.Row(elem_classes="dg-work"):
         with gr.Column(elem_classes="dg-ask", min_width=0):
             controls.add("prompts", "guidance_scale", "steps")
@@ -454,7 +465,8 @@ def benchmark_tab(studio: Studio) -> None:
                 run = gr.Button("Run benchmark", variant="primary", scale=3, min_width=120)
                 stop = gr.Button("Cancel", variant="secondary", scale=1, min_width=80)
             with gr.Accordion("Picture: seed, scheduler", open=False):
-                controls.add("seed", "scheduler", "model")
+                controls.add("seed", "scheduler")
+            controls.follow_the_model(lambda model: {"guidance_scale": suited(model).scale})
         with gr.Column(elem_classes="dg-result", min_width=0):
             status = gr.HTML(
                 padding=False,

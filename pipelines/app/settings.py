@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, create_model
 
 from diffusers_guidance import samples
+from diffusers_guidance.pipelines.app.suited import Suited, suited
 from diffusers_guidance.pipelines.app.ways import WAYS, Way
 from diffusers_guidance.pipelines.pictures.columns import Column, known_policies, known_rules
 from diffusers_guidance.pipelines.pictures.make import Case
@@ -30,9 +31,6 @@ from diffusers_guidance.scales import checked as checked_scale
 
 BUNDLED = samples.MODEL.name
 """The first of the models that come with the package (`samples.models`); the page starts with it."""
-
-EMOJI = APG.preset("emoji")
-"""APG with that model's settings."""
 
 OWN = "the model's own"
 SCHEDULERS: dict[str, str | None] = {
@@ -66,16 +64,26 @@ def policies() -> dict[str, Any]:
     return usable | {each.__name__: each for each in WAYS if each.__name__ not in usable}
 
 
-EXAMPLES = ("a dog face, noto style", "a hamburger, 3d style", "a red apple, flat style", "a pizza, noto style",
-            "a cat face, noto style", "a rocket, noto style")  # fmt: skip
+EXAMPLES = suited(BUNDLED).examples
 """Prompts to start from; the page opens with the first."""
 
+SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.5, 9.0, 10.0, 12.0, 15.0, 18.0, 20.0, 25.0)
+"""To be compared."""
+
 COMPARISONS = {
-    "Ways to save": (("CFG",), ("Forecast", "EveryStep", "AdaptiveGuidance", "Hold", "FewerSteps"), (5.0,)),
-    "What takes the burn out": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance"), (5.0, 15.0)),
-    "Rules at a high scale": (("CFG", "APG", "CFGZeroStar", "MagnitudeAware", "TCFG"), ("EveryStep",), (5.0, 15.0)),
-}
-"""Rules, policies and scales to start from; the page opens with the first."""
+    "Ways to save": (("CFG",), ("Forecast", "EveryStep", "AdaptiveGuidance", "Hold", "FewerSteps"), ("scale",)),
+    "What takes the burn out": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance"), ("scale", "high")),
+    "Rules at a high scale": (
+        ("CFG", "APG", "CFGZeroStar", "MagnitudeAware", "TCFG"), ("EveryStep",), ("scale", "high"),
+    ),
+}  # fmt: skip
+"""Rules, policies, and which scales of those that suit the model, to start from; the page opens with the first."""
+
+
+def comparison(name: str, model: str = BUNDLED) -> tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]]:
+    """One of `COMPARISONS` on a model."""
+    rules, policies, scales = COMPARISONS[name]
+    return rules, policies, tuple(getattr(suited(model), scale) for scale in scales)
 
 
 # Kinds of values; each says in words what it takes
@@ -440,9 +448,10 @@ class Generation(Form):
         return [Case(self.prompt, seed, self.negative_prompt or None) for seed in self.seeds]
 
     def make_rule(self, pipe: Any) -> Rule:
-        """The chosen rule with its knobs. Of APG, what is no knob here is as `APG.preset` has it for the pipeline."""
-        apg = self.rule == APG.__name__ and self.model != BUNDLED
-        return self._with_knobs(APG.preset(pipe) if apg else rules()[self.rule]())
+        """The chosen rule with its knobs. Of APG, what is no knob here is as the model, or `APG.preset`, has it."""
+        if self.rule != APG.__name__:
+            return self._with_knobs(rules()[self.rule]())
+        return self._with_knobs(suited(self.model).apg if self.model in samples.models() else APG.preset(pipe))
 
     def make_policy(self) -> Policy | Way:
         return self._with_knobs(policies()[self.policy]())
@@ -493,25 +502,34 @@ def _read(kind: Any, text: str) -> Any:
 
 
 class Preset(NamedTuple):
-    """A pair to start from, and the guidance scale that it is for."""
+    """A pair to start from, and the guidance scale that it is for; rule and scale go by what suits the model."""
 
-    rule: Rule
+    rule: Callable[[Suited], Rule]
     policy: Policy
-    guidance_scale: float
+    guidance_scale: Callable[[Suited], float]
 
     def settings(self, model: str = BUNDLED) -> dict[str, Any]:
         """What it sets: both names, the scale, the knobs of both; of APG its own defaults on a model of one's own."""
-        rule = self.rule if model == BUNDLED else type(self.rule)()
+        suits = suited(model)
+        rule, scale = self.rule(suits), self.guidance_scale(suits)
         names = {"rule": type(rule).__name__, "policy": type(self.policy).__name__}
-        return {**names, "guidance_scale": self.guidance_scale, **as_preset(rule), **as_preset(self.policy)}
+        return {**names, "guidance_scale": scale, **as_preset(rule), **as_preset(self.policy)}
+
+
+def _cfg(suits: Suited) -> Rule:
+    return CFG()
+
+
+def _apg(suits: Suited) -> Rule:
+    return suits.apg
 
 
 PRESETS = {
-    "Same picture, less time": Preset(CFG(), Forecast(0.25), 5.0),
-    "Half the time": Preset(CFG(), Forecast(0.5), 5.0),
-    "High scale without burn": Preset(EMOJI, AdaptiveGuidance(), 15.0),
-    "Both": Preset(EMOJI, Forecast(0.25), 7.5),
-    "Plain CFG": Preset(CFG(), EveryStep(), 5.0),
+    "Same picture, less time": Preset(_cfg, Forecast(0.25), lambda suits: suits.scale),
+    "Half the time": Preset(_cfg, Forecast(0.5), lambda suits: suits.scale),
+    "High scale without burn": Preset(_apg, AdaptiveGuidance(), lambda suits: suits.high),
+    "Both": Preset(_apg, Forecast(0.25), lambda suits: 1.5 * suits.scale),
+    "Plain CFG": Preset(_cfg, EveryStep(), lambda suits: suits.scale),
 }
 """What to start from; the page opens with the first."""
 
@@ -522,7 +540,7 @@ def as_preset(part: Rule | Policy) -> dict[str, Any]:
     return {name: getattr(part, knob.field) for name, knob in own.items()}
 
 
-_FIRST = next(iter(COMPARISONS.values()))
+_FIRST = comparison(next(iter(COMPARISONS)))
 
 
 class Grid(Form):
@@ -532,9 +550,7 @@ class Grid(Form):
     negative_prompt: str = setting("", NEGATIVE)
     rules: tuple[str, ...] = setting(_FIRST[0], lambda: SomeOf("Rules", tuple(rules())))
     policies: tuple[str, ...] = setting(_FIRST[1], lambda: SomeOf("Policies", tuple(policies())))
-    scales: tuple[float, ...] = setting(
-        _FIRST[2], SomeOf("Guidance scales", (1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 12.5, 15.0, 20.0, 25.0))
-    )
+    scales: tuple[float, ...] = setting(_FIRST[2], SomeOf("Guidance scales", SCALES))
     columns: str = setting(
         "", Text("More, with knobs of your own", "One a line, such as APG(eta=0.3)+AG@12 or Forecast(0.4).", 1000)
     )

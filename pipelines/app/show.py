@@ -21,6 +21,7 @@ from PIL import Image
 
 from diffusers_guidance.pipelines.app.settings import Grid
 from diffusers_guidance.pipelines.app.work import OURS, Measured, News, Outcome, estimates, file_name, recommended
+from diffusers_guidance.pipelines.pictures.columns import bundled_calibrations
 from diffusers_guidance.pipelines.pictures.compare import Comparison
 from diffusers_guidance.pipelines.pictures.contest import draw, plane
 from diffusers_guidance.pipelines.pictures.fonts import lettering
@@ -125,8 +126,8 @@ def about(part: type) -> str:
     sentence = re.split(r"(?<=\.)\s", inspect.getdoc(part) or "")[0]
     if part is LinearAG:
         sentence += (
-            " It is fitted where the bundled model has a calibration for the scheduler, steps and scale (DDIM or "
-            "DPM++ 2M, 20 or 50 steps, scale 5); otherwise it holds the last difference. The result says which."
+            f" It is fitted where there is a calibration for model, scheduler, steps and scale "
+            f"({', '.join(bundled_calibrations())}); otherwise it holds the last difference. The result says which."
         )
     return str(_parts().about(re.split("`([^`]+)`", sentence)))
 

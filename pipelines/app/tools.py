@@ -41,7 +41,7 @@ FIRST = next(iter(PRESETS))
 WAITING = 32
 """How many calls may wait for the device."""
 REMEMBERED = 128
-"""How many lessons are kept; the one that was not gone by for the longest time is forgotten first."""
+"""How many lessons the server keeps; it forgets the one first that was not used for the longest time."""
 
 Prompt = Annotated[
     str, Field(description="What the picture shows. The bundled models draw emoji: things, animals, faces.")
@@ -74,12 +74,12 @@ class Made(BaseModel):
     saturation: float = Field(description="0 is grey, 1 is burnt.")
     unread: str = Field(description="The end of the prompt that the model does not read.")
     link: str = Field(description="A query of the page that carries these settings.")
-    learned: str = Field(description="With `learn`: what this picture taught, or went by.")
-    lesson: str = Field(description="With `learn`: the name of what is known now, for the next call.")
+    learned: str = Field(description="With `learn`: what this picture taught, or which record it used.")
+    lesson: str = Field(description="With `learn`: the name of the record, for the next call.")
 
 
 class Lessons:
-    """What pictures taught, by names that nobody can guess: calls have no session that could keep it."""
+    """What pictures taught, by names that nobody can guess: calls have no session to keep it in."""
 
     def __init__(self, most: int = REMEMBERED):
         self.most, self.known = most, OrderedDict[str, Learned]()
@@ -98,7 +98,7 @@ class Lessons:
         return self.known[name]
 
     def keep(self, learned: Learned | None, name: str) -> str:
-        """The name for what a call learned, or the one that it went by."""
+        """The name for what a call learned, or the one that it used."""
         if learned is None or self.known.get(name) is learned:
             return name if learned else ""
         name = secrets.token_urlsafe(9)
@@ -163,7 +163,7 @@ def make_server(studio: Studio, host: str) -> FastMCP:
             ),
         ] = None,
         lesson: Annotated[
-            str, Field(description="That of an earlier answer: Forecast goes by what that picture taught.")
+            str, Field(description="That of an earlier answer: Forecast uses what that picture taught.")
         ] = "",
         negative_prompt: Annotated[str, Field(description="What the picture should not show.")] = "",
         scheduler: Scheduler = OWN,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from diffusers_guidance.calibration import Calibration
+from diffusers_guidance.pipelines.pictures.columns import bundled_calibrations
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.policies import Schedule as FixedSchedule
 from diffusers_guidance.schedules import closed_form
@@ -38,8 +39,8 @@ class Search(Way):
     def policy(self, calibration: Calibration | None) -> Policy:
         if calibration is None:
             raise ValueError(
-                "Search needs a calibration for the model, scheduler, steps and scale. The bundled one has some for "
-                "DDIM and DPM++ 2M, 20 or 50 steps, scale 5: choose these, or another policy."
+                "Search needs a calibration for the model, scheduler, steps and scale. There are "
+                f"{', '.join(bundled_calibrations())}: choose one of these settings, or another policy."
             )
         return closed_form(calibration, self.budget)
 

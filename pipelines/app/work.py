@@ -23,7 +23,6 @@ from diffusers_guidance.effective import Strength
 from diffusers_guidance.pipelines.app.device import Device, Models
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
-    EMOJI,
     PRESETS,
     SCHEDULERS,
     Generation,
@@ -32,7 +31,9 @@ from diffusers_guidance.pipelines.app.settings import (
     as_preset,
     policies,
 )
+from diffusers_guidance.pipelines.app.suited import suited
 from diffusers_guidance.pipelines.app.ways import Search, Way
+from diffusers_guidance.pipelines.attach.arguments import parameters
 from diffusers_guidance.pipelines.pictures.columns import Column, arguments, bundled_calibrations, calibration_file
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
 from diffusers_guidance.pipelines.pictures.contest import DEFAULT, FORECAST, SEARCH, Row, contestants
@@ -185,7 +186,7 @@ def generate(
         for seed, picture in zip(settings.seeds, result.pictures, strict=True):
             made = settings.values() | {"seed": seed, "batch_size": 1}
             if result is plain:
-                made |= PRESETS["Plain CFG"].settings() | {"guidance_scale": settings.guidance_scale}
+                made |= PRESETS["Plain CFG"].settings(settings.model) | {"guidance_scale": settings.guidance_scale}
             label(picture, {"settings": made, "nfe": result.nfe, "nfe_full": result.nfe_full})
     likeness = None if plain is None else float(psnr(guided.floats, plain.floats).mean())
     for result in filter(None, (guided, plain)):
@@ -369,10 +370,9 @@ class Cell(NamedTuple):
 def cells_of(pipe: Any, grid: Grid) -> list[Cell]:
     """One per picture, scales within rules within policies, then the columns of one's own.
 
-    APG is as in the presets on the bundled model.
+    APG is as in the presets.
     """
-    apg = as_preset(EMOJI) if grid.model == BUNDLED else {}
-    asked = {"steps": grid.steps, "model": grid.model, "scheduler": grid.scheduler} | apg
+    asked = {"steps": grid.steps, "model": grid.model, "scheduler": grid.scheduler} | as_preset(suited(grid.model).apg)
     chosen = [
         Cell(Column(f"{rule} + {policy} @ {scale:g}", *pair, scale), made.steps_made)
         for policy in grid.policies
@@ -509,8 +509,12 @@ class Preview:
 
 def unread(pipe: Any, prompt: str) -> str:
     """The end of a prompt that the pipeline's text encoder does not read; nothing where it reads all of it."""
-    tokenizer = getattr(pipe, "tokenizer", None)
-    most = getattr(tokenizer, "model_max_length", 10**9)
+    names = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
+    tokenizers = [each for name in names if (each := getattr(pipe, name, None)) is not None] or [None]
+    asked = parameters(type(pipe), "__call__").get("max_sequence_length")
+    # Where the call says how much is read it says so to the last encoder, which reads the most.
+    tokenizer = tokenizers[-1] if isinstance(asked, int) else tokenizers[0]
+    most = asked if isinstance(asked, int) else getattr(tokenizer, "model_max_length", 10**9)
     if tokenizer is None or most > 10**6:
         return ""
     told = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)

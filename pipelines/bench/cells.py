@@ -1,4 +1,4 @@
-"""What one cell of a benchmark does, on any machine: make pictures, or measure time."""
+"""The work of one cell of a benchmark, on any machine: to make pictures, or to measure time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ class Done:
 
 
 def run_cell(suite: Suite, cell: Cell, device: str | None, dtype: str | None) -> Done:
-    """Runs a cell from its arguments alone, so that any process gives the same.
+    """Runs a cell from its arguments alone, so that every process gives the same result.
 
     A column that this pipeline cannot run is not an error: the record says why under "not measured".
     """
@@ -79,12 +79,12 @@ def _pictures(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict
 
 
 def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], None]:
-    """The effective guidance scale of the column's rule with every step guided, over all prompts."""
+    """The effective guidance scale of the column's rule over all prompts, with every step guided."""
     asked, strength = suite.scale(column), Strength()
     cases = cases_of(suite.prompts, [cell.seed], suite.negative)
     guided = Column(column.name, column.rule or DEFAULT_RULE, EveryStep(), asked)
     made = _make(pipe, suite, cases, guided, batch=cell.batch, observers=[strength])
-    # As the pipeline counts: some count their scale from 0, so that theirs is w - 1.
+    # In the pipeline's own count: some pipelines count their scale from 0, so it is w - 1.
     first = next(step for step in made.reports[-1].steps if isinstance(step.guidance_scale, float))
     own = at(asked, Step(first.index, len(made.reports[-1].steps), denoiser=first.denoiser))
     origin = first.guidance_scale - own  # type: ignore[operator]
@@ -95,14 +95,14 @@ def _effective(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dic
 
 
 class Rates:
-    """Evaluations and seconds of the denoiser in the pipeline's own steps with and without guidance."""
+    """Evaluations and seconds of the denoiser in the pipeline's own steps, with and without guidance."""
 
     def __init__(self, pipe: Any, suite: Suite, batch: int):
         self.pipe, self.suite, self.batch = pipe, suite, batch
         self.scales = {"guided": suite.guidance_scale, "unguided": 1.0}
         self.evaluations: dict[str, float] = {}
         self.seconds: dict[str, list[float]] = {kind: [] for kind in self.scales}
-        """Per step, a number for each round."""
+        """For each step, a number for each round."""
 
     def round(self, keep: bool = True) -> None:
         """Times both once."""
@@ -117,12 +117,12 @@ class Rates:
 
     @property
     def tell(self) -> bool:
-        """Whether scale 1 turns guidance off, so that the rates tell the cost of a skipped evaluation."""
+        """Whether scale 1 turns guidance off, so that the rates show the cost of a skipped evaluation."""
         return self.evaluations["unguided"] < self.evaluations["guided"]
 
 
 def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], None]:
-    """Evaluations a second at the whole batch and at the half that remains without guidance, in turns."""
+    """Evaluations per second with the whole batch and with the half that remains without guidance, in turns."""
     rates = Rates(pipe, suite, cell.batch)
     for round in range(suite.timing.rounds + 1):
         rates.round(keep=round > 0)  # the first warms up
@@ -139,7 +139,7 @@ def _rate(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str
 def _timing(pipe: Any, suite: Suite, cell: Cell, column: Column) -> tuple[dict[str, Any], None]:
     """Seconds of a call, in turns with the baseline's, so that drift cancels.
 
-    Each turn gives a ratio, and the possible saving by the denoiser's own times in that turn.
+    Each turn gives a ratio, and the possible saving according to the denoiser's own times in that turn.
     """
     rates = Rates(pipe, suite, cell.batch)
     base = suite.column(suite.entry(suite.baseline))
@@ -174,11 +174,11 @@ def possible_saving(
     """The share of a baseline call's seconds that skipped evaluations can save, if nothing else gets cheaper.
 
     Args:
-        rows: evaluations at each step, of the "baseline" and of the "column".
+        rows: evaluations at each step, for the "baseline" and for the "column".
         evaluations, seconds: of the denoiser in a "guided" and in an "unguided" step.
         whole: seconds of the baseline's call.
     """
-    # Linear between the two measured sizes: sometimes only some samples of a batch skip.
+    # Linear between the two measured sizes, since a step may skip for only some samples of a batch.
     sizes = [0.0, evaluations["unguided"], evaluations["guided"]]
     times = [0.0, seconds["unguided"], seconds["guided"]]
     took = {kind: float(np.interp(rows[kind], sizes, times).sum()) for kind in ("baseline", "column")}

@@ -29,12 +29,12 @@ from diffusers_guidance.pipelines.pictures.measures import (
     saturation,
     tensor_of,
 )
-from diffusers_guidance.pipelines.support.loading import load_whole
+from diffusers_guidance.pipelines.support.loading import load_whole, located
 
 Record = dict[str, Any]
 RESAMPLINGS = 2000
 NOTHING = 0.01
-"""A share of the seconds too small to divide by."""
+"""A share of the seconds that is too small to divide by."""
 CLIP = "openai/clip-vit-base-patch16"
 
 
@@ -79,7 +79,7 @@ class Figure:
 def interval(values: np.ndarray) -> Figure:
     """A figure from (seeds, prompts) values: the bootstrap draws both anew, since both were chosen by chance.
 
-    Owen (2007), "The pigeonhole bootstrap"; on the cautious side.
+    This is Owen (2007), "The pigeonhole bootstrap"; its intervals are rather too wide than too narrow.
     """
     means = _resampled(values)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -87,13 +87,13 @@ def interval(values: np.ndarray) -> Figure:
 
 
 def relative(values: np.ndarray, reference: np.ndarray) -> Figure:
-    """By what share one mean exceeds another over the same seeds and prompts, drawn together; 0.1 is 10 %."""
+    """The share by which one mean exceeds another over the same seeds and prompts, drawn together; 0.1 is 10 %."""
     low, high = np.quantile(_resampled(values) / _resampled(reference) - 1, [0.025, 0.975])
     return Figure(float(values.mean() / reference.mean() - 1), float(low), float(high))
 
 
 def difference(values: np.ndarray, reference: np.ndarray) -> Figure:
-    """By how much, likewise."""
+    """The difference of both means, likewise."""
     return interval(values - reference)
 
 
@@ -224,6 +224,7 @@ class Scorers:
 
     @classmethod
     def find(cls, model: str) -> "Scorers":
+        model = located(model)
         makers: dict[str, Callable[[], Any]] = {
             "lpips": lpips_scorer,
             "clip_score": clip_scorer,
@@ -277,7 +278,7 @@ class TimingRow:
     saved: float
     possible: float | None
     shares: dict[str, float] | None
-    """Share of the possible saving, by run and turn: 20 and 80 % quantiles; None if nothing could be saved."""
+    """The share of the possible saving: 20 and 80 % quantiles over runs and turns; None if nothing could be saved."""
     peak: int | None
     baseline_peak: int | None
 
@@ -312,7 +313,7 @@ class Summary:
 
     @property
     def measures(self) -> list[Measure]:
-        """Those measured for any column."""
+        """The measures that any column has."""
         return [m for m in MEASURES if any(m.name in row.figures for row in self.rows)]
 
 
@@ -353,7 +354,7 @@ def summarise(suite: Suite, lines: Sequence[Record], out: Path, scorers: Scorers
 
 
 def _missing(suite: Suite, line: Record) -> list[str]:
-    """What is missing from the report because a cell was not measured."""
+    """The part of the report that is missing because a cell was not measured."""
     where = f", {line['scheduler']}" if len(suite.schedulers) > 1 else ""
     if line["kind"] in ("rate", "timing"):
         what = "" if line["kind"] == "timing" else ", seconds of a half batch"
@@ -418,11 +419,11 @@ def _rows(suite: Suite, lines: list[Record], out: Path, scorers: Scorers) -> lis
 
 
 def _timing(line: Record) -> TimingRow:
-    """The actual saving, and the one that the denoiser's own times at whole and half batches allow."""
+    """The actual saving, and the saving that the denoiser's own times at whole and half batches allow."""
     possible = float(np.median(line["possible"])) if line["possible"] else None
     shares = None
     if possible is not None and possible > NOTHING:
-        # Divided by the median of the possible: in a single turn that may be zero.
+        # Divided by the median of the possible savings, since that of a single turn may be zero.
         low, high = np.quantile([(1 - ratio) / possible for ratio in line["ratios"]], [0.2, 0.8])
         shares = {"p20": float(low), "p80": float(high)}
     return TimingRow(

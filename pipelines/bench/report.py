@@ -21,13 +21,13 @@ from diffusers_guidance.pipelines.support.templates import template
 
 INK, GREY, BLUE, GREEN = "#1a1a1a", "#8a8a8a", "#2f6fde", "#1a7f37"
 ABOUT_INTERVALS = (
-    "Every figure is a mean over all prompts and seeds; after it, the 95 % interval of a bootstrap that draws seeds "
-    "and prompts anew."
+    "Every figure is a mean over all prompts and seeds. After it stands its 95 % interval, from a bootstrap over seeds "
+    "and prompts."
 )
 ABOUT_SECONDS = (
     "Seconds are medians, with their 20 and 80 % quantiles. Each column ran in turns with {baseline}, and its saving "
-    "is the median of the ratios of neighbouring runs. Possible is what the skipped evaluations take, measured on the "
-    "denoiser alone in other calls, so that noise can take the share of it that was saved beyond 100 %."
+    "is the median of the ratios of neighbouring runs. Possible is the time of the skipped evaluations, measured on "
+    "the denoiser alone in other calls; because of noise, a column can save more than 100 % of it."
 )
 
 
@@ -56,7 +56,7 @@ def html(summary: Summary) -> str:
 
 
 def markdown(summary: Summary) -> str:
-    """The tables, for docs."""
+    """The tables for the docs."""
     suite, measures = summary.suite, summary.measures
     prompts = counted(len(suite.prompts), "held-out prompt" if suite.held_out else "prompt")
     lines = [f"{prompts}, {counted(len(suite.seeds), 'seed')}. {ABOUT_INTERVALS}", ""]
@@ -73,7 +73,7 @@ def markdown(summary: Summary) -> str:
         lines += [ABOUT_SECONDS.format(baseline=suite.baseline), ""]
         lines += [*_table(head, [_timing_cells(t) for t in summary.timings]), ""]
     if summary.rates:
-        head = ["batch B", "evaluations/s at B", "at 2B", "time of B in that of 2B"]
+        head = ["batch B", "evaluations/s at B", "at 2B", "time of B / time of 2B"]
         lines += [*_table(head, [_rate_cells(r) for r in summary.rates]), ""]
     if summary.verdicts:
         met = {True: "met", False: "**not met**", None: "not measured"}
@@ -121,7 +121,7 @@ def figure(found: Figure | None, measure: Measure) -> str:
 
 
 def _plots(summary: Summary) -> dict[str, tuple[str, str]]:
-    """By name, caption and SVG."""
+    """The caption and SVG of each plot, by name."""
     if not summary.rows:
         return {}
     made = {"fidelity": fidelity_plot(summary), "look": look_plot(summary), "time": time_plot(summary)}

@@ -1,7 +1,7 @@
 """The benchmark's engine: finds the cells left to do, does them here or on Ray, and keeps their results.
 
 `results.jsonl` has a line for each finished cell and for each environment one ran in. A line is written after all its
-pictures. So an interruption leaves only finished cells, and the next call does the others.
+pictures. So an interruption leaves only finished cells, and the next call does the rest.
 """
 
 import functools
@@ -30,17 +30,17 @@ def bench(
     resources: dict[str, float] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Does the suite's cells that `out` does not hold yet; returns the lines of all its cells, environments first.
+    """Does the suite's cells that `out` does not have yet; returns the lines of all its cells, environments first.
 
     Args:
-        out: folder of results.jsonl and pictures/; cells of other suites in it stay.
+        out: folder of results.jsonl and pictures/; cells of other suites in it stay there.
         device, dtype: as on the command line; None chooses.
         on_ray: whether to use the Ray cluster of `support.ray.cluster()`. Timing never runs beside other work.
-        resources: of a cell on Ray, see `spread`.
+        resources: what a cell needs on Ray; see `spread`.
 
     Raises:
         ValueError: the suite names something that does not exist.
-        GuidanceError: never because of one column; its lines then say what was not measured and why.
+        GuidanceError: not because of a single column; its lines then say what was not measured and why.
     """
     progress = progress or silent
     results = Results(out / "results.jsonl")
@@ -79,7 +79,7 @@ def bench(
         if wanted is None or scale is not None:
             cells.append(replace(cell, effective=scale))
         else:
-            total -= 1  # the column to match in strength was not measured, and is named
+            total -= 1  # the column to match in strength was not measured; its line says so
     do(cells)
     do(suite.timing_cells(), at_once=1)
     used = {record["environment"] for record in mine}
@@ -98,7 +98,7 @@ def _keep(results: "Results", out: Path, key: str, cell: Cell, done: Done) -> di
 
 
 class Results:
-    """A file of JSON lines that only grows; the torn last line of a killed run is cut off."""
+    """A file of JSON lines that only grows. If a killed run left half a line at its end, that is cut off."""
 
     def __init__(self, file: Path):
         self.file = file

@@ -26,11 +26,11 @@ SUITE = samples.SUITE
 
 JUDGED = ("saved", "share_of_possible", "psnr", "ssim", "lpips", "saturation", "contrast", "clipped", "clip_score",
           "retrieval")  # fmt: skip
-"""What a target may judge: shares of NFEs and of the possible time, and the measures of pictures."""
+"""What a target may be about: shares of NFEs and of the possible time, and the measures of pictures."""
 
 
 def _judgeable(target: Any) -> dict[str, Any]:
-    """Refuses targets that could not be judged after the run."""
+    """Refuses targets that could not be checked after the run."""
     kinds = ({"at_least"}, {"within", "of"}, {"within_points", "of"})
     asked = set(target) - {"column", "measure"} if isinstance(target, dict) else set()
     if asked not in kinds or not {"column", "measure"} <= set(target):
@@ -81,7 +81,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Timing:
-    """Which columns are timed, at which batch sizes, and how many times."""
+    """The columns to time, the batch sizes, and the number of turns."""
 
     columns: tuple[Text, ...] = ()
     batches: tuple[Count, ...] = (1,)
@@ -113,11 +113,13 @@ class Suite:
 
     @classmethod
     def read(cls, file: Path = SUITE) -> "Suite":
-        """The suite in a YAML file; paths in it are relative to it.
+        """The suite in a YAML file, or the bundled one of that name; paths in it are relative to it.
 
         Raises:
             ValueError: something is missing, unknown or of the wrong kind; the message says what.
         """
+        bundled = SUITE.with_name(f"{file}.yaml")
+        file = bundled if not file.exists() and file.name == str(file) and bundled.is_file() else file
         try:
             given = yaml.safe_load(read_text(file))
         except yaml.YAMLError as error:
@@ -194,7 +196,7 @@ class Suite:
     # Cells
 
     def effective_cells(self) -> list["Cell"]:
-        """One for each scheduler and each column whose strength another matches."""
+        """A cell for each scheduler and each column whose strength another matches."""
         wanted = dict.fromkeys(entry.as_strong_as for entry in self.columns if entry.as_strong_as)
         return [self._cell("effective", s, name, seed=self.seeds[0]) for s in self.schedulers for name in wanted]
 
@@ -233,12 +235,12 @@ class Cell:
     """The measured scale of the column whose strength this one matches."""
 
     def key(self, suite: Suite, model: str, device: str, dtype: str, machine: str = "") -> str:
-        """Names the cell and all that its result depends on, so that nothing else can pass for it.
+        """Names the cell and all that its result depends on, so that no other result can be taken for it.
 
         Args:
             model: its `fingerprint`.
             device, dtype: as requested.
-            machine: what else seconds depend on.
+            machine: what seconds depend on besides.
         """
         entry = suite.entry(self.column)
         settings = [suite.steps, suite.guidance_scale, suite.negative, list(suite.prompts)]

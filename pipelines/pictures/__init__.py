@@ -1,1 +1,1 @@
-"""Making pictures, measuring them, showing them side by side."""
+"""Makes pictures, measures them, and shows them side by side."""

@@ -20,7 +20,7 @@ from diffusers_guidance.schedules import closed_form
 
 
 def known_rules() -> list[type[Rule]]:
-    """The package's rules by name, then those of all modules that were imported since."""
+    """The package's rules by name, and those of all modules imported since."""
     return [*_public(rules, Rule), *_imported(Rule)]
 
 
@@ -30,13 +30,13 @@ def known_policies() -> list[type[Policy]]:
 
 
 def _public(module: Any, base: type) -> list[type]:
-    """The module's classes of a kind, by name."""
+    """A module's classes of one kind, by name."""
     found = [each for name, each in sorted(vars(module).items()) if inspect.isclass(each) and not name.startswith("_")]
     return [each for each in found if issubclass(each, base) and each is not base]
 
 
 def _imported(base: type) -> list[type]:
-    """The kind's classes that modules outside this package have at their top, by public names."""
+    """The classes of one kind that modules outside this package define at their top, by public names."""
     own = __name__.split(".")[0]
     found: dict[type, None] = {}
     left: list[type] = list(base.__subclasses__())
@@ -45,7 +45,7 @@ def _imported(base: type) -> list[type]:
         left += each.__subclasses__()
         at_top = getattr(sys.modules.get(each.__module__), each.__name__, None) is each
         if at_top and each.__module__.split(".")[0] != own and not each.__name__.startswith("_"):
-            found[each] = None  # once, however many of them it is made of
+            found[each] = None  # once, however many of them it contains
     return [*found]
 
 
@@ -81,7 +81,7 @@ def bundled_calibrations() -> list[str]:
 
 
 def _by_name() -> dict[str, Callable[..., Any]]:
-    """What columns are made of; the package's own names stay its own."""
+    """The names that columns may use; users' names cannot replace the package's own."""
     others = {each.__name__.lower(): each for base in (Rule, Policy) for each in _imported(base)}
     own = {each.__name__.lower(): each for each in [*_public(rules, Rule), *_public(policies, Policy)]}
     return {**others, **own, "ag": AdaptiveGuidance, "search": searched}
@@ -91,7 +91,7 @@ def _by_name() -> dict[str, Callable[..., Any]]:
 class Column:
     """A rule under a policy at a guidance scale (None: that of the whole comparison).
 
-    Without rule and policy, it is the pair that `attach(pipe)` chooses.
+    Without a rule and a policy, it is the pair that `attach(pipe)` chooses.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Column:
 
 
 def _terms(node: ast.expr) -> list[ast.expr]:
-    """The terms of a sum."""
+    """The terms of a column's sum."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return [*_terms(node.left), *_terms(node.right)]
     return [node]
@@ -198,7 +198,7 @@ def arguments(part: Rule | Policy, but: Sequence[str] = ()) -> str:
 
 
 def changes(part: Rule | Policy) -> str:
-    """The same, cut if very long, and without a calibration."""
+    """The same arguments, without a calibration and cut if very long."""
     return textwrap.shorten(arguments(part, but=("calibration",)), 60, placeholder=" …")
 
 

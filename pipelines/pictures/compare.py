@@ -39,7 +39,7 @@ class Comparison:
         return None if found is result else found
 
     def psnr(self, result: Result) -> float | None:
-        """PSNR of a column's pictures to its reference's in dB, as decoded; the mean over pictures."""
+        """The mean PSNR in dB of a column's pictures to its reference's, as decoded."""
         reference = self.reference(result)
         return None if reference is None else float(psnr(result.floats, reference.floats).mean())
 
@@ -88,13 +88,13 @@ def compare(
     """Generates every prompt with every seed in every column.
 
     Args:
-        pipe: any pipeline that `attach` takes; what is attached to it stays attached, idle.
+        pipe: any pipeline that `attach` takes. A handle on it stays attached, but idle.
         columns: `Column`s, or texts for `Column.parse`.
         guidance_scale: for columns without a scale of their own.
         negative: the negative prompt of all pictures.
         batch: pictures per call; None for all. A picture does not depend on it (up to rounding).
         warm_up: whether to run two untimed steps first, so that the first column does not pay for the start.
-        arguments: passed on to the pipeline's call, such as `height=512`.
+        arguments: more arguments of the pipeline, such as `height=512`.
     """
     prompts, seeds = prompts_of(prompts), plain(list(seeds))
     steps, guidance_scale, batch = plain([steps, guidance_scale, batch])

@@ -1,6 +1,6 @@
-"""Policies against NFEs: ways to save them, each measured against the same pictures of full guidance, and their plot.
+"""Ways to save NFEs, each measured against the same pictures of full guidance, and their plot.
 
-A `Way` is measured into a `Row`. `frontier` plans its own ways; `contestants` are those that any pipeline has.
+A `Way` is measured into a `Row`. `frontier` plans its own ways; `contestants` are those for any pipeline.
 """
 
 import itertools
@@ -29,7 +29,7 @@ MARKERS = "osXD^*vP<>ph"
 
 @dataclass(frozen=True)
 class Row:
-    """One measured way; `nfe` is for one sample, averaged if samples differ. Fidelity is to full guidance."""
+    """One measured way; `nfe` is for one sample, the mean if samples differ. Fidelity is to full guidance."""
 
     series: str
     label: str
@@ -55,13 +55,13 @@ class Way(NamedTuple):
 
 
 def contestants(steps: int, calibration: str | None = None, own: Sequence[str] = ()) -> list[Way]:
-    """The ways that any pipeline has to save NFEs at so many steps, the default first, fewer steps among them.
+    """The ways to save NFEs that any pipeline has at so many steps: the default first, CFG in fewer steps among them.
 
-    Other people's forecasts save what the default does, and half, on steps spaced evenly, as their authors space them.
+    Other people's forecasts save as much as the default, and half. Their steps are spaced evenly, as in their papers.
 
     Args:
         calibration: the name of one that fits; without it LinearAG holds, and `search` is not possible.
-        own: further columns, each a series by itself.
+        own: further columns, each a series of its own.
     """
 
     def way(series: str, column: str, label: str = "", fewer: int | None = None) -> Way:
@@ -91,7 +91,7 @@ def contestants(steps: int, calibration: str | None = None, own: Sequence[str] =
 
 
 def plane(figure: Any, title: str = "") -> Any:
-    """The axes on which policies meet: further up is closer to full guidance, further left is cheaper."""
+    """The axes for all policies: further up is closer to full guidance, further left is cheaper."""
     from matplotlib.ticker import MaxNLocator
 
     if title:
@@ -105,12 +105,12 @@ def plane(figure: Any, title: str = "") -> Any:
 def draw(
     axes: Any, rows: Sequence[Row], rivals: Collection[str] = (), series: Sequence[str] = (), full: float | None = None
 ) -> None:
-    """A line for each series, in a look of its own, and beside the axes what is what.
+    """A line for each series, in a look of its own, and a legend beside the axes.
 
     Args:
         rivals: series whose lines are thin and dashed.
-        series: all that there may be, each of which then looks the same in every plot; by default those of `rows`.
-        full: the NFEs of full guidance, to be marked.
+        series: all possible series, so that each looks the same in every plot; by default those of `rows`.
+        full: the NFEs of full guidance, which get a mark.
     """
     names = series or list(dict.fromkeys(row.series for row in rows))
     looks = zip(itertools.cycle(MARKERS), itertools.cycle(COLOURS), itertools.count(10, -0.5), strict=False)
@@ -118,7 +118,11 @@ def draw(
         line = sorted((row.nfe, row.psnr) for row in rows if row.series == name and row.psnr < EQUAL)
         if line:
             style = {"lw": 1.1, "ls": "--"} if name in rivals else {"lw": 2.6, "ls": "-"}
-            look = {"marker": marker, "color": colour, "ms": max(size, 4)}  # so that points that coincide are all seen
+            look = {
+                "marker": marker,
+                "color": colour,
+                "ms": max(size, 4),
+            }  # so that points at the same place can all be seen
             axes.plot(*zip(*line, strict=True), label=name, **look, **style)
     if full is not None:
         axes.axvline(full, color="#94a3b8", ls=":", lw=1.5, label="full guidance")

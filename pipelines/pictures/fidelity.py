@@ -1,4 +1,4 @@
-"""Policies against NFEs: the same prompts and seeds with full guidance and with less, compared as pictures."""
+"""Compares pictures of the same prompts and seeds with full guidance and with less."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from diffusers_guidance.rules import CFG
 
 
 class Score(NamedTuple):
-    """Means over pictures: NFEs and seconds of each; PSNR in dB, SSIM and LPIPS to full guidance, of decoded floats."""
+    """Means over pictures: NFEs and seconds; PSNR in dB, SSIM and LPIPS to full guidance, of decoded floats."""
 
     nfe: float
     psnr: float
@@ -31,12 +31,12 @@ def likeness(pictures: Tensor, reference: Tensor) -> dict[str, Tensor]:
 
 
 class Fidelity:
-    """Pictures of full guidance, made once, and any policy's distance to them.
+    """Pictures of full guidance, made once, and any policy's distance from them.
 
     Args:
-        pipe: a text-to-image pipeline; what is attached to it stays attached, idle.
-        prompts, seeds: each prompt with each seed.
-        num_inference_steps, guidance_scale, negative_prompt: of every run.
+        pipe: a text-to-image pipeline. A handle on it stays attached, but idle.
+        prompts, seeds: each prompt is made with each seed.
+        num_inference_steps, guidance_scale, negative_prompt: those of every run.
         batch_size: pictures per call.
         lpips: whether to measure LPIPS (AlexNet) too. Its weights are downloaded if missing.
         progress: gets the steps of the reference's calls.
@@ -84,11 +84,11 @@ class Fidelity:
         return make(self.pipe, self.cases, column, steps=steps, progress=progress, **self.call)
 
     def psnr(self, result: Result) -> float:
-        """The mean of the pictures' dB to full guidance."""
+        """The mean over the pictures of their dB to full guidance."""
         return float(psnr(result.floats, self.reference).mean())
 
     def score(self, result: Result) -> Score:
-        """All measures of what `run` made."""
+        """All measures of the pictures that `run` made."""
         pictures = result.floats
         perceived = None if self.lpips is None else float(self.lpips(pictures, self.reference))
         means = {name: float(of.mean()) for name, of in likeness(pictures, self.reference).items()}

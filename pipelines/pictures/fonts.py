@@ -14,7 +14,7 @@ OWN = "DejaVu Sans"
 
 
 def own_font(name: str = "DejaVuSans") -> str:
-    """The file of a font that comes with matplotlib, so it is the same everywhere."""
+    """The file of a font that comes with matplotlib, so that it is the same everywhere."""
     return str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"))
 
 

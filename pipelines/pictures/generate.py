@@ -50,7 +50,7 @@ class Job:
 
 
 def jobs_of(given: str) -> list[Job]:
-    """What the command line is given: a file of JSON lines or of prompts, one a line; or a prompt.
+    """The jobs of the command line's argument: a file of JSON lines, a file with a prompt on each line, or a prompt.
 
     Raises:
         ValueError: it is the name of a file that does not exist, or the file holds no such lines.
@@ -58,7 +58,7 @@ def jobs_of(given: str) -> list[Job]:
     file = Path(given)
     try:
         found = bool(given.strip()) and file.exists()
-    except OSError:  # a long prompt is no path
+    except OSError:  # a long prompt is not a path
         found = False
     if found and file.is_dir():
         raise ValueError(f"{given} is a folder: a prompt, or a file of prompts or JSON lines")
@@ -76,11 +76,11 @@ def jobs_of(given: str) -> list[Job]:
 def read_jobs(file: Path) -> list[Job]:
     """The jobs of a file of JSON lines.
 
-    A line is an object with `prompt`. `id` names its files (default: its number, from 0). The default of `seed` is 0,
-    and `negative_prompt` has none. All else goes to the pipeline's call.
+    A line is an object with `prompt`. `id` names its files (default: its number, from 0). The default of `seed` is 0;
+    `negative_prompt` is optional. All else goes to the pipeline's call.
 
     Raises:
-        ValueError: it says the line's number and what is wrong with it.
+        ValueError: a line is wrong; the message has its number and what is wrong.
     """
     jobs: list[Job] = []
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -103,7 +103,7 @@ _FOR_ALL = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "generato
 
 
 class _Line(BaseModel):
-    """What a line may say; all else goes to the pipeline's call."""
+    """The keys of a line; all others go to the pipeline's call."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -124,7 +124,9 @@ def _job(given: Any, number: int) -> Job:
     line: _Line = checked(_Line, {"id": f"{number:06}"} | given, lambda *said: "{} {!r}: {}".format(*said))
     arguments = line.model_extra or {}
     if chosen := sorted(arguments.keys() & _FOR_ALL):
-        raise ValueError(f"{', '.join(chosen)}: not a line's own; steps, scale and the rest are set for all lines")
+        raise ValueError(
+            f"{', '.join(chosen)}: a line cannot set this; steps, scale and the rest are the same for all lines"
+        )
     check_sides(arguments)
     return Job(line.id, line.prompt, line.seed, line.negative_prompt, tuple(sorted(arguments.items())))
 
@@ -153,13 +155,13 @@ def generate(
         column: rule, policy and scale, or a text for `Column.parse`.
         guidance_scale: for a column without one.
         batch: jobs per call of the pipeline; jobs that differ in more than prompt and seed are not mixed.
-        best_of: of how many seeds, the job's and those after it, to make the one whose first steps promise the most
+        best_of: the number of seeds to try, the job's and the next ones; the one whose first steps promise most is made
             (`make.best_of`). The metadata says which it was.
-        after: how many steps to try each for; a fifth of them by default.
+        after: the number of steps to try each seed for; by default a fifth of all.
         on_ray: whether to use the cluster of `support.ray.cluster()`; only a lost worker's batch is done again.
 
     Returns:
-        How many were made, and how many already existed.
+        The number of pictures made, and the number that already existed.
 
     Raises:
         ValueError: files in `out` have the ids of these jobs, but come from other settings.
@@ -179,7 +181,7 @@ def generate(
         made_with["calibration"] = parsed.policy.calibration.digest
     records = {job.id: Record(out / f"{job.id}.json", job.about | {"made_with": made_with}) for job in jobs}
     there = {name for name, record in records.items() if _is_whole(out / f"{name}.png", record.read())}
-    # Cut from all jobs: a picture's batch, and with it its last bit, must not depend on which files exist.
+    # Batches are cut from all jobs: a picture's batch, which affects its last bit, must not depend on existing files.
     batches: list[list[Job]] = []
     for job in jobs:
         if batches and len(batches[-1]) < batch and _call(batches[-1][0]) == _call(job):
@@ -195,7 +197,7 @@ def generate(
             made = _made(pipe, part, cases, parsed, steps=steps, guidance_scale=scale)
         ran = {"rule": repr(made.rule), "policy": repr(made.policy), "nfe": made.nfe_by_sample,
                "nfe_full": made.nfe_full / len(part), "batch": len(part)}  # fmt: skip
-        for case, picture in zip(cases, made.pictures, strict=True):  # in the file, as the app's pictures have them
+        for case, picture in zip(cases, made.pictures, strict=True):  # in the file, like the app's pictures
             known = {"prompt": case.prompt, "negative_prompt": case.negative, "seed": case.seed}
             known |= {"steps": steps, "guidance_scale": scale}
             picture.info["diffusers-guidance"] = json.dumps({"settings": known, "made_with": made_with})
@@ -229,7 +231,7 @@ def generate(
 
 
 def _is_whole(picture: Path, record: dict[str, Any] | None) -> bool:
-    """Whether a picture is there as its record has it."""
+    """Whether a picture exists and agrees with its record."""
     if record is None:
         return False
     try:
@@ -250,7 +252,7 @@ def _best(pipe: Any, job: Job, column: Column, count: int, after: int, batch: in
 
 
 def _made(pipe: Any, part: list[Job], cases: list[Case], column: Column, **settings: Any) -> Result:
-    """What one call makes; errors from its lines' own arguments name the first line."""
+    """The pictures of one call; errors from its lines' own arguments name the first line."""
     first, arguments = part[0], dict(part[0].arguments)
     unknown = set(arguments) - set(inspect.signature(type(pipe).__call__).parameters)
     if unknown:
@@ -268,5 +270,5 @@ def _made(pipe: Any, part: list[Job], cases: list[Case], column: Column, **setti
 
 
 def _call(job: Job) -> tuple[Any, ...]:
-    """What all jobs of one call must have in common."""
+    """The values that all jobs of one call must share."""
     return job.negative_prompt, job.arguments

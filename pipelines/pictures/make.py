@@ -1,4 +1,4 @@
-"""The one caller of pipelines: turns prompts, seeds, negative prompts, sizes and a pair into calls and pictures."""
+"""The only caller of pipelines: turns prompts, seeds, negative prompts, sizes and a pair into calls and pictures."""
 
 import inspect
 import io
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 def cases_of(prompts: Sequence[str], seeds: Sequence[int], negative: str | None = None) -> list[Case]:
-    """Every prompt with every seed, the seeds within the prompts."""
+    """Every prompt with every seed: all seeds of the first prompt, then those of the next."""
     return [Case(prompt, seed, negative) for prompt in prompts for seed in seeds]
 
 
@@ -56,19 +56,19 @@ class Result:
     policy: Policy
     guidance_scale: Given
     pictures: list[Any] = field(default_factory=list)
-    """As they are shown, with 8 bits a colour."""
+    """The pictures as shown, with 8 bits a colour."""
     decoded: list[Tensor] = field(default_factory=list)
-    """The same as the pipeline decoded them: floats (3, H, W) from 0 to 1, by which they are compared."""
+    """The same pictures as the pipeline decoded them: floats (3, H, W) from 0 to 1. Comparisons use these."""
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0
     is_default: bool = False
     """Whether it is the pair that `attach(pipe)` chooses."""
     calibration: Calibration | None = None
-    """What the policy went by, and what was learned."""
+    """The policy's own calibration and what was learned."""
 
     @property
     def label(self) -> str:
-        """Rule and policy in short; for the default pair, without the settings chosen for the pipeline."""
+        """Rule and policy in short; the default pair without the settings chosen for the pipeline."""
         if self.is_default:
             return f"default: {type(self.rule).__name__} + {type(self.policy).__name__}"
         return f"{short(self.rule)} + {short(self.policy)}"
@@ -122,14 +122,14 @@ def make(
     gradients: bool = False,
     **arguments: Any,
 ) -> Result:
-    """The pictures of all cases under a column's rule and policy. What is attached to `pipe` stays attached, idle.
+    """The pictures of all cases under a column's rule and policy. A handle on `pipe` stays attached, but idle.
 
     Args:
         guidance_scale: for a column without one.
         batch: pictures per call; None for all.
         progress: gets the column's name and the steps of all calls.
         observers: called at every step.
-        gradients: whether gradients are recorded, if they are turned on: pipelines turn them off in their call.
+        gradients: whether to record gradients if they are turned on; pipelines turn them off in their call.
         arguments: more arguments of the pipeline, such as `height=512`.
     """
     scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
@@ -156,7 +156,7 @@ def make(
 
 
 def _check_steps(pipe: Any, steps: int) -> None:
-    """Refuses steps whose first would lie before the scheduler's training, where it fails in words of its own."""
+    """Refuses more steps than the scheduler was trained with, since its own error is hard to read."""
     config = getattr(getattr(pipe, "scheduler", None), "config", {})
     leads = config.get("timestep_spacing") == "leading"
     most = config.get("num_train_timesteps", math.inf) - (config.get("steps_offset", 0) if leads else 0)
@@ -166,7 +166,7 @@ def _check_steps(pipe: Any, steps: int) -> None:
 
 @contextmanager
 def _recording(pipe: Any) -> Iterator[None]:
-    """Has the calls of an attached pipeline do without the pipeline's own `torch.no_grad`."""
+    """Makes the calls of an attached pipeline run without the pipeline's own `torch.no_grad`."""
     handler, function = handler_of(pipe), inspect.unwrap(type(pipe).__call__)
     assert handler is not None
     catch_call(pipe, lambda pipe, call, args, kwargs: handler(pipe, partial(function, pipe), args, kwargs))
@@ -177,14 +177,14 @@ def _recording(pipe: Any) -> Iterator[None]:
 
 
 class Best(NamedTuple):
-    """The seed chosen out of several, and what each showed."""
+    """The seed chosen among several, and the measure of each."""
 
     case: Case
-    """With the best seed."""
+    """The case with the best seed."""
     differences: dict[int, float]
-    """By seed, `||cond - uncond||` of the noise, summed over the first steps."""
+    """For each seed, `||cond - uncond||` of the noise, summed over the first steps."""
     nfe: int
-    """Network evaluations that the choice took."""
+    """The network evaluations that the choice took."""
 
 
 def best_of(
@@ -199,16 +199,17 @@ def best_of(
     batch: int | None = None,
     **arguments: Any,
 ) -> Best:
-    """The case with the seed whose first steps promise the most (CFG-Rejection, arXiv 2505.23343).
+    """The case with the seed whose first steps promise most (CFG-Rejection, arXiv 2505.23343).
 
-    Each seed is run for the first `after` of `steps` steps under full guidance, and given up. Of one prompt's samples
-    those that the condition moves most in their first steps tend to be the better ones; the authors look at 10 of 50.
+    Each seed runs for the first `after` of `steps` steps under full guidance, and then stops. Among the samples of a
+    prompt, those that the condition moves most in their first steps tend to be the better ones; the authors use 10 of
+    50.
 
     Args:
         batch: seeds per call; None for all.
 
     Raises:
-        ValueError: no seed, or not at least one step and fewer than all; or no step of the run guided.
+        ValueError: there is no seed, `after` is not from 1 to `steps` - 1, or no step of the run was guided.
     """
     if not seeds or not is_whole(after, 1) or after >= steps:
         raise ValueError(f"seeds={list(seeds)!r}, after={after!r}: at least one seed, and from 1 to {steps - 1} steps")
@@ -231,7 +232,7 @@ def best_of(
 
 
 class _Enough(Exception):
-    """Ends a run of which only the first steps are wanted."""
+    """Ends a run after its first steps, when only these are needed."""
 
 
 @dataclass
@@ -252,7 +253,7 @@ class _Race:
 
 
 def start_up(pipe: Any, cases: Sequence[Case], guidance_scale: Given, **arguments: Any) -> None:
-    """Two steps of plain guidance, so that the next run does not pay for the start."""
+    """Makes two steps of plain guidance, so that the next run does not pay for the start."""
     make(pipe, cases, Column("warming up", CFG(), EveryStep(), stand_in(guidance_scale)), steps=2, **arguments)
 
 
@@ -271,7 +272,7 @@ def _steps_of(progress: Progress, name: str, number: int, steps: int, calls: int
 def pictures_of(
     pipe: Any, cases: Sequence[Case], *, steps: int, progress: Progress = silent, **arguments: Any
 ) -> list[Any]:
-    """One call of the pipeline, whatever is attached to it; for a video, its middle frame."""
+    """One call of the pipeline, with or without a handle on it. A video gives its middle frame."""
     call = {"output_type": "pil"} | call_of(pipe, cases, num_inference_steps=steps, **arguments)
     if progress is not silent and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
 
@@ -290,7 +291,7 @@ def call_of(pipe: Any, cases: Sequence[Case], **arguments: Any) -> dict[str, Any
     """The arguments of the call that makes these pictures.
 
     Args:
-        arguments: those that the cases do not set; if they name one side of a picture, the other is added.
+        arguments: the arguments that the cases do not set; if they name one side of a picture, the other is added.
     """
     call = {
         "prompt": [case.prompt for case in cases],
@@ -305,7 +306,7 @@ def call_of(pipe: Any, cases: Sequence[Case], **arguments: Any) -> dict[str, Any
 
 
 def png_of(picture: Image.Image) -> bytes:
-    """A picture as a PNG file, with the texts that were noted on it."""
+    """A picture as a PNG file, with the texts in its metadata."""
     content, noted = io.BytesIO(), PngInfo()
     for name, text in picture.info.items():
         if isinstance(name, str) and isinstance(text, str):

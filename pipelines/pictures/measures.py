@@ -1,4 +1,4 @@
-"""Measures of pictures: tensors (N, C, H, W) from 0 to 1 in, (N,) out."""
+"""Measures of pictures: they take tensors (N, C, H, W) from 0 to 1 and return (N,)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 EQUAL = 100.0
-"""dB of a picture equal to its reference, instead of infinity, which would spoil a mean."""
+"""The dB of a picture that equals its reference. Infinity would spoil a mean."""
 
 PSNR = "PSNR is the mean of the pictures' dB; they are compared as decoded, in floats"
-"""What every table of it says."""
+"""The sentence under every table of PSNR."""
 
 
 def tensor_of(pictures: Sequence[Any]) -> Tensor:
@@ -66,7 +66,7 @@ def contrast(pictures: Tensor) -> Tensor:
 
 
 def clipped(pictures: Tensor) -> Tensor:
-    """The share of pixels with a channel at an end. White and black, such as a plain background, do not count."""
+    """The share of pixels with a channel at 0 or 1, without white and black ones (a plain background)."""
     at_end = (pictures <= 0.25 / 255) | (pictures >= 1 - 0.25 / 255)
     plain = (pictures <= 0.25 / 255).all(1) | (pictures >= 1 - 0.25 / 255).all(1)
     return (at_end.any(1) & ~plain).flatten(1).float().mean(1)

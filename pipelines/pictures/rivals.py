@@ -1,7 +1,7 @@
 """Other people's ways to forecast skipped steps, as rivals of `Forecast`: a few lines each, from their papers.
 
-All forecast the guided prediction: a forecast that is linear in what the network puts out gives the same from both
-predictions. They are for contests, not offered as policies.
+All forecast the guided prediction: a forecast that is linear in the network's outputs gives the same result
+from both predictions. They are for contests, not offered as policies.
 """
 
 import itertools
@@ -32,11 +32,11 @@ class Rival(Forecast):
         return tuple(i in chosen for i in range(count))
 
     def kept(self, step: Step, guided: Tensor) -> Tensor:
-        """What is kept of an evaluated step."""
+        """What the rival keeps of an evaluated step."""
         return guided
 
     def estimate_of(self, step: Step, known: dict[int, Tensor]) -> Tensor:
-        """The prediction of a skipped step, from what is kept."""
+        """The prediction of a skipped step, from what the rival keeps."""
         raise NotImplementedError
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> Handed:
@@ -76,7 +76,7 @@ class TaylorSeer(Rival):
 
 @dataclass(frozen=True)
 class AdamsBashforth(Rival):
-    """Two-step Adams-Bashforth: a line through the last two, over the noise level."""
+    """Two-step Adams-Bashforth: a line through the last two predictions, over the noise level."""
 
     def estimate_of(self, step: Step, known: dict[int, Tensor]) -> Tensor:
         *others, last = sorted(known)
@@ -88,8 +88,8 @@ class AdamsBashforth(Rival):
 
 @dataclass(frozen=True)
 class Spectrum(Rival):
-    """Chebyshev polynomials of degree 4 with ridge 0.1 over all that was evaluated, half blended with a line
-    (arXiv 2603.01623)."""
+    """Chebyshev polynomials of degree 4 with ridge 0.1 over all evaluated predictions, blended half and half with a
+    line (arXiv 2603.01623)."""
 
     _: KW_ONLY
     degree: int = 4
@@ -109,7 +109,7 @@ class Spectrum(Rival):
 
 @dataclass(frozen=True)
 class EasyCache(Rival):
-    """What the network adds to its input is held (arXiv 2507.02860), on a fixed schedule."""
+    """Holds what the network adds to its input (arXiv 2507.02860), on a fixed schedule."""
 
     def kept(self, step: Step, guided: Tensor) -> Tensor:
         return guided if step.sample is None else guided - step.sample
@@ -123,8 +123,8 @@ class EasyCache(Rival):
 class FoCa(Rival):
     """A forecast by the second backward differentiation formula, corrected by Heun's rule (after arXiv 2508.16211).
 
-    With k the steps since the last evaluated one, f the slope to it, and f' that slope continued on a line,
-    the forecast is 4/3 y(0) - 1/3 y(-k) + 2/3 k f', with y(-k) on the line through the last two. Then Heun's rule
+    Let k be the number of steps since the last evaluated one, f the slope to it, and f' that slope continued on a line.
+    The forecast is 4/3 y(0) - 1/3 y(-k) + 2/3 k f', with y(-k) on the line through the last two. Then Heun's rule
     takes the mean of f and of the forecast's slope.
     """
 

@@ -23,7 +23,7 @@ from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.policies import AdaptiveGuidance
 
 SMALLEST, LARGEST = 192, 512
-"""Pixels of a picture's longer side on the sheet: smaller ones are enlarged a whole number of times."""
+"""Pixels of a picture's longer side on the sheet; smaller pictures are enlarged a whole number of times."""
 
 INK, GREY, GREEN, FRAME = "#1a1a1a", "#6b6b6b", "#1a7f37", "#e4e4e4"
 
@@ -49,7 +49,7 @@ def save(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 
 def contact_sheet(comparison: Comparison, notes: Sequence[str] = ()) -> Image.Image:
-    """One row per prompt and seed, one column per rule and policy, with NFEs and the saved share above it.
+    """One row for each prompt and seed, one column for each rule and policy; above it are its NFEs and the saved share.
 
     Args:
         notes: one more line above each column.
@@ -93,7 +93,7 @@ def contact_sheet(comparison: Comparison, notes: Sequence[str] = ()) -> Image.Im
 
 
 def similarity_plot(comparison: Comparison) -> Figure:
-    """How the two predictions of every picture come to agree, in the first adaptive column (else the first)."""
+    """How similar the two predictions of every picture become, in the first adaptive column (or else the first)."""
     adaptive = (r for r in comparison.results if isinstance(r.policy, AdaptiveGuidance))
     result = next(adaptive, comparison.results[0])
     first = result.reports[0]

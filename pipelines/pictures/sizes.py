@@ -30,7 +30,7 @@ def sized(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
     (missing,) = set(SIDES) - set(asked)
     parameter = inspect.signature(type(pipe).__call__).parameters.get(missing)
     if parameter is None or isinstance(parameter.default, int):
-        return arguments  # each side has a default of its own
+        return arguments  # each side has its own default
     own = own_size(pipe)
     if own is None:
         (side,) = asked
@@ -52,7 +52,7 @@ def own_size(pipe: Any) -> tuple[int, int] | None:
 
 
 def check_size(pictures: Sequence[Image.Image], arguments: Mapping[str, Any]) -> None:
-    """Refuses pictures of another size than requested: a pipeline may round or ignore it."""
+    """Refuses pictures of another size than requested: a pipeline may round or ignore the request."""
     for side, wanted in check_sides(arguments).items():
         made = getattr(pictures[0], side)
         if made != wanted:

@@ -21,7 +21,7 @@ def prompts_of(prompts: Sequence[str]) -> list[str]:
 
 
 def negatives_of(pipe: Any, texts: list[str]) -> dict[str, list[str]]:
-    """The argument `negative_prompt`, one text a picture, for a pipeline that has it.
+    """The argument `negative_prompt`, one text for each picture, if the pipeline has it.
 
     Raises:
         ValueError: the pipeline has none, and not all texts are empty.

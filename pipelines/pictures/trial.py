@@ -20,40 +20,40 @@ from diffusers_guidance.rules import CFG
 from diffusers_guidance.steps import Action
 
 SAVE = 0.45
-"""The share of the NFEs that the learned Forecast saves at least."""
+"""The least share of the NFEs that the learned Forecast saves."""
 SCALE = 5.0
 """The guidance scale for a pipeline whose own default turns guidance off."""
 
 
 @dataclass
 class Trial:
-    """What came out; `comparison.results` are plain guidance, the default and the learned Forecast."""
+    """The results; `comparison.results` are those of plain guidance, the default and the learned Forecast."""
 
     comparison: Comparison
     ratios: list[list[float]]
-    """By result and turn: seconds, in those of plain guidance in the same turn."""
+    """For each result and turn, its seconds relative to plain guidance in the same turn."""
     call: str
-    """The call that makes the first picture, as Python."""
+    """The Python call that makes the first picture."""
     same: float
 
     @property
     def fidelity(self) -> list[float | None]:
-        """By result, dB to plain guidance, the mean over pictures; None for itself."""
+        """For each result, the mean dB to plain guidance over pictures; None for plain guidance itself."""
         return [self.comparison.psnr(result) for result in self.comparison.results]
 
     def ratio(self, number: int) -> float:
-        """The median over turns."""
+        """The median ratio over turns."""
         return statistics.median(self.ratios[number])
 
     @property
     def choice(self) -> int:
-        """The result that is recommended: the quickest whose pictures are those of plain guidance; 0 if none is."""
+        """The recommended result: the quickest whose pictures count as those of plain guidance; 0 if none does."""
         good = [i for i, psnr in enumerate(self.fidelity) if psnr is None or psnr >= self.same]
         return min(good, key=self.ratio)
 
     @property
     def notes(self) -> list[str]:
-        """A line for each result: its seconds against plain guidance, and its dB."""
+        """A line for each result: its seconds relative to plain guidance, and its dB."""
         return [
             f"{self.comparison.results[0].seconds_per_picture:.2f} s a picture"
             if psnr is None
@@ -63,7 +63,7 @@ class Trial:
 
     @property
     def verdict(self) -> str:
-        """What is recommended, and why."""
+        """The recommendation, and why."""
         if self.choice:
             psnr = self.fidelity[self.choice]
             saved = 1 - self.ratio(self.choice)
@@ -71,14 +71,14 @@ class Trial:
         best = max(psnr for psnr in self.fidelity if psnr is not None)
         if best < self.same:
             return (
-                f"stay with plain guidance: the others come within {best:.1f} dB of it, less than {self.same:g}; "
-                "more steps, or Forecast(save=0.1), keep more"
+                f"stay with plain guidance: the others reach {best:.1f} dB to it, below {self.same:g}; "
+                "more steps, or Forecast(save=0.1), come closer"
             )
         return "stay with plain guidance: nothing was quicker here"
 
     @property
     def code(self) -> str:
-        """Three lines that do what is recommended."""
+        """The Python lines for the recommendation."""
         if self.choice == 2:
             lines = [
                 "from diffusers_guidance import Forecast, attach",
@@ -111,13 +111,13 @@ def try_out(
 ) -> Trial:
     """Makes every prompt's picture under plain guidance, the default and a learned Forecast.
 
-    The three take turns, so a slower moment slows all of them. The learned one has learned from one picture of the
-    first prompt and another seed, which is not timed.
+    The three take turns, so a slow moment slows all of them. The Forecast learns from one picture of the first prompt
+    with another seed, which is not timed.
 
     Args:
         steps, guidance_scale: None for the pipeline's own defaults; where these turn guidance off, `SCALE`.
         turns: how often each is timed.
-        same: dB from which on a picture counts as that of plain guidance.
+        same: from this many dB to plain guidance on, a picture counts as the same.
         arguments: more arguments of the call, such as `height=512`.
 
     Raises:
@@ -191,7 +191,7 @@ def try_out(
 
 
 def _order(turn: int) -> list[int]:
-    """Forwards and backwards by turns: whoever comes first pays for what is cold."""
+    """Forwards and backwards in turns, since the first one pays for cold caches."""
     return [0, 1, 2] if turn % 2 == 0 else [2, 1, 0]
 
 

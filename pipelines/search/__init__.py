@@ -1,1 +1,1 @@
-"""Finding policies: calibrations, searches, and the frontier they reach."""
+"""Finding policies: calibrations, searches, and the frontier that they reach."""

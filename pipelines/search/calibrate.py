@@ -1,8 +1,7 @@
-"""`calibrate`: runs a pipeline under full guidance, or without any at a scale of 1, and keeps how its predictions
-correlate.
+"""`calibrate`: runs a pipeline under full guidance, and keeps how its predictions correlate.
 
-A trajectory's number alone determines it (prompt, negative prompt, seed). So an interrupted calibration resumes
-where it stopped, and shares from several machines add up to the whole.
+At a scale of 1 it runs without guidance. The number of a trajectory determines its prompt, negative prompt and seed.
+So an interrupted calibration resumes where it stopped, and shares from several machines add up to the whole.
 """
 
 import functools
@@ -43,32 +42,32 @@ from diffusers_guidance.steps import Prediction, Step
 
 @dataclass(frozen=True)
 class Verified(EveryStep):
-    """Full guidance, refused at a step whose formula does not hold; under `EveryStep` the report only says so."""
+    """Full guidance. It refuses a step whose formula does not hold; under `EveryStep` the report would only say so."""
 
     learns = True
-    """The handle keeps how its predictions move."""
+    """The handle records how predictions move."""
 
 
 @dataclass
 class Recorded:
-    """What one denoiser put out at its guided steps; lists by step."""
+    """The outputs of one denoiser at its guided steps; each list has an item for each step."""
 
     first: int
-    """The run's step at which it begins."""
+    """The step of the run at which it begins."""
     cond: list[Tensor] = field(default_factory=list)
     uncond: list[Tensor] = field(default_factory=list)
     seen: list[Observation] = field(default_factory=list)
-    """What the steps showed of themselves."""
+    """The measures of the steps."""
 
     @property
     def similarity(self) -> dict[str, Tensor]:
-        """By space, (rows, steps) on the host."""
+        """For each space, (rows, steps) on the host."""
         both = torch.stack([each.similarity for each in self.seen]).permute(1, 2, 0)
         return {space: values.contiguous() for space, values in zip(("denoised", "noise"), both, strict=True)}
 
 
 class Recorder:
-    """An observer that keeps what a run's denoisers put out, by their names; it takes full guidance."""
+    """An observer that keeps the outputs of a run's denoisers by their names, under full guidance."""
 
     def __init__(self) -> None:
         self.denoisers: dict[str, Recorded] = {}
@@ -79,7 +78,7 @@ class Recorder:
         found = self.denoisers.setdefault(step.denoiser, Recorded(step.index))
         for seen, own in zip((found.cond, found.uncond), prediction.own, strict=True):
             seen.append(own)
-        assert prediction.observation is not None  # an attached run's is there by now
+        assert prediction.observation is not None  # an attached run has it by now
         found.seen.append(prediction.observation)
 
 
@@ -102,25 +101,25 @@ def calibrate(
     """Runs `pipe` with full guidance over prompts and seeds, and keeps the predictions' Gram matrices.
 
     Args:
-        pipe: a diffusers pipeline with the scheduler to be used later; what is attached to it stays attached, idle.
+        pipe: a diffusers pipeline with the scheduler to be used later. A handle on it stays attached, but idle.
         prompts: trajectory i uses `prompts[i % len(prompts)]` and the seed `seed + i`.
-        negative_prompts: used in turn; name those that you will use, so that the fit serves them too.
-        trajectories: how many runs of one sample. More than 16 gain little (docs/forecast.md), but for
-        the threshold of `AdaptiveGuidance.from_calibration`, which is one of their similarities.
-    num_inference_steps: that of later runs; others need another calibration. But `Forecast` is served at any
-        scheduler and scale, and at as many steps or fewer.
-    guidance_scale: likewise; it may be a schedule (`scales`).
+        negative_prompts: used in turn. Give those that you will use, so that the fit serves them too.
+        trajectories: the number of runs of one sample. More than 16 gain little (docs/forecast.md), except for the
+            threshold of `AdaptiveGuidance.from_calibration`, which is one of their similarities.
+        num_inference_steps: that of later runs; another number needs another calibration. `Forecast` can use it with
+            any scheduler and scale, and with as many steps or fewer.
+        guidance_scale: that of later runs; it may be a schedule (`scales`).
         batch_size: trajectories per call.
         per_channel: whether to keep a Gram matrix for every channel (dimension 1), for `Fit(per_channel=True)`.
-        share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add.
+        share: (k, n) makes the k-th of n shares, every n-th trajectory; the calibrations of all shares add up.
         path: where to save it, after every batch. An existing calibration there is continued.
-        progress: called as progress(what, done, in all), and told how long it will take; the first run is made
-            alone, to know. Default: lines on standard error.
+        progress: called as progress(what, done, total); the words say how long it will take. To know that, the first
+            run is made alone. Default: lines on standard error.
         arguments: more arguments of the pipeline, such as `height`.
 
     Raises:
         CalibrationMismatch: the file at `path` was made with another model or other settings.
-        UnsupportedPipeline: how the pipeline guides could not be identified.
+        UnsupportedPipeline: the pipeline's guidance could not be identified.
     """
     prompts, negative_prompts = prompts_of(prompts), prompts_of(negative_prompts)
     if not prompts or not negative_prompts:
@@ -173,7 +172,7 @@ def calibrate(
             done.save(path)
         return done
 
-    bounds = range(1, len(numbers), batch_size)  # the first alone, to know how long the others take
+    bounds = range(1, len(numbers), batch_size)  # the first one alone, to know how long the others take
     ends = sorted({0, had, *(end for end in bounds if end > had), max(had, len(numbers))})
     for _ in resumed(one, [*itertools.pairwise(ends)], lambda span: done if span[1] <= had else None, keep):
         pass
@@ -184,7 +183,7 @@ def calibrate(
 
 
 def _told_time(spent: float, made: int, left: int, steps: int) -> str:
-    """What is running and how long it will take: before anything was made, as long as so many pictures."""
+    """What is running and how long it will take; before the first run, in numbers of pictures."""
     if not made:
         return f"calibrating: takes as long as making {left} pictures of {steps} steps under full guidance"
     seconds = spent / made * left
@@ -200,7 +199,7 @@ def _plan(
     per_channel: bool,
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """What all trajectories have in common, in plain values."""
+    """The settings that all trajectories share, in plain values."""
     steps, guidance_scale, seed, per_channel = plain([steps, guidance_scale, seed, per_channel])
     guidance_scale = guidance_scale if isinstance(guidance_scale, str | tuple) else float(guidance_scale)
     return {
@@ -214,7 +213,7 @@ def _plan(
 
 
 def _told(value: Any) -> Any:
-    """A value by its content, not by its place in memory."""
+    """A value by its content and not by its place in memory."""
     if isinstance(value, list | tuple):
         return type(value)(_told(each) for each in value)
     if isinstance(value, dict):
@@ -278,7 +277,7 @@ def _run(
 
 
 def _w(first: StepReport, given: scales.Given, pipe: Any, ran: slice, count: int) -> Any:
-    """A denoiser's settled scale, by step of the run if it is scheduled; `first` is its own first step."""
+    """A denoiser's settled scale, one for each step of the run if it is scheduled; `first` is its own first step."""
     w = first.guidance_scale
     if not scales.changes(given) or not isinstance(w, float):
         return w
@@ -341,13 +340,13 @@ def calibrate_on_ray(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Calibration:
-    """`calibrate` on the machines of a Ray cluster: its workers make shares, which are then added.
+    """`calibrate` on the machines of a Ray cluster: its workers make shares, which are then added up.
 
     Args:
         load: makes the pipeline, on a worker.
         shares: how many parts to cut the work into, at least one for each worker.
-        address: of the cluster, such as "auto". Default: a cluster started on this machine for this call.
-        resources: of a share, such as {"num_gpus": 1}. Default: {"num_cpus": 1}.
+        address: the cluster's address, such as "auto". Default: a cluster started on this machine for this call.
+        resources: what a share needs, such as {"num_gpus": 1}. Default: {"num_cpus": 1}.
         path: where to save it. Finished shares wait beside it; another call with the same arguments uses them.
         settings: more arguments of `calibrate`.
 

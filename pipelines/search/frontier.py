@@ -1,4 +1,4 @@
-"""The frontier: fidelity to full guidance against NFEs, for every way of this package to save them."""
+"""The frontier: fidelity to full guidance against NFEs, for every way in which this package saves them."""
 
 import io
 import itertools
@@ -39,7 +39,7 @@ EVEN = "both skipped, evenly"
 SEARCHED = "search"
 REFINED = "search(refine=...)"
 OURS = (CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
-"""Series with fitted estimates, except the published one."""
+"""The series with fitted estimates, except the published one."""
 OTHERS = (FEWER, STOP, INTERVAL, AG, HOLD, PERIODIC, PUBLISHED_HELD, PUBLISHED, NAS)
 
 
@@ -62,7 +62,7 @@ def frontier(
     """Measures every kind of policy on prompts and seeds not used for calibrating or searching.
 
     Args:
-        calibration: of this pipeline as it is set up.
+        calibration: made with this pipeline, as it is set up.
         prompts, seeds: to measure with.
         search_prompts: for searches by real runs.
         nfes: budgets for policies that take one. Default: eight, from a quarter to 7/8 of full
@@ -71,7 +71,7 @@ def frontier(
         refine, nas: budgets at which to search by real runs, and by the paper's method.
         lpips: whether to measure LPIPS too; see `Fidelity`.
         path: JSON file to write after every row; rows already in it are not measured again.
-        progress: called as progress(what, done, in all).
+        progress: called as progress(what, done, total).
 
     Raises:
         CalibrationMismatch: the file at `path` has another calibration, other prompts or seeds.
@@ -96,7 +96,7 @@ def frontier(
     def keep(way: Way, row: Row) -> Row:
         known[way.label] = row
         if record is not None:
-            record.write({"rows": [asdict(row) for row in known.values()]})  # including rows of other plans
+            record.write({"rows": [asdict(row) for row in known.values()]})  # also rows of other plans
         return row
 
     found = resumed(measure, list(plan.values()), lambda way: known.get(way.label), keep)
@@ -113,7 +113,7 @@ def _plan(
     refine: Iterable[int],
     nas: Iterable[int],
 ) -> Iterator[Way]:
-    """Every row; a search runs when its row does."""
+    """Every row; a search runs when its row is measured."""
     count, steps = calibration.steps, calibration.call["num_inference_steps"]
 
     def row(series: str, label: str, make: Callable[..., Policy], *args: Any, steps: int | None = None) -> Way:
@@ -158,7 +158,7 @@ def _plan(
 
 
 def best_at(rows: Sequence[Row], series: Sequence[str], nfe: float) -> tuple[float, str] | None:
-    """(PSNR, series) of the best of these series at a budget, each interpolated between its neighbouring rows."""
+    """(PSNR, series): the best of these series at a budget, each interpolated between its neighbouring rows."""
     found = []
     for name in series:
         line = sorted((row.nfe, row.psnr) for row in rows if row.series == name)
@@ -175,7 +175,7 @@ def cheapest(rows: Sequence[Row], psnr: float) -> Row | None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All rows in Markdown, the cheapest first."""
+    """All rows as a Markdown table, the cheapest first."""
     perceived = any(row.lpips is not None for row in rows)
     lines = ["| NFEs | mean PSNR, dB | SSIM |" + " LPIPS |" * perceived + " policies | |"]
     lines.append("|---:|---:|---:|" + "---:|" * perceived + "---|---|")
@@ -222,7 +222,7 @@ def _rows(record: Record | None) -> list[Row]:
 
 
 def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int], lpips: bool) -> dict[str, Any]:
-    """What rows depend on."""
+    """The settings that rows depend on."""
     return {
         "calibration": repr(calibration),
         "digest": calibration.digest,

@@ -5,8 +5,8 @@ alone, or guidance at one of k strengths. Their mixture is one linear combinatio
 
     g = c + kappa d        d = c - u        kappa = -p_uncond + sum over k of p_k (w_k - 1)
 
-so the relaxed search is a guidance rule with its own kappa at each step. It runs in the unmodified pipeline
-with gradients on: through formula, scheduler and network, to the final latents.
+so the relaxed search is a guidance rule with its own kappa at each step. It runs in the unmodified pipeline with
+gradients on, through formula, scheduler and network to the final latents.
 """
 
 import json
@@ -70,28 +70,28 @@ def search_nas(
     progress: Progress | None = None,
     **arguments: Any,
 ) -> Schedule:
-    """The schedule of full and conditional evaluations that replicates full guidance best, by gradient descent.
+    """Finds the schedule of full and conditional evaluations that replicates full guidance best, by gradient descent.
 
     The paper uses 10 000 pairs of noise and picture and 1.5 GPU days. Here pairs are made when needed, and the
     defaults use 120, which takes minutes on the bundled model on a CPU.
 
     Args:
         prompts: iteration i takes the next `batch_size` of them, with its own seed.
-        nfe: the budget, network evaluations of one sample: from one more than full guidance has steps to twice as many;
-            each stage of a two-stage solver counts.
-        guidance_scale: of the guidance to replicate.
+        nfe: the budget of network evaluations for one sample: from the number of steps plus one to twice the number of
+            steps; each stage of a two-stage solver counts as a step.
+        guidance_scale: the scale of the guidance to replicate.
         strengths: the scales w to choose from at each step, as multiples of full guidance's. A `Schedule` has one
             scale: with several, steps that choose any of them become "both".
         iterations: steps of Adam on the logits, whose softmax hardens over time.
-        batch_size: runs of one such step.
+        batch_size: runs in one such step.
         rate: Adam's learning rate.
         penalty: weight of the expected NFEs beyond `nfe`, as a share of the steps, added to the loss. The loss is the
-            squared error of the final latents over that of no guidance.
-        path: safetensors file to write after every iteration; another call goes on from it.
+            squared error of the final latents, relative to that without guidance.
+        path: safetensors file to write after every iteration; another call continues from it.
         arguments: more arguments of the pipeline.
 
     Returns:
-        A `Schedule`: "both" where guidance was the most probable, within the budget; "conditional" elsewhere.
+        A `Schedule`: "both" where guidance was most probable, within the budget; "conditional" elsewhere.
 
     Raises:
         CalibrationMismatch: the file at `path` is of another search.
@@ -176,7 +176,7 @@ class State:
 
 
 def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(final latents, w of each step) of a run that records operations wherever gradients are on."""
+    """(final latents, w of each step): of a run that records operations wherever gradients are on."""
     cases, call = [Case(text, seed + j, "") for j, text in enumerate(texts)], dict(call)
     steps = call.pop("num_inference_steps")
     with warnings.catch_warnings():

@@ -32,23 +32,23 @@ def search(
 ) -> Schedule:
     """The schedule of full evaluations with the least predicted error for a budget, or the cheapest within an error.
 
-    Without `refine` it is closed form, and takes seconds for 50 steps.
+    Without `refine` it has a closed form, and takes seconds for 50 steps.
 
     Args:
         calibration: for the schedule's pipeline, scheduler, steps and scale.
         nfe: network evaluations of one sample, from two for each denoiser to twice the steps.
         error: instead of `nfe`, the largest predicted error, as a share of what guidance does (such as 0.05).
-        skip: whether a step may evaluate nothing ("neither"). Otherwise every step evaluates the conditional
-            prediction, and the least `nfe` is one a step and one more for each denoiser.
+        skip: whether a step may evaluate nothing ("neither"). If not, every step evaluates the conditional prediction,
+            and `nfe` must be at least one for each step and one more for each denoiser.
         fit: how skipped predictions are estimated.
-        refine: (pipe, prompts). Real runs decide: they measure PSNR to full guidance of the closed form's best, its
-            variants, even spacing and, if as cheap, the published schedule, then of the best one's neighbours.
-            No schedule measured better than the returned one. With a dozen prompts it takes `runs` + 1 times as
-            long as making a dozen pictures.
-        seed: of the pictures; use none of the calibration's.
-        runs: how many schedules to measure in all; at least those listed above.
-        path: JSON file to write after every real run; schedules that it has are not measured again.
-        progress: called as progress(what, done, in all).
+        refine: (pipe, prompts). Real runs decide. They measure the PSNR to full guidance of the closed form's best
+            schedule, its variants, even spacing and, if as cheap, the published schedule, and then of the best one's
+            neighbours. The returned schedule measured best. With a dozen prompts this takes `runs` + 1 times as long as
+            a dozen pictures.
+        seed: the seed of the pictures; use none of the calibration's.
+        runs: the number of schedules to measure; at least those listed above.
+        path: JSON file to write after every real run; schedules in it are not measured again.
+        progress: called as progress(what, done, total).
         arguments: more arguments of the pipeline, such as `height`.
 
     Raises:

@@ -16,7 +16,11 @@ Address = Annotated[str | None, typer.Option(help='Ray cluster to use with --ray
 
 def bench_command(
     suite: Annotated[
-        Path, typer.Option(help="YAML file that says what to measure.", show_default="the bundled model's")
+        Path,
+        typer.Option(
+            help=f"YAML file that says what to measure, or a bundled one's name: {', '.join(samples.NAMES)}.",
+            show_default=samples.NAMES[0],
+        ),
     ] = samples.SUITE,
     own: With = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, pictures and report.html.")] = Path("out/bench"),
@@ -77,7 +81,7 @@ def generate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make a picture for a prompt, or for every line of a file; with its settings. The same command resumes."""
+    """Make a picture for a prompt, or one for every line of a file, with its settings. The same command resumes."""
     with reporting(goes_on=True) as progress, _cluster(ray, ray_address):
         from diffusers_guidance.pipelines.pictures.generate import generate, jobs_of
 
@@ -87,7 +91,7 @@ def generate_command(
             batch=batch, best_of=best_of, after=after, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
     typer.echo(f"{made} picture{'s' * (made != 1)} made, {had} already existed")
-    written([out], "each picture carries its settings, and has them beside it as JSON")
+    written([out], "each picture has its settings in it, and beside it as JSON")
 
 
 def _cluster(ray: bool, address: str | None) -> AbstractContextManager[None]:

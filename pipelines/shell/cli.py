@@ -18,16 +18,16 @@ WELCOME = """Better guidance for diffusers pipelines, in less time. In Python: h
   diffusers-guidance compare "a rocket"             the same picture in several ways, side by side
   diffusers-guidance generate "a rocket"            a picture, or one for every line of a file
   diffusers-guidance try MODEL --prompt "a rocket"  what a model of your own gains
-  diffusers-guidance bench                          what is saved, in evaluations, seconds and quality
-  diffusers-guidance calibrate mine.safetensors     measure a model, for what follows
+  diffusers-guidance bench                          what policies save, and what that costs in quality
+  diffusers-guidance calibrate mine.safetensors     measure a model, for the next two
   diffusers-guidance search dpm-20-5 --nfe 25       the best steps to evaluate for a budget
   diffusers-guidance frontier dpm-20-5              every policy: quality against evaluations
---help after any of these says more; diffusers-guidance doctor: what is missing here."""
+--help after any of these says more. diffusers-guidance doctor says what is missing here."""
 
 
 def main() -> None:
     """Entry point of the console script."""
-    # Before torch is imported: threads that wait for one another asleep; spinning ones fight over cores.
+    # Set before torch is imported: threads should sleep while they wait, since spinning ones compete for cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if len(sys.argv) == 1:
         print(WELCOME)
@@ -47,7 +47,7 @@ def main() -> None:
         code: str | int | None = 0
     except SystemExit as ended:
         code = ended.code
-    except KeyboardInterrupt as ended:  # outside of the work itself
+    except KeyboardInterrupt as ended:  # outside the work itself
         print("stopped", file=sys.stderr)
         code = status(ended)
     end_at_once(code if isinstance(code, int) else int(code is not None))
@@ -78,5 +78,5 @@ def make_app() -> typer.Typer:
     app.command("calibrate", rich_help_panel=prepare)(commands.calibrate_command)
     app.command("search", rich_help_panel=prepare)(commands.search_command)
     app.command("search-nas", rich_help_panel=prepare)(commands.search_nas_command)
-    app.command("doctor", rich_help_panel="Mend")(doctor_command)
+    app.command("doctor", rich_help_panel="Check")(doctor_command)
     return app

@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[Path, typer.Option(help="Text file, one prompt a line.", show_default="the bundled ones")]
 Steps = Annotated[int, typer.Option(min=1)]
-Kept = Annotated[Path, typer.Option("--keep", help="Folder for what is known so far, to go on from.")]
+Kept = Annotated[Path, typer.Option("--keep", help="Folder for the state of the search; a stopped search continues from it.")]
 
 
 def compare_command(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Each makes one row of pictures.", show_default="the bundled ones")
+        list[str] | None, typer.Argument(help="Each prompt makes one row of pictures.", show_default="the bundled ones")
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", help="Text file of more, one a line.", show_default="none")
+        Path | None, typer.Option("--prompts", help="Text file with more prompts, one a line.", show_default="none")
     ] = None,
     model: Model = MODEL,
     column: Annotated[
@@ -73,11 +73,11 @@ def compare_command(
         from diffusers_guidance.pipelines.pictures.compare import compare
         from diffusers_guidance.pipelines.pictures.sheet import save
         from diffusers_guidance.pipelines.support.files import read_lines
-        from diffusers_guidance.pipelines.support.loading import load
+        from diffusers_guidance.pipelines.support.loading import load, located
         from diffusers_guidance.scales import stand_in
 
         import_own(own or ())
-        columns = [Column.parse(text) for text in column or (BUNDLED if model == MODEL else COLUMNS)]
+        columns = [Column.parse(text) for text in column or (BUNDLED if located(model) == MODEL else COLUMNS)]
         texts = [*(prompts or ()), *(read_lines(prompts_file) if prompts_file else ())] or read_lines(samples.PROMPTS)
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
         comparison = compare(
@@ -97,7 +97,7 @@ def calibrate_command(
     model: Model = MODEL,
     scheduler: Scheduler = None,
     negative: Annotated[
-        list[str] | None, typer.Option(help="Negative prompts that you will use; repeatable.", show_default="none")
+        list[str] | None, typer.Option(help="A negative prompt that you will use. Repeatable.", show_default="none")
     ] = None,
     trajectories: Annotated[int, typer.Option(min=1)] = 16,
     steps: Steps = 20,
@@ -105,7 +105,7 @@ def calibrate_command(
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 8,
     per_channel: Annotated[bool, typer.Option(help="Keep a Gram matrix for each channel.")] = False,
-    ray: Annotated[int, typer.Option(min=0, help="Shares to make on a Ray cluster; 0: no cluster.")] = 0,
+    ray: Annotated[int, typer.Option(min=0, help="Number of shares to make on a Ray cluster; 0 uses no cluster.")] = 0,
     ray_address: Annotated[
         str | None, typer.Option(help='Address of the cluster, such as "auto".', show_default="one on this machine")
     ] = None,
@@ -148,8 +148,8 @@ def search_command(
     nfe: Annotated[int | None, typer.Option(help="Network evaluations of one picture.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead of --nfe: the largest predicted error.")] = None,
     skip: Annotated[bool, typer.Option(help="Whether steps may evaluate nothing.")] = True,
-    refine: Annotated[bool, typer.Option(help="Let real runs on a dozen of --prompts decide; needs --model.")] = False,
-    runs: Annotated[int, typer.Option(min=1, help="Schedules that --refine measures.")] = 24,
+    refine: Annotated[bool, typer.Option(help="Let real runs on twelve of --prompts decide; needs --model.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Number of schedules that --refine measures.")] = 24,
     keep: Kept = Path("out/search"),
     prompts: Prompts = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
@@ -197,7 +197,7 @@ def search_nas_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Search a policy as the Adaptive Guidance paper does: by gradients through the sampler."""
+    """Search for a policy like the Adaptive Guidance paper: by gradients through the sampler."""
     with reporting(goes_on=True) as progress:
         from diffusers_guidance.pipelines.search.nas import search_nas
         from diffusers_guidance.pipelines.support.files import read_lines
@@ -219,16 +219,16 @@ def frontier_command(
     ] = samples.HELDOUT_PROMPTS,
     search_prompts: Annotated[
         Path,
-        typer.Option(help="Prompts for searches by real runs, which use twelve.", show_default="the bundled ones"),
+        typer.Option(help="Prompts for searches with real runs, which use twelve.", show_default="the bundled ones"),
     ] = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
     seed: Annotated[
         list[int] | None, typer.Option(min=0, max=2**63 - 1, help="Repeatable.", show_default="4321")
     ] = None,
-    nfe: Annotated[list[int] | None, typer.Option(help="Budgets; repeatable.", show_default="eight")] = None,
-    refine: Annotated[list[int] | None, typer.Option(help="Budgets to search by real runs too; repeatable.")] = None,
-    nas: Annotated[list[int] | None, typer.Option(help="Budgets for the paper's search; repeatable.")] = None,
+    nfe: Annotated[list[int] | None, typer.Option(help="A budget of NFEs. Repeatable.", show_default="eight")] = None,
+    refine: Annotated[list[int] | None, typer.Option(help="A budget to search with real runs too. Repeatable.")] = None,
+    nas: Annotated[list[int] | None, typer.Option(help="A budget for the paper's search. Repeatable.")] = None,
     lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; downloads its weights if missing.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for frontier.json, .md and .png.")] = Path("out/frontier"),
@@ -270,7 +270,7 @@ def _kept(folder: Path, ending: str, *about: object) -> Path:
 
 
 def _dozen(prompts: list[str]) -> list[str]:
-    """Twelve of the prompts, evenly spread since files tend to be sorted; all if there are fewer."""
+    """Twelve of the prompts, evenly spread, since files tend to be sorted; all if there are fewer."""
     return [prompts[i * len(prompts) // 12] for i in range(12)] if len(prompts) > 12 else prompts
 
 

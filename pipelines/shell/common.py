@@ -1,4 +1,4 @@
-"""What the subcommands of `diffusers-guidance` share: options, progress, one-line errors and ends.
+"""What the subcommands of `diffusers-guidance` share: options, progress, one-line errors, and how they end.
 
 Nothing here or in the subcommands' signatures imports torch, so that `--help` comes at once.
 """
@@ -24,7 +24,10 @@ from diffusers_guidance.pipelines.support.modules import HELP
 MODEL = str(samples.MODEL)
 Model = Annotated[
     str,
-    typer.Option(help="A pipeline's folder or its name on the Hugging Face hub.", show_default="the bundled one"),
+    typer.Option(
+        help=f"A pipeline's folder, its name on the hub, or a bundled one's: {', '.join(samples.NAMES)}.",
+        show_default=samples.NAMES[0],
+    ),
 ]
 Scheduler = Annotated[
     str | None,
@@ -44,7 +47,7 @@ Calibrated = Annotated[
 
 
 def options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say which version this is.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
 ) -> None:
     """Better guidance for diffusers pipelines: the same picture in less time, and high scales without burn."""
     if version:
@@ -53,7 +56,7 @@ def options(
 
 
 class Bar:
-    """A progress bar with the time left: a `Progress`. Where the output is no terminal, a line every ten seconds."""
+    """A `Progress` as a bar with the time left. If the output is not a terminal, it prints a line every ten seconds."""
 
     every = 10.0
 
@@ -79,7 +82,7 @@ class Bar:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if self.began is None:  # what is done already took no time in this call
+        if self.began is None:  # work done before this call took no time in it
             self.began, self.first = now, done
             self.loading.stop()
             self.task = self.progress.add_task(what, total=total, completed=done)
@@ -97,17 +100,17 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def reporting(goes_on: bool = False) -> Iterator[Bar]:
-    """A progress bar while it runs; prints errors that the user can fix in one line, without a traceback.
+    """Shows a progress bar, and prints errors that the user can fix in one line, without a traceback.
 
     Args:
         goes_on: whether the same command resumes after an interruption.
     """
-    resumes = "; the same command goes on from here" if goes_on else ""
+    resumes = "; the same command continues from here" if goes_on else ""
     try:
         with Bar() as bar:
             yield bar
     except KeyboardInterrupt as ended:
-        raise _stopped(ended, f"all that is written is whole{resumes}") from None
+        raise _stopped(ended, f"all written files are complete{resumes}") from None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise _failed(f"{sentence(error)}{resumes if full else ''}") from None
@@ -141,7 +144,7 @@ def _failed(words: str) -> typer.Exit:
 
 
 def sentence(error: OSError) -> str:
-    """What is wrong with which file, and what to do."""
+    """Which file is wrong, why, and what to do."""
     if error.errno is None or not error.filename:
         return error.strerror or str(error)
     said = {
@@ -160,7 +163,7 @@ def sentence(error: OSError) -> str:
 
 
 def written(files: Iterable[Path], then: str = "") -> None:
-    """Says what was written, and what to do next."""
+    """Prints the written files, and what to do next."""
     for file in files:
         typer.echo(f"wrote {file}")
     if then:

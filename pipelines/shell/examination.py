@@ -1,6 +1,6 @@
-"""What a report of a fault needs to know: versions, device, what is available, and whether a first picture works.
+"""What a bug report needs: versions, device, what is available, and whether a first picture works.
 
-Nothing here needs more than Python until it is asked for, so that it can say what is missing.
+This file needs only Python itself until a check runs, so that it can say what is missing.
 """
 
 import os
@@ -24,7 +24,7 @@ EXTRAS = {
 
 
 class Finding(NamedTuple):
-    """A line: what was looked at, what was found, and whether that is a problem."""
+    """A line of the report: what was checked, what was found, and whether that is a problem."""
 
     what: str
     found: str
@@ -35,7 +35,7 @@ def examine(run: bool = True) -> Iterator[Finding]:
     """Every finding, in the order to print them.
 
     Args:
-        run: make a picture of four steps with the bundled model too; seconds.
+        run: also make a picture of four steps with the bundled model, which takes seconds.
     """
     yield Finding(NAME, f"{metadata.version(NAME)}, {_origin()}")
     yield Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
@@ -53,7 +53,7 @@ def examine(run: bool = True) -> Iterator[Finding]:
 
 
 def _origin() -> str:
-    """Whether it is installed or in a checkout; not where, since paths have names of people in them."""
+    """Whether it is installed or in a checkout. The path is not shown, since paths contain names of people."""
     if find_spec("torch") is None:
         return "installed"
     from diffusers_guidance.pipelines.support.machine import commit
@@ -63,7 +63,7 @@ def _origin() -> str:
 
 
 def _packages() -> Iterator[Finding]:
-    """The versions of what it stands on, against what it declares."""
+    """The versions of its requirements, compared with those it declares."""
     from packaging.requirements import Requirement
 
     declared = [Requirement(text) for text in metadata.requires(NAME) or ()]
@@ -103,14 +103,14 @@ def _device() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    """For every extra, what of it is not here."""
+    """For every extra, the packages that are missing."""
     for extra, what in EXTRAS.items():
         missing = sorted(_missing(NAME, extra))
         yield Finding(what, f"needs {', '.join(missing)}: pip install '{NAME}[{extra}]'" if missing else "there")
 
 
 def _missing(name: str, extra: str) -> set[str]:
-    """The packages that an extra asks for and that are not here, the extras of its own packages included."""
+    """The missing packages of an extra, including those of its packages' own extras."""
     from packaging.requirements import Requirement
 
     found = set()
@@ -133,7 +133,7 @@ def _version(name: str) -> str | None:
 def _models() -> Iterator[str]:
     from diffusers_guidance import samples
 
-    for name in ("emoji", "emoji-flow"):
+    for name in samples.NAMES:
         try:
             samples.model(name)
             yield name
@@ -155,7 +155,7 @@ def _picture() -> Finding:
         if not varied:
             return Finding("a picture", "all of one colour", True)
         return Finding("a picture", f"made on {pipe.device}, with {handle.report.nfe} of {handle.report.nfe_full} NFEs")
-    except Exception as error:  # whatever it is, it is what the report is for
+    except Exception as error:  # the report is for whatever goes wrong here
         return Finding("a picture", f"{type(error).__name__}: {error}", True)
 
 

@@ -16,23 +16,23 @@ from diffusers_guidance.pipelines.shell.common import Device, Dtype, Scheduler, 
 if TYPE_CHECKING:
     from diffusers_guidance.pipelines.pictures.trial import Trial
 
-BUNDLED = ("emoji", "emoji-flow")
-
 
 def try_command(
     model: Annotated[
         str,
-        typer.Argument(help="A pipeline's folder, its name on the Hugging Face hub, or a bundled one's: \"emoji\"."),
+        typer.Argument(
+            help=f"A pipeline's folder, its name on the hub, or a bundled one's: {', '.join(samples.NAMES)}."
+        ),
     ],
-    prompt: Annotated[list[str], typer.Option(help="Repeatable: more pictures tell more.")],
+    prompt: Annotated[list[str], typer.Option(help="Repeatable. More pictures give a better answer.")],
     steps: Annotated[int | None, typer.Option(min=2, show_default="the pipeline's own")] = None,
     scale: Annotated[
         float | None, typer.Option(min=0, help="Guidance scale.", show_default="the pipeline's own")
     ] = None,
     seed: Seed = 0,
-    turns: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 2,
+    turns: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 2,
     same: Annotated[
-        float, typer.Option(min=0, help="dB from which on a picture counts as that of plain guidance.")
+        float, typer.Option(min=0, help="From this many dB on, a picture counts as plain guidance's.")
     ] = SAME,
     height: Annotated[int | None, typer.Option(min=1, show_default="the pipeline's own")] = None,
     width: Annotated[int | None, typer.Option(min=1, show_default="the pipeline's own")] = None,
@@ -41,9 +41,9 @@ def try_command(
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="Folder for side_by_side.png and try.json.")] = Path("out/try"),
 ) -> None:
-    """Show what a model of your own gains: its picture plain, with the default and with a learned Forecast.
+    """Show what your own model gains: its picture plain, with the default, and with a learned Forecast.
 
-    Prints seconds and likeness, a recommendation, and the three lines of Python that follow it.
+    Prints seconds and likeness, a recommendation, and the lines of Python for it.
     """
     sides = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     with reporting() as progress:
@@ -51,11 +51,8 @@ def try_command(
         from diffusers_guidance.pipelines.support.loading import load
 
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
-        folder = (
-            str(samples.model(model)) if model in {*BUNDLED, *samples.models()} and not Path(model).is_dir() else model
-        )
         trial = try_out(
-            load(folder, scheduler, device, dtype), prompt, seed=seed, steps=steps, guidance_scale=scale, turns=turns,
+            load(model, scheduler, device, dtype), prompt, seed=seed, steps=steps, guidance_scale=scale, turns=turns,
             same=same, progress=progress, **sides,
         )  # fmt: skip
         files = _save(trial, out)

@@ -1,1 +1,1 @@
-"""What all the others need: files, loading, Ray, the machine."""
+"""What all other packages need: files, loading, Ray, the machine."""

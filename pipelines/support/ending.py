@@ -1,4 +1,4 @@
-"""How a command ends when it is told to: by Ctrl-C or, as containers tell theirs, by SIGTERM."""
+"""How a command ends on Ctrl-C or on SIGTERM, which containers send."""
 
 import os
 import signal
@@ -12,17 +12,17 @@ class Terminated(KeyboardInterrupt):
 
 
 def heed_termination() -> None:
-    """Has SIGTERM end the work as Ctrl-C does, so that what is written is whole and one line says so."""
+    """Makes SIGTERM end the work like Ctrl-C, so that all files are whole and one line says what happened."""
 
     def end(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough
+        signal.signal(number, signal.SIG_IGN)  # ignore further signals
         raise Terminated
 
     signal.signal(signal.SIGTERM, end)
 
 
 def status(ended: KeyboardInterrupt) -> int:
-    """The exit status that shells expect: 128 and the signal's number."""
+    """The exit status that shells expect: 128 plus the signal's number."""
     return 128 + (signal.SIGTERM if isinstance(ended, Terminated) else signal.SIGINT)
 
 

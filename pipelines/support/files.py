@@ -1,10 +1,10 @@
-"""Texts read with their file's name in every error."""
+"""Reads text files; every error names the file."""
 
 from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """The text in a UTF-8 file.
+    """The text of a UTF-8 file.
 
     Raises:
         ValueError: it has another encoding, or is not text.

@@ -15,6 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from packaging.version import Version
 
+from diffusers_guidance import samples
 from diffusers_guidance.pipelines.support.solvers import scheduler_of
 
 _one_at_a_time = RLock()
@@ -28,7 +29,7 @@ class MissingWeights(ValueError):
 
 
 def quiet() -> None:
-    """Keeps the libraries' advice to programmers and their progress bars off the terminal."""
+    """Keeps the libraries' warnings to programmers and their progress bars off the terminal."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -40,13 +41,23 @@ def best_device() -> str:
     return found.type if found else "cpu"
 
 
+def located(model: str) -> str:
+    """The folder of a bundled pipeline, by its name (`samples.NAMES`); a folder here that has the name comes first.
+
+    Raises:
+        ValueError: it is bundled in a wheel that is not installed.
+    """
+    bundled = model in {*samples.NAMES, *samples.models()} and not Path(model).is_dir()
+    return str(samples.model(model)) if bundled else model
+
+
 def load(
     model: str, scheduler: str | None = None, device: str | None = None, dtype: str | None = None,
     cls: Any = DiffusionPipeline,
 ) -> Any:  # fmt: skip
-    """The pipeline in a folder or, only if there is no such folder, of that name on the hub.
+    """The pipeline in a folder; else the bundled one of that name; else the one of that name on the hub.
 
-    It is read from safetensors, and runs no code that comes with it.
+    It is read from safetensors. Code that comes with it does not run.
 
     Args:
         scheduler: a class of diffusers that replaces the pipeline's own, with its configuration.
@@ -64,11 +75,15 @@ def load(
         raise ValueError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     if not model:
         raise ValueError("--model is empty: a pipeline's folder, or its name on the hub")
+    model = located(model)
     folder = Path(model).expanduser()
     here = folder.is_dir()
     if not here and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        raise ValueError(f"--model {model}: no such folder, and a name on the hub has the form owner/name")
-    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # each warns of the other
+        raise ValueError(
+            f"--model {model}: no such folder, and a name on the hub has the form owner/name "
+            f"(bundled: {', '.join(samples.NAMES)})"
+        )
+    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # each warns about the other
     options = {name: getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))}
     options |= {"local_files_only": here, "use_safetensors": True, "trust_remote_code": False}
     try:
@@ -94,7 +109,7 @@ def load_whole(cls: Any, source: Any, **options: Any) -> Any:
     """`cls.from_pretrained(source, **options)`, for a pipeline or a network.
 
     Raises:
-        MissingWeights: where diffusers and transformers only warn.
+        MissingWeights: the files lack weights; diffusers and transformers would only warn.
     """
     with _watched() as missing:
         loaded = cls.from_pretrained(source, **options)
@@ -110,7 +125,7 @@ def load_whole(cls: Any, source: Any, **options: Any) -> Any:
 
 @contextmanager
 def _watched() -> Iterator[dict[str, list[str]]]:
-    """By class, the weights missing from the files of networks loaded inside the block, in this thread."""
+    """The weights missing from the files of networks that this thread loads inside the block, by class."""
     from transformers import PreTrainedModel
 
     missing: dict[str, list[str]] = {}
@@ -141,11 +156,11 @@ def _telling(load: Callable, tell: Callable[[type, list[str]], None]) -> Callabl
 
 
 def fingerprint(model: str) -> str:
-    """Tells models in a folder apart by their files' names, sizes, beginnings and ends; models on the hub by name.
+    """Tells models apart: in a folder by their files' names, sizes, beginnings and ends; on the hub by name.
 
-    Files beside a pipeline's components and their index (a card, an evaluation) do not count.
+    Only a pipeline's components and their index count, and not files beside them (a card, an evaluation).
     """
-    folder = Path(model).expanduser()
+    folder = Path(located(model)).expanduser()
     if not folder.is_dir():
         return model
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The machine: what seconds and pictures depend on, to record with them."""
+"""The machine: what seconds and pictures depend on, to be recorded with them."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 
 def environment(pipe: Any) -> dict[str, Any]:
-    """Hardware, versions, dtype and commit, to record with every number."""
+    """Hardware, versions, dtype and commit, to be recorded with every number."""
     packages = ("diffusers-guidance", "diffusers", "transformers", "torch")
     cuda = pipe.device.type == "cuda"
     return {

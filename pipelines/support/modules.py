@@ -1,4 +1,4 @@
-"""Modules of users' own, imported for the rules and policies in them."""
+"""Imports users' own modules, for the rules and policies in them."""
 
 import importlib.util
 import os
@@ -8,19 +8,19 @@ from pathlib import Path
 from types import ModuleType
 
 HELP = "A module, or a .py file, with rules and policies of your own. Repeatable."
-"""Of the option --with, which several commands have."""
+"""The help of the option --with, which several commands have."""
 
 
 def import_own(names: Sequence[str]) -> None:
-    """Imports modules, so that their rules and policies go by their names here.
+    """Imports modules, so that their rules and policies can be named here.
 
     Args:
-        names: of modules, looked for in the current folder last of all; or .py files.
+        names: names of modules, which are searched in the current folder last; or .py files.
 
     Raises:
         ValueError: there is no such module, it fails, or it holds neither a rule nor a policy.
     """
-    from diffusers_guidance.policies import Policy  # imports torch, which the option's help does without
+    from diffusers_guidance.policies import Policy  # imports torch, which the option's help does not need
     from diffusers_guidance.rules import Rule
 
     for name in names:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """progress(what is running, done, in all); an exception from it ends the work."""
+    """progress(what is running, done, total); an exception from it ends the work."""
 
     def __call__(self, what: str, done: int, total: int, /) -> None: ...
 
@@ -16,11 +16,11 @@ def silent(what: str, done: int, total: int, /) -> None:
 
 
 def part(whole: Progress, before: int, total: int, name: str | None = None) -> Progress:
-    """Reports a part's progress as that of the whole.
+    """Reports the progress of a part as progress of the whole.
 
     Args:
         before: how much was done before the part.
-        total: how much there is in all.
+        total: how much there is in total.
         name: what is running; None for the part's own words.
     """
 
@@ -31,7 +31,7 @@ def part(whole: Progress, before: int, total: int, name: str | None = None) -> P
 
 
 class Printed:
-    """For Python callers who wait for minutes: a line on stderr for other words, and every ten seconds."""
+    """For Python callers who wait for minutes: a line on stderr when the words change, and every ten seconds."""
 
     every = 10.0
 

@@ -1,4 +1,4 @@
-"""Spreads work over a Ray cluster, or does it here piece by piece: one pipeline per worker; lost work is repeated."""
+"""Spreads work over a Ray cluster, or does it here piece by piece. A worker has one pipeline; lost work is repeated."""
 
 import contextlib
 import functools
@@ -20,15 +20,15 @@ def spread(
     work: Callable[[T], R], pieces: Sequence[T], *, on_ray: bool = False, resources: dict[str, float] | None = None,
     at_once: int | None = None,
 ) -> Iterator[tuple[T, R]]:  # fmt: skip
-    """(piece, work(piece)) as they finish: in order here, in any order on Ray.
+    """(piece, work(piece)) for each piece when it is finished: in order here, in any order on Ray.
 
     If a worker dies, only its current piece is tried again (at most `RETRIES` times). An exception from `work`
     ends everything.
 
     Args:
-        on_ray: whether to use the cluster of `cluster()`, or else this process.
-        resources: of a piece, such as {"num_gpus": 1}. Default: a GPU if the cluster has some, else a CPU.
-        at_once: the most pieces at the same time; None for as many as fit on the cluster.
+        on_ray: whether to use the cluster of `cluster()`; if not, this process.
+        resources: what a piece needs, such as {"num_gpus": 1}. Default: a GPU if the cluster has any, else a CPU.
+        at_once: the largest number of pieces at the same time; None for as many as fit on the cluster.
     """
     if not on_ray:
         for piece in pieces:
@@ -50,7 +50,7 @@ def spread(
             for reference in done:
                 yield running.pop(reference), ray.get(reference)
     finally:
-        for reference in running:  # after an interrupt, nothing stays running on the cluster
+        for reference in running:  # after an interrupt, nothing keeps running on the cluster
             ray.cancel(reference, force=True)
 
 

@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class Record:
-    """A JSON file that says what was made, and from what.
+    """A JSON file that says what was made, and from which settings.
 
     Args:
         file: its path.
@@ -26,9 +26,9 @@ class Record:
         self.made_of = json.loads(json.dumps(made_of))
 
     def read(self) -> dict[str, Any] | None:
-        """The rest of its content; None if the file does not exist.
+        """The file's other content; None if the file does not exist.
 
-        A truncated file, such as from a full disk, does not count.
+        A truncated file (from a full disk) counts as missing.
         """
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
@@ -54,11 +54,12 @@ def resumed(
     keep: Callable[[P, Any], R],
     **spreading: Any,
 ) -> Iterator[tuple[P, R]]:
-    """(piece, its record): first the pieces already done, then the others as they finish.
+    """(piece, its record): first the pieces already done, then each other piece when it is finished.
 
     Args:
         work: does a piece, on any machine.
-        found: the record of a piece; None if it is still to do. Raises if another piece's record is in its place.
+        found: returns the record of a piece, or None if it is still to do. Raises if another piece's record is in its
+        place.
         keep: writes a piece's results here, and its record last; returns the record.
         spreading: arguments of `spread`.
     """

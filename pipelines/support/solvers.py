@@ -9,23 +9,29 @@ import diffusers
 
 
 def scheduler_of(own: Any, name: str | None) -> Any:
-    """A fresh scheduler of that class, with the pipeline's configuration: solvers carry history between calls.
+    """A new scheduler of that class with the pipeline's configuration, since solvers keep history between calls.
 
     Args:
         own: the pipeline's.
         name: a class of diffusers that can replace `own`; None for its own.
 
     Raises:
-        ValueError: it expects other noise levels or other predictions; the message lists those that fit.
+        ValueError: it expects other noise levels or other predictions; the message lists the classes that fit.
     """
     if name is None:
         return copy.deepcopy(own)
-    fitting = {cls.__name__: cls for cls in own.compatibles}
+    found = fitting(own)
+    if name not in found:
+        raise ValueError(f"scheduler {name} does not fit {type(own).__name__}; these do: {', '.join(sorted(found))}")
+    return found[name].from_config(own.config)
+
+
+def fitting(own: Any) -> dict[str, Any]:
+    """The classes of diffusers that can replace a pipeline's scheduler, by name."""
+    found = {cls.__name__: cls for cls in own.compatibles}
     if type(own).__name__.startswith("FlowMatch"):  # diffusers lists nothing as compatible with these
-        fitting |= {each: getattr(diffusers, each) for each in FLOW if hasattr(diffusers, each)}
-    if name not in fitting:
-        raise ValueError(f"scheduler {name} does not fit {type(own).__name__}; these do: {', '.join(sorted(fitting))}")
-    return fitting[name].from_config(own.config)
+        found |= {each: getattr(diffusers, each) for each in FLOW if hasattr(diffusers, each)}
+    return found
 
 
 @contextmanager

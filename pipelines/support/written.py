@@ -1,4 +1,4 @@
-"""What people write in files and forms: pydantic checks it, and errors are sentences."""
+"""Checks what people write in files and forms, with pydantic; errors are sentences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -27,7 +27,7 @@ class Wanted:
 
 
 def refused(wanted: str) -> PydanticCustomError:
-    """For a validator to raise: the value is not acceptable."""
+    """The error for a validator to raise: the value is not acceptable."""
     return PydanticCustomError("wanted", "{wanted}", {"wanted": wanted})
 
 
@@ -38,10 +38,10 @@ Scale = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), Wanted("
 
 
 def parts_of(cls: type, but: str = "") -> BeforeValidator:
-    """For a dataclass within another: people write some of its fields, by name.
+    """The type of a dataclass within another: people write some of its fields, by name.
 
     Args:
-        but: a field that is not written there.
+        but: a field that people do not write there.
     """
     names = [field.name for field in fields(cls) if field.name != but]
 
@@ -61,7 +61,7 @@ def checked(kind: type[T] | Any, given: Any, say: Callable[[str, Any, str], str]
     """The given value, converted to a type: a dataclass, a model, anything that pydantic knows.
 
     Args:
-        say: makes the sentence from a name, a value and what is accepted.
+        say: makes the sentence, from a name, a value and the accepted kind.
 
     Raises:
         ValueError: a value does not fit. The sentence is about the first such value.
@@ -70,7 +70,7 @@ def checked(kind: type[T] | Any, given: Any, say: Callable[[str, Any, str], str]
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":  # our own check has its own words
+    if first["type"] == "value_error":  # our own checks have words of their own
         raise ValueError(str(first["ctx"]["error"]))
     name = ": ".join(str(part) for part in first["loc"] if not isinstance(part, int))
     wanted = f"a list, such as [{first['input']}]" if first["type"] == "tuple_type" else first["msg"]

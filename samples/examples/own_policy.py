@@ -1,7 +1,7 @@
-"""A policy of one's own: evaluate both predictions while their difference still turns, hold it once it points steadily.
+"""A policy of your own: evaluate both predictions while their difference still turns, and hold it once it is steady.
 
-A policy plans a step, for every sample of the batch on its own, from what the run has seen: here the similarities of
-the last two steps evaluated in full. It keeps nothing itself, so a run never sees the one before it.
+A policy plans a step for every sample of the batch separately, from what the run has seen: here from the similarities
+of the last two steps evaluated in full. It keeps no state, so a run never sees an earlier one.
 """
 
 import os
@@ -18,7 +18,7 @@ from diffusers_guidance.samples import MODEL
 
 @dataclass(frozen=True)
 class HoldWhileSteady(Policy):
-    """Holds a sample's difference for the next step where its similarity moved by less than `change`."""
+    """Holds a sample's difference for the next step if its similarity moved by less than `change`."""
 
     change: float = 0.005
 

@@ -1,11 +1,11 @@
-"""A rule of one's own: guidance along what is new in the conditional prediction alone.
+"""A rule of your own: guidance only along what is new in the conditional prediction.
 
-With d = c - u, split along c instead of the denoised prediction as APG does, and keep the orthogonal part:
+Split d = c - u along c (APG splits it along the denoised prediction), and keep the orthogonal part:
 
     g = c + (w - 1) (d - k c)        k = <d, c> / <c, c>
 
-As a linear combination of (X, c, d, m) that is one line of algebra on inner products. It is written once: torch runs
-it where there is no GPU, Triton compiles it into its kernels where there is one. Under any policy, on any pipeline.
+As a linear combination of (X, c, d, m) this is one line of algebra on inner products. It is written once: torch runs it
+on a CPU, and Triton compiles it into its kernels on a GPU. It works under any policy, on any pipeline.
 """
 
 import os
@@ -30,7 +30,7 @@ def orthogonal(gram, b, w, keep, _2, _3):
 
 @dataclass(frozen=True)
 class Orthogonal(Rule):
-    """Guidance without the part along the conditional prediction, of which `keep` stays: 0 none, 1 all (CFG)."""
+    """Guidance that keeps the share `keep` of its part along the conditional prediction; 0 drops it, 1 is CFG."""
 
     keep: float = 0.0
 

@@ -460,9 +460,7 @@ def test_what_it_learned_is_said_and_gone_by(pipe, tmp_path, monkeypatch):
     assert first.guided.nfe == 12 and "6 noise levels" in first.lesson and first.lesson.startswith("Learned")
     settings = Generation(**asked, compare_with_plain=False)
     second = app_work.generate(pipe, settings, lambda *news, **seen: None, first.learned)
-    assert second.guided.nfe < 12 and second.lesson.startswith(
-        "This picture was made with forecasts by 1 run of 6 noise levels"
-    )
+    assert second.guided.nfe < 12 and second.lesson.startswith("This picture was forecast from 1 run at 6 noise levels")
     assert second.learned.lessons == first.learned.lessons
     assert made(pipe, **asked).guided.nfe == 12  # of another visit
     monkeypatch.chdir(tmp_path)

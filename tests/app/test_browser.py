@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffusers_guidance import samples
+
 SCREENSHOTS = Path(os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS", "out/screenshots"))
 PATIENCE = 240_000
 """Milliseconds to wait for what the page does; a limit for what hangs, not a measure."""
@@ -35,6 +37,8 @@ for package in ("gradio", "playwright"):
         absent(f"the package {package} is not installed")
 
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
+
+from diffusers_guidance.pipelines.app.suited import suited  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -386,6 +390,44 @@ def test_history_and_two_beside_each_other(visit):
     expect(page.locator(".dg-pair span").first).to_contain_text("kept: APG + AG")
     expect(page.locator("#status")).to_contain_text("20 steps")
     shoot(page, "history")
+
+
+@pytest.mark.skipif(len(samples.models()) < 2, reason="there is one bundled model here")
+def test_the_page_follows_the_model_chosen_at_the_top(visit, address):
+    first, second = [*samples.models()][:2]
+    page = visit()
+    model = page.get_by_label("Model", exact=True).filter(visible=True)
+    expect(model).to_have_value(first)
+    page.get_by_role("radio", name="High scale without burn", exact=True).check()
+    model.click()
+    page.get_by_role("option", name=second, exact=True).click()
+    scale = page.get_by_role("spinbutton", name=re.compile("Guidance scale")).filter(visible=True)
+    expect(scale).to_have_value(f"{suited(second).high:g}")
+    expect(page.get_by_role("radio", name="High scale without burn", exact=True)).to_be_checked()
+    page.get_by_role("radio", name="Half the time", exact=True).check()
+    expect(scale).to_have_value(f"{suited(second).scale:g}")
+    open_up(page, "Picture")
+    page.get_by_label("Scheduler", exact=True).filter(visible=True).click()
+    expect(page.get_by_role("option").filter(visible=True)).to_have_count(1)
+    page.keyboard.press("Escape")
+    set_number(page, "Steps", 4)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 8")
+    shoot(page, "second-model")
+    href = page.get_by_role("link", name="link", exact=True).get_attribute("href")
+    assert f"model={second}" in href
+    page.locator("#history button").first.click()  # made with the first model
+    expect(model).to_have_value(first)
+    page.locator("#history button").nth(1).click()
+    expect(model).to_have_value(second)
+    tab(page, "Compare")
+    expect(page.get_by_label("Model", exact=True).filter(visible=True)).to_have_value(second)
+    page.goto(address + href)
+    expect(page.locator("#status")).to_contain_text("The settings of the link are in")
+    expect(page.get_by_label("Model", exact=True).filter(visible=True)).to_have_value(second)
+    small = visit(width=390, height=844, has_touch=True, is_mobile=True)
+    shoot(small, "phone-two-models")
+    assert small.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_link_and_a_picture_carry_the_settings(visit, address, tmp_path):

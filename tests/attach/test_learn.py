@@ -198,10 +198,10 @@ def test_the_first_run_is_full_guidance_and_teaches_the_next(bundled):
         assert torch.equal(draw(bundled), full)
         assert handle.report.saved == 0
         assert "to learn: nothing is known yet" in handle.report.steps[0].note
-        assert "learned from this run: 1 of 8 noise levels at scale 5" in handle.report.note
+        assert "learned from this run: 1 sample at 8 noise levels, scale 5" in handle.report.note
         found = draw(bundled)
         assert handle.report.saved >= 0.4
-        assert "forecasts by 1 run of 8 noise levels at scale 5" in handle.report.steps[0].note
+        assert "forecast from 1 run at 8 noise levels, scale 5" in handle.report.steps[0].note
         calibration = handle.calibration
     assert not torch.equal(found, full)
     with attach(bundled, policy=Forecast(0.4, calibration=calibration)):
@@ -253,7 +253,7 @@ def test_another_scheduler_and_size_are_served(bundled):
             pipe.scheduler = scheduler.from_config(bundled.scheduler.config)
             draw(pipe, 16, height=96, width=64)
             assert handle.report.saved >= 0.35, scheduler
-            assert "forecasts by 1 run of 20" in handle.report.steps[0].note
+            assert "forecast from 1 run at 20" in handle.report.steps[0].note
 
 
 def test_another_model_is_learned_anew_or_refused():
@@ -288,7 +288,7 @@ def test_pipelines_of_all_kinds_learn(name):
         assert "learned from this run" in handle.report.note, handle.report
         run(pipe, entry, STEPS)
         assert handle.report.saved > 0
-        assert "forecasts by" in handle.report.steps[0].note
+        assert "forecast from" in handle.report.steps[0].note
 
 
 def test_where_nothing_can_be_learned_runs_are_forecast_all_the_same(bundled, monkeypatch):
@@ -346,10 +346,10 @@ def test_a_guider_learns_too():
     with counting(*pair.denoisers) as count:
         pair.run()
         full = count.total
-        assert "learned from this run: 1 of 5 noise levels" in guider.report.note
+        assert "learned from this run: 1 sample at 5 noise levels" in guider.report.note
         pair.run()
     assert count.total - full < full
-    assert "forecasts by 1 run of 5" in guider.report.steps[0].note
+    assert "forecast from 1 run at 5" in guider.report.steps[0].note
     assert len(guider.calibration.motions) == 1
 
 

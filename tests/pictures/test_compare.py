@@ -379,9 +379,9 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compare"], "all that is written is whole\n"),
-        (["calibrate", "out.safetensors"], "whole; the same command goes on from here\n"),
-        (["generate", "jobs.jsonl"], "whole; the same command goes on from here\n"),
+        (["compare"], "all written files are complete\n"),
+        (["calibrate", "out.safetensors"], "complete; the same command continues from here\n"),
+        (["generate", "jobs.jsonl"], "complete; the same command continues from here\n"),
     ],
 )
 def test_an_interrupt_says_whether_the_command_goes_on(arguments, said, monkeypatch, tmp_path):

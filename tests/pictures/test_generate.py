@@ -127,7 +127,7 @@ def test_metadata_that_was_cut_short_is_made_anew(tmp_path):
         ('{"prompt": "a rocket", "width": true}', "line 2: width=True: a whole number of pixels"),
         ('{"prompt": "a rocket", "seed": true}', "line 2: seed True: a whole number"),
         ("{not json", "line 2: "),
-        ('{"prompt": "x", "guidance_scale": 9}', "line 2: guidance_scale: not a line's own"),
+        ('{"prompt": "x", "guidance_scale": 9}', "line 2: guidance_scale: a line cannot set this"),
         ('{"text": "a rocket"}', 'line 2: an object with a text "prompt"'),
         ('{"prompt": "a rocket", "id": "../x"}', "line 2: id '../x'"),
         ('{"prompt": "a rocket", "seed": -1}', "line 2: seed -1"),

@@ -140,7 +140,7 @@ def test_a_signal_in_the_middle(name, number, code, here, heeded, told):
     stopped = run(name)
     assert told.at is None and stopped.exit_code == code, stopped.output
     goes_on = "; the same command goes on from here" if name in GO_ON else ""
-    assert stopped.output == f"stopped: all that is written is whole{goes_on}\n"
+    assert stopped.output == f"stopped: all written files are complete{goes_on}\n"
     found = whole(here / "out")
     if number == signal.SIGTERM or name not in GO_ON:  # going on is the same after either
         return
@@ -241,7 +241,7 @@ def test_a_kill_in_the_middle_of_the_benchmark(here):
     lines = (here / "out" / "results.jsonl").read_bytes().splitlines()
     assert len(lines) in (3, 4)
     had = len(Results(here / "out" / "results.jsonl").cells)
-    assert had == 2 and "whole" not in killed.stderr
+    assert had == 2 and "complete" not in killed.stderr
     done = run("bench")
     assert done.exit_code == 0, done.output
     assert pieces("bench", whole(here / "out")) == 5

@@ -39,7 +39,7 @@ def test_alone_it_says_in_ten_lines_what_one_can_do(capsys, monkeypatch):
 
 def test_help_is_grouped_and_the_version_is_told():
     said = command("--help").output
-    places = [said.index(title) for title in ("Make pictures", "Measure", "Prepare a model", "Mend")]
+    places = [said.index(title) for title in ("Make pictures", "Measure", "Prepare a model", "Check")]
     assert places == sorted(places)
     assert command("--version").output.startswith("diffusers-guidance ")
 
@@ -67,7 +67,7 @@ def test_threads_wait_asleep_unless_told_otherwise(monkeypatch, capsys):
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
-ON = "the same command goes on from here"
+ON = "the same command continues from here"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_an_end_is_one_line_and_the_signals_status(ended, code, capsys):
     with pytest.raises(typer.Exit) as exit_, reporting(goes_on=True):
         raise ended
     assert exit_.value.exit_code == code
-    assert capsys.readouterr().err == f"stopped: all that is written is whole; {ON}\n"
+    assert capsys.readouterr().err == f"stopped: all written files are complete; {ON}\n"
 
 
 def test_a_prompt_or_a_file_of_them_or_json_lines(tmp_path):
@@ -176,7 +176,7 @@ def test_a_signal_leaves_whole_files_and_one_line(number, code, tmp_path):
         running.send_signal(number)
         _, said = running.communicate(timeout=300)
     assert running.returncode == code
-    assert said.splitlines()[-1] == f"stopped: all that is written is whole; {ON}"
+    assert said.splitlines()[-1] == f"stopped: all written files are complete; {ON}"
     assert "Traceback" not in said and "terminate called" not in said
     assert not [file for file in out.iterdir() if file.name.startswith(".")]
     assert len(list(out.glob("*.json"))) < 3
