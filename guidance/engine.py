@@ -107,12 +107,26 @@ class Engine:
         """What to evaluate at the next step; only the conditional prediction where a schedule stays at 1."""
         step = self.settle(step)
         found = planned(self.policy, step, self.history)
-        if not (self.rule.is_scheduled and self.rule.rests_at_one and self.rests) or self.policy.hands:
+        if not self.may_rest:
             return found
-        w = step.w if isinstance(step.w, tuple) else (step.w,) * len(found)
-        rests = [scale == 1 and each.action != Action.NEITHER for scale, each in zip(w, found, strict=True)]
         alone = Decision(Action.CONDITIONAL, "scale 1")
+        if self.policy.hands:
+            return [alone] * len(found) if self._is_pause(step) else found
+        at_one = [scale == 1 for scale in self._by_row(step)]
+        rests = [rest and each.action != Action.NEITHER for rest, each in zip(at_one, found, strict=True)]
         return [alone if rest else each for rest, each in zip(rests, found, strict=True)]
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether a step at scale 1 is the conditional prediction alone."""
+        return self.rule.is_scheduled and self.rule.rests_at_one and self.rests
+
+    def _by_row(self, step: Step) -> tuple[float | None, ...]:
+        return step.w if isinstance(step.w, tuple) else (step.w,) * self.history.rows
+
+    def _is_pause(self, step: Step) -> bool:
+        """Whether forecasts end at this step, of a policy that `hands`: no sample is guided. A run to learn from is."""
+        return self.may_rest and self.recorder is None and all(scale == 1 for scale in self._by_row(step))
 
     def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
         """By row: the unconditional prediction if it was evaluated, an estimate if the plan wants one, else `cond`.
@@ -271,6 +285,9 @@ class Engine:
         if guided is None and self.recorder is not None:
             self.recorder.skip()
         step, known = self.settle(step), self.history
+        if guided is not None and self._is_pause(step):
+            known.lapse()
+            return guided
         changes = self.rule.is_scheduled or (step.w is not None and known.scale not in (None, step.w))
         known.direction = None
         if changes and guided is not None and prediction is not None and step.w is not None:

@@ -77,6 +77,11 @@ class Report:
         return sum(step.nfe_full for step in self.steps)
 
     @property
+    def is_guided(self) -> bool:
+        """Whether both predictions of any sample were evaluated at any step: else there was no guidance to be seen."""
+        return any(Action.BOTH in step.evaluated for step in self.steps)
+
+    @property
     def nfe_by_branch(self) -> dict[str, int]:
         """Evaluations by branch, without trials: "cond", "uncond", and further terms by the names of their scales."""
         names = dict.fromkeys(name for step in self.steps for name in step.branches)

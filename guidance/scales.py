@@ -117,16 +117,23 @@ def _whole_run(
 
 def stand_in(given: Given) -> float:
     """The number to call a pipeline with, so that it guides wherever the schedule does: the largest one."""
-    if not isinstance(given, str):
-        return max(given) if isinstance(given, tuple) else given
-    return max(number for each in _read(given) for number in each.numbers)
+    return max(_numbers(given))
 
 
 def guides(given: Given) -> bool:
     """Whether any step may have a scale other than 1."""
+    return any(number != 1 for number in _numbers(given))
+
+
+def rests(given: Given, origin: float = 0.0) -> bool:
+    """Whether any step may have the settled scale 1."""
+    return any(origin + number == 1 for number in _numbers(given))
+
+
+def _numbers(given: Given) -> list[float]:
     if not isinstance(given, str):
-        return any(each != 1 for each in (given if isinstance(given, tuple) else (given,)))
-    return any(number != 1 for each in _read(given) for number in each.numbers)
+        return list(given) if isinstance(given, tuple) else [given]
+    return [number for each in _read(given) for number in each.numbers]
 
 
 def parts(given: Given) -> tuple[int, tuple[str, ...]]:

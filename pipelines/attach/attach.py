@@ -169,7 +169,8 @@ def attach(pipe: DiffusionPipeline, rule: Rule | None = None, policy: Policy | N
     """
     if not isinstance(pipe, DiffusionPipeline):
         instead = (
-            "a modular one takes its rule and policy as a guider, pipe.update_components(guider=Guider(rule, policy))"
+            "a modular one takes its rule and policy as a guider, pipe.update_components(guider=Guider(rule, policy)), "
+            "and Guider(rule, policy, around=pipe.guider) keeps the terms of the guider that it has"
             if isinstance(pipe, ModularPipeline)
             else "attach takes a diffusers pipeline (DiffusionPipeline)"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.kept import Kept
 from diffusers_guidance.pipelines.attach.perturbed import Perturbed
 from diffusers_guidance.pipelines.attach.remembered import Trial, keep, key, processors, recall
 from diffusers_guidance.pipelines.attach.residual import exact
@@ -61,6 +62,11 @@ class Cut:
     def watch(self) -> Watch:
         """Over what others have put on the network."""
         return Watch(self.module)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What its pipeline may read off it after a call."""
+        return Kept(self.module)
 
     @property
     def keeps_state(self) -> bool:
@@ -255,6 +261,15 @@ class Cut:
                 self.whole = ""
                 return True
         return False
+
+    def is_steady(self, made: Sequence[Call]) -> bool:
+        """Whether the network keeps no state, so that calls of it can be skipped as a whole."""
+        if self.keeps_state:
+            return False
+        for call, args, kwargs, output in made:
+            self._settle(call, args, kwargs, output, 0)
+        self.whole = self.watch.found
+        return not self.whole
 
     def _settle(self, call: Callable, args: tuple, kwargs: dict, output: Any, rows: int) -> None:
         """Makes the identifying step's call once more, where it cannot be told yet whether the network keeps state."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.engine import Engine
+from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.beside import Beside
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -50,6 +51,16 @@ class Denoiser:
     """Of its predictions, by which the formula was identified."""
     follower_cut: bool = False
     """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
+    cuts: bool = False
+    """Whether parts of its batch are to be evaluated."""
+    hands_copies: bool = False
+    """Whether the pipeline gets copies of its predictions, which cannot be filled in later."""
+    rows_ahead: list[int] = field(default_factory=list)
+    """Of a network that works ahead of another: of its calls at a step."""
+    is_cut: bool = False
+    """Whether such a network can skip a part of the rows."""
+    place: int = 0
+    """How many calls it has made at this step, ahead of its leader."""
 
     held: Tensor | None = None
     """The conditional branch of the last step that was evaluated, of a policy that `hands`."""
@@ -64,6 +75,8 @@ class Denoiser:
     inputs: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     strays: list[Tensor] = field(default_factory=list)
+    surplus: list[Tensor] = field(default_factory=list)
+    """Those before the step's own that are taken for somebody's probe."""
     blanks: dict[int, Tensor] = field(default_factory=dict)
     """By call, what the pipeline was given for unconditional ones that came first, to be filled in by the conditional
     one."""
@@ -106,13 +119,17 @@ class Denoiser:
         if self.formula.evaluations == 1:
             alone = Decision(Action.CONDITIONAL)
             return [each if each.action == Action.NEITHER else alone for each in plan]
-        both, terms = Decision(Action.BOTH), None if self.formula.is_merged else self.formula.tree
+        formula, both = self.formula, Decision(Action.BOTH)
+        terms = None if formula.is_merged else formula.tree
 
         def is_possible(action: Action) -> bool:
             if not action.is_estimated or (self.policy.hands and action == Action.NEITHER):
                 return True
-            # Nothing estimates what else is put out, nor a term; one that hangs on an estimate would be off with it.
-            return not self.puts_out_more and (terms is None or (action == Action.EXTRAPOLATE and terms.is_flat))
+            # Nothing estimates a term, and one that hangs on an estimate would be off with it. What else is put out is
+            # held of a batch.
+            if self.puts_out_more and not (action == Action.EXTRAPOLATE and self.beside.steps and formula.batched):
+                return False
+            return terms is None or (action == Action.EXTRAPOLATE and terms.is_flat)
 
         return [each if is_possible(Action(each.action)) else both for each in plan]
 
@@ -160,8 +177,8 @@ class Denoiser:
         """At the end of a step: which of its calls were the step's.
 
         Calls on another batch before them are somebody's probe; without others, the batch itself is another one.
-        So are further calls on the same batch before the step's own, where all were evaluated in full. What is called
-        after the step's own has a part in its guidance.
+        So are further calls on the same batch before the step's own, where all were evaluated in full, unless numbers
+        tell otherwise. What is called after the step's own has a part in its guidance.
         """
         if not self.outputs:
             self.outputs, self.strays = self.strays, []
@@ -169,7 +186,7 @@ class Denoiser:
         if formula is None or formula.evaluations == 1 or formula.further or not all(self.evaluates):
             return
         if len(self.outputs) > formula.calls and all(y.shape == self.shape for y in self.outputs):
-            self.outputs = self.outputs[-formula.calls :]
+            self.surplus, self.outputs = self.outputs[: -formula.calls], self.outputs[-formula.calls :]
 
     @property
     def is_cut_short(self) -> bool:
@@ -209,6 +226,7 @@ class Denoiser:
         """Makes the call that was skipped after all; None where there was none."""
         if self.skipped is None:
             return None
+        self._open()
         y = batch.prediction(self.skipped())
         self.skipped = None
         if y is not None:
@@ -225,11 +243,15 @@ class Denoiser:
         self.beside.hold(self.step.index)
 
     def end_step(self) -> None:
+        if self.beside.now:  # nothing is handed on
+            if len(self.beside.now) == len(self.outputs):
+                self.beside.hold(self.step.index)
+            self.beside.now = []
         self.plan, self.follower_cut, self.is_scanned = None, False, False
-        self.inputs, self.outputs, self.strays, self.blanks = [], [], [], {}
+        self.inputs, self.outputs, self.strays, self.surplus, self.blanks = [], [], [], [], {}
         self.given = self.skipped = self.handed = None
         self.is_told = self.is_open = False
-        self.nfe = self.nfe_full = 0
+        self.nfe = self.nfe_full = self.place = 0
 
     @property
     def evaluates(self) -> list[bool]:
@@ -245,7 +267,8 @@ class Denoiser:
         cut = self.cut
         uncut = (cut.keeps_state and self.formula.batched) or (any(both) and (cut.keeps_state or not cut.splits))
         # The sound of a row that is skipped is the conditional one's, which must be there.
-        early = self.puts_out_more and not self.formula.batched and self.formula.cond_index > 0
+        late = self.puts_out_more or self.hands_copies
+        early = late and not self.formula.batched and self.formula.cond_index > 0
         return [True] * len(both) if self.cut.whole or uncut or early or self.is_open else both
 
     @property
@@ -254,6 +277,15 @@ class Denoiser:
         plan = self.plan
         whole = self.cut.is_left_whole or self.is_open
         return plan is not None and not whole and all(each.action == Action.NEITHER for each in plan)
+
+    @property
+    def label(self) -> str:
+        """In the report."""
+        return self.name
+
+    def run_of(self, module: torch.nn.Module, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """`run`, of a call of that network."""
+        return self.run(call, args, kwargs)
 
     def run(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
@@ -264,9 +296,14 @@ class Denoiser:
             self.cut.watch.scan()
         if not self.nfe_full:  # nothing of this step is missing yet
             self._keep_whole()
+        place, left = len(self.outputs), self.nfe_full - self.nfe
         output = self._run(self.cut.watch.over(call), args, kwargs)
         if self.nfe == self.nfe_full:
             self._keep_whole()
+        if self.nfe_full - self.nfe > left:
+            self.cut.kept.put_back(place)
+        else:
+            self.cut.kept.see(place)
         return output
 
     def take_cost(self) -> tuple[int, int]:
@@ -302,14 +339,20 @@ class Denoiser:
         if (place := len(self.outputs)) >= formula.head and asked == formula.rows:
             if self.skips and formula.evaluations == 1:
                 self._take_back()
-            return self._run_nothing(formula, place) if self.skips else self._run_whole(call, args, kwargs, asked)
+            if self.skips:
+                return self._run_nothing(formula, place)
+            further = formula.branches + place - formula.head
+            if further < formula.evaluations and further not in formula.alone and not any(self.evaluates):
+                return self._run_unneeded(formula, place)
+            return self._run_whole(call, args, kwargs, asked)
         if asked != expected:
             return self._run_whole(call, args, kwargs, asked)
         branch = 0 if formula.batched else self.branch_of(args, kwargs)
-        if self.skips and self.sample_shape != batch.sample_shape(args, kwargs):  # a callback has made them larger, say
+        is_first = not self.outputs  # a callback has made the samples larger, say
+        if self.skips and is_first and self.sample_shape != batch.sample_shape(args, kwargs):
             branch = None
         if branch is None:
-            self.is_open = True
+            self._open()
             return self._run_whole(call, args, kwargs, asked)
         if self.skips:
             self.skipped = partial(call, *args, **kwargs)
@@ -338,13 +381,18 @@ class Denoiser:
             self.cut.leave_whole(f"{self.name} is also called for something else than a prediction")
         if not self.outputs:
             self.sample_shape = batch.sample_shape(args, kwargs)
-        if self.policy.hands and self.puts_out_more:
+        if self._keeps_more:
             self.beside.see(batch.copied(output))
         # Where nothing is guided, guidance may begin at any step.
         if self.formula is None or self.formula.evaluations == 1 or (y is not None and y.shape != self.shape):
             self.inputs.append((call, args, kwargs, batch.copied(output)))
         self._note(y, tried + asked, asked)
         return output
+
+    @property
+    def _keeps_more(self) -> bool:
+        """Whether what it puts out beside its prediction is kept, to be forecast or held."""
+        return self.puts_out_more and (self.policy.hands or self.policy.estimates)
 
     def _run_nothing(self, formula: Formula, branch: int) -> Any:
         assert self.engine is not None
@@ -364,6 +412,12 @@ class Denoiser:
         self._note(y, 0, len(y))
         return batch.with_prediction(self.template, y)
 
+    def _run_unneeded(self, formula: Formula, place: int) -> Any:
+        """A further call on what hangs on the unconditional branch, which no sample has at this step."""
+        cond = formula.layout.invert(self.outputs)[formula.cond_index].clone()
+        self._note(cond, 0, len(cond))
+        return batch.with_prediction(self._template(place, len(cond)), cond)
+
     def _template(self, call: int, rows: int) -> Any:
         """Any output of so many rows, for its structure."""
         found = self.templates[min(call, len(self.templates) - 1)]
@@ -374,6 +428,7 @@ class Denoiser:
     def _take_back(self) -> None:
         """Makes the step's skipped call after all, and puts what it gives where the pipeline has got something else."""
         assert self.skipped is not None and self.handed is not None
+        self._open()
         made, self.skipped = self.skipped, None
         output = made()
         y = batch.prediction(output)
@@ -382,6 +437,14 @@ class Denoiser:
         self.handed.copy_(y)
         self.outputs[-1] = y.clone()
         self.nfe += len(y)
+
+    def _open(self) -> None:
+        """Evaluates all of this step after all; refused where a network ahead of it has skipped its part."""
+        if self.follower_cut:
+            raise UnsupportedPipeline(
+                f"{self.name} was called in another way than before at a step that was to be skipped, and what works "
+                "ahead of it, such as a ControlNet, had skipped that step: use a policy that skips nothing, EveryStep"
+            )
         self.is_open = True
 
     def _run_batched(self, formula: Formula, call: Callable, args: tuple, kwargs: dict) -> Any:
@@ -402,9 +465,23 @@ class Denoiser:
             own = (formula.cond_index, *formula.alone)
             filled = [each if i in own else self._filled(cond, each) for i, each in enumerate(branches)]
             (y,) = formula.layout.apply(filled)
+            if self.puts_out_more:
+                output = self.beside.held(output, self._guessed(formula))
             output = batch.with_prediction(output, y)
         self._note(y, len(kept), total)
         return output
+
+    def _guessed(self, formula: Formula) -> list[tuple[int, int, float]]:
+        """Of a batch, the rows that are estimated, each with its conditional one, and how a held velocity turns."""
+        assert self.plan is not None and self.engine is not None
+        n, own, held = formula.rows, (formula.cond_index, *formula.alone), self.engine.history.velocity
+        rows = [i for i in range(n) if self.plan[i].action == Action.EXTRAPOLATE and not self.evaluates[i]]
+        return [
+            (k * n + i, formula.cond_index * n + i, held[i] / self.step.velocity)
+            for k in range(formula.branches)
+            if k not in own
+            for i in rows
+        ]
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         n = formula.rows
@@ -458,18 +535,21 @@ class Denoiser:
         return self.engine.fill(self.step, self.plan, cond, uncond, self.evaluates)
 
     def _run_ahead(self, leader: "Denoiser", asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Skips the rows that its leader is about to skip."""
+        """Skips the rows that its leader is about to skip, or all of them or none."""
         formula = leader.formula
         assert formula is not None
         total = formula.rows * formula.branches
         self.cut.leave_whole(self.cut.watch.found)
-        if self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
+        place, self.place = self.place, self.place + 1
+        expected = [asked == rows for rows in self.rows_ahead[place : place + 1]]
+        if leader.skips and not self.cut.whole and expected == [True]:
+            leader.follower_cut = True
+            return batch.copied(self.templates[place])
+        if not self.is_cut or self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
             output = call(*args, **kwargs)
             if asked != total:  # the leader's batch may be another one from now on
                 self.inputs.append((call, args, kwargs, batch.copied(output)))
             return output
-        if leader.skips:
-            return batch.copied(self.template)
         kept, source = _kept(formula, leader.evaluates)
         try:
             output = batch.take(self.cut.call(call, args, kwargs, total, kept, self.shape), len(kept), source)
@@ -504,9 +584,9 @@ class Denoiser:
         assert self.formula is not None
         self.templates = [output for _, _, _, output in self.inputs]
         self.puts_out_more = batch.puts_out_more(self.template)
-        if self.policy.hands and self.puts_out_more:
+        if self._keeps_more:
             self.beside.now = [*self.templates]
-        before = self.cut.nfe
+        self.cuts, before = cuts, self.cut.nfe
         note = self.cut.find_out(self.formula, self.inputs, cuts)
         self.nfe += self.cut.nfe - before
         self.templates = [*map(_emptied, self.templates)]
@@ -517,10 +597,23 @@ class Denoiser:
         formula, self.leader = leader.formula, None
         if formula is None:
             return
-        # A policy that skips whole evaluations alone takes no part of any.
-        kept, source = _kept(formula, [self.policy.hands] * formula.rows)
-        if self.cut.follows(formula, self.inputs, kept, source):
-            self.leader, self.templates = leader, [self.inputs[0][3]]
+        # Where whole evaluations alone are skipped, no part of any is taken.
+        kept, source = _kept(formula, [not leader.cuts] * formula.rows)
+        self.is_cut = formula.batched and self.cut.follows(formula, self.inputs, kept, source)
+        calls = self.inputs if self.is_cut else [each for each in self.inputs if leader.shares_sample(each)]
+        if self.is_cut or (self.policy.hands and calls and self.cut.is_steady(calls)):
+            self.leader, self.templates = leader, [output for _, _, _, output in calls]
+            self.rows_ahead = [batch.count(args, kwargs) for _, args, kwargs, _ in calls]
+
+    def shares_sample(self, made: Call) -> bool:
+        """Whether a call of another network at this step is on samples of this one, or on their frames as rows."""
+        _, args, kwargs, _ = made
+        own = [batch.sample(own_args, own_kwargs) for _, own_args, own_kwargs, _ in self.inputs]
+        alike = [x for x in own if isinstance(x, Tensor)]
+        alike += [x[: self.formula.rows] for x in alike if self.formula is not None]  # guess mode: one branch's alone
+        alike += [x.transpose(1, 2).flatten(0, 1) for x in alike if x.ndim == 5]
+        given = [*batch.tensors((args, kwargs))]
+        return any(x.shape == t.shape and torch.equal(x, t) for x in alike for t in given)
 
 
 def _emptied(output: Any) -> Any:

@@ -145,7 +145,7 @@ class Discovery:
 
     def _tell(self, denoiser: Denoiser, formula: Formula) -> None:
         report = self.recording.report
-        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.name}: {formula}"]
+        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.label}: {formula}"]
         report.formula = "; ".join(dict.fromkeys(told_so_far))
 
     def _asked(self, denoiser: Denoiser) -> Asked:
@@ -212,10 +212,12 @@ class Discovery:
 
     def _together(self, denoiser: Denoiser, output: Tensor) -> str:
         """What is seen of a step for which several networks predicted something of the scheduler's shape."""
-        names = [each.name for each in self.networks if any(y.shape == output.shape for y in each.outputs)]
-        if len(names) < 2 or denoiser.name not in names:
+        seen = [each for each in self.networks if any(y.shape[1:] == output.shape[1:] for y in each.outputs)]
+        if len(seen) < 2 or all(each is not denoiser for each in seen):
             return ""
-        return f"{' and '.join(names)} were evaluated for it, and guidance between several networks is not followed"
+        known = [each.label for each in seen if each.formula is not None]
+        why = f"until now {known[0]} alone was" if known else "no sum of their predictions gives it"
+        return f"{' and '.join(each.label for each in seen)} were evaluated for it, and {why}"
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales that do not tell."""
@@ -233,7 +235,7 @@ class Discovery:
         denoiser, seen = at.denoiser, self._see(at)
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
-        if formula.is_read and not (self.acts and (seen.is_here or self.is_in_doubt)):
+        if formula.is_read and not denoiser.surplus and not (self.acts and (seen.is_here or self.is_in_doubt)):
             self._verify_later(denoiser, at.output, formula, seen)
             return seen.step, seen.prediction
         self.is_in_doubt = False
@@ -262,6 +264,12 @@ class Discovery:
         around = self.call.around(at.sample, at.clock.space)
         asked = self._asked(denoiser)
         found = identify(denoiser.outputs, at.output, self.call.scales, around, formula, terms=asked)
+        if found.formula is None and denoiser.surplus:  # not a probe, but a term that comes in
+            every = [*denoiser.surplus, *denoiser.outputs]
+            found = identify(every, at.output, self.call.scales, around, formula, terms=asked)
+            if found.formula is not None:
+                denoiser.outputs = every
+                self._tell(denoiser, found.formula)
         again = found.formula
         if again is None and found.undetermined and found.tried != SINGLE:
             return  # the output agrees with both predictions

@@ -28,11 +28,15 @@ from diffusers_guidance.learning import Learner, Recorder
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints, setting
+from diffusers_guidance.pipelines.attach.inner import COND, UNCOND, Inner, rebuilt
 from diffusers_guidance.pipelines.attach.pair import Pair, Part
 from diffusers_guidance.policies import Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
-from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step
+from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, pick
+
+_SCALE = 7.5
+"""As in diffusers' guiders."""
 
 
 class Guider(Pair, BaseGuidance):
@@ -51,6 +55,8 @@ class Guider(Pair, BaseGuidance):
         guidance_scale: w in `u + w (c - u)` for a rule that leaves it None; 7.5 as in diffusers' guiders. Add 1 to a
             scale meant for `use_original_formulation`, which counts from 0. A schedule too: see `scales`.
         enabled: False evaluates and uses the conditional prediction alone.
+        around: another guider of diffusers, such as `SkipLayerGuidance`: its conditions, scale and terms are kept. With
+            `CFG()` its own combination stands untouched; another rule replaces its guidance, and not its terms.
 
     The configuration is plain JSON. Rule and policy may also be given as they stand there, and are rebuilt by
     their names from the subclasses of `Rule` and `Policy` that have been imported. A calibration that was loaded is
@@ -64,18 +70,25 @@ class Guider(Pair, BaseGuidance):
         self,
         rule: Rule | dict[str, Any] | None = None,
         policy: Policy | dict[str, Any] | None = None,
-        guidance_scale: Any = 7.5,
+        guidance_scale: Any = _SCALE,
         enabled: bool = True,
+        around: BaseGuidance | dict[str, Any] | None = None,
     ):
         kept = scales.checked(plain(guidance_scale))
         if kept is None:
             raise ValueError(f"guidance_scale=None: {scales.WANTED}")
         guidance_scale = kept
         super().__init__(enabled=enabled)
+        self._inner = None if around is None else Inner(rebuilt(around))
+        if self._inner is not None:
+            if kept not in (_SCALE, self._inner.scale):
+                raise ValueError(f"guidance_scale={kept!r}: with around={self._inner.name} the scale is that guider's")
+            guidance_scale = self._inner.scale
         self.rule = DEFAULT_RULE if rule is None else _rebuilt(Rule, rule)
         self.policy = DEFAULT_POLICY if policy is None else _rebuilt(Policy, policy)
         self.guidance_scale = guidance_scale
-        self.register_to_config(guidance_scale=guidance_scale, enabled=enabled)
+        inner = None if self._inner is None else self._inner.config()
+        self.register_to_config(guidance_scale=kept, enabled=enabled, around=inner)
         self.observers: list[Observer] = []
         """Told of every step of the next runs; see `engine.Observer`."""
         self._learner = Learner()
@@ -106,16 +119,21 @@ class Guider(Pair, BaseGuidance):
         It is the same at every step. Pipelines ask before a run, to know whether to encode the negative prompt, and the
         answer must not depend on where the last run ended.
         """
-        return 2 if self._enabled and scales.guides(self._given) else 1
+        if self._inner is not None:
+            return self._inner.most if self._enabled else 1
+        given = self._given
+        return 2 if self._enabled and given is not None and scales.guides(given) else 1
 
     @property
     def is_conditional(self) -> bool:
-        return self._count_prepared == 1
+        return self._count_prepared == 1 if self._inner is None else self._inner.guider.is_conditional
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         """Begins a step: finds the loop's place and plans the step."""
         following = None if self._step is None else self._step + 1
         super().set_state(step, num_inference_steps, timestep)
+        if self._inner is not None:
+            self._inner.begin(self._enabled, step, num_inference_steps, timestep)
         self._loop = _loop_of(self, sys._getframe(1))
         scheduler = getattr(self._loop.pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -133,18 +151,30 @@ class Guider(Pair, BaseGuidance):
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """The inputs of each evaluation of this step, the conditional one first."""
+        if self._inner is not None:
+            return self._noted(self._chosen(self._inner, self._inner.guider.prepare_inputs(data)))
         return self._noted([self._prepare_batch(data, i, name) for i, name in self._evaluations()])
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """The same, with inputs given by their names in `data`."""
+        if self._inner is not None:
+            batches = self._inner.guider.prepare_inputs_from_block_state(data, input_fields)
+            return self._noted(self._chosen(self._inner, batches))
         prepare = self._prepare_batch_from_block_state
         return self._noted([prepare(input_fields, data, i, name) for i, name in self._evaluations()])
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Called before every evaluation."""
+        if self._inner is not None:
+            self._inner.prepare(denoiser, self._count_prepared)
         super().prepare_models(denoiser)
         parts = {} if self._loop.pipe is None else vars(self._loop.pipe)
         self._denoiser = next((name for name, part in parts.items() if part is denoiser), "")
+
+    def cleanup_models(self, denoiser: torch.nn.Module) -> None:
+        """Called after every evaluation."""
+        if self._inner is not None:
+            self._inner.guider.cleanup_models(denoiser)
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
         """The guided prediction, from the batches of `prepare_inputs`, each with a `noise_pred`."""
@@ -152,24 +182,26 @@ class Guider(Pair, BaseGuidance):
             return self._forecast()
         return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
 
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
-        """The guided prediction, from what was evaluated."""
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None, **further: Tensor) -> GuiderOutput:
+        """The guided prediction, from what was evaluated; `further` is what the guider that it is `around` asks for."""
         run = self._run
         if run is None:
             raise GuidanceError("call a guider's set_state before every step")
         step = self._step_now()
-        if self.num_conditions == 1:
-            alone = [Decision(Action.CONDITIONAL, "no guidance: disabled, or at a scale of 1")] * len(pred_cond)
+        if self._is_alone:
+            why = "disabled, or at a scale of 1" if self._inner is None else "one prediction here, by its settings"
+            alone = [Decision(Action.CONDITIONAL, f"no guidance: {why}")] * len(pred_cond)
             run.recording.add(step, alone, [False] * len(alone), len(alone), len(alone))
             if run.engine is not None:  # no forecast leads to or from an unguided step
                 run.engine.history.lapse()
-            pred = pred_cond
+            pred = pred_cond if self._inner is None else self._inner.combined({COND: pred_cond})
             self._tell(step, None, pred)
         else:
             n = self._tokens(pred_cond)
             c, u = pred_cond[:, :n], None if pred_uncond is None else pred_uncond[:, :n]
             engine = self._settled(run, c)
-            pred, prediction = self._guide(run, engine, step, c, u)
+            more = {name: p[:, :n] for name, p in further.items()}
+            pred, prediction = self._guide(run, engine, step, c, u, more)
             if engine.policy.hands:
                 run.held = pred_cond.clone()
                 pred = engine.hand(self._with_sample(replace(step, w=self._w), c), pred, prediction)
@@ -189,7 +221,7 @@ class Guider(Pair, BaseGuidance):
         assert run is not None and run.engine is not None and plan is not None and run.held is not None
         held, n = run.held, self._tokens(run.held)
         step = run.engine.settle(self._with_sample(replace(self._step_now(), w=self._w), held[:, :n]))
-        run.recording.add(step, plan, [False] * len(plan), 0, 2 * len(plan))
+        run.recording.add(step, plan, [False] * len(plan), 0, self._branches * len(plan))
         pred = run.engine.hand(step, None).to(held.dtype)
         self._tell(step, None, pred)
         if n < held.shape[1]:
@@ -198,7 +230,7 @@ class Guider(Pair, BaseGuidance):
         return GuiderOutput(pred=pred, pred_cond=held.clone(), pred_uncond=None)
 
     @property
-    def _given(self) -> scales.Given:
+    def _given(self) -> scales.Given | None:
         return self.guidance_scale if self.rule.guidance_scale is None else self.rule.guidance_scale
 
     @property
@@ -206,6 +238,32 @@ class Guider(Pair, BaseGuidance):
         """The scale where it is a number; a schedule's is settled by the engine."""
         given = self._given
         return None if isinstance(given, str | tuple) else given
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether this step has one prediction of a sample."""
+        return self.num_conditions == 1 if self._inner is None else len(self._inner.names) == 1
+
+    @property
+    def _branches(self) -> int:
+        """Evaluations of a sample at a step in full."""
+        return 2 if self._inner is None else len(self._inner.names)
+
+    def _chosen(self, inner: Inner, batches: list[Any]) -> list[Any]:
+        """Those of a step's batches that are to be evaluated."""
+        inner.asks(batches)
+        run = self._run
+        assert run is not None
+        if run.names != inner.names:  # no forecast leads to or from a step that has other terms
+            if run.engine is not None:
+                run.engine.history.lapse()
+                self._plan = self._planned(run.engine)
+            run.names = [*inner.names]
+        plan = self._plan
+        if plan is None or self._is_alone:
+            return inner.kept(batches, skips=False, without=False)
+        skips = all(each.action == Action.NEITHER for each in plan)
+        return inner.kept(batches, skips, without=all(each.action != Action.BOTH for each in plan))
 
     def _evaluations(self) -> list[tuple[int, str]]:
         plan = self._plan
@@ -224,7 +282,8 @@ class Guider(Pair, BaseGuidance):
         assert run is not None
         clock, first = run.clock, run.recording.first
         count = first + clock.count if clock.count else self._num_inference_steps
-        return replace(clock.step(self._step, count, first), denoiser=self._denoiser)
+        step = clock.step(self._step, count, first)
+        return replace(step, denoiser=self._denoiser, branches=max(self._branches, 2))
 
     def _with_sample(self, step: Step, pred: Tensor) -> Step:
         """The step with the loop's sample, if the prediction can be denoised with it."""
@@ -249,7 +308,7 @@ class Guider(Pair, BaseGuidance):
             )
         if run.engine is None:
             history = History.following(self._histories(run), run.recording.first, len(c), self._denoiser)
-            rule = replace(self.rule, guidance_scale=self._given)
+            rule = self.rule if self._inner is not None else replace(self.rule, guidance_scale=self._given)
             run.engine = Engine(rule, run.policy, history, run.recording, recorder=run.recorder)
             run.engine.check(lambda: self._setting(run))
             self._plan = self._planned(run.engine)
@@ -271,7 +330,7 @@ class Guider(Pair, BaseGuidance):
         begin = max(run.clock.begin - run.recording.first, 0)
         timesteps = run.clock.timesteps(begin, self._step_now().count)
         step, given = self._step_now(), self._given
-        w: Any = self._w if self._w is not None else scales.by_step(given, step)
+        w: Any = scales.by_step(given, step) if self._w is None and given is not None else self._w
         found = setting(pipe, self._denoiser, w, timesteps)
         del found["pipeline"]  # a modular pipeline has classes of its own
         return found
@@ -292,9 +351,13 @@ class Guider(Pair, BaseGuidance):
         longer = x is not None and x.ndim == c.ndim == 3 and x.shape[1] < c.shape[1]
         return x.shape[1] if x is not None and longer else c.shape[1]
 
-    def _guide(self, run: "_Run", engine: Engine, step: Step, c: Tensor, u: Tensor | None) -> tuple[Tensor, Prediction]:
-        plan, rows = self._plan, len(c)
+    def _guide(
+        self, run: "_Run", engine: Engine, step: Step, c: Tensor, u: Tensor | None, further: dict[str, Tensor]
+    ) -> tuple[Tensor, Prediction]:
+        plan, rows, inner = self._plan, len(c), self._inner
         assert plan is not None
+        if inner is not None and UNCOND not in inner.names:
+            plan = [Decision(Action.CONDITIONAL, f"no guidance: {inner.name} has terms alone here")] * rows
         name = run.recording.report.pipeline or "the loop of an unknown pipeline"
         space = run.clock.denoising(name, engine.rule, engine.policy, self._loop.latents, c)
         step = engine.settle(replace(self._with_sample(step, c), space=space, w=self._w))
@@ -302,13 +365,32 @@ class Guider(Pair, BaseGuidance):
         uncond = engine.fill(step, plan, c, u, evaluated)
         # The loop may reuse its memory.
         put_out = (c.clone(), uncond.clone()) if engine.policy.remembers else None
-        prediction = Prediction(c, uncond, evaluated, put_out)
+        made = rows * (1 + (u is not None) + len(further))
+        prediction = Prediction(c, uncond, evaluated, put_out, made, rows * self._branches)
 
         def own(s: float | None) -> Tensor:
+            if inner is not None:
+                w = step.w if engine.rule.guidance_scale is not None and isinstance(step.w, int | float) else None
+                return inner.combined(parts, w if s is None else s)
             assert step.w is not None
             return uncond + (scales.column(step.w, c) if s is None else s) * (c - uncond)
 
-        guided = engine.guide(step, plan, prediction, own).tensor
+        if inner is None:
+            guided = engine.guide(step, plan, prediction, own).tensor
+            return own(None) if guided is None else guided, prediction
+        parts = {COND: c, **further}
+        if UNCOND in inner.names:
+            unguided = [each.action == Action.CONDITIONAL for each in plan]
+            parts[UNCOND] = pick(unguided, c, uncond)
+            if engine.rule.is_scheduled or not engine.rule.is_plain:
+                prediction = replace(prediction, further=inner.terms(parts))
+
+        def finish(guided: Tensor, cond: Tensor) -> Tensor:
+            if engine.rule.is_plain:
+                return own(None)  # of a sample that is not guided, with what stands in its place
+            return inner.finished(guided if prediction.further is None else guided + prediction.further, cond)
+
+        guided = engine.guide(step, plan, prediction, own, finish).tensor
         return own(None) if guided is None else guided, prediction
 
     def _tell(self, step: Step, prediction: Prediction | None, pred: Tensor) -> None:
@@ -335,6 +417,8 @@ class _Run:
     """None until the batch is known."""
     held: Tensor | None = None
     """The last conditional prediction, for a policy that `hands`."""
+    names: list[str] = dataclasses.field(default_factory=list)
+    """Of the last step's predictions, of a guider around another."""
 
     def finished_report(self) -> Report:
         report = self.recording.finish()

@@ -42,6 +42,7 @@ from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
 from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
 from diffusers_guidance.pipelines.attach.parts import components, part
 from diffusers_guidance.pipelines.attach.perturbed import Perturbed
+from diffusers_guidance.pipelines.attach.together import together
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
@@ -104,6 +105,8 @@ class Host:
         self._denoisers: dict[int, Denoiser] = {}
         self._discovery = Discovery(self._call, rule, policy, self._recording, self._denoisers.values())
         self._active: Denoiser | None = None
+        self._called: list[Denoiser] = []
+        """Those called since the last step, in order."""
         self._last: Denoiser | None = None
         """The denoiser whose evaluation the last step used."""
         self._was_called = False
@@ -155,12 +158,15 @@ class Host:
             and not (self.policy.hands or self.policy.corrects or self.rule.is_scheduled),
         )  # fmt: skip
 
-        given, steps = self.rule.guidance_scale, self.report.steps
-        is_seen = any(Action.BOTH in step.evaluated for step in steps)
-        if given is not None and self.rule.is_scheduled and steps and not is_seen and scales.guides(given):
+        given, taken = self.rule.guidance_scale, self._call.arguments
+        # A true_cfg_scale has no part in a run without guidance; a guidance_scale may be an input of the network.
+        is_fed = "guidance_scale" in taken and "true_cfg_scale" not in taken and bool(self.report.steps)
+        is_fed = is_fed and not self.report.is_guided
+        if given is not None and self.rule.is_scheduled and is_fed and scales.guides(given):
             raise UnsupportedPipeline(
-                f"{self._call.name} did no classifier-free guidance in this call, so the schedule {given!r} could not "
-                "act: give it what it needs to guide (such as a negative prompt), or leave guidance_scale to the call"
+                f"{self._call.name} did no classifier-free guidance in this call, and took guidance_scale="
+                f"{scales.stand_in(given):g} for all of its steps, so the schedule {given!r} was not followed: "
+                "give its rule one number, or leave guidance_scale to the call"
             )
 
     def _meet(self) -> None:
@@ -229,9 +235,10 @@ class Host:
             planned.begin_step(self._step_of(planned, coming=True))
         if planned is denoiser:
             self._active = denoiser
+            self._called.append(denoiser)
             self._handed = None  # the next step is on another evaluation
         self._was_called = True
-        return denoiser.run(call, args, kwargs)
+        return denoiser.run_of(module, call, args, kwargs)
 
     def on_step(self, scheduler: Any, step: Callable, args: tuple, kwargs: dict) -> Any:
         """Replaces `scheduler.step`."""
@@ -263,6 +270,7 @@ class Host:
         try:
             guided = self._guide(denoiser, output, sample, fuse)
         finally:
+            self._called.clear()
             for each in self._denoisers.values():
                 each.end_step()
         if guided.again is not None:
@@ -360,7 +368,8 @@ class Host:
             )
         self._check_batch(denoiser, output, sample)
         if denoiser.formula is None:
-            if reason := self._discovery.identify(denoiser, output, sample, self._clock):
+            denoiser, reason = self._identify(denoiser, output, sample)
+            if reason:
                 both = [Decision(Action.BOTH)] * output.shape[0]
                 note = f"{reason}{_NOT_YET}"
                 self._recording.add(step, both, [True] * len(both), *denoiser.take_cost(), note=note)
@@ -411,6 +420,24 @@ class Host:
             handed = self._hand(denoiser, step, output if handed is None else handed, sample, prediction)
         self._tell(prediction, step, output if handed is None else handed, sample)
         return Guided(None if handed is output else handed)
+
+    def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> tuple[Denoiser, str]:
+        """Whose predictions make the step, and why that cannot be told yet: its network's, or those of all called."""
+        try:
+            return denoiser, self._discovery.identify(denoiser, output, sample, self._clock)
+        except UnsupportedPipeline:
+            for made in together(self._called):
+                try:
+                    reason = self._discovery.identify(made, output, sample, self._clock)
+                except UnsupportedPipeline:
+                    continue
+                if not reason:
+                    parts = {id(each.module): each for each in self._called}
+                    self._denoisers.update(dict.fromkeys(parts, made))
+                    self._last = made
+                    return made, ""
+                return denoiser, reason
+            raise
 
     def _forecast(
         self, denoiser: Denoiser, engine: Engine, plan: Plan, step: Step, output: Tensor, sample: Tensor, note: str
@@ -572,8 +599,11 @@ class Host:
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
         is_guided = denoiser.formula is not None and denoiser.formula.evaluations > 1
-        note = denoiser.find_out(cuts=is_guided and not self.policy.hands)
-        if denoiser.formula is not None and denoiser.formula.batched and not denoiser.cut.is_left_whole:
+        given, origin = self.rule.guidance_scale, 0.0 if denoiser.formula is None else denoiser.formula.w(0.0)
+        rests = self.rule.is_scheduled and self.rule.rests_at_one and given is not None and scales.rests(given, origin)
+        note = denoiser.find_out(cuts=is_guided and (rests or not self.policy.hands))
+        formula, is_whole = denoiser.formula, denoiser.cut.is_left_whole
+        if formula is not None and (formula.batched or self.policy.hands) and not is_whole:
             for other in self._denoisers.values():
                 if other is not denoiser:
                     other.follow(denoiser)
@@ -621,11 +651,13 @@ class Host:
     @property
     def _nothing_to_guide(self) -> str:
         """What a rule and a policy could do in a run without guidance."""
-        idle = [repr(self.rule)] * (not self.rule.is_plain) + [repr(self.policy)] * (not self.report.saved)
+        idle = [repr(self.rule)] * (not self.rule.is_plain or self.rule.is_scheduled) + [repr(self.policy)] * (
+            not self.report.saved
+        )
         what = "no classifier-free guidance in this call: one prediction of each sample a step"
         if not idle:
             return what
-        more = "" if self.rule.is_plain else f", {self._to_guide}"
+        more = f", {self._to_guide}" if repr(self.rule) in idle else ""
         return f"{what}; {' and '.join(idle)} had nothing to do{more}"
 
     @property

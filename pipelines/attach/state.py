@@ -63,6 +63,17 @@ class Watch:
         """Has calls be made as they would be without us, because of this."""
         self.found = self.found or why
 
+    def take_in(self, other: "Watch") -> None:
+        """What another has seen of a part of this network."""
+        self.found, self.in_doubt = self.found or other.found, self.in_doubt or other.in_doubt
+        self.takes_part |= other.takes_part
+        self._outputs |= other._outputs
+        self._acting |= other._acting
+
+    def unwatched(self, call: Callable) -> Callable:
+        """The call behind one of `over`."""
+        return call.args[0] if isinstance(call, partial) and call.func == self._call else call
+
     def settle(self) -> None:
         """Takes note that the step is over at which parts of the batch are tried."""
         self.is_settled = True

@@ -17,7 +17,6 @@ from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, part, silent
 from diffusers_guidance.policies import EveryStep, Forecast
 from diffusers_guidance.rules import CFG
-from diffusers_guidance.steps import Action
 
 SAVE = 0.45
 """The least share of the NFEs that the learned Forecast saves."""
@@ -150,7 +149,7 @@ def try_out(
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{kind} made no picture from this prompt: {error}") from error
-    if not any(Action.BOTH in step.evaluated for report in lesson.reports for step in report.steps):
+    if not any(report.is_guided for report in lesson.reports):
         raise ValueError(
             f"{kind} does no classifier-free guidance at {scale_name}={scale:g}, so there is nothing to save: "
             "a scale above 1 turns it on (--scale), unless the model has guidance distilled into it"

@@ -185,7 +185,7 @@ def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any
             pipe, cases, Column("", rule, EveryStep()), steps=steps, gradients=True, output_type="latent", **call
         )
     (report,) = made.reports
-    if not report.formula:
+    if not report.is_guided:
         raise UnsupportedPipeline(f"{type(pipe).__name__} used no guidance at guidance_scale={call['guidance_scale']}")
     # If a pipeline counts its scale from 0, w is not the call's value; 1 means no guidance.
     return torch.stack(made.pictures), torch.tensor([step.guidance_scale or 1.0 for step in report.steps])

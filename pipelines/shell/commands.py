@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[Path, typer.Option(help="Text file, one prompt a line.", show_default="the bundled ones")]
 Steps = Annotated[int, typer.Option(min=1)]
-Kept = Annotated[Path, typer.Option("--keep", help="Folder for the state of the search; a stopped search continues from it.")]
+Kept = Annotated[Path, typer.Option("--keep", help="Folder from which a stopped search continues.")]
 
 
 def compare_command(

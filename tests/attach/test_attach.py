@@ -1,6 +1,7 @@
 """Attached pipelines: the promises of `conformance`, on every way of guiding that the package started from."""
 
 import copy
+import math
 from unittest import mock
 
 import by_hand as hand
@@ -366,6 +367,34 @@ def test_a_controlnet_leaves_out_what_its_network_does(name, monkeypatch):
         assert conformance.relative(result, whole) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "QwenImageControlNetPipeline",
+        "FluxControlNetPipeline",
+        "FluxControlNetImg2ImgPipeline",
+        "AnimateDiffControlNetPipeline",
+    ],
+)
+@pytest.mark.slow
+def test_a_controlnet_beside_one_call_a_branch_skips_whole_steps(name, monkeypatch):
+    """It may serve all branches at once, or be called for each."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    with counting(pipe.controlnet) as full:
+        plain = run(pipe, entry, 8)
+    with attach(pipe) as handle, counting(pipe.controlnet) as count:
+        found = run(pipe, entry, 8)
+    skipped = sum(not step.nfe for step in handle.report.steps)
+    steps = len(handle.report.steps)
+    assert skipped and count.total == full.total * (steps - skipped) // steps
+    assert torch.equal(run(pipe, entry, 8), plain)
+    monkeypatch.setattr("diffusers_guidance.pipelines.attach.denoiser.Denoiser.follow", lambda self, leader: None)
+    with attach(pipe), counting(pipe.controlnet) as count:
+        assert torch.equal(run(pipe, entry, 8), found)
+    assert count.total == full.total
+
+
 def test_sound_beside_the_picture_is_never_estimated():
     entry = PIPELINES["LTX2Pipeline"]
     pipe = entry.build()
@@ -377,13 +406,52 @@ def test_sound_beside_the_picture_is_never_estimated():
         return out[0], out[1]
 
     untouched = both()
-    for policy in (Hold(2), Again((1, 2))):
-        with attach(pipe, CFG(), policy) as handle:
-            assert all(map(torch.equal, both(), untouched))
-        assert handle.report.nfe == handle.report.nfe_full == 8
+    with attach(pipe, CFG(), Again((1, 2))) as handle:
+        assert all(map(torch.equal, both(), untouched))
+    assert handle.report.nfe == handle.report.nfe_full == 8
     with attach(pipe, CFG(), Interval(stop=0.5)) as handle:
         both()
     assert handle.report.nfe == 6
+
+
+@pytest.mark.parametrize("name", ["LTX2Pipeline", "LTX2Pipeline, its defaults"])
+def test_sound_beside_the_picture_is_held_with_it(name):
+    """As in the untouched pipeline whose network's unconditional half is overwritten by a hook, picture and sound."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+
+    def both():
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        out = pipe(**entry.call(), num_inference_steps=5, generator=generator, output_type="latent", return_dict=False)
+        return out[0], out[1]
+
+    plain = both()
+    with attach(pipe, CFG(), Hold(2)) as handle, counting(pipe.transformer) as count:
+        found = both()
+    held = [step.evaluated[0] != "both" for step in handle.report.steps]
+    assert any(held) and handle.report.nfe == count.total == handle.report.nfe_full - sum(held)
+    step, before = 0, None
+
+    def overwrite(module, args, kwargs, output):
+        nonlocal step, before
+        if len(output[0]) == 1:  # a further branch
+            return output
+        halves = [y.chunk(2) for y in output]
+        sigma = handle.report.steps[step].sigma
+        size = math.hypot(1 - sigma, sigma)  # of a flow's noise and signal: what a velocity is held by
+        if held[step]:
+            halves = [(c + (u0 - c0) * then / size, c) for (_, c), (u0, c0, then) in zip(halves, before, strict=True)]
+        else:
+            before = [(u.clone(), c.clone(), size) for u, c in halves]
+        step += 1
+        return tuple(torch.cat(half) for half in halves)
+
+    hook = pipe.transformer.register_forward_hook(overwrite, with_kwargs=True)
+    expected = both()
+    hook.remove()
+    for made, wanted, unheld in zip(found, expected, plain, strict=True):
+        assert conformance.relative(made, wanted) < 1e-5 < conformance.relative(unheld, wanted)
 
 
 def test_a_schedule_of_the_wrong_length_is_refused():

@@ -150,6 +150,36 @@ def test_where_it_rests_at_1_the_unconditional_half_is_not_evaluated(rule):
     assert handle.report.nfe == (14 if rests else 16)
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "WanPipeline", "StableDiffusionControlNetPipeline"])
+def test_forecasts_rest_with_it(name):
+    """They begin anew behind it; where nothing was skipped by then, all is as without them."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    (network,) = (getattr(pipe, each) for each in entry.denoisers)
+    schedule = "1x3+5x6+1x3"
+    with attach(pipe, CFG(schedule), EveryStep()) as full, recorded(pipe.scheduler) as own:
+        run(pipe, entry, 12, batch=2)
+    with (
+        attach(pipe, CFG(schedule), Forecast(0.4)) as handle,
+        recorded(pipe.scheduler) as steps,
+        counting(network) as count,
+    ):
+        run(pipe, entry, 12, batch=2)
+    report = handle.report
+    assert [step.evaluated[0] for step in full.report.steps] == [
+        "both",
+        *["conditional"] * 2,
+        *["both"] * 6,
+        *["conditional"] * 3,
+    ]
+    ours = [step.evaluated[0] for step in report.steps]
+    assert ours[:4] == ["both", "conditional", "conditional", "both"] and ours[9:] == ["conditional"] * 3
+    skipped = ours.index("neither")
+    assert set(ours[3:9]) == {"both", "neither"}
+    assert report.nfe == count.total < full.report.nfe
+    assert all(relative(x, y) < 1e-5 for x, y in zip(steps.outputs[:skipped], own.outputs[:skipped], strict=True))
+
+
 def test_the_wrong_number_of_steps_is_refused_and_the_pipeline_stays_usable():
     entry = PIPELINES["StableDiffusionPipeline"]
     pipe = entry.build()
@@ -159,13 +189,34 @@ def test_the_wrong_number_of_steps_is_refused_and_the_pipeline_stays_usable():
     assert torch.equal(run(pipe, entry, 4), expected)
 
 
-def test_a_call_without_guidance_is_not_passed_off_as_scheduled():
-    entry = PIPELINES["FluxPipeline"]
-    if not entry.available:
-        pytest.skip("this diffusers has no FluxPipeline")
+def test_a_schedule_has_nothing_to_do_without_guidance_and_says_so():
+    entry = PIPELINES["FluxPipeline, no guidance"]
     pipe = entry.build()
-    with attach(pipe, CFG("linear(6, 4)"), EveryStep()), pytest.raises(UnsupportedPipeline, match="could not act"):
-        run(pipe, entry, 2, true_cfg_scale=1.0, negative_prompt=None, negative_prompt_embeds=None)
+    alone = {"negative_prompt": None, "negative_prompt_embeds": None, "negative_pooled_prompt_embeds": None}
+    expected = run(pipe, entry, 2, **alone)
+    with attach(pipe, CFG("linear(6, 4)"), EveryStep()) as handle:
+        assert torch.equal(run(pipe, entry, 2, **alone), expected)
+    assert "; CFG(guidance_scale='linear(6, 4)', rescale=0.0) and EveryStep() had nothing to do" in handle.report.note
+    assert "which needs a negative prompt and a true_cfg_scale above 1" in handle.report.note
+    with attach(pipe, CFG("linear(6, 4)")) as handle:
+        run(pipe, entry, 8, **alone)
+    assert "; CFG(guidance_scale='linear(6, 4)', rescale=0.0) had nothing to do, which needs" in handle.report.note
+    assert handle.report.saved >= 0.25
+
+
+def test_a_schedule_that_the_network_would_have_to_follow_is_refused():
+    """A distilled model's guidance_scale is an input of its network, one number a run."""
+    entry = PIPELINES["LatentConsistencyModelPipeline"]
+    pipe = entry.build()
+    for policy in (EveryStep(), Forecast()):
+        with (
+            attach(pipe, CFG("linear(6, 4)"), policy),
+            pytest.raises(
+                UnsupportedPipeline,
+                match=r"took guidance_scale=6 for all of its steps, so the schedule 'linear\(6, 4\)' was",
+            ),
+        ):
+            run(pipe, entry, 4)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionInstructPix2PixPipeline", "StableDiffusionPAGPipeline"])

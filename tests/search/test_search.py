@@ -20,6 +20,7 @@ from diffusers_guidance import (
     LinearAG,
     Schedule,
     StepAG,
+    UnsupportedPipeline,
     attach,
     calibrate,
     search,
@@ -440,6 +441,8 @@ def test_search_by_gradients_keeps_to_the_budget_and_leaves_the_pipeline_alone(p
     assert "forward" not in vars(pipe.unet)
     with pytest.raises(ValueError, match="nfe=4: from 5 to 8"):
         search_nas(pipe, PROMPTS, 4, num_inference_steps=4)
+    with pytest.raises(UnsupportedPipeline, match=r"used no guidance at guidance_scale=1\.0"):
+        search_nas(pipe, PROMPTS, 7, num_inference_steps=4, guidance_scale=1.0, **SIZE)
 
 
 def test_search_by_gradients_counts_a_solvers_stages(pipe):

@@ -139,7 +139,7 @@ def test_a_signal_in_the_middle(name, number, code, here, heeded, told):
     told.at, told.then = 2, lambda: signal.raise_signal(number)
     stopped = run(name)
     assert told.at is None and stopped.exit_code == code, stopped.output
-    goes_on = "; the same command goes on from here" if name in GO_ON else ""
+    goes_on = "; the same command continues from here" if name in GO_ON else ""
     assert stopped.output == f"stopped: all written files are complete{goes_on}\n"
     found = whole(here / "out")
     if number == signal.SIGTERM or name not in GO_ON:  # going on is the same after either
@@ -173,7 +173,7 @@ def test_a_full_disk(name, here, monkeypatch):
     at = 2
     failed = run(name)
     assert failed.exit_code == 1, failed.output
-    goes_on = "; the same command goes on from here" if name in GO_ON else ""
+    goes_on = "; the same command continues from here" if name in GO_ON else ""
     said = re.fullmatch(
         rf"Error: (\S+): there is no room left on the disk for this: free some{goes_on}\n", failed.output
     )

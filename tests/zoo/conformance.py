@@ -172,6 +172,11 @@ def overwritten(pipe: Any, entry: Tiny, after: int, loop: int = STEPS, sound: bo
             else first(next(iter(value.values() if isinstance(value, dict) else value)))
         )
 
+    def cut(value: Any, shape: torch.Size) -> Any:
+        """The last tokens, where another network's call has fewer."""
+        y = first(value)
+        return value if y.shape == shape else (y[:, -shape[1] :],)
+
     def overwrite(value: Any) -> Any:
         if isinstance(value, Tensor):
             parts = value.chunk(entry.branches)
@@ -201,7 +206,7 @@ def overwritten(pipe: Any, entry: Tiny, after: int, loop: int = STEPS, sound: bo
             return overwrite(output) if step >= after else output
         if call == 0:
             held[0] = output
-        return held[0] if step >= after else output
+        return cut(held[0], first(output).shape) if step >= after else output
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in denoisers(pipe, entry)]
     try:

@@ -7,6 +7,7 @@ import torch
 from tiny_core import (
     BETAS,
     SCALE,
+    SUBJECTS,
     TRUE_OFF,
     autoencoder,
     ddim,
@@ -968,3 +969,46 @@ def fibo_texts() -> dict[str, Any]:
         num_attention_heads=2,
     )
     return {"text_encoder": lively(LlamaForCausalLM(config), seed=11), "tokenizer": words}
+
+
+# Ideogram 4
+
+
+def ideogram_prompt(
+    prompt: Any, grid_h: int, grid_w: int, max_sequence_length: int, device: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In place of the pipeline's, whose text encoder has 36 layers: features by the prompt's subject."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    rows = [SUBJECTS.index(text) for text in texts]
+    features = torch.cat([rows_of(range(row, row + 1), 0, max_sequence_length, 12) for row in rows])
+    features = torch.cat([features, torch.zeros(len(rows), grid_h * grid_w, 12)], 1)
+    lengths = [max_sequence_length] * len(rows)
+    ids = diffusers.Ideogram4Pipeline._prepare_ids(lengths, grid_h, grid_w, max_sequence_length, device)
+    return features, *ids
+
+
+def ideogram_text(rows: range, **extra: Any) -> dict[str, Any]:
+    subjects = [SUBJECTS[r % len(SUBJECTS)] for r in rows]
+    return {"prompt": subjects[0] if len(rows) == 1 else subjects, "max_sequence_length": 5, **extra}
+
+
+@tiny(
+    "Ideogram4Pipeline",
+    lambda rows: ideogram_text(rows, height=16, width=16, guidance_scale=SCALE, guidance_schedule=None),
+    denoisers=("transformer", "unconditional_transformer"),
+    style="sequential",
+    settings={"encode_prompt": ideogram_prompt},
+)
+def ideogram() -> dict[str, Any]:
+    def net(seed: int) -> nn.Module:
+        return lively(
+            diffusers.Ideogram4Transformer2DModel(
+                in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=32,
+                adaln_dim=16, llm_features_dim=12, mrope_section=(4, 2, 2),
+            ),
+            seed=seed,
+        )  # fmt: skip
+
+    return {
+        "transformer": net(0), "unconditional_transformer": net(1), "vae": flux2()["vae"], "scheduler": flow(),
+    }  # fmt: skip

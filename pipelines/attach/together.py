@@ -1,0 +1,119 @@
+"""Several networks whose predictions make one step: a weak one beside the strong (AutoGuidance), one for no text
+(Ideogram 4).
+
+They are followed as one denoiser, whose calls go to one network or another. Where one puts out more, such as a text's
+tokens before the picture's, it is cut to what they share: which end that is, the formula tells.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffusers_guidance.pipelines.attach import rows as batch
+from diffusers_guidance.pipelines.attach.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is taken of a network's prediction: `length` of the `whole` along `dim`, from `start` on."""
+
+    dim: int
+    start: int
+    length: int
+    whole: int
+
+    def of(self, output: Any) -> Any:
+        y = batch.prediction(output)
+        return output if y is None else batch.with_prediction(output, y.narrow(self.dim, self.start, self.length))
+
+    def called(self, call: Callable, args: tuple, kwargs: dict, run: Callable) -> Any:
+        """What `run` makes of the call as if the network put out this part alone; in the form that the network has."""
+        seen: list[tuple[Any, Any]] = []
+
+        def cut(*args: Any, **kwargs: Any) -> Any:
+            whole = call(*args, **kwargs)
+            seen.append((whole, self.of(whole)))
+            return seen[-1][1]
+
+        output = run(cut, args, kwargs)
+        for whole, found in seen:
+            if output is found:  # untouched
+                return whole
+        y = batch.prediction(output)
+        if y is None or y.shape[self.dim] != self.length:
+            return output
+        shape = [*y.shape]
+        shape[self.dim] = self.whole
+        made = y.new_zeros(shape)
+        made.narrow(self.dim, self.start, self.length).copy_(y)
+        return batch.with_prediction(output, made)
+
+
+@dataclass
+class Together(Denoiser):
+    """The denoiser that several are, in the order of their calls; they have made one step so far."""
+
+    parts: dict[int, Part] = field(default_factory=dict)
+    """By a network's id."""
+    networks: tuple[str, ...] = ()
+    """Their names; its own is the first one's."""
+
+    @classmethod
+    def of(cls, each: Sequence[Denoiser], parts: Sequence[Part | None]) -> "Together":
+        first = each[0]
+        made = cls(first.name, torch.nn.ModuleList(one.module for one in each), first.policy)
+        made.networks = tuple(one.name for one in each)
+        made.parts = {id(one.module): part for one, part in zip(each, parts, strict=True) if part is not None}
+        made.hands_copies = bool(made.parts)
+        made.clock, made.loop, made.sample_shape = first.clock, first.loop, first.sample_shape
+        watch = made.cut.watch
+        for one in each:
+            watch.take_in(one.cut.watch)
+        watch.scan()
+        for one, part in zip(each, parts, strict=True):
+            for call, args, kwargs, output in one.inputs:
+                again = partial(_called, part, watch.over(one.cut.watch.unwatched(call)))
+                made.inputs.append((again, args, kwargs, _of(part, output)))
+            made.outputs += [_of(part, y) for y in one.outputs]
+            made.nfe += one.nfe
+            made.nfe_full += one.nfe_full
+            made.aside += one.aside
+        return made
+
+    @property
+    def label(self) -> str:
+        return " and ".join(self.networks)
+
+    def run_of(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        part = self.parts.get(id(module))
+        return self.run(call, args, kwargs) if part is None else part.called(call, args, kwargs, self.run)
+
+
+def _of(part: Part | None, output: Any) -> Any:
+    return output if part is None else part.of(output)
+
+
+def _called(part: Part | None, call: Callable, *args: Any, **kwargs: Any) -> Any:
+    return _of(part, call(*args, **kwargs))
+
+
+def together(called: Sequence[Denoiser]) -> Iterator[Together]:
+    """The ways in which the networks called for a step may make it together."""
+    each = [one for one in {id(one): one for one in called}.values() if one.outputs]
+    if len(each) < 2 or any(one.formula is not None or isinstance(one, Together) for one in each):
+        return
+    shapes = [one.outputs[0].shape for one in each]
+    if len({len(shape) for shape in shapes}) > 1:
+        return
+    unlike = [i for i in range(1, len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]
+    if not unlike:
+        yield Together.of(each, [None] * len(each))
+    elif len(unlike) == 1:
+        (dim,) = unlike
+        n = min(shape[dim] for shape in shapes)
+        for at_end in (True, False):
+            wholes = [shape[dim] for shape in shapes]
+            yield Together.of(each, [None if m == n else Part(dim, m - n if at_end else 0, n, m) for m in wholes])

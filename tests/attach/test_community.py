@@ -1,0 +1,220 @@
+"""Pipelines of the community's kinds: two networks, perturbed attention of their own, perpendicular negatives.
+
+Their arithmetic and their calls are those of public pipelines, in a loop of the least size: smoothed energy guidance
+(arXiv 2408.00760), Perp-Neg (2304.04968), AutoGuidance (2406.02507) alone and beside guidance.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from conformance import recorded, relative
+from tiny import PIPELINES, counting, run
+from tiny_core import ddim
+from tiny_unet import unet
+from torch import Tensor, nn
+
+from diffusers_guidance import CFG, EveryStep, Forecast, Hold, StepAG, UnsupportedPipeline, attach
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+
+
+class Community(diffusers.DiffusionPipeline):
+    """A loop whose step is its argument's."""
+
+    def __init__(self, unet: Any, scheduler: Any, weak: Any = None):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, weak=weak)
+
+    @torch.no_grad()
+    def __call__(self, step: Callable, guidance_scale: float = 4.0, seg_scale: float = 3.0, rows: int = 1) -> Tensor:
+        self._guidance_scale, self._seg_scale = guidance_scale, seg_scale
+        self.scheduler.set_timesteps(STEPS)
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(rows, 4, 5, 5, generator=draw)
+        texts = torch.randn(3, 1, 5, 16, generator=draw).expand(3, rows, 5, 16)
+        own = self.unet.attn_processors
+        if step is smoothed:
+            blurs = {name: Smoothed(each) if "attn1" in name else each for name, each in own.items()}
+            self.unet.set_attn_processor(blurs)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(step(self, x, t, texts), t, x, return_dict=False)[0]
+        self.unet.set_attn_processor(own)
+        return x
+
+
+def built() -> Community:
+    weak = unet()
+    with torch.no_grad():
+        for p in weak.parameters():
+            p.mul_(0.9)
+    return Community(unet(), ddim(), weak)
+
+
+def call(network: nn.Module, x: Tensor, t: Any, *texts: Tensor) -> Any:
+    made = network(torch.cat([x] * len(texts)), t, torch.cat(texts), return_dict=False)[0]
+    return made.chunk(len(texts)) if len(texts) > 1 else made
+
+
+# AutoGuidance
+
+
+def auto(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    """The network beside a weaker one, of the same prompt."""
+    strong, weak = call(pipe.unet, x, t, texts[1]), call(pipe.weak, x, t, texts[1])
+    return weak + pipe._guidance_scale * (strong - weak)
+
+
+def auto_weak_first(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    weak, strong = call(pipe.weak, x, t, texts[1]), call(pipe.unet, x, t, texts[1])
+    return torch.lerp(weak, strong, pipe._guidance_scale)
+
+
+def auto_beside(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    """Guidance, and away from the weaker one too."""
+    u, c = call(pipe.unet, x, t, texts[0], texts[1])
+    weak = call(pipe.weak, x, t, texts[1])
+    return u + pipe._guidance_scale * (c - u) + pipe._seg_scale * (c - weak)
+
+
+# Perp-Neg
+
+
+def perpendicular(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    """The part of a negative prompt that is perpendicular to the prompt's."""
+    u, c, n = call(pipe.unet, x, t, *texts)
+    main, away = c - u, n - u
+    share = (away * main).flatten(1).sum(1) / main.square().flatten(1).sum(1)
+    return u + pipe._guidance_scale * (main - pipe._seg_scale / 4 * (away - share.view(-1, 1, 1, 1) * main))
+
+
+# Smoothed energy guidance
+
+
+class Smoothed:
+    """Self-attention of [uncond, cond, perturbed] whose last third has one query for all places."""
+
+    def __init__(self, own: Any):
+        self.own = own
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept, blurred = hidden_states[: -(len(hidden_states) // 3)], hidden_states[-(len(hidden_states) // 3) :]
+        if len(hidden_states) % 3:
+            raise ValueError("a batch of three")
+        flat = blurred.flatten(2).transpose(1, 2) if blurred.ndim == 4 else blurred
+        q = attn.head_to_batch_dim(attn.to_q(flat).mean(1, keepdim=True).expand(-1, flat.shape[1], -1))
+        k, v = attn.head_to_batch_dim(attn.to_k(flat)), attn.head_to_batch_dim(attn.to_v(flat))
+        made = attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(q, k), v))
+        made = attn.to_out[1](attn.to_out[0](made))
+        return torch.cat([self.own(attn, kept, *args, **kwargs), made.view_as(blurred)])
+
+
+def smoothed(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    u, c, p = call(pipe.unet, x, t, texts[0], texts[1], texts[1])
+    return u + pipe._guidance_scale * (c - u) + pipe._seg_scale * (c - p)
+
+
+# A network ahead of each branch's call
+
+
+def steered(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    found = [call(pipe.unet, x, t, text + call(pipe.weak, x, t, text).mean()) for text in (texts[1], texts[0])]
+    return found[1] + pipe._guidance_scale * (found[0] - found[1])
+
+
+KINDS = {
+    "auto": (auto, 2), "auto, weak first": (auto_weak_first, 2), "auto beside": (auto_beside, 3),
+    "perpendicular": (perpendicular, 3), "smoothed": (smoothed, 3),
+}  # fmt: skip
+each_kind = pytest.mark.parametrize(("step", "branches"), KINDS.values(), ids=KINDS)
+
+
+@each_kind
+def test_its_guidance_is_found_and_stands(step, branches):
+    pipe = built()
+    with recorded(pipe.scheduler) as own:
+        pipe(step)
+    with attach(pipe, CFG(), EveryStep()) as handle, recorded(pipe.scheduler) as found:
+        pipe(step)
+    assert all(torch.equal(x, y) for x, y in zip(found.outputs, own.outputs, strict=True))
+    assert handle.report.nfe == handle.report.nfe_full == branches * STEPS
+
+
+@each_kind
+@pytest.mark.parametrize("rows", [1, 2])
+def test_forecasts_skip_whole_steps(step, branches, rows):
+    pipe = built()
+    networks = (pipe.unet, pipe.weak)
+    if step is perpendicular and rows > 1:  # its factors are each sample's own
+        with attach(pipe), pytest.raises(UnsupportedPipeline, match="could not be verified"):
+            pipe(step, rows=rows)
+        return
+    with recorded(pipe.scheduler) as own:
+        pipe(step, rows=rows)
+    with attach(pipe) as handle, recorded(pipe.scheduler) as found, counting(*networks) as count:
+        pipe(step, rows=rows)
+    report = handle.report
+    assert report.nfe == count.total < report.nfe_full == branches * rows * STEPS
+    skipped = [i for i, each in enumerate(report.steps) if not each.nfe]
+    assert skipped
+    assert all(torch.equal(found.outputs[i], own.outputs[i]) for i in range(skipped[0]))
+
+
+def test_a_network_ahead_of_each_call_skips_with_it():
+    pipe = built()
+    with attach(pipe) as handle, counting(pipe.unet) as count, counting(pipe.weak) as ahead:
+        made = pipe(steered)
+    assert count.rows == ahead.rows and count.total == handle.report.nfe < 2 * STEPS
+    with attach(pipe, CFG(), StepAG(0.5)), counting(pipe.unet) as count, counting(pipe.weak) as ahead:
+        pipe(steered)
+    assert count.total == 12 and ahead.total == 2 * STEPS
+    assert made.isfinite().all()
+
+
+IDEOGRAM = PIPELINES["Ideogram4Pipeline"]
+
+
+def test_ideograms_own_schedule_is_followed():
+    """By default it guides at 7, and at 3 in the last steps."""
+    pipe = IDEOGRAM.build()
+    changes = {"guidance_scale": None, "guidance_schedule": [7.0, 7.0, 7.0, 3.0]}
+    plain = run(pipe, IDEOGRAM, 4, **changes)
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(run(pipe, IDEOGRAM, 4, **changes), plain)
+    assert [step.guidance_scale for step in handle.report.steps] == changes["guidance_schedule"]
+    assert handle.report.formula.startswith("transformer and unconditional_transformer: 2 calls, cond then uncond")
+
+
+@pytest.mark.parametrize("policy", [Forecast(), Hold(2), StepAG(0.5)], ids=repr)
+def test_what_is_skipped_of_two_networks_is_handed_in_each_ones_form(policy):
+    """The one with the text puts out its tokens too; hooks that look on see which calls were made."""
+    pipe = IDEOGRAM.build()
+    networks = pipe.transformer, pipe.unconditional_transformer
+    with attach(pipe, CFG(), policy) as handle, counting(networks[0]) as text, counting(networks[1]) as none:
+        found = run(pipe, IDEOGRAM, 8, batch=2)
+    assert handle.report.nfe == text.total + none.total < 32
+    assert text.total == (12 if isinstance(policy, Forecast) else 16)
+    assert none.total >= 8 and torch.isfinite(found).all()
+    with attach(pipe, CFG(), policy):
+        alone = run(pipe, IDEOGRAM, 8, first=1)
+    assert relative(found[1:], alone) < 1e-5
+
+
+def test_a_network_that_comes_in_later_is_refused():
+    pipe, made = built(), []
+
+    def later(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+        made.append(t)
+        u, c = call(pipe.unet, x, t, texts[0], texts[1])
+        guided = u + pipe._guidance_scale * (c - u)
+        return guided if len(made) < 3 else guided + (c - call(pipe.weak, x, t, texts[1]))
+
+    with (
+        attach(pipe),
+        pytest.raises(UnsupportedPipeline, match="unet and weak were evaluated for it, and until now unet alone was"),
+    ):
+        pipe(later)
