@@ -127,7 +127,7 @@ class Outcome:
                 f"Learned: this picture was made in full, and showed how the model's predictions move over {levels} "
                 "noise levels. The next pictures go by it."
             )
-        return f"This picture was made with {note}." if note.startswith("forecast") else note
+        return f"This picture was {note}." if note.startswith("forecast") else note
 
     def to_dict(self) -> dict[str, Any]:
         """All but the pictures, as plain JSON types."""
