@@ -1,12 +1,13 @@
 """Measures APG alone at a high scale, and stopping guidance alone: docs/results/apart/*.json and .md.
 
-    python benchmarks/apart.py [emoji] [emoji-flow] [--choosing 128] [--judging 400] [--coarse]
+    python benchmarks/apart.py [emoji] [emoji-flow] [--choosing 128] [--judging 48] [--coarse]
 
-1. The scale of CFG at which the nearest real picture shows the requested thing most often: the best scale, w.
+1. The scale of CFG whose pictures are told best: where the nearest real picture of the requested thing is nearer than
+   any other by the most, on average. That is the best scale, w.
 2. Where the burn comes from: 3 w in one third of the steps, w in the others.
 3. What the cap does: the mean norm of the update d at each step of CFG at 3 w, in denoised space.
 4. Settings of APG at 3 w with every step guided, chosen on calibration prompts.
-5. The chosen settings beside CFG, each with every step guided and with AG, on things that no calibration prompt names.
+5. The chosen settings beside CFG, each with every step guided and with AG, on held-out prompts.
 6. The chosen settings between both scales, for the plot.
 
 It takes 20 steps of the model's own kind of scheduler. It resumes after an interruption, and replaces the results of
@@ -95,19 +96,21 @@ class Model:
         torch.set_num_threads(1)
         self.name, self.pipe, self.grid = name, load(name, MODELS[name], "cpu"), grid
         self.retrieval = Retrieval.load(samples.MODEL / Retrieval.FILE)
-        chosen = [text for text in prompts(samples.CALIBRATION_PROMPTS) if self.retrieval.concept(text)]
-        named = {self.retrieval.concept(text) for text in chosen}
-        others = sorted({*self.retrieval.concepts} - named)
-        self.choosing = [Case(text, CHOOSING + i) for i, text in enumerate(spread(chosen * 2, choosing))]
-        self.judging = [
-            Case(f"an emoji of {concept}", JUDGING + i) for i, concept in enumerate(spread(others, judging))
-        ]
+        asked = (samples.CALIBRATION_PROMPTS, CHOOSING, choosing), (samples.HELDOUT_PROMPTS, JUDGING, judging)
+        self.choosing, self.judging = (
+            [Case(text, seed + i) for i, text in enumerate(spread(2 * self.known(file), count))]
+            for file, seed, count in asked
+        )
         self.path = OUT / f"{name}.json"
         self.about = {
             "model": fingerprint(name), "steps": STEPS, "choosing": len(self.choosing), "judging": len(self.judging),
         }  # fmt: skip
         found = json.loads(self.path.read_text()) if self.path.is_file() else {}
         self.rows: dict[str, dict] = found["rows"] if found.get("about") == self.about else {}
+
+    def known(self, file: Path) -> list[str]:
+        """The file's prompts whose things the retrieval knows."""
+        return [text for text in prompts(file) if self.retrieval.concept(text)]
 
     def run(self, column: Column, cases: list[Case], **more) -> Result:
         return make(self.pipe, cases, column, steps=STEPS, batch=BATCH, **more)
@@ -124,13 +127,14 @@ class Model:
             return self.rows[label]
         result = self.run(column, cases)
         made = result.floats
-        fits = self.retrieval(made, [case.prompt for case in cases])
+        margin = self.retrieval.margin(made, [case.prompt for case in cases])
         return self.keep(
             label,
             {
                 "saturation": float(saturation(made).mean()),
                 "contrast": float(contrast(made).mean()),
-                "retrieval": float(fits.nanmean()),
+                "retrieval": float((margin > 0).float().mean()),
+                "margin": float(margin.mean()),
                 "nfe": result.nfe / len(cases),
             },
         )
@@ -140,7 +144,7 @@ class Model:
             scale: self.measure(f"choose: CFG@{scale}", Column("", CFG(), EveryStep(), scale), self.choosing)
             for scale in SCALES
         }
-        best = max(choose, key=lambda scale: choose[scale]["retrieval"])
+        best = max(choose, key=lambda scale: choose[scale]["margin"])
         high = 3 * best
         for which, (first, last) in {"first": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "last": (2 / 3, 1)}.items():
             rule = Part(other=best, first=first, last=last)
@@ -156,7 +160,7 @@ class Model:
         }
         wanted = choose[best]["saturation"]
         near = {rule: row for rule, row in grid.items() if abs(row["saturation"] / wanted - 1) <= ROOM} or grid
-        rule = max(near, key=lambda rule: near[rule]["retrieval"])
+        rule = max(near, key=lambda rule: near[rule]["margin"])
         self.keep("chosen", {"best scale": best, "APG": told(rule)})
         for scale, rules in ((best, {"CFG": CFG()}), (high, {"CFG": CFG(), told(rule): rule})):
             for (name, each), (suffix, policy) in itertools.product(
@@ -186,13 +190,13 @@ def page(model: Model) -> str:
         cases = model.judging if part == "judge" else model.choosing
         base = rows[f"{'judge' if part == 'judge' else 'choose'}: CFG@{best}"]
         lines += [
-            f"| {part}: {len(cases)} pictures | saturation | of CFG@{best}'s | contrast | nearest one fits | NFEs |",
-            "|---|---:|---:|---:|---:|---:|",
+            f"| {part}: {len(cases)} pictures | saturation | of CFG@{best}'s | contrast | nearest fits | by | NFEs |",
+            "|---|---:|---:|---:|---:|---:|---:|",
         ]
         for label, row in rows.items():
             if label.startswith(f"{part}: "):
                 cells = f"{row['saturation']:.3f} | {row['saturation'] / base['saturation'] - 1:+.1%}"
-                cells += f" | {row['contrast']:.3f} | {row['retrieval']:.1%} | {row['nfe']:.1f}"
+                cells += f" | {row['contrast']:.3f} | {row['retrieval']:.1%} | {row['margin']:.3f} | {row['nfe']:.1f}"
                 lines.append(f"| {label.removeprefix(part + ': ')} | {cells} |")
         lines.append("")
     norms = ", ".join(f"{value:.2f}" for value in rows["norms"].values())
@@ -201,7 +205,7 @@ def page(model: Model) -> str:
 
 
 def draw(model: Model, path: Path) -> None:
-    """Saturation and retrieval against the scale: CFG and the chosen APG with every step guided, and both with AG."""
+    """Saturation and margin against the scale: CFG and the chosen APG with every step guided, and both with AG."""
     best, chosen = model.rows["chosen"]["best scale"], model.rows["chosen"]["APG"]
     lines: dict[str, dict[float, dict]] = {}
     for label, row in model.rows.items():
@@ -210,7 +214,7 @@ def draw(model: Model, path: Path) -> None:
         if part in ("choose", "between") or (part == "grid" and name == chosen):
             lines.setdefault("CFG" if name == "CFG" else "APG", {})[float(scale)] = row
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for place, measure in zip(axes, ("saturation", "retrieval"), strict=True):
+    for place, measure in zip(axes, ("saturation", "margin"), strict=True):
         for name, line in lines.items():
             place.plot(
                 *zip(*sorted((scale, row[measure]) for scale, row in line.items()), strict=True), "o-", label=name
@@ -230,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: all")
     parser.add_argument("--choosing", type=int, default=128, help="the most pictures of a row that chooses")
-    parser.add_argument("--judging", type=int, default=400, help="the most pictures of a row that judges")
+    parser.add_argument("--judging", type=int, default=48, help="the most pictures of a row that judges")
     parser.add_argument("--coarse", action="store_true", help="fewer settings of APG")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)

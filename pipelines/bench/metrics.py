@@ -156,11 +156,20 @@ class Retrieval:
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """(N,) 1 or 0; NaN if the prompt names no concept of the pool."""
+        margin = self.margin(pictures, prompts)
+        return torch.where(margin.isnan(), margin, (margin > 0).float())
+
+    def margin(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(N,) by how much the nearest real picture that shows the concept is nearer than the nearest other one.
+
+        It is the difference of two cosines, -2 to 2; NaN if the prompt names no concept of the pool.
+        """
         whole = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        nearest = (self.embed(whole) @ self.pool.T).argmax(1).tolist()
+        near = self.embed(whole) @ self.pool.T
         wanted = [self.concept(prompt) for prompt in prompts]
-        found = [math.nan if c is None else float(self.concepts[n] == c) for n, c in zip(nearest, wanted, strict=True)]
-        return torch.tensor(found)
+        fits = torch.tensor([[concept == each for concept in self.concepts] for each in wanted])
+        found = near.masked_fill(~fits, -2.0).amax(1) - near.masked_fill(fits, -2.0).amax(1)
+        return torch.where(fits.any(1), found, math.nan)
 
 
 def clip_scorer() -> Callable[[Tensor, Sequence[str]], Tensor]:
