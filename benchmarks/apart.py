@@ -2,9 +2,9 @@
 
     python benchmarks/apart.py [emoji] [emoji-flow] [--choosing 128] [--judging 48] [--coarse]
 
-1. The scale of CFG whose pictures are told best: where the nearest real picture of the requested thing is nearer than
-   any other by the most, on average. That is the best scale, w.
-2. Where the burn comes from: 3 w in one third of the steps, w in the others.
+1. How well things are told at each scale of CFG: how often the nearest real picture is of the requested thing, and by
+   how much it is nearer than the nearest other one. The scale w is the one at which the page starts (`suited.py`).
+2. Where the burn comes from: the high scale, 3 w, in one third of the steps, w in the others.
 3. What the cap does: the mean norm of the update d at each step of CFG at 3 w, in denoised space.
 4. Settings of APG at 3 w with every step guided, chosen on calibration prompts.
 5. The chosen settings beside CFG, each with every step guided and with AG, on held-out prompts.
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Prediction, Rule, Step, samples
 from diffusers_guidance.files import write
+from diffusers_guidance.pipelines.app.suited import suited
 from diffusers_guidance.pipelines.bench.metrics import Retrieval
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make
@@ -41,7 +42,7 @@ STEPS, BATCH = 20, 16
 CHOOSING, JUDGING = 1000, 2000
 """The first seeds; each further picture has the next one."""
 ROOM = 0.05
-"""How far the saturation may be from that at the best scale."""
+"""How far the saturation may be from that at the scale w."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Model:
     def __init__(self, name: str, choosing: int, judging: int, grid: tuple[APG, ...]):
         torch.set_num_threads(1)
         self.name, self.pipe, self.grid = name, load(name, MODELS[name], "cpu"), grid
+        self.suited = suited(name)
         self.retrieval = Retrieval.load(samples.MODEL / Retrieval.FILE)
         asked = (samples.CALIBRATION_PROMPTS, CHOOSING, choosing), (samples.HELDOUT_PROMPTS, JUDGING, judging)
         self.choosing, self.judging = (
@@ -141,32 +143,31 @@ class Model:
 
     def run_all(self) -> None:
         choose = {
-            scale: self.measure(f"choose: CFG@{scale}", Column("", CFG(), EveryStep(), scale), self.choosing)
+            scale: self.measure(f"choose: CFG@{scale:g}", Column("", CFG(), EveryStep(), scale), self.choosing)
             for scale in SCALES
         }
-        best = max(choose, key=lambda scale: choose[scale]["margin"])
-        high = 3 * best
+        best, high = self.suited.scale, self.suited.high
         for which, (first, last) in {"first": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "last": (2 / 3, 1)}.items():
             rule = Part(other=best, first=first, last=last)
-            self.measure(f"where: {high} in the {which} third", Column("", rule, EveryStep(), high), self.choosing)
-        self.measure(f"where: {high} in all", Column("", CFG(), EveryStep(), high), self.choosing)
+            self.measure(f"where: {high:g} in the {which} third", Column("", rule, EveryStep(), high), self.choosing)
+        self.measure(f"where: {high:g} in all", Column("", CFG(), EveryStep(), high), self.choosing)
         if "norms" not in self.rows:
             seen = Norms()
             self.run(Column("", CFG(), EveryStep(), high), self.choosing[:32], observers=[seen])
             self.keep("norms", {str(step): sum(each) / len(each) for step, each in seen.by_step.items()})
         grid = {
-            rule: self.measure(f"grid: {told(rule)}@{high}", Column("", rule, EveryStep(), high), self.choosing)
+            rule: self.measure(f"grid: {told(rule)}@{high:g}", Column("", rule, EveryStep(), high), self.choosing)
             for rule in self.grid
         }
         wanted = choose[best]["saturation"]
         near = {rule: row for rule, row in grid.items() if abs(row["saturation"] / wanted - 1) <= ROOM} or grid
         rule = max(near, key=lambda rule: near[rule]["margin"])
-        self.keep("chosen", {"best scale": best, "APG": told(rule)})
+        self.keep("chosen", {"scale": best, "APG": told(rule)})
         for scale, rules in ((best, {"CFG": CFG()}), (high, {"CFG": CFG(), told(rule): rule})):
             for (name, each), (suffix, policy) in itertools.product(
                 rules.items(), (("", EveryStep()), ("+AG", AdaptiveGuidance()))
             ):
-                self.measure(f"judge: {name}{suffix}@{scale}", Column("", each, policy, scale), self.judging)
+                self.measure(f"judge: {name}{suffix}@{scale:g}", Column("", each, policy, scale), self.judging)
         for scale in (best, 1.5 * best, 2 * best):
             self.measure(f"between: {told(rule)}@{scale:g}", Column("", rule, EveryStep(), scale), self.choosing)
 
@@ -184,13 +185,13 @@ def told(rule: APG) -> str:
 def page(model: Model) -> str:
     """The rows as tables."""
     rows, parts = model.rows, ("choose", "where", "grid", "between", "judge")
-    best = rows["chosen"]["best scale"]
+    best, high = model.suited.scale, model.suited.high
     lines = [f"# APG and stopping guidance, each by itself: {model.name}", "", ""]
     for part in parts:
         cases = model.judging if part == "judge" else model.choosing
-        base = rows[f"{'judge' if part == 'judge' else 'choose'}: CFG@{best}"]
+        base = rows[f"{'judge' if part == 'judge' else 'choose'}: CFG@{best:g}"]
         lines += [
-            f"| {part}: {len(cases)} pictures | saturation | of CFG@{best}'s | contrast | nearest fits | by | NFEs |",
+            f"| {part}: {len(cases)} pictures | saturation | of CFG@{best:g}'s | contrast | nearest fits | by | NFEs |",
             "|---|---:|---:|---:|---:|---:|---:|",
         ]
         for label, row in rows.items():
@@ -200,13 +201,18 @@ def page(model: Model) -> str:
                 lines.append(f"| {label.removeprefix(part + ': ')} | {cells} |")
         lines.append("")
     norms = ", ".join(f"{value:.2f}" for value in rows["norms"].values())
-    lines += [f"Mean norm of d by step, CFG@{3 * best}: {norms}.", "", "Made by `python benchmarks/apart.py`.", ""]
+    lines += [
+        f"Mean norm of d by step, CFG@{high:g}: {norms}.",
+        "",
+        "Made by `python benchmarks/apart.py`.",
+        "",
+    ]
     return "\n".join(lines)
 
 
 def draw(model: Model, path: Path) -> None:
     """Saturation and margin against the scale: CFG and the chosen APG with every step guided, and both with AG."""
-    best, chosen = model.rows["chosen"]["best scale"], model.rows["chosen"]["APG"]
+    best, high, chosen = model.suited.scale, model.suited.high, model.rows["chosen"]["APG"]
     lines: dict[str, dict[float, dict]] = {}
     for label, row in model.rows.items():
         part, _, rest = label.partition(": ")
@@ -220,8 +226,8 @@ def draw(model: Model, path: Path) -> None:
                 *zip(*sorted((scale, row[measure]) for scale, row in line.items()), strict=True), "o-", label=name
             )
         for name in ("CFG", chosen):
-            row, short = model.rows[f"judge: {name}+AG@{3 * best}"], "CFG" if name == "CFG" else "APG"
-            place.plot(3 * best, row[measure], "s" if short == "CFG" else "D", label=f"{short} + AG, other prompts")
+            row, short = model.rows[f"judge: {name}+AG@{high:g}"], "CFG" if name == "CFG" else "APG"
+            place.plot(high, row[measure], "s" if short == "CFG" else "D", label=f"{short} + AG, other prompts")
         place.axvline(best, color="#94a3b8", ls=":")
         place.set(xlabel="guidance scale", ylabel=measure)
         place.grid(alpha=0.3)

@@ -80,6 +80,8 @@ def ways(own: Found, other: Found) -> Iterator[Way]:
         for where, found in (("own", own), ("other", other)):
             yield way("uncalibrated pattern", where, partial(Patterned, nfe=nfe, evaluated=found.pattern(nfe)))
         for where, calibration in (("own", mine), ("other", given)):
+            if not calibration.motions:  # a file of the first format
+                continue
             yield way("motion", where, partial(Forecast, nfe=nfe, calibration=calibration.portable))
         yield way("search", "own", partial(search, mine, nfe))
         yield way("search: steps", "other", partial(_schedule, given, nfe, mine))
