@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from diffusers_guidance.files import write
+
 FILE = "calibration.safetensors"
 """A calibration's file in a folder, and in a repository."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,7 +51,7 @@ def keep(calibration: Any, folder: str | Path, name: str = "") -> None:
     """Writes the calibration and its card into a folder."""
     folder = Path(folder)
     calibration.save(folder / FILE)
-    (folder / "README.md").write_text(card(calibration, name or str(folder)))
+    write(folder / "README.md", card(calibration, name or str(folder)).encode())
 
 
 def push(calibration: Any, name: str, private: bool | None = None, token: str | bool | None = None) -> str:

@@ -7,6 +7,7 @@ Every run has a seed, which its header names; `--seed` runs it again. Each test 
 same whichever tests run before.
 """
 
+import gc
 import os
 import random
 import secrets
@@ -43,6 +44,16 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if terminalreporter.stats.keys() & {"failed", "error"}:  # -q prints no header
         terminalreporter.write_line(pytest_report_header(config))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so that garbage collections, which come often, need not walk through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before any fixture

@@ -1,5 +1,6 @@
 """The page's controls, made from the forms of `settings`, and how the page and its clients follow the work."""
 
+import errno
 import functools
 import inspect
 import logging
@@ -157,9 +158,11 @@ def sentences() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from None
     except torch.OutOfMemoryError:
         raise gr.Error("The device is out of memory: make fewer or smaller pictures.", print_exception=False) from None
-    except Exception:
+    except Exception as error:
         log.exception("a request failed")
         message = "Something went wrong here: this is a fault of the app, not of your settings. See the server's log."
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = "The server's disk is full: whoever runs it must free some room."
         raise gr.Error(message, print_exception=False) from None
 
 
@@ -208,20 +211,26 @@ def finished(work: Generator[Any, None, R]) -> R:
 # Endpoints
 
 
-def endpoint(controls: Controls, function: Callable, outputs: list[Any]) -> None:
-    """Offers the generator `function(form)` to clients, under its name and with the form's settings as parameters."""
+def endpoint(controls: Controls, function: Callable, outputs: list[Any], kept: Sequence[Any] = ()) -> None:
+    """Offers the generator `function(form)` to clients under its own name, with the form's fields as parameters.
+
+    Args:
+        kept: states of a client's session. They are not parameters; the function gets them after the form, and yields
+            them after the outputs.
+    """
     kinds, defaults = controls.form.kinds(), controls.form.defaults()
 
     def call(*values: Any) -> Iterator[Any]:
         with sentences():
-            yield from function(controls.read(values))
+            yield from function(controls.read(values[: len(kinds)]), *values[len(kinds) :])
 
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, keyword, default=defaults[name]) for name in kinds]
+    parameters += [inspect.Parameter(f"kept_{i}", keyword, default=None) for i in range(len(kept))]
     words = [f"    {name}: {kind.label}. {kind.info}".rstrip() for name, kind in kinds.items()]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__name__ = function.__name__
     call.__doc__ = "\n".join([function.__doc__ or "", "", "Args:", *words])
     gr.Button(visible=False).click(
-        call, controls.inputs, outputs, api_name=function.__name__, preprocess=False, **ON_DEVICE
+        call, [*controls.inputs, *kept], [*outputs, *kept], api_name=function.__name__, preprocess=False, **ON_DEVICE
     )

@@ -40,7 +40,7 @@ from diffusers_guidance.pipelines.app.settings import (
     rules,
 )
 from diffusers_guidance.pipelines.app.suited import suited
-from diffusers_guidance.pipelines.app.work import News, Outcome, Studio
+from diffusers_guidance.pipelines.app.work import Learned, News, Outcome, Studio
 from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.policies import Forecast
 from diffusers_guidance.scales import text
@@ -234,15 +234,15 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
     linked = page.load(on_link, query, [*values, status], js="() => location.search", queue=False, **on_page)
     follow(linked)
 
-    def generate(settings: Generation) -> Iterator[Any]:
+    def generate(settings: Generation, known: Learned | None) -> Iterator[Any]:
         """Generates pictures with a rule and a policy; returns the first picture, a report, and all pictures."""
-        outcome = yield from quietly(studio.generate(settings), 3)
+        outcome = yield from quietly(studio.generate(settings, known), 4)
         files = [app_show.in_a_file(picture).path for picture in outcome.guided.pictures]
-        yield files[0], outcome.to_dict(), files
+        yield files[0], outcome.to_dict(), files, outcome.learned or known
 
     hidden = [gr.Image(visible=False, format="png", label="picture"), gr.JSON(visible=False, label="report"),
               gr.Gallery(visible=False, format="png", label="pictures")]  # fmt: skip
-    endpoint(controls, generate, hidden)
+    endpoint(controls, generate, hidden, [learned])
     return controls["prompt"]
 
 

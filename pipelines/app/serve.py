@@ -45,7 +45,11 @@ def serve(
     _check_address(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     heed_termination()
-    folder = tempfile.TemporaryDirectory(prefix="diffusers-guidance-", ignore_cleanup_errors=True)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="diffusers-guidance-", ignore_cleanup_errors=True)
+    except OSError as error:
+        typer.secho(f"Error: there is no place for the pictures: {error.strerror}; free some room", fg="red", err=True)
+        raise typer.Exit(1) from None
     with _until_stopped(), folder as outputs:
         os.environ["GRADIO_TEMP_DIR"] = outputs  # a folder of its own keeps the files of other apps out of reach
         try:

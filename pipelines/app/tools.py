@@ -1,6 +1,8 @@
 """The app as an MCP server: tools with few parameters. Pictures are image blocks, their figures are structured."""
 
 import base64
+import secrets
+from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
@@ -29,14 +31,17 @@ from diffusers_guidance.pipelines.app.settings import (
     Grid,
     Trial,
 )
-from diffusers_guidance.pipelines.app.work import News, Studio
+from diffusers_guidance.pipelines.app.work import Learned, News, Studio
 from diffusers_guidance.pipelines.pictures.make import png_of
+from diffusers_guidance.policies import Forecast
 
 R = TypeVar("R")
 PATH = "/gradio_api/mcp"
 FIRST = next(iter(PRESETS))
 WAITING = 32
 """How many calls may wait for the device."""
+REMEMBERED = 128
+"""How many lessons the server keeps; it forgets the one first that was not used for the longest time."""
 
 Prompt = Annotated[
     str, Field(description="What the picture shows. The bundled models draw emoji: things, animals, faces.")
@@ -69,6 +74,38 @@ class Made(BaseModel):
     saturation: float = Field(description="0 is grey, 1 is burnt.")
     unread: str = Field(description="The end of the prompt that the model does not read.")
     link: str = Field(description="A query of the page, with these settings.")
+    learned: str = Field(description="With `learn`: what this picture taught, or which record it used.")
+    lesson: str = Field(description="With `learn`: the name of the record, for the next call.")
+
+
+class Lessons:
+    """What pictures taught, under names that nobody can guess, since calls have no session that could keep it."""
+
+    def __init__(self, most: int = REMEMBERED):
+        self.most, self.known = most, OrderedDict[str, Learned]()
+
+    def find(self, name: str) -> Learned | None:
+        """What is kept under a name; None for an empty name.
+
+        Raises:
+            ValueError: it is not known, or no longer.
+        """
+        if not name:
+            return None
+        if name not in self.known:
+            raise ValueError(f"lesson={name!r} is not known here, or no longer: call with learn for a new one.")
+        self.known.move_to_end(name)
+        return self.known[name]
+
+    def keep(self, learned: Learned | None, name: str) -> str:
+        """The name for what a call learned, or the one that it used."""
+        if learned is None or self.known.get(name) is learned:
+            return name if learned else ""
+        name = secrets.token_urlsafe(9)
+        self.known[name] = learned
+        while len(self.known) > self.most:
+            self.known.popitem(last=False)
+        return name
 
 
 class Compared(BaseModel):
@@ -87,7 +124,7 @@ class Measured(BaseModel):
 def make_server(studio: Studio, host: str) -> FastMCP:
     """The server with its tools. Each call is a job that waits for its turn, like a visitor's."""
     server = FastMCP("diffusers-guidance", host=host, stateless_http=True, log_level="WARNING")
-    waiting = [0]
+    waiting, lessons = [0], Lessons()
 
     async def done(start: Callable[[], Generator[News, None, R]], context: Context) -> R:
         """Follows a job to its end, and tells the client its progress."""
@@ -120,8 +157,14 @@ def make_server(studio: Studio, host: str) -> FastMCP:
         policy: Annotated[str, Field(description=f"Replaces the policy of `want`: {_policies()}.")] = "",
         knobs: Annotated[
             dict[str, float | str | bool | None] | None,
-            Field(description='Of rule and policy: {"save": 0.4}. Other settings too: {"schedule": "linear(9, 3)"}.'),
+            Field(
+                description='Of the rule and the policy, such as {"save": 0.4}; {"schedule": "linear(9, 3)"}; '
+                '{"learn": true} makes this picture in full, and answers with a `lesson` for the next ones.'
+            ),
         ] = None,
+        lesson: Annotated[
+            str, Field(description="That of an earlier answer: Forecast uses what that picture taught.")
+        ] = "",
         negative_prompt: Annotated[str, Field(description="What the picture should not show.")] = "",
         scheduler: Scheduler = OWN,
         model: Model = BUNDLED,
@@ -131,6 +174,7 @@ def make_server(studio: Studio, host: str) -> FastMCP:
             wanted = PRESETS[want].settings(model) | (knobs or {})
             wanted |= {"policy": policy} if policy else {}
             wanted |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+            wanted |= {"learn": True} if lesson else {}
             unknown = wanted.keys() - Generation.kinds()
             if unknown:
                 raise ValueError(f"knobs: {min(unknown)} is not a setting: there are {', '.join(Generation.kinds())}.")
@@ -138,14 +182,17 @@ def make_server(studio: Studio, host: str) -> FastMCP:
                 **wanted, prompt=prompt, seed=seed, steps=steps, negative_prompt=negative_prompt, scheduler=scheduler,
                 model=model, compare_with_plain=False,
             )  # fmt: skip
-        outcome = await done(lambda: studio.generate(settings), context)
+            known = lessons.find(lesson)
+            if known is not None and (settings.policy, settings.model) != (Forecast.__name__, known.model):
+                raise ValueError(f"lesson={lesson!r} is for Forecast on the model {known.model}.")
+        outcome = await done(lambda: studio.generate(settings, known), context)
         told, asked = ("prompt", "seed", "rule", "policy"), outcome.settings
         made = Made(
             **{name: getattr(asked, name) for name in told},
             guidance_scale=asked.schedule or asked.guidance_scale,
             steps=asked.steps_made, nfe=outcome.guided.nfe, nfe_full=outcome.nfe_full,
             seconds=outcome.guided.seconds, saturation=outcome.guided.saturation, unread=outcome.unread,
-            link=f"?{asked.address}",
+            link=f"?{asked.address}", learned=outcome.lesson, lesson=lessons.keep(outcome.learned, lesson),
         )  # fmt: skip
         return _answer(outcome.guided.pictures[0], made, outcome.guided.reports[0].summary())
 

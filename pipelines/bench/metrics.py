@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from diffusers_guidance.errors import GuidanceError
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.bench.embedding import Embedding, embed
 from diffusers_guidance.pipelines.bench.suite import Suite
 from diffusers_guidance.pipelines.pictures.fidelity import likeness
@@ -145,7 +147,7 @@ class Retrieval:
         """Writes it in float16."""
         tensors = {f"network.{name}": t for name, t in network.state_dict().items()} | {"pool": pool}
         halves = {name: t.half().contiguous() for name, t in tensors.items()}
-        save_file(halves, file, {"concepts": json.dumps(list(concepts))})
+        write(file, serialize(halves, {"concepts": json.dumps(list(concepts))}))
 
     def concept(self, prompt: str) -> str | None:
         """The longest concept whose words the prompt has in a row."""

@@ -6,13 +6,12 @@ pictures. So an interruption leaves only finished cells, and the next call does 
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers_guidance.files import write
+from diffusers_guidance.files import append, write
 from diffusers_guidance.pipelines.bench.cells import Done, run_cell
 from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.support.loading import fingerprint
@@ -59,15 +58,17 @@ def bench(
         return _keep(results, out, key(cell), cell, done)
 
     def do(cells: Sequence[Cell], at_once: int | None = None) -> None:
-        for cell in cells[:1]:
-            progress(f"{cell.kind}: {cell.column}", len(mine), total)
+        left = [cell for cell in cells if results.found(key(cell)) is None]
+        had = len(mine) + len(cells) - len(left)
+        for cell in left[:1]:
+            progress(f"{cell.kind}: {cell.column}", had, total)
         found = resumed(
             work, cells, lambda cell: results.found(key(cell)), keep,
             on_ray=on_ray, resources=resources, at_once=at_once,
         )  # fmt: skip
         for cell, record in found:
             mine.append(record)
-            progress(f"{cell.kind}: {cell.column}", len(mine), total)
+            progress(f"{cell.kind}: {cell.column}", max(had, len(mine)), total)
 
     do(suite.effective_cells())
     strength = {(r["scheduler_asked"], r["column"]): r.get("guidance_scale") for r in mine}
@@ -140,7 +141,4 @@ class Results:
         return record
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.file, json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")

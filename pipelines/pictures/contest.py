@@ -14,6 +14,7 @@ from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
+from diffusers_guidance.pipelines.pictures.rivals import EasyCache, Rival, Spectrum, TaylorSeer
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import Policy
 
@@ -56,6 +57,8 @@ class Way(NamedTuple):
 def contestants(steps: int, calibration: str | None = None, own: Sequence[str] = ()) -> list[Way]:
     """The ways to save NFEs that any pipeline has at so many steps: the default first, CFG in fewer steps among them.
 
+    Other people's forecasts save as much as the default, and half. Their steps are spaced evenly, as in their papers.
+
     Args:
         calibration: the name of one that fits; without it LinearAG holds, and `search` is not possible.
         own: further columns, each a series of its own.
@@ -66,6 +69,8 @@ def contestants(steps: int, calibration: str | None = None, own: Sequence[str] =
 
     named = f"calibration={calibration!r}"
     searched = [f"search({round(share * 2 * steps)}, {named})" for share in (0.5, 0.625, 0.75)]
+    shares = (DEFAULT_POLICY.save, 0.5)
+    rivals: tuple[type[Rival], ...] = (TaylorSeer, EasyCache, Spectrum)
     few = sorted({max(2, round(share * steps)) for share in (0.5, 0.65, 0.75)} - {steps})
     return [
         way(FORECAST, "default", DEFAULT),
@@ -75,6 +80,11 @@ def contestants(steps: int, calibration: str | None = None, own: Sequence[str] =
         *(way("AdaptiveGuidance", f"AdaptiveGuidance(threshold={t})") for t in (0.95, 0.99, 0.995)),
         *(way("Interval", f"Interval(0.0, {stop})") for stop in (0.5, 0.7)),
         *(way("Hold", f"Hold({period})") for period in (2, 3)),
+        *(
+            Way(kind.__name__, f"{kind.__name__}, {share:.0%} saved", partial(kind, share, is_even=True))
+            for kind in rivals
+            for share in shares
+        ),
         way("LinearAG", f"LinearAG({named})") if calibration else way("LinearAG, held", "LinearAG"),
         *(way(column, column) for column in own),
     ]

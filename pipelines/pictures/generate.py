@@ -222,11 +222,11 @@ def generate(
         return len(part)
 
     progress = progress or silent
-    done = 0
-    progress("generating", done, len(jobs))
+    done, had = 0, sum(found(part) or 0 for part in batches)
+    progress("generating", had, len(jobs))
     for _, count in resumed(work, batches, found, keep, on_ray=on_ray, resources=resources):
         done += count
-        progress("generating", done, len(jobs))
+        progress("generating", max(had, done), len(jobs))
     return len(jobs) - len(there), len(there)
 
 

@@ -9,20 +9,26 @@ so the relaxed search is a guidance rule with its own kappa at each step. It run
 gradients on, through formula, scheduler and network to the final latents.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import save as serialize
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_guidance import kernels
-from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.errors import CalibrationMismatch, UnsupportedPipeline
+from diffusers_guidance.files import write
+from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints, scheduler_fingerprint
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, make
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
@@ -30,6 +36,8 @@ from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Schedule
 from diffusers_guidance.rules import CFG, Coefficients, Gram, Rule
 from diffusers_guidance.steps import Step
+
+NETWORKS = ("unet", "transformer")
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def search_nas(
     rate: float = 0.2,
     penalty: float = 1.0,
     seed: int = 0,
+    path: str | Path | None = None,
     progress: Progress | None = None,
     **arguments: Any,
 ) -> Schedule:
@@ -78,16 +87,26 @@ def search_nas(
         rate: Adam's learning rate.
         penalty: weight of the expected NFEs beyond `nfe`, as a share of the steps, added to the loss. The loss is the
             squared error of the final latents, relative to that without guidance.
+        path: safetensors file to write after every iteration; another call continues from it.
         arguments: more arguments of the pipeline.
 
     Returns:
         A `Schedule`: "both" where guidance was most probable, within the budget; "conditional" elsewhere.
+
+    Raises:
+        CalibrationMismatch: the file at `path` is of another search.
     """
     prompts, progress = prompts_of(prompts), progress or silent
     call = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
-    logits: Tensor | None = None
+    about = {
+        "networks": module_fingerprints(pipe, NETWORKS), "scheduler": scheduler_fingerprint(pipe.scheduler),
+        "prompts": prompts, "nfe": nfe, "call": repr(call), "strengths": list(strengths), "iterations": iterations,
+        "batch_size": batch_size, "rate": rate, "penalty": penalty, "seed": seed,
+    }  # fmt: skip
+    state = None if path is None else State(Path(path), about)
+    made_before, logits, optimizer = (0, None, None) if state is None else state.read(rate)
     with kernels.use_backend("torch"), checkpointed(pipe):
-        for i in range(iterations):
+        for i in range(made_before, iterations):
             progress("policy search", i, iterations)
             texts = [prompts[(i * batch_size + j) % len(prompts)] for j in range(batch_size)]
 
@@ -103,8 +122,8 @@ def search_nas(
             if logits is None:
                 logits = torch.zeros(steps, 2 + len(strengths))  # unconditional, conditional, the strengths
                 logits[:, 2:] += 1.0
-                logits.requires_grad_()
-                optimizer = torch.optim.Adam([logits], rate)
+                optimizer = torch.optim.Adam([logits.requires_grad_()], rate)
+            assert optimizer is not None
             hardness = 1 + 3 * i / iterations
             shares = (hardness * logits).softmax(-1)
             kappas = -shares[:, 0] + (shares[:, 2:] * (scale[:, None] * torch.tensor(strengths) - 1)).sum(-1)
@@ -116,11 +135,44 @@ def search_nas(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if state is not None:
+                state.write(i + 1, logits, optimizer)
     assert logits is not None
     guided = logits.detach().softmax(-1)[:, 2:].sum(-1)
     guided[0] = math.inf  # the first evaluation of a run is always full
     chosen = guided.topk(max(1, min(len(guided), nfe - len(guided)))).indices.tolist()
     return Schedule(["both" if t in chosen else "conditional" for t in range(len(guided))])
+
+
+class State:
+    """How far a search is, in a file: what is searched, and what Adam keeps of it.
+
+    Args:
+        file: its path.
+        about: what the search depends on, by name.
+    """
+
+    MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, file: Path, about: dict[str, Any]):
+        self.file, self.about = file, json.dumps(about, sort_keys=True)
+
+    def read(self, rate: float) -> tuple[int, Tensor | None, torch.optim.Adam | None]:
+        """Iterations made, the logits, and their optimizer; 0 and nothing if there is no file."""
+        if not self.file.is_file():
+            return 0, None, None
+        with safe_open(self.file, "pt") as content:
+            said = content.metadata() or {}
+            if said.get("search") != self.about:
+                raise CalibrationMismatch(f"{self.file} is of another search: choose another file, or delete it")
+            logits = content.get_tensor("logits").requires_grad_()
+            optimizer = torch.optim.Adam([logits], rate)
+            optimizer.state[logits] = {name: content.get_tensor(name) for name in self.MOMENTS}
+        return int(said["iterations"]), logits, optimizer
+
+    def write(self, iterations: int, logits: Tensor, optimizer: torch.optim.Adam) -> None:
+        tensors = {"logits": logits.detach(), **{name: optimizer.state[logits][name] for name in self.MOMENTS}}
+        write(self.file, serialize(tensors, {"search": self.about, "iterations": str(iterations)}))
 
 
 def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -142,7 +194,7 @@ def _run(pipe: Any, rule: Rule, texts: list[str], seed: int, call: dict[str, Any
 @contextmanager
 def checkpointed(pipe: Any) -> Iterator[None]:
     """Frees the activations of the denoisers' forward passes, and recomputes them when gradients need them."""
-    modules = [getattr(pipe, name) for name in ("unet", "transformer") if getattr(pipe, name, None) is not None]
+    modules = [getattr(pipe, name) for name in NETWORKS if getattr(pipe, name, None) is not None]
     if not modules:
         raise UnsupportedPipeline(f"{type(pipe).__name__} has neither unet nor transformer to search policies for")
     frozen = [p for part in pipe.components.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]

@@ -2,13 +2,16 @@
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from diffusers_guidance.calibration import RECENT, Calibration, Fit
+from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.support.progress import Progress, silent
+from diffusers_guidance.pipelines.support.resume import Record
 from diffusers_guidance.policies import Schedule
 from diffusers_guidance.schedules import climb, closed_form, shortlist
 
@@ -23,6 +26,7 @@ def search(
     refine: tuple[DiffusionPipeline, Sequence[str]] | None = None,
     seed: int = 10_000,
     runs: int = 24,
+    path: str | Path | None = None,
     progress: Progress | None = None,
     **arguments: Any,
 ) -> Schedule:
@@ -43,12 +47,13 @@ def search(
             a dozen pictures.
         seed: the seed of the pictures; use none of the calibration's.
         runs: the number of schedules to measure; at least those listed above.
+        path: JSON file to write after every real run; schedules in it are not measured again.
         progress: called as progress(what, done, total).
         arguments: more arguments of the pipeline, such as `height`.
 
     Raises:
         ValueError: neither or both of `nfe` and `error`, or one out of range.
-        CalibrationMismatch: the calibration was not made for `pipe`.
+        CalibrationMismatch: the calibration was not made for `pipe`, or the file at `path` is of another search.
     """
     found = closed_form(calibration, nfe, error=error, skip=skip, fit=fit)
     if refine is None:
@@ -60,9 +65,17 @@ def search(
     progress = progress or silent
     progress("schedules", next(numbers), total)
     fidelity = Fidelity(pipe, prompts, [seed], **calibration.call, **arguments)
+    about = {"calibration": calibration.digest, "fit": repr(fit), "prompts": list(prompts), "seed": seed}
+    record = None if path is None else Record(Path(path), about | {"arguments": repr(arguments)}, CalibrationMismatch)
+    known = ((record and record.read()) or {}).get("psnr", {})
 
     def measure(schedule: Schedule) -> float:
         progress("schedules", next(numbers), total)
-        return fidelity.psnr(fidelity.run(schedule))
+        actions = " ".join(schedule.actions)
+        if actions not in known:
+            known[actions] = fidelity.psnr(fidelity.run(schedule))
+            if record is not None:
+                record.write({"psnr": known})
+        return float(known[actions])
 
     return climb(candidates, measure, runs)

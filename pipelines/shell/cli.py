@@ -64,8 +64,9 @@ def make_app() -> typer.Typer:
     from diffusers_guidance.pipelines.shell.trial import try_command
 
     app = typer.Typer(
-        no_args_is_help=False, invoke_without_command=True, pretty_exceptions_show_locals=False, add_completion=False
-    )
+        cls=common.Commands, no_args_is_help=False, invoke_without_command=True, pretty_exceptions_show_locals=False,
+        add_completion=False,
+    )  # fmt: skip
     app.callback()(common.options)
     make, measure, prepare = "Make pictures", "Measure", "Prepare a model"
     app.command("app", rich_help_panel=make)(serve)

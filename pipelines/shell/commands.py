@@ -1,5 +1,6 @@
 """The subcommands `compare`, `calibrate`, `search`, `search-nas` and `frontier` of `diffusers-guidance`."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[Path, typer.Option(help="Text file, one prompt a line.", show_default="the bundled ones")]
 Steps = Annotated[int, typer.Option(min=1)]
+Kept = Annotated[Path, typer.Option("--keep", help="Folder from which a stopped search continues.")]
 
 
 def compare_command(
@@ -148,6 +150,7 @@ def search_command(
     skip: Annotated[bool, typer.Option(help="Whether steps may evaluate nothing.")] = True,
     refine: Annotated[bool, typer.Option(help="Let real runs on twelve of --prompts decide; needs --model.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Number of schedules that --refine measures.")] = 24,
+    keep: Kept = Path("out/search"),
     prompts: Prompts = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
@@ -155,7 +158,7 @@ def search_command(
     dtype: Dtype = None,
 ) -> None:
     """Find the best schedule for a budget, or the cheapest within an error, from a calibration."""
-    with reporting() as progress:
+    with reporting(goes_on=refine) as progress:
         from diffusers_guidance.calibration import Calibration
         from diffusers_guidance.pipelines.pictures.columns import calibration_file
         from diffusers_guidance.pipelines.search.search import search
@@ -167,7 +170,8 @@ def search_command(
             raise ValueError("--nfe or --error: say how many network evaluations a picture may take, or its error")
         made = Calibration.load(calibration_file(calibration))
         real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts))) if refine else None
-        found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, progress=progress)
+        path = _kept(keep, "json", made.digest, real and real[1])
+        found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, path=path, progress=progress)
     _print_schedule(found)
     typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
     column = f'search({found.nfe}, calibration="{calibration}")'
@@ -189,19 +193,22 @@ def search_nas_command(
     scale: Annotated[float, typer.Option(min=1)] = 5.0,
     iterations: Annotated[int, typer.Option(min=1)] = 60,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per iteration.")] = 2,
+    keep: Kept = Path("out/search-nas"),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Search for a policy like the Adaptive Guidance paper: by gradients through the sampler."""
-    with reporting() as progress:
+    with reporting(goes_on=True) as progress:
         from diffusers_guidance.pipelines.search.nas import search_nas
         from diffusers_guidance.pipelines.support.files import read_lines
         from diffusers_guidance.pipelines.support.loading import load
 
-        found = search_nas(
-            load(model, scheduler, device, dtype), read_lines(prompts), nfe, num_inference_steps=steps,
-            guidance_scale=scale, iterations=iterations, batch_size=batch, progress=progress,
-        )  # fmt: skip
+        texts = read_lines(prompts)
+        asked: dict[str, Any] = {
+            "num_inference_steps": steps, "guidance_scale": scale, "iterations": iterations, "batch_size": batch,
+        }  # fmt: skip
+        path = _kept(keep, "safetensors", model, scheduler, device, dtype, texts, nfe, asked)
+        found = search_nas(load(model, scheduler, device, dtype), texts, nfe, **asked, path=path, progress=progress)
     _print_schedule(found)
 
 
@@ -255,6 +262,11 @@ def frontier_command(
     _print_frontier(rows)
     files = [out / f"frontier.{ending}" for ending in ("json", "md", "png")]
     written(files, f"look at {files[-1]}; up and to the left is better")
+
+
+def _kept(folder: Path, ending: str, *about: object) -> Path:
+    """A file of its own for every search."""
+    return folder / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:12]}.{ending}"
 
 
 def _dozen(prompts: list[str]) -> list[str]:

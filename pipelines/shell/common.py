@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 
 from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
@@ -109,21 +110,43 @@ def reporting(goes_on: bool = False) -> Iterator[Bar]:
         with Bar() as bar:
             yield bar
     except KeyboardInterrupt as ended:
-        typer.echo(f"stopped: all written files are complete{resumes}", err=True)
-        raise typer.Exit(status(ended)) from None
+        raise _stopped(ended, f"all written files are complete{resumes}") from None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        typer.secho(f"Error: {sentence(error)}{resumes if full else ''}", fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise _failed(f"{sentence(error)}{resumes if full else ''}") from None
     except (ValueError, ImportError, GuidanceError) as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise _failed(str(error)) from None
+
+
+class Commands(TyperGroup):
+    """The commands; before and after the work of each, an end and a full disk are one line too."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as ended:
+            raise _stopped(ended, "nothing was being written") from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # nobody reads on
+                raise
+            error.filename = error.filename or "the standard output"
+            raise _failed(sentence(error)) from None
+
+
+def _stopped(ended: KeyboardInterrupt, words: str) -> typer.Exit:
+    typer.echo(f"stopped: {words}", err=True)
+    return typer.Exit(status(ended))
+
+
+def _failed(words: str) -> typer.Exit:
+    typer.secho(f"Error: {words}", fg="red", err=True)
+    return typer.Exit(1)
 
 
 def sentence(error: OSError) -> str:
     """Which file is wrong, why, and what to do."""
     if error.errno is None or not error.filename:
-        return str(error)
+        return error.strerror or str(error)
     said = {
         errno.ENOENT: "there is no such file or folder",
         errno.EEXIST: "this is a file where a folder is wanted: choose another",
@@ -134,6 +157,7 @@ def sentence(error: OSError) -> str:
         errno.EROFS: "this cannot be written: the file system is read-only",
         errno.ENOSPC: "there is no room left on the disk for this: free some",
         errno.EDQUOT: "your share of the disk is full: free some",
+        errno.EFBIG: "this is larger than a file may be here (ulimit -f): allow more",
     }
     return f"{error.filename}: {said.get(error.errno, error.strerror)}"
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -27,6 +28,12 @@ def status(ended: KeyboardInterrupt) -> int:
 
 def end_at_once(code: int) -> None:
     """Ends the process without waiting for threads that are in a kernel, which would abort it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # a full disk, or nobody who reads on
+        code = code or 1
+        if not isinstance(error, BrokenPipeError):
+            print(f"Error: the standard output: {error.strerror}", file=sys.stderr)
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)

@@ -4,7 +4,10 @@ A policy plans a step for every sample of the batch separately, from what the ru
 of the last two steps evaluated in full. It keeps no state, so a run never sees an earlier one.
 """
 
+import os
 from dataclasses import dataclass
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads leave their core free
 
 import torch
 from diffusers import StableDiffusionPipeline

@@ -8,7 +8,10 @@ As a linear combination of (X, c, d, m) this is one line of algebra on inner pro
 on a CPU, and Triton compiles it into its kernels on a GPU. It works under any policy, on any pipeline.
 """
 
+import os
 from dataclasses import dataclass
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads leave their core free
 
 import torch
 from diffusers import StableDiffusionPipeline

@@ -468,6 +468,31 @@ def test_what_it_learned_is_said_and_gone_by(pipe, tmp_path, monkeypatch):
     assert (pixels("picture-0.png") == pixels(second.guided.pictures[0])).all()
 
 
+LEARN = {"steps": 6, "learn": True, "save": 0.4, "compare_with_plain": False}
+
+
+def test_what_a_client_had_learned_holds_for_its_next_calls_and_for_no_other_client(client, address):
+    calls = [
+        each.predict(**LEARN, api_name="/generate")[1] for each in (client, client, Client(address, verbose=False))
+    ]
+    assert [report["nfe"] == 12 for report in calls] == [True, False, True]
+    assert [report["learned"].split()[0] for report in calls] == ["Learned:", "This", "Learned:"]
+    assert client.predict(**SMALL, api_name="/generate")[1]["learned"] == ""
+    assert client.predict(**LEARN, api_name="/generate")[1]["nfe"] < 12  # it stays known meanwhile
+
+
+def test_over_http_a_session_is_a_name_of_ones_own(address):
+    def nfe(session):
+        values = list((Generation.defaults() | LEARN).values())
+        call = f"{address}gradio_api/call/generate"
+        event = httpx.post(call, json={"data": values, **session}).json()["event_id"]
+        said = httpx.get(f"{call}/{event}", timeout=300).text
+        return json.loads(said.split("event: complete\ndata: ")[1].splitlines()[0])[1]["nfe"]
+
+    mine = {"session_hash": "mine"}
+    assert [nfe(session) == 12 for session in (mine, mine, {}, {})] == [True, False, True, True]
+
+
 @pytest.mark.parametrize(
     ("asked", "nfe"),
     [
@@ -986,6 +1011,47 @@ def test_mcp_tools(address):
     assert "/" not in answer.content[1].text  # no path of the server
     assert wrong.isError
     assert "steps=1000" in wrong.content[0].text
+
+
+@pytest.mark.skipif(not HAS_MCP, reason="the package mcp is not installed")
+def test_an_mcp_call_goes_by_the_lesson_of_an_earlier_one(address):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def use():
+        async with (
+            streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            asked = {"steps": 6, "knobs": {"save": 0.4}}
+            first = await session.call_tool("generate", asked | {"knobs": {"save": 0.4, "learn": True}})
+            lesson = first.structuredContent["lesson"]
+            more = [{"lesson": lesson}, {}, {"lesson": "mine"}, {"lesson": lesson, "policy": "Hold"}]
+            return lesson, first, *[await session.call_tool("generate", asked | each) for each in more]
+
+    lesson, first, second, unlearned, unknown, held = asyncio.run(use())
+    assert len(lesson) > 8 and first.structuredContent["nfe"] == 12
+    assert first.structuredContent["learned"].startswith("Learned")
+    assert second.structuredContent["nfe"] < 12 and second.structuredContent["lesson"] == lesson
+    assert unlearned.structuredContent["lesson"] == unlearned.structuredContent["learned"] == ""
+    assert "lesson='mine' is not known" in unknown.content[0].text
+    assert held.isError and "is for Forecast" in held.content[0].text
+
+
+@pytest.mark.skipif(not HAS_MCP, reason="the package mcp is not installed")
+def test_the_oldest_lesson_is_forgotten_first():
+    from diffusers_guidance.pipelines.app.tools import Lessons
+
+    lessons = Lessons(most=2)
+    one, two, three = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+    first, second = lessons.keep(one, ""), lessons.keep(two, "")
+    assert lessons.keep(one, first) == first and lessons.find(first) is one
+    third = lessons.keep(three, first)  # it learned more
+    assert len({first, second, third}) == 3 and lessons.find(third) is three
+    with pytest.raises(ValueError, match="not known here, or no longer"):
+        lessons.find(second)
+    assert lessons.keep(None, "") == "" and lessons.find("") is None
 
 
 def test_the_command_passes_its_options_on(monkeypatch):

@@ -3,6 +3,7 @@
 The truth is the same run with a network whose every output is new.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -61,10 +62,18 @@ def in_buffers(net: Any, by_prompt: bool = False) -> None:
     net.forward = forward
 
 
-def both(entry: Tiny, work: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """What `work` gives on a pipeline whose network puts out new tensors, and on one that reuses a buffer."""
+@functools.cache
+def two(name: str) -> tuple[Any, Any]:
+    """A pipeline whose network puts out new tensors, and one that reuses a buffer."""
+    entry = PIPELINES[name]
     plain, buffered = entry.build(), entry.build()
     in_buffers(getattr(buffered, entry.denoisers[0]), entry.style != "batched")
+    return plain, buffered
+
+
+def both(entry: Tiny, work: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """What `work` gives on each; it leaves them as they were."""
+    plain, buffered = two(entry.name)
     return work(plain), work(buffered)
 
 

@@ -4,7 +4,8 @@ Counted on tensors that stand for a device's (`OnDevice`), by every operation on
 package's own passes count as one launch each, as Triton makes them (`tests/kernels/test_triton.py`).
 """
 
-from contextlib import contextmanager
+import functools
+from contextlib import ExitStack, contextmanager
 
 import diffusers
 import pytest
@@ -86,9 +87,10 @@ class Meter(TorchDispatchMode):
 
 
 @contextmanager
-def metered(pipe, monkeypatch, rows):
+def metered(pipe, rows):
     """Yields a `Meter` of the runs of `pipe` inside the block."""
     meter = Meter(rows * 4 * 8 * 8 * pipe.unet.dtype.itemsize)
+    monkeypatch, inside = pytest.MonkeyPatch(), ExitStack()
 
     def one_launch(function):
         def counted(*args, **kwargs):
@@ -108,8 +110,10 @@ def metered(pipe, monkeypatch, rows):
     def enter(module, args):
         meter.is_inside = True
         meter.kept.append(meter.memory())
+        inside.enter_context(_disable_current_modes())  # what the network does by itself is not looked at
 
     def leave(module, args, output):
+        inside.close()
         meter.is_inside = False
         meter.follow(output)
 
@@ -140,10 +144,10 @@ def built(dtype):
     return pipe.to(dtype)
 
 
-def meter_of(pipe, monkeypatch, rule, policy, rows=2, fuse=None):
+def meter_of(pipe, rule, policy, rows=2, fuse=None):
     """(meter, report) of a run; without a rule, of the untouched pipeline."""
     call = CALL | {"num_inference_steps": STEPS, "output_type": "latent"}
-    with metered(pipe, monkeypatch, rows) as meter, use_fused_steps(fuse):
+    with metered(pipe, rows) as meter, use_fused_steps(fuse):
         if rule is None:
             pipe(["a cat"] * rows, **call)
             return meter, None
@@ -151,6 +155,12 @@ def meter_of(pipe, monkeypatch, rule, policy, rows=2, fuse=None):
             pipe(["a cat"] * rows, **call)
     assert not meter.mixed, meter.mixed
     return meter, handle.report
+
+
+@functools.cache
+def run(dtype, rule=None, policy=None, fuse=None):
+    """`meter_of` a new pipeline; made once, for the tests of launches and those of memory."""
+    return meter_of(built(dtype), rule, policy, fuse=fuse)
 
 
 OWN = 13
@@ -171,26 +181,25 @@ ADDED = [
 
 
 @pytest.mark.parametrize(("rule", "policy", "fuse", "most"), ADDED, ids=str)
-def test_launches_of_a_step(rule, policy, fuse, most, monkeypatch):
-    pipe = built(torch.float16)
-    untouched, _ = meter_of(pipe, monkeypatch, None, None)
+def test_launches_of_a_step(rule, policy, fuse, most):
+    untouched, _ = run(torch.float16)
     print(untouched.by_step, untouched.names[3])
     assert {*untouched.by_step[2:-1]} == {OWN}
-    meter, report = meter_of(pipe, monkeypatch, rule, policy, fuse=fuse)
+    meter, report = run(torch.float16, rule, policy, fuse)
     print(meter.by_step, *meter.names[5:9], sep="\n")
     assert report.nfe < report.nfe_full or type(policy) in (EveryStep, AdaptiveGuidance)
     assert max(meter.by_step[2:-1]) <= OWN + most
 
 
 @pytest.mark.parametrize("fit", [Fit("recent"), Fit("all")], ids=str)
-def test_launches_and_memory_of_a_search(fit, monkeypatch):
+def test_launches_and_memory_of_a_search(fit):
     """A skipped step adds one pass for each estimate; what is kept is what a later one reads."""
     pipe = built(torch.float32)
     call = CALL | {"num_inference_steps": STEPS}
     made = calibrate(pipe, ["a cat", "a dog"], trajectories=2, batch_size=2, **call)
     actions = ["both", "both"] + ["extrapolate", "both", "neither", "both"] * 2 + ["conditional", "both"]
-    untouched, _ = meter_of(pipe, monkeypatch, None, None)
-    meter, report = meter_of(pipe, monkeypatch, CFG(), Schedule(actions, made, fit))
+    untouched, _ = run(torch.float32)
+    meter, report = meter_of(pipe, CFG(), Schedule(actions, made, fit))
     print(meter.by_step, untouched.kept, meter.kept, *meter.names[5:9], sep="\n")
     assert report.nfe < report.nfe_full
     assert max(meter.by_step[2:-1]) <= OWN + 12  # 25
@@ -214,10 +223,9 @@ def test_launches_and_memory_of_a_search(fit, monkeypatch):
     ],
     ids=str,
 )
-def test_memory_kept_from_step_to_step(rule, policy, most, dtype, monkeypatch):
-    pipe = built(dtype)
-    untouched, _ = meter_of(pipe, monkeypatch, None, None)
-    meter, report = meter_of(pipe, monkeypatch, rule, policy)
+def test_memory_kept_from_step_to_step(rule, policy, most, dtype):
+    untouched, _ = run(dtype)
+    meter, report = run(dtype, rule, policy, None)
     kept = [now - max(untouched.kept) for now in meter.kept]
     print(kept, max(meter.peak) - max(untouched.peak))
     assert max(kept) <= most

@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 ELSEWHERE = {"extending.md": "tests/guidance/test_extending.py", "releasing.md": "no code"}
 CANNOT = {
     ("modular.md", ""): "it names no model: from_pretrained(...)",
+    ("modular.md", "Around another guider"): "it needs a modular pipeline of the reader's",
     ("modular.md", "Saving"): "it goes on from a guider of the reader's",
 }
 """Sections whose code cannot run, and why."""

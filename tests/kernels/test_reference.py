@@ -231,6 +231,7 @@ def test_one_threads_choice_is_not_anothers():
         assert other.submit(kernels.backend_of, gpu).result() == "triton"
 
 
+@pytest.mark.slow
 def test_the_reference_compiles_whole_and_has_a_gradient():
     """What `torch.compile` and training on the CPU get."""
     x, c, u, m = draws()

@@ -7,6 +7,7 @@ import json
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 from strangers import OneLess
 from tiny import PIPELINES, counting
 from typer.testing import CliRunner
@@ -269,6 +270,58 @@ def test_refined_search_is_never_worse_as_measured(pipe, calibration):
     for other in shortlist(calibration, 8):
         assert score.psnr >= fidelity(other).psnr - 1e-4
     assert len(seen) <= 9
+
+
+class Stop(Exception):
+    """Of whoever waits."""
+
+
+def stopping(at):
+    """A progress that ends the work once so much is done."""
+
+    def progress(what, done, total):
+        if done == at:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.slow
+def test_a_refined_search_that_was_stopped_goes_on(pipe, calibration, tmp_path):
+    asked = {"refine": (pipe, PROMPTS[:1]), "runs": 4, **SIZE}
+    whole, file = search(calibration, 8, **asked), tmp_path / "search.json"
+    with pytest.raises(Stop):
+        search(calibration, 8, **asked, path=file, progress=stopping(3))  # the third schedule's run
+    known = json.loads(file.read_text())["psnr"]
+    assert len(known) == 2
+    # What is known is not measured again: another number there is believed.
+    best = next(iter(known))
+    assert search(calibration, 8, **asked, path=file) == whole
+    assert json.loads(file.read_text())["psnr"].items() >= known.items()
+    content = json.loads(file.read_text())
+    content["psnr"][best] = 1e6
+    file.write_text(json.dumps(content))
+    assert " ".join(search(calibration, 8, **asked, path=file).actions) == best
+    with pytest.raises(CalibrationMismatch, match="other settings"):
+        search(calibration, 8, **asked | {"refine": (pipe, PROMPTS[:2])}, path=file)
+
+
+@pytest.mark.slow
+def test_a_search_by_gradients_that_was_stopped_goes_on_bit_for_bit(pipe, tmp_path):
+    asked = {"num_inference_steps": 3, "guidance_scale": SCALE, "iterations": 3, **SIZE}
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    found = search_nas(pipe, PROMPTS, 5, **asked, path=whole)
+    for at in (1, 2):
+        with pytest.raises(Stop):
+            search_nas(pipe, PROMPTS, 5, **asked, path=parts, progress=stopping(at))
+    assert search_nas(pipe, PROMPTS, 5, **asked, path=parts) == found
+    one, other = load_file(whole), load_file(parts)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    made = []
+    search_nas(pipe, PROMPTS, 5, **asked, path=parts, progress=lambda *at: made.append(at))
+    assert made == []  # nothing is left to do
+    with pytest.raises(CalibrationMismatch, match="of another search"):
+        search_nas(pipe, PROMPTS, 6, **asked, path=parts)
 
 
 def test_what_was_attached_stays_so(pipe, calibration):

@@ -1,0 +1,247 @@
+"""Every command that works for long, stopped in the middle: by a signal, by a full disk; and then called again."""
+
+import errno
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from diffusers_guidance import Calibration, files
+from diffusers_guidance.pipelines.bench.run import Results
+from diffusers_guidance.pipelines.shell import cli
+from diffusers_guidance.pipelines.shell.common import Bar
+from diffusers_guidance.pipelines.support import ending
+
+pytestmark = pytest.mark.slow
+
+SUITE = """
+model: bundled
+prompts: [a red apple]
+seeds: [1]
+steps: 2
+columns: {CFG: CFG, stopped: StepAG(0.5), held: Hold(2)}
+timing: {columns: [stopped], rounds: 1}
+"""
+
+FEW = ["--steps", "4", "--scheduler", "DDIMScheduler"]
+COMMANDS = {
+    "compare": ["compare", "a rocket", *FEW, "--column", "CFG", "--column", "Hold", "--out", "out"],
+    "generate": ["generate", "prompts.txt", "--steps", "2", "--batch", "1", "--out", "out"],
+    "try": ["try", "emoji", "--prompt", "a rocket", "--steps", "4", "--turns", "1", "--out", "out"],
+    "bench": ["bench", "--suite", "suite.yaml", "--out", "out"],
+    "calibrate": ["calibrate", "out/new.safetensors", *FEW, "--trajectories", "3", "--batch", "1"],
+    "search": ["search", "made.safetensors", "--nfe", "6", *FEW[2:], "--refine", "--runs", "4", "--prompts",
+               "prompts.txt", "--keep", "out"],
+    "search-nas": ["search-nas", "--nfe", "5", "--steps", "3", "--iterations", "3", "--batch", "1", "--keep", "out"],
+    "frontier": ["frontier", "made.safetensors", "--prompts", "prompts.txt", "--nfe", "6", *FEW[2:], "--out", "out"],
+}  # fmt: skip
+GO_ON = COMMANDS.keys() - {"compare", "try"}
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    file = tmp_path_factory.mktemp("calibration") / "made.safetensors"
+    done = CliRunner().invoke(cli.make_app(), ["calibrate", str(file), *FEW, "--trajectories", "2"])
+    assert done.exit_code == 0, done.output
+    return file
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, calibration):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Bar, "every", float("inf"))  # no line for who waits
+    Path("suite.yaml").write_text(SUITE)
+    Path("prompts.txt").write_text("a tiger\na rocket\na lemon\n")
+    Path("made.safetensors").write_bytes(calibration.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def heeded():
+    """SIGTERM as `main` has it."""
+    before = signal.getsignal(signal.SIGTERM)
+    ending.heed_termination()
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The progress of the commands; what the test puts at the end of it is called then, once."""
+    heard, real = [], Bar.__call__
+
+    def tell(bar, what, done, total):
+        real(bar, what, done, total)
+        heard.append(done)
+        if told.at and done >= told.at:
+            told.at = None
+            told.then()
+
+    def told():
+        return heard
+
+    told.at = None
+    monkeypatch.setattr(Bar, "__call__", tell)
+    return told
+
+
+def run(name):
+    return CliRunner().invoke(cli.make_app(), COMMANDS[name])
+
+
+def whole(folder):
+    """The contents of all files there, each of which can be read to its end."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in found:
+        assert not path.name.startswith("."), path
+        if path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            assert path.read_text().endswith("\n")
+            [json.loads(line) for line in path.read_text().splitlines()]
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as content:
+                assert [content.get_tensor(name) for name in content.keys()]  # noqa: SIM118 (not a mapping)
+    return {path: path.read_bytes() for path in found}
+
+
+def pieces(name, found):
+    """How many pieces of a command's work its files hold."""
+    read = {path.suffix: content for path, content in found.items()}
+    match name:
+        case "generate":
+            return sum(path.suffix == ".json" for path in found)
+        case "bench":
+            return read.get(".jsonl", b"").count(b'"key"')
+        case "calibrate":
+            return Calibration.load(next(iter(found))).trajectories if found else 0
+        case "search":
+            return len(json.loads(read[".json"])["psnr"]) if found else 0
+        case "search-nas":
+            with safe_open(next(iter(found)), "pt") as content:
+                return int(content.metadata()["iterations"])
+        case "frontier":
+            return len(json.loads(read[".json"])["rows"]) if found else 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_in_the_middle(name, number, code, here, heeded, told):
+    told.at, told.then = 2, lambda: signal.raise_signal(number)
+    stopped = run(name)
+    assert told.at is None and stopped.exit_code == code, stopped.output
+    goes_on = "; the same command continues from here" if name in GO_ON else ""
+    assert stopped.output == f"stopped: all written files are complete{goes_on}\n"
+    found = whole(here / "out")
+    if number == signal.SIGTERM or name not in GO_ON:  # going on is the same after either
+        return
+    before = pieces(name, found)
+    assert before >= 1
+    heard = len(told())
+    done = run(name)
+    assert done.exit_code == 0, done.output
+    after = whole(here / "out")
+    assert pieces(name, after) > before
+    pictures = {path: content for path, content in found.items() if path.suffix == ".png"}
+    assert pictures.items() <= after.items()  # none of them is made again
+    if name in ("bench", "generate", "calibrate"):
+        assert told()[heard] >= 1  # it begins with what is there
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk(name, here, monkeypatch):
+    """The first write finds room, and half of the second; as of a real disk, the error names no file."""
+    writes, real = [], Path.write_bytes
+
+    def fill(path, content):
+        writes.append(path)
+        if len(writes) != at:
+            return real(path, content)
+        real(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    at = 2
+    failed = run(name)
+    assert failed.exit_code == 1, failed.output
+    goes_on = "; the same command continues from here" if name in GO_ON else ""
+    said = re.fullmatch(
+        rf"Error: (\S+): there is no room left on the disk for this: free some{goes_on}\n", failed.output
+    )
+    assert said, failed.output
+    named = Path(said[1])
+    assert not named.name.startswith(".") and (named.parent.resolve().is_relative_to(here / "out"))
+    before = whole(here / "out")
+    done = run(name)
+    assert done.exit_code == 0, done.output
+    after = whole(here / "out")
+    assert after.keys() >= before.keys() and (here / named) in after
+
+
+def test_a_full_disk_under_a_file_that_grows(tmp_path, monkeypatch):
+    """/dev/full is full at every write; the test's own file is cut back to what it was."""
+    file = tmp_path / "results.jsonl"
+    files.append(file, b"one\n")
+    real = files.os.fsync
+
+    def full(descriptor):
+        real(descriptor)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for broken in (full, lambda descriptor: signal.raise_signal(signal.SIGINT)):
+        monkeypatch.setattr(files.os, "fsync", broken)
+        with pytest.raises((OSError, KeyboardInterrupt)) as failed:
+            files.append(file, b"two\n")
+        assert file.read_bytes() == b"one\n"
+    monkeypatch.undo()
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError) as failed:
+            files.append(Path("/dev/full"), b"two\n")
+        assert (failed.value.errno, failed.value.filename) == (errno.ENOSPC, "/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["search", "dpm-20-5", "--nfe", "25"], ["doctor", "--no-run"]])
+def test_a_full_standard_output_is_one_line(arguments):
+    code = "from diffusers_guidance.pipelines.shell.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"Error: the standard output: .*[nN]o (room|space) left.*\n", done.stderr)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_a_kill_in_the_middle_of_the_benchmark(here):
+    code = (
+        "import os, signal\n"
+        "from diffusers_guidance import files\n"
+        "from diffusers_guidance.pipelines.bench import run\n"
+        "real, made = run.append, []\n"
+        "def append(path, content):\n"
+        "    made.append(path)\n"
+        "    if len(made) == 4:\n"
+        "        path.open('ab').write(content[: len(content) // 2])\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real(path, content)\n"
+        "run.append = append\n"
+        "from diffusers_guidance.pipelines.shell.cli import main\n"
+        "main()\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, *COMMANDS["bench"]], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    lines = (here / "out" / "results.jsonl").read_bytes().splitlines()
+    assert len(lines) in (3, 4)
+    had = len(Results(here / "out" / "results.jsonl").cells)
+    assert had == 2 and "complete" not in killed.stderr
+    done = run("bench")
+    assert done.exit_code == 0, done.output
+    assert pieces("bench", whole(here / "out")) == 5
