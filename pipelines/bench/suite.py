@@ -118,7 +118,7 @@ class Suite:
         Raises:
             ValueError: something is missing, unknown or of the wrong kind; the message says what.
         """
-        bundled = SUITE.with_name(f"{file}.yaml")
+        bundled = SUITE.parent / f"{file}.yaml"
         file = bundled if not file.exists() and file.name == str(file) and bundled.is_file() else file
         try:
             given = yaml.safe_load(read_text(file))
@@ -279,5 +279,5 @@ def _content(file: str) -> str:
 
 def _prompts(name: str, beside: Path) -> Path:
     """A file of prompts: a path relative to `beside`, or the name of one of the bundled ones."""
-    file, bundled = beside / name, samples.PROMPTS.with_name(f"{name}.txt")
+    file, bundled = beside / name, samples.PROMPTS.parent / f"{name}.txt"
     return bundled if not file.is_file() and Path(name).name == name and bundled.is_file() else file

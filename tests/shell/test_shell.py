@@ -157,6 +157,16 @@ def test_a_copied_suite_measures_the_same(tmp_path):
     assert (mine.calibration, mine.model, mine.held_out) == (ours.calibration, ours.model, True)
 
 
+def test_a_suite_in_another_folder_takes_prompts_of_another(tmp_path):
+    from diffusers_guidance.pipelines.bench.suite import Suite
+
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "mine.txt").write_text("a tiger\n")
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: bundled\nprompts: texts/mine.txt\ncolumns: {CFG: CFG}\n")
+    assert [*Suite.read(file).prompts] == ["a tiger"]
+
+
 def test_more_steps_than_the_scheduler_has_are_refused(tmp_path):
     for steps in (1000, 2000):
         done = command("compare", "a rocket", "--steps", steps, "--column", "CFG", "--out", tmp_path)
