@@ -44,6 +44,9 @@ from diffusers_guidance.variogram import Measured, PowerLaw, kriged
 
 UNMEASURED = PowerLaw()
 
+PAYS = 0.05
+"""By which share the predicted error has to fall before a pattern skips one more step in a row than it must."""
+
 _HOST: dict = {"dtype": torch.float64, "device": "cpu"}
 
 Combination = dict[int, float]
@@ -145,6 +148,8 @@ def pattern(
     """Whether each step is evaluated: the first, the last two, and of the others those that cost most to skip.
 
     It skips no more steps in a row than the budget requires: never two if a little more than half may be evaluated.
+    Only if that lowers the predicted error by more than `PAYS`, it skips one more in a row: where the first steps move
+    much more than the others, a budget is better spent there.
 
     Args:
         count: steps of the run.
@@ -155,10 +160,14 @@ def pattern(
     if evaluations == count:
         return (True,) * count
     weight = weights(table, variogram) if len(table) == count else torch.ones(count, **_HOST)
-    if evaluations < 4:
-        return _cheapest(weight, evaluations, variogram)
     # The last step can hardly repay the errors before it.
-    return (*_cheapest(weight[:-1], evaluations - 1, variogram), True)
+    is_last_certain = evaluations >= 4
+    if is_last_certain:
+        weight, evaluations = weight[:-1], evaluations - 1
+    furthest = math.ceil((len(weight) - 1) / (evaluations - 1))  # from one evaluated step to the next
+    regular, freer = (_cheapest(weight, evaluations, variogram, furthest + more) for more in (0, 1))
+    is_freer = missed(freer, weight, variogram) < (1 - PAYS) * missed(regular, weight, variogram)
+    return (freer if is_freer else regular) + (True,) * is_last_certain
 
 
 def missed(chosen: Sequence[bool], weight: Tensor, variogram: PowerLaw | Measured) -> float:
@@ -185,10 +194,13 @@ def _costs(weight: Tensor, furthest: int, variogram: PowerLaw | Measured) -> Ten
     return costs.square()  # errors between two evaluated steps point the same way
 
 
-def _cheapest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured) -> tuple[bool, ...]:
-    """Which steps to evaluate, the first and the last among them, so that skipping the others costs the least."""
+def _cheapest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured, furthest: int) -> tuple[bool, ...]:
+    """Which steps to evaluate, the first and the last among them, so that skipping the others costs the least.
+
+    Args:
+        furthest: steps from one evaluated step to the next, at most.
+    """
     count = len(weight)
-    furthest = math.ceil((count - 1) / (evaluations - 1))  # from one evaluated step to the next
     costs = _costs(weight, furthest, variogram)
     least = torch.full((count,), math.inf, **_HOST)  # [i]: of reaching i with so many evaluations
     least[0] = 0

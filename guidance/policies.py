@@ -378,7 +378,7 @@ class Forecast(Policy):
     """Skips whole evaluations, forecasts their guided predictions, and repays the forecasts' errors.
 
     The noise levels and the budget decide which steps are evaluated: the first, the last, and those that would cost
-    most to skip. It never skips two steps in a row while the budget allows (`forecast.pattern`). A skipped step is
+    most to skip. It seldom skips two steps in a row while the budget allows (`forecast.pattern`). A skipped step is
     handed an estimate from the last two evaluated guided predictions, as denoised samples. The next evaluated step is
     handed its own prediction and a repayment (`forecast.repayment`). It forecasts the guided prediction itself, so it
     works with any rule and any pipeline's own formula.

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -116,9 +116,7 @@ def test_a_pattern_keeps_its_budget(count, share, known):
     assert chosen[0] and chosen[-1] and (chosen[-2] or evaluations < 4)
     longest = max(len(gap) for gap in show(chosen).split("#"))
     last = evaluations > 3
-    assert longest <= math.ceil((count - 1 - last) / (evaluations - 1 - last)) - 1  # what the budget makes necessary
-    if evaluations >= count / 2 + 1:
-        assert ".." not in show(chosen)
+    assert longest <= math.ceil((count - 1 - last) / (evaluations - 1 - last))  # one more than the budget requires
 
 
 def test_patterns_as_documented():
@@ -127,6 +125,13 @@ def test_patterns_as_documented():
         "########.#.#.#.#.###",
         "#####.#.#.#.#.#.#.##",
         "#.#.#.#.#.#..#..#.##",
+    ]
+    straight = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    straight.set_timesteps(20)
+    # Its first steps move much more than the others: two in a row are skipped later, to evaluate those.
+    assert [show(pattern(20, n, spaces(straight))) for n in (11, 12)] == [
+        "###.#.#.#.#..#..#.##",
+        "####.#.#.#.#..#.#.##",
     ]
     assert show(pattern(5, 2)) == "#...#"
     assert show(pattern(1, 1)) == "#" and show(pattern(2, 1)) == "##"
