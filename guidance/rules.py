@@ -630,6 +630,11 @@ PRESETS = {
     "waver": Preset(APG(norm_threshold=27.0), "", "shipped with Waver, w = 8"),
     "infinitetalk": Preset(APG(momentum=-0.75, norm_threshold=55.0), "", "shipped with InfiniteTalk"),
     "emoji": Preset(APG(norm_threshold=6, eta=0.5), "", "measured on the bundled model: docs/results/apg.md"),
+    "emoji-flow": Preset(
+        APG(momentum=-0.5, norm_threshold=2.25, eta=1.0),
+        "",
+        "measured on the second bundled model: docs/results/apart/emoji-flow.md",
+    ),
     "stable-diffusion.cpp": Preset(APG(norm_threshold=5.0), "", "advice of stable-diffusion.cpp"),
 }
 """Settings of APG for each family, published or measured here. Those with a prefix are found by a pipeline's class

@@ -1,6 +1,6 @@
 """What suits each bundled model: scales, settings of APG, and prompts that it draws well.
 
-`benchmarks/apart.py` measured the scales and APG's settings; the figures are in docs/results.
+`benchmarks/apart.py` measured APG's settings; the figures are in docs/results. Scales and prompts are chosen by eye.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Suited:
     """Prompts to start from."""
 
 
-_KNOWN = {"emoji": Suited(apg=APG.preset("emoji")), "emoji-flow": Suited(apg=APG.preset("normalised"))}
+_KNOWN = {"emoji": Suited(apg=APG.preset("emoji")), "emoji-flow": Suited(apg=APG.preset("emoji-flow"))}
 
 
 def suited(model: str) -> Suited:
