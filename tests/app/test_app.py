@@ -476,7 +476,7 @@ def test_what_a_client_had_learned_holds_for_its_next_calls_and_for_no_other_cli
         each.predict(**LEARN, api_name="/generate")[1] for each in (client, client, Client(address, verbose=False))
     ]
     assert [report["nfe"] == 12 for report in calls] == [True, False, True]
-    assert [report["learned"].split()[0] for report in calls] == ["Learned:", "This", "Learned:"]
+    assert [report["learned"].split()[0] for report in calls] == ["Forecast", "This", "Forecast"]
     assert client.predict(**SMALL, api_name="/generate")[1]["learned"] == ""
     assert client.predict(**LEARN, api_name="/generate")[1]["nfe"] < 12  # it stays known meanwhile
 
@@ -1032,7 +1032,7 @@ def test_an_mcp_call_goes_by_the_lesson_of_an_earlier_one(address):
 
     lesson, first, second, unlearned, unknown, held = asyncio.run(use())
     assert len(lesson) > 8 and first.structuredContent["nfe"] == 12
-    assert first.structuredContent["learned"].startswith("Learned")
+    assert first.structuredContent["learned"].startswith("Forecast learned")
     assert second.structuredContent["nfe"] < 12 and second.structuredContent["lesson"] == lesson
     assert unlearned.structuredContent["lesson"] == unlearned.structuredContent["learned"] == ""
     assert "lesson='mine' is not known" in unknown.content[0].text

@@ -727,14 +727,19 @@ def test_what_is_refused_is_told_of_the_half_that_it_guides_towards(cond):
         assert "w = -" not in refused.tried
 
 
-def test_two_networks_a_step_are_refused_in_a_true_sentence():
+def test_guidance_between_two_networks_is_followed_or_refused_in_a_true_sentence():
     pipe, other = Unguided(Net(0.3), EulerDiscreteScheduler()), Net(0.5)
     pipe.register_modules(other=other)
     pipe.turned = lambda x, y, more: more + 4.5 * (y - more)
+    plain = pipe(other=other)
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe(other=other), plain)
+    assert handle.report.formula == "other and unet: 2 calls, uncond then cond; output; u + guidance_scale (c - u)"
+    pipe.turned = lambda x, y, more: more + 4.5 * (y - more).abs()
     with (
         attach(pipe, APG()),
         pytest.raises(
-            UnsupportedPipeline, match="unet and other were evaluated for it, and guidance between"
+            UnsupportedPipeline, match="unet and other were evaluated for it, and no sum of their predictions gives it"
         ) as refused,
     ):
         pipe(other=other)
