@@ -1,4 +1,4 @@
-"""The README's table and picture of both models, and docs/models.md: docs/results/both, docs/contact_sheet.png.
+"""The README's table and picture of both models, and docs/models.md: docs/results/both, docs/contact_sheet.webp.
 
     python benchmarks/both.py            # measures what is missing, then writes table and picture
     python benchmarks/both.py --write    # writes the pages alone, from what was measured
@@ -10,6 +10,7 @@ over pictures to plain CFG at that scale. Every row is written as it is made; ot
 """
 
 import argparse
+import io
 import json
 import re
 import time
@@ -35,7 +36,7 @@ from diffusers_guidance.pipelines.support.loading import fingerprint, load
 from diffusers_guidance.policies import Policy
 
 ROOT = Path(__file__).parents[1]
-OUT, PICTURE, README = ROOT / "docs" / "results" / "both", ROOT / "docs" / "contact_sheet.png", ROOT / "README.md"
+OUT, PICTURE, README = ROOT / "docs" / "results" / "both", ROOT / "docs" / "contact_sheet.webp", ROOT / "README.md"
 PAGE = ROOT / "docs" / "models.md"
 PART = re.compile(r"<!-- (results/\S+) -->\n.*?<!-- end -->", re.DOTALL)
 """Of that page, where the results in a file go."""
@@ -221,20 +222,21 @@ def filled(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", choices=[*samples.NAMES, []], help="default: all that are here")
     parser.add_argument("--write", action="store_true", help="measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not options.write:
         OUT.mkdir(parents=True, exist_ok=True)
         sheets = []
-        for name in options.models or (name for name in samples.NAMES if name in samples.models()):
+        for name in samples.models():
             pipe, measured = load(name, device="cpu"), Measured(name)
             sheets.append(measured.picture(pipe, measured.measure(pipe)))
         page = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
         for number, sheet in enumerate(sheets):
             page.paste(sheet, (0, sum(each.height for each in sheets[:number])))
-        page.save(PICTURE, optimize=True)
+        sheet = io.BytesIO()
+        page.save(sheet, "WEBP", quality=90)
+        write(PICTURE, sheet.getvalue())
     write(OUT / "summary.md", f"# Both models\n\n{written()}\n".encode())
     write(PAGE, filled(PAGE.read_text(encoding="utf-8")).encode())
     text = README.read_text(encoding="utf-8")
