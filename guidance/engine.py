@@ -12,7 +12,7 @@ its networks run, and `guide` once their predictions exist.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from diffusers_guidance.observation import Observation, unseen
 from diffusers_guidance.policies import Policy, estimated, planned, predicted
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule, settled
-from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, pick
+from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, changed, pick
 
 Observer = Callable[[Step, Prediction | None, Tensor], Any]
 """observer(step, prediction, guided): called at every step. `prediction` is None where nothing was guided or evaluated;
@@ -55,11 +55,13 @@ class Guided:
         tensor: (rows, ...); None for the host's own combination, untouched.
         result: what the scheduler's step returned, if guidance and step were fused.
         again: computes the tensor in that case.
+        prediction: what it was made from, with the step's measures.
     """
 
     tensor: Tensor | None
     result: Any = None
     again: Callable[[], Tensor] | None = None
+    prediction: Prediction | None = None
 
 
 @dataclass
@@ -94,13 +96,13 @@ class Engine:
         given = self._given(step)
         w = tuple(self.origin + s for s in given) if isinstance(given, tuple) else self.origin + given
         assert self.rule.guidance_scale is not None
-        run = replace(step, rows=self.history.rows)
-        return replace(step, w=w, mean_w=scales.mean(self.rule.guidance_scale, run, self.origin))
+        run = changed(step, rows=self.history.rows)
+        return changed(step, w=w, mean_w=scales.mean(self.rule.guidance_scale, run, self.origin))
 
     def _given(self, step: Step) -> scales.W:
         """The schedule's value in the host's own count."""
         assert self.rule.guidance_scale is not None
-        return scales.at(self.rule.guidance_scale, replace(step, rows=self.history.rows), self.origin)
+        return scales.at(self.rule.guidance_scale, changed(step, rows=self.history.rows), self.origin)
 
     def plan(self, step: Step) -> Plan:
         """What to evaluate at the next step; only the conditional prediction where a schedule stays at 1."""
@@ -205,6 +207,7 @@ class Engine:
         seen = prediction.observation
         if seen is None:
             seen = self.observe(step, prediction.cond, prediction.uncond, prediction.evaluated)
+            prediction = changed(prediction, observation=seen)
         history = self.history
         history.seen.append(seen)
         history.actions.append(Action(plan[0].action))
@@ -216,21 +219,14 @@ class Engine:
             self.recorder.see(step, prediction)
         cost = prediction.nfe, prediction.nfe_full
         self.recording.add(step, plan, prediction.evaluated, *cost, seen, prediction.note)
-        if self.policy.hands and all(each.action == Action.NEITHER for each in plan):
-            return Guided(None)  # nothing new to combine
         found = self._combined(step, plan, prediction, own, finish, fuse)
-        correction = self.policy.correction(step, self.history) if self.policy.corrects else None
-        if correction is None:
-            return found
-        self.recording.add_to_last("repays the estimates before it")
-        guided = own(None) if found.tensor is None else found.tensor
-        return Guided((guided + correction).to(guided.dtype))
-
-    def skip(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> None:
-        """Reports a step that evaluated nothing, under a policy that `hands`."""
-        step, nothing = self.settle(step), unseen(len(plan))
-        self.history.seen.append(nothing)
-        self.recording.add(step, plan, [False] * len(plan), nfe, nfe_full, nothing, note)
+        found.prediction = prediction
+        correction = self.policy.correction(step, history) if self.policy.corrects else None
+        if correction is not None:
+            self.recording.add_to_last("repays the estimates before it")
+            guided = own(None) if found.tensor is None else found.tensor
+            found.tensor = (guided + correction).to(guided.dtype)
+        return found
 
     def _combined(
         self,
@@ -259,7 +255,7 @@ class Engine:
             made: dict[Any, tuple[Tensor, Tensor]] = {}
 
             def at(w: Any) -> Tensor:
-                made[w] = settled(self.rule, replace(step, w=w)).guided(x, c, u, before, a, b)
+                made[w] = settled(self.rule, changed(step, w=w)).guided(x, c, u, before, a, b)
                 return made[w][0]
 
             g = scales.by_row(step.w, rows, at)
@@ -279,27 +275,35 @@ class Engine:
             self.momentum = carried
         return Guided(guided)
 
-    def hand(self, step: Step, guided: Tensor | None, prediction: Prediction | None = None) -> Tensor:
-        """What the sampler receives in place of `guided`, which is None if nothing was evaluated.
-
-        It is for policies that `hands`, at a guided step that has been reported.
+    def hand(self, step: Step, guided: Tensor, prediction: Prediction | None = None) -> Tensor:
+        """What the sampler receives in place of `guided` from a policy that `hands`.
 
         Args:
             prediction: what `guided` was made from.
         """
-        if guided is None and self.recorder is not None:
-            self.recorder.skip()
         step, known = self.settle(step), self.history
-        if guided is not None and self._is_pause(step):
+        if self._is_pause(step):
             known.lapse()
             return guided
-        changes = self.rule.is_scheduled or (step.w is not None and known.scale not in (None, step.w))
-        changes = changes and step.branches > 1
-        known.direction = None
-        if changes and guided is not None and prediction is not None and step.w is not None:
+        known.direction, changes = None, self.rule.is_scheduled or known.scale not in (None, step.w)
+        if changes and prediction is not None and step.w is not None and step.branches > 1:
             known.direction = _direction(guided, prediction, step.w)
-        found = self.policy.hand(step, known, guided)
+        return self._handed(step, guided)
+
+    def forecast(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> Tensor:
+        """Likewise at a step that evaluated nothing of its samples, which it reports."""
+        step, nothing = self.settle(step), unseen(len(plan))
+        self.history.seen.append(nothing)
+        self.history.direction = None
+        self.recording.add(step, plan, [False] * len(plan), nfe, nfe_full, nothing, note)
+        if self.recorder is not None:
+            self.recorder.skip()
+        return self._handed(step, None)
+
+    def _handed(self, step: Step, guided: Tensor | None) -> Tensor:
+        found = self.policy.hand(step, self.history, guided)
         self.recording.add_to_last(found.note, found.sizes)
+        self.recording.report.basis = found.basis or self.recording.report.basis
         return found.prediction
 
     def tell(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:
@@ -331,15 +335,18 @@ def advance(engine: Engine, host: Host, step: Step) -> None:
     """
     step = engine.settle(step)
     plan = engine.plan(step)
-    prediction = host.predict(step, plan)
-    c, u, w = prediction.cond, prediction.uncond, 1.0 if step.w is None else step.w
+    if engine.policy.hands and all(each.action == Action.NEITHER for each in plan):
+        prediction, guided = None, engine.forecast(step, plan, 0, step.branches * len(plan))
+    else:
+        prediction = host.predict(step, plan)
+        c, u, w = prediction.cond, prediction.uncond, 1.0 if step.w is None else step.w
 
-    def own(s: float | None) -> Tensor:
-        return u + (scales.column(w, c) if s is None else s) * (c - u)
+        def own(s: float | None) -> Tensor:
+            return u + (scales.column(w, c) if s is None else s) * (c - u)
 
-    found = engine.guide(step, plan, prediction, own).tensor
-    guided = own(None) if found is None else found
-    if engine.policy.hands:
-        guided = engine.hand(step, guided if prediction.nfe else None, prediction)
-    engine.tell(step, prediction if prediction.nfe else None, guided)
+        found = engine.guide(step, plan, prediction, own)
+        prediction, guided = found.prediction, own(None) if found.tensor is None else found.tensor
+        if engine.policy.hands:
+            guided = engine.hand(step, guided, prediction)
+    engine.tell(step, prediction, guided)
     host.resume(step, guided)

@@ -137,6 +137,8 @@ class Handed(NamedTuple):
     sizes: Tensor | None = None
     """(3,) on the device: the norms of the average error of the forecasts before this step, of the repayment, and of
     the prediction, all as denoised samples."""
+    basis: str = ""
+    """What the run's forecasts rest on; see `Report.basis`."""
 
 
 def planned(policy: Policy, step: Step, history: History) -> Plan:
@@ -473,10 +475,8 @@ class Forecast(Policy):
         share = missed(chosen, weight, found.doubt) / (missed(chosen, weight, found.variogram) or 1.0)
         return f"{share:.0%} of the predicted error was not measured" if share > MOST_DOUBT else ""
 
-    def _told(self, step: Step, scale: float | None) -> str:
+    def _basis(self, step: Step, scale: float | None) -> str:
         """What a run's forecasts rest on, for the report."""
-        if learning := self._learning(step.table, scale, step.branches):
-            return f"evaluated in full, to learn: {learning}"
         found = self._known(step.table, scale)
         if found is None:
             return ""
@@ -485,7 +485,7 @@ class Forecast(Policy):
         favour = (
             "" if self._by(step.table, scale, step.branches).is_measured else ", which make a power law as good here"
         )
-        return f"forecast from {motion.runs} run{'s' * (motion.runs > 1)} at {at}{favour}"
+        return f"{motion.runs} run{'s' * (motion.runs > 1)} at {at}{favour}"
 
     def plan(self, step: Step, history: History) -> Plan:
         if not history.guided or history.is_denoised != bool(step.table):
@@ -504,10 +504,13 @@ class Forecast(Policy):
                 f"step {step.index} cannot be forecast: the scheduler was replaced just before, and only one of the "
                 "two has predictions that can be denoised. Replace it before the run, or use another policy"
             )
-        note = ""
+        note = basis = ""
         if history.scale is None:
             history.scale = _typical(step)
-            note = self._told(step, history.scale)
+            if learning := self._learning(step.table, history.scale, step.branches):
+                note = f"evaluated in full, to learn: {learning}"
+            elif basis := self._basis(step, history.scale):
+                note = f"later steps go by {basis}"
         by = UNMEASURED if space is None else self._by(step.table, history.scale, step.branches)
         if guided is not None and (
             history.is_denoised != (space is not None) or any(each.shape != guided.shape for each in known.values())
@@ -525,7 +528,7 @@ class Forecast(Policy):
         known[step.index] = now = _denoised(guided, sample, space)
         if history.direction is not None:
             history.slopes[step.index] = history.direction if space is None else space.b * history.direction
-        found = Handed(guided, note) if not skipped or space is None or space.b == 0 else None
+        found = Handed(guided, note, basis=basis) if not skipped or space is None or space.b == 0 else None
         if found is None:
             assert space is not None
             gain = denoised_gains(step.table)

@@ -68,6 +68,9 @@ class Report:
     """The pipeline's own guidance as identified; empty before that."""
     steps: list[StepReport] = field(default_factory=list)
     note: str = ""
+    basis: str = ""
+    """What the run's forecasts rest on, such as "1 run at 20 noise levels, scale 5"; empty for a power law, and without
+    forecasts."""
 
     @property
     def nfe(self) -> int:
@@ -124,7 +127,7 @@ class Report:
         """Everything, as plain JSON types; values that are not finite become None."""
         totals: dict[str, Any] = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
         totals |= {"difference": self.difference, "nfe_by_branch": self.nfe_by_branch}
-        head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note")}
+        head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note", "basis")}
         return head | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
 
     def to_json(self, **options: Any) -> str:

@@ -9,13 +9,15 @@ History      what a run has seen so far
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffusers_guidance.observation import Observation
 from diffusers_guidance.spaces import Space
+
+Value = TypeVar("Value")
 
 
 class Action(str, Enum):
@@ -99,6 +101,11 @@ class Step:
     def sigma(self) -> float | None:
         """The scheduler's noise level."""
         return None if self.space is None else self.space.sigma
+
+    def on(self, sample: Tensor | None, prediction: Tensor, space: Space | None) -> "Step":
+        """The step with this sample and space if the sample can denoise the prediction; else without both."""
+        known = space is not None and sample is not None and sample.shape == prediction.shape
+        return changed(self, sample=sample if known else None, space=space if known else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +248,13 @@ class History:
         """Forgets the predictions that forecasts are made from, since this step was not guided."""
         for each in (self.guided, self.skipped, self.scales, self.slopes):
             each.clear()
+
+
+def changed(value: Value, **fields: Any) -> Value:
+    """`dataclasses.replace` for values that check nothing; it takes a tenth of the time."""
+    made = object.__new__(type(value))
+    vars(made).update(vars(value) | fields)
+    return made
 
 
 def pick(chosen: Sequence[bool], there: Tensor, otherwise: Tensor) -> Tensor:

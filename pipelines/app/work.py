@@ -120,14 +120,14 @@ class Outcome:
         """A sentence about what Forecast learned in this run, or used in it; empty if it does not learn."""
         if self.learned is None:
             return ""
-        note = self.guided.reports[0].steps[0].note
+        report = self.guided.reports[0]
         if self.learned.lessons[-1:] == [self.settings]:
             levels = len(self.learned.calibration.motions[-1].levels)
             return (
                 f"Forecast learned: this picture was made in full. It showed how the predictions change over {levels} "
                 "noise levels. The next pictures use this."
             )
-        return f"This picture was {note}." if note.startswith("forecast") else note
+        return f"This picture was forecast from {report.basis}." if report.basis else report.steps[0].note
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as plain JSON types."""

@@ -1,5 +1,7 @@
 """One call of a pipeline: its arguments, and what the pipeline says of its guidance while it runs."""
 
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +24,13 @@ class Call:
         """Of the pipeline's class."""
         return type(self.pipe).__name__
 
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """What the call and its pipeline have by name, as it is now; the call's first."""
+        return ChainMap(self.arguments, vars(self.pipe))
+
     def _numbers(self, *endings: str) -> dict[str, Any]:
-        """What the pipeline and its call have by names like these; the call's first."""
+        """Those by names like these."""
         found = {**vars(self.pipe), **self.arguments}
         return {name: value for name, value in found.items() if any(ending in name for ending in endings)}
 

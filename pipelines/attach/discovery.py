@@ -33,7 +33,7 @@ from diffusers_guidance.pipelines.attach.told import branches, conditional
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule
-from diffusers_guidance.steps import Action, Plan, Prediction, Step
+from diffusers_guidance.steps import Action, Plan, Prediction, Step, changed
 
 _ROUNDING = 0.02
 """How far below 0 rounding may push a solved scale, whatever the dtype."""
@@ -281,7 +281,7 @@ class Discovery:
             tolerance = Tolerance(0.0, 1.0)
         else:
             if formula.scale is not None:
-                live = formula.read(self.call.scales, target)
+                live = formula.read(self.call.values, target)
                 s = s if live is None else live
             elif formula.tree is not None:
                 s = formula.tree.w
@@ -307,7 +307,7 @@ class Discovery:
                 )
         space = clock.denoising(self.call.name, self.rule, self.policy, x, c)
         velocity = 1.0 if space is None or formula.mixed else space.velocity
-        step = replace(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
+        step = changed(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
         halves, observe = formula.halves(denoiser.outputs), denoiser.engine.observe
         rest = formula.rest(denoiser.outputs, around)
 

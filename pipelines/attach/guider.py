@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
-from diffusers.guiders import BaseGuidance
+from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
@@ -28,12 +28,12 @@ from diffusers_guidance.learning import Learner, Recorder
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints, setting
-from diffusers_guidance.pipelines.attach.inner import COND, UNCOND, Inner, rebuilt
+from diffusers_guidance.pipelines.attach.inner import COND, UNCOND, Inner, kinds, rebuilt
 from diffusers_guidance.pipelines.attach.pair import Pair, Part
 from diffusers_guidance.policies import Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
-from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, pick
+from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, changed, pick
 
 _SCALE = 7.5
 """As in diffusers' guiders."""
@@ -79,16 +79,18 @@ class Guider(Pair, BaseGuidance):
             raise ValueError(f"guidance_scale=None: {scales.WANTED}")
         guidance_scale = kept
         super().__init__(enabled=enabled)
-        self._inner = None if around is None else Inner(rebuilt(around))
-        if self._inner is not None:
+        self._inner = Inner(ClassifierFreeGuidance() if around is None else rebuilt(around))
+        self._is_around = around is not None
+        if self._is_around:
             if kept not in (_SCALE, self._inner.scale):
                 raise ValueError(f"guidance_scale={kept!r}: with around={self._inner.name} the scale is that guider's")
             guidance_scale = self._inner.scale
         self.rule = DEFAULT_RULE if rule is None else _rebuilt(Rule, rule)
         self.policy = DEFAULT_POLICY if policy is None else _rebuilt(Policy, policy)
         self.guidance_scale = guidance_scale
-        inner = None if self._inner is None else self._inner.config()
-        self.register_to_config(guidance_scale=kept, enabled=enabled, around=inner)
+        self.register_to_config(
+            guidance_scale=kept, enabled=enabled, around=self._inner.config() if self._is_around else None
+        )
         self.observers: list[Observer] = []
         """Told of every step of the next runs; see `engine.Observer`."""
         self._learner = Learner()
@@ -119,21 +121,19 @@ class Guider(Pair, BaseGuidance):
         It is the same at every step. Pipelines ask before a run, to know whether to encode the negative prompt, and the
         answer must not depend on where the last run ended.
         """
-        if self._inner is not None:
-            return self._inner.most if self._enabled else 1
-        given = self._given
-        return 2 if self._enabled and given is not None and scales.guides(given) else 1
+        self._ask()
+        return self._inner.most if self._enabled else 1
 
     @property
     def is_conditional(self) -> bool:
-        return self._count_prepared == 1 if self._inner is None else self._inner.guider.is_conditional
+        return self._inner.guider.is_conditional
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         """Begins a step: finds the loop's place and plans the step."""
         following = None if self._step is None else self._step + 1
         super().set_state(step, num_inference_steps, timestep)
-        if self._inner is not None:
-            self._inner.begin(self._enabled, step, num_inference_steps, timestep)
+        self._ask()
+        self._inner.begin(self._enabled, step, num_inference_steps, timestep)
         self._loop = _loop_of(self, sys._getframe(1))
         scheduler = getattr(self._loop.pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -151,83 +151,79 @@ class Guider(Pair, BaseGuidance):
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """The inputs of each evaluation of this step, the conditional one first."""
-        if self._inner is not None:
-            return self._noted(self._chosen(self._inner, self._inner.guider.prepare_inputs(data)))
-        return self._noted([self._prepare_batch(data, i, name) for i, name in self._evaluations()])
+        return self._chosen(self._inner.guider.prepare_inputs(data))
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """The same, with inputs given by their names in `data`."""
-        if self._inner is not None:
-            batches = self._inner.guider.prepare_inputs_from_block_state(data, input_fields)
-            return self._noted(self._chosen(self._inner, batches))
-        prepare = self._prepare_batch_from_block_state
-        return self._noted([prepare(input_fields, data, i, name) for i, name in self._evaluations()])
+        return self._chosen(self._inner.guider.prepare_inputs_from_block_state(data, input_fields))
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Called before every evaluation."""
-        if self._inner is not None:
-            self._inner.prepare(denoiser, self._count_prepared)
+        self._inner.prepare(denoiser, self._count_prepared)
         super().prepare_models(denoiser)
         parts = {} if self._loop.pipe is None else vars(self._loop.pipe)
         self._denoiser = next((name for name, part in parts.items() if part is denoiser), "")
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         """Called after every evaluation."""
-        if self._inner is not None:
-            self._inner.guider.cleanup_models(denoiser)
+        self._inner.guider.cleanup_models(denoiser)
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
         """The guided prediction, from the batches of `prepare_inputs`, each with a `noise_pred`."""
-        if not data:
-            return self._forecast()
-        return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
+        if data:
+            return self.forward(**{getattr(batch, self._identifier_key): batch.noise_pred for batch in data})
+        run, plan = self._run, self._plan  # nothing was evaluated
+        assert run is not None and run.engine is not None and plan is not None and run.held is not None
+        c, step = run.held, self._step_now()
+        step = step.on(self._loop.latents, c[:, : self._tokens(c)], step.space)
+        pred = run.engine.forecast(step, plan, 0, self._branches * len(plan)).to(c.dtype)
+        return self._put_out(step, None, pred, c.clone(), None)
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None, **further: Tensor) -> GuiderOutput:
         """The guided prediction, from what was evaluated; `further` is what the guider that it is `around` asks for."""
         run = self._run
         if run is None:
             raise GuidanceError("call a guider's set_state before every step")
-        step = self._step_now()
+        step, prediction = self._step_now(), None
         if self._is_alone:
-            why = "disabled, or at a scale of 1" if self._inner is None else "one prediction here, by its settings"
-            alone = [Decision(Action.CONDITIONAL, f"no guidance: {why}")] * len(pred_cond)
-            run.recording.add(step, alone, [False] * len(alone), len(alone), len(alone))
+            alone = [Decision(Action.CONDITIONAL, "no guidance: disabled, or one prediction by its settings")]
+            rows = len(pred_cond)
+            step = changed(step, w=None)
+            run.recording.add(step, alone * rows, [False] * rows, rows, rows)
             if run.engine is not None:  # no forecast leads to or from an unguided step
                 run.engine.history.lapse()
-            pred = pred_cond if self._inner is None else self._inner.combined({COND: pred_cond})
-            self._tell(step, None, pred)
+            pred = self._inner.combined({COND: pred_cond})
         else:
             n = self._tokens(pred_cond)
             c, u = pred_cond[:, :n], None if pred_uncond is None else pred_uncond[:, :n]
             engine = self._settled(run, c)
-            more = {name: p[:, :n] for name, p in further.items()}
-            pred, prediction = self._guide(run, engine, step, c, u, more)
+            pred, prediction = self._guide(run, engine, step, c, u, {name: p[:, :n] for name, p in further.items()})
             if engine.policy.hands:
                 run.held = pred_cond.clone()
-                pred = engine.hand(self._with_sample(replace(step, w=self._w), c), pred, prediction)
-            self._tell(step, prediction, pred)
-            if n < pred_cond.shape[1]:
-                pred = torch.cat([pred, pred_cond[:, n:]], 1)
-        if step.index + 1 == step.count:
-            self._learn()  # else, where another denoiser takes over, as the next run begins
-        self._loop = _Loop(None, None)
-        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+                pred = engine.hand(step.on(self._loop.latents, c, step.space), pred, prediction)
+        return self._put_out(step, prediction, pred, pred_cond, pred_uncond)
 
     # How it answers
 
-    def _forecast(self) -> GuiderOutput:
-        """The output of a step that evaluated nothing; its conditional prediction is the last evaluated one."""
-        run, plan = self._run, self._plan
-        assert run is not None and run.engine is not None and plan is not None and run.held is not None
-        held, n = run.held, self._tokens(run.held)
-        step = run.engine.settle(self._with_sample(replace(self._step_now(), w=self._w), held[:, :n]))
-        run.recording.add(step, plan, [False] * len(plan), 0, self._branches * len(plan))
-        pred = run.engine.hand(step, None).to(held.dtype)
-        self._tell(step, None, pred)
-        if n < held.shape[1]:
-            pred = torch.cat([pred, held[:, n:]], 1)
+    def _put_out(
+        self, step: Step, prediction: Prediction | None, pred: Tensor, cond: Tensor, uncond: Tensor | None
+    ) -> GuiderOutput:
+        """Ends a step: tells the observers, and gives back the tokens that are not the sample's."""
+        for observer in self.observers:
+            observer(step.on(self._loop.latents, pred, step.space), prediction, pred)
+        if step.index + 1 == step.count:
+            self._learn()  # else, where another denoiser takes over, as the next run begins
         self._loop = _Loop(None, None)
-        return GuiderOutput(pred=pred, pred_cond=held.clone(), pred_uncond=None)
+        return GuiderOutput(
+            pred=torch.cat([pred, cond[:, pred.shape[1] :]], 1) if pred.shape[1] < cond.shape[1] else pred,
+            pred_cond=cond,
+            pred_uncond=uncond,
+        )
+
+    def _ask(self) -> None:
+        """Has a guider that is around none guide wherever its schedule does; each step's scale is the engine's."""
+        if not self._is_around:
+            self._inner.guider.guidance_scale = 2.0 if self._given is not None and scales.guides(self._given) else 1.0
 
     @property
     def _given(self) -> scales.Given | None:
@@ -242,37 +238,27 @@ class Guider(Pair, BaseGuidance):
     @property
     def _is_alone(self) -> bool:
         """Whether this step has one prediction of a sample."""
-        return self.num_conditions == 1 if self._inner is None else len(self._inner.names) == 1
+        return self._branches == 1
 
     @property
     def _branches(self) -> int:
         """Evaluations of a sample at a step in full."""
-        return 2 if self._inner is None else len(self._inner.names)
+        return len(self._inner.names)
 
-    def _chosen(self, inner: Inner, batches: list[Any]) -> list[Any]:
+    def _chosen(self, batches: list[Any]) -> list[Any]:
         """Those of a step's batches that are to be evaluated."""
+        run, inner = self._run, self._inner
+        if run is None:
+            raise GuidanceError("call a guider's set_state before every step")
         inner.asks(batches)
-        run = self._run
-        assert run is not None
         if run.names != inner.names:  # no forecast leads to or from a step that has other terms
             if run.engine is not None:
                 run.engine.history.lapse()
                 self._plan = self._planned(run.engine)
             run.names = [*inner.names]
-        plan = self._plan
-        if plan is None or self._is_alone:
-            return inner.kept(batches, skips=False, without=False)
-        skips = all(each.action == Action.NEITHER for each in plan)
-        return inner.kept(batches, skips, without=all(each.action != Action.BOTH for each in plan))
-
-    def _evaluations(self) -> list[tuple[int, str]]:
-        plan = self._plan
-        if self.num_conditions == 2 and plan is not None and all(each.action == Action.NEITHER for each in plan):
-            return []
-        skips = self.num_conditions == 1 or (plan is not None and all(each.action != Action.BOTH for each in plan))
-        return list(enumerate(self._input_predictions))[: 1 if skips else 2]
-
-    def _noted(self, batches: list[Any]) -> list[Any]:
+        actions = {each.action for each in self._plan or () if not self._is_alone}
+        skips = actions == {Action.NEITHER}
+        batches = inner.kept(batches, skips, without=bool(actions) and Action.BOTH not in actions)
         conditions = batches[0].as_dict().values() if batches else ()
         self._batches = {len(v) for v in conditions if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim)}
         return batches
@@ -283,17 +269,16 @@ class Guider(Pair, BaseGuidance):
         clock, first = run.clock, run.recording.first
         count = first + clock.count if clock.count else self._num_inference_steps
         step = clock.step(self._step, count, first)
-        return replace(step, denoiser=self._denoiser, branches=max(self._branches, 2))
+        return changed(step, denoiser=self._denoiser, branches=max(self._branches, 2), rows=self._rows, w=self._w)
 
-    def _with_sample(self, step: Step, pred: Tensor) -> Step:
-        """The step with the loop's sample, if the prediction can be denoised with it."""
-        x = self._loop.latents
-        known = x is not None and step.space is not None and x.shape == pred.shape
-        return replace(step, sample=x if known else None, rows=len(pred))
+    @property
+    def _rows(self) -> int:
+        """Samples in the batch, once that is known."""
+        return 1 if self._run is None or self._run.engine is None else self._run.engine.history.rows
 
     def _planned(self, engine: Engine) -> Plan:
         """The policy's plan for the step: "neither" becomes "both" unless the policy hands on a forecast."""
-        plan = engine.plan(replace(self._step_now(), rows=engine.history.rows))
+        plan = engine.plan(changed(self._step_now(), w=None))
         if engine.policy.hands and all(each.action == Action.NEITHER for each in plan):
             return plan
         return [Decision(Action.BOTH if action == Action.NEITHER else action, why) for action, why in plan]
@@ -308,7 +293,8 @@ class Guider(Pair, BaseGuidance):
             )
         if run.engine is None:
             history = History.following(self._histories(run), run.recording.first, len(c), self._denoiser)
-            rule = self.rule if self._inner is not None else replace(self.rule, guidance_scale=self._given)
+            given = self._given
+            rule = replace(self.rule, guidance_scale=given) if scales.changes(given) else self.rule
             run.engine = Engine(rule, run.policy, history, run.recording, recorder=run.recorder)
             run.engine.check(lambda: self._setting(run))
             self._plan = self._planned(run.engine)
@@ -356,48 +342,35 @@ class Guider(Pair, BaseGuidance):
     ) -> tuple[Tensor, Prediction]:
         plan, rows, inner = self._plan, len(c), self._inner
         assert plan is not None
-        if inner is not None and UNCOND not in inner.names:
+        if UNCOND not in inner.names:
             plan = [Decision(Action.CONDITIONAL, f"no guidance: {inner.name} has terms alone here")] * rows
         name = run.recording.report.pipeline or "the loop of an unknown pipeline"
-        space = run.clock.denoising(name, engine.rule, engine.policy, self._loop.latents, c)
-        step = engine.settle(replace(self._with_sample(step, c), space=space, w=self._w))
+        x = self._loop.latents
+        step = engine.settle(step.on(x, c, run.clock.denoising(name, engine.rule, engine.policy, x, c)))
         evaluated = [u is not None] * rows
         uncond = engine.fill(step, plan, c, u, evaluated)
         # The loop may reuse its memory.
         put_out = (c.clone(), uncond.clone()) if engine.policy.remembers else None
         made = rows * (1 + (u is not None) + len(further))
         prediction = Prediction(c, uncond, evaluated, put_out, made, rows * self._branches)
-
-        def own(s: float | None) -> Tensor:
-            if inner is not None:
-                w = step.w if engine.rule.guidance_scale is not None and isinstance(step.w, int | float) else None
-                return inner.combined(parts, w if s is None else s)
-            assert step.w is not None
-            return uncond + (scales.column(step.w, c) if s is None else s) * (c - uncond)
-
-        if inner is None:
-            guided = engine.guide(step, plan, prediction, own).tensor
-            return own(None) if guided is None else guided, prediction
         parts = {COND: c, **further}
         if UNCOND in inner.names:
-            unguided = [each.action == Action.CONDITIONAL for each in plan]
-            parts[UNCOND] = pick(unguided, c, uncond)
+            parts[UNCOND] = pick([each.action == Action.CONDITIONAL for each in plan], c, uncond)
             if engine.rule.is_scheduled or not engine.rule.is_plain:
                 prediction = replace(prediction, further=inner.terms(parts))
+
+        def own(s: float | None) -> Tensor:
+            w = step.w if isinstance(step.w, int | float) else None  # of samples at several, each is asked for
+            return inner.combined(parts, w if s is None else s)
 
         def finish(guided: Tensor, cond: Tensor) -> Tensor:
             if engine.rule.is_plain:
                 return own(None)  # of a sample that is not guided, with what stands in its place
             return inner.finished(guided if prediction.further is None else guided + prediction.further, cond)
 
-        guided = engine.guide(step, plan, prediction, own, finish).tensor
-        return own(None) if guided is None else guided, prediction
-
-    def _tell(self, step: Step, prediction: Prediction | None, pred: Tensor) -> None:
-        """Tells the observers of a step."""
-        step = self._with_sample(step, pred)
-        for observer in self.observers:
-            observer(step, prediction, pred)
+        found = engine.guide(step, plan, prediction, own, finish)
+        assert found.prediction is not None
+        return own(None) if found.tensor is None else found.tensor, found.prediction
 
 
 @dataclasses.dataclass
@@ -473,7 +446,7 @@ def _rebuilt(base: type[Part], saved: Part | dict[str, Any]) -> Part:
     """The rule or policy that `_plain` turned into `saved`."""
     if not isinstance(saved, dict):
         return saved
-    known = {_name(cls): cls for cls in _subclasses(base)}
+    known = {_name(cls): cls for cls in kinds(base)}
     name = saved.get("name")
     if name not in known:
         raise ValueError(f"no {base.__name__.lower()} is named {name!r}: one of {', '.join(sorted(known))}")
@@ -498,8 +471,3 @@ def _name(cls: type) -> str:
     return (
         cls.__qualname__ if cls.__module__.startswith("diffusers_guidance.") else f"{cls.__module__}.{cls.__qualname__}"
     )
-
-
-def _subclasses(base: type) -> list[type]:
-    children: list[type] = base.__subclasses__()
-    return [cls for child in children for cls in (*_subclasses(child), child)]

@@ -27,6 +27,7 @@ from diffusers_guidance.observation import unseen
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.attach.combination import Around
 from diffusers_guidance.pipelines.attach.company import (
     Company,
     check_end,
@@ -46,7 +47,7 @@ from diffusers_guidance.pipelines.attach.together import together
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
-from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step
+from diffusers_guidance.steps import Action, Decision, History, Prediction, Step, changed
 
 _NOT_YET = ": nothing to identify yet"
 _STEP = ("model_output", "timestep", "sample")
@@ -129,7 +130,8 @@ class Host:
             with ExitStack() as self._stack:
                 for each in self._parts.values():
                     self._step_in_front_of(each)
-                self._meet()
+                if not self._parts or self._replaced():
+                    self._meet()
                 yield
         except BaseException:
             with suppress(Exception):  # an error of the device after a failure must not hide the failure
@@ -170,9 +172,7 @@ class Host:
             )
 
     def _meet(self) -> None:
-        """Intercepts the networks and schedulers that the pipeline has now, unless that is done."""
-        if self._parts and not self._replaced():
-            return
+        """Intercepts the networks and schedulers that the pipeline has now."""
         before, self._parts = self._parts, {}
         for name, each in components(self._call.pipe):
             if isinstance(each, DiffusionPipeline):
@@ -220,10 +220,11 @@ class Host:
         """Replaces a call of the denoiser."""
         if not self._company.is_own(sys._getframe(2)):
             return call(*args, **kwargs)
-        if self._discovery.acts:
-            denoisers = self._denoisers.values()
-            check_pending(self._call.name, len(self.report.steps), self._replaced(), self._parts, denoisers)
-        self._meet()
+        if replaced := self._replaced():
+            if self._discovery.acts:
+                step, denoisers = len(self.report.steps), self._denoisers.values()
+                check_pending(self._call.name, step, replaced, self._parts, denoisers)
+            self._meet()
         denoiser = self._denoisers[id(module)]
         if self._company.is_aside(sys._getframe(2)):
             return denoiser.run_aside(call, args, kwargs)
@@ -308,8 +309,8 @@ class Host:
     def _check_seen(self, timestep: Any) -> None:
         """Refuses a step without an evaluation before it, unless it is unguided or another step on the last one."""
         again = self.report.steps and _same(timestep, self._timestep)
-        replaced = self._replaced()
-        self._meet()
+        if replaced := self._replaced():
+            self._meet()
         if not again and may_guide(self._call, self._discovery.acts):
             refuse_unseen(self._call.name, len(self.report.steps), replaced, self._denoisers.values())
 
@@ -351,72 +352,72 @@ class Host:
                 "not tell which prediction that is: use a policy that skips nothing, EveryStep"
             )
             raise self._discovery.unsupported(denoiser, output, seen)
-        step = self._step_of(denoiser)
-        self._settle_single(denoiser, output, sample)
-        # What the pipeline makes of what stood in for its only prediction is nothing to go by.
-        alone = denoiser.formula is not None and denoiser.formula.evaluations == 1 and denoiser.skips
-        alone = alone or (not self._clock.went_back and self._discovery.is_single_still(denoiser, output))
-        if alone or not self._discovery.is_guided(denoiser, output, sample, self._clock):
-            if alone or self._follows_single(denoiser, output, sample):
-                return self._alone(denoiser, output, sample)
+        single = self._is_single(denoiser, output, sample)
+        if single is None:
             made = self._made_up(denoiser, output, sample)
-            return self._unguided(denoiser, step, made if made is not None else output, sample, made is not None)
-        if self._clock.went_back and self._discovery.acts:
-            raise UnsupportedPipeline(
-                f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
-                "would need its own history; attach only CFG() with EveryStep() to it"
-            )
-        self._check_batch(denoiser, output, sample)
-        if denoiser.formula is None:
-            denoiser, reason = self._identify(denoiser, output, sample)
-            if reason:
-                both = [Decision(Action.BOTH)] * output.shape[0]
-                note = f"{reason}{_NOT_YET}"
-                self._recording.add(step, both, [True] * len(both), *denoiser.take_cost(), note=note)
-                self._tell(None, step, output, sample)
-                return Guided(None)
+            action = Action.CONDITIONAL if denoiser.nfe else Action.NEITHER
+            return self._left(denoiser, action, "no guidance at this step", output, sample, made)
+        if not single:
+            self._check_batch(denoiser, output, sample)
+            if denoiser.formula is None:
+                denoiser, reason = self._identify(denoiser, output, sample)
+                if reason:
+                    return self._left(denoiser, Action.BOTH, f"{reason}{_NOT_YET}", output, sample)
+        step = self._step_of(denoiser)
+        if denoiser.engine is None:
+            evaluated = [not single] * step.rows
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
-            step = self._step_of(denoiser)
             denoiser.is_guided_by(self._engine(denoiser), step)
-            evaluated = [True] * step.rows
         else:
-            evaluated = denoiser.evaluates
-        engine, plan = denoiser.engine, denoiser.plan
-        assert engine is not None and plan is not None
+            evaluated = [False] * step.rows if single else denoiser.evaluates
+        engine, plan, formula, cost = denoiser.engine, denoiser.plan, denoiser.formula, denoiser.take_cost()
+        assert engine is not None and plan is not None and formula is not None
         if self.policy.hands and not denoiser.nfe:
-            return self._forecast(denoiser, engine, plan, step, output, sample, note)
-        step, prediction = self._discovery.verify(
-            At(denoiser, step, output, sample, self._clock, plan, evaluated, denoiser.take_cost(), note)
-        )
-        formula, step = denoiser.formula, engine.settle(step)
-        assert formula is not None
-        w = step.w
+            s = 1.0 if single else formula.read(self._call.values, formula.view.working(output))
+            step = changed(step, w=engine.history.scale if s is None else formula.w(s))
+            return self._conclude(
+                denoiser, step, output, output, sample, lambda g, wide: engine.forecast(wide, plan, *cost, note)
+            )
+        if single:
+            c, x = formula.view.working(output), formula.view.working(sample)
+            step = changed(step.on(x, c, self._clock.space), w=1.0)
+            used = [Decision(Action.CONDITIONAL, each.why) for each in plan]
+            prediction = Prediction(c, c, evaluated, None, *cost, unseen(step.rows), note)
+        else:
+            used, at = plan, At(denoiser, step, output, sample, self._clock, plan, evaluated, cost, note)
+            step, prediction = self._discovery.verify(at)
+            step = engine.settle(step)
         engine.check(lambda: self._setting(denoiser, step))
-        if isinstance(w, float) and w < 0 and not self.rule.is_plain:
+        if isinstance(step.w, float) and step.w < 0 and not self.rule.is_plain:
             raise UnsupportedPipeline(
-                f"{self._call.name} guides at a scale of {w:.4g} at step {len(self.report.steps)}: "
+                f"{self._call.name} guides at a scale of {step.w:.4g} at step {len(self.report.steps)}: "
                 f"{self.rule} needs a scale from 0 up at every step; use CFG(), or call the pipeline with such a scale"
             )
-        view, around = formula.view, self._call.around(formula.view.working(sample), self._clock.space)
+        formula = denoiser.formula
+        assert formula is not None
+        view, further = formula.view, prediction.further
 
-        further = prediction.further
+        def around() -> Around:
+            return self._call.around(view.working(sample), self._clock.space)
+
+        def own(s: float | None) -> Tensor:
+            return view.working(output) if s is None else formula.reproduce(denoiser.outputs, s, around())
 
         def finish(guided: Tensor, cond: Tensor) -> Tensor:
-            finished = formula.finished(guided if further is None else guided + further, cond, around)
+            finished = formula.finished(guided if further is None else guided + further, cond, around())
             # The finish may have scaled a prediction of zero by 0/0.
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
-        def own(s: float | None) -> Tensor:
-            return view.working(output) if s is None else formula.reproduce(denoiser.outputs, s, around)
-
-        found = engine.guide(step, plan, prediction, own, finish, fuse if formula.hands_it_on else lambda: None)
-        handed = None if found.tensor is None else view.emit(found.tensor, output)
+        found = engine.guide(step, used, prediction, own, finish, fuse if formula.hands_it_on else lambda: None)
         self._count_branches(denoiser, evaluated)
         again = found.again
         if again is not None:
-            self._tell(prediction, step, None if not self._observers else view.emit(again(), output), sample)
+            self._tell(prediction, step, view.emit(again(), output) if self._observers else None, sample)
             return Guided(None, found.result, lambda: view.emit(again(), output))
-        return self._conclude(denoiser, step, output if handed is None else handed, output, sample, prediction)
+        guided = output if found.tensor is None else view.emit(found.tensor, output)
+        return self._conclude(
+            denoiser, step, guided, output, sample, lambda g, wide: engine.hand(wide, g, prediction), prediction
+        )
 
     def _conclude(
         self,
@@ -425,12 +426,34 @@ class Host:
         guided: Tensor,
         output: Tensor,
         sample: Tensor,
+        hand: Callable[[Tensor, Step], Tensor],
         prediction: Prediction | None = None,
     ) -> Guided:
-        """What the scheduler gets in place of `output`: what was `guided`, or what the policy makes of it."""
-        handed = self._hand(denoiser, step, guided, sample, prediction) if self.policy.hands else guided
+        """What the scheduler gets in place of `output`: what was `guided`, or what the policy makes of it by `hand`."""
+        handed = guided
+        if self.policy.hands:
+            assert denoiser.formula is not None
+            view = denoiser.formula.view
+            if view.channels:  # forecast all of the sample's channels, guided or not
+                view = replace(view, channels=min(sample.shape[1], guided.shape[1]))
+            g = view.working(guided)
+            made = hand(g, step.on(view.working(sample), g, self._clock.space))
+            handed = guided if made is g else view.emit(made.to(guided.dtype), guided)
+            if denoiser.nfe:
+                denoiser.hold()
         self._tell(prediction, step, handed, sample)
         return Guided(None if handed is output else handed)
+
+    def _left(
+        self, denoiser: Denoiser, action: Action, note: str, output: Tensor, sample: Tensor, made: Tensor | None = None
+    ) -> Guided:
+        """A step at which the pipeline's own prediction stands, or the one `made` in its place; it ends a forecast."""
+        step, rows, is_both = self._step_of(denoiser), output.shape[0], action == Action.BOTH
+        self._recording.add(step, [Decision(action)] * rows, [is_both] * rows, *denoiser.take_cost(), note=note)
+        if denoiser.engine is not None:
+            denoiser.engine.history.lapse()
+        self._tell(None, step, output if made is None else made, sample)
+        return Guided(made)
 
     def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> tuple[Denoiser, str]:
         """Whose predictions make the step, and why that cannot be told yet: its network's, or those of all called."""
@@ -450,17 +473,6 @@ class Host:
                 return denoiser, reason
             raise
 
-    def _forecast(
-        self, denoiser: Denoiser, engine: Engine, plan: Plan, step: Step, output: Tensor, sample: Tensor, note: str
-    ) -> Guided:
-        """A step that evaluated nothing: there is nothing to verify, and what the scheduler gets is forecast."""
-        formula = denoiser.formula
-        assert formula is not None
-        s = 1.0 if formula.evaluations == 1 else formula.read(self._call.scales, formula.view.working(output))
-        step = replace(step, w=engine.history.scale if s is None else formula.w(s))
-        engine.skip(step, plan, *denoiser.take_cost(), note)
-        return self._conclude(denoiser, step, output, output, sample)
-
     def _count_branches(self, denoiser: Denoiser, evaluated: Sequence[bool]) -> None:
         """Says in the step's report which of its branches were evaluated, of how many samples."""
         formula, counts = denoiser.formula, self.report.steps[-1].branches
@@ -471,8 +483,13 @@ class Host:
             counts[name] = counts.get(name, 0) + (evaluations if denoiser.nfe else 0)
 
     def _check_batch(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
-        """Forgets the known batch if the step has another one; refuses evaluations that belong to neither."""
+        """Forgets the known batch if the guided step has another one; refuses evaluations that belong to neither."""
         formula, calls = denoiser.formula, len(denoiser.outputs)
+        if self._clock.went_back and self._discovery.acts:
+            raise UnsupportedPipeline(
+                f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
+                "would need its own history; attach only CFG() with EveryStep() to it"
+            )
         if formula is None:
             return
         known = denoiser.formulas.get(denoiser.signature)
@@ -495,15 +512,26 @@ class Host:
             )
             raise self._discovery.unsupported(denoiser, output, seen)
 
-    def _settle_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
-        """Where one prediction a step was known and more were evaluated: the last is the step's, or guidance begins."""
+    def _is_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool | None:
+        """Whether the step has one prediction of each sample that a policy may skip, or learn from.
+
+        None: it has one that is left to the pipeline. False: it is guided.
+        """
+        formula, outputs = denoiser.formula, denoiser.outputs
+        if formula is not None and formula.evaluations == 1 and len(outputs) > 1:
+            # The last call is the step's, or guidance begins.
+            denoiser.outputs = outputs[-1:]
+            if not self._discovery.single(denoiser, output, sample, self._clock):
+                denoiser.outputs = outputs
+                denoiser.forget()
         formula = denoiser.formula
-        if formula is None or formula.evaluations > 1 or len(denoiser.outputs) < 2:
-            return
-        calls, denoiser.outputs = denoiser.outputs, denoiser.outputs[-1:]
-        if not self._discovery.single(denoiser, output, sample, self._clock):
-            denoiser.outputs = calls
-            denoiser.forget()
+        if formula is not None and formula.evaluations == 1 and denoiser.skips:
+            return True  # what the pipeline makes of what stood in for its only prediction is nothing to go by
+        if not self._clock.went_back and self._discovery.is_single_still(denoiser, output):
+            return True
+        if self._discovery.is_guided(denoiser, output, sample, self._clock):
+            return False
+        return self._follows_single(denoiser, output, sample) or None
 
     def _follows_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
         """Whether a step of one prediction is one that a policy may skip, or learn from."""
@@ -519,38 +547,6 @@ class Host:
             raise self._discovery.unsupported(denoiser, output, seen)
         return False
 
-    def _alone(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Guided:
-        """A step of one prediction of each sample: no rule has a part in it, but a policy may skip it."""
-        formula, step, note = denoiser.formula, self._step_of(denoiser), ""
-        assert formula is not None
-        if denoiser.engine is None:
-            note = self._try_parts(denoiser)
-            denoiser.is_guided_by(self._engine(denoiser), step)
-        engine, plan = denoiser.engine, denoiser.plan
-        assert engine is not None and plan is not None
-        if not denoiser.nfe:
-            return self._forecast(denoiser, engine, plan, step, output, sample, note)
-        view, alone = formula.view, [False] * step.rows
-        c, x = view.working(output), view.working(sample)
-        space = self._clock.space if x.shape == c.shape else None
-        step = replace(step, space=space, sample=None if space is None else x, w=1.0)
-        nfe, nfe_full = denoiser.take_cost()
-        engine.check(lambda: self._setting(denoiser, step))
-        prediction = Prediction(c, c, alone, nfe=nfe, nfe_full=nfe_full, observation=unseen(step.rows), note=note)
-        engine.guide(step, [Decision(Action.CONDITIONAL, each.why) for each in plan], prediction, lambda s: c)
-        self._count_branches(denoiser, alone)
-        return self._conclude(denoiser, step, output, output, sample, prediction)
-
-    def _unguided(self, denoiser: Denoiser, step: Step, output: Tensor, sample: Tensor, is_new: bool) -> Guided:
-        """A step without guidance, which ends the forecast before it."""
-        alone = [Decision(Action.CONDITIONAL if denoiser.nfe else Action.NEITHER)] * output.shape[0]
-        note = "no guidance at this step"
-        self._recording.add(step, alone, [False] * len(alone), *denoiser.take_cost(), note=note)
-        if self.policy.hands and denoiser.engine is not None:
-            denoiser.engine.history.lapse()
-        self._tell(None, step, output, sample)
-        return Guided(output if is_new else None)
-
     def _made_up(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Tensor | None:
         """The real prediction of a step without guidance, whose only call was skipped for a forecast."""
         y = denoiser.make_up() if self.policy.hands else None
@@ -559,23 +555,6 @@ class Host:
             return None
         around = self._call.around(formula.view.working(sample), self._clock.space)
         return formula.view.emit(formula.seen(y, around).to(output.dtype), output)
-
-    def _hand(
-        self, denoiser: Denoiser, step: Step, guided: Tensor, sample: Tensor, prediction: Prediction | None = None
-    ) -> Tensor:
-        """What the policy hands to the scheduler in place of `guided`, or of nothing if nothing was evaluated."""
-        formula, engine = denoiser.formula, denoiser.engine
-        assert formula is not None and engine is not None
-        view = formula.view
-        if view.channels:  # forecast all of the sample's channels, guided or not
-            view = replace(view, channels=min(sample.shape[1], guided.shape[1]))
-        g, x = view.working(guided), view.working(sample)
-        space = self._clock.space if x.shape == g.shape else None
-        step = replace(step, space=space, sample=None if space is None else x)
-        found = engine.hand(step, g if denoiser.nfe else None, prediction)
-        if denoiser.nfe:
-            denoiser.hold()
-        return guided if found is g else view.emit(found.to(guided.dtype), guided)
 
     def _engine(self, denoiser: Denoiser) -> Engine:
         """A new engine for the batch whose formula was just found; it knows what its loop has seen before."""
@@ -621,19 +600,16 @@ class Host:
         index, counted = clock.steps - (not coming), self._call.counted
         count = counted if counted is not None and index < counted < clock.count else clock.count
         branches = 2 if formula is None else formula.evaluations
-        step = replace(
-            clock.step(index, count, clock.before, coming), rows=rows, branches=branches, denoiser=denoiser.name
-        )
+        step = clock.step(index, count, clock.before, coming)
         # Before the step its mix with the sample is unknown: the network's own output is held.
-        return replace(step, velocity=1.0) if formula is not None and formula.mixed else step
+        velocity = 1.0 if formula is not None and formula.mixed else step.velocity
+        return changed(step, rows=rows, branches=branches, denoiser=denoiser.name, velocity=velocity)
 
     def _tell(self, prediction: Prediction | None, step: Step, handed: Tensor | None, sample: Tensor) -> None:
         """Tells the observers of a step."""
         if self._observers and handed is not None:
-            known = sample.shape == handed.shape
-            step = replace(step, sample=sample if known else None, space=self._clock.space if known else None)
             for observer in self._observers:
-                observer(step, prediction, handed)
+                observer(step.on(sample, handed, self._clock.space), prediction, handed)
 
     # The report
 

@@ -6,7 +6,7 @@ energy):
     guided = u + w (c - u) + sum of s (c - p)
 
 Under `CFG()` its own combination stands untouched, whatever it is. Another rule replaces the part of w; the sum of the
-terms is what the guider makes of u = c, less c.
+terms is what the guider makes of u = c, less c. diffusers' `ClassifierFreeGuidance` is the guider without terms.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import guiders
-from diffusers.guiders import BaseGuidance
+from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import Tensor, nn
 
@@ -67,6 +67,7 @@ class Inner:
         """Begins a step."""
         self.guider._enabled = self._enabled and enabled
         self.guider.set_state(*step)
+        self.names = list(self.guider._input_predictions)[: self.guider.num_conditions]
 
     def asks(self, batches: Sequence[Any]) -> None:
         """Takes in the step's batches, as the guider has prepared them."""
@@ -87,11 +88,13 @@ class Inner:
         """What the guider makes of a step's predictions, at its own scale or at a settled one."""
         if w is not None and self.scale is None:
             raise ValueError(f"guidance_scale={w!r}: {self.name} has no guidance_scale; leave that of the rule None")
-        with self._with(**({} if w is None else {"guidance_scale": w - self._origin})):
+        with self._with(**({} if w in (None, self.scale) else {"guidance_scale": w - self._origin})):
             return self.guider.forward(**parts).pred
 
-    def terms(self, parts: dict[str, Tensor]) -> Tensor:
+    def terms(self, parts: dict[str, Tensor]) -> Tensor | None:
         """What it adds to guidance; refused where it does more with both predictions than guidance at one scale."""
+        if type(self.guider) is ClassifierFreeGuidance:
+            return None
         c, u, w = parts[COND], parts[UNCOND], self.scale
         with self._with(guidance_rescale=0.0):
             further = self.guider.forward(**{**parts, UNCOND: c}).pred - c
@@ -131,7 +134,7 @@ def rebuilt(saved: Any) -> BaseGuidance:
     if isinstance(saved, BaseGuidance):
         return saved
     name = saved.get("_class_name") if isinstance(saved, dict) else None
-    known: dict[Any, Any] = {each.__name__: each for each in _kinds(BaseGuidance)}
+    known: dict[Any, Any] = {each.__name__: each for each in kinds(BaseGuidance)}
     if name not in known:
         raise TypeError(
             f"around={saved!r}: a guider of diffusers ({', '.join(sorted({*known} & {*dir(guiders)}))}), or None"
@@ -139,6 +142,7 @@ def rebuilt(saved: Any) -> BaseGuidance:
     return known[name].from_config(saved)
 
 
-def _kinds(base: type) -> list[type]:
+def kinds(base: type) -> list[type]:
+    """The classes that have been imported of those derived from it, the base first."""
     children: list[type] = base.__subclasses__()
-    return [each for child in children for each in (child, *_kinds(child))]
+    return [each for child in children for each in (child, *kinds(child))]

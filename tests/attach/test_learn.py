@@ -201,7 +201,8 @@ def test_the_first_run_is_full_guidance_and_teaches_the_next(bundled):
         assert "learned from this run: 1 sample at 8 noise levels, scale 5" in handle.report.note
         found = draw(bundled)
         assert handle.report.saved >= 0.4
-        assert "forecast from 1 run at 8 noise levels, scale 5" in handle.report.steps[0].note
+        assert handle.report.basis.startswith("1 run at 8 noise levels, scale 5")
+        assert handle.report.steps[0].evaluated == ["both"] and "forecast" not in handle.report.steps[0].note
         calibration = handle.calibration
     assert not torch.equal(found, full)
     with attach(bundled, policy=Forecast(0.4, calibration=calibration)):
@@ -253,7 +254,7 @@ def test_another_scheduler_and_size_are_served(bundled):
             pipe.scheduler = scheduler.from_config(bundled.scheduler.config)
             draw(pipe, 16, height=96, width=64)
             assert handle.report.saved >= 0.35, scheduler
-            assert "forecast from 1 run at 20" in handle.report.steps[0].note
+            assert handle.report.basis.startswith("1 run at 20")
 
 
 def test_another_model_is_learned_anew_or_refused():
@@ -288,7 +289,7 @@ def test_pipelines_of_all_kinds_learn(name):
         assert "learned from this run" in handle.report.note, handle.report
         run(pipe, entry, STEPS)
         assert handle.report.saved > 0
-        assert "forecast from" in handle.report.steps[0].note
+        assert handle.report.basis.startswith("1 run at")
 
 
 def test_where_nothing_can_be_learned_runs_are_forecast_all_the_same(bundled, monkeypatch):
@@ -349,7 +350,7 @@ def test_a_guider_learns_too():
         assert "learned from this run: 1 sample at 5 noise levels" in guider.report.note
         pair.run()
     assert count.total - full < full
-    assert "forecast from 1 run at 5" in guider.report.steps[0].note
+    assert guider.report.basis.startswith("1 run at 5")
     assert len(guider.calibration.motions) == 1
 
 

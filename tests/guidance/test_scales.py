@@ -232,9 +232,11 @@ def test_a_forecast_of_predictions_that_stand_still_is_exact_at_any_scale():
         c, u = ((x - D) / space.sigma for D in (D_c, D_u))
         plan = engine.plan(step)
         skipped = plan[0].action == Action.NEITHER
-        prediction = Prediction(c, u, [not skipped] * rows, nfe=0 if skipped else -1)
-        found = engine.guide(step, plan, prediction, lambda s, c=c, u=u: u + s * (c - u)).tensor
-        handed = engine.hand(step, None if skipped else found, prediction)
+        if skipped:
+            handed = engine.forecast(step, plan, 0, 2 * rows)
+        else:
+            found = engine.guide(step, plan, Prediction(c, u, [True] * rows), lambda s, c=c, u=u: u + s * (c - u))
+            handed = engine.hand(step, found.tensor, found.prediction)
         denoised = x - space.sigma * handed
         assert denoised == pytest.approx(D_u + values[i] * (D_c - D_u), rel=1e-8)
         seen.append(skipped)
