@@ -133,7 +133,8 @@ class Guider(Pair, BaseGuidance):
         following = None if self._step is None else self._step + 1
         super().set_state(step, num_inference_steps, timestep)
         self._ask()
-        self._inner.begin(self._enabled, step, num_inference_steps, timestep)
+        # A range is around's: a loop may make more evaluations than it counts steps.
+        self._inner.begin(self._enabled, step, num_inference_steps if self._is_around else None, timestep)
         self._loop = _loop_of(self, sys._getframe(1))
         scheduler = getattr(self._loop.pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
