@@ -9,7 +9,6 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.rows import folded, leads, named
 
-
 Inputs = dict[str, Tensor]
 """The tensors among a call's arguments, by their place, or a branch's part of them."""
 
@@ -50,9 +49,7 @@ def _differing(given: Sequence[Inputs]) -> list[Inputs]:
     return [{name: each[name] for name in telling} for each in given] if telling else []
 
 
-def conditional(
-    halves: Sequence[Inputs], arguments: Mapping[str, Any], before: Sequence[Inputs]
-) -> int | None:
+def conditional(halves: Sequence[Inputs], arguments: Mapping[str, Any], before: Sequence[Inputs]) -> int | None:
     """Which of two `halves` is the conditional one; None if their arguments do not tell.
 
     Args:
