@@ -26,7 +26,8 @@ class Action(str, Enum):
     CONDITIONAL = "conditional"
     """Evaluate the conditional prediction only, and use it unguided."""
     EXTRAPOLATE = "extrapolate"
-    """Evaluate the conditional prediction only, and guide with an estimate of the unconditional one."""
+    """Evaluate the conditional prediction only, and guide with an estimate of the unconditional one. Further terms with
+    a call of their own are held."""
     NEITHER = "neither"
     """Evaluate nothing: guide with estimates of both, or with a forecast of the guided prediction."""
 
