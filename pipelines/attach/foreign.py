@@ -78,7 +78,8 @@ def scan(parts: Iterable[nn.Module]) -> Finds:
         return is_foreign(cls) or is_foreign(getattr(cls, method))
 
     for part in parts:
-        own, cls = part.__dict__, part.__class__
+        own: dict[str, Any] = part.__dict__
+        cls: Any = part.__class__
         if is_foreign_class(cls, "forward"):
             finds.code.append(Foreign(f"the forward of {cls.__name__}", cls.forward, part))
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
