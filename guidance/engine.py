@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusers_guidance import kernels, scales
 from diffusers_guidance.learning import Recorder
 from diffusers_guidance.observation import Observation, unseen
-from diffusers_guidance.policies import Policy, estimated, held, planned, predicted
+from diffusers_guidance.policies import Policy, estimated, planned, predicted
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule, settled
 from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, pick
@@ -141,10 +141,6 @@ class Engine:
         if any(guessed):
             filled = pick(guessed, estimated(self.policy, step, self.history, cond).to(cond.dtype), filled)
         return filled
-
-    def hold(self, step: Step, branch: int, cond: Tensor) -> Tensor:
-        """What stands for a further term's prediction at a step that holds it."""
-        return held(step, self.history, cond, self.history.terms[branch]).to(cond.dtype)
 
     def both(self, step: Step) -> tuple[Tensor, Tensor]:
         """Estimates of (cond, uncond) where the plan evaluates neither."""

@@ -94,7 +94,11 @@ class Policy:
         holding it as noise, and at high ones as a denoised sample.
         """
         assert history.delta is not None
-        return held(step, history, cond, history.delta)
+        factors = [velocity / step.velocity for velocity in history.velocity]
+        if len({*factors}) == 1:
+            return kernels.mix([cond, history.delta], [1.0, -factors[0]], cond.dtype)
+        rows = zip(cond.split(1), history.delta.split(1), factors, strict=True)
+        return torch.cat([kernels.mix([c, d], [1.0, -factor], cond.dtype) for c, d, factor in rows])
 
     def reads(self, step: Step, history: History) -> tuple[Collection[int] | None, Collection[int] | None]:
         """The guided steps so far, this one included, whose conditional and unconditional predictions later estimates
@@ -193,15 +197,6 @@ def _like(found: Any, shape: torch.Size, said: str) -> Tensor:
     if found.shape != shape:
         raise ValueError(f"{said} returned a tensor of shape {tuple(found.shape)}: it must be {tuple(shape)}")
     return found
-
-
-def held(step: Step, history: History, cond: Tensor, delta: Tensor) -> Tensor:
-    """(rows, ...): the prediction that differed from `cond` by `delta` when `history.velocity` was kept."""
-    factors = [velocity / step.velocity for velocity in history.velocity]
-    if len({*factors}) == 1:
-        return kernels.mix([cond, delta], [1.0, -factors[0]], cond.dtype)
-    rows = zip(cond.split(1), delta.split(1), factors, strict=True)
-    return torch.cat([kernels.mix([c, d], [1.0, -factor], cond.dtype) for c, d, factor in rows])
 
 
 def _everyone(history: History, action: Action | str, why: str = "") -> Plan:

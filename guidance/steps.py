@@ -6,7 +6,7 @@ Prediction   what was evaluated, with estimates for the rest
 History      what a run has seen so far
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -123,8 +123,6 @@ class Prediction:
     """The report's note on the step."""
     further: Tensor | None = None
     """(rows, ...): what further terms add to the guided prediction, such as s (c - p) with a perturbed prediction p."""
-    terms: Mapping[int, Tensor] = field(default_factory=dict)
-    """By branch, such predictions p that have a call of their own, as the network returned them."""
 
     def __post_init__(self) -> None:
         rows = len(self.evaluated)
@@ -164,8 +162,6 @@ class History:
     `estimates`."""
     velocity: list[float] = field(default_factory=list)
     """For each row, the factor from a prediction to `v` at the step of `delta`."""
-    terms: dict[int, Tensor] = field(default_factory=dict)
-    """By branch, likewise each further term's `cond - p`; none if the last such step did not evaluate every sample."""
     cond: list[Tensor] = field(default_factory=list)
     """The conditional prediction of each step, (rows, ...), kept only for a policy that `remembers`. A prediction that
     no later estimate reads is an empty tensor."""
@@ -223,7 +219,6 @@ class History:
             before, was = self.delta, self.velocity or [velocity] * self.rows
             self.delta = cond - uncond if before is None else pick(evaluated, cond - uncond, before)
             self.velocity = [velocity if new else old for new, old in zip(evaluated, was, strict=True)]
-            self.terms = {k: cond - p for k, p in prediction.terms.items()} if all(evaluated) else {}
 
     def keep(self, prediction: Prediction, conds: Collection[int] | None, unconds: Collection[int] | None) -> None:
         """Keeps a step's predictions.

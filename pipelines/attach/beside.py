@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_guidance.forecast import forecast
-from diffusers_guidance.pipelines.attach.rows import OUTPUT, mapped, prediction, take
+from diffusers_guidance.pipelines.attach.rows import mapped
 
 
 @dataclass
@@ -54,26 +54,20 @@ class Beside:
 
         return mapped(summed, *(known[step] for step in factors))
 
-    def held(self, now: Any, call: int, rows: list[int], factors: Sequence[float]) -> Any:
-        """What a call puts out where each row keeps its difference from another row, as at the last evaluated step.
+    def held(self, output: Any, rows: Sequence[tuple[int, int, float]]) -> Any:
+        """A step's first output, where so many rows are copies of others, as they differed before.
 
         Args:
-            now: what these other rows are at this step, by row.
-            call: its number in the step.
-            rows: which rows of the step's first call they are; a row of that call may be itself.
-            factors: by row, by how much the difference is multiplied.
+            rows: (row, of which it is a copy, by what factor the difference goes).
         """
-        first, then = self.steps[max(self.steps)][0], self.steps[max(self.steps)][call]
-        whole = prediction(first)
-        assert whole is not None
 
-        def held(now: Any, then: Any, before: Any) -> Any:
+        def held(now: Any, then: Any) -> Any:
             """What are no numbers, or of another shape, stays as it is now."""
             if not isinstance(now, Tensor) or getattr(then, "shape", None) != now.shape or not now.is_floating_point():
                 return now
             made = now.clone()
-            for row, factor in enumerate(factors):
-                made[row] += factor * (then[row] - before[row]) if factor else 0
+            for row, other, factor in rows:
+                made[row] += factor * (then[row] - then[other])
             return made
 
-        return mapped(held, now, then, take(first, len(whole), rows, OUTPUT))
+        return mapped(held, output, self.steps[max(self.steps)][0])

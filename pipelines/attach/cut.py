@@ -31,6 +31,8 @@ class Made(NamedTuple):
     """A copy."""
 
 
+OUTPUT = batch.Reading(elements=True, folded=False, second=False)
+"""How a network's output is cut."""
 _TRIALS = 2
 """How many ways to take a part of a batch are tried at most: trials must not cost much where nothing can be skipped."""
 _WAY_OUT = "take it off while attached, or use EveryStep()"
@@ -259,7 +261,7 @@ class Cut:
         """Whether the rows `index` alone give what they gave as a part of the whole; leaves no trace."""
         self.nfe += len(index)
         whole, part = (batch.prediction(output) for output in (made.output, self._part(made, rows, index)))
-        if not _close(part, batch.take(whole, rows, index, batch.OUTPUT)):
+        if not _close(part, batch.take(whole, rows, index, OUTPUT)):
             return False
         self.known |= {len(index)}
         return True

@@ -14,7 +14,7 @@ from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach import told
 from diffusers_guidance.pipelines.attach.beside import Beside
 from diffusers_guidance.pipelines.attach.clock import Clock
-from diffusers_guidance.pipelines.attach.cut import Cut, Made, Misfit
+from diffusers_guidance.pipelines.attach.cut import OUTPUT, Cut, Made, Misfit
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.steps import Action, Decision, Plan, Step
@@ -84,10 +84,7 @@ class Denoiser:
     """By call, what the pipeline was given for unconditional ones that came first, to be filled in by the conditional
     one."""
     given: Any = None
-    """The step's whole conditional output, where calls are made one after another; of a batch, its whole output, where
-    that holds more than the prediction."""
-    held_terms: set[int] = field(default_factory=set)
-    """Branches of further terms that were held at this step."""
+    """The step's whole conditional output, where calls are made one after another."""
     skipped: partial | None = None
     """The step's last call that was skipped."""
     handed: Tensor | None = None
@@ -262,7 +259,6 @@ class Denoiser:
         self.inputs, self.outputs, self.strays, self.surplus, self.blanks = [], [], [], [], {}
         self.given = self.skipped = self.handed = None
         self.is_told = self.is_open = False
-        self.held_terms = set()
         self.nfe = self.nfe_full = self.place = 0
 
     @property
@@ -354,8 +350,6 @@ class Denoiser:
             if self.skips:
                 return self._run_nothing(formula, place)
             further = formula.branches + place - formula.head
-            if further < formula.evaluations and self._holds(further):
-                return self._run_held(formula, further)
             if further < formula.evaluations and further not in formula.alone and not any(self.evaluates):
                 return self._run_unneeded(formula, place)
             return self._run_whole(call, args, kwargs, asked)
@@ -432,33 +426,12 @@ class Denoiser:
         self._note(cond, 0, len(cond))
         return batch.with_prediction(self._template(place, len(cond)), cond)
 
-    def _holds(self, branch: int) -> bool:
-        """Whether a further term's prediction is held: where all samples hold their unconditional one."""
-        assert self.plan is not None and self.engine is not None
-        holds = all(each.action == Action.EXTRAPOLATE for each in self.plan) and not any(self.evaluates)
-        return holds and branch in self.engine.history.terms
-
-    def _run_held(self, formula: Formula, branch: int) -> Any:
-        """A call on a term that keeps its difference from the conditional prediction."""
-        assert self.engine is not None
-        place, n = len(self.outputs), formula.rows
-        cond = formula.layout.invert(self.outputs)[formula.cond_index]
-        y = self.engine.hold(self.step, branch, cond)
-        output = self._template(place, n)
-        if self.puts_out_more:
-            own = [formula.cond_index * n + i for i in range(n)]
-            now = batch.take(self.given, formula.branches * n, own, batch.OUTPUT)
-            output = self.beside.held(now, place, own, self._held_factors)
-        self._note(y, 0, n)
-        self.held_terms.add(branch)
-        return batch.with_prediction(output, y.clone())
-
     def _template(self, call: int, rows: int) -> Any:
         """Any output of so many rows, for its structure."""
         found = self.templates[min(call, len(self.templates) - 1)]
         made = batch.prediction(found)
         assert made is not None
-        return found if len(made) == rows else batch.take(found, len(made), list(range(rows)), batch.OUTPUT)
+        return found if len(made) == rows else batch.take(found, len(made), list(range(rows)), OUTPUT)
 
     def _take_back(self) -> None:
         """Makes the step's skipped call after all, and puts what it gives where the pipeline has got something else."""
@@ -489,7 +462,7 @@ class Denoiser:
             part = self.cut.call(call, args, kwargs, total, kept, self.shape)
         except Exception as error:
             return self._give_up(error, call, args, kwargs, total, len(kept))
-        output = batch.take(part, len(kept), source, batch.OUTPUT)
+        output = batch.take(part, len(kept), source, OUTPUT)
         y = batch.prediction(output)
         assert y is not None
         if y.shape != self.shape:  # a callback has made the samples larger, say
@@ -501,34 +474,27 @@ class Denoiser:
             filled = [each if i in own else self._filled(cond, each) for i, each in enumerate(branches)]
             (y,) = formula.layout.apply(filled)
             if self.puts_out_more:
-                output = self.beside.held(output, 0, *self._guessed(formula))
-                self.given = batch.copied(output)
+                output = self.beside.held(output, self._guessed(formula))
             output = batch.with_prediction(output, y)
         self._note(y, len(kept), total)
         return output
 
-    def _guessed(self, formula: Formula) -> tuple[list[int], list[float]]:
-        """By row of a batch: the row that it is a copy of (the conditional one, or itself), and a held one's factor."""
-        assert self.plan is not None
-        n, own, factors = formula.rows, (formula.cond_index, *formula.alone), self._held_factors
-        guessed = [
-            each.action == Action.EXTRAPOLATE and not was for each, was in zip(self.plan, self.evaluates, strict=True)
+    def _guessed(self, formula: Formula) -> list[tuple[int, int, float]]:
+        """Of a batch, the rows that are estimated, each with its conditional one, and how a held velocity turns."""
+        assert self.plan is not None and self.engine is not None
+        n, own, held = formula.rows, (formula.cond_index, *formula.alone), self.engine.history.velocity
+        rows = [i for i in range(n) if self.plan[i].action == Action.EXTRAPOLATE and not self.evaluates[i]]
+        return [
+            (k * n + i, formula.cond_index * n + i, held[i] / self.step.velocity)
+            for k in range(formula.branches)
+            if k not in own
+            for i in rows
         ]
-        pairs = [(k, i, guessed[i] and k not in own) for k in range(formula.branches) for i in range(n)]
-        rows = [(formula.cond_index if is_guessed else k) * n + i for k, i, is_guessed in pairs]
-        return rows, [factors[i] if is_guessed else 0.0 for _, i, is_guessed in pairs]
-
-    @property
-    def _held_factors(self) -> list[float]:
-        """By sample: a difference that was held as a velocity is multiplied by this."""
-        assert self.engine is not None
-        return [velocity / self.step.velocity for velocity in self.engine.history.velocity]
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         n = formula.rows
         if branch in formula.alone:
-            is_held = self.given is not None and self._holds(branch)
-            return self._run_held(formula, branch) if is_held else self._run_whole(call, args, kwargs, n)
+            return self._run_whole(call, args, kwargs, n)
         if branch == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
             if not self.outputs:  # it is on another batch than the one that is known
@@ -548,7 +514,7 @@ class Denoiser:
             except Exception as error:
                 return self._give_up(error, call, args, kwargs, n, len(wanted))
             place = {row: i for i, row in enumerate(wanted)}
-            part = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], batch.OUTPUT)
+            part = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], OUTPUT)
             output, uncond = batch.merged(self.evaluates, part, output), batch.prediction(part)
         if self.given is not None:
             cond = self.outputs[formula.cond_index]

@@ -320,12 +320,10 @@ class Discovery:
         step = replace(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
         halves, observe = formula.halves(denoiser.outputs), denoiser.engine.observe
         rest = formula.rest(denoiser.outputs, around)
-        parts = formula.layout.invert(denoiser.outputs) if self.policy.estimates else []
-        apart = {k: parts[k] for k in formula.apart} if parts else {}
 
         def seen(found: Observation, sent: Arrival | Observation) -> Seen:
             nfe, nfe_full = cost
-            prediction = Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note, rest, apart)
+            prediction = Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note, rest)
             return Seen(step, prediction, tolerance, sent)
 
         if sent is not None:

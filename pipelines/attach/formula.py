@@ -105,11 +105,6 @@ class Formula(Combination):
         """Which branches beside the conditional one a sample evaluates without the unconditional one."""
         return () if self.tree is None or self.is_merged else self.tree.alone
 
-    @property
-    def apart(self) -> tuple[int, ...]:
-        """Which of these have a call of their own."""
-        return tuple(k for k in self.alone if k >= self.branches or not self.batched)
-
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(cond, uncond) of a step's outputs, as the denoiser made them."""
         parts = self.layout.invert(outputs)

@@ -467,8 +467,7 @@ class Host:
         for k, name in enumerate(formula.names):
             is_own = k == formula.cond_index or k in formula.alone
             evaluations = formula.rows if is_own else sum(evaluated)
-            is_skipped = not denoiser.nfe or k in denoiser.held_terms
-            counts[name] = counts.get(name, 0) + (0 if is_skipped else evaluations)
+            counts[name] = counts.get(name, 0) + (evaluations if denoiser.nfe else 0)
 
     def _check_batch(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
         """Forgets the known batch if the step has another one; refuses evaluations that belong to neither."""

@@ -52,8 +52,6 @@ READINGS = (
     Reading(tables=False, folded=False, second=False),
 )
 """In the order in which they are tried."""
-OUTPUT = Reading(elements=True, folded=False, second=False)
-"""How a network's output is cut."""
 
 
 def _listed(name: str, value: Any, rows: int) -> bool:

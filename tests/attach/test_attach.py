@@ -416,7 +416,7 @@ def test_sound_beside_the_picture_is_never_estimated():
 
 @pytest.mark.parametrize("name", ["LTX2Pipeline", "LTX2Pipeline, its defaults"])
 def test_sound_beside_the_picture_is_held_with_it(name):
-    """As in the untouched pipeline whose network's other predictions are overwritten by a hook, picture and sound."""
+    """As in the untouched pipeline whose network's unconditional half is overwritten by a hook, picture and sound."""
     entry = PIPELINES[name]
     pipe = entry.build()
 
@@ -430,22 +430,14 @@ def test_sound_beside_the_picture_is_held_with_it(name):
     with attach(pipe, CFG(), Hold(2)) as handle, counting(pipe.transformer) as count:
         found = both()
     held = [step.evaluated[0] != "both" for step in handle.report.steps]
-    branches = handle.report.nfe_full // 5
-    assert any(held) and handle.report.nfe == count.total == handle.report.nfe_full - (branches - 1) * sum(held)
-    step, now, before, size, apart, terms = 0, None, None, 1.0, {}, []
+    assert any(held) and handle.report.nfe == count.total == handle.report.nfe_full - sum(held)
+    step, before = 0, None
 
     def overwrite(module, args, kwargs, output):
-        nonlocal step, now, before, size
-        if len(output[0]) == 1:  # a further term: it keeps its difference from the conditional prediction
-            term = len(terms)
-            terms.append(term)
-            if held[step - 1]:
-                return tuple(c - d * then / size for c, (d, then) in zip(now, apart[term], strict=True))
-            apart[term] = [(c - p, size) for c, p in zip(now, output, strict=True)]
+        nonlocal step, before
+        if len(output[0]) == 1:  # a further branch
             return output
-        terms.clear()
         halves = [y.chunk(2) for y in output]
-        now = [c.clone() for _, c in halves]
         sigma = handle.report.steps[step].sigma
         size = math.hypot(1 - sigma, sigma)  # of a flow's noise and signal: what a velocity is held by
         if held[step]:
