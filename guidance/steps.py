@@ -26,8 +26,7 @@ class Action(str, Enum):
     CONDITIONAL = "conditional"
     """Evaluate the conditional prediction only, and use it unguided."""
     EXTRAPOLATE = "extrapolate"
-    """Evaluate the conditional prediction only, and guide with an estimate of the unconditional one. Further terms with
-    a call of their own are held."""
+    """Evaluate the conditional prediction only, and guide with an estimate of the unconditional one."""
     NEITHER = "neither"
     """Evaluate nothing: guide with estimates of both, or with a forecast of the guided prediction."""
 

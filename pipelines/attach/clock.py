@@ -87,7 +87,8 @@ class Clock:
         """Evaluations made so far; and those that another scheduler had made."""
         self.loops = 0
         """Loops begun."""
-        self._begins_anew = False
+        self.begins_anew = False
+        """Whether the run itself has set its scheduler's timesteps since the last step."""
         self._table = Table()
         self._index = -1
 
@@ -98,7 +99,7 @@ class Clock:
 
     def begin_anew(self) -> None:
         """Takes note that the run itself has set its scheduler's timesteps."""
-        self._begins_anew = True
+        self.begins_anew = True
 
     def tick(self, scheduler: Any, timestep: Any) -> None:
         """Sets `space` and `timestep`; called before every `scheduler.step`."""
@@ -189,7 +190,7 @@ class Clock:
         made, table = scheduler.timesteps, self._table
         if made is table.timesteps:
             return True
-        is_over = self._begins_anew or self._index + 1 >= len(table.values)
+        is_over = self.begins_anew or self._index + 1 >= len(table.values)
         if is_over or scheduler is not table.scheduler or len(made) != len(table.values):
             return False
         if tuple(float(t) for t in made.tolist()) != table.values:
@@ -202,7 +203,7 @@ class Clock:
         if self._table.scheduler is not None:  # after another one
             self.steps = self.before = 0
         self.loops += 1
-        self._begins_anew = False
+        self.begins_anew = False
         self._table, self._index, self.stride = Table.of(scheduler), -1, 1
         self.error = self._table.error or self.error
 
