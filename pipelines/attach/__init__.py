@@ -10,8 +10,8 @@ A prediction's way, from the network to the scheduler, in the order to read it:
       together              several networks that make a step's predictions, followed as one
       cut, rows             a part of a batch on its own: taken from a call, and tried; `remembered` for later calls
       told                  which branch a call is for, by its arguments
-      beside, kept          what a network gives beside its prediction: a video's sound; what its pipeline reads off it
-      perturbed             perturbed attention without the unconditional branch
+      beside                what a network gives beside its prediction: a video's sound
+      processors            its attention processors: perturbed ones, and what its pipeline reads off them
       state, memory, foreign    whether what others have put on the network remembers anything from call to call
     discovery               how the step's outputs became the scheduler's prediction: found once, verified at each step
       layout                which outputs are which branch, and which part of one the scheduler gets

@@ -3,7 +3,7 @@
 A plain result must never pass for a guided one. This module refuses what cannot be followed, in words for the user.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
@@ -32,8 +32,9 @@ class Company:
         """Whether a method of the pipeline has called its parts from another thread."""
         self._own: FrameType | None = None
         """The pipeline's loop."""
-        callbacks = [each for name, each in call.arguments.items() if "callback" in name and callable(each)]
-        self._callbacks = {*map(_code, callbacks)} - {None}
+        given = {name: each for name, each in call.arguments.items() if callable(each)}
+        self._given = [*given.values()]
+        self._callbacks = {_code(each) for name, each in given.items() if "callback" in name} - {None}
 
     def take_in(self, stage: Any) -> None:
         """Takes note of a pipeline that this one has."""
@@ -48,50 +49,48 @@ class Company:
 
         The innermost pipeline on the stack tells. For a combined pipeline that may be one of its stages.
         """
-        while frame is not None and frame is not self._own:
-            if frame.f_code.co_name == "__call__":
-                caller = frame.f_locals.get("self")
-                if isinstance(caller, DiffusionPipeline | ModularPipeline):
-                    if caller is not self._call.pipe and id(caller) not in self.stages:
-                        self.stranger = type(caller).__name__
-                        if self._has_called(frame):
-                            self.left_to = self.stranger
-                        return False
-                    self._own = frame  # read once: before Python 3.13 reading a frame's variables copies them all
-                    break
-            frame = frame.f_back
+        for each in _callers(frame, self._own):
+            if each.f_code.co_name == "__call__" and _is_pipeline(pipe := each.f_locals.get("self")):
+                if pipe is self._call.pipe or id(pipe) in self.stages:
+                    self._own = each  # read once: before Python 3.13 reading a frame's variables copies them all
+                    return True
+                self.stranger = type(pipe).__name__
+                if self._has_called(each):
+                    self.left_to = self.stranger
+                return False
         return True
 
     def is_aside(self, frame: FrameType | None) -> bool:
         """Whether a callback given to the pipeline is calling: its evaluations are not part of a step."""
-        while self._callbacks and frame is not None and frame is not self._own:
-            if frame.f_code in self._callbacks:
-                return True
-            frame = frame.f_back
-        return False
+        callbacks = self._callbacks
+        return bool(callbacks) and any(each.f_code in callbacks for each in _callers(frame, self._own))
 
     def _has_called(self, frame: FrameType) -> bool:
         """Whether the pipeline itself, not a callback given to it, has called `frame`."""
-        given = [each for each in self._call.arguments.values() if callable(each)]
-        codes = {*map(_code, given)} - {None}
-        caller = frame.f_back
-        while caller is not None:
-            owner = caller.f_locals.get("self")
+        codes = {*map(_code, self._given)} - {None}
+        for each in _callers(frame.f_back):
+            owner = each.f_locals.get("self")
             if owner is self._call.pipe:
                 return True
-            if caller.f_code in codes or any(owner is each for each in given):
+            if each.f_code in codes or any(owner is given for given in self._given):
                 return False
-            caller = caller.f_back
         return False
 
     def was_called_elsewhere(self, frame: FrameType | None) -> None:
         """Notes a call of the pipeline's parts from a thread without a run."""
-        while frame is not None:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, DiffusionPipeline | ModularPipeline):
-                self.ran_elsewhere |= caller is self._call.pipe
-                return
-            frame = frame.f_back
+        pipes = (each.f_locals.get("self") for each in _callers(frame))
+        self.ran_elsewhere |= next(filter(_is_pipeline, pipes), None) is self._call.pipe
+
+
+def _callers(frame: FrameType | None, until: FrameType | None = None) -> Iterator[FrameType]:
+    """The frame, and those that called it, the innermost first."""
+    while frame is not None and frame is not until:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_pipeline(owner: Any) -> bool:
+    return isinstance(owner, DiffusionPipeline | ModularPipeline)
 
 
 def _code(function: Any) -> CodeType | None:

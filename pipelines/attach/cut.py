@@ -1,21 +1,21 @@
 """Evaluating a part of a network's batch on its own: how it is taken from a call, and whether it gives the same.
 
-Where an argument's shape leaves open how it is to be cut, or somebody else's code on the network may look across the
-batch, a trial tells; it leaves no trace. What cannot be cut is evaluated whole.
+The shapes of arguments may leave open how to cut them, and others' code on the network may look across the batch. Then
+a trial tells, and leaves no trace. What cannot be cut is evaluated whole.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.formula import Formula
-from diffusers_guidance.pipelines.attach.kept import Kept
-from diffusers_guidance.pipelines.attach.perturbed import Perturbed
+from diffusers_guidance.pipelines.attach.processors import Processors
 from diffusers_guidance.pipelines.attach.remembered import Trial, keep, key, recall
 from diffusers_guidance.pipelines.attach.residual import exact
 from diffusers_guidance.pipelines.attach.state import Watch
@@ -34,7 +34,7 @@ class Made(NamedTuple):
 OUTPUT = batch.Reading(elements=True, folded=False, second=False)
 """How a network's output is cut."""
 _TRIALS = 2
-"""How many ways to take a part of a batch are tried at most: what cannot be skipped must not cost much either."""
+"""How many ways to take a part of a batch are tried at most: trials must not cost much where nothing can be skipped."""
 _WAY_OUT = "take it off while attached, or use EveryStep()"
 
 
@@ -58,12 +58,10 @@ class Cut:
     """Why no part of the batch can be taken, if so."""
     splits: bool = True
     """Whether rows of some samples can be skipped, and not of others."""
-    known: set[int] = field(default_factory=set)
+    known: frozenset[int] = frozenset()
     """How many rows of the batch have been evaluated on their own, and well."""
     nfe: int = 0
     """Rows that trials have evaluated."""
-    perturbed: Perturbed = field(default_factory=Perturbed)
-    """How perturbed attention goes on without the unconditional branch."""
 
     @cached_property
     def watch(self) -> Watch:
@@ -71,16 +69,12 @@ class Cut:
         return Watch(self.module)
 
     @cached_property
-    def kept(self) -> Kept:
-        """What its pipeline may read off it after a call."""
-        return Kept(self.module)
+    def processors(self) -> Processors:
+        return Processors(self.module)
 
     @property
     def keeps_state(self) -> bool:
-        """Whether one of diffusers' stateful hooks (FirstBlockCache, FasterCache) is installed somewhere in it.
-
-        Such a hook keeps tensors of the batch from call to call.
-        """
+        """Whether a hook of diffusers on it (FirstBlockCache, FasterCache) keeps tensors of the batch between calls."""
         return bool(self.watch.finds.stateful)
 
     @property
@@ -90,14 +84,14 @@ class Cut:
 
     def forget(self, is_watched: bool = False) -> None:
         """Forgets what it knows of a batch that is gone, and what is on the network, unless that `is_watched` on."""
-        self.whole, self.splits = "", True
-        self.known.clear()
+        self.whole, self.splits, self.known = "", True, frozenset()
         if not is_watched:
             vars(self).pop("watch", None)
 
-    def leave_whole(self, why: str) -> None:
-        """Takes no part of the batch from now on."""
+    def leave_whole(self, why: str) -> str:
+        """Takes no part of the batch from now on; returns the first reason for that."""
         self.whole = self.whole or why
+        return self.whole
 
     def keep_whole(self) -> None:
         """Takes no part of the batch from now on, if the network was found to keep state."""
@@ -107,9 +101,9 @@ class Cut:
             self.leave_whole(f"{why}: the batch is left whole; {_WAY_OUT}")
 
     def call(
-        self, call: Callable, args: tuple, kwargs: dict, rows: int, index: list[int], shape: torch.Size | None
+        self, call: Callable, args: tuple, kwargs: dict, rows: int, index: list[int], shape: torch.Size | None = None
     ) -> Any:
-        """The call on the rows `index` of `rows` alone; where they give no such part, nothing has happened.
+        """The call on the rows `index` of `rows` alone; an error leaves no trace of it.
 
         Args:
             shape: of the whole's predictions; None where that is not known.
@@ -117,7 +111,7 @@ class Cut:
         part_args, part_kwargs = batch.take((args, dict(kwargs)), rows, index, self.reading)
         found = self.watch.found
         try:
-            with self.perturbed.with_two(self.module) if len(index) < rows else nullcontext():
+            with self.processors.for_two() if len(index) < rows else nullcontext():
                 output = call(*part_args, **part_kwargs)
             y = batch.prediction(output)
             if y is not None and shape is not None and y.shape[0] * rows != shape[0] * len(index):
@@ -133,13 +127,13 @@ class Cut:
     def is_misfit(self, error: Exception) -> bool:
         """Whether a network may say by this, in whatever words, that it was made for another batch.
 
-        Not for want of memory, nor where a hook that only looks on ends the run.
+        It does not if memory is short, or if a hook that only looks on ends the run.
         """
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
         return not out_of_memory and error is not self.watch.raised
 
     def give_up(self, error: Exception, tried: int) -> None:
-        """Takes no part of the batch from now on, if a part that was tried for the first time does not fit.
+        """Takes no part of the batch from now on, if a part of `tried` rows does not fit that was new.
 
         Raises:
             error: it is something else.
@@ -149,10 +143,12 @@ class Cut:
             raise error
         self.leave_whole(f"no part of the batch can be evaluated on its own ({error})")
 
+    # At the step at which the formula is found
+
     def find_out(self, formula: Formula, made: Sequence[Made], cuts: bool) -> str:
         """Makes sure that a part of the batch gives what the whole gave, and says what was tried.
 
-        Costs evaluations only where an argument's shape leaves open how it is to be cut.
+        Trials take evaluations. They are made only where shapes or others' code leave it open, and remembered.
 
         Args:
             made: the step's calls.
@@ -166,58 +162,50 @@ class Cut:
             return self.whole
         if self.keeps_state:
             return "its hooks keep state: the batch is left whole"
-        if not cuts or (groups == 1 and n == 1):
+        if not cuts or n * groups == 1:
             return ""
-        names = batch.doubts((one.args, dict(one.kwargs)), n * groups, groups)
-        names += [name for name, value in one.kwargs.items() if "cache" in name and value is not None]
-        trials = _TRIALS if names else 1
-        if groups > 2:
-            names.append("its third branch")  # perturbed attention, say, needs all branches to be there
-        crossing = [*self.watch.takes_part]
-        if looks_across(self.module) and not crossing:
-            crossing = ["its attention processors"]
-        names += crossing
+        shapes = batch.doubts((one.args, dict(one.kwargs)), n * groups, groups)
+        shapes += [name for name, value in one.kwargs.items() if "cache" in name and value is not None]
+        third = ["its third branch"] if groups > 2 else []  # it may need all branches to be there
+        across = [*self.watch.takes_part] or ["its attention processors"] * self.processors.look_across
+        names = [*shapes, *third, *across]
         if not names:
             return ""
         why = f"because of {', '.join(names)}"
-        if needs_all_branches(self.module):
-            if formula.batched and formula.alone == (2,) and self.perturbed.takes_two(self.module):
-                self.splits = False  # a batch has the unconditional branch of all samples or of none
-                return ""
-            self.leave_whole(f"no part of the batch can be evaluated on its own, {why}")
-            return self.whole
+        if self.processors.need_all_branches:
+            if not (formula.batched and formula.alone == (2,) and self.processors.take_two):
+                return self.leave_whole(f"no part of the batch can be evaluated on its own, {why}")
+            self.splits = False  # a batch has the unconditional branch of all samples or of none
+            return ""
         own = sorted((formula.cond_index, *formula.alone))
         alone = [k * n + i for k in own if k < groups for i in range(n)] if formula.batched else list(range(n - 1))
         is_ours = not (self.watch.takes_part or self.watch.in_doubt)
-        of = key(one.args, one.kwargs, n, groups, tuple(alone), tuple(names), _processors(self.module))
+        of = key(one.args, one.kwargs, n, groups, tuple(alone), tuple(names), self.processors.kinds)
         if is_ours and (before := recall(self.module, of)) is not None:
-            self.reading, self.splits, note = before.reading, before.splits, before.note
-            self.known |= before.known
-            self.whole = before.whole
+            self.reading, self.whole, self.splits, self.known, note = before
             return self.whole or note
-        note = self._try(formula, one, alone, trials, why)
+        note = self._try(formula, one, alone, _TRIALS if shapes else 1, why)
         if is_ours and not self.watch.found:
-            remembered = note.replace("was tried", "was tried before")
-            keep(self.module, of, Trial(self.reading, self.whole, self.splits, frozenset(self.known), remembered))
+            again = note.replace("was tried", "was tried before")
+            keep(self.module, of, Trial(self.reading, self.whole, self.splits, self.known, again))
         return note
 
     def _try(self, formula: Formula, made: Made, alone: list[int], trials: int, why: str) -> str:
         """Tries the rows `alone`, in several ways, and says so."""
-        n, groups = formula.rows, formula.branches if formula.batched else 1
-        for self.reading in readings(made, n * groups, alone)[:trials]:
-            if self._fits(made, n * groups, alone):
+        n, rows = formula.rows, formula.rows * (formula.branches if formula.batched else 1)
+        for self.reading in readings(made, rows, alone)[:trials]:
+            if self._fits(made, rows, alone):
                 break
-            if self.watch.found:
-                self.keep_whole()
+            self.keep_whole()
+            if self.whole:
                 return self.whole
         else:
-            self.leave_whole(f"no part of the batch can be evaluated on its own, {why}")
-            return self.whole
+            return self.leave_whole(f"no part of the batch can be evaluated on its own, {why}")
         if self.watch.takes_part and formula.batched and n > 1:
             half, other = n // 2, formula.others[0]
             torn = [other * n + i for i in range(n - half, n)] + [formula.cond_index * n + i for i in range(half)]
             # No row has a row of its sample.
-            self.splits = self._fits(made, n * groups, sorted(torn))
+            self.splits = self._fits(made, rows, sorted(torn))
         if not self.splits:
             return f"samples are skipped only all at once, {why}"
         return f"a part of the batch was tried on its own, {why}"
@@ -225,8 +213,8 @@ class Cut:
     def follows(self, formula: Formula, made: Sequence[Made], kept: list[int], source: list[int]) -> bool:
         """Whether the network works ahead of that of `formula`, on the same rows and each by itself.
 
-        One evaluation of the conditional rows alone tells, whose output must be that of the whole; none where whole
-        evaluations alone are skipped.
+        One evaluation of the conditional rows tells: it must put out what the whole did. Where only whole evaluations
+        are skipped, none is needed.
 
         Args:
             kept: those rows of the batch.
@@ -240,22 +228,15 @@ class Cut:
         across = self.watch.takes_part and formula.rows > 1
         if self.watch.found or across or batch.count(one.args, one.kwargs) != total:
             return False
-        if len(kept) == total:  # all or nothing
-            self.whole = ""
-            return True
-        expected = batch.take(one.output, total, [kept[i] for i in source])
-        for self.reading in readings(one, total, kept)[:_TRIALS]:
-            try:
-                found = batch.take(self.call(*one[:3], total, kept, None), len(kept), source)
-            except Exception as error:
-                if not self.is_misfit(error):
-                    raise
-                continue
-            self.watch.restore()
-            if batch.shapes(found) == batch.shapes(one.output) and _close(found, expected):
-                self.whole = ""
-                return True
-        return False
+        if len(kept) < total:
+            expected = batch.take(one.output, total, [kept[i] for i in source])
+            for self.reading in readings(one, total, kept)[:_TRIALS]:
+                if _close(batch.take(self._part(one, total, kept), len(kept), source), expected):
+                    break
+            else:
+                return False
+        self.whole = ""
+        return True
 
     def is_steady(self, made: Sequence[Made]) -> bool:
         """Whether the network keeps no state, so that calls of it can be skipped as a whole."""
@@ -267,60 +248,40 @@ class Cut:
         return not self.whole
 
     def _settle(self, made: Made, rows: int) -> None:
-        """Makes the identifying step's call once more, where it cannot be told yet whether the network keeps state."""
+        """Makes a call once more, if it cannot be told yet whether the network keeps state."""
         if self.watch.in_doubt and not (self.watch.found or self.keeps_state):
             self.nfe += rows
-            try:
-                with self.watch.once_more(), torch.random.fork_rng(_devices(made.output)):
-                    same = _close(made.call(*made.args, **made.kwargs), made.output)
-            except Exception as error:
-                if not self.is_misfit(error):
-                    raise
-                same = False
-            if not same:
+            with self.watch.once_more():
+                again = self._tried(made, lambda: made.call(*made.args, **made.kwargs))
+            if not _close(again, made.output):
                 self.watch.find(f"{self.name} gives something else when called once more")
         self.watch.settle()
 
     def _fits(self, made: Made, rows: int, index: list[int]) -> bool:
         """Whether the rows `index` alone give what they gave as a part of the whole; leaves no trace."""
-        whole = batch.prediction(made.output)
-        assert whole is not None
         self.nfe += len(index)
+        whole, part = (batch.prediction(output) for output in (made.output, self._part(made, rows, index)))
+        if not _close(part, batch.take(whole, rows, index, OUTPUT)):
+            return False
+        self.known |= {len(index)}
+        return True
+
+    def _part(self, made: Made, rows: int, index: list[int]) -> Any:
+        """What a call gives of the rows `index` alone; None where the network gives no such part. Leaves no trace."""
+        part = self._tried(made, lambda: self.call(*made[:3], rows, index))
+        if part is not None:
+            self.watch.restore()
+        return part
+
+    def _tried(self, made: Made, call: Callable[[], Any]) -> Any:
+        """A copy of what a trial of the call gives, or None for a misfit; random numbers stay what they are."""
         try:
-            with torch.random.fork_rng(_devices(whole)):
-                part = batch.copied(batch.prediction(self.call(*made[:3], rows, index, whole.shape)))
+            with torch.random.fork_rng(list({t.device for t in batch.tensors(made.output) if t.device.type == "cuda"})):
+                return batch.copied(call())
         except Exception as error:
             if not self.is_misfit(error):
                 raise
-            return False
-        self.watch.restore()
-        expected = exact(batch.take(whole, rows, index, OUTPUT))
-        if part is None or part.shape != expected.shape:
-            return False
-        found = exact(part)
-        same = (found == expected) | (found.isnan() & expected.isnan())  # a broken sample stays one
-        off = (found - expected).masked_fill(same, 0).norm()
-        if not off <= max(1e-4, 2 * torch.finfo(whole.dtype).eps) * expected.nan_to_num(0, 0, 0).norm():
-            return False
-        self.known.add(len(index))
-        return True
-
-
-def _processors(module: torch.nn.Module) -> tuple[type, ...]:
-    """The kinds of a network's attention processors."""
-    found = (type(part.processor) for part in module.modules() if getattr(part, "processor", None) is not None)
-    return tuple(dict.fromkeys(found))
-
-
-def looks_across(module: torch.nn.Module) -> bool:
-    """Whether its attention processors may look across the batch: all may but those of diffusers.models."""
-    processors = _processors(module)
-    return any("PAG" in each.__name__ or not each.__module__.startswith("diffusers.models") for each in processors)
-
-
-def needs_all_branches(module: torch.nn.Module) -> bool:
-    """Whether one of its branches is a perturbed one, which its attention processors find by its place."""
-    return any("PAG" in each.__name__ for each in _processors(module))
+            return None
 
 
 def readings(made: Made, rows: int, index: list[int]) -> list[batch.Reading]:
@@ -333,15 +294,13 @@ def readings(made: Made, rows: int, index: list[int]) -> list[batch.Reading]:
     return list(found.values())
 
 
-def _devices(tree: Any) -> list[torch.device]:
-    """Where random numbers may have been drawn for an output, beside the CPU."""
-    return list({tensor.device for tensor in batch.tensors(tree) if tensor.device.type == "cuda"})
-
-
 def _close(tree: Any, other: Any) -> bool:
-    """Whether all tensors of two trees are equal to rounding."""
-    for a, b in zip(batch.tensors(tree), batch.tensors(other), strict=True):
+    """Whether all tensors of two trees are equal to rounding; what is not a number must not be one in both."""
+
+    def close(a: Tensor, b: Tensor) -> bool:
         allowed = max(1e-4, 2 * torch.finfo(b.dtype).eps) if b.is_floating_point() else 0.0
-        if not (a.float() - b.float()).norm() <= allowed * b.float().norm():
-            return False
-    return True
+        a, b = exact(a), exact(b)
+        same = (a == b) | (a.isnan() & b.isnan())
+        return bool((a - b).masked_fill(same, 0).norm() <= allowed * b.nan_to_num(0, 0, 0).norm())
+
+    return batch.shapes(tree) == batch.shapes(other) and all(map(close, batch.tensors(tree), batch.tensors(other)))

@@ -309,9 +309,9 @@ class Denoiser:
         if self.nfe == self.nfe_full:
             self._keep_whole()
         if self.nfe_full - self.nfe > left:
-            self.cut.kept.put_back(place)
+            self.cut.processors.put_back(place)
         else:
-            self.cut.kept.see(place)
+            self.cut.processors.see(place)
         return output
 
     def take_cost(self) -> tuple[int, int]:

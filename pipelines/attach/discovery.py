@@ -121,7 +121,8 @@ class Discovery:
             if found.undetermined:
                 return found.tried
             if self.acts or not self.recording.report.steps:
-                raise self.unsupported(denoiser, output, self._together(denoiser, output) or found.tried)
+                told_of = self._together(denoiser, output) or self._by_sample(denoiser, output, sample, clock)
+                raise self.unsupported(denoiser, output, told_of or found.tried)
             return f"not verified: {found.tried}"  # nothing is changed, so the result is not withheld
         formula = self._plain(found.formula)
         self._keep_order(denoiser, formula)
@@ -201,6 +202,15 @@ class Discovery:
         known = [each.label for each in seen if each.formula is not None]
         why = f"until now {known[0]} alone was" if known else "no sum of their predictions gives it"
         return f"{' and '.join(each.label for each in seen)} were evaluated for it, and {why}"
+
+    def _by_sample(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> str:
+        """What is seen of a step that is explained sample by sample, but not as a batch, as with Perp-Neg."""
+        n = len(output)
+        for i in range(n):
+            own, around = [y[i::n] for y in denoiser.outputs], self.call.around(sample[i : i + 1], clock.space)
+            if n == 1 or identify(own, output[i : i + 1], self.call.scales, around).formula is None:
+                return ""
+        return "each sample weighs its predictions by factors of its own: call it with one prompt at a time"
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales that do not tell."""

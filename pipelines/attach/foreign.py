@@ -1,5 +1,6 @@
 """Foreign code on a network, not its authors': replaced forwards, processors, hooks; and diffusers' own hooks."""
 
+import functools
 import sys
 import types
 from collections.abc import Iterable
@@ -71,34 +72,27 @@ def scan(parts: Iterable[nn.Module]) -> Finds:
     """The code on a network, given all its parts: thousands, most of them bare."""
     finds = Finds()
     tables: list[tuple[nn.Module | None, Any]] = [(None, table) for table in _GLOBAL_HOOKS]
-    classes = _ByClass("forward")
-    processors = _ByClass("__call__")
+
+    @functools.cache
+    def is_foreign_class(cls: type, method: str) -> bool:
+        return is_foreign(cls) or is_foreign(getattr(cls, method))
+
     for part in parts:
-        own, cls = part.__dict__, part.__class__
-        if classes[cls]:
+        own: dict[str, Any] = part.__dict__
+        cls: Any = part.__class__
+        if is_foreign_class(cls, "forward"):
             finds.code.append(Foreign(f"the forward of {cls.__name__}", cls.forward, part))
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             tables += [(part, own["_forward_hooks"]), (part, own["_forward_pre_hooks"])]
         if "forward" in own or "_diffusers_hook" in own:
             _scan_forwards(part, own, finds)
         processor = own["processor"] if "processor" in own else own["_modules"].get("processor")
-        if processor is not None and (processors[processor.__class__] or is_foreign(processor)):
+        if processor is not None and (is_foreign_class(processor.__class__, "__call__") or is_foreign(processor)):
             finds.code.append(Foreign(f"one of its attention processors ({_called(processor)})", processor, part))
     for owner, table in tables:
         hooks = [(number, hook) for number, hook in table.items() if is_foreign(hook)]
         finds.hooks += [Foreign(f"the forward hook {_called(h)}", h, owner, table, number) for number, h in hooks]
     return finds
-
-
-class _ByClass(dict[type, bool]):
-    """Whether a class, or its called method, is foreign."""
-
-    def __init__(self, method: str):
-        self.method = method
-
-    def __missing__(self, cls: type) -> bool:
-        self[cls] = is_foreign(cls) or is_foreign(getattr(cls, self.method))
-        return self[cls]
 
 
 def _scan_forwards(part: nn.Module, own: dict, finds: Finds) -> None:

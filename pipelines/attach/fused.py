@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.schedulers import scheduling_ddim as ddim
@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from diffusers_guidance import kernels
 from diffusers_guidance.kernels.dispatch import backend_of, step
 from diffusers_guidance.kernels.reference import Rule, Update
+from diffusers_guidance.pipelines.attach.schedulers import DECODERS
 
 _fused: ContextVar[bool | None] = ContextVar("fused", default=None)
 
@@ -91,11 +92,7 @@ def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:
     the conditional prediction.
     """
     # Subclasses may do anything; only these classes are known.
-    read = {
-        euler.EulerDiscreteScheduler: _euler,
-        flow.FlowMatchEulerDiscreteScheduler: _flow,
-        ddim.DDIMScheduler: _ddim,
-    }.get(type(scheduler))
+    read, output = _FIRST_ORDER.get(type(scheduler), (None, None))
     if read is None or _fused.get() is False:
         return None
     call = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
@@ -106,75 +103,81 @@ def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:
     if _fused.get() is None and backend_of(model_output, sample) == "torch":
         return None
     found = read(scheduler, call.arguments, sample.dtype, model_output.dtype)
-    if found is None:
+    update = None if found is None else found.update
+    return None if update is None else FusedStep(scheduler, sample, update, output, call.arguments["return_dict"])
+
+
+class FirstOrder(NamedTuple):
+    """A step of first order: the sample is denoised, and then brought to the next noise level.
+
+    Args:
+        kind: what the network predicts; a line of `DECODERS`.
+        now, following: (signal, noise) of the sample, and of the next one.
+        dtype: of the next sample.
+        denoised: the dtype of the denoised sample; None if the step does not return one.
+    """
+
+    kind: str
+    now: tuple[float, float]
+    following: tuple[float, float]
+    dtype: torch.dtype
+    denoised: torch.dtype | None = None
+
+    @property
+    def update(self) -> Update | None:
+        """x' = s' x0 + n' eps, where x0 = a x + b y and eps = p x + q y; None if it would divide by zero."""
+        try:
+            a, b, p, q = DECODERS[self.kind](*self.now, 1.0)
+        except ZeroDivisionError:
+            return None
+        s, n = self.following
+        x0 = None if self.denoised is None else (a, b)
+        return Update((s * a + n * p, s * b + n * q), self.dtype, x0, self.denoised)
+
+
+def _euler(scheduler: Any, arguments: dict, sample: torch.dtype, prediction: torch.dtype) -> FirstOrder | None:
+    """The variance explodes; without churn."""
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction", "sample", "original_sample"):
         return None
-    update, output = found
-    return FusedStep(scheduler, sample, update, output, call.arguments["return_dict"])
-
-
-Arguments = dict[str, Any]
-Found = tuple[Update, type] | None
-
-
-def _euler(scheduler: Any, arguments: Arguments, sample: torch.dtype, prediction: torch.dtype) -> Found:
-    """x0 from the prediction, dx = (x - x0) / sigma * dt; without churn."""
     if arguments["s_churn"] != 0 or not scheduler.is_scale_input_called:
         return None
-    sigmas = _sigmas(scheduler, arguments["timestep"])
-    if sigmas is None:
+    if (sigmas := _sigmas(scheduler, arguments["timestep"])) is None:
         return None
-    sigma, following = sigmas
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            x0, dtype = (1.0, -sigma), torch.float32
-        case "v_prediction":
-            x0, dtype = (1 / (sigma**2 + 1), -sigma / sqrt(sigma**2 + 1)), torch.float32
-        case "sample" | "original_sample":
-            x0, dtype = (0.0, 1.0), prediction
-        case _:
-            return None
-    ratio = (following - sigma) / sigma
-    update = Update((1 + ratio - ratio * x0[0], -ratio * x0[1]), prediction, x0, dtype)
-    return update, euler.EulerDiscreteSchedulerOutput
+    denoised = prediction if kind.endswith("sample") else torch.float32
+    return FirstOrder(kind, (1.0, sigmas[0]), (1.0, sigmas[1]), prediction, denoised)
 
 
-def _flow(scheduler: Any, arguments: Arguments, sample: torch.dtype, prediction: torch.dtype) -> Found:
-    """dx = prediction * dt; without noise and with one timestep for all tokens."""
+def _flow(scheduler: Any, arguments: dict, sample: torch.dtype, prediction: torch.dtype) -> FirstOrder | None:
+    """Signal and noise sum to 1; with one timestep for all tokens, and without noise added."""
     if arguments["per_token_timesteps"] is not None or scheduler.config.stochastic_sampling:
         return None
-    sigmas = _sigmas(scheduler, arguments["timestep"])
-    if sigmas is None:
+    if (sigmas := _sigmas(scheduler, arguments["timestep"])) is None:
         return None
-    update = Update((1.0, sigmas[1] - sigmas[0]), prediction, None, None)
-    return update, flow.FlowMatchEulerDiscreteSchedulerOutput
+    now, following = ((1 - sigma, sigma) for sigma in sigmas)
+    return FirstOrder("flow_prediction", now, following, prediction)
 
 
-def _ddim(scheduler: Any, arguments: Arguments, sample: torch.dtype, prediction: torch.dtype) -> Found:
-    """x' = sqrt(alpha') x0 + sqrt(1 - alpha') eps (arXiv 2010.02502, eq. 12 with sigma = 0); without clipping."""
-    config = scheduler.config
+def _ddim(scheduler: Any, arguments: dict, sample: torch.dtype, prediction: torch.dtype) -> FirstOrder | None:
+    """arXiv 2010.02502, eq. 12 with sigma = 0; without clipping."""
+    config, kind = scheduler.config, scheduler.config.prediction_type
     if scheduler.num_inference_steps is None or arguments["eta"] != 0 or arguments["use_clipped_model_output"]:
         return None
-    if config.clip_sample or config.thresholding:
+    if config.clip_sample or config.thresholding or kind not in ("epsilon", "v_prediction", "sample"):
         return None
-    timestep = int(arguments["timestep"])
+    timestep, alphas = int(arguments["timestep"]), scheduler.alphas_cumprod
     following = timestep - config.num_train_timesteps // scheduler.num_inference_steps
-    alphas = scheduler.alphas_cumprod
-    alpha = float(alphas[timestep])
-    alpha_following = float(alphas[following] if following >= 0 else scheduler.final_alpha_cumprod)
-    signal, noise = sqrt(alpha), sqrt(1 - alpha)
+    pair = float(alphas[timestep]), float(alphas[following] if following >= 0 else scheduler.final_alpha_cumprod)
+    now, then = ((sqrt(alpha), sqrt(1 - alpha)) for alpha in pair)
     dtype = torch.promote_types(sample, prediction)
-    denoised_dtype = dtype
-    if config.prediction_type == "epsilon" and signal > 0:
-        x0, eps = (1 / signal, -noise / signal), (0.0, 1.0)
-    elif config.prediction_type == "v_prediction":
-        x0, eps = (signal, -noise), (noise, signal)
-    elif config.prediction_type == "sample" and noise > 0:
-        x0, eps, denoised_dtype = (0.0, 1.0), (1 / noise, -signal / noise), prediction
-    else:
-        return None
-    to_x0, to_eps = sqrt(alpha_following), sqrt(1 - alpha_following)
-    following_sample = (to_x0 * x0[0] + to_eps * eps[0], to_x0 * x0[1] + to_eps * eps[1])
-    return Update(following_sample, dtype, x0, denoised_dtype), ddim.DDIMSchedulerOutput
+    return FirstOrder(kind, now, then, dtype, prediction if kind == "sample" else dtype)
+
+
+_FIRST_ORDER: dict[type, tuple[Any, Any]] = {
+    euler.EulerDiscreteScheduler: (_euler, euler.EulerDiscreteSchedulerOutput),
+    flow.FlowMatchEulerDiscreteScheduler: (_flow, flow.FlowMatchEulerDiscreteSchedulerOutput),
+    ddim.DDIMScheduler: (_ddim, ddim.DDIMSchedulerOutput),
+}
 
 
 def _sigmas(scheduler: Any, timestep: Any) -> tuple[float, float] | None:

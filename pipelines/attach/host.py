@@ -42,7 +42,6 @@ from diffusers_guidance.pipelines.attach.fingerprint import setting
 from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
 from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
 from diffusers_guidance.pipelines.attach.parts import components, part
-from diffusers_guidance.pipelines.attach.perturbed import Perturbed
 from diffusers_guidance.pipelines.attach.together import together
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
@@ -184,7 +183,7 @@ class Host:
                 continue
             if isinstance(each, torch.nn.Module):
                 self._denoisers[id(each)] = denoiser = Denoiser(name, each, self.policy)
-                denoiser.cut.perturbed = Perturbed(getattr(self._call.pipe, "_pag_attn_processors", None))
+                denoiser.cut.processors.alternate(getattr(self._call.pipe, "_pag_attn_processors", None))
             else:
                 if (former := self._clocks.get(id(before.get(name)))) is not None:
                     self._clocks[id(each)] = Clock(former.steps)

@@ -1,4 +1,4 @@
-"""All that code can remember from call to call (what it can reach, and the tensors there), and how to restore it."""
+"""All that code can remember from call to call: what it can reach, and the tensors there; and how to restore it."""
 
 import sys
 import types
@@ -199,17 +199,6 @@ def total(tensor: Tensor) -> str:
 def fill(tensor: Tensor, value: Any) -> None:
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(value)
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors and numbers of a call."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, int | float) and not isinstance(tree, bool):
-        yield torch.tensor(tree)
-    elif isinstance(tree, dict | list | tuple):
-        for each in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensors(each)
 
 
 def is_among(tensor: Tensor, given: list[Tensor]) -> bool:

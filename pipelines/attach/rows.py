@@ -112,11 +112,11 @@ def mapped(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return function(tree, *others)
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """All that a tree holds, by its place in it."""
-    if isinstance(tree, dict | list | tuple):
+def leaves(tree: Any, path: str = "", is_leaf: Callable[[str, Any], bool] | None = None) -> Iterator[tuple[str, Any]]:
+    """All that a tree holds, by its place in it; what `is_leaf` says so of is not opened."""
+    if isinstance(tree, dict | list | tuple) and not (is_leaf is not None and is_leaf(path, tree)):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(value, f"{path}.{key}")
+            yield from leaves(value, f"{path}.{key}", is_leaf)
     else:
         yield path, tree
 
@@ -128,15 +128,9 @@ def _select(tensor: Tensor, index: list[int]) -> Tensor:
     return torch.stack([tensor[i] for i in index])  # a tensor of indices would have to be sent to the device
 
 
-def _leaves(tree: Any, rows: int, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Tensor) or _listed(name, tree, rows):
-        yield name, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, rows, str(key))
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _leaves(value, rows, name)
+def _name(path: str) -> str:
+    """What a place in a tree is called: a list's entries have its name."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
 
 
 def doubts(tree: Any, rows: int, groups: int) -> list[str]:
@@ -158,7 +152,9 @@ def doubts(tree: Any, rows: int, groups: int) -> list[str]:
             return False
         return folded(name, value, rows) or _second(value, rows)
 
-    return list(dict.fromkeys(name for name, value in _leaves(tree, rows) if open_question(name, value)))
+    found = leaves(tree, is_leaf=lambda path, value: _listed(_name(path), value, rows))
+    named = ((_name(path), value) for path, value in found)
+    return list(dict.fromkeys(name for name, value in named if open_question(name, value)))
 
 
 def prediction(output: Any) -> Tensor | None:

@@ -1,7 +1,7 @@
 """A diffusers scheduler's steps as `Space`s: read off its numbers, and confirmed by its own arithmetic.
 
 Levels count only if the scheduler's step, its `add_noise` or its `scale_noise` uses the same. One table, `_DECLARED`,
-declares what cannot be read off; other schedulers are refused. `_DECODERS` has a line for each type of prediction.
+declares what cannot be read off; other schedulers are refused. `DECODERS` has a line for each type of prediction.
 """
 
 import copy
@@ -65,7 +65,7 @@ class _Declared(NamedTuple):
     levels: Callable[[Any], _Levels] | None = None
     """None: read off the scheduler's numbers and verified."""
     prediction: str | None = None
-    """A line of `_DECODERS`, with a minus for its negative; None: `config.prediction_type`."""
+    """A line of `DECODERS`, with a minus for its negative; None: `config.prediction_type`."""
     second_stage: Callable[[Any, Tensor], Tensor] | None = None
     """For a two-stage solver: where its second stages evaluate, given its sigmas at all stages."""
 
@@ -95,16 +95,15 @@ _DECLARED = {
 }
 
 
-def _velocity(s: Tensor, n: Tensor, d: float) -> tuple:
+def _velocity(s: Any, n: Any, d: float) -> tuple:
     # y = (s d eps - n x0 / d) / h, at a right angle to x / h in the plane of x0 / d and eps. With d = 1 it is
     # v (arXiv 2202.00512, app. D), also where s = 1 and the variance explodes; with d = sigma_data, -F of EDM
     # (arXiv 2206.00364, table 1).
-    h = torch.hypot(s * d, n)
+    h = ((s * d) ** 2 + n**2) ** 0.5
     return s * d**2 / h**2, -n * d / h, n / h**2, s * d / h
 
 
-# (a, b, p, q) for every type of prediction y, with signal s, noise n and the data's standard deviation d.
-_DECODERS: dict[str, Callable[[Tensor, Tensor, float], tuple]] = {
+DECODERS: dict[str, Callable[[Any, Any, float], tuple]] = {
     "epsilon": lambda s, n, d: (1 / s, -n / s, 0.0, 1.0),  # y = eps
     "sample": lambda s, n, d: (0.0, 1.0, 1 / n, -s / n),  # y = x0
     "original_sample": lambda s, n, d: (0.0, 1.0, 1 / n, -s / n),
@@ -113,6 +112,10 @@ _DECODERS: dict[str, Callable[[Tensor, Tensor, float], tuple]] = {
     "trigflow": lambda s, n, d: (s, -n / d, n / d**2, s / d),  # y = d v, where s = cos t, n = d sin t
     "score": lambda s, n, d: (1 / s, n**2 / s, 0.0, -n),  # y = -eps / n
 }
+"""(a, b, p, q) by type of prediction y: x0 = a x + b y and eps = p x + q y, where x = s x0 + n eps.
+
+They take the signal s, the noise n, and the data's standard deviation d.
+"""
 
 # Zero if, at these levels, the scheduler's own formula for the type equals the one above.
 _PREMISES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -277,12 +280,12 @@ def _decode(s: Any, declared: _Declared, levels: _Levels) -> Tensor:
         b = b * (noise.float() != s.config.sigma_min)
         return torch.stack([a, b, (1 - a) / noise, -b / noise])
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
-    if name not in _DECODERS:
+    if name not in DECODERS:
         _refuse(s, "its type of prediction is unknown")
     d = s.config.sigma_data if name == "trigflow" or hasattr(s, "precondition_outputs") else 1.0
     if name in _PREMISES and _PREMISES[name](signal, noise, d).abs().max() > 1e-5:
         _refuse(s, f"{name} does not fit its noise levels")
-    a, b, p, q = (torch.as_tensor(k).double().expand_as(signal) for k in _DECODERS[name](signal, noise, d))
+    a, b, p, q = (torch.as_tensor(k).double().expand_as(signal) for k in DECODERS[name](signal, noise, d))
     return torch.stack([a, sign * b, p, sign * q])
 
 
@@ -337,6 +340,6 @@ def _config(s: Any, key: str, default: Any = None) -> Any:
 def _refuse(s: Any, why: str, cause: Exception | None = None) -> NoReturn:
     raise UnsupportedScheduler(
         f"{type(s).__name__} with prediction_type={_config(s, 'prediction_type')!r}: {why}. Supported are "
-        f"{', '.join(_DECODERS)} predictions of schedulers whose sigmas or alphas_cumprod their own "
+        f"{', '.join(DECODERS)} predictions of schedulers whose sigmas or alphas_cumprod their own "
         f"add_noise or scale_noise confirms, and {', '.join(_DECLARED)}."
     ) from cause

@@ -1,12 +1,12 @@
 """A network's state between calls: diffusers' stateful hooks, and what foreign code on the network remembers.
 
-A run may evaluate a part of a batch, or skip a call, only if the network is the same function at
-every call. Networks of diffusers are. Foreign code on them may not be: a step cache in a replaced `forward`, an
-attention processor that counts its calls, a forward hook with a bank of tensors. A `Watch` compares what such code
-(`foreign.py`) can remember (`memory.py`) before and after each call.
+A run may evaluate a part of a batch, or skip a call, only if the network is the same function at every call. Networks
+of diffusers are. Foreign code on them may not be: a step cache in a replaced `forward`, an attention processor that
+counts its calls, a forward hook with a bank of tensors. A `Watch` compares what such code (`foreign.py`) can remember
+(`memory.py`) before and after each call.
 
-Changes are state, except in buffers: CUDA graphs and engines copy their inputs into their own tensors,
-and write their outputs into one. A value set for the first time may be either, and is checked again.
+What has changed is state, unless it is a buffer: CUDA graphs and engines copy their inputs into tensors of their own,
+and write their outputs into one. A value that is set for the first time may be either; another call tells.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_guidance.pipelines.attach.foreign import Finds, Foreign, scan
-from diffusers_guidance.pipelines.attach.memory import Memory, address, changes, fill, held, is_among, tensors, total
+from diffusers_guidance.pipelines.attach.memory import Memory, address, changes, fill, held, is_among, total
+from diffusers_guidance.pipelines.attach.rows import leaves, tensors
 
 _TOLERANT = ("diffusers.hooks.first_block_cache", "diffusers.hooks.text_kv_cache")
 """Hooks that keep tensors by cache context and do not count calls: one half's calls may be skipped."""
@@ -35,7 +36,7 @@ class Watch:
     takes_part: dict[str, None] = field(default_factory=dict)
     """Foreign code that had a part in the network's output, in words."""
     in_doubt: bool = False
-    """Whether a value was set for the first time, or a possible buffer written: call once more."""
+    """Whether a value was set for the first time, or a possible buffer written; then a call is made once more."""
     raised: BaseException | None = None
     """The exception of a forward hook that only watches: somebody wants the run to end."""
     is_settled: bool = False
@@ -60,11 +61,11 @@ class Watch:
         return ", ".join(dict.fromkeys(names))
 
     def find(self, why: str) -> None:
-        """Has calls be made as they would be without us, because of this."""
+        """Notes why all calls must be made as without `attach`."""
         self.found = self.found or why
 
     def take_in(self, other: "Watch") -> None:
-        """What another has seen of a part of this network."""
+        """Takes over what another has seen of a part of this network."""
         self.found, self.in_doubt = self.found or other.found, self.in_doubt or other.in_doubt
         self.takes_part |= other.takes_part
         self._outputs |= other._outputs
@@ -75,7 +76,7 @@ class Watch:
         return call.args[0] if isinstance(call, partial) and call.func == self._call else call
 
     def settle(self) -> None:
-        """Takes note that the step is over at which parts of the batch are tried."""
+        """Notes that the step at which parts of the batch are tried is over."""
         self.is_settled = True
 
     def scan(self) -> None:
@@ -86,7 +87,7 @@ class Watch:
 
     def _takes_part(self, what: str) -> None:
         if self.is_settled and what not in self.takes_part:
-            self.found = self.found or f"{what} came in after the first guided step"
+            self.find(f"{what} came in after the first guided step")
         self.takes_part[what] = None
 
     def _acts(self, foreign: Foreign) -> bool:
@@ -102,10 +103,11 @@ class Watch:
         with self._in_front_of_hooks():
             output = call(*args, **kwargs)
         outputs = [*tensors(output)]
-        self._compare(self._memory, [*tensors((args, kwargs)), *outputs], outputs)
+        given = (leaf for _, leaf in leaves((args, kwargs)) if _is_number(leaf))
+        self._compare(self._memory, [*map(torch.as_tensor, given), *outputs], outputs)
         self._outputs |= {address(each) for each in outputs}
         if random != self._random():
-            self.found = self.found or "random numbers are drawn at every call"
+            self.find("random numbers are drawn at every call")
         return output
 
     def _now(self) -> Memory:
@@ -130,13 +132,13 @@ class Watch:
                 state.append(whose)  # the output is from an earlier call
         self.in_doubt |= any(map(self._acts, doubt))
         for whose in filter(self._acts, state):
-            self.found = self.found or f"{whose.what} keeps state from call to call"
+            self.find(f"{whose.what} keeps state from call to call")
 
     @contextmanager
     def once_more(self) -> Iterator[None]:
-        """For a repeated call, which must set nothing new and must not depend on the last output's numbers.
+        """For a repeated call: it must set nothing new, and must not depend on the last output's numbers.
 
-        Leaves no trace.
+        It leaves no trace.
         """
         memory, self._once_more = self._now(), True
         for _, tensor, _, copy in memory.tensors.values():
@@ -186,6 +188,10 @@ class Watch:
             self._acting.add(id(hook.code))
             self._takes_part(hook.what)
         return returned
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor | int | float) and not isinstance(leaf, bool)
 
 
 def _versions(tree: Any) -> list[Any]:

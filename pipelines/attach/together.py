@@ -25,12 +25,22 @@ class Part:
     length: int
     whole: int
 
+    @property
+    def is_all(self) -> bool:
+        return self.length == self.whole
+
     def of(self, output: Any) -> Any:
-        y = batch.prediction(output)
+        y = None if self.is_all else batch.prediction(output)
         return output if y is None else batch.with_prediction(output, y.narrow(self.dim, self.start, self.length))
 
-    def called(self, call: Callable, args: tuple, kwargs: dict, run: Callable) -> Any:
+    def called(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        """What it is of a call's output."""
+        return self.of(call(*args, **kwargs))
+
+    def run(self, run: Callable, call: Callable, args: tuple, kwargs: dict) -> Any:
         """What `run` makes of the call as if the network put out this part alone; in the form that the network has."""
+        if self.is_all:
+            return run(call, args, kwargs)
         seen: list[tuple[Any, Any]] = []
 
         def cut(*args: Any, **kwargs: Any) -> Any:
@@ -62,12 +72,12 @@ class Together(Denoiser):
     """Their names; its own is the first one's."""
 
     @classmethod
-    def of(cls, each: Sequence[Denoiser], parts: Sequence[Part | None]) -> "Together":
+    def of(cls, each: Sequence[Denoiser], parts: Sequence[Part]) -> "Together":
         first = each[0]
         made = cls(first.name, torch.nn.ModuleList(one.module for one in each), first.policy)
         made.networks = tuple(one.name for one in each)
-        made.parts = {id(one.module): part for one, part in zip(each, parts, strict=True) if part is not None}
-        made.hands_copies = bool(made.parts)
+        made.parts = {id(one.module): part for one, part in zip(each, parts, strict=True)}
+        made.hands_copies = not all(part.is_all for part in parts)
         made.clock, made.loop, made.sample_shape = first.clock, first.loop, first.sample_shape
         watch = made.cut.watch
         for one in each:
@@ -75,9 +85,9 @@ class Together(Denoiser):
         watch.scan()
         for one, part in zip(each, parts, strict=True):
             for was in one.inputs:
-                again = partial(_called, part, watch.over(one.cut.watch.unwatched(was.call)))
-                made.inputs.append(was._replace(call=again, output=_of(part, was.output)))
-            made.outputs += [_of(part, y) for y in one.outputs]
+                again = partial(part.called, watch.over(one.cut.watch.unwatched(was.call)))
+                made.inputs.append(was._replace(call=again, output=part.of(was.output)))
+            made.outputs += [part.of(y) for y in one.outputs]
             made.nfe += one.nfe
             made.nfe_full += one.nfe_full
             made.aside += one.aside
@@ -88,16 +98,7 @@ class Together(Denoiser):
         return " and ".join(self.networks)
 
     def run_of(self, module: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
-        part = self.parts.get(id(module))
-        return self.run(call, args, kwargs) if part is None else part.called(call, args, kwargs, self.run)
-
-
-def _of(part: Part | None, output: Any) -> Any:
-    return output if part is None else part.of(output)
-
-
-def _called(part: Part | None, call: Callable, *args: Any, **kwargs: Any) -> Any:
-    return _of(part, call(*args, **kwargs))
+        return self.parts[id(module)].run(self.run, call, args, kwargs)
 
 
 def together(called: Sequence[Denoiser]) -> Iterator[Together]:
@@ -109,11 +110,9 @@ def together(called: Sequence[Denoiser]) -> Iterator[Together]:
     if len({len(shape) for shape in shapes}) > 1:
         return
     unlike = [i for i in range(1, len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]
-    if not unlike:
-        yield Together.of(each, [None] * len(each))
-    elif len(unlike) == 1:
-        (dim,) = unlike
-        n = min(shape[dim] for shape in shapes)
-        for at_end in (True, False):
-            wholes = [shape[dim] for shape in shapes]
-            yield Together.of(each, [None if m == n else Part(dim, m - n if at_end else 0, n, m) for m in wholes])
+    if len(unlike) < 2:
+        (dim,) = unlike or (0,)
+        wholes = [shape[dim] for shape in shapes] if unlike else [1] * len(each)
+        n = min(wholes)
+        for at_end in (True, False) if unlike else (True,):
+            yield Together.of(each, [Part(dim, m - n if at_end else 0, n, m) for m in wholes])

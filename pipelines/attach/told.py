@@ -9,47 +9,47 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.rows import folded, leads, named
 
-
-def marks(calls: Sequence[Any]) -> list[dict[str, Tensor]]:
-    """For each call, those tensors among its arguments that differ from all other calls', so that they identify it."""
-    return [{name: t.clone() for name, t in each.items()} for each in _differing([dict(named(c)) for c in calls])]
+Inputs = dict[str, Tensor]
+"""The tensors among a call's arguments, by their place, or a branch's part of them."""
 
 
-def halves(calls: Sequence[Any], rows: int) -> list[dict[str, Tensor]]:
-    """For both branches of a step, in one call on `rows` or in two: those of its arguments that differ between them."""
-    if len(calls) > 1:
-        return _differing([dict(named(call)) for call in calls])
-    cut = {name: t.chunk(2) for call in calls for name, t in named(call) if leads(t, rows)} if rows % 2 == 0 else {}
-    return _differing([{name: pair[i] for name, pair in cut.items()} for i in range(2)])
+def marks(calls: Sequence[Any]) -> list[Inputs]:
+    """For each call, those of its inputs that differ from all other calls', so that they identify it."""
+    return [{name: t.clone() for name, t in each.items()} for each in _differing(branches(calls, 0, 1))]
 
 
-def branches(calls: Sequence[Any], rows: int, head: int) -> list[dict[str, Tensor]]:
-    """By branch, the tensors it was made from: of the first call on `head` branches of `rows` each, then of the others.
+def halves(calls: Sequence[Any], rows: int) -> list[Inputs]:
+    """For both branches of a step, in one call on `rows` or in two: those of their inputs that differ."""
+    head = 2 if len(calls) == 1 else 1
+    return [] if rows % head else _differing(branches(calls, rows // head, head))
 
-    Of a first call on one branch, all calls are alike.
+
+def branches(calls: Sequence[Any], rows: int, head: int) -> list[Inputs]:
+    """By branch, what it was made from: of the first call on `head` branches of `rows` each, then of the others.
+
+    Of a first call on one branch, all inputs count.
     """
     first, *others = (dict(named(call)) for call in calls)
-    if head > 1:
-        total = head * rows
-        cut = {n: t.chunk(head) for n, t in first.items() if leads(t, total) or folded(n, t, total)}
-        return [*({name: parts[i] for name, parts in cut.items()} for i in range(head)), *others]
-    return [first, *others]
+    if head == 1:
+        return [first, *others]
+    total = head * rows
+    cut = {name: t.chunk(head) for name, t in first.items() if leads(t, total) or folded(name, t, total)}
+    return [*({name: parts[i] for name, parts in cut.items()} for i in range(head)), *others]
 
 
-def _differing(given: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    shared = set.intersection(*(set(each) for each in given))
+def _differing(given: Sequence[Inputs]) -> list[Inputs]:
+    """What differs between all of them."""
 
     def differ(name: str) -> bool:
         pairs = itertools.combinations([each[name] for each in given], 2)
         return all(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
 
+    shared = set.intersection(*map(set, given))
     telling = [name for name in sorted(shared) if differ(name)]
     return [{name: each[name] for name in telling} for each in given] if telling else []
 
 
-def conditional(
-    halves: Sequence[dict[str, Tensor]], arguments: Mapping[str, Any], before: Sequence[dict[str, Tensor]]
-) -> int | None:
+def conditional(halves: Sequence[Inputs], arguments: Mapping[str, Any], before: Sequence[Inputs]) -> int | None:
     """Which of two `halves` is the conditional one; None if their arguments do not tell.
 
     Args:
@@ -58,7 +58,7 @@ def conditional(
     """
     prompts, negatives = (_texts(arguments.get(name)) for name in ("prompt", "negative_prompt"))
 
-    def is_negative(half: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    def is_negative(half: Inputs, other: Inputs) -> bool:
         """Whether `half` is the unconditional one."""
         for name, negative in arguments.items():
             positive = arguments.get(name.removeprefix("negative_"))
@@ -96,7 +96,7 @@ def _is_repeated(t: Tensor) -> bool:
     return len(t) > 1 and bool((t == t[:1]).all())
 
 
-def carries(mark: dict[str, Tensor], call: Any) -> bool:
+def carries(mark: Inputs, call: Any) -> bool:
     """Whether a call has all of a mark's tensors."""
     given = dict(named(call))
 
