@@ -16,13 +16,13 @@ another model or of other numbers of pictures. With `--coarse` the grid of 4. ha
 
 import argparse
 import itertools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from bundled import prompts
 from matplotlib import pyplot
+from rows import Rows
 from torch import Tensor
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Prediction, Rule, Step, samples
@@ -103,12 +103,8 @@ class Model:
             [Case(text, seed + i) for i, text in enumerate(spread(2 * self.known(file), count))]
             for file, seed, count in asked
         )
-        self.path = OUT / f"{name}.json"
-        self.about = {
-            "model": fingerprint(name), "steps": STEPS, "choosing": len(self.choosing), "judging": len(self.judging),
-        }  # fmt: skip
-        found = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.rows: dict[str, dict] = found["rows"] if found.get("about") == self.about else {}
+        about = {"steps": STEPS, "choosing": len(self.choosing), "judging": len(self.judging)}
+        self.rows = Rows(OUT / f"{name}.json", model=fingerprint(name), **about)
 
     def known(self, file: Path) -> list[str]:
         """The file's prompts whose things the retrieval knows."""
@@ -117,29 +113,28 @@ class Model:
     def run(self, column: Column, cases: list[Case], **more) -> Result:
         return make(self.pipe, cases, column, steps=STEPS, batch=BATCH, **more)
 
-    def keep(self, label: str, row: dict) -> dict:
-        self.rows[label] = row
-        write(self.path, (json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n").encode())
-        print(self.name, label, row, flush=True)
-        return row
-
     def measure(self, label: str, column: Column, cases: list[Case]) -> dict:
         """Saturation, contrast, and the share of pictures whose nearest real one fits."""
-        if label in self.rows:
-            return self.rows[label]
-        result = self.run(column, cases)
-        made = result.floats
-        margin = self.retrieval.margin(made, [case.prompt for case in cases])
-        return self.keep(
-            label,
-            {
+
+        def row() -> dict[str, float]:
+            result = self.run(column, cases)
+            made = result.floats
+            margin = self.retrieval.margin(made, [case.prompt for case in cases])
+            return {
                 "saturation": float(saturation(made).mean()),
                 "contrast": float(contrast(made).mean()),
                 "retrieval": float((margin > 0).float().mean()),
                 "margin": float(margin.mean()),
                 "nfe": result.nfe / len(cases),
-            },
-        )
+            }
+
+        return self.rows.once(label, row)
+
+    def norms(self) -> dict[str, float]:
+        """The mean norm of the update at each step of CFG at the high scale."""
+        seen = Norms()
+        self.run(Column("", CFG(), EveryStep(), self.suited.high), self.choosing[:32], observers=[seen])
+        return {str(step): sum(each) / len(each) for step, each in seen.by_step.items()}
 
     def run_all(self) -> None:
         choose = {
@@ -151,10 +146,7 @@ class Model:
             rule = Part(other=best, first=first, last=last)
             self.measure(f"where: {high:g} in the {which} third", Column("", rule, EveryStep(), high), self.choosing)
         self.measure(f"where: {high:g} in all", Column("", CFG(), EveryStep(), high), self.choosing)
-        if "norms" not in self.rows:
-            seen = Norms()
-            self.run(Column("", CFG(), EveryStep(), high), self.choosing[:32], observers=[seen])
-            self.keep("norms", {str(step): sum(each) / len(each) for step, each in seen.by_step.items()})
+        self.rows.once("norms", self.norms)
         grid = {
             rule: self.measure(f"grid: {told(rule)}@{high:g}", Column("", rule, EveryStep(), high), self.choosing)
             for rule in self.grid
@@ -162,7 +154,7 @@ class Model:
         wanted = choose[best]["saturation"]
         near = {rule: row for rule, row in grid.items() if abs(row["saturation"] / wanted - 1) <= ROOM} or grid
         rule = max(near, key=lambda rule: near[rule]["margin"])
-        self.keep("chosen", {"scale": best, "APG": told(rule)})
+        self.rows.once("chosen", lambda: {"scale": best, "APG": told(rule)})
         for scale, rules in ((best, {"CFG": CFG()}), (high, {"CFG": CFG(), told(rule): rule})):
             for (name, each), (suffix, policy) in itertools.product(
                 rules.items(), (("", EveryStep()), ("+AG", AdaptiveGuidance()))

@@ -10,13 +10,13 @@ and measures it on held-out prompts. It resumes after an interruption, and repla
 
 import hashlib
 import itertools
-import json
+from functools import partial
 
 import torch
 from bundled import OUT, Bundled, prompts
+from rows import Rows
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Policy, Rule, attach, samples
-from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.bench.metrics import Retrieval, contrast, saturation
 
 SCALE = 15.0
@@ -59,23 +59,22 @@ def main() -> None:
     bundled.set_up("dpm-20-5")
     retrieval = Retrieval.load(samples.MODEL / "retrieval.safetensors")
     texts = [text for text in prompts(samples.CALIBRATION_PROMPTS) if retrieval.concept(text)][::2][:32]
-    path = OUT.parent / "apg.json"
     weights = samples.MODEL / "unet" / "diffusion_pytorch_model.safetensors"
-    about = {"prompts": texts, "seed": SEED, "unet": hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    rows = found["rows"] if found and {key: found[key] for key in about} == about else {}
-    for i, (label, (rule, policy)) in enumerate(PAIRS.items()):
-        print(f"{i}/{len(PAIRS)} {label}", flush=True)
-        if label not in rows:
-            made = pictures(bundled, rule, policy, texts)
-            rows[label] = {
-                "saturation": float(saturation(made).mean()),
-                "contrast": float(contrast(made).mean()),
-                "retrieval": float(retrieval(made, texts).float().mean()),
-            }
-            write(path, (json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
+    unet = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    rows = Rows(OUT.parent / "apg.json", prompts=texts, seed=SEED, unet=unet)
+
+    def row(rule: Rule, policy: Policy) -> dict[str, float]:
+        made = pictures(bundled, rule, policy, texts)
+        return {
+            "saturation": float(saturation(made).mean()),
+            "contrast": float(contrast(made).mean()),
+            "retrieval": float(retrieval(made, texts).float().mean()),
+        }
+
+    for label, pair in PAIRS.items():
+        rows.once(label, partial(row, *pair))
     said = "32 of the calibration's prompts: a picture is 3.1 %. Made by `python benchmarks/apg.py`."
-    path.with_suffix(".md").write_text(f"# Settings of APG at scale 15, bundled model\n\n{said}\n\n{table(rows)}")
+    (OUT.parent / "apg.md").write_text(f"# Settings of APG at scale 15, bundled model\n\n{said}\n\n{table(rows)}")
     print(table(rows))
 
 

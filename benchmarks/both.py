@@ -11,17 +11,18 @@ over pictures to plain CFG at that scale. Every row is written as it is made; ot
 
 import argparse
 import io
-import json
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from rows import Rows
 
 from diffusers_guidance import CFG, AdaptiveGuidance, EveryStep, Forecast, Rule, samples
 from diffusers_guidance.files import write
@@ -89,13 +90,11 @@ class Measured:
     """
 
     def __init__(self, name: str, prompts: int = 6):
-        self.name, self.path = name, OUT / f"{name}.json"
+        self.name = name
         self.cases = [Case(text, SEED) for text in read_lines(samples.PROMPTS)[:prompts]]
-        self.about = {
-            "model": fingerprint(name), "steps": STEPS, "pictures": len(self.cases),
-            "versions": {package: version(package) for package in ("diffusers", "transformers", "torch")},
-        }  # fmt: skip
-        self.rows = read(self.path, self.about)
+        versions = {package: version(package) for package in ("diffusers", "transformers", "torch")}
+        about = {"model": fingerprint(name), "steps": STEPS, "pictures": len(self.cases), "versions": versions}
+        self.rows = Rows(OUT / f"{name}.json", **about)
 
     def measure(self, pipe: Any) -> dict[str, Result]:
         """Rows that are missing, and what was made for the picture."""
@@ -118,10 +117,7 @@ class Measured:
             }  # fmt: skip
             if line is not plain:
                 row |= {"time": seconds / whole, "psnr": float(psnr(made.floats, full.floats).mean())}
-            if line.key not in self.rows:
-                self.rows[line.key] = row
-                write(self.path, (json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n").encode())
-                print(self.name, row, flush=True)
+            self.rows.once(line.key, partial(dict, row))
         return shown
 
     def picture(self, pipe: Any, shown: dict[str, Result]) -> Image.Image:
@@ -135,13 +131,6 @@ class Measured:
         asked = [case.prompt for case in self.cases[:ROWS]]
         about = (self.name, type(pipe).__name__, scheduler, "cpu", "float32", asked, [SEED], STEPS, None)
         return contact_sheet(Comparison(*about, results), [_note(self.rows[key], suited(self.name)) for key in SHOWN])
-
-
-def read(path: Path, about: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """The rows in a file; none if there is none, or it is about something else."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    fits = about is None or all(found.get(key) == value for key, value in about.items())
-    return found.get("rows", {}) if fits else {}
 
 
 def _in_turns(pipe: Any, cases: list[Case], line: Line, plain: Line) -> tuple[Result, float, Result, float]:
@@ -201,7 +190,7 @@ def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def written() -> str:
     """What README has between the marks."""
-    return table({name: read(OUT / f"{name}.json") for name in samples.NAMES})
+    return table({name: Rows(OUT / f"{name}.json") for name in samples.NAMES})
 
 
 def filled(page: str) -> str:

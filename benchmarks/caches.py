@@ -11,11 +11,11 @@ same model.
 
 import argparse
 import io
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bundled import prompts
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks import MagCacheConfig, mag_cache
 from matplotlib import pyplot
+from rows import Rows
 from torch import Tensor
 
 from diffusers_guidance import CFG, Calibration, Forecast, Policy, attach, samples
@@ -151,12 +152,9 @@ class Contest:
 
     def __init__(self, model: str, path: Path, count: int):
         torch.set_num_threads(1)
-        self.pipe, self.path = load(model, device="cpu"), path
-        about = {"model": fingerprint(model), "diffusers": diffusers.__version__, "seed": SEED, "steps": STEPS}
-        about |= {"prompts": count}
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        self.about = about
-        self.rows: dict[str, dict[str, Any]] = found["rows"] if found.get("about") == about else {}
+        self.pipe = load(model, device="cpu")
+        about = {"diffusers": diffusers.__version__, "seed": SEED, "steps": STEPS, "prompts": count}
+        self.rows = Rows(path, model=fingerprint(model), **about)
         self.cases = [Case(prompt, SEED) for prompt in prompts(samples.HELDOUT_PROMPTS)[8 : 8 + count]]
         self.other = Case(prompts(samples.CALIBRATION_PROMPTS)[0], SEED)
         """A prompt that caches and Forecast may learn from."""
@@ -168,7 +166,15 @@ class Contest:
         return tensor_of(made), time.process_time() - began
 
     def measure(self, contestant: Contestant) -> dict[str, Any]:
-        """dB to plain CFG, and the share of its time, over all cases in turns."""
+        """dB to plain CFG, and the share of its time, over all cases in turns; or why a cache does not fit."""
+        try:
+            return self.compared(contestant)
+        except Exception as error:
+            if contestant.cache is None:
+                raise
+            return {"family": contestant.family, "error": f"{type(error).__name__}: {error}"}
+
+    def compared(self, contestant: Contestant) -> dict[str, Any]:
         found: list[Tensor] = []
         times = []
         for start in range(0, len(self.cases), BATCH):
@@ -196,21 +202,8 @@ class Contest:
 
     def run(self) -> None:
         """Measures what is missing."""
-        all_ = contestants(self.pipe, mag_ratios(self.pipe, self.other), self.learned())
-        for number, contestant in enumerate(all_):
-            if contestant.name in self.rows:
-                continue
-            print(f"{number}/{len(all_)}", end=" ")
-            try:
-                row = self.measure(contestant)
-            except Exception as error:
-                if contestant.cache is None:
-                    raise
-                # That a cache does not fit this transformer is a result.
-                row = {"family": contestant.family, "error": f"{type(error).__name__}: {error}"}
-            self.rows[contestant.name] = row
-            write(self.path, (json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n").encode())
-            print(contestant.name, row, flush=True)
+        for contestant in contestants(self.pipe, mag_ratios(self.pipe, self.other), self.learned()):
+            self.rows.once(contestant.name, partial(self.measure, contestant))
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

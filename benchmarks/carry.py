@@ -10,14 +10,14 @@ Held-out prompts, one seed, mean PSNR to full guidance. Each row is written as i
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from bundled import Bundled, prompts, there
 from diffusers import DiffusionPipeline
+from rows import Rows
 
 from diffusers_guidance import AdaptiveGuidance, Calibration, EveryStep, Forecast, Policy, Schedule, samples
 from diffusers_guidance.calibration import RECENT
@@ -102,18 +102,10 @@ def measure(bundled: Bundled, name: str, found: dict[str, Found], count: int) ->
     call = bundled.set_up(name)
     (other,) = (each for each in BOTH if each != name)
     digests = {each: found[each].calibration.digest for each in BOTH}
-    about, path = {"calibrations": digests, "prompts": count, "seed": SEED}, OUT / f"{name}.json"
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    rows = {row["label"]: row for row in kept.get("rows", ()) if kept["about"] == about}
-    fidelity = None
+    rows = Rows(OUT / f"{name}.json", calibrations=digests, prompts=count, seed=SEED)
+    full = cache(partial(Fidelity, bundled.pipe, prompts(samples.HELDOUT_PROMPTS)[8 : 8 + count], (SEED,), **call))
     for way in ways(found[name], found[other]):
-        if way.label not in rows:
-            fidelity = fidelity or Fidelity(
-                bundled.pipe, prompts(samples.HELDOUT_PROMPTS)[8 : 8 + count], (SEED,), **call
-            )
-            rows[way.label] = asdict(way.measured(fidelity))
-            write(path, (json.dumps({"about": about, "rows": [*rows.values()]}, indent=1) + "\n").encode())
-            print(name, way.label, f"{rows[way.label]['psnr']:.2f} dB at {rows[way.label]['nfe']:g}", flush=True)
+        rows.once(way.label, lambda way=way: asdict(way.measured(full())))
 
 
 def summary() -> str:
@@ -123,18 +115,14 @@ def summary() -> str:
         "|---|---|---|" + "---:|" * len(BUDGETS),
     ]
     for name in BOTH:
-        path = OUT / f"{name}.json"
-        if not path.is_file():
-            continue
-        rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
-        split = {row.label: row for row in rows}
-        kinds = dict.fromkeys(label.rpartition(", ")[0] for label in split)
+        rows = {label: Row(**row) for label, row in Rows(OUT / f"{name}.json").items()}
+        kinds = dict.fromkeys(label.rpartition(", ")[0] for label in rows)
         (other,) = (each for each in BOTH if each != name)
         for kind in kinds:
             what, _, where = kind.rpartition(", ")
             cells = []
             for nfe in BUDGETS:
-                row = split.get(f"{kind}, {nfe}")
+                row = rows.get(f"{kind}, {nfe}")
                 spent = "" if row is None or row.nfe == nfe else f" at {row.nfe:.3g}"
                 cells.append("" if row is None else f"{row.psnr:.1f}{spent}")
             where = {"own": name, "other": other}.get(where.strip(), "")

@@ -7,12 +7,12 @@ choice (but the first eight prompts had been looked at with another seed). It wr
 existing rows. It measures the mean of the pictures' PSNR to full guidance, for CFG in fewer steps too.
 """
 
-import json
 import sys
 from functools import cached_property
 from pathlib import Path
 
 from bundled import SCHEDULERS, Bundled, prompts, there
+from rows import Rows
 
 from diffusers_guidance import EveryStep, Forecast, Hold, Policy, samples
 from diffusers_guidance.files import write
@@ -31,26 +31,22 @@ BUDGETS = {20: (30, 26, 20), 50: (58, 40, 30)}
 class Setting:
     """One scheduler, number of steps and scale: pictures of full guidance, and the rows measured so far."""
 
-    def __init__(self, bundled: Bundled, name: str):
-        self.bundled, self.name, self.path = bundled, name, OUT / f"{name}.json"
-        _, steps, scale = name.split("-")
-        self.steps, self.scale = int(steps), float(scale)
-        bundled.set_up(name)
-        self.rows = json.loads(self.path.read_text()) if self.path.is_file() else []
+    def __init__(self, bundled: Bundled, name: str, folder: Path = OUT):
+        self.bundled, self.name = bundled, name
+        self.call = bundled.set_up(name)
+        self.steps, self.scale = self.call["num_inference_steps"], self.call["guidance_scale"]
+        self.rows = Rows(folder / f"{name}.json")
 
     @cached_property
     def fidelity(self) -> Fidelity:
-        texts = prompts(samples.HELDOUT_PROMPTS)[8:]
-        call = {"num_inference_steps": self.steps, "guidance_scale": self.scale}
-        return Fidelity(self.bundled.pipe, texts, (SEED,), **call)
+        return Fidelity(self.bundled.pipe, prompts(samples.HELDOUT_PROMPTS)[8:], (SEED,), **self.call)
 
     def measure(self, what: str, nfe: int, policy: Policy, **changed: int) -> None:
-        if any((row["what"], row["budget"]) == (what, nfe) for row in self.rows):
-            return
-        score = self.fidelity(policy, **changed)
-        self.rows.append({"what": what, "budget": nfe, "nfe": score.nfe, "psnr": score.psnr, "ssim": score.ssim})
-        write(self.path, json.dumps(self.rows, indent=1).encode())
-        print(f"{self.name} {nfe} {what}: {score.psnr:.2f} dB", flush=True)
+        def row() -> dict[str, float]:
+            score = self.fidelity(policy, **changed)
+            return {"nfe": score.nfe, "psnr": score.psnr, "ssim": score.ssim}
+
+        self.rows.once(f"{what}, {nfe}", row)
 
     def measure_all(self) -> None:
         for nfe in BUDGETS[self.steps]:
@@ -67,12 +63,11 @@ def summary() -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in NAMES:
-        path = OUT / f"{name}.json"
-        rows = {(row["what"], row["budget"]): row for row in json.loads(path.read_text())} if path.is_file() else {}
+        rows = Rows(OUT / f"{name}.json")
         scheduler, steps, scale = name.split("-")
         for nfe in BUDGETS[int(steps)]:
-            if found := rows.get(("Forecast", nfe)):
-                others = [rows.get((what, nfe)) for what in ("CFG in fewer steps", "Hold")]
+            if found := rows.get(f"Forecast, {nfe}"):
+                others = [rows.get(f"{what}, {nfe}") for what in ("CFG in fewer steps", "Hold")]
                 cells = [f"{row['psnr']:.1f}" if row else "" for row in others]
                 setting = f"{SCHEDULERS[scheduler].removesuffix('Scheduler')}, {steps}, {scale}"
                 lines.append(

@@ -8,7 +8,6 @@ writes each row at once, and keeps existing rows. They have the mean PSNR in dB 
 the folder for temporary files; a file with more runs contains those of the file with fewer.
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import diffusers
 from bundled import SCHEDULERS, Bundled, prompts
 from forecast import BUDGETS, Setting
+from rows import Rows
 
 from diffusers_guidance import Calibration, Forecast, calibrate, samples
 from diffusers_guidance.files import write
@@ -46,39 +46,32 @@ def calibration(bundled: Bundled, name: str, runs: int) -> Calibration:
 
 
 def measure(bundled: Bundled, name: str) -> None:
-    setting = Setting(bundled, name)
-    setting.path = OUT / f"{name}.json"
-    setting.rows = json.loads(setting.path.read_text()) if setting.path.is_file() else []
+    setting = Setting(bundled, name, OUT)
     own = [(f"{n} run{'s' * (n > 1)}", (name, n)) for n in RUNS[name]]
     others = [(f"1 run of {other}", (other, 1)) for other in OTHERS.get(name, ())]
     wanted = [(NOTHING, None), own[0], *others, *own[1:]]
     for what, source in wanted:
-        if len([row for row in setting.rows if row["what"] == what]) == len(BUDGETS[setting.steps]):
+        if all(f"{what}, {nfe}" in setting.rows for nfe in BUDGETS[setting.steps]):
             continue
         made = None if source is None else calibration(bundled, *source).portable
         bundled.pipe.scheduler.set_timesteps(setting.steps)
         table = spaces(bundled.pipe.scheduler)
         for nfe in BUDGETS[setting.steps]:
-            policy, rows = (
-                Forecast(nfe=nfe, calibration=made),
-                {(row["what"], row["budget"]): row for row in setting.rows},
-            )
+            policy = Forecast(nfe=nfe, calibration=made)
             # If it uses the power law after all, its pictures are those of nothing known.
-            if made is not None and (what, nfe) not in rows and not policy._by(table, setting.scale).is_measured:
-                setting.rows.append(rows[NOTHING, nfe] | {"what": what})
-                write(setting.path, json.dumps(setting.rows, indent=1).encode())
+            if made is not None and not policy._by(table, setting.scale).is_measured:
+                setting.rows.once(f"{what}, {nfe}", lambda nfe=nfe: setting.rows[f"{NOTHING}, {nfe}"])
             setting.measure(what, nfe, policy)
 
 
 def summary() -> str:
     lines = []
     for name in RUNS:
-        path = OUT / f"{name}.json"
-        rows = json.loads(path.read_text()) if path.is_file() else []
+        rows = Rows(OUT / f"{name}.json")
         scheduler, steps, scale = name.split("-")
         budgets = BUDGETS[int(steps)]
-        for what in dict.fromkeys(row["what"] for row in rows):
-            found = {row["budget"]: f"{row['psnr']:.1f}" for row in rows if row["what"] == what}
+        for what in dict.fromkeys(row.rpartition(", ")[0] for row in rows):
+            found = {nfe: f"{rows[f'{what}, {nfe}']['psnr']:.1f}" for nfe in budgets if f"{what}, {nfe}" in rows}
             setting = f"{SCHEDULERS[scheduler].removesuffix('Scheduler')}, {steps}, {scale}"
             lines.append(f"| {setting} | {what} | {' | '.join(found.get(nfe, '') for nfe in budgets)} |")
     return "\n".join(

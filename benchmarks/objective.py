@@ -13,17 +13,16 @@
 It uses 12 of the calibration's prompts with a new seed. It resumes at the first part that is not measured.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
 
 import torch
 from bundled import OUT, Bundled, named, prompts, report
 from diffusers import DiffusionPipeline
+from rows import Rows
 
 from diffusers_guidance import Calibration, EveryStep, Fit, Schedule, calibrate, samples, search
 from diffusers_guidance.calibration import RECENT, combinations, least_squares, repayments
-from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import PSNR
@@ -245,11 +244,8 @@ def main() -> None:
         bundled.pipe.scheduler.set_timesteps(settings["num_inference_steps"])
         levels = noise_levels(bundled.pipe)
         calibration = Calibration.load(samples.CALIBRATIONS / f"{name}.safetensors")
-        path = OUT / f"objective-{name}.json"
-        about = {"calibration": repr(calibration), "digest": calibration.digest, "gains": calibration.gains.tolist()}
-        found = json.loads(path.read_text()) if path.is_file() else about
-        if any(found.get(key) != value for key, value in about.items()):
-            found = about
+        about = {"digest": calibration.digest, "gains": calibration.gains.tolist()}
+        found = Rows(OUT / f"objective-{name}.json", calibration=repr(calibration), **about)
 
         def fidelity_of(settings: dict = settings, **changed: str) -> Fidelity:
             return Fidelity(bundled.pipe, texts[::5][:12], [SEED], **settings, **changed)
@@ -266,11 +262,10 @@ def main() -> None:
             "fits": lambda c=calibration, p=progress: fits(c, fidelity_of(), p, channels()),
         }
         for part, measure in parts.items():
-            if part not in found:
-                found[part] = measure()
-                write(path, (json.dumps(found, indent=1) + "\n").encode())
-        (OUT / f"objective-{name}.md").write_text(markdown(name, found))
-        print(markdown(name, found), flush=True)
+            found.once(part, measure)
+        text = markdown(name, found | {"calibration": repr(calibration)})
+        (OUT / f"objective-{name}.md").write_text(text)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,24 @@ The rivals are in `pipelines/pictures/rivals.py`. Each is measured on the steps 
 evenly spaced ones, as its authors space them: the first step, the last, and every n-th. DPCache chooses its own
 steps. Adaptive Guidance and LinearAG skip only the unconditional prediction. Rivals that need a calibration get eight
 runs of calibration prompts. Prompts, settings and budgets are those of `forecast.py`. There are two seeds; the second
-one starts when all settings have the first. It writes each row at once, with the PSNR of each picture. Intervals are
-for the mean over prompts (95 %, by Student's t), where each prompt has the mean of its seeds.
+one starts when all settings have the first. It writes each row at once, with the PSNR of each picture, and keeps
+existing rows: what does not rest on the steps that `Forecast` evaluates comes first. Intervals are for the mean over
+prompts (95 %, by Student's t), where each prompt has the mean of its seeds.
 """
 
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from bundled import SCHEDULERS, Bundled, prompts
+from bundled import SCHEDULERS, Bundled, prompts, there
 from forecast import BUDGETS, SEED, Setting
+from rows import Rows
 
 from diffusers_guidance import (
     AdaptiveGuidance,
@@ -36,12 +38,23 @@ from diffusers_guidance import (
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import PSNR, psnr
-from diffusers_guidance.pipelines.pictures.rivals import AdamsBashforth, EasyCache, FoCa, Held, Spectrum, TaylorSeer
+from diffusers_guidance.pipelines.pictures.rivals import (
+    AdamsBashforth,
+    EasyCache,
+    FoCa,
+    Held,
+    Rival,
+    Spectrum,
+    TaylorSeer,
+)
 from diffusers_guidance.schedules import shortest
 from diffusers_guidance.spaces import Space
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "rivals"
-NAMES = ("ddim-20-5", "dpm-20-5", "euler-20-5", "unipc-20-5", "ddim-20-7.5", "dpm-20-7.5", "ddim-50-5", "dpm-50-5")
+NAMES = (
+    "ddim-20-5", "dpm-20-5", "euler-20-5", "unipc-20-5", "ddim-20-7.5", "dpm-20-7.5", "ddim-50-5", "dpm-50-5",
+    "flow-20-5",
+)  # fmt: skip
 SEEDS = (SEED, 86420)
 T_95 = 2.131
 """Student's t of a two-sided interval of 95 % with 15 degrees of freedom."""
@@ -83,30 +96,30 @@ class DPCache(TaylorSeer):
         return cls(nfe=nfe, chosen=shortest(costs)[nfe // 2 - 1][1])
 
 
-def rivals(nfe: int) -> dict[str, Forecast]:
-    """All rivals by name, with the same budget."""
-    found: dict[str, Forecast] = {"Forecast": Forecast(nfe=nfe)}
-    for is_even, spaced in ((False, "Forecast's steps"), (True, "even steps")):
-        found |= {
-            f"held, {spaced}": Held(nfe=nfe, is_even=is_even),
-            f"Adams-Bashforth 2, {spaced}": AdamsBashforth(nfe=nfe, is_even=is_even),
-            f"TaylorSeer, order 1, {spaced}": TaylorSeer(nfe=nfe, is_even=is_even),
-            f"TaylorSeer, order 2, {spaced}": TaylorSeer(nfe=nfe, is_even=is_even, order=2),
-            f"Spectrum, {spaced}": Spectrum(nfe=nfe, is_even=is_even),
-            f"EasyCache, {spaced}": EasyCache(nfe=nfe, is_even=is_even),
-            f"FoCa, {spaced}": FoCa(nfe=nfe, is_even=is_even),
-        }
-    return found
+KINDS: dict[str, type[Rival] | partial[Rival]] = {
+    "Adams-Bashforth 2": AdamsBashforth,
+    "TaylorSeer, order 1": TaylorSeer,
+    "Spectrum": Spectrum,
+    "EasyCache": EasyCache,
+    "TaylorSeer, order 2": partial(TaylorSeer, order=2),
+    "held": Held,
+    "FoCa": FoCa,
+}
+"""The rivals that need no calibration."""
+OURS, EVEN = "Forecast's steps", "even steps"
+OWN, AG, PUBLISHED = "DPCache, its own steps", "Adaptive Guidance", "LinearAG as published, 25 NFEs"
+FEWER = "CFG in fewer steps"
+SPACED = tuple(f"{kind}, {spaced}" for spaced in (OURS, EVEN) for kind in KINDS)
+ORDER = ("Forecast", *SPACED, OWN, AG, PUBLISHED, FEWER)
+"""The rows of a table."""
 
 
 class Contest(Setting):
     """A setting of `forecast.py` at one seed, and the rivals' rows."""
 
     def __init__(self, bundled: Bundled, name: str, seed: int):
-        super().__init__(bundled, name)
-        self.path, self.seed = OUT / f"{name}.json", seed
-        self.rows = json.loads(self.path.read_text()) if self.path.is_file() else []
-        self.call = {"num_inference_steps": self.steps, "guidance_scale": self.scale}
+        super().__init__(bundled, name, OUT)
+        self.seed = seed
 
     @cached_property
     def fidelity(self) -> Fidelity:
@@ -117,26 +130,33 @@ class Contest(Setting):
         return calibrate(self.bundled.pipe, prompts(samples.CALIBRATION_PROMPTS), trajectories=8, **self.call)
 
     def measure(self, what: str, nfe: int, make: Callable[[], Policy], **changed: int) -> None:
-        if any((row["what"], row["budget"], row["seed"]) == (what, nfe, self.seed) for row in self.rows):
-            return
-        made = self.fidelity.run(make(), **changed)
-        each = psnr(made.floats, self.fidelity.reference)
-        row = {"what": what, "budget": nfe, "seed": self.seed, "nfe": made.nfe / len(each), "psnr": float(each.mean())}
-        self.rows.append(row | {"pictures": [round(float(picture), 3) for picture in each]})
-        write(self.path, json.dumps(self.rows).replace("{", "\n{").encode())
-        print(f"{self.name} {self.seed} {nfe} {what}: {row['psnr']:.2f} dB at {row['nfe']:g}", flush=True)
+        def row() -> dict[str, Any]:
+            made = self.fidelity.run(make(), **changed)
+            each = psnr(made.floats, self.fidelity.reference)
+            about = {"what": what, "budget": nfe, "seed": self.seed, "nfe": made.nfe / len(each)}
+            return about | {"psnr": float(each.mean()), "pictures": [round(float(picture), 3) for picture in each]}
+
+        self.rows.once(f"{what}, {nfe}, {self.seed}", row)
 
     def measure_all(self) -> None:
-        for nfe in BUDGETS[self.steps]:
-            self.measure("CFG in fewer steps", nfe, EveryStep, num_inference_steps=nfe // 2)
-            for what, policy in rivals(nfe).items():
-                self.measure(what, nfe, lambda policy=policy: policy)
-            self.measure("DPCache, its own steps", nfe, lambda nfe=nfe: DPCache.planned(self.calibration, nfe))
+        budgets = BUDGETS[self.steps]
+        for nfe in budgets:
+            self.measure(FEWER, nfe, EveryStep, num_inference_steps=nfe // 2)
+        self.measure_rivals(EVEN)
+        for nfe in budgets:
+            self.measure(OWN, nfe, lambda nfe=nfe: DPCache.planned(self.calibration, nfe))
             if (share := 1 - nfe / (2 * self.steps)) < 0.5:
                 adaptive = partial(AdaptiveGuidance.from_calibration, save=share)
-                self.measure("Adaptive Guidance", nfe, lambda adaptive=adaptive: adaptive(self.calibration))
+                self.measure(AG, nfe, lambda adaptive=adaptive: adaptive(self.calibration))
         if self.steps == 20:
-            self.measure("LinearAG as published, 25 NFEs", 26, lambda: LinearAG(self.calibration))
+            self.measure(PUBLISHED, 26, lambda: LinearAG(self.calibration))
+        for nfe in budgets:
+            self.measure("Forecast", nfe, partial(Forecast, nfe=nfe))
+        self.measure_rivals(OURS)
+
+    def measure_rivals(self, spaced: str) -> None:
+        for (kind, make), nfe in itertools.product(KINDS.items(), BUDGETS[self.steps]):
+            self.measure(f"{kind}, {spaced}", nfe, partial(make, nfe=nfe, is_even=spaced == EVEN))
 
 
 def interval(numbers: Sequence[Sequence[float]]) -> float:
@@ -170,6 +190,11 @@ def ahead(rows: list[dict], nfe: int) -> str:
     return "{:+.1f} ± {:.1f}".format(*min(leads)) if leads else ""
 
 
+def ordered(rows: list[dict]) -> list[str]:
+    """What was measured, in the order of a table."""
+    return sorted({row["what"] for row in rows}, key=ORDER.index)
+
+
 def summary() -> str:
     """A table in dB of all measured rows, for each setting."""
     lines = [
@@ -180,10 +205,8 @@ def summary() -> str:
         "",
     ]
     for name in NAMES:
-        path = OUT / f"{name}.json"
-        if not path.is_file():
+        if not (rows := [*Rows(OUT / f"{name}.json").values()]):
             continue
-        rows = json.loads(path.read_text())
         scheduler, steps, scale = name.split("-")
         budgets, seeds = BUDGETS[int(steps)], len({row["seed"] for row in rows})
         title = f"{SCHEDULERS[scheduler].removesuffix('Scheduler')}, {steps} steps, scale {scale}, {seeds} seed"
@@ -191,7 +214,7 @@ def summary() -> str:
             f"| {title}{'s' * (seeds > 1)} | {' | '.join(f'{nfe} NFEs' for nfe in budgets)} |",
             "|---" + "|---:" * len(budgets) + "|",
         ]
-        for what in dict.fromkeys(row["what"] for row in rows):
+        for what in ordered(rows):
             lines.append(f"| {what} | {' | '.join(told(rows, what, nfe) for nfe in budgets)} |")
         leads = [ahead(rows, nfe) for nfe in budgets]
         lines += [f"| **`Forecast` ahead by** | {' | '.join(leads)} |"] * any(leads) + [""]
@@ -205,9 +228,9 @@ def plot(name: str) -> None:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.add_subplot(xlabel="network evaluations of one picture", ylabel="PSNR to full guidance (dB)")
     axes.set_title(name)
-    rows = json.loads((OUT / f"{name}.json").read_text())
-    kinds = list(dict.fromkeys(row["what"].rsplit(",", 1)[0] for row in rows))
-    for what in dict.fromkeys(row["what"] for row in rows):
+    rows = [*Rows(OUT / f"{name}.json").values()]
+    kinds = list(dict.fromkeys(what.rsplit(",", 1)[0] for what in ordered(rows)))
+    for what in ordered(rows):
         line: dict[float, list[float]] = {}
         for row in rows:
             if row["what"] == what:
@@ -225,7 +248,7 @@ def plot(name: str) -> None:
 
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    bundled, names = Bundled(), sys.argv[1:] or NAMES
+    bundled, names = Bundled(), sys.argv[1:] or [*filter(there, NAMES)]
     if wrong := {*names} - {*NAMES}:
         sys.exit(f"no settings {', '.join(sorted(wrong))}: choose among {', '.join(NAMES)}")
     for seed, name in itertools.product(SEEDS, names):

@@ -7,12 +7,15 @@ of the pictures' PSNR to guidance at every step, under the same schedule. It wri
 docs/results/scales/*.json, keeps existing rows, and writes summary.md.
 """
 
-import json
 import sys
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import diffusers
 from bundled import OUT, Bundled, prompts
 from forecast import SCHEDULERS, SEED
+from rows import Rows
 
 from diffusers_guidance import CFG, EveryStep, Forecast, samples
 from diffusers_guidance.files import write
@@ -44,27 +47,30 @@ def fewer(name: str, nfe: int) -> int:
     return max(steps for steps in range(1, STEPS + 1) if cost(name, steps) <= nfe)
 
 
+def row(full: Callable[[], Fidelity], name: str, nfe: int) -> dict[str, Any]:
+    """`Forecast` and CFG in fewer steps at a budget.
+
+    Args:
+        full: returns the pictures of full guidance.
+    """
+    fidelity, steps, scale = full(), fewer(name, nfe), SCALES[name]
+    ours = fidelity(Forecast(nfe=nfe))
+    theirs = fidelity(Column("", CFG(), EveryStep(), scale(steps)), steps) if steps < STEPS else None
+    return {
+        "scale": name, "given": scale(STEPS), "full": fidelity.full.nfe / len(fidelity.cases), "budget": nfe,
+        "nfe": ours.nfe, "psnr": ours.psnr, "ssim": ours.ssim,
+        "fewer": steps, "fewer_psnr": None if theirs is None else theirs.psnr,
+    }  # fmt: skip
+
+
 def measure(bundled: Bundled, scheduler: str) -> None:
     bundled.pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(bundled.config)
-    path, texts = FOLDER / f"{scheduler}.json", prompts(samples.HELDOUT_PROMPTS)[8:16]
-    rows = json.loads(path.read_text()) if path.is_file() else []
+    rows, texts = Rows(FOLDER / f"{scheduler}.json"), prompts(samples.HELDOUT_PROMPTS)[8:16]
     for name, scale in SCALES.items():
-        left = [nfe for nfe in BUDGETS if not any((row["scale"], row["budget"]) == (name, nfe) for row in rows)]
-        if not left:
-            continue
-        fidelity = Fidelity(bundled.pipe, texts, (SEED,), num_inference_steps=STEPS, guidance_scale=scale(STEPS))
-        for nfe in left:
-            ours, steps = fidelity(Forecast(nfe=nfe)), fewer(name, nfe)
-            theirs = fidelity(Column("", CFG(), EveryStep(), scale(steps)), steps) if steps < STEPS else None
-            rows.append({
-                "scale": name, "given": scale(STEPS), "full": fidelity.full.nfe / len(texts), "budget": nfe,
-                "nfe": ours.nfe, "psnr": ours.psnr, "ssim": ours.ssim,
-                "fewer": steps, "fewer_psnr": None if theirs is None else theirs.psnr,
-            })  # fmt: skip
-            write(path, json.dumps(rows, indent=1).encode())
-            print(
-                f"{scheduler}, {name}, {nfe}: {ours.psnr:.1f} dB, in {steps} steps {rows[-1]['fewer_psnr']}", flush=True
-            )
+        call = {"num_inference_steps": STEPS, "guidance_scale": scale(STEPS)}
+        full = cache(partial(Fidelity, bundled.pipe, texts, (SEED,), **call))
+        for nfe in BUDGETS:
+            rows.once(f"{name}, {nfe}", partial(row, full, name, nfe))
 
 
 def cell(row: dict) -> str:
@@ -84,10 +90,9 @@ def summary() -> str:
         f"|---|---|---:|{'---:|' * len(BUDGETS)}",
     ]
     for scheduler in NAMES:
-        path = FOLDER / f"{scheduler}.json"
-        rows = json.loads(path.read_text()) if path.is_file() else []
+        rows = Rows(FOLDER / f"{scheduler}.json")
         for name in SCALES:
-            found = {row["budget"]: row for row in rows if row["scale"] == name}
+            found = {nfe: rows[f"{name}, {nfe}"] for nfe in BUDGETS if f"{name}, {nfe}" in rows}
             if not found:
                 continue
             first = next(iter(found.values()))
