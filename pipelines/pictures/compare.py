@@ -11,10 +11,12 @@ from diffusers import DiffusionPipeline
 from diffusers_guidance.checks import plain
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.defaults import COLUMNS
+from diffusers_guidance.pipelines.pictures.kept import Kept
 from diffusers_guidance.pipelines.pictures.make import Result, cases_of, make, start_up
 from diffusers_guidance.pipelines.pictures.measures import psnr
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, part, silent
+from diffusers_guidance.pipelines.support.resume import resumed
 
 
 @dataclass
@@ -83,6 +85,7 @@ def compare(
     batch: int | None = None,
     warm_up: bool = True,
     progress: Progress | None = None,
+    kept: Kept | None = None,
     **arguments: Any,
 ) -> Comparison:
     """Generates every prompt with every seed in every column.
@@ -93,6 +96,7 @@ def compare(
         guidance_scale: for columns without a scale of their own.
         negative: the negative prompt of all pictures.
         batch: pictures per call; None for all. A picture does not depend on it (up to rounding).
+        kept: where finished columns are kept, for the case that this is stopped; those found there are not made again.
         warm_up: whether to run two untimed steps first, so that the first column does not pay for the start.
         arguments: more arguments of the pipeline, such as `height=512`.
     """
@@ -105,16 +109,21 @@ def compare(
     cases = cases_of(prompts, seeds, negative)
     each = -(-len(cases) // (batch or len(cases))) * steps
     total = len(wanted) * each
-    if warm_up:
-        told("warming up", 0, total)
+    kept = kept or Kept()
+    kept.begin(pipe, cases, guidance_scale, {"steps": steps, "batch": batch, "arguments": repr(arguments)})
+    found = [kept.found(column) for column in wanted]
+    if warm_up and not all(found):
+        told("warming up", each * sum(result is not None for result in found), total)
         start_up(pipe, cases[:batch], guidance_scale, **arguments)
-    results = [
-        make(
-            pipe, cases, column, steps=steps, guidance_scale=guidance_scale, batch=batch,
+
+    def work(number: int) -> Result:
+        return make(
+            pipe, cases, wanted[number], steps=steps, guidance_scale=guidance_scale, batch=batch,
             progress=part(told, number * each, total) if progress else silent, **arguments,
-        )
-        for number, column in enumerate(wanted)
-    ]  # fmt: skip
+        )  # fmt: skip
+
+    made = dict(resumed(work, range(len(wanted)), found.__getitem__, lambda i, result: kept.keep(wanted[i], result)))
+    results = [made[number] for number in range(len(wanted))]
     told("done", total, total)
     model = Path(str(pipe.name_or_path))
     return Comparison(

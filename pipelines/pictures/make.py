@@ -133,14 +133,11 @@ def make(
         gradients: whether to record gradients if they are turned on; pipelines turn them off in their call.
         arguments: more arguments of the pipeline, such as `height=512`.
     """
-    scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
-    rule = DEFAULT_RULE if column.rule is None else column.rule
-    rule, policy = replace(rule, guidance_scale=scale), DEFAULT_POLICY if column.policy is None else column.policy
     _check_steps(pipe, steps)
-    result = Result(column.name, rule, policy, scale, is_default=column.rule is None)
+    result = begun(column, guidance_scale)
     size = batch or len(cases)
     batches = [cases[start : start + size] for start in range(0, len(cases), size)]
-    with borrowed(pipe, rule, policy) as handle, _recording(pipe) if gradients else nullcontext():
+    with borrowed(pipe, result.rule, result.policy) as handle, _recording(pipe) if gradients else nullcontext():
         handle.observers += observers
         for number, part in enumerate(batches):
             told = _steps_of(progress, column.name, number, steps, len(batches))
@@ -154,6 +151,14 @@ def make(
             result.reports.append(handle.report)
         result.calibration = handle.calibration
     return result
+
+
+def begun(column: Column, guidance_scale: Given) -> Result:
+    """The result of a column before its pictures are made; `guidance_scale` is for a column without one."""
+    scale = plain(guidance_scale if column.guidance_scale is None else column.guidance_scale)
+    rule = DEFAULT_RULE if column.rule is None else column.rule
+    policy = DEFAULT_POLICY if column.policy is None else column.policy
+    return Result(column.name, replace(rule, guidance_scale=scale), policy, scale, is_default=column.rule is None)
 
 
 def _check_steps(pipe: Any, steps: int) -> None:

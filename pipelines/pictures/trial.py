@@ -12,9 +12,11 @@ from diffusers_guidance.pipelines.attach.attach import SCALES
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.compare import Comparison
 from diffusers_guidance.pipelines.pictures.defaults import SAME
+from diffusers_guidance.pipelines.pictures.kept import Kept
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make, start_up
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, part, silent
+from diffusers_guidance.pipelines.support.resume import resumed
 from diffusers_guidance.policies import EveryStep, Forecast
 from diffusers_guidance.rules import CFG
 
@@ -106,6 +108,7 @@ def try_out(
     turns: int = 2,
     same: float = SAME,
     progress: Progress = silent,
+    kept: Kept | None = None,
     **arguments: Any,
 ) -> Trial:
     """Makes every prompt's picture under plain guidance, the default and a learned Forecast.
@@ -117,6 +120,8 @@ def try_out(
         steps, guidance_scale: None for the pipeline's own defaults; where these turn guidance off, `SCALE`.
         turns: how often each is timed.
         same: from this many dB to plain guidance on, a picture counts as the same.
+        kept: where the lesson and finished turns are kept, for the case that this is stopped; those found there are
+            not made again. A turn is made as a whole, since its seconds are compared.
         arguments: more arguments of the call, such as `height=512`.
 
     Raises:
@@ -141,10 +146,14 @@ def try_out(
         told = part(progress, before * count, total) if progress is not silent else silent
         return make(pipe, cases, column, steps=count, guidance_scale=scale, batch=1, progress=told, **arguments)
 
+    kept = kept or Kept()
+    kept.begin(pipe, cases, scale, {"steps": count, "arguments": repr(arguments)})
+    teacher = Column("learning", CFG(), Forecast(SAVE, learn=True))
+    had = kept.found(teacher)
     try:
-        progress("warming up", 0, total)
+        progress("warming up", count if had else 0, total)
         start_up(pipe, cases[:1], scale, **arguments)
-        lesson = run(Column("learning", CFG(), Forecast(SAVE, learn=True)), [cases[0]._replace(seed=seed + 1)], 0)
+        lesson = had or kept.keep(teacher, run(teacher, [cases[0]._replace(seed=seed + 1)], 0))
     except GuidanceError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -159,13 +168,19 @@ def try_out(
         Column("default"),
         Column("learned", CFG(), Forecast(SAVE, calibration=lesson.calibration)),
     ]
-    rounds: list[list[Result]] = []
-    for turn in range(turns):
-        rounds.append([])
-        for number in _order(turn):
-            before = 1 + (3 * turn + len(rounds[-1])) * len(cases)
-            rounds[-1].append(run(columns[number], cases, before))
-        rounds[-1] = [rounds[-1][_order(turn).index(number)] for number in range(3)]
+
+    def work(turn: int) -> dict[int, Result]:
+        before = 1 + 3 * turn * len(cases)
+        return {number: run(columns[number], cases, before + i * len(cases)) for i, number in enumerate(_order(turn))}
+
+    def found(turn: int) -> list[Result] | None:
+        results = [result for column in columns if (result := kept.found(column, f"turn {turn}")) is not None]
+        return results if len(results) == len(columns) else None
+
+    def keep(turn: int, made: dict[int, Result]) -> list[Result]:
+        return [kept.keep(column, made[number], f"turn {turn}") for number, column in enumerate(columns)]
+
+    rounds = [results for _, results in resumed(work, range(turns), found, keep)]
     progress("done", total, total)
     results = rounds[-1]
     model = Path(str(pipe.name_or_path))

@@ -67,10 +67,14 @@ def compare_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make the same pictures in several ways, side by side, with the cost of each."""
-    with reporting() as progress:
+    """Make the same pictures in several ways, side by side, with the cost of each.
+
+    The same command resumes an interrupted comparison.
+    """
+    with reporting(goes_on=True) as progress:
         from diffusers_guidance.pipelines.pictures.columns import Column
         from diffusers_guidance.pipelines.pictures.compare import compare
+        from diffusers_guidance.pipelines.pictures.kept import Kept
         from diffusers_guidance.pipelines.pictures.sheet import save
         from diffusers_guidance.pipelines.support.files import read_lines
         from diffusers_guidance.pipelines.support.loading import load, located
@@ -80,11 +84,13 @@ def compare_command(
         columns = [Column.parse(text) for text in column or (BUNDLED if located(model) == MODEL else COLUMNS)]
         texts = [*(prompts or ()), *(read_lines(prompts_file) if prompts_file else ())] or read_lines(samples.PROMPTS)
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
+        kept = Kept(out / "unfinished")
         comparison = compare(
             load(model, scheduler, device, dtype), texts, columns, seeds=seed or [0], steps=steps,
-            guidance_scale=scale, negative=negative, batch=batch, progress=progress,
+            guidance_scale=scale, negative=negative, batch=batch, progress=progress, kept=kept,
         )  # fmt: skip
         files = save(comparison, out)
+        kept.clear()
     _print_comparison(comparison)
     if any(stand_in(result.guidance_scale) <= 1 and not result.nfe < result.nfe_full for result in comparison.results):
         typer.echo("At a guidance scale of 1 or less there is nothing to guide, and nothing to save.")

@@ -43,19 +43,22 @@ def try_command(
 ) -> None:
     """Show what your own model gains: its picture plain, with the default, and with a learned Forecast.
 
-    Prints seconds and likeness, a recommendation, and the lines of Python for it.
+    Prints seconds and likeness, a recommendation, and the lines of Python for it. The same command resumes.
     """
     sides = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
-    with reporting() as progress:
+    with reporting(goes_on=True) as progress:
+        from diffusers_guidance.pipelines.pictures.kept import Kept
         from diffusers_guidance.pipelines.pictures.trial import try_out
         from diffusers_guidance.pipelines.support.loading import load
 
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
+        kept = Kept(out / "unfinished")
         trial = try_out(
             load(model, scheduler, device, dtype), prompt, seed=seed, steps=steps, guidance_scale=scale, turns=turns,
-            same=same, progress=progress, **sides,
+            same=same, progress=progress, kept=kept, **sides,
         )  # fmt: skip
         files = _save(trial, out)
+        kept.clear()
     _print(trial)
     written(files, f"look at {files[0]}; then the lines above")
 

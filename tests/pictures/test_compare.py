@@ -379,7 +379,7 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compare"], "all written files are complete\n"),
+        (["compare"], "complete; the same command continues from here\n"),
         (["calibrate", "out.safetensors"], "complete; the same command continues from here\n"),
         (["generate", "jobs.jsonl"], "complete; the same command continues from here\n"),
     ],

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from diffusers_guidance import Calibration, files
 from diffusers_guidance.pipelines.bench.run import Results
+from diffusers_guidance.pipelines.pictures import compare, trial
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.shell.common import Bar
 from diffusers_guidance.pipelines.support import ending
@@ -34,7 +35,7 @@ FEW = ["--steps", "4", "--scheduler", "DDIMScheduler"]
 COMMANDS = {
     "compare": ["compare", "a rocket", *FEW, "--column", "CFG", "--column", "Hold", "--out", "out"],
     "generate": ["generate", "prompts.txt", "--steps", "2", "--batch", "1", "--out", "out"],
-    "try": ["try", "emoji", "--prompt", "a rocket", "--steps", "4", "--turns", "1", "--out", "out"],
+    "try": ["try", "emoji", "--prompt", "a rocket", "--steps", "4", "--turns", "2", "--out", "out"],
     "bench": ["bench", "--suite", "suite.yaml", "--out", "out"],
     "calibrate": ["calibrate", "out/new.safetensors", *FEW, "--trajectories", "3", "--batch", "1"],
     "search": ["search", "made.safetensors", "--nfe", "6", *FEW[2:], "--refine", "--runs", "4", "--prompts",
@@ -42,7 +43,9 @@ COMMANDS = {
     "search-nas": ["search-nas", "--nfe", "5", "--steps", "3", "--iterations", "3", "--batch", "1", "--keep", "out"],
     "frontier": ["frontier", "made.safetensors", "--prompts", "prompts.txt", "--nfe", "6", *FEW[2:], "--out", "out"],
 }  # fmt: skip
-GO_ON = COMMANDS.keys() - {"compare", "try"}
+MIDDLE = {"compare": 6, "try": 18}
+"""How much is done when a signal comes, where 2 is not yet a piece: one column of steps; a lesson and one turn."""
+UNFINISHED = "unfinished"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,11 @@ def pieces(name, found):
     """How many pieces of a command's work its files hold."""
     read = {path.suffix: content for path, content in found.items()}
     match name:
+        case "compare" | "try":
+            finished = next((path for path in found if path.name in ("compare.json", "try.json")), None)
+            if finished is not None:
+                return 10
+            return sum(path.parent.name == UNFINISHED and path.suffix == ".json" for path in found)
         case "generate":
             return sum(path.suffix == ".json" for path in found)
         case "bench":
@@ -136,13 +144,12 @@ def pieces(name, found):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_signal_in_the_middle(name, number, code, here, heeded, told):
-    told.at, told.then = 2, lambda: signal.raise_signal(number)
+    told.at, told.then = MIDDLE.get(name, 2), lambda: signal.raise_signal(number)
     stopped = run(name)
     assert told.at is None and stopped.exit_code == code, stopped.output
-    goes_on = "; the same command continues from here" if name in GO_ON else ""
-    assert stopped.output == f"stopped: all written files are complete{goes_on}\n"
+    assert stopped.output == "stopped: all written files are complete; the same command continues from here\n"
     found = whole(here / "out")
-    if number == signal.SIGTERM or name not in GO_ON:  # going on is the same after either
+    if number == signal.SIGTERM:  # going on is the same after either
         return
     before = pieces(name, found)
     assert before >= 1
@@ -153,7 +160,8 @@ def test_a_signal_in_the_middle(name, number, code, here, heeded, told):
     assert pieces(name, after) > before
     pictures = {path: content for path, content in found.items() if path.suffix == ".png"}
     assert pictures.items() <= after.items()  # none of them is made again
-    if name in ("bench", "generate", "calibrate"):
+    assert not (here / "out" / UNFINISHED).exists()
+    if name in ("bench", "generate", "calibrate", "compare", "try"):
         assert told()[heard] >= 1  # it begins with what is there
 
 
@@ -173,9 +181,9 @@ def test_a_full_disk(name, here, monkeypatch):
     at = 2
     failed = run(name)
     assert failed.exit_code == 1, failed.output
-    goes_on = "; the same command continues from here" if name in GO_ON else ""
     said = re.fullmatch(
-        rf"Error: (\S+): there is no room left on the disk for this: free some{goes_on}\n", failed.output
+        r"Error: (\S+): there is no room left on the disk for this: free some; the same command continues from here\n",
+        failed.output,
     )
     assert said, failed.output
     named = Path(said[1])
@@ -184,7 +192,62 @@ def test_a_full_disk(name, here, monkeypatch):
     done = run(name)
     assert done.exit_code == 0, done.output
     after = whole(here / "out")
-    assert after.keys() >= before.keys() and (here / named) in after
+    lasting = {path for path in [*before, here / named] if path.parent.name != UNFINISHED}
+    assert lasting <= after.keys() and after
+    assert not (here / "out" / UNFINISHED).exists()
+
+
+@pytest.mark.parametrize("name", ["compare", "try"])
+def test_a_full_disk_at_the_end(name, here, monkeypatch):
+    """When the pictures' own file does not fit, all results are there already, and none is made again."""
+    real = Path.write_bytes
+
+    def fill(path, content):
+        if path.name.startswith(".") and ".png." in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    assert run(name).exit_code == 1
+    monkeypatch.setattr(Path, "write_bytes", real)
+    for module in (compare, trial):
+        monkeypatch.setattr(module, "make", None)
+    done = run(name)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("name", ["compare", "try"])
+def test_a_stopped_comparison_becomes_what_it_would_have_been(name, here, told):
+    ran = run(name)
+    assert ran.exit_code == 0, ran.output
+    once = whole(here / "out")
+    told.at, told.then = MIDDLE[name], lambda: signal.raise_signal(signal.SIGINT)
+    assert run(name).exit_code == 130
+    assert run(name).exit_code == 0
+    again = whole(here / "out")
+    for path in once:
+        if path.suffix == ".png" and name == "compare":  # that of `try` shows seconds
+            assert again[path] == once[path]
+    file = next(path for path in once if path.suffix == ".json")
+    assert untimed(json.loads(again[file])) == untimed(json.loads(once[file]))
+
+
+def untimed(about):
+    """Without what two runs do not share."""
+    timed = {"seconds", "seconds_per_picture", "ratios", "verdict", "code"}
+    columns = [{name: value for name, value in each.items() if name not in timed} for each in about["columns"]]
+    return {name: value for name, value in about.items() if name not in timed} | {"columns": columns}
+
+
+def test_what_was_stopped_with_other_settings_stays(here, told):
+    told.at, told.then = 6, lambda: signal.raise_signal(signal.SIGINT)
+    assert run("compare").exit_code == 130
+    kept = whole(here / "out" / UNFINISHED)
+    assert len(kept) == 2
+    other = CliRunner().invoke(cli.make_app(), [*COMMANDS["compare"], "--seed", "7"])
+    assert other.exit_code == 0, other.output
+    assert json.loads((here / "out" / "compare.json").read_text())["seeds"] == [7]
+    assert whole(here / "out" / UNFINISHED) == kept
 
 
 def test_a_full_disk_under_a_file_that_grows(tmp_path, monkeypatch):
