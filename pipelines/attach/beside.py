@@ -1,8 +1,8 @@
 """What a network puts out beside its prediction, such as a video's sound, where an evaluation is skipped as a whole.
 
 It goes to a scheduler that is not followed. So it is forecast as it is, from the last two evaluated steps, with the
-same weights as a prediction (`guidance/forecast.py`), and nothing is repaid. Where the unconditional half alone is
-skipped, and estimated, its part is held: it differs from the conditional one's as at the last evaluated step, as a
+same weights as a prediction (`guidance/forecast.py`), and nothing is repaid. If only the unconditional half is skipped,
+and estimated, its part is held: the difference from the conditional part stays that of the last evaluated step, as a
 velocity (`policies.Policy.estimate`).
 """
 
@@ -25,11 +25,11 @@ class Beside:
     steps: dict[int, list[Any]] = field(default_factory=dict)
 
     def see(self, output: Any) -> None:
-        """Told of a call's output, a copy."""
+        """Keeps a call's output, which is a copy."""
         self.now.append(output)
 
     def hold(self, index: int) -> None:
-        """Told that the step was evaluated."""
+        """Keeps the step's outputs, once it is evaluated."""
         if self.now:
             self.steps[index], self.now = self.now, []
         while len(self.steps) > 2:
@@ -43,7 +43,7 @@ class Beside:
         factors = forecast([*known], index)
 
         def summed(*leaves: Any) -> Any:
-            """The sum of both steps'; what are no numbers to be summed up is the last one's."""
+            """The weighted sum of both steps' numbers; of anything else, the last step's."""
             last = leaves[-1]
             if not isinstance(last, Tensor):
                 return last
@@ -55,14 +55,14 @@ class Beside:
         return mapped(summed, *(known[step] for step in factors))
 
     def held(self, output: Any, rows: Sequence[tuple[int, int, float]]) -> Any:
-        """A step's first output, where so many rows are copies of others, as they differed before.
+        """A step's first output, in which some rows are copies of others: with the difference that they had before.
 
         Args:
-            rows: (row, of which it is a copy, by what factor the difference goes).
+            rows: (row, the row that it is a copy of, the factor of their difference).
         """
 
         def held(now: Any, then: Any) -> Any:
-            """What are no numbers, or of another shape, stays as it is now."""
+            """What is not a number, or has another shape now, stays as it is."""
             if not isinstance(now, Tensor) or getattr(then, "shape", None) != now.shape or not now.is_floating_point():
                 return now
             made = now.clone()

@@ -98,7 +98,7 @@ class Clock:
         return self.before - (self.begin - len(self._table.values)) // self.stride if self._table.values else 0
 
     def begin_anew(self) -> None:
-        """Takes note that the run itself has set its scheduler's timesteps."""
+        """Notes that the run itself has set its scheduler's timesteps."""
         self.begins_anew = True
 
     def tick(self, scheduler: Any, timestep: Any) -> None:

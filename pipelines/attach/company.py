@@ -1,6 +1,6 @@
-"""What a run must not miss: other callers of its pipeline's parts, and calls that were seen only in part.
+"""What a run must not miss: others who call its pipeline's parts, and calls that it has seen only in part.
 
-A plain result must never pass for a guided one. This module refuses what cannot be followed, in words for the user.
+A plain result must never pass for a guided one. This module refuses what cannot be followed, and tells the user why.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -37,7 +37,7 @@ class Company:
         self._callbacks = {_code(each) for name, each in given.items() if "callback" in name} - {None}
 
     def take_in(self, stage: Any) -> None:
-        """Takes note of a pipeline that this one has."""
+        """Notes a pipeline that is an attribute of this one."""
         self.stages[id(stage)] = stage
 
     def leave(self) -> None:

@@ -83,7 +83,7 @@ class Cut:
         return bool(self.whole) or self.keeps_state
 
     def forget(self, is_watched: bool = False) -> None:
-        """Forgets what it knows of a batch that is gone, and what is on the network, unless that `is_watched` on."""
+        """Forgets a batch that is gone; also what is on the network, unless that is still watched (`is_watched`)."""
         self.whole, self.splits, self.known = "", True, frozenset()
         if not is_watched:
             vars(self).pop("watch", None)

@@ -138,7 +138,7 @@ class Memory:
             self.unseen += [root] if queue else []
 
     def _add(self, thing: Any, whose: Foreign) -> list[Any]:
-        """Looks at an object; returns what to look at next."""
+        """Takes in an object, and returns what to look at next."""
         if isinstance(thing, tuple):
             return list(thing)
         known = home(thing) in KNOWN

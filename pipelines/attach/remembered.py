@@ -1,8 +1,8 @@
-"""What was found out about taking parts of a network's batch, remembered from call to call.
+"""What trials have told about parts of a network's batch, remembered from call to call.
 
-A trial costs evaluations, and what it tells depends on the network, on how its calls hold their branches and on their
-shapes alone: it is made once for these. Where others' code works on the network nothing is remembered, since that may
-have changed. A network's samples are not kept.
+A trial costs evaluations. What it tells depends only on the network, on how its calls hold their branches, and on their
+shapes, so it is made once for these. Nothing is remembered of a network that carries others' code, since that may have
+changed. Samples are not kept.
 """
 
 from collections.abc import Hashable
@@ -18,7 +18,7 @@ _MOST = 64
 
 
 class Trial(NamedTuple):
-    """What one told: see `cut.Cut`."""
+    """What a trial has told; the fields are those of `cut.Cut`, and the report's note."""
 
     reading: batch.Reading
     whole: str
@@ -31,7 +31,7 @@ _TRIALS: WeakKeyDictionary[nn.Module, dict[Hashable, Trial]] = WeakKeyDictionary
 
 
 def key(args: tuple, kwargs: dict, *about: Hashable) -> Hashable:
-    """Of a call: the shapes of its tensors by their place, its other plain values, and what else a trial is `about`."""
+    """What tells calls apart: the shapes of tensors by their place, other plain values, and what a trial is `about`."""
 
     def told(leaf: Any) -> Hashable:
         if isinstance(leaf, Tensor):
@@ -42,12 +42,12 @@ def key(args: tuple, kwargs: dict, *about: Hashable) -> Hashable:
 
 
 def recall(module: nn.Module, of: Hashable) -> Trial | None:
-    """What is remembered of a network's calls like that."""
+    """The trial of a network's calls of this key, if one was made."""
     return _TRIALS.get(module, {}).get(of)
 
 
 def keep(module: nn.Module, of: Hashable, trial: Trial) -> None:
-    """Remembers it."""
+    """Remembers a trial."""
     trials = _TRIALS.setdefault(module, {})
     trials[of] = trial
     while len(trials) > _MOST:

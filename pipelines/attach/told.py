@@ -1,4 +1,4 @@
-"""What the arguments of a network's calls tell of the branch that each is for."""
+"""Which branch each of a network's calls is for, as far as its arguments tell."""
 
 import itertools
 from collections.abc import Mapping, Sequence
