@@ -98,6 +98,26 @@ def test_a_rule_and_a_policy_give_what_they_give_attached(pair, rule, policy):
             assert mine.guidance_scale == pytest.approx(other.guidance_scale, rel=1e-4)
 
 
+def test_observers_are_told_the_similarities(pair):
+    """Those of the attached pipeline's observers, at each step that was evaluated in full."""
+
+    def telling(seen):
+        def see(step, prediction, guided):
+            seen.append(None if prediction is None else prediction.similarity)
+
+        return see
+
+    attached, told = [], []
+    with attach(pair.classic, CFG(), EveryStep()) as handle:
+        handle.observers.append(telling(attached))
+        pair.run_classic()
+    for guider in pair.guide(CFG(), EveryStep()):
+        guider.observers.append(telling(told))
+    pair.run()
+    assert len(told) == len(attached) and None not in told
+    torch.testing.assert_close(torch.stack(told), torch.stack(attached), equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_is_skipped_once_all_of_it_has_stopped(pair):
     for rule in (CFG(), APG()):
         with attach(pair.classic, rule, Fates()):
