@@ -204,12 +204,16 @@ class Discovery:
         return f"{' and '.join(each.label for each in seen)} were evaluated for it, and {why}"
 
     def _by_sample(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> str:
-        """What is seen of a step that is explained sample by sample, but not as a batch, as with Perp-Neg."""
-        n = len(output)
-        for i in range(n):
+        """What is seen of more than two branches that explain each sample, but not the batch, as in Perp-Neg."""
+        n, factors = len(output), set()
+        for i in range(n if n > 1 else 0):
             own, around = [y[i::n] for y in denoiser.outputs], self.call.around(sample[i : i + 1], clock.space)
-            if n == 1 or identify(own, output[i : i + 1], self.call.scales, around).formula is None:
+            formula = identify(own, output[i : i + 1], self.call.scales, around).formula
+            if formula is None or formula.evaluations < 3:
                 return ""
+            factors.add((formula.value, formula.weights))
+        if len(factors) < 2:
+            return ""
         return "each sample weighs its predictions by factors of its own: call it with one prompt at a time"
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
