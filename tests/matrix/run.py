@@ -56,7 +56,9 @@ def whole(row: str, arguments: list[str]) -> bool | None:
         subprocess.run((python, "-m", "venv", venv), check=True)
     install = (own, "-m", "pip", "install", "--quiet", "--constraint", HERE / f"{row}.txt")
     subprocess.run((*install, constraints(row).get("torch", "torch")), check=True)
-    subprocess.run((*install, "-e", f"{CHECKOUT}[bench,app]", "hypothesis", "pytest", "pytest-xdist"), check=True)
+    subprocess.run(
+        (*install, "-e", f"{CHECKOUT}[bench,app]", "hypothesis", "greenlet", "pytest", "pytest-xdist"), check=True
+    )
     return tested(own, ["-n", "auto", "--dist", "worksteal", *(arguments or ["tests"])])
 
 
