@@ -125,14 +125,14 @@ class _Search:
         pairs = [reading for reading in every if reading.formula.evaluations == 2]
         many = [reading for reading in every if reading.formula.evaluations > 2]
         apart = [reading for reading in pairs if reading.differs(2.0)]
-        turned = [each for reading in apart for each in reading.of_networks()]
+        turned, again = itertools.tee(each for reading in apart for each in reading.of_networks())
         steps: list[tuple[Callable[[Reading], Identified | None], Iterable[Reading]]] = [
             (self._by_solving, (reading for reading in pairs if reading.differs(0.25))),
             (self._by_rounding, apart),
             (self._by_terms, many),
             (self._by_weights, many),
             (self._by_name, turned),
-            (self._by_rounding, turned),
+            (self._by_rounding, again),
             (self._by_mixing, apart),
         ]
         for step, among in steps:
@@ -185,8 +185,7 @@ class _Search:
     def _by_solving(self, reading: Reading) -> Identified | None:
         """Plainly combined at a scale that nobody can read, bit for bit."""
         fitting: list[Candidate] = []
-        for cond in range(2):
-            w, fit = reading.solved(cond)
+        for cond, w, fit in _solved(reading):
             if not (fit.fits and self._may_lead(reading.formula.towards(cond), w)):
                 continue
             few = reading.few.seen[cond], reading.few.seen[1 - cond], reading.few.target
@@ -211,8 +210,8 @@ class _Search:
     def _plainly(self, reading: Reading) -> Iterator[Candidate]:
         """`u + w (c - u)`, at a scale read by name if one is near, else at the one that explains the output best."""
         size = reading.size
-        for cond in range(2):
-            formula, (w, fit) = reading.formula.towards(cond), reading.solved(cond)
+        for cond, w, fit in _solved(reading):
+            formula = reading.formula.towards(cond)
             one = Candidate(reading, formula, w)
             self._try(one, fit)
             if not (fit.fits and math.isfinite(w) and fit.allowed < 0.1 * max(w, 1 - w) * size):
@@ -241,7 +240,7 @@ class _Search:
     def _fitted(self, one: Candidate) -> Candidate | None:
         """The same, if it explains all numbers up to rounding."""
         fit = one.reading.fit_all(one.formula, one.s)
-        self._try(one, fit, math.sqrt(one.reading.target.numel() / one.reading.few.target.numel()))
+        self._try(one, fit, one.reading.larger)
         return one._replace(fit=fit) if fit.fits else None
 
     def _by_terms(self, reading: Reading) -> Identified | None:
@@ -391,10 +390,16 @@ def _chosen(one: Candidate) -> Formula:
     if fit is None:
         return replace(formula, exact=True, value=one.s, noise=formula.noise / 8)
     share = max(2 * fit.error / fit.allowed, 0.125) if fit.allowed else 1.0
-    dtype = one.reading.branches[0].dtype
+    dtype = one.reading.some.branches[0].dtype
     is_half = torch.finfo(dtype).bits < 32 and not formula.needs_space
     working = formula.dtype if formula.upcast else dtype  # that of its arithmetic
     return replace(formula, value=one.s, noise=share * torch.finfo(working).eps if is_half else formula.noise)
+
+
+def _solved(reading: Reading) -> list[tuple[int, float, Fit]]:
+    """(which branch is the conditional one, w, how well that does) of both branches in either order."""
+    w, fit = reading.solved
+    return [(0, 1 - w, fit), (1, w, fit)]
 
 
 def _triples(reading: Reading, formula: Formula) -> Iterator[tuple[Tensor, ...]]:

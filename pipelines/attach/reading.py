@@ -17,7 +17,7 @@ from diffusers_guidance.pipelines.attach.branching import layouts
 from diffusers_guidance.pipelines.attach.combination import ANCHORS, FINISHES, FROM_C, FUSED, NETWORKS, Around
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.layout import Layout, View, views
-from diffusers_guidance.pipelines.attach.residual import Fit, Scale, exact, mixture, norm, residual
+from diffusers_guidance.pipelines.attach.residual import Fit, Scale, Tolerance, exact, mixture, norm, residual
 from diffusers_guidance.pipelines.attach.sample import Sample, pieces
 
 _FEW = 1 / 64
@@ -40,8 +40,22 @@ _WAYS = {
 """The ways to write each of these, which differ by rounding alone."""
 
 
+class Raw(NamedTuple):
+    """A step's numbers as they were met: a sample of them, a piece, or all.
+
+    Args:
+        branches: of the scheduler's shape, but for their sign.
+        target: the scheduler's own number.
+        around: what it may depend on.
+    """
+
+    branches: Sequence[Tensor]
+    target: Tensor
+    around: Around
+
+
 class Numbers(NamedTuple):
-    """A step's numbers: a sample of them, a piece, or all.
+    """The same, as a formula has them.
 
     Args:
         parts: the branches as they are combined.
@@ -56,20 +70,24 @@ class Numbers(NamedTuple):
     around: Around
 
     @staticmethod
-    def of(formula: Formula, branches: Sequence[Tensor], target: Tensor, around: Around) -> "Numbers":
-        """Those of branches that are as the scheduler holds them, but for their dtype."""
-        parts = [formula.treated(y, around) for y in branches]
-        seen = [formula.handed(y, around) for y in branches] if formula.mixed in NETWORKS else parts
+    def of(formula: Formula, raw: Raw) -> "Numbers":
+        branches, target, around = raw
+        signed = [*map(formula.view.signed, branches)]
+        parts = [formula.treated(y, around) for y in signed]
+        seen = [formula.handed(y, around) for y in signed] if formula.mixed in NETWORKS else parts
         return Numbers(parts, seen, target, around)
 
     def met(self, formula: Formula, s: Scale) -> Tensor:
         """Which of them the formula gives bit for bit."""
         return formula.combined(self.parts, s, self.around) == self.target
 
-    def norms(self, formula: Formula, made: Tensor) -> Tensor:
-        """By how much they differ from what was `made` of them, and what rounding may do is told by; see `residual`."""
-        c, u = (formula.terms(y, self.around) for y in formula.chosen(self.seen))
-        return residual(made, self.target, c, u, is_finite=True)
+    def norms(self, formula: Formula, made: Tensor, tolerance: Tolerance) -> Tensor:
+        """How far what was `made` of them is off, and what that is compared with; see `residual`."""
+        c, u = formula.chosen(self.seen)
+        if not tolerance.noise:  # their size does not matter
+            c = u = c[:0]
+        terms = formula.terms(c, self.around), formula.terms(u, self.around)
+        return residual(made, self.target, *terms, is_finite=True)
 
 
 @dataclass(eq=False)
@@ -79,25 +97,21 @@ class Reading:
     Args:
         formula: of which order, anchor, finish and scale are open.
         live: the pipeline's scales, by name.
-        branches: of the scheduler's shape.
-        target: the scheduler's number for them.
-        around: what it may depend on.
         sample: which numbers decide.
+        some: these.
+        whole: all.
     """
 
     formula: Formula
     live: Mapping[str, Scale]
-    branches: list[Tensor]
-    target: Tensor
-    around: Around
     sample: Sample
+    some: Raw
+    whole: Raw
 
     @cached_property
     def few(self) -> Numbers:
         """The sample of the numbers."""
-        x, signed = self.around.sample, self.formula.view.signed
-        near = replace(self.around, sample=self.sample(x) if x is not None and x.shape == self.target.shape else None)
-        return Numbers.of(self.formula, [signed(self.sample(y)) for y in self.branches], self.sample(self.target), near)
+        return Numbers.of(self.formula, self.some)
 
     def all(
         self, formula: Formula, s: Scale = 1.0, factor: Tensor | None = None, splits: bool = True
@@ -108,17 +122,17 @@ class Reading:
             factor: what its finish multiplies each sample by.
             splits: False: never in pieces.
         """
-        signed, n = formula.view.signed, len(self.branches)
-        beside: dict[str, Tensor] = {}
+        branches, target, around = self.whole
+        n, beside = len(branches), dict[str, Tensor]()
         if formula.needs_space:
-            beside["sample"], _ = self.around.known
+            beside["sample"], _ = around.known
         if factor is not None:
-            beside["factor"] = factor.to(self.target.device).expand_as(self.target)
-        tensors = (*self.branches, self.target, *beside.values())
-        splits = splits and not isinstance(s, Tensor) and (self.target.ndim > 2 or not formula.finish)
+            beside["factor"] = factor.to(target.device).expand_as(target)
+        tensors = (*branches, target, *beside.values())
+        splits = splits and not isinstance(s, Tensor) and (target.ndim > 2 or not formula.finish)
         for piece in pieces(*tensors) if splits else [tensors]:
             here: dict[str, Any] = dict(zip(beside, piece[n + 1 :], strict=True))
-            yield Numbers.of(formula, [*map(signed, piece[:n])], piece[n], replace(self.around, **here))
+            yield Numbers.of(formula, Raw(piece[:n], piece[n], replace(around, **here)))
 
     # How well a formula explains it
 
@@ -136,9 +150,10 @@ class Reading:
         return fit if factor is None or self._explains(formula, factor) else Fit(math.inf, fit.allowed)
 
     def _tolerated(self, formula: Formula, s: Scale, some: Iterable[Numbers]) -> Fit:
-        norms = torch.stack([here.norms(formula, formula.combined(here.parts, s, here.around)) for here in some])
-        dtype = formula.chosen(self.few.seen)[0].dtype
-        return formula.tolerance(s, dtype).fit(norms.norm(dim=0).tolist())
+        tolerance = formula.tolerance(s, formula.chosen(self.few.seen)[0].dtype)
+        made = ((here, formula.combined(here.parts, s, here.around)) for here in some)
+        norms = torch.stack([here.norms(formula, each, tolerance) for here, each in made])
+        return tolerance.fit(norms.norm(dim=0).tolist())
 
     def met(self, formula: Formula, s: Scale) -> float:
         """The share of the sample that the formula gives to the bit; 0: too little for any rounding on a device."""
@@ -189,18 +204,18 @@ class Reading:
         return float(most.mean()), near.gather(0, which[None])[0]
 
     def _of_all(self, factor: Tensor) -> Tensor:
-        return factor.view(-1, *[1] * (self.target.ndim - 1))
+        return factor.view(-1, *[1] * (self.whole.target.ndim - 1))
 
     def _explains(self, formula: Formula, factor: Tensor) -> bool:
         """Whether that is the finish's own factor of all numbers, which are told by the output where it is known."""
-        finish = formula.of_sample
+        finish, (branches, target, around) = formula.of_sample, self.whole
         assert finish is not None
-        working = torch.promote_types(self.target.dtype, torch.float32)
-        cond = formula.view.signed(self.branches[formula.cond_index])
-        c, y = (formula.compared(t, self.around).to(working) for t in (formula.treated(cond, self.around), self.target))
+        working = torch.promote_types(target.dtype, torch.float32)
+        cond = formula.treated(formula.view.signed(branches[formula.cond_index]), around)
+        c, y = (formula.compared(t, around).to(working) for t in (cond, target))
         factor = factor.to(y)
-        own = finish.factor(y / finish.times(factor, self.around), c, self.around)
-        eps = max(torch.finfo(t.dtype).eps for t in (self.target, *self.few.parts))
+        own = finish.factor(y / finish.times(factor, around), c, around)
+        eps = max(torch.finfo(t.dtype).eps for t in (target, *self.few.parts))
         return bool(((own - factor).abs() <= _CLOSE * eps * factor.abs()).all())
 
     # What it may be
@@ -211,10 +226,12 @@ class Reading:
         found: list[Candidate] = []
         if self.formula.evaluations > 2:
             return found
-        finishes = [""] if self.formula.mixed else _finishes(self.around)
+        finishes = [""] if self.formula.mixed else _finishes(self.whole.around)
         for finish, cond, (way, anchors) in itertools.product(finishes, range(2), _WAYS.items()):
-            # In the scheduler's own dtype denoising makes no difference.
-            if way == "denoised" and not (self.is_denoisable and self.few.parts[0].dtype == self.formula.dtype):
+            if way == "denoised":  # in the scheduler's own dtype it makes no difference
+                if not (self.is_denoisable and self.few.parts[0].dtype == self.formula.dtype):
+                    continue
+            elif not (finish or self.is_plain):
                 continue
             for label, s in self.live.items():
                 one = self.formula.towards(cond, anchor=way, finish=finish, scale=label)
@@ -222,12 +239,19 @@ class Reading:
                     found += [Candidate(self, replace(one, anchor=anchor), s) for anchor in anchors]
         return found
 
-    def solved(self, cond: int) -> tuple[float, Fit]:
-        """(w, fit): the w that explains the sample best as `u + w (c - u)`, and how well it does."""
-        c, u = self.few.seen[cond], self.few.seen[1 - cond]
+    @cached_property
+    def solved(self) -> tuple[float, Fit]:
+        """(w, fit): the w that explains the sample best as `y0 + w (y1 - y0)`, and how well it does."""
+        u, c, *_ = self.few.seen
         w = self.formula.invert(c, u, self.few.target)
-        norms = self.few.norms(self.formula, exact(u) + w * (exact(c) - exact(u)))
-        return w, self.formula.tolerance(w, c.dtype).fit(norms.tolist())
+        tolerance = self.formula.tolerance(w, c.dtype)
+        norms = self.few.norms(self.formula, exact(u) + w * (exact(c) - exact(u)), tolerance)
+        return w, tolerance.fit(norms.tolist())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the sample may be a combination of two branches to which nothing is done."""
+        return self.solved[1].fits or any(isinstance(s, Tensor) for s in self.live.values())
 
     def differs(self, ulps: float) -> bool:
         """Whether any two branches do, by more than so many units of rounding; where none do, every formula fits.
@@ -255,16 +279,23 @@ class Reading:
         return norm(self.few.seen[0] - self.few.seen[1])
 
     @property
+    def larger(self) -> float:
+        """By how much a norm of all numbers is, about, than that of the sample."""
+        return math.sqrt(self.whole.target.numel() / self.some.target.numel())
+
+    @property
     def is_denoisable(self) -> bool:
-        return self.around.fits(self.target)
+        return self.whole.around.fits(self.whole.target)
 
     def of_networks(self) -> Iterator["Reading"]:
         """The same where the network predicts something else than the scheduler wants, in each way that is known."""
         dtype = self.few.parts[0].dtype
         # What rounding in it does beside that of a sample in float32.
         noise = torch.finfo(dtype).eps if torch.finfo(dtype).bits < 32 else 0.0
-        for network, meets in itertools.product(NETWORKS, _MEETS if self.is_denoisable else ()):
-            yield replace(self, formula=replace(self.formula, mixed=network, meets=meets, noise=noise))
+        for network in NETWORKS if self.is_denoisable else ():
+            turned = replace(self, formula=replace(self.formula, mixed=network, noise=noise))
+            if turned.is_plain:
+                yield from (replace(turned, formula=replace(turned.formula, meets=meets)) for meets in _MEETS)
 
 
 class Candidate(NamedTuple):
@@ -289,9 +320,9 @@ class Candidate(NamedTuple):
         return near and self.formula.cond_index == other.formula.cond_index
 
     def is_rival(self, other: "Candidate") -> bool:
-        """Whether it is finished in another way; what is not finished at all is taken as it is."""
+        """Whether it is the same but for its finish; what is not finished at all is taken as it is."""
         finish = self.formula.finish
-        return bool(finish and other.formula.finish) and finish not in (other.formula.finish, other.formula.rival)
+        return bool(finish and other.formula.finish) and replace(other.formula, finish=finish) == self.formula
 
     def beside(self, rival: "Candidate") -> "Candidate":
         return self._replace(formula=replace(self.formula, rival=rival.formula.finish))
@@ -311,13 +342,15 @@ def readings(outputs: Sequence[Tensor], output: Tensor, around: Around, live: Ma
                 batched=batched, branches=len(parts) - further, cond_index=0, view=view,
                 rows=parts[0].shape[0], further=further,
             )  # fmt: skip
-            target, here, seen = view.working(output), around.through(view), [*map(view.part, parts)]
-            sample = Sample(target.shape)
+            whole = Raw([*map(view.part, parts)], view.working(output), around.through(view))
+            sample, x = Sample(whole.target.shape), whole.around.sample
+            near = None if x is None or x.shape != whole.target.shape else sample(x)
+            some = Raw([*map(sample, whole.branches)], sample(whole.target), replace(around, sample=near))
             for upcast, widens in [(False, False)] + [(True, False), (False, True)] * (parts[0].dtype != output.dtype):
                 formula = Formula(
                     layout=layout, anchor="u", upcast=upcast, finish="", scale=None, dtype=output.dtype, widens=widens
                 )
-                yield Reading(formula, live, seen, target, here, sample)
+                yield Reading(formula, live, sample, some, whole)
 
 
 def _finishes(around: Around) -> list[str]:
