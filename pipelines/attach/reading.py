@@ -342,7 +342,7 @@ def readings(outputs: Sequence[Tensor], output: Tensor, around: Around, live: Ma
                 batched=batched, branches=len(parts) - further, cond_index=0, view=view,
                 rows=parts[0].shape[0], further=further,
             )  # fmt: skip
-            whole = Raw([*map(view.part, parts)], view.working(output), around.through(view))
+            whole = Raw([*map(view.part, layout.invert(outputs))], view.working(output), around.through(view))
             sample, x = Sample(whole.target.shape), whole.around.sample
             near = None if x is None or x.shape != whole.target.shape else sample(x)
             some = Raw([*map(sample, whole.branches)], sample(whole.target), replace(around, sample=near))
