@@ -82,7 +82,7 @@ class Numbers(NamedTuple):
         return formula.combined(self.parts, s, self.around) == self.target
 
     def norms(self, formula: Formula, made: Tensor, tolerance: Tolerance) -> Tensor:
-        """How far what was `made` of them is off, and what that is compared with; see `residual`."""
+        """The norms of `residual`, for what was `made` of them."""
         c, u = formula.chosen(self.seen)
         if not tolerance.noise:  # their size does not matter
             c = u = c[:0]
@@ -97,9 +97,9 @@ class Reading:
     Args:
         formula: of which order, anchor, finish and scale are open.
         live: the pipeline's scales, by name.
-        sample: which numbers decide.
-        some: these.
-        whole: all.
+        sample: the places of the numbers that decide.
+        some: the numbers there.
+        whole: all numbers.
     """
 
     formula: Formula
@@ -193,7 +193,7 @@ class Reading:
         return finish.factor_of((g * y).sum(dims, keepdim=True) / (g * g).sum(dims, keepdim=True), few.around)
 
     def _exactly(self, formula: Formula, s: Scale) -> tuple[float, Tensor]:
-        """(the share of the sample that is given to the bit, the factor that does), of those that are nearest."""
+        """(the share of the sample given to the bit, the factor that gives it), of factors as the dtype has them."""
         few, best = self.few, self._factor(formula, s)
         dtype = formula.unfinished(few.parts, s, few.around)[0].dtype
         steps = torch.arange(-_NEAR, _NEAR + 1, dtype=best.dtype).view(-1, *[1] * best.ndim)
@@ -207,7 +207,10 @@ class Reading:
         return factor.view(-1, *[1] * (self.whole.target.ndim - 1))
 
     def _explains(self, formula: Formula, factor: Tensor) -> bool:
-        """Whether that is the finish's own factor of all numbers, which are told by the output where it is known."""
+        """Whether the finish would have computed that factor from all numbers.
+
+        It computes it from the combination, which is the output divided by what all of it was multiplied by.
+        """
         finish, (branches, target, around) = formula.of_sample, self.whole
         assert finish is not None
         working = torch.promote_types(target.dtype, torch.float32)
@@ -222,7 +225,10 @@ class Reading:
 
     @cached_property
     def near(self) -> list["Candidate"]:
-        """Every formula at a scale read by name that it may be of, however that is written; plain ones first."""
+        """Every formula at a scale read by name that comes near the sample, in each way to write it; plain ones first.
+
+        A call that asks for a cap of the whole norm has that before the plain combination.
+        """
         found: list[Candidate] = []
         if self.formula.evaluations > 2:
             return found
@@ -280,7 +286,7 @@ class Reading:
 
     @property
     def larger(self) -> float:
-        """By how much a norm of all numbers is, about, than that of the sample."""
+        """About how many times the norm of the sample the norm of all numbers is."""
         return math.sqrt(self.whole.target.numel() / self.some.target.numel())
 
     @property
