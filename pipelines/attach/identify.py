@@ -15,8 +15,8 @@ order found at another scale. Otherwise no formula is chosen, and the reason say
 one of both halves, and a later step tells which. A scale that nobody can read is taken to be above 0. If the known
 order contradicts that, the reason says so.
 
-Two finishes may fit too: where guidance makes every line longer, a cap of the norm does what matching the norm does. The
-formula then names the other one as its rival. A combination that fits without a finish is taken as it is.
+Two finishes may fit too: where guidance makes every line longer, a cap of the norm does what matching the norm does.
+The formula then names the other one as its rival. A combination that fits without a finish is taken as it is.
 """
 
 import functools
