@@ -28,12 +28,14 @@ class Around:
         space: of the scheduler's predictions; None: not known.
         rescale: the call's `guidance_rescale`.
         norm: the call's `cfg_normalization`.
+        factor: what the finish multiplies by; None: it is computed.
     """
 
     sample: Tensor | None = None
     space: Space | None = None
     rescale: float = 0.0
     norm: float = 0.0
+    factor: Tensor | None = None
 
     def through(self, view: View) -> "Around":
         """The same with a sample of the view's rows."""
@@ -117,15 +119,47 @@ SOLVED = "solved for"
 """Of a mixture with the sample of which only the numbers are known, at every step anew."""
 
 
+class OfSample(NamedTuple):
+    """A finish that multiplies each sample by a factor that all of it goes into.
+
+    Args:
+        factor: of (g, c, around).
+        part: the part of g that is multiplied; the rest is added as it is.
+    """
+
+    factor: Callable[[Tensor, Tensor, Around], Tensor]
+    part: Callable[[Around], float] = lambda around: 1.0
+
+    def __call__(self, g: Tensor, c: Tensor, around: Around) -> Tensor:
+        phi, factor = self.part(around), around.factor
+        scaled = g * (self.factor(g, c, around) if factor is None else factor)
+        return scaled if phi == 1 else phi * scaled + (1 - phi) * g  # in the pipelines' own order
+
+    def times(self, factor: Tensor, around: Around) -> Tensor:
+        """What all of g is multiplied by."""
+        phi = self.part(around)
+        return phi * factor + (1 - phi)
+
+    def factor_of(self, times: Tensor, around: Around) -> Tensor:
+        """The factor, where all of g is multiplied by that."""
+        phi = self.part(around)
+        return (times - (1 - phi)) / phi
+
+
 def rescale(g: Tensor, c: Tensor, around: Around) -> Tensor:
-    """The pipelines' `guidance_rescale` (arXiv 2305.08891, eq. 15-16), in their own order of operations."""
-    dim, phi = list(range(1, c.ndim)), around.rescale
-    ratio = c.std(dim=dim, keepdim=True) / g.std(dim=dim, keepdim=True)
-    return phi * (g * ratio) + (1 - phi) * g
+    """The factor of the pipelines' `guidance_rescale` (arXiv 2305.08891, eq. 15-16)."""
+    dim = list(range(1, c.ndim))
+    return c.std(dim=dim, keepdim=True) / g.std(dim=dim, keepdim=True)
+
+
+def cap_whole_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
+    """To at most `cfg_normalization` times the conditional prediction's norm, of a sample as a whole (Z-Image)."""
+    limit, norm = (torch.linalg.vector_norm(t, dim=list(range(1, t.ndim)), keepdim=True) for t in (c, g))
+    return (limit * around.norm / norm).clamp(max=1.0)
 
 
 def match_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
-    """The conditional prediction's norm along the last dimension (Qwen-Image, Lumina 2 and kin)."""
+    """With the conditional prediction's norm along the last dimension (Qwen-Image, Lumina 2 and kin)."""
     return g * (torch.norm(c, dim=-1, keepdim=True) / torch.norm(g, dim=-1, keepdim=True))
 
 
@@ -135,28 +169,19 @@ def cap_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
     return g * (cond_norm / (norm + 1e-8)).clamp(min=0.0, max=1.0)
 
 
-def cap_whole_norm(g: Tensor, c: Tensor, around: Around) -> Tensor:
-    """At most `cfg_normalization` times the conditional prediction's norm, of a sample as a whole (Z-Image)."""
-    limit, norm = (torch.linalg.vector_norm(t, dim=list(range(1, t.ndim)), keepdim=True) for t in (c, g))
-    return g * (limit * around.norm / norm).clamp(max=1.0)
-
-
 def leave(g: Tensor, c: Tensor, around: Around) -> Tensor:
     return g
 
 
-FINISHES: dict[str, Callable[[Tensor, Tensor, Around], Tensor]] = {
+FINISHES: dict[str, OfSample | Callable[[Tensor, Tensor, Around], Tensor]] = {
     # Where the call asks for it, before the plain combination, which is the same thing until the cap is reached.
-    "at most the norm of c as a whole": cap_whole_norm,
+    "at most the norm of c as a whole": OfSample(cap_whole_norm),
     "": leave,
-    "guidance_rescale": rescale,
+    "guidance_rescale": OfSample(rescale, lambda around: around.rescale),
     "norm of c": match_norm,
     "at most the norm of c": cap_norm,
 }
-"""What is done to a combination g, given c."""
-
-GLOBAL = ("guidance_rescale", "at most the norm of c as a whole")
-"""Those that multiply a sample by a number that all of it goes into; the others look along the last dimension alone."""
+"""What is done to a combination g, given c: of a sample as a whole, or along the last dimension alone."""
 
 
 def read(value: Any, output: Tensor) -> float | Tensor | None:
@@ -196,6 +221,9 @@ ANCHORS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "in float32": _in_float32,
 }
 """Ways to write a combination; each rounds in a way of its own."""
+
+FUSED = ("lerp", "added")
+"""Those whose product and sum some devices round at once, and others do not."""
 
 FROM_C = ("c", "weighted from c")
 """Those whose scale counts from 0: w = 1 + s."""
@@ -256,13 +284,15 @@ class Combination:
         """The pipeline's own treatment of a combined prediction."""
         if not self.finish:
             return g.to(self.dtype)
-        if self.anchor == "denoised":
-            g, c = around.denoised(g), around.denoised(c)
-        return self._finished(g, c, around)
+        return self._finished(self.compared(g, around), self.compared(c, around), around)
 
     def _finished(self, g: Tensor, c: Tensor, around: Around) -> Tensor:
         g = FINISHES[self.finish](g, c, around)
         return (around.predicted(g) if self.anchor == "denoised" else g).to(self.dtype)
+
+    def compared(self, y: Tensor, around: Around) -> Tensor:
+        """A prediction, or what it denoises to, whichever of them is finished."""
+        return around.denoised(y) if self.anchor == "denoised" else y
 
     @property
     def needs_space(self) -> bool:
@@ -270,14 +300,15 @@ class Combination:
         return self.anchor == "denoised" or self.mixed in NETWORKS
 
     @property
-    def is_by_number(self) -> bool:
-        """Whether each number of the output depends on the same one of each branch alone."""
-        return not self.finish and not self.needs_space
+    def of_sample(self) -> OfSample | None:
+        """Its finish, if all of a sample goes into that."""
+        finish = FINISHES[self.finish]
+        return finish if isinstance(finish, OfSample) else None
 
     @property
     def is_stable(self) -> bool:
         """Whether the same numbers give the same bits in any layout: nothing is summed up, nothing fused."""
-        return self.is_by_number and self.anchor not in ("lerp", "added")
+        return not self.finish and not self.needs_space and self.anchor not in FUSED
 
     def terms(self, y: Tensor, around: Around) -> Tensor:
         """`y`, one of `cut`, as large as what the pipeline computes with: so much may be lost to rounding."""
@@ -298,9 +329,12 @@ class Combination:
             g = self.anchored(c, u, s)
             g = NETWORKS[self.mixed].denoised(g, around) if self.meets == "own" else g
             return (g if self.meets == "wants" else self._wanted(g, around)).to(self.dtype)
-        if self.anchor == "denoised":
-            c, u = around.denoised(c), around.denoised(u)
-        return self._finished(self.anchored(c, u, s), c, around)
+        return self._finished(*self.summed(c, u, s, around), around)
+
+    def summed(self, c: Tensor, u: Tensor, s: Scale, around: Around) -> tuple[Tensor, Tensor]:
+        """(the combination before it is finished, c), of `treated` halves."""
+        c, u = self.compared(c, around), self.compared(u, around)
+        return self.anchored(c, u, s), c
 
     def invert(self, c: Tensor, u: Tensor, output: Tensor) -> float:
         """The scale that explains `output` best, by least squares; only where nothing is done to the combination."""
@@ -319,7 +353,6 @@ class Combination:
         finish += ", mixed with the sample" if self.mixed else ""
         finish += f" to turn {self.mixed} into what the scheduler wants" if self.mixed in NETWORKS else ""
         s = self.written or "s"
-        combination = {
-            "lerp": f"lerp(u, c, {s})",
-        }.get(self.anchor, f"{'c' if self.anchor in FROM_C else 'u'} + {s} (c - u)")
+        origin = "c" if self.anchor in FROM_C else "u"
+        combination = f"lerp(u, c, {s})" if self.anchor == "lerp" else f"{origin} + {s} (c - u)"
         return f"{combination}{finish}"

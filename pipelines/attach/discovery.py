@@ -124,6 +124,8 @@ class Discovery:
                 told_of = self._together(denoiser, output) or self._by_sample(denoiser, output, sample, clock)
                 raise self.unsupported(denoiser, output, told_of or found.tried)
             return f"not verified: {found.tried}"  # nothing is changed, so the result is not withheld
+        if self._is_open(found.formula):
+            return f"{found.formula.finish} and {found.formula.rival} give the same"
         formula = self._plain(found.formula)
         self._keep_order(denoiser, formula)
         denoiser.know(formula)
@@ -159,10 +161,18 @@ class Discovery:
     def _plain(self, formula: Formula) -> Formula:
         """The formula with all its branches but one in u, where that is simpler, and as good: a rule acts on none."""
         terms = formula.tree
-        if terms is None or terms.is_flat or formula.finish or not self.rule.is_plain or self.rule.is_scheduled:
+        if terms is None or terms.is_flat or formula.finish or self._guides_otherwise:
             return formula
         merged = _merged(formula, terms)
         return merged if formula.exact else replace(merged, tree=None, value=terms.weights[terms.cond])
+
+    def _is_open(self, formula: Formula) -> bool:
+        """Whether it is finished in one of two ways that differ in what they make of another guided prediction."""
+        return bool(formula.rival) and self._guides_otherwise
+
+    @property
+    def _guides_otherwise(self) -> bool:
+        return not self.rule.is_plain or self.rule.is_scheduled
 
     def single(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> bool:
         """Whether the step's only prediction is what the scheduler gets, so that it can be skipped as a whole."""
@@ -232,7 +242,8 @@ class Discovery:
         denoiser, seen = at.denoiser, self._see(at)
         formula = denoiser.formula
         assert formula is not None and seen.step.w is not None
-        if formula.is_read and not denoiser.surplus and not (self.acts and (seen.sent.is_here or self.is_in_doubt)):
+        at_once = self.acts and (seen.sent.is_here or self.is_in_doubt)
+        if formula.is_read and not (at_once or formula.rival or denoiser.surplus):
             self._verify_later(denoiser, at.output, formula, seen)
             return seen.step, seen.prediction
         self.is_in_doubt = False
@@ -270,7 +281,7 @@ class Discovery:
         again = found.formula
         if again is None and found.undetermined and found.tried != SINGLE:
             return  # the output agrees with both predictions
-        if formula is None or again is None or again.rows != formula.rows:
+        if formula is None or again is None or again.rows != formula.rows or self._is_open(again):
             raise self.unsupported(denoiser, at.output, why)
         denoiser.settle_for(again)
 
@@ -343,7 +354,7 @@ class Discovery:
         self, denoiser: Denoiser, c: Tensor, u: Tensor, x: Tensor, target: Tensor, guided: bool
     ) -> tuple[Tensor, Tensor, float, Arrival]:
         """(c, u, w, what it is verified by) where the sample is mixed in, by numbers that are solved for here."""
-        if not self.rule.is_plain or self.rule.is_scheduled:
+        if self._guides_otherwise:
             raise UnsupportedPipeline(
                 f"{self.call.name} changes its guided prediction in an unknown way, and may "
                 f"change that of {self.rule} in another: {self.advice(denoiser)}use CFG() as the rule, without "

@@ -36,6 +36,7 @@ class Formula(Combination):
         value: its scale at the step where it was found.
         noise: how much rounding may change it, as a share of the largest terms; 0: not at all.
         exact: whether it gave the output bit for bit where it was found.
+        rival: another finish that gave the same output there.
     """
 
     layout: Layout
@@ -45,6 +46,7 @@ class Formula(Combination):
     value: Scale = 1.0
     noise: float = 0.0
     exact: bool = False
+    rival: str = ""
 
     @property
     def batched(self) -> bool:
@@ -175,18 +177,27 @@ class Formula(Combination):
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
         """The same, of `treated` branches."""
-        if self.tree is not None:
-            tree = self.tree if isinstance(s, Tensor) else self.tree.guided(s)
-            if self.exact:
-                return tree.written(parts).to(self.dtype)
-            parts = self.as_weighed(parts, around)
-            return self._finished(tree.combined(parts), parts[self.cond_index], around)
-        return self.apply(parts[self.cond_index], self.away(parts), s, around)
+        if self.tree is None:
+            return self.apply(*self.chosen(parts), s, around)
+        if self.exact:
+            return self._guided(s).written(parts).to(self.dtype)
+        return self._finished(*self.unfinished(parts, s, around), around)
+
+    def unfinished(self, parts: Sequence[Tensor], s: Scale, around: Around) -> tuple[Tensor, Tensor]:
+        """(the combination before it is finished, c), of `treated` branches."""
+        if self.tree is None:
+            return self.summed(*self.chosen(parts), s, around)
+        parts = self.as_weighed(parts, around)
+        return self._guided(s).combined(parts), parts[self.cond_index]
+
+    def _guided(self, s: Scale) -> Terms:
+        assert self.tree is not None
+        return self.tree if isinstance(s, Tensor) else self.tree.guided(s)
 
     def as_weighed(self, parts: Sequence[Tensor], around: Around) -> list[Tensor]:
         """`treated` branches as they are summed up, in float32 at least."""
         working = torch.promote_types(parts[0].dtype, torch.float32)
-        return [(around.denoised(y) if self.anchor == "denoised" else y).to(working) for y in parts]
+        return [self.compared(y, around).to(working) for y in parts]
 
     @property
     def names(self) -> list[str]:
@@ -199,5 +210,6 @@ class Formula(Combination):
 
     def __str__(self) -> str:
         combination = "without guidance" if self.evaluations == 1 else Combination.__str__(self)
-        more = f" + {self.tree}" if self.tree is not None else ""
+        more = f" (or {self.rival})" if self.rival else ""
+        more += f" + {self.tree}" if self.tree is not None else ""
         return f"{self.layout.told(self.names)}; {combination}{more}"

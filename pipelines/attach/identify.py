@@ -14,31 +14,30 @@ with 0 < s < 1 either half may be meant. A scale that is read by name and fits i
 order found at another scale. Otherwise no formula is chosen, and the reason says so. At s = 1 and s = 0 the output is
 one of both halves, and a later step tells which. A scale that nobody can read is taken to be above 0. If the known
 order contradicts that, the reason says so.
+
+Two finishes may fit too: where guidance makes every line longer, a cap of the norm does what matching the norm does.
+The formula then names the other one as its rival. A combination that fits without a finish is taken as it is.
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.branching import MOST, NOTHING, Asked, layouts, sums, weighed
-from diffusers_guidance.pipelines.attach.combination import GLOBAL, SOLVED, Around, read
+from diffusers_guidance.pipelines.attach.combination import SOLVED, Around, read
 from diffusers_guidance.pipelines.attach.formula import Formula
-from diffusers_guidance.pipelines.attach.reading import Reading, differ, readings
-from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm, residual
-from diffusers_guidance.pipelines.attach.sample import is_finite, pieces
+from diffusers_guidance.pipelines.attach.reading import Candidate, Reading, readings
+from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm
+from diffusers_guidance.pipelines.attach.sample import is_finite
 from diffusers_guidance.pipelines.attach.solve import SOLVABLE, solved
 from diffusers_guidance.pipelines.attach.terms import weigh
 
-_FEW = 1 / 64
-"""The share of numbers that may round to another side where a formula is followed in all its operations."""
-_ENDS = 64
-"""How many numbers at the ends of a piece may be computed in another way than amid the whole."""
 _NOTHING = "no sum of the denoiser's outputs, each times a number, was found to give that"
 AGREE = "both predictions agree to rounding"
 SINGLE = "the output is one of both predictions as it is, as at a scale of 0 or 1"
@@ -83,17 +82,25 @@ def identify(
         outputs = [y.unflatten(0, (-1, rows))[:, finite].flatten(0, 1) for y in outputs]
         output, x = output[finite], around.sample
         around = replace(around, sample=None if x is None else x[finite])
-    live: dict[str, float | Tensor] = {}
-    for label, found in scales.items():
-        value = read(found, output)
-        same = (isinstance(other, float) and other == value for other in live.values())
-        if value is not None and (isinstance(value, Tensor) or not any(same)):
-            live[label] = value
-    search = _Search(outputs, output, live, around, known, functools.cache(told), terms).found()
+    search = _Search(outputs, output, _live(scales, output), around, known, functools.cache(told), terms).found()
     if (formula := search.formula) is None or len(output) == rows:
         return search
     whole = replace(formula.layout, rows=formula.rows * rows // len(output))
     return search._replace(formula=replace(formula, layout=whole))
+
+
+def _live(scales: Mapping[str, Any], output: Tensor) -> dict[str, Scale]:
+    """The scales that are numbers, by name; of several that are the same number, the first."""
+    live: dict[str, Scale] = {}
+    for label, found in scales.items():
+        value = read(found, output)
+        if isinstance(value, Tensor) or (value is not None and value not in map(_number, live.values())):
+            live[label] = value
+    return live
+
+
+def _number(s: Scale) -> float | None:
+    return s if isinstance(s, float) else None
 
 
 @dataclass
@@ -102,61 +109,42 @@ class _Search:
 
     outputs: Sequence[Tensor]
     output: Tensor
-    live: Mapping[str, float | Tensor]
+    live: Mapping[str, Scale]
     around: Around
     known: Formula | None
     told: Callable[[], int | None]
     terms: Asked
-    readings: list[Reading] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
-    """Formulas of which it is open which half they take for the conditional one."""
-    open: bool = False
-    """Whether several scales fit."""
-    single: bool = False
-    """Whether the output is one of both halves, and nothing tells which."""
-    against: str = ""
-    """What contradicts the known order."""
     tried: tuple[float, str] = (math.inf, "")
     """How near the nearest came, and which that was."""
-    fitted: tuple[Formula, Scale, Fit] | None = None
-    """The last that was compared on all numbers."""
 
     def found(self) -> Identified:
-        for reading in readings(self.outputs, self.output, self.around):
-            if formula := self._by_name(reading):
-                return Identified(formula, False, "")
-            if self._is_in_doubt:
-                return self._in_doubt()
-            self.readings.append(reading)
-        if not self.readings:
+        every: list[Reading] = []
+        for reading in readings(self.outputs, self.output, self.around, self.live):
+            if verdict := self._by_name(reading):
+                return verdict
+            every.append(reading)
+        if not every:
             return Identified(None, False, self._shapes())
-        pairs = [reading for reading in self.readings if reading.formula.evaluations == 2]
-        many = [reading for reading in self.readings if reading.formula.evaluations > 2]
+        pairs = [reading for reading in every if reading.formula.evaluations == 2]
+        many = [reading for reading in every if reading.formula.evaluations > 2]
         apart = [reading for reading in pairs if reading.differs(2.0)]
-
-        def mixed() -> Iterator[Reading]:
-            return itertools.chain.from_iterable(reading.of_networks() for reading in apart)
-
-        steps: list[tuple[Callable[[Reading], Formula | None], Iterable[Reading]]] = [
+        turned, again = itertools.tee(each for reading in apart for each in reading.of_networks())
+        steps: list[tuple[Callable[[Reading], Identified | None], Iterable[Reading]]] = [
             (self._by_solving, (reading for reading in pairs if reading.differs(0.25))),
             (self._by_rounding, apart),
             (self._by_terms, many),
             (self._by_weights, many),
-            (self._by_name, mixed()),
-            (self._by_rounding, mixed()),
+            (self._by_name, turned),
+            (self._by_rounding, again),
             (self._by_mixing, apart),
         ]
         for step, among in steps:
             for reading in among:
-                if formula := step(reading):
-                    return Identified(formula, False, "")
-                if self.single or (reading.formula.mixed and self._is_in_doubt):
-                    return self._in_doubt()
-            if self._is_in_doubt:
-                return self._in_doubt()
-        if any(reading.agrees for reading in self.readings):
+                if verdict := step(reading):
+                    return verdict
+        if any(reading.agrees for reading in every):
             return Identified(None, True, AGREE)
-        return Identified(None, False, self._several() or self.tried[1] or _NOTHING)
+        return Identified(None, False, self._several(many) or self.tried[1] or _NOTHING)
 
     # What there is
 
@@ -171,173 +159,178 @@ class _Search:
             return f"its outputs of {n} call{'s' if n > 1 else ''} are not two to {MOST} predictions of one shape"
         return "no part of the denoiser's output has the scheduler's shape"
 
-    def _several(self) -> str:
+    def _several(self, many: Sequence[Reading]) -> str:
         """What is seen of several branches where none is the one that all guidance is towards."""
-        for reading in self.readings:
-            if (n := reading.formula.evaluations) < 3:
-                continue
-            weights, fit = mixture(reading.target, *reading.parts)
+        for reading in many:
+            weights, fit = mixture(reading.few.target, *reading.few.parts)
             if fit.fits:
                 seen = ", ".join(f"{weight:.4g}" for weight in weights)
                 return (
-                    f"the output is the sum of its {n} predictions times {seen}: that is not guidance towards one of "
-                    "them and away from the others"
+                    f"the output is the sum of its {len(weights)} predictions times {seen}: that is not guidance "
+                    "towards one of them and away from the others"
                 )
         return ""
 
     # What fits
 
-    def _by_name(self, reading: Reading) -> Formula | None:
-        """At scales read by name, bit for bit; of what fits, the first, if all mean the same."""
-        fitting: list[tuple[Formula, Scale]] = []
-        for formula, s in reading.named(self.live):
-            if any(_same(formula, s, *other) for other in fitting) or reading.off(formula, s) > 1:
-                continue
-            if self._is_guided(formula, reading) and reading.meets(formula, s) and self._confirms(formula, s):
-                fitting.append((formula, s))
-        return self._chosen(self._ordered(fitting), self._exact)
+    def _by_name(self, reading: Reading) -> Identified | None:
+        """At scales read by name, bit for bit; what gives most of the sample is confirmed first."""
+        if not reading.differs(0.25):
+            return None
+        met = [(reading.met(each.formula, each.s), each) for each in reading.near]
+        likely = sorted((each for each in met if each[0]), key=lambda each: -each[0])
 
-    def _by_solving(self, reading: Reading) -> Formula | None:
+        def confirmed(one: Candidate) -> Candidate | None:
+            return one if reading.confirms(one.formula, one.s) else None
+
+        return self._settled(_distinct((each for _, each in likely), confirmed))
+
+    def _by_solving(self, reading: Reading) -> Identified | None:
         """Plainly combined at a scale that nobody can read, bit for bit."""
-        for cond in range(2):
-            w, fit = reading.solved(cond)
-            if not fit.fits or (w < -0.5 and not self._is_known(reading.formula.towards(cond))):
-                continue  # or it is the other half that it guides towards
-            few = reading.seen[cond], reading.seen[1 - cond], reading.target
+        fitting: list[Candidate] = []
+        for cond, w, fit in _solved(reading):
+            if not (fit.fits and self._may_lead(reading.formula.towards(cond), w)):
+                continue
+            few = reading.few.seen[cond], reading.few.seen[1 - cond], reading.few.target
             for anchor in SOLVABLE:
                 formula = reading.formula.towards(cond, anchor=anchor)
-
-                def whole(formula: Formula = formula) -> Iterator[tuple[Tensor, ...]]:
-                    return ((*formula.chosen(parts), target) for parts, target in self._all(formula))
-
-                s = solved(formula, few, whole)
+                s = solved(formula, few, functools.partial(_triples, reading, formula))
                 if s is not None:
-                    if self._leads(formula, formula.w(s)):
-                        return self._exact(formula, s)
+                    fitting.append(Candidate(reading, formula, s))
                     break
-        return None
+        return self._settled(fitting)
 
-    def _by_rounding(self, reading: Reading) -> Formula | None:
+    def _by_rounding(self, reading: Reading) -> Identified | None:
         """Up to rounding, which must not hide a wrong formula."""
-        found = [self._plainly(reading, cond) for cond in range(2)]
-        fitting = [(formula, s) for each in found for formula, s in each]
-        if not fitting:
-            fitting = self._finished(reading)
-        ordered = self._ordered(fitting)
-        distinct = [each for i, each in enumerate(ordered) if not any(_same(*each, *other) for other in ordered[:i])]
-        return self._chosen([each for each in distinct if self._fit(*each).fits], self._close)
+        finished = (
+            each for each in reading.near
+            if each.formula.finish or each.formula.needs_space or isinstance(each.s, Tensor)
+        )  # fmt: skip
+        return self._settled(_distinct(self._plainly(reading), self._fitted)) or self._settled(
+            _distinct(finished, lambda one: self._fitted(one) if self._tells(one) else None)
+        )
 
-    def _plainly(self, reading: Reading, cond: int) -> list[tuple[Formula, Scale]]:
+    def _plainly(self, reading: Reading) -> Iterator[Candidate]:
         """`u + w (c - u)`, at a scale read by name if one is near, else at the one that explains the output best."""
-        formula, size = reading.formula.towards(cond), reading.size
-        w, fit = reading.solved(cond)
-        self._try(formula, w, fit, size)
-        if not (fit.fits and math.isfinite(w) and fit.allowed < 0.1 * max(w, 1 - w) * size):
-            return []
-        near = max(1e-3 * abs(w), min(0.02 * abs(w), 4 * fit.error / size / math.sqrt(reading.target.numel())))
-        by_name: list[tuple[Formula, Scale]] = [
-            (replace(formula, anchor=anchor, scale=label), s)
-            for (label, s), anchor in itertools.product(self.live.items(), ("u", "c"))
-            if isinstance(s, float) and abs(replace(formula, anchor=anchor).w(s) - w) <= near
-        ]
-        if by_name:
-            return sorted(by_name, key=lambda each: abs(each[0].w(each[1]) - w))[:1]
-        return [(formula, w)] if self._leads(formula, w) else []
+        size = reading.size
+        for cond, w, fit in _solved(reading):
+            formula = reading.formula.towards(cond)
+            one = Candidate(reading, formula, w)
+            self._try(one, fit)
+            if not (fit.fits and math.isfinite(w) and fit.allowed < 0.1 * max(w, 1 - w) * size):
+                continue
+            near = max(1e-3 * abs(w), min(0.02 * abs(w), 4 * fit.error / size / math.sqrt(reading.few.target.numel())))
+            by_name = [
+                Candidate(reading, replace(formula, anchor=anchor, scale=label), s)
+                for (label, s), anchor in itertools.product(self.live.items(), ("u", "c"))
+                if isinstance(s, float) and abs(replace(formula, anchor=anchor).w(s) - w) <= near
+            ]
+            if by_name:
+                yield min(by_name, key=lambda each: abs(each.w - w))
+            elif self._may_lead(formula, w):
+                yield one
 
-    def _finished(self, reading: Reading) -> list[tuple[Formula, Scale]]:
-        """Treated in some way, at a scale read by name, which must make a difference that rounding does not."""
-        found: list[tuple[Formula, Scale]] = []
-        for formula, s in reading.named(self.live):
-            if not (formula.finish or formula.needs_space or isinstance(s, Tensor)):
-                continue
-            if any(_same(formula, s, *other) for other in found):
-                continue
-            fit = reading.fit(formula, s)
-            self._try(formula, formula.w(s), fit, reading.size)
-            if not fit.fits or 2 * fit.allowed >= reading.fit(formula, 1.1 * s).error:
-                continue
-            # Where a scale beside it fits better, it only happens to be near the one that is used.
-            beside = (reading.fit(formula, factor * s).error for factor in (0.99, 1.01))
-            if fit.error <= min(beside) and self._fit(formula, s).fits:
-                found.append((formula, s))
-        return found
+    def _tells(self, one: Candidate) -> bool:
+        """Whether it explains the sample, and its scale makes a difference that rounding does not."""
+        reading, formula, s, _ = one
+        fit = reading.fit(formula, s)
+        self._try(one, fit)
+        if not fit.fits or 2 * fit.allowed >= reading.fit(formula, 1.1 * s).error:
+            return False
+        # Where a scale beside it fits better, it only happens to be near the one that is used.
+        return fit.error <= min(reading.fit(formula, factor * s).error for factor in (0.99, 1.01))
 
-    def _by_terms(self, reading: Reading) -> Formula | None:
+    def _fitted(self, one: Candidate) -> Candidate | None:
+        """The same, if it explains all numbers up to rounding."""
+        fit = one.reading.fit_all(one.formula, one.s)
+        self._try(one, fit, one.reading.larger)
+        return one._replace(fit=fit) if fit.fits else None
+
+    def _by_terms(self, reading: Reading) -> Identified | None:
         """Of more than two branches: guidance of one away from another, and further terms."""
-        found: list[tuple[Formula, Scale]] = []
+        found: list[Candidate] = []
         for tree in self.terms.candidates(reading.formula):
             formula = reading.formula.towards(tree.cond, tree=tree, exact=True)
-            made = formula.combined(reading.parts, tree.w, reading.around)
-            if torch.equal(made, reading.target) and self._confirms(formula, tree.w):
-                found.append((formula, tree.w))
+            if bool(reading.few.met(formula, tree.w).all()) and reading.confirms(formula, tree.w):
+                found.append(Candidate(reading, formula, tree.w))
         if found:
-            return self._exact(*found[0]) if len(found) == 1 else None
-        for formula in sums(reading.formula, reading.around):
-            if formula.needs_space and not reading.around.fits(reading.target):
+            # Where several trees explain it, it stays open which branch is the unconditional one.
+            return self._settled(found) if len(found) == 1 else None
+        few = reading.few
+        for formula in sums(reading.formula, few.around):
+            if formula.needs_space and not reading.is_denoisable:
                 continue
-            weights = weighed(formula, reading.parts, reading.target, reading.around)
-            for tree in self.terms.trees(formula, weights):
-                tried = formula.towards(tree.cond, tree=tree)
-                if self._fit(tried, tree.w).fits:
-                    found.append((tried, tree.w))
-            if found:
-                break
-        # Where several trees explain it, it stays open which branch is the unconditional one.
-        return self._chosen(found, self._close) if len(found) == 1 else None
+            weights = weighed(formula, few.parts, few.target, few.around)
+            trees = [formula.towards(tree.cond, tree=tree) for tree in self.terms.trees(formula, weights)]
+            fitting = [self._fitted(Candidate(reading, each, each.tree.w)) for each in trees if each.tree]
+            if found := [each for each in fitting if each]:
+                return self._settled(found) if len(found) == 1 else None
+        return None
 
-    def _by_weights(self, reading: Reading) -> Formula | None:
+    def _by_weights(self, reading: Reading) -> Identified | None:
         """Of more than two branches: an affine combination that guides towards one of them."""
-        weights = weigh(reading.parts, reading.target)
+        parts = reading.few.parts
+        weights = weigh(parts, reading.few.target)
         if weights is None or any(map(math.isnan, weights.values)):  # equal branches leave it open
             return None
-        found: list[tuple[Formula, Scale]] = []
+        fitting: list[Candidate | None] = []
         for cond, w in enumerate(weights.values):
             others, total = [each for k, each in enumerate(weights.values) if k != cond], 1 - w
             # Each of the others must be pushed away from: what is left of InstructPix2Pix's weights when the wrong
             # branch is taken for the conditional one has another sign.
             if total >= 0 or max(others) > 1e-3 * abs(total):
                 continue
-            formula = reading.formula.towards(cond, weights=tuple(each / total for each in others))
-            fit = reading.fit(formula, w)
-            self._try(formula, w, fit, norm(reading.parts[cond] - formula.away(reading.parts)))
-            if fit.fits and weights.doubt < 0.01 * abs(total) and self._fit(formula, w).fits:
-                found.append((formula, w))
-        return self._chosen(found, self._close)
+            one = Candidate(reading, reading.formula.towards(cond, weights=tuple(each / total for each in others)), w)
+            fit = reading.fit(one.formula, w)
+            self._try(one, fit)
+            if fit.fits and weights.doubt < 0.01 * abs(total):
+                fitting.append(self._fitted(one))
+        return self._settled([each for each in fitting if each])
 
-    def _by_mixing(self, reading: Reading) -> Formula | None:
+    def _by_mixing(self, reading: Reading) -> Identified | None:
         """With the sample mixed in, in a way of which only the numbers are known."""
-        if reading.around.sample is None:
+        few, fitting = reading.few, []
+        if few.around.sample is None:
             return None
         for cond in range(2):
-            formula = reading.formula.towards(cond)
-            cut = formula.cut(self.outputs, self.around.through(formula.view))
-            c, u = (reading.sample(half) for half in cut)
-            (_, beta_c, beta_u), fit = mixture(reading.target, reading.around.sample, c, u)
+            c, u = few.seen[cond], few.seen[1 - cond]
+            (_, beta_c, beta_u), fit = mixture(few.target, few.around.sample, c, u)
             beta = beta_c + beta_u
-            telling = fit.allowed < 0.01 * abs(beta_u) * norm(c - u)
-            if fit.fits and telling and beta != 0 and beta_c / beta >= 1:
-                return replace(formula, mixed=SOLVED)
-        return None
+            if fit.fits and fit.allowed < 0.01 * abs(beta_u) * norm(c - u) and beta != 0:
+                formula = reading.formula.towards(cond, mixed=SOLVED)
+                fitting.append(Candidate(reading, formula, beta_c / beta, fit))
+        return self._settled(fitting)
 
     # What tells
 
-    def _chosen(
-        self, fitting: Sequence[tuple[Formula, Scale]], how: Callable[[Formula, Scale], Formula]
-    ) -> Formula | None:
-        """The one that fits; where several do that mean something else, that is kept in mind."""
-        if fitting and all(self._is_single(formula, formula.w(s)) for formula, s in fitting):
-            self.single = True
-            return None
-        if len(fitting) > 1:
-            self.open = len({formula.cond_index for formula, _ in fitting}) == 1
-            self.doubts = [f"{formula}, with w = {formula.w(s):.4g}" for formula, s in fitting]
-            return None
-        return how(*fitting[0]) if fitting else None
+    def _settled(self, fitting: Sequence[Candidate]) -> Identified | None:
+        """What follows from all that fits, each of which means something else: one is chosen, or it is said why not.
 
-    def _ordered(self, fitting: list[tuple[Formula, Scale]]) -> list[tuple[Formula, Scale]]:
-        """Those whose order is known, where there are any."""
-        some = [each for each in fitting if self._is_known(each[0])] if len(fitting) > 1 else []
-        return some or fitting
+        Guidance is towards the half that is meant. Where the scale was solved for and lies between both halves, either
+        may be; at one of them a later step tells. An order that is known is kept to, or nothing is chosen.
+        """
+        if fitting and all(map(self._is_single, fitting)):
+            return Identified(None, True, SINGLE)
+        left = [each for each in fitting if each.formula.scale is not None]
+        if len(left) > 1:
+            left = [each for each in left if self._order(each.formula) == each.formula.cond_index] or left
+        elif not left:
+            left = [each for each in fitting if self._leads(each)]
+        if not left:
+            return None
+        one, *others = left
+        order = self._order(one.formula)
+        is_solved = one.formula.scale is None and one.formula.evaluations == 2
+        if is_solved and order is not None and one.w < -self._rounding:
+            held = self.known is not None and self.known.cond_index == order
+            return Identified(None, False, turned(one.formula, one.w) if held else _away(one.formula, one.w))
+        if others or (is_solved and order is None and one.w < 1):
+            said = f"more than one formula fits: {'; or '.join(map(str, left))}"
+            if others and len({each.formula.cond_index for each in left}) == 1:  # the scale is open
+                return Identified(None, True, said)
+            above = "With a guidance scale above 1 it can be told which of them is the conditional prediction"
+            return Identified(None, False, f"{said}. {above}")
+        return Identified(_chosen(one), False, "")
 
     def _order(self, formula: Formula) -> int | None:
         """Which of the formula's branches is the conditional one, as is told, or was found of ones laid out like it."""
@@ -350,116 +343,71 @@ class _Search:
             return known.cond_index
         return told
 
-    def _is_known(self, formula: Formula) -> bool:
-        return self._order(formula) == formula.cond_index
+    def _leads(self, one: Candidate) -> bool:
+        """Whether its half may be the one that is meant, where the scale was solved for."""
+        if one.formula.evaluations > 2:
+            return True
+        order = self._order(one.formula)
+        return one.w > 0 if order is None else order == one.formula.cond_index
+
+    def _may_lead(self, formula: Formula, w: float) -> bool:
+        """The same, before the scale is known well."""
+        return w >= -0.5 or self._order(formula) == formula.cond_index
 
     @property
     def _rounding(self) -> float:
         """How far a scale that was solved for may be off."""
         return 0.001 if self.output.dtype == torch.float32 else 0.02
 
-    def _is_single(self, formula: Formula, w: float) -> bool:
+    def _is_single(self, one: Candidate) -> bool:
         """Whether the output is one of two halves, and their order is not known."""
-        return formula.evaluations == 2 and min(abs(w), abs(w - 1)) <= self._rounding and self._order(formula) is None
+        near = min(abs(one.w), abs(one.w - 1)) <= self._rounding
+        return near and one.formula.evaluations == 2 and self._order(one.formula) is None
 
-    def _leads(self, formula: Formula, w: float) -> bool:
-        """Whether c is the half that is meant where the scale was solved for: guidance is towards it.
-
-        Between both halves either may be, and at one of them a later step tells. An order that is known is kept to,
-        or nothing is chosen.
-        """
-        if self._is_single(formula, w):
-            self.single = True
-            return False
-        if self._order(formula) is not None:
-            if self._is_known(formula) and w < -self._rounding:
-                held = self.known is not None and self.known.cond_index == formula.cond_index
-                self.against = turned(formula, w) if held else _away(formula, w)
-            return self._is_known(formula) and w >= -self._rounding
-        if 0 < w < 1:
-            self.doubts.append(f"{formula}, with w = {w:.4g}")
-        return w > 1
-
-    def _is_guided(self, formula: Formula, reading: Reading) -> bool:
-        """Whether there is enough to be seen of what the formula says: a good part of the numbers differs."""
-        return differ(*formula.chosen(reading.parts), ulps=0.25)
-
-    def _confirms(self, formula: Formula, s: Scale) -> bool:
-        """Whether it gives all of the output, bit for bit.
-
-        Where the sample is mixed in, but for the few numbers that a factor's last digit rounds to another side.
-        """
-        here, off = self.around.through(formula.view), 0
-        for parts, target in self._all(formula, s):
-            made = formula.combined(parts, s, here)
-            missed = 0 if torch.equal(made, target) else int((made != target).sum())
-            if missed >= (1 if formula.is_stable else _FEW * target.numel() if formula.mixed else _ENDS):
-                return False
-            off += missed
-        if formula.mixed:
-            return self._fit(formula, s).fits
-        whole = formula.view.working(self.output)
-        return not off or torch.equal(formula.reproduce(self.outputs, s, here), whole)
-
-    def _fit(self, formula: Formula, s: Scale) -> Fit:
-        """How well it gives all of the output, up to rounding."""
-        if self.fitted is not None and self.fitted[0] is formula and self.fitted[1] is s:
-            return self.fitted[2]
-        here, found, apart = self.around.through(formula.view), [], []
-        for parts, target in self._all(formula, s):
-            c, u = formula.cut(self.outputs, here) if formula.mixed else formula.chosen(parts)
-            terms = formula.terms(c, here), formula.terms(u, here)
-            found.append(residual(formula.combined(parts, s, here), target, *terms, is_finite=True))
-            apart.append(norm(c - u))
-        fit = formula.tolerance(s, c.dtype).fit(torch.stack(found).norm(dim=0).tolist())
-        self._try(formula, formula.w(s), fit, math.hypot(*apart))
-        self.fitted = (formula, s, fit)
-        return fit
-
-    def _all(self, formula: Formula, s: Scale = 1.0) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """(the branches as they are combined, the output) of all numbers, in pieces where that is possible."""
-        view, here = formula.view, self.around.through(formula.view)
-        whole = (*map(view.part, formula.layout.invert(self.outputs)), view.working(self.output))
-        by_fiber = formula.finish not in GLOBAL and not formula.needs_space and whole[0].ndim > 2
-        split = (formula.is_by_number or by_fiber) and not isinstance(s, Tensor)
-        for *parts, target in pieces(*whole) if split else [whole]:
-            yield [formula.treated(view.signed(y), here) for y in parts], target
-
-    def _exact(self, formula: Formula, s: Scale) -> Formula:
-        return replace(formula, exact=True, value=s, noise=formula.noise * math.sqrt(_FEW))
-
-    def _close(self, formula: Formula, s: Scale) -> Formula:
-        """With the rounding that was seen: no later step may be much further off."""
-        fit = self._fit(formula, s)
-        share = max(2 * fit.error / fit.allowed, 0.125) if fit.allowed else 1.0
-        seen = self.outputs[0].dtype
-        is_half = torch.finfo(seen).bits < 32 and not formula.needs_space
-        noise = share * torch.finfo(self.dtype_of(formula)).eps if is_half else formula.noise
-        return replace(formula, value=s, noise=noise)
-
-    def dtype_of(self, formula: Formula) -> torch.dtype:
-        """That of its arithmetic."""
-        return self.output.dtype if formula.upcast else self.outputs[0].dtype
-
-    def _try(self, formula: Formula, w: float, fit: Fit, size: float) -> None:
-        if w < 0.5:  # then the other half explains as much, and guidance is rather towards that
+    def _try(self, one: Candidate, fit: Fit, larger: float = 1.0) -> None:
+        """Keeps in mind what came nearest; `larger`: by how much all numbers are, beside a sample."""
+        if one.w < 0.5:  # then the other half explains as much, and guidance is rather towards that
             return
+        parts, formula = one.reading.few.seen, one.formula
+        c, u = formula.chosen(parts) if formula.tree is None or formula.is_merged else parts[:2]
+        size = larger * norm(c - u)
         off = fit.error / size if size else math.inf
-        self.tried = min(self.tried, (off, f"{formula}, with w = {w:g}, is off by {off:.2g} |c - u|"))
+        self.tried = min(self.tried, (off, f"{formula}, with w = {one.w:g}, is off by {off:.2g} |c - u|"))
 
-    @property
-    def _is_in_doubt(self) -> bool:
-        return bool(self.single or self.against or self.doubts or self.open)
 
-    def _in_doubt(self) -> Identified:
-        if self.single:
-            return Identified(None, True, SINGLE)
-        if self.against:
-            return Identified(None, False, self.against)
-        several = f"more than one formula fits: {'; or '.join(self.doubts)}"
-        if not self.open:
-            several += ". With a guidance scale above 1 it can be told which of them is the conditional prediction"
-        return Identified(None, self.open, several)
+def _distinct(candidates: Iterable[Candidate], passes: Callable[[Candidate], Candidate | None]) -> list[Candidate]:
+    """Of those that pass, the first of each meaning; with a rival, if another finish passes too."""
+    found: list[Candidate] = []
+    for one in candidates:
+        place = next((i for i, other in enumerate(found) if one.is_like(other)), None)
+        if place is None:
+            found += filter(None, [passes(one)])
+        elif one.is_rival(found[place]) and passes(one):
+            found[place] = found[place].beside(one)
+    return found
+
+
+def _chosen(one: Candidate) -> Formula:
+    """The formula, with the rounding that was seen: no later step may be much further off."""
+    formula, fit = one.formula, one.fit
+    if fit is None:
+        return replace(formula, exact=True, value=one.s, noise=formula.noise / 8)
+    share = max(2 * fit.error / fit.allowed, 0.125) if fit.allowed else 1.0
+    dtype = one.reading.some.branches[0].dtype
+    is_half = torch.finfo(dtype).bits < 32 and not formula.needs_space
+    working = formula.dtype if formula.upcast else dtype  # that of its arithmetic
+    return replace(formula, value=one.s, noise=share * torch.finfo(working).eps if is_half else formula.noise)
+
+
+def _solved(reading: Reading) -> list[tuple[int, float, Fit]]:
+    """(which branch is the conditional one, w, how well that does) of both branches in either order."""
+    w, fit = reading.solved
+    return [(0, 1 - w, fit), (1, w, fit)]
+
+
+def _triples(reading: Reading, formula: Formula) -> Iterator[tuple[Tensor, ...]]:
+    """(c, u, the output) of all numbers."""
+    return ((*formula.chosen(here.parts), here.target) for here in reading.all(formula))
 
 
 def turned(formula: Formula, w: float) -> str:
@@ -477,9 +425,3 @@ def _away(formula: Formula, w: float) -> str:
         f"{formula}, by what both predictions were made from, and with w = {w:.4g}, which guides away from the "
         "conditional one: call the scale guidance_scale, so that it can be read"
     )
-
-
-def _same(formula: Formula, s: Scale, other: Formula, of: Scale) -> bool:
-    """Whether both mean the same: the same half at the same w."""
-    w, v = formula.w(s), other.w(of)
-    return formula.cond_index == other.cond_index and abs(w - v) <= 1e-3 * max(abs(w), abs(v))

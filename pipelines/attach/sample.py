@@ -39,8 +39,13 @@ class Sample:
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """All of tensors of one shape: if they are contiguous on the host, a few channels at a time, else at once."""
-    if tensors[0].ndim < 2 or not all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+    """All of tensors of one shape: a few channels at a time if they are contiguous on the host, else at once.
+
+    What is the same for all of a row needs no memory of its own, and is as good as contiguous.
+    """
+    if tensors[0].ndim < 2 or not all(
+        t.device.type == "cpu" and (t.is_contiguous() or not any(t.stride()[1:])) for t in tensors
+    ):
         yield tensors
         return
     for row in zip(*(t.split(1) for t in tensors), strict=True):

@@ -106,12 +106,15 @@ def _searched(formula: Formula, few: Triple, near: float, span: float) -> float 
         if fits(s):
             return told(s)
     reach = 0.1 * max(abs(near), 1.0)
+    precision = torch.finfo(torch.promote_types(c.dtype, torch.float32)).eps / 4
     waiting = [(near - reach, near + reach)]
     for _ in range(400):
         if not waiting:
             return None
         low, high = waiting.pop()
         middle = (low + high) / 2
+        if high - low < precision * abs(middle):  # between these the arithmetic knows no other scale
+            continue
         if fits(middle):
             return told(middle)
         if may_fit(low, high):

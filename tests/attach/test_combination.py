@@ -114,6 +114,17 @@ def test_finishes_are_the_pipelines_own(name, s):
     assert one.hands_it_on is (name == "")
 
 
+@pytest.mark.parametrize("name", ["guidance_rescale", "at most the norm of c as a whole"])
+def test_a_factor_of_a_sample_and_what_it_multiplies_all_by_give_each_other(name):
+    c, u = drawn(2)
+    around, g, finish = Around(rescale=0.7, norm=1.2), u + 5 * (c - u), FINISHES[name]
+    factor = finish.factor(g, c, around)
+    assert factor.shape == (SHAPE[0], 1, 1, 1)
+    torch.testing.assert_close(finish.factor_of(finish.times(factor, around), around), factor)
+    torch.testing.assert_close(finish(g, c, around), finish.times(factor, around) * g)
+    assert torch.equal(finish(g, c, replace(around, factor=factor)), finish(g, c, around))
+
+
 def test_a_finish_of_denoised_predictions_is_applied_there():
     """As LTX-2 rescales."""
     c, u, x = drawn(3)

@@ -154,7 +154,7 @@ def test_a_step_that_is_not_what_it_was_taken_for(policy, monkeypatch):
     def distorted(self, outputs):
         calls.append(outputs)
         one, other = invert(self, outputs)
-        return (one, other) if len(calls) < 120 else (one + 0.01 * other.roll(1, -1), other)
+        return (one, other) if len(calls) < 110 else (one + 0.01 * other.roll(1, -1), other)
 
     monkeypatch.setattr(Layout, "invert", distorted)
     with attach(pipe, CFG(), policy) as handle:

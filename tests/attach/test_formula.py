@@ -251,6 +251,60 @@ def test_the_order_found_at_another_scale_tells(cond):
             assert formula.w(formula.value) == pytest.approx(w, rel=1e-5)
 
 
+def capped(g, c):
+    return g * (torch.norm(c, dim=-1, keepdim=True) / (torch.norm(g, dim=-1, keepdim=True) + 1e-8)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["norm of c", "at most the norm of c"])
+def test_two_finishes_that_fit_are_both_said(name, dtype):
+    """Where guidance makes every line longer, a cap does what a norm does; one line that it makes shorter tells."""
+    names, finished = ["norm of c", "at most the norm of c"], FINISHES["norm of c"] if name == "norm of c" else capped
+    c, other = pair(0.5, dtype)
+    longer = -0.5 * c + 0.1 * other
+    shorter = longer.index_copy(1, torch.tensor([2]), 1.1 * c[:, 2:3])
+    for u, is_told in ((longer, False), (shorter, True)):
+        formula = found([u, c], finished(u + 5 * (c - u), c), {"guidance_scale": 5.0}).formula
+        assert {formula.finish, formula.rival} == ({name, ""} if is_told else {*names})
+        assert f"then {formula.finish}" in str(formula)
+        assert is_told or f"(or {formula.rival})" in str(formula)
+
+
+@pytest.mark.parametrize("name", ["norm of c", "at most the norm of c"])
+def test_a_rule_waits_until_one_of_two_finishes_is_told(name):
+    """They make something else of a rule's prediction, where that is shorter than the conditional one."""
+    pipe, finished = loop(0.1), FINISHES["norm of c"] if name == "norm of c" else capped
+    pipe.way = lambda c, u, w: finished(u + w * (c - u), c)
+    forward = pipe.unet.forward
+
+    def longer(x, t, context):
+        c = 100 * x[1:]  # beside which the cap's 1e-8 is nothing
+        return (torch.cat([0.5 * c.roll(1, -1) - 0.5 * c, c]),) if t > 500 else forward(x, t, context)
+
+    pipe.unet.forward = longer
+    plain = pipe(5.0)
+    with attach(pipe, APG(), EveryStep()) as handle:
+        pipe(5.0)
+    assert "norm of c and at most the norm of c give the same: nothing to identify yet" in handle.report.steps[0].note
+    assert scales(handle) == [None] * 3 + [5.0] * 3
+    assert f"then {name}" in handle.report.formula and "(or" not in handle.report.formula
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe(5.0), plain)
+    assert scales(handle) == [5.0] * 6
+
+
+def test_a_mixture_between_both_halves_is_said_to_be_open():
+    """In which only the numbers of the sample and of both halves are known."""
+    (c, u), (x, _) = pair(0.3), pair(0.3, seed=1)
+    output = 0.3 * x - 1.7 * (0.4 * c + 0.6 * u)
+    refused = found([u, c], output, {}, around=Around(x))
+    assert refused.formula is None
+    assert "more than one formula fits" in refused.tried
+    assert "w = 0.4" in refused.tried and "w = 0.6" in refused.tried
+    known = found([u, c], u + 5 * (c - u), {"guidance_scale": 5.0}).formula
+    assert found([u, c], output, {}, around=Around(x), known=known).formula.cond_index == 1
+
+
 INSTRUCTED = [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
 """How far c, what lacks the text, and what lacks the picture too are apart by their inputs."""
 PERTURBED = [[0, 1, 1], [1, 0, 0], [1, 0, 0]]
