@@ -1,7 +1,7 @@
 """Compiles every shipped kernel ahead of time, without a GPU: `python -m diffusers_guidance.kernels.compile`.
 
-It prints a thread's registers and stack for sm_80, sm_90 and gfx942, or only for the targets named on the command line.
-It exits with 1 if a kernel spills.
+It prints a thread's registers and stack and a program's barriers for sm_80, sm_90 and gfx942, or only for the targets
+named on the command line, and the most of each kind of kernel. It exits with 1 if a kernel spills.
 """
 
 import itertools
@@ -46,13 +46,20 @@ class Specialisation(NamedTuple):
     fuses: bool = True
     """Whether products and sums may become one operation."""
 
+    @property
+    def kind(self) -> str:
+        return self.name.split()[0] + (", together" if self.together else "")
+
 
 class Usage(NamedTuple):
-    """Resources of one thread of the compiled kernel."""
+    """Resources of the compiled kernel."""
 
     registers: int
+    """Of one thread."""
     stack: int
-    """Bytes of local memory; 0 means no spills."""
+    """Bytes of one thread's local memory; 0 means no spills."""
+    barriers: int
+    """Instructions at which the threads of a program wait for one another."""
 
 
 def specialisations() -> Iterator[Specialisation]:
@@ -140,16 +147,22 @@ def compile(one: Specialisation, target: GPUTarget) -> Any:
 
 
 def usage(compiled: Any) -> Usage:
-    """Registers and stack, from the binary's own notes."""
+    """Registers and stack from the binary's own notes, barriers from its instructions."""
     if "cubin" in compiled.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            notes = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return Usage(_number(r"REG:(\d+)", notes), _number(r"STACK:(\d+)", notes) + _number(r"LOCAL:(\d+)", notes))
+            notes, code = (
+                subprocess.run(
+                    [triton.knobs.nvidia.cuobjdump.path, option, file.name], check=True, capture_output=True, text=True
+                ).stdout
+                for option in ("-res-usage", "-sass")
+            )
+        stack = _number(r"STACK:(\d+)", notes) + _number(r"LOCAL:(\d+)", notes)
+        return Usage(_number(r"REG:(\d+)", notes), stack, len(re.findall(r"\bBAR\.", code)))
     notes = compiled.asm["amdgcn"]
-    return Usage(_number(r"\.vgpr_count:\s+(\d+)", notes), _number(r"\.private_segment_fixed_size:\s+(\d+)", notes))
+    registers, stack = (_number(rf"\.{name}:\s+(\d+)", notes) for name in ("vgpr_count", "private_segment_fixed_size"))
+    return Usage(registers, stack, len(re.findall(r"\bs_barrier\b", notes)))
 
 
 def _number(pattern: str, text: str) -> int:
@@ -173,12 +186,19 @@ def main(targets: Sequence[str]) -> int:
     spilled = 0
     if wrong := {*targets} - {*TARGETS}:
         sys.exit(f"no targets {', '.join(sorted(wrong))}: choose among {', '.join(TARGETS)}")
-    print(f"triton {triton.__version__}: registers of one thread, and bytes of stack (spills) where not 0")
+    print(f"triton {triton.__version__}: registers, barriers, and bytes of stack (spills) where not 0")
     todo = list(itertools.product(targets or TARGETS, _by_name()))
+    kinds: dict[tuple[str, str], list[Usage]] = {}
     with ProcessPoolExecutor() as pool:
         for (target, name), used in zip(todo, pool.map(_used, todo, chunksize=8), strict=True):
             spilled += used.stack > 0
-            print(f"{target:7} {name:55} {used.registers:4}", f" stack {used.stack}" if used.stack else "", flush=True)
+            kinds.setdefault((target, _by_name()[name].kind), []).append(used)
+            stack = f" stack {used.stack}" if used.stack else ""
+            print(f"{target:7} {name:55} {used.registers:4} {used.barriers:3}{stack}", flush=True)
+    print("at most")
+    for (target, kind), found in kinds.items():
+        registers, barriers = max(used.registers for used in found), max(used.barriers for used in found)
+        print(f"{target:7} {kind:20} {registers:4} registers {barriers:3} barriers, of {len(found)} specialisations")
     print(f"{spilled} specialisations spill" if spilled else "no spills")
     return 1 if spilled else 0
 

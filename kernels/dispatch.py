@@ -58,7 +58,7 @@ def _checked(backend: str | None) -> str | None:
     if backend not in (None, "torch", "triton"):
         raise ValueError(f'backend={backend!r}: "torch", "triton", or None for the one that suits the tensors')
     if backend == "triton" and launch is None:
-        raise ValueError('backend="triton" needs the package triton, 3.3 or newer')
+        raise ValueError('backend="triton" needs the package triton, 3.5 or newer')
     return backend
 
 

@@ -20,8 +20,8 @@ from diffusers_guidance.kernels import programs
 from diffusers_guidance.kernels.algebra import ALGEBRAS
 from diffusers_guidance.kernels.reference import dims_of
 
-if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
-    raise ImportError("named tuples in kernels need triton 3.3 or newer")
+if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 5):
+    raise ImportError("named tuples with defaults in kernels need triton 3.5 or newer")
 
 TILE, THREADS = 2048, 256
 """Numbers a program reads at once, and its threads: each takes 8 numbers, 16 bytes of half precision."""

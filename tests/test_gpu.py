@@ -20,7 +20,7 @@ def test_on_a_gpu(section):
     spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
     gpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu)
-    rows = list(gpu.rows_of(section, short=False))
+    rows = list(gpu.apart(section, short=False))
     print(gpu.table(rows))
     assert [row for row in rows if not row["ok"]] == []
 
@@ -47,14 +47,14 @@ spec = importlib.util.spec_from_file_location("gpu", {script!r})
 gpu = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu)
 
-def checks(short):
+def checks(short, part):
     yield gpu.Check("wrong", lambda: gpu.agreeing(lambda x: [x + 1e-3], lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
     unwritten = lambda x: [gpu.torch.empty_like(x)]
     yield gpu.Check("unwritten", lambda: gpu.agreeing(unwritten, lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
     yield gpu.Check("right", lambda: gpu.agreeing(lambda x: [x + 0], lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
     raise RuntimeError("out of memory")
 
-gpu.SECTIONS["kernels"] = checks, 9.0
+gpu.SECTIONS["kernels"] = gpu.Section(checks, 9.0)
 sys.argv[1:] = ["--only", "kernels", "--out", {out!r}]
 sys.exit(gpu.main())
 """
@@ -70,3 +70,56 @@ def test_what_fails_is_told_and_kept(tmp_path):
     rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
     assert [name for name, row in rows.items() if not row["ok"]] == ["wrong", "unwritten", "the section itself"]
     assert "allowed" in rows["wrong"]["error"] and "out of memory" in rows["the section itself"]["error"]
+
+
+PARTS = """
+import sys, time
+part = next(each for each in sys.argv if each.startswith("--part=")).removeprefix("--part=")
+print('{"section": "kernels", "name": "begun", "ok": true}', flush=True)
+if part == "dies":
+    sys.exit("an illegal memory access")
+if part == "hangs":
+    time.sleep(100)
+"""
+APART = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("gpu", {script!r})
+gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+gpu.__file__, gpu.GRACE = {parts!r}, 3
+gpu.SECTIONS["kernels"] = gpu.Section(None, 1.0, ("ends", "dies", "hangs"))
+sys.argv[1:] = ["--only", "kernels", "--apart", "--out", {out!r}]
+sys.exit(gpu.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_part_that_dies_or_hangs_takes_no_other_along(tmp_path):
+    parts = tmp_path / "parts.py"
+    parts.write_text(PARTS)
+    done = started("-c", APART.format(script=str(SCRIPT), parts=str(parts), out=str(tmp_path)))
+    print(done.stdout, done.stderr[-3000:])
+    assert done.returncode == 4
+    (file,) = tmp_path.glob("gpu-*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert sum(row["name"] == "begun" for row in rows) == 3
+    failed = {row["name"]: row["error"] for row in rows if not row["ok"]}
+    assert failed.keys() == {"dies, the process", "hangs, the process"}
+    assert "an illegal memory access" in failed["dies, the process"]
+    assert "hangs" in failed["hangs, the process"]
+
+
+BARE = """
+import runpy, sys
+
+sys.modules |= dict.fromkeys(("pytest", "_pytest", "matplotlib", "hypothesis", "greenlet"))  # not found
+sys.argv[:] = [{script!r}, "--short", "--only", "step", "--out", {out!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_machine_without_what_only_tests_need(tmp_path):
+    done = started("-c", BARE.format(script=str(SCRIPT), out=str(tmp_path)))
+    print(done.stdout, done.stderr[-3000:])
+    assert done.returncode == 0

@@ -84,6 +84,7 @@ def _packages() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
+    from diffusers_guidance import kernels
     from diffusers_guidance.pipelines.support.machine import machine
 
     yield Finding("processor", machine("cpu"))
@@ -98,8 +99,8 @@ def _device() -> Iterator[Finding]:
         yield Finding("CUDA", f"{torch.version.cuda or torch.version.hip}, as torch was built for")
     else:
         yield Finding("accelerator", found.type)
-    triton = bool(find_spec("triton")) and found is not None and found.type == "cuda"
-    yield Finding("arithmetic", "in Triton" if triton else "in torch")
+    on_gpu = found is not None and found.type in ("cuda", "xpu")
+    yield Finding("arithmetic", "in Triton" if on_gpu and kernels.dispatch.launch is not None else "in torch")
 
 
 def _extras() -> Iterator[Finding]:

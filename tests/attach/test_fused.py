@@ -130,7 +130,7 @@ def test_options_that_need_more_are_left_to_the_scheduler():
     assert refused(ready(Own, {}), c, t, x)
 
 
-@pytest.mark.skipif(dispatch.launch is None, reason="needs triton 3.3 or newer")
+@pytest.mark.skipif(dispatch.launch is None, reason="needs triton 3.5 or newer")
 def test_one_switch():
     """On the CPU the scheduler's own step stays, bit for bit, unless asked otherwise."""
     x, c, _, _ = draws(0)

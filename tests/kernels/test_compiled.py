@@ -10,7 +10,7 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: the kernels are interpreted, not compiled", allow_module_level=True)
 kernel_compiler = pytest.importorskip(
-    "diffusers_guidance.kernels.compile", reason="needs triton 3.3 or newer", exc_type=ImportError
+    "diffusers_guidance.kernels.compile", reason="needs triton 3.5 or newer", exc_type=ImportError
 )
 
 CHOICE = (

@@ -1,9 +1,19 @@
 """What the launchers decide before a launch: in how many, and by which counters its programs meet."""
 
+import importlib.util
+
 import pytest
 import torch
 
-launch = pytest.importorskip("diffusers_guidance.kernels.launch", reason="needs triton 3.3 or newer")
+launch = pytest.importorskip("diffusers_guidance.kernels.launch", reason="needs triton 3.5 or newer")
+
+
+def test_a_triton_that_cannot_compile_them_is_refused(monkeypatch):
+    """3.3 and 3.4 import them, and fail at the first launch: a named tuple's default has no type there."""
+    monkeypatch.setattr(launch.triton, "__version__", "3.4.0")
+    spec = importlib.util.spec_from_file_location("older", launch.__file__)
+    with pytest.raises(ImportError, match=r"need triton 3\.5 or newer"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def span(taken):

@@ -16,7 +16,7 @@ from diffusers_guidance.kernels import dispatch, reference
 from diffusers_guidance.kernels.algebra import algebra_of
 from diffusers_guidance.rules import APG, CFG, Rule
 
-needs_kernels = pytest.mark.skipif(dispatch.launch is None, reason="needs triton 3.3 or newer")
+needs_kernels = pytest.mark.skipif(dispatch.launch is None, reason="needs triton 3.5 or newer")
 
 
 def rms(x, exact):

@@ -38,7 +38,7 @@ if not (ON_GPU or INTERPRETED):
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
-_NEEDED = {"reason": "needs triton 3.3 or newer", "exc_type": ImportError}
+_NEEDED = {"reason": "needs triton 3.5 or newer", "exc_type": ImportError}
 launch = pytest.importorskip("diffusers_guidance.kernels.launch", **_NEEDED)
 passes = pytest.importorskip("diffusers_guidance.kernels.passes", **_NEEDED)
 _offsets = launch.programs._offsets

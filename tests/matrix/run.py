@@ -24,6 +24,8 @@ ROWS = ("oldest", "transformers-4", "newest")
 BUILD = CHECKOUT / "build" / "matrix"
 PART = ("diffusers", "transformers", "safetensors", "accelerate", "huggingface-hub", "tokenizers")
 """What differs between rows and does not need another torch or Python."""
+TESTS = ("greenlet", "hypothesis", "pytest", "pytest-xdist")
+"""What the tests need besides the package; torch for a CPU brings no Triton."""
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -56,9 +58,7 @@ def whole(row: str, arguments: list[str]) -> bool | None:
         subprocess.run((python, "-m", "venv", venv), check=True)
     install = (own, "-m", "pip", "install", "--quiet", "--constraint", HERE / f"{row}.txt")
     subprocess.run((*install, constraints(row).get("torch", "torch")), check=True)
-    subprocess.run(
-        (*install, "-e", f"{CHECKOUT}[bench,app]", "hypothesis", "greenlet", "pytest", "pytest-xdist"), check=True
-    )
+    subprocess.run((*install, "-e", f"{CHECKOUT}[bench,app]", *TESTS), check=True)
     return tested(own, ["-n", "auto", "--dist", "worksteal", *(arguments or ["tests"])])
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -61,6 +60,8 @@ class Tiny:
     def build(self) -> DiffusionPipeline:
         """The pipeline, the same weights at every call; the test is skipped where diffusers has none of the kind."""
         if not self.available:
+            import pytest  # benchmarks/gpu.py builds them where it may be missing
+
             pytest.skip(f"diffusers {diffusers.__version__} has no {self.cls} here")
         cls = getattr(diffusers, self.cls)
         parameters = inspect.signature(cls.__init__).parameters
