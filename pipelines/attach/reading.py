@@ -223,13 +223,18 @@ class Reading:
 
     # What it may be
 
-    @cached_property
+    @property
     def near(self) -> list["Candidate"]:
+        """The formulas that come `_near`."""
+        return [Candidate(self, formula, s) for formula, s in self._near]
+
+    @cached_property
+    def _near(self) -> list[tuple[Formula, Scale]]:
         """Every formula at a scale read by name that comes near the sample, in each way to write it; plain ones first.
 
         A call that asks for a cap of the whole norm has that before the plain combination.
         """
-        found: list[Candidate] = []
+        found: list[tuple[Formula, Scale]] = []  # a kept candidate would keep this reading, and the step's tensors
         if self.formula.evaluations > 2:
             return found
         finishes = [""] if self.formula.mixed else _finishes(self.whole.around)
@@ -242,7 +247,7 @@ class Reading:
             for label, s in self.live.items():
                 one = self.formula.towards(cond, anchor=way, finish=finish, scale=label)
                 if self.fit(one, s).ratio <= _ROUNDED:
-                    found += [Candidate(self, replace(one, anchor=anchor), s) for anchor in anchors]
+                    found += [(replace(one, anchor=anchor), s) for anchor in anchors]
         return found
 
     @cached_property

@@ -25,7 +25,7 @@ BUILD = CHECKOUT / "build" / "matrix"
 PART = ("diffusers", "transformers", "safetensors", "accelerate", "huggingface-hub", "tokenizers")
 """What differs between rows and does not need another torch or Python."""
 TESTS = ("greenlet", "hypothesis", "pytest", "pytest-xdist")
-"""What the tests need besides the package; torch for a CPU brings no Triton."""
+"""What the tests need besides the package."""
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
