@@ -15,6 +15,7 @@ It uses 12 of the calibration's prompts with a new seed. It resumes at the first
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from bundled import OUT, Bundled, named, prompts, report
@@ -243,7 +244,7 @@ def main() -> None:
         settings = bundled.set_up(name)
         bundled.pipe.scheduler.set_timesteps(settings["num_inference_steps"])
         levels = noise_levels(bundled.pipe)
-        calibration = Calibration.load(samples.CALIBRATIONS / f"{name}.safetensors")
+        calibration = replace(Calibration.load(samples.CALIBRATIONS / f"{name}.safetensors"), source="")
         about = {"digest": calibration.digest, "gains": calibration.gains.tolist()}
         found = Rows(OUT / f"objective-{name}.json", calibration=repr(calibration), **about)
 

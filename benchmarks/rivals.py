@@ -70,7 +70,7 @@ class DPCache(TaylorSeer):
     _: KW_ONLY
     chosen: Sequence[int] = ()
 
-    def pattern(self, count: int, table: tuple[Space, ...] = ()) -> tuple[bool, ...]:
+    def pattern(self, count: int, table: tuple[Space, ...] = (), branches: int = 2) -> tuple[bool, ...]:
         return tuple(i in self.chosen for i in range(count))
 
     @classmethod

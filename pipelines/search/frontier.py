@@ -3,7 +3,7 @@
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,24 @@ from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import plain
 from diffusers_guidance.errors import CalibrationMismatch
 from diffusers_guidance.files import write
-from diffusers_guidance.pipelines.pictures.contest import FEWER, Row, Way, draw, plane
+from diffusers_guidance.pipelines.pictures.contest import FEWER, FORECAST, Row, Way, draw, plane
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import PSNR
 from diffusers_guidance.pipelines.search.nas import search_nas
 from diffusers_guidance.pipelines.search.search import search
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.pipelines.support.resume import Record, resumed
-from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Hold, Interval, LinearAG, Policy, Schedule, StepAG
+from diffusers_guidance.policies import (
+    AdaptiveGuidance,
+    EveryStep,
+    Forecast,
+    Hold,
+    Interval,
+    LinearAG,
+    Policy,
+    Schedule,
+    StepAG,
+)
 from diffusers_guidance.schedules import even
 from diffusers_guidance.steps import Action
 
@@ -38,8 +48,8 @@ SEARCHED_CONDITIONAL = "search(skip=False)"
 EVEN = "both skipped, evenly"
 SEARCHED = "search"
 REFINED = "search(refine=...)"
-OURS = (CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
-"""The series with fitted estimates, except the published one."""
+OURS = (FORECAST, CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
+"""`Forecast` with nothing calibrated, and the series with fitted estimates, except the published one."""
 OTHERS = (FEWER, STOP, INTERVAL, AG, HOLD, PERIODIC, PUBLISHED_HELD, PUBLISHED, NAS)
 
 
@@ -122,6 +132,7 @@ def _plan(
     for nfe in nfes:
         fewer = max(1, round(steps * nfe / (2 * count)))
         yield row(FEWER, f"{fewer} steps", EveryStep, steps=fewer)
+        yield row(FORECAST, f"Forecast(nfe={nfe})", partial(Forecast, nfe=nfe))
         yield row(EVEN, f"{nfe // 2} both, evenly", Schedule, even(count, nfe // 2, Action.NEITHER), calibration)
         yield row(SEARCHED, f"search({nfe})", search, calibration, nfe)
         n = nfe - count
@@ -224,7 +235,7 @@ def _rows(record: Record | None) -> list[Row]:
 def _about(calibration: Calibration, prompts: Sequence[str], seeds: Sequence[int], lpips: bool) -> dict[str, Any]:
     """The settings that rows depend on."""
     return {
-        "calibration": repr(calibration),
+        "calibration": repr(replace(calibration, source="")),  # wherever its file is
         "digest": calibration.digest,
         "gains": calibration.gains.tolist(),
         "prompts": list(prompts),

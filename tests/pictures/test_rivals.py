@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from rivals import DPCache
 
 from diffusers_guidance import Forecast
 from diffusers_guidance.pipelines.attach.schedulers import spaces
@@ -81,3 +82,8 @@ def test_evaluations_are_as_many_and_spaced_evenly(rival, save):
         chosen = [i for i, evaluated in enumerate(pattern) if evaluated]
         gaps = {b - a for a, b in itertools.pairwise(chosen)}
         assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_dpcache_evaluates_the_steps_it_chose(table, branches):
+    assert [i for i in range(COUNT) if DPCache(nfe=8, chosen=KNOWN).pattern(COUNT, table, branches)[i]] == [*KNOWN]

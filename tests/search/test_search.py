@@ -468,12 +468,16 @@ def test_frontier_measures_every_row_once(pipe, tmp_path):
     rows = frontier(pipe, calibration, PROMPTS[:1], progress=lambda *at: seen.append(at[0]), **settings)
     assert seen == [row.label for row in rows]
     assert len(set(seen)) == len(seen)
-    assert {row.series for row in rows} >= {*OURS[:4], "AG", "LinearAG as published"}
+    assert {row.series for row in rows} >= {*OURS[:5], "AG", "LinearAG as published"}
     fidelity = Fidelity(pipe, PROMPTS[:1], num_inference_steps=STEPS, guidance_scale=SCALE)
     row = next(row for row in rows if row.label == "published, fitted")
     assert (row.nfe, row.psnr) == pytest.approx(fidelity(LinearAG(calibration))[:2], rel=1e-4)
     assert json.loads(path.read_text())["rows"][0]["series"] == rows[0].series
     assert frontier(pipe, calibration, PROMPTS[:1], **settings) == rows
+    calibration.save(tmp_path / "elsewhere.safetensors")
+    loaded = Calibration.load(tmp_path / "elsewhere.safetensors")
+    assert frontier(pipe, loaded, PROMPTS[:1], progress=pytest.fail, **settings) == rows
+    assert str(tmp_path) not in path.read_text()
     with pytest.raises(CalibrationMismatch, match="other settings"):
         frontier(pipe, calibration, PROMPTS[:2], **settings)
     plot(rows, tmp_path / "frontier.png", "title")
