@@ -407,13 +407,13 @@ def test_the_page_follows_the_model_chosen_at_the_top(visit, address):
     page.get_by_role("radio", name="Half the time", exact=True).check()
     expect(scale).to_have_value(f"{suited(second).scale:g}")
     open_up(page, "Picture")
-    page.get_by_label("Scheduler", exact=True).filter(visible=True).click()
-    expect(page.get_by_role("option").filter(visible=True)).to_have_count(1)
-    page.keyboard.press("Escape")
     set_number(page, "Steps", 4)
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 8")
     shoot(page, "second-model")
+    page.get_by_label("Scheduler", exact=True).filter(visible=True).click()
+    expect(page.get_by_role("option").filter(visible=True)).to_have_count(1)
+    page.keyboard.press("Escape")
     href = page.get_by_role("link", name="link", exact=True).get_attribute("href")
     assert f"model={second}" in href
     page.locator("#history button").first.click()  # made with the first model
