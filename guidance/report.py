@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,13 @@ class Report:
         """Everything, as plain JSON types; values that are not finite become None."""
         totals: dict[str, Any] = {"nfe": self.nfe, "nfe_full": self.nfe_full, "saved": self.saved}
         totals |= {"difference": self.difference, "nfe_by_branch": self.nfe_by_branch}
-        head = {name: getattr(self, name) for name in ("pipeline", "rule", "policy", "formula", "note", "basis")}
-        return head | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
+        return vars(self) | totals | {"steps": [_plain(vars(step)) for step in self.steps]}
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> "Report":
+        """The report that `to_dict` told; values that were not finite stay None."""
+        own = {each.name: told[each.name] for each in fields(cls)}
+        return cls(**own | {"steps": [StepReport(**step) for step in told["steps"]]})
 
     def to_json(self, **options: Any) -> str:
         """`to_dict` as JSON text; options go to `json.dumps`."""

@@ -19,7 +19,7 @@ from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, Result, begun
 from diffusers_guidance.pipelines.support.machine import environment
 from diffusers_guidance.pipelines.support.resume import Record
-from diffusers_guidance.report import Report, StepReport
+from diffusers_guidance.report import Report
 from diffusers_guidance.scales import Given
 
 
@@ -63,7 +63,7 @@ class Kept:
             return None
         result.decoded = [*pictures]
         result.pictures = VaeImageProcessor.numpy_to_pil(pictures.permute(0, 2, 3, 1).numpy())
-        result.seconds, result.reports = content["seconds"], [_report(each) for each in content["reports"]]
+        result.seconds, result.reports = content["seconds"], [*map(Report.from_dict, content["reports"])]
         if content["learned"]:
             result.calibration = replace(Calibration.load(_learned(record)), source="")  # as it was made
         return result
@@ -83,12 +83,13 @@ class Kept:
 
     def clear(self) -> None:
         """Deletes the results that were found or kept, and the folder if nothing else is in it."""
+        if self.folder is None:
+            return
         for name in self._used:
-            for file in self.folder.glob(f"{name}.*"):  # type: ignore[union-attr]
+            for file in self.folder.glob(f"{name}.*"):
                 file.unlink(missing_ok=True)
-        if self.folder is not None:
-            with suppress(OSError):
-                self.folder.rmdir()
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def _record(self, result: Result, part: str) -> Record | None:
         if self.folder is None:
@@ -113,9 +114,3 @@ def _about(pipe: Any) -> dict[str, Any]:
 
 def _learned(record: Record) -> Path:
     return record.file.with_suffix(".learned.safetensors")
-
-
-def _report(kept: dict[str, Any]) -> Report:
-    """The report of which this is `Report.to_dict`."""
-    head = {name: kept[name] for name in ("pipeline", "rule", "policy", "formula", "note", "basis")}
-    return Report(**head, steps=[StepReport(**step) for step in kept["steps"]])

@@ -64,6 +64,14 @@ def test_dict_and_json_hold_everything(report):
     assert "one call on [uncond, cond]" in read["formula"]
 
 
+def test_a_report_comes_back_from_its_dict(report):
+    told = json.loads(report.to_json())
+    again = Report.from_dict(told)
+    assert again.to_dict() == told
+    assert (str(again), again.nfe_by_sample) == (str(report), report.nfe_by_sample)
+    assert Report.from_dict(Report().to_dict()) == Report()
+
+
 def test_printed_it_has_a_line_per_step(report):
     lines = str(report).splitlines()
     assert lines[1] == report.summary()
