@@ -524,15 +524,15 @@ def euler_gains(table: Sequence[Space]) -> list[float]:
     Gaussian data of unit variance 1 / sqrt(1 + rho'^2) of an error would remain at the end. Guidance amplifies
     differences, so more remains. The root fits measured pictures: docs/policies.md. The evaluations of one solver step
     share its gain. A first step from pure noise, where rho is infinite, counts as if it started from rho', which is
-    rather too much than too little. The formula assumes that the run ends without noise and that no step adds noise.
-    With a stochastic scheduler the real gains fall less towards the end, by a factor of 1.3 to 3.
+    rather too much than too little. The formula assumes that no step adds noise. With a stochastic scheduler the real
+    gains fall less towards the end, by a factor of 1.3 to 3.
     """
     starts = [i for i, space in enumerate(table) if space.new_step] or [0]
     found: list[float] = []
     for start, stop in zip(starts, [*starts[1:], len(table)], strict=True):
         here = table[start]
         rho = here.noise / here.signal if here.signal else math.inf
-        after = table[stop].noise / table[stop].signal if stop < len(table) else 0.0
+        after = table[stop].noise / table[stop].signal if stop < len(table) else here.left
         weight = rho if rho < math.inf else after
         gain = abs(here.b * (1 - after / rho)) / math.sqrt(weight) if 0 < weight < math.inf else 0.0
         found += [gain / (stop - start)] * (stop - start)

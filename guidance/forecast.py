@@ -145,36 +145,65 @@ def _of_denoised(found: Sequence[float], table: Sequence[Space]) -> tuple[float,
 def pattern(
     count: int, evaluations: int, table: tuple[Space, ...] = (), variogram: PowerLaw | Measured = UNMEASURED
 ) -> tuple[bool, ...]:
-    """Whether each step is evaluated: the first, the last two, and of the others those that cost most to skip.
+    """Whether each step is evaluated: the first, the last but one, and of the others those that cost most to skip.
 
     It skips no more steps in a row than the budget requires: never two if a little more than half may be evaluated.
     Only if that lowers the predicted error by more than `PAYS`, it skips one more in a row: where the first steps move
-    much more than the others, a budget is better spent there.
+    much more than the others, a budget is better spent there. Likewise for the last step. Nothing repays it, so it is
+    skipped only where the run ends so clean that its error hardly counts (DDIM, flow matching).
 
     Args:
         count: steps of the run.
-        evaluations: how many of them to evaluate; at least the first and the last are.
-        table: the steps' spaces. Without it, all steps weigh the same.
+        evaluations: how many of them to evaluate; at least the first and one of the last two are.
+        table: the steps' spaces. Without it, all steps weigh the same, and the last one is evaluated.
     """
     evaluations = max(min(evaluations, count), min(count, 2))
     if evaluations == count:
         return (True,) * count
     weight = weights(table, variogram) if len(table) == count else torch.ones(count, **_HOST)
-    # The last step can hardly repay the errors before it.
-    is_last_certain = evaluations >= 4
-    if is_last_certain:
-        weight, evaluations = weight[:-1], evaluations - 1
-    furthest = math.ceil((len(weight) - 1) / (evaluations - 1))  # from one evaluated step to the next
-    regular, freer = (_cheapest(weight, evaluations, variogram, furthest + more) for more in (0, 1))
-    is_freer = missed(freer, weight, variogram) < (1 - PAYS) * missed(regular, weight, variogram)
-    return (freer if is_freer else regular) + (True,) * is_last_certain
+    if evaluations < 4:
+        return _cheapest(weight, evaluations, variogram)
+    # The last step can hardly repay the errors before it: the path leads to the one before.
+    ends = [(*_cheapest(weight[:-1], evaluations - 1, variogram), True)]
+    if len(table) == count:
+        ends.append((*_cheapest(weight[:-1], evaluations, variogram), False))
+    return _simplest(ends, weight, variogram)
+
+
+def _simplest(patterns: Sequence[tuple[bool, ...]], weight: Tensor, variogram: PowerLaw | Measured) -> tuple[bool, ...]:
+    """The first pattern, or a later one if its predicted error is smaller by more than `PAYS`."""
+    best, *others = patterns
+    for other in others:
+        if missed(other, weight, variogram) < (1 - PAYS) * missed(best, weight, variogram):
+            best = other
+    return best
 
 
 def missed(chosen: Sequence[bool], weight: Tensor, variogram: PowerLaw | Measured) -> float:
-    """The predicted error of a pattern: the sum over its gaps, which `pattern` minimises."""
+    """The predicted error of a pattern: the sum over its gaps, which `pattern` minimises.
+
+    Steps after the last evaluated one are estimated from the last two, and never repaid.
+    """
     evaluated = [i for i, was in enumerate(chosen) if was]
     costs = _costs(weight, max((k - i for i, k in pairwise(evaluated)), default=1), variogram)
-    return sum(float(costs[k - i, k]) for i, k in pairwise(evaluated))
+    found = sum(float(costs[k - i, k]) for i, k in pairwise(evaluated))
+    rest = torch.arange(evaluated[-1] + 1, len(chosen))
+    if len(rest) and len(evaluated) > 1:
+        steps = torch.arange(len(chosen))
+        variance = _variance(variogram.between(steps, steps), *evaluated[-2:], rest)
+        found += float((weight[rest] * variance).sqrt().sum().square())
+    return found
+
+
+def _variance(apart: Tensor, i: int | Tensor, k: int | Tensor, j: Tensor) -> Tensor:
+    """Of step j about its best estimate from the steps i and k, with the weights w and 1 - w.
+
+    Args:
+        apart: (T, T), the variogram.
+    """
+    whole, left, right = apart[i, k], apart[i, j], apart[k, j]
+    w = 0.5 + (right - left) / (2 * whole)
+    return (w * left + (1 - w) * right - w * (1 - w) * whole).clamp(min=0)
 
 
 def _costs(weight: Tensor, furthest: int, variogram: PowerLaw | Measured) -> Tensor:
@@ -182,24 +211,27 @@ def _costs(weight: Tensor, furthest: int, variogram: PowerLaw | Measured) -> Ten
     count = len(weight)
     costs = torch.zeros(furthest + 1, count, **_HOST)
     steps = torch.arange(count)
-    # The variance of step j about its best estimate from i and k, with the weights w and 1 - w.
     apart = variogram.between(steps, steps)
     for g in range(2, furthest + 1):
         i, k = steps[: count - g, None], steps[g:, None]
         j = i + steps[1:g]  # (T - g, g - 1)
-        whole, left, right = apart[i, k], apart[i, j], apart[k, j]
-        w = 0.5 + (right - left) / (2 * whole)
-        variance = w * left + (1 - w) * right - w * (1 - w) * whole
-        costs[g, g:] = (weight[j] * variance.clamp(min=0)).sqrt().sum(1)
+        costs[g, g:] = (weight[j] * _variance(apart, i, k, j)).sqrt().sum(1)
     return costs.square()  # errors between two evaluated steps point the same way
 
 
-def _cheapest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured, furthest: int) -> tuple[bool, ...]:
+def _cheapest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured) -> tuple[bool, ...]:
     """Which steps to evaluate, the first and the last among them, so that skipping the others costs the least.
 
-    Args:
-        furthest: steps from one evaluated step to the next, at most.
+    From one evaluated step to the next it is no further than it must be, or one step further where that pays.
     """
+    if evaluations >= len(weight):
+        return (True,) * len(weight)
+    furthest = math.ceil((len(weight) - 1) / (evaluations - 1))
+    return _simplest([_shortest(weight, evaluations, variogram, furthest + more) for more in (0, 1)], weight, variogram)
+
+
+def _shortest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured, furthest: int) -> tuple[bool, ...]:
+    """The shortest path of so many evaluations, if from one to the next it is `furthest` steps at most."""
     count = len(weight)
     costs = _costs(weight, furthest, variogram)
     least = torch.full((count,), math.inf, **_HOST)  # [i]: of reaching i with so many evaluations
@@ -226,6 +258,6 @@ def weights(table: tuple[Space, ...], variogram: PowerLaw | Measured = UNMEASURE
     if variogram.is_measured:
         return gain
     rho = torch.tensor([space.noise / space.signal if space.signal else math.inf for space in table], **_HOST)
-    found = torch.where((rho > 0) & rho.isfinite(), gain * rho ** (5 / 3), 0.0)
-    # Steps of unknown weight (pure noise) get the largest one.
-    return torch.where(found > 0, found, float(found.max()) or 1.0)
+    found = gain * rho ** (5 / 3)
+    # Pure noise has an unknown weight: it gets the largest one.
+    return torch.where(rho.isfinite(), found, float(found[rho.isfinite()].amax()) if rho.isfinite().any() else 1.0)

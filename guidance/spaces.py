@@ -44,6 +44,9 @@ class Space:
     reuse: float = 1.0
     """How far an error of this step's prediction moves the rest of the run, as a multiple of an Euler step's: a
     multistep solver uses a prediction again at later steps."""
+    left: float = 0.0
+    """Noise over signal after the run's last step; 0 at all other steps. Some runs do not end clean (DDIM with
+    `set_alpha_to_one=False`)."""
 
     @property
     def velocity(self) -> float:

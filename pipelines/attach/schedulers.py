@@ -150,7 +150,39 @@ def _solve(scheduler: Any) -> tuple[Space, ...]:
         _refuse(s, "a sample without signal (zero terminal SNR) cannot be denoised from such a prediction")
     rows = torch.cat([coefficients, torch.stack(levels)]).T.tolist()
     table = tuple(Space(*[*row, _starts_step(s, i)]) for i, row in enumerate(rows))
+    table = (*table[:-1], replace(table[-1], left=_left(s, table)))
     return tuple(replace(space, reuse=found) for space, found in zip(table, _reuse(s, table), strict=True))
+
+
+def _left(s: Any, table: tuple[Space, ...]) -> float:
+    """`Space.left`: what the scheduler's own last step makes of a sample of noise alone, over one of signal alone."""
+    last, one = table[-1], 1e-2  # small, for schedulers that clip
+
+    def probe(s: Any) -> Tensor:
+        x0, eps = one * torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)
+        x = last.signal * x0 + last.noise * eps
+        return type(s).step(s, (eps - last.p * x) / last.q, s.timesteps[-1], x, return_dict=False)[0].double()
+
+    found = _probed(s, probe)
+    if found is None or not last.signal:
+        return 0.0
+    left, now = float(found[1] / found[0]), last.noise / last.signal
+    left = now if math.isclose(left, now, rel_tol=1e-4) else round(left, 6)
+    return left if 0 <= left <= now else 0.0
+
+
+def _probed(s: Any, run: Callable[[Any], Tensor]) -> Tensor | None:
+    """What `run` makes with a copy of the scheduler. None if it adds noise, or cannot be run for a probe."""
+    step = getattr(type(s), "step", None)
+    if not getattr(step, "__module__", "").startswith("diffusers."):  # somebody's own step is for the run to call
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            found = run(_fresh(s))
+            return found if torch.equal(before, torch.get_rng_state()) else None
+    except Exception:  # the scheduler may be any object
+        return None
 
 
 _FAR = 5.0
@@ -166,25 +198,16 @@ def _reuse(s: Any, table: tuple[Space, ...]) -> list[float]:
     """
     count, one = len(table), 1e-2  # small, for schedulers that clip
     rho = [space.noise / space.signal if space.signal else math.inf for space in table]
-    euler = torch.tensor([1 - after / now if now else 0.0 for now, after in pairwise([*rho, 0.0])])
+    euler = torch.tensor([1 - after / now if now else 0.0 for now, after in pairwise([*rho, table[-1].left])])
     plain = [1.0] * count
     if not isinstance(getattr(s, "model_outputs", None), list):  # it uses none again
         return plain
-    if not type(s).step.__module__.startswith("diffusers."):  # somebody's own step is for the run to call
-        return plain
     if count < 3 or not (all(space.new_step and space.q for space in table) and euler.isfinite().all()):
         return plain
-    try:
-        with torch.random.fork_rng(devices=[]):
-            before = torch.get_rng_state()
-            x = _impulses(_fresh(s), table, one)
-            if not torch.equal(before, torch.get_rng_state()):  # it adds noise
-                return plain
-    except Exception:  # the scheduler may be any object
+    x = _probed(s, lambda s: _impulses(s, table, one))
+    if x is None:
         return plain
     found = x[:-2] / x[-1] / euler
-    # The last prediction is taken to be the picture, though some runs end with noise.
-    found[-1] = 1.0
     is_sound = found.isfinite() & (found > 1 / _FAR) & (found < _FAR)
     is_linear = float((x[-2] / x[-1]).abs()) < 1e-4  # where nothing is off, nothing moves
     return [round(each, 4) for each in found.tolist()] if is_linear and bool(is_sound.all()) else plain

@@ -295,6 +295,32 @@ def assert_sum(terms: tuple[Tensor, ...], expected: Tensor, tolerance: float, wh
     assert error.max() < tolerance, f"{what}: off by {error.max():.1e} of its terms"
 
 
+def first_level(scheduler: Any) -> Tensor:
+    return ((1 - scheduler.alphas_cumprod[0]) / scheduler.alphas_cumprod[0]) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "at"),
+    [
+        ("DDIMScheduler", {"set_alpha_to_one": False}, first_level),
+        ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1}, first_level),
+        ("DDIMScheduler", {"set_alpha_to_one": True}, lambda s: 0.0),
+        ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, lambda s: s.sigmas[-1]),
+        ("DPMSolverMultistepScheduler", {}, lambda s: 0.0),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, lambda s: s.sigmas[-1]),
+        ("EulerAncestralDiscreteScheduler", {}, lambda s: 0.0),
+        ("FlowMatchEulerDiscreteScheduler", {}, lambda s: 0.0),
+        ("HeunDiscreteScheduler", {}, lambda s: 0.0),
+    ],
+)  # fmt: skip
+def test_the_last_space_knows_the_noise_that_is_left(name: str, config: dict, at: Any) -> None:
+    scheduler = build(name, **config)
+    set_timesteps(scheduler, 6)
+    *others, last = spaces(scheduler)
+    assert last.left == pytest.approx(float(at(scheduler)), rel=1e-3, abs=1e-6)
+    assert {each.left for each in others} == {0.0}
+
+
 @pytest.mark.parametrize("name", sorted(CLASSES.keys() - REFUSED.keys()))
 def test_denoises(name: str, seed: int) -> None:
     if is_dummy(name):

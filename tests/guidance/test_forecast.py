@@ -1,14 +1,15 @@
 """Forecasts: their algebra on closed forms, and where a run is evaluated."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from diffusers_guidance.forecast import combined, denoised_gains, estimate, forecast, pattern, repayment
+from diffusers_guidance.forecast import combined, denoised_gains, estimate, forecast, missed, pattern, repayment
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.variogram import PowerLaw
 
@@ -113,15 +114,24 @@ def test_a_pattern_keeps_its_budget(count, share, known):
     evaluations = 2 + round(share * (count - 2))
     chosen = pattern(count, evaluations, table(count) if known else ())
     assert len(chosen) == count and sum(chosen) == evaluations
-    assert chosen[0] and chosen[-1] and (chosen[-2] or evaluations < 4)
+    assert chosen[0] and (chosen[-1] or (known and chosen[-2])) and (chosen[-2] or evaluations < 4)
     longest = max(len(gap) for gap in show(chosen).split("#"))
-    last = evaluations > 3
+    last = chosen[-1] and evaluations > 3
     assert longest <= math.ceil((count - 1 - last) / (evaluations - 1 - last))  # one more than the budget requires
 
 
 def test_patterns_as_documented():
+    # It ends with some noise, so its last step hardly moves the picture.
     spaced = table(20, steps_offset=1, set_alpha_to_one=False)
     assert [show(pattern(20, n, spaced)) for n in (15, 13, 10)] == [
+        "#########.#.#.#.###.",
+        "######.#.#.#.#.#.##.",
+        "#.#.#.#.#.#.#.#.#.#.",
+    ]
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    solver = DPMSolverMultistepScheduler(**betas, steps_offset=1, timestep_spacing="leading")
+    solver.set_timesteps(20)
+    assert [show(pattern(20, n, spaces(solver))) for n in (15, 13, 10)] == [
         "########.#.#.#.#.###",
         "#####.#.#.#.#.#.#.##",
         "#.#.#.#.#.#..#..#.##",
@@ -130,8 +140,29 @@ def test_patterns_as_documented():
     straight.set_timesteps(20)
     # Its first steps move much more than the others: two in a row are skipped later, to evaluate those.
     assert [show(pattern(20, n, spaces(straight))) for n in (11, 12)] == [
-        "###.#.#.#.#..#..#.##",
-        "####.#.#.#.#..#.#.##",
+        "####.#.#.#.#..#.#.#.",
+        "#####.#.#.#.#.#.#.#.",
     ]
     assert show(pattern(5, 2)) == "#...#"
     assert show(pattern(1, 1)) == "#" and show(pattern(2, 1)) == "##"
+
+
+def test_a_skipped_last_step_costs_what_its_estimate_misses():
+    """Nothing repays it: the variance about its estimate from the last two evaluated, in closed form, by weight."""
+    apart, weight = PowerLaw(1.4), torch.rand(6, dtype=torch.float64)
+    w = estimate((2, 4), 5, apart)
+    at = {(i, k): abs(i - k) ** 1.4 for i in (2, 4, 5) for k in (2, 4, 5)}
+    variance = w[2] * at[2, 5] + w[4] * at[4, 5] - w[2] * w[4] * at[2, 4]
+    ended = missed((True, False, True, True, True), weight[:5], apart)
+    assert missed((True, False, True, False, True, False), weight, apart) == pytest.approx(
+        missed((True, False, True, False, True), weight[:5], apart) + float(weight[5]) * variance
+    )
+    assert missed((True, False, True, True, True, True), weight, apart) == pytest.approx(ended)
+
+
+def test_where_the_run_ends_decides_whether_the_last_step_is_evaluated():
+    """The same levels up to the last step: a run that ends clean there evaluates it, one that hardly moves does not."""
+    spaced = table(20, steps_offset=1, set_alpha_to_one=False)
+    noise = spaced[-1].noise / spaced[-1].signal
+    ends = [(*spaced[:-1], replace(spaced[-1], left=share * noise)) for share in (0.0, 0.7, 1.0)]
+    assert [pattern(20, 13, each)[-1] for each in ends] == [True, False, False]

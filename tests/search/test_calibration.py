@@ -183,14 +183,15 @@ def test_conditional_steps_get_no_guidance_and_nothing_breaks_on_equal_halves():
     assert torch.equal(found[:3], torch.eye(6, dtype=torch.float64)[:3])
 
 
-def test_gains_of_ddim_are_an_euler_step_in_rho():
-    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+@pytest.mark.parametrize("ends_clean", [True, False])
+def test_gains_of_ddim_are_an_euler_step_in_rho(ends_clean):
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=ends_clean)
     scheduler.set_timesteps(STEPS)
     table = spaces(scheduler)
     x, y, e = torch.randn(3, 100, dtype=torch.float64)
     for i, t in enumerate(scheduler.timesteps):
         moved = scheduler.step(y + e, t, x).prev_sample - scheduler.step(y, t, x).prev_sample
-        signal = table[i + 1].signal if i + 1 < STEPS else 1.0
+        signal = table[i + 1].signal if i + 1 < STEPS else float(scheduler.final_alpha_cumprod) ** 0.5
         mended = moved.norm() / signal / e.norm() * (table[i].signal / table[i].noise) ** 0.5
         assert gains(table)[i] == pytest.approx(float(mended), rel=1e-4)
 
