@@ -173,8 +173,8 @@ def _left(s: Any, table: tuple[Space, ...]) -> float:
 
 def _probed(s: Any, run: Callable[[Any], Tensor]) -> Tensor | None:
     """What `run` makes with a copy of the scheduler. None if it adds noise, or cannot be run for a probe."""
-    step = getattr(type(s), "step", None)
-    if not getattr(step, "__module__", "").startswith("diffusers."):  # somebody's own step is for the run to call
+    home = getattr(getattr(type(s), "step", None), "__module__", None) or ""
+    if not home.startswith("diffusers."):  # somebody's own step is for the run to call
         return None
     try:
         with torch.random.fork_rng(devices=[]):
