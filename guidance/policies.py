@@ -379,11 +379,11 @@ class Hold(Policy):
 class Forecast(Policy):
     """Skips whole evaluations, forecasts their guided predictions, and repays the forecasts' errors.
 
-    The noise levels and the budget decide which steps are evaluated: the first, the last, and those that would cost
-    most to skip. It seldom skips two steps in a row while the budget allows (`forecast.pattern`). A skipped step is
-    handed an estimate from the last two evaluated guided predictions, as denoised samples. The next evaluated step is
-    handed its own prediction and a repayment (`forecast.repayment`). It forecasts the guided prediction itself, so it
-    works with any rule and any pipeline's own formula.
+    The noise levels and the budget decide which steps are evaluated: the first, the last unless it hardly moves the
+    picture, and those that would cost most to skip (`forecast.pattern`). It seldom skips two steps in a row while the
+    budget allows. A skipped step is handed an estimate from the last two evaluated guided predictions, as denoised
+    samples. The next evaluated step is handed its own prediction and a repayment (`forecast.repayment`). It forecasts
+    the guided prediction itself, so it works with any rule and any pipeline's own formula.
 
     Without a calibration, estimates follow a power law. With one, they follow this model's own motion, at any
     scheduler, number of steps, scale and size.
@@ -391,7 +391,7 @@ class Forecast(Policy):
     If a scheduler's predictions cannot be denoised, they are forecast as they are, and nothing is repaid.
 
     Args:
-        save: the least share of the NFEs to save, from 0 to below 1; the first and the last step are always evaluated.
+        save: the least share of the NFEs to save, from 0 to below 1; at least two steps are evaluated.
         nfe: instead of `save`, the largest number of NFEs for one sample, 4 or more. An evaluated step takes two (one
             without guidance, one more for each further term). Steps that a run must evaluate are not counted: a second
             denoiser's first step, and the next step after steps without guidance.
@@ -414,7 +414,7 @@ class Forecast(Policy):
         if not (is_number(self.save, 0) and self.save < 1):
             raise ValueError(f"save={self.save!r}: a share of the NFEs from 0 to below 1")
         if self.nfe is not None and not is_whole(self.nfe, 4):
-            raise ValueError(f"nfe={self.nfe!r}: a whole number from 4 up (the first and the last step), or None")
+            raise ValueError(f"nfe={self.nfe!r}: a whole number from 4 up (two steps), or None")
         if not isinstance(self.learn, bool):
             raise ValueError(f"learn={self.learn!r}: True or False")
         if isinstance(self.calibration, str | Path):

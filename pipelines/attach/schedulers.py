@@ -6,16 +6,15 @@ declares what cannot be read off; other schedulers are refused. `DECODERS` has a
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedScheduler
+from diffusers_guidance.pipelines.attach.solver import left, reuse
 from diffusers_guidance.spaces import Space
 
 
@@ -150,96 +149,8 @@ def _solve(scheduler: Any) -> tuple[Space, ...]:
         _refuse(s, "a sample without signal (zero terminal SNR) cannot be denoised from such a prediction")
     rows = torch.cat([coefficients, torch.stack(levels)]).T.tolist()
     table = tuple(Space(*[*row, _starts_step(s, i)]) for i, row in enumerate(rows))
-    table = (*table[:-1], replace(table[-1], left=_left(s, table)))
-    return tuple(replace(space, reuse=found) for space, found in zip(table, _reuse(s, table), strict=True))
-
-
-def _left(s: Any, table: tuple[Space, ...]) -> float:
-    """`Space.left`: what the scheduler's own last step makes of a sample of noise alone, over one of signal alone."""
-    last, one = table[-1], 1e-2  # small, for schedulers that clip
-
-    def probe(s: Any) -> Tensor:
-        x0, eps = one * torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)
-        x = last.signal * x0 + last.noise * eps
-        return type(s).step(s, (eps - last.p * x) / last.q, s.timesteps[-1], x, return_dict=False)[0].double()
-
-    found = _probed(s, probe)
-    if found is None or not last.signal:
-        return 0.0
-    left, now = float(found[1] / found[0]), last.noise / last.signal
-    left = now if math.isclose(left, now, rel_tol=1e-4) else round(left, 6)
-    return left if 0 <= left <= now else 0.0
-
-
-def _probed(s: Any, run: Callable[[Any], Tensor]) -> Tensor | None:
-    """What `run` makes with a copy of the scheduler. None if it adds noise, or cannot be run for a probe."""
-    home = getattr(getattr(type(s), "step", None), "__module__", None) or ""
-    if not home.startswith("diffusers."):  # somebody's own step is for the run to call
-        return None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            before = torch.get_rng_state()
-            found = run(_fresh(s))
-            return found if torch.equal(before, torch.get_rng_state()) else None
-    except Exception:  # the scheduler may be any object
-        return None
-
-
-_FAR = 5.0
-"""A solver that uses a prediction this many times as strongly as an Euler step, or as weakly, is not understood."""
-
-
-def _reuse(s: Any, table: tuple[Space, ...]) -> list[float]:
-    """By step, `Space.reuse`: the scheduler's own arithmetic, as far as it is linear; else ones.
-
-    A copy runs from x = 0 with predictions that say eps = 0, except that in row t that of step t denoises to an error.
-    An error of x / signal stays what it is then. After an Euler step from rho to rho' it is 1 - rho' / rho of the
-    prediction's.
-    """
-    count, one = len(table), 1e-2  # small, for schedulers that clip
-    rho = [space.noise / space.signal if space.signal else math.inf for space in table]
-    euler = torch.tensor([1 - after / now if now else 0.0 for now, after in pairwise([*rho, table[-1].left])])
-    plain = [1.0] * count
-    if not isinstance(getattr(s, "model_outputs", None), list):  # it uses none again
-        return plain
-    if count < 3 or not (all(space.new_step and space.q for space in table) and euler.isfinite().all()):
-        return plain
-    x = _probed(s, lambda s: _impulses(s, table, one))
-    if x is None:
-        return plain
-    found = x[:-2] / x[-1] / euler
-    is_sound = found.isfinite() & (found > 1 / _FAR) & (found < _FAR)
-    is_linear = float((x[-2] / x[-1]).abs()) < 1e-4  # where nothing is off, nothing moves
-    return [round(each, 4) for each in found.tolist()] if is_linear and bool(is_sound.all()) else plain
-
-
-def _impulses(s: Any, table: tuple[Space, ...], one: float) -> Tensor:
-    """(T + 2,) where a run ends: if the prediction of step t, in row t, denoises to `one` more; if none does; and if
-    x / signal is `one` from the start."""
-    x = torch.zeros(len(table) + 2, 1, 1, 1, dtype=torch.float64)
-    x[-1] = one * table[0].signal
-    for t, space in enumerate(table):
-        eps = torch.zeros_like(x)
-        eps[t] = -one * space.signal / space.noise
-        x = type(s).step(s, (eps - space.p * x) / space.q, s.timesteps[t], x, return_dict=False)[0].double()
-    return x.flatten()
-
-
-def _fresh(scheduler: Any) -> Any:
-    """A copy as `set_timesteps` leaves it, which shares nothing that a step changes."""
-    s = copy.copy(scheduler)
-    for name, value in vars(s).items():
-        if isinstance(value, list):
-            setattr(s, name, [None] * len(value) if name in _HISTORIES else list(value))
-    for name, value in {"_step_index": None, "_begin_index": None, **_BEGINNINGS}.items():
-        if hasattr(s, name):
-            setattr(s, name, value)
-    return s
-
-
-_HISTORIES = ("model_outputs", "timestep_list")
-_BEGINNINGS = {"lower_order_nums": 0, "this_order": 0, "last_sample": None, "is_scale_input_called": True}
-"""What multistep schedulers of diffusers keep from step to step, and what it is before the first."""
+    table = (*table[:-1], replace(table[-1], left=left(s, table)))
+    return tuple(replace(space, reuse=found) for space, found in zip(table, reuse(s, table), strict=True))
 
 
 def _on_host(scheduler: Any) -> Any:
