@@ -189,8 +189,8 @@ def missed(chosen: Sequence[bool], weight: Tensor, variogram: PowerLaw | Measure
     found = sum(float(costs[k - i, k]) for i, k in pairwise(evaluated))
     rest = torch.arange(evaluated[-1] + 1, len(chosen))
     if len(rest) and len(evaluated) > 1:
-        steps = torch.arange(len(chosen))
-        variance = _variance(variogram.between(steps, steps), *evaluated[-2:], rest)
+        steps, (i, k) = torch.arange(len(chosen)), evaluated[-2:]
+        variance = _variance(variogram.between(steps, steps), i, k, rest)
         found += float((weight[rest] * variance).sqrt().sum().square())
     return found
 
