@@ -139,7 +139,7 @@ def fidelity_plot(summary: Summary) -> tuple[str, str] | None:
     names = []
     for row in sorted(rows, key=lambda row: row.figures["psnr"].mean):
         at, x = row.figures["psnr"], row.nfe.mean
-        colour = GREEN if row.name == "default" or row.name.startswith("recommended") else BLUE
+        colour = GREEN if row.name == "default" else BLUE
         axes.errorbar(x, at.mean, [[at.mean - at.low], [at.high - at.mean]], fmt="o", color=colour, capsize=3, lw=1.2)
         names.append((row.name, x, at, colour))
     axes.margins(x=0.25, y=0.15)

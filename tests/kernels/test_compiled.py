@@ -13,6 +13,8 @@ kernel_compiler = pytest.importorskip(
     "diffusers_guidance.kernels.compile", reason="needs triton 3.5 or newer", exc_type=ImportError
 )
 
+pytestmark = pytest.mark.slow  # a compiler
+
 CHOICE = (
     "gram fp16, momentum",
     "combine apg step fp32, momentum",
