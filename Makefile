@@ -87,9 +87,10 @@ both: install ## makes the README's table and picture of both models; resumes
 carry: install ## measures what carries over from one model to the other, in docs/results/carry; resumes
 	$(BIN)/python benchmarks/carry.py
 
-bench: install ## measures what policies save and cost on the bundled model, in docs/results/bench; resumes
+bench: install ## measures what policies save and cost on both bundled models, in docs/results/bench and bench-flow; resumes
 	$(BIN)/diffusers-guidance bench --out out/bench
-	$(BIN)/python benchmarks/publish.py out/bench
+	$(BIN)/diffusers-guidance bench --suite emoji-flow --out out/bench-flow
+	$(BIN)/python benchmarks/publish.py out/bench out/bench-flow
 
 wallclock: install ## times what skipped evaluations save at real size; needs a GPU
 	$(BIN)/python benchmarks/wallclock.py
