@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_guidance.forecast import forecast
-from diffusers_guidance.pipelines.attach.rows import mapped
+from diffusers_guidance.pipelines.attach.trees import mapped
 
 
 @dataclass

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.output import prediction
 from diffusers_guidance.pipelines.attach.processors import Processors
 from diffusers_guidance.pipelines.attach.remembered import Trial, keep, key, recall
 from diffusers_guidance.pipelines.attach.residual import exact
 from diffusers_guidance.pipelines.attach.state import Watch
+from diffusers_guidance.pipelines.attach.trees import copied, shapes, tensors
 
 
 class Made(NamedTuple):
@@ -113,7 +115,7 @@ class Cut:
         try:
             with self.processors.for_two() if len(index) < rows else nullcontext():
                 output = call(*part_args, **part_kwargs)
-            y = batch.prediction(output)
+            y = prediction(output)
             if y is not None and shape is not None and y.shape[0] * rows != shape[0] * len(index):
                 raise Misfit(f"{len(index)} rows were sent, and {y.shape[0]} came back")
             if self.watch.found and not found:
@@ -164,11 +166,11 @@ class Cut:
             return "its hooks keep state: the batch is left whole"
         if not cuts or n * groups == 1:
             return ""
-        shapes = batch.doubts((one.args, dict(one.kwargs)), n * groups, groups)
-        shapes += [name for name, value in one.kwargs.items() if "cache" in name and value is not None]
+        unclear = batch.doubts((one.args, dict(one.kwargs)), n * groups, groups)
+        unclear += [name for name, value in one.kwargs.items() if "cache" in name and value is not None]
         third = ["its third branch"] if groups > 2 else []  # it may need all branches to be there
         across = [*self.watch.takes_part] or ["its attention processors"] * self.processors.look_across
-        names = [*shapes, *third, *across]
+        names = [*unclear, *third, *across]
         if not names:
             return ""
         why = f"because of {', '.join(names)}"
@@ -184,7 +186,7 @@ class Cut:
         if is_ours and (before := recall(self.module, of)) is not None:
             self.reading, self.whole, self.splits, self.known, note = before
             return self.whole or note
-        note = self._try(formula, one, alone, _TRIALS if shapes else 1, why)
+        note = self._try(formula, one, alone, _TRIALS if unclear else 1, why)
         if is_ours and not self.watch.found:
             again = note.replace("was tried", "was tried before")
             keep(self.module, of, Trial(self.reading, self.whole, self.splits, self.known, again))
@@ -260,7 +262,7 @@ class Cut:
     def _fits(self, made: Made, rows: int, index: list[int]) -> bool:
         """Whether the rows `index` alone give what they gave as a part of the whole; leaves no trace."""
         self.nfe += len(index)
-        whole, part = (batch.prediction(output) for output in (made.output, self._part(made, rows, index)))
+        whole, part = (prediction(output) for output in (made.output, self._part(made, rows, index)))
         if not _close(part, batch.take(whole, rows, index, OUTPUT)):
             return False
         self.known |= {len(index)}
@@ -276,8 +278,8 @@ class Cut:
     def _tried(self, made: Made, call: Callable[[], Any]) -> Any:
         """A copy of what a trial of the call gives, or None for a misfit; random numbers stay what they are."""
         try:
-            with torch.random.fork_rng(list({t.device for t in batch.tensors(made.output) if t.device.type == "cuda"})):
-                return batch.copied(call())
+            with torch.random.fork_rng(list({t.device for t in tensors(made.output) if t.device.type == "cuda"})):
+                return copied(call())
         except Exception as error:
             if not self.is_misfit(error):
                 raise
@@ -290,7 +292,7 @@ def readings(made: Made, rows: int, index: list[int]) -> list[batch.Reading]:
     # A network that takes its samples as a list takes everything else as one.
     likely = [r for r in batch.READINGS if r.elements] if isinstance(batch.sample(made.args, made.kwargs), list) else []
     for reading in (*likely, *batch.READINGS):
-        found.setdefault(tuple(batch.shapes(batch.take((made.args, dict(made.kwargs)), rows, index, reading))), reading)
+        found.setdefault(tuple(shapes(batch.take((made.args, dict(made.kwargs)), rows, index, reading))), reading)
     return list(found.values())
 
 
@@ -303,4 +305,4 @@ def _close(tree: Any, other: Any) -> bool:
         same = (a == b) | (a.isnan() & b.isnan())
         return bool((a - b).masked_fill(same, 0).norm() <= allowed * b.nan_to_num(0, 0, 0).norm())
 
-    return batch.shapes(tree) == batch.shapes(other) and all(map(close, batch.tensors(tree), batch.tensors(other)))
+    return shapes(tree) == shapes(other) and all(map(close, tensors(tree), tensors(other)))

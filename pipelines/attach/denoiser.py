@@ -16,6 +16,8 @@ from diffusers_guidance.pipelines.attach.beside import Beside
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.cut import OUTPUT, Cut, Made, Misfit
 from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.output import merged, prediction, puts_out_more, with_prediction
+from diffusers_guidance.pipelines.attach.trees import copied, shapes, tensors
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.steps import Action, Decision, Plan, Step
 
@@ -205,8 +207,8 @@ class Denoiser:
         """Calls since the last step; of a network that has no part in guidance, if they look like a loop's."""
         if self.formula is not None:
             return len(self.outputs) + len(self.strays)
-        shapes = [(batch.sample(each.args, each.kwargs), batch.prediction(each.output)) for each in self.inputs]
-        alike = [x for x, y in shapes if isinstance(x, Tensor) and y is not None and _same_kind(x, y)]
+        pairs = [(batch.sample(each.args, each.kwargs), prediction(each.output)) for each in self.inputs]
+        alike = [x for x, y in pairs if isinstance(x, Tensor) and y is not None and _same_kind(x, y)]
         return len(alike) if len(alike) > 1 else 0
 
     @property
@@ -235,7 +237,7 @@ class Denoiser:
         if self.skipped is None:
             return None
         self._open()
-        y = batch.prediction(self.skipped())
+        y = prediction(self.skipped())
         self.skipped = None
         if y is not None:
             self.nfe += len(y)
@@ -384,16 +386,16 @@ class Denoiser:
 
     def _run_whole(self, call: Callable, args: tuple, kwargs: dict, asked: int, tried: int = 0) -> Any:
         output = call(*args, **kwargs)
-        y = batch.prediction(output)
+        y = prediction(output)
         if y is None:
             self.cut.leave_whole(f"{self.name} is also called for something else than a prediction")
         if not self.outputs:
             self.sample_shape = batch.sample_shape(args, kwargs)
         if self._keeps_more:
-            self.beside.see(batch.copied(output))
+            self.beside.see(copied(output))
         # Where nothing is guided, guidance may begin at any step.
         if self.formula is None or self.formula.evaluations == 1 or (y is not None and y.shape != self.shape):
-            self.inputs.append(Made(call, args, kwargs, batch.copied(output)))
+            self.inputs.append(Made(call, args, kwargs, copied(output)))
         self._note(y, tried + asked, asked)
         return output
 
@@ -413,23 +415,23 @@ class Denoiser:
             self.handed = y
             self._note(y, 0, len(y))
             beside = self.beside.at(self.step.index, branch) if self.puts_out_more else None
-            return batch.with_prediction(self._template(branch, len(y)) if beside is None else beside, y)
+            return with_prediction(self._template(branch, len(y)) if beside is None else beside, y)
         cond, uncond = self.engine.both(self.step)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
         y = formula.layout.apply(branches)[branch].clone()
         self._note(y, 0, len(y))
-        return batch.with_prediction(self.template, y)
+        return with_prediction(self.template, y)
 
     def _run_unneeded(self, formula: Formula, place: int) -> Any:
         """A further call on what hangs on the unconditional branch, which no sample has at this step."""
         cond = formula.layout.invert(self.outputs)[formula.cond_index].clone()
         self._note(cond, 0, len(cond))
-        return batch.with_prediction(self._template(place, len(cond)), cond)
+        return with_prediction(self._template(place, len(cond)), cond)
 
     def _template(self, call: int, rows: int) -> Any:
         """Any output of so many rows, for its structure."""
         found = self.templates[min(call, len(self.templates) - 1)]
-        made = batch.prediction(found)
+        made = prediction(found)
         assert made is not None
         return found if len(made) == rows else batch.take(found, len(made), list(range(rows)), OUTPUT)
 
@@ -439,9 +441,9 @@ class Denoiser:
         self._open()
         made, self.skipped = self.skipped, None
         output = made()
-        y = batch.prediction(output)
+        y = prediction(output)
         assert y is not None
-        self.inputs.append(Made(made.func, made.args, made.keywords, batch.copied(output)))
+        self.inputs.append(Made(made.func, made.args, made.keywords, copied(output)))
         self.handed.copy_(y)
         self.outputs[-1] = y.clone()
         self.nfe += len(y)
@@ -463,7 +465,7 @@ class Denoiser:
         except Exception as error:
             return self._give_up(error, call, args, kwargs, total, len(kept))
         output = batch.take(part, len(kept), source, OUTPUT)
-        y = batch.prediction(output)
+        y = prediction(output)
         assert y is not None
         if y.shape != self.shape:  # a callback has made the samples larger, say
             return self._run_whole(call, args, kwargs, total, len(kept))
@@ -475,7 +477,7 @@ class Denoiser:
             (y,) = formula.layout.apply(filled)
             if self.puts_out_more:
                 output = self.beside.held(output, self._guessed(formula))
-            output = batch.with_prediction(output, y)
+            output = with_prediction(output, y)
         self._note(y, len(kept), total)
         return output
 
@@ -500,7 +502,7 @@ class Denoiser:
             if not self.outputs:  # it is on another batch than the one that is known
                 return output
             *before, cond = self.outputs
-            self.given = batch.copied(output)
+            self.given = copied(output)
             for i, waiting in self.blanks.items():  # unconditional calls that came first wait for this one
                 self.outputs[i] = self._filled(cond, before[i])
                 waiting.copy_(self.outputs[i])
@@ -515,17 +517,17 @@ class Denoiser:
                 return self._give_up(error, call, args, kwargs, n, len(wanted))
             place = {row: i for i, row in enumerate(wanted)}
             part = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], OUTPUT)
-            output, uncond = batch.merged(self.evaluates, part, output), batch.prediction(part)
+            output, uncond = merged(self.evaluates, part, output), prediction(part)
         if self.given is not None:
             cond = self.outputs[formula.cond_index]
             filled = self._filled(cond, uncond)
         else:
-            blank = batch.prediction(output)
+            blank = prediction(output)
             assert blank is not None
             filled = blank.clone()  # its skipped rows are filled in place once the conditional call is made
             self.blanks[len(self.outputs)] = filled
         self._note(filled, len(wanted), n)
-        return batch.with_prediction(output, filled)
+        return with_prediction(output, filled)
 
     @property
     def template(self) -> Any:
@@ -547,16 +549,16 @@ class Denoiser:
         expected = [asked == rows for rows in self.rows_ahead[place : place + 1]]
         if leader.skips and not self.cut.whole and expected == [True]:
             leader.follower_cut = True
-            return batch.copied(self.templates[place])
+            return copied(self.templates[place])
         if not self.is_cut or self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
             output = call(*args, **kwargs)
             if asked != total:  # the leader's batch may be another one from now on
-                self.inputs.append(Made(call, args, kwargs, batch.copied(output)))
+                self.inputs.append(Made(call, args, kwargs, copied(output)))
             return output
         kept, source = _kept(formula, leader.evaluates)
         try:
             output = batch.take(self.cut.call(call, args, kwargs, total, kept, self.shape), len(kept), source)
-            if batch.shapes(output) != batch.shapes(self.template):
+            if shapes(output) != shapes(self.template):
                 raise Misfit(f"{self.name} puts out something else for a part of the batch")
         except Exception as error:
             if not self.cut.is_misfit(error):
@@ -572,13 +574,13 @@ class Denoiser:
             raise error
         self.cut.give_up(error, tried)
         output = call(*args, **kwargs)
-        self._note(batch.prediction(output), tried + rows, rows)
+        self._note(prediction(output), tried + rows, rows)
         return output
 
-    def _note(self, prediction: Tensor | None, evaluated: int, asked: int) -> None:
-        if prediction is not None:
-            own = self.formula is None or prediction.shape == self.shape or self.outputs
-            (self.outputs if own else self.strays).append(prediction.clone())
+    def _note(self, made: Tensor | None, evaluated: int, asked: int) -> None:
+        if made is not None:
+            own = self.formula is None or made.shape == self.shape or self.outputs
+            (self.outputs if own else self.strays).append(made.clone())
         self.nfe += evaluated
         self.nfe_full += asked
 
@@ -586,7 +588,7 @@ class Denoiser:
         """On the identifying step: finds out what can be skipped; see `Cut.find_out`."""
         assert self.formula is not None
         self.templates = [each.output for each in self.inputs]
-        self.puts_out_more = batch.puts_out_more(self.template)
+        self.puts_out_more = puts_out_more(self.template)
         if self._keeps_more:
             self.beside.now = [*self.templates]
         self.cuts, before = cuts, self.cut.nfe
@@ -614,14 +616,14 @@ class Denoiser:
         alike = [x for x in own if isinstance(x, Tensor)]
         alike += [x[: self.formula.rows] for x in alike if self.formula is not None]  # guess mode: one branch's alone
         alike += [x.transpose(1, 2).flatten(0, 1) for x in alike if x.ndim == 5]
-        given = [*batch.tensors((made.args, made.kwargs))]
+        given = [*tensors((made.args, made.kwargs))]
         return any(x.shape == t.shape and torch.equal(x, t) for x in alike for t in given)
 
 
 def _emptied(output: Any) -> Any:
     """An output without its prediction's numbers, which are replaced wherever it serves as a template."""
-    y = batch.prediction(output)
-    return output if y is None else batch.with_prediction(output, y.new_zeros(()).expand(y.shape))
+    y = prediction(output)
+    return output if y is None else with_prediction(output, y.new_zeros(()).expand(y.shape))
 
 
 def _kept(formula: Formula, evaluates: list[bool]) -> tuple[list[int], list[int]]:

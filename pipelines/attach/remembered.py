@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from diffusers_guidance.pipelines.attach import rows as batch
+from diffusers_guidance.pipelines.attach.rows import Reading
+from diffusers_guidance.pipelines.attach.trees import leaves
 
 _MOST = 64
 """Trials kept of one network; the oldest go first."""
@@ -20,7 +21,7 @@ _MOST = 64
 class Trial(NamedTuple):
     """What a trial has told; the fields are those of `cut.Cut`, and the report's note."""
 
-    reading: batch.Reading
+    reading: Reading
     whole: str
     splits: bool
     known: frozenset[int]
@@ -38,7 +39,7 @@ def key(args: tuple, kwargs: dict, *about: Hashable) -> Hashable:
             return tuple(leaf.shape), str(leaf.dtype)
         return leaf if isinstance(leaf, int | str | bool | None) else type(leaf).__name__
 
-    return (*about, tuple((path, told(leaf)) for path, leaf in batch.leaves((args, kwargs))))
+    return (*about, tuple((path, told(leaf)) for path, leaf in leaves((args, kwargs))))
 
 
 def recall(module: nn.Module, of: Hashable) -> Trial | None:

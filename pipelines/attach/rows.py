@@ -1,20 +1,18 @@
-"""Taking some samples out of a denoiser call, and putting its output back together.
+"""The rows of a denoiser's call: how many there are, and taking some of them out.
 
 A call's arguments are a tree of tuples, lists, dicts and tensors. An argument with one entry per row of the batch is
 cut (tensors along their first dimension), and all others are passed on. Some shapes do not tell whether to cut. Then a
 `Reading` decides: `doubts` names these arguments, and a trial finds the right reading.
 """
 
-import itertools
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusers_guidance.steps import pick
+from diffusers_guidance.pipelines.attach.trees import leaves, like
 
 _POSITIONAL = re.compile(r"rope|rotary|freqs|coords|grid|position|_ids$|_shapes$")
 
@@ -90,35 +88,10 @@ def take(tree: Any, rows: int, index: list[int], reading: Reading = READINGS[0],
             return _select(tree.unflatten(0, (rows, -1)), index).flatten(0, 1)
         return tree
     if isinstance(tree, dict):
-        return _like(tree, {key: take(value, rows, index, reading, str(key)) for key, value in tree.items()})
+        return like(tree, {key: take(value, rows, index, reading, str(key)) for key, value in tree.items()})
     if isinstance(tree, list | tuple):
-        return _like(tree, [take(value, rows, index, reading, name) for value in tree])
+        return like(tree, [take(value, rows, index, reading, name) for value in tree])
     return tree
-
-
-def _like(tree: Any, parts: Any) -> Any:
-    """A tree of the same kind, with other parts."""
-    if isinstance(tree, dict):
-        return parts if type(tree) is dict else type(tree)(**parts)
-    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-
-
-def mapped(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """The tree with `function` of each leaf, and of the same leaf of `others`, trees of its kind."""
-    if isinstance(tree, dict):
-        return _like(tree, {key: mapped(function, tree[key], *(each[key] for each in others)) for key in tree})
-    if isinstance(tree, list | tuple):
-        return _like(tree, [mapped(function, *each) for each in zip(tree, *others, strict=True)])
-    return function(tree, *others)
-
-
-def leaves(tree: Any, path: str = "", is_leaf: Callable[[str, Any], bool] | None = None) -> Iterator[tuple[str, Any]]:
-    """All that a tree holds, by its place in it; what `is_leaf` says so of is not opened."""
-    if isinstance(tree, dict | list | tuple) and not (is_leaf is not None and is_leaf(path, tree)):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(value, f"{path}.{key}", is_leaf)
-    else:
-        yield path, tree
 
 
 def _select(tensor: Tensor, index: list[int]) -> Tensor:
@@ -157,73 +130,6 @@ def doubts(tree: Any, rows: int, groups: int) -> list[str]:
     return list(dict.fromkeys(name for name, value in named if open_question(name, value)))
 
 
-def prediction(output: Any) -> Tensor | None:
-    """The first tensor of a denoiser's output; a list with one tensor per sample comes as a batch."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    if isinstance(output, list) and output and all(isinstance(v, Tensor) for v in output):
-        return torch.stack(output) if len({v.shape for v in output}) == 1 else None
-    if isinstance(output, list | tuple) and output:
-        return prediction(output[0])
-    return None
-
-
-def puts_out_more(output: Any) -> bool:
-    """Whether a denoiser's output holds another tensor of numbers beside its prediction.
-
-    A cache does not count: it is nested deeper than another prediction would be.
-    """
-    parts = tuple(output.values()) if isinstance(output, dict) else output
-    if isinstance(parts, tuple | list) and len(parts) == 1 and isinstance(parts[0], tuple | list | dict):
-        return puts_out_more(parts[0])
-    beside = parts[1:] if isinstance(parts, tuple) else ()
-    shallow = [each.values() if isinstance(each, dict) else each for each in beside if isinstance(each, list | dict)]
-    return any(isinstance(each, Tensor) for each in (*beside, *itertools.chain(*shallow)))
-
-
-def copied(tree: Any) -> Any:
-    """The same numbers in memory of their own: a network may use its output again, and empty its arguments."""
-    return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
-
-
-def merged(chosen: list[bool], there: Any, otherwise: Any) -> Any:
-    """Row by row of two outputs of one kind: `there` where chosen, else `otherwise`."""
-    if isinstance(there, Tensor):
-        fits = isinstance(otherwise, Tensor) and there.shape == otherwise.shape and leads(there, len(chosen))
-        return pick(chosen, there, otherwise) if fits else there
-    if isinstance(there, dict) and isinstance(otherwise, dict):
-        return _like(there, {key: merged(chosen, value, otherwise.get(key)) for key, value in there.items()})
-    if isinstance(there, tuple) and isinstance(otherwise, tuple) and len(there) == len(otherwise):
-        return _like(there, [merged(chosen, a, b) for a, b in zip(there, otherwise, strict=True)])
-    if isinstance(there, list) and isinstance(otherwise, list) and len(there) == len(otherwise) == len(chosen):
-        return [a if was else b for was, a, b in zip(chosen, there, otherwise, strict=True)]
-    return there
-
-
-def named(tree: Any) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a tree, by their place in it."""
-    return ((path, leaf) for path, leaf in leaves(tree) if isinstance(leaf, Tensor))
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors of a tree."""
-    return (tensor for _, tensor in named(tree))
-
-
-def with_prediction(output: Any, value: Tensor) -> Any:
-    """`output` again, with `value` as its first tensor."""
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, dict):
-        first, *others = output.items()
-        return _like(output, {first[0]: with_prediction(first[1], value), **dict(others)})
-    if isinstance(output, list) and output and all(isinstance(v, Tensor) for v in output):
-        return list(value.unbind(0))
-    return _like(output, [with_prediction(output[0], value), *output[1:]])
-
-
 def sample(args: tuple, kwargs: dict) -> Tensor | list[Tensor] | None:
     """The first argument of a denoiser call that has rows; if there is none, the timestep, one or one per row."""
 
@@ -246,8 +152,3 @@ def count(args: tuple, kwargs: dict) -> int:
     """How many rows a denoiser call is about."""
     found = sample(args, kwargs)
     return 0 if found is None else len(found)
-
-
-def shapes(tree: Any) -> list[torch.Size]:
-    """Of all tensors of a tree."""
-    return [tensor.shape for tensor in tensors(tree)]

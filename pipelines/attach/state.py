@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffusers_guidance.pipelines.attach.foreign import Finds, Foreign, scan
 from diffusers_guidance.pipelines.attach.memory import Memory, address, changes, fill, held, is_among, total
-from diffusers_guidance.pipelines.attach.rows import leaves, tensors
+from diffusers_guidance.pipelines.attach.trees import leaves, tensors
 
 _TOLERANT = ("diffusers.hooks.first_block_cache", "diffusers.hooks.text_kv_cache")
 """Hooks that keep tensors by cache context and do not count calls: one half's calls may be skipped."""

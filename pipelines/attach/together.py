@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
+from diffusers_guidance.pipelines.attach.output import prediction, with_prediction
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Part:
         return self.length == self.whole
 
     def of(self, output: Any) -> Any:
-        y = None if self.is_all else batch.prediction(output)
-        return output if y is None else batch.with_prediction(output, y.narrow(self.dim, self.start, self.length))
+        y = None if self.is_all else prediction(output)
+        return output if y is None else with_prediction(output, y.narrow(self.dim, self.start, self.length))
 
     def called(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
         """What it is of a call's output."""
@@ -52,14 +52,14 @@ class Part:
         for whole, found in seen:
             if output is found:  # untouched
                 return whole
-        y = batch.prediction(output)
+        y = prediction(output)
         if y is None or y.shape[self.dim] != self.length:
             return output
         shape = [*y.shape]
         shape[self.dim] = self.whole
         made = y.new_zeros(shape)
         made.narrow(self.dim, self.start, self.length).copy_(y)
-        return batch.with_prediction(output, made)
+        return with_prediction(output, made)
 
 
 @dataclass

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.rows import folded, leads, named
+from diffusers_guidance.pipelines.attach.rows import folded, leads
+from diffusers_guidance.pipelines.attach.trees import named
 
 Inputs = dict[str, Tensor]
 """The tensors among a call's arguments, by their place, or a branch's part of them."""

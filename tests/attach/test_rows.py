@@ -12,19 +12,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_guidance.pipelines.attach.rows import (
-    READINGS,
-    Reading,
-    copied,
-    doubts,
-    merged,
-    pick,
-    prediction,
-    puts_out_more,
-    take,
-    with_prediction,
-)
+from diffusers_guidance.pipelines.attach.output import merged, prediction, puts_out_more, with_prediction
+from diffusers_guidance.pipelines.attach.rows import READINGS, Reading, doubts, take
 from diffusers_guidance.pipelines.attach.told import carries, marks
+from diffusers_guidance.pipelines.attach.trees import copied
+from diffusers_guidance.steps import pick
 
 
 class Pair(NamedTuple):
