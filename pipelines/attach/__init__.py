@@ -9,6 +9,7 @@ A prediction's way, from the network to the scheduler, in the order to read it:
     denoiser                a network's call: which rows are evaluated, and what stands in for the others
       together              several networks that make a step's predictions, followed as one
       cut, rows             a part of a batch on its own: taken from a call, and tried; `remembered` for later calls
+      output, trees         the prediction in what a network puts out; what it puts out and what it takes, as trees
       told                  which branch a call is for, by its arguments
       beside                what a network gives beside its prediction: a video's sound
       processors            its attention processors: perturbed ones, and what its pipeline reads off them
@@ -24,7 +25,7 @@ A prediction's way, from the network to the scheduler, in the order to read it:
     guidance/engine.py      the rule combines, the policy fills in, forecasts and plans the next step
     fused                   guidance and the scheduler's step in one
 
-Beside that way: `company` refuses what was not seen in full, `schedulers` reads `Space`s off a diffusers scheduler,
-`fingerprint` says what a calibration was made for, and `guider` meets loops that ask a guider of diffusers instead,
-around another, `inner`, if they have one.
+Beside that way: `company` refuses what was not seen in full, `schedulers` reads `Space`s off a diffusers scheduler and
+`solver` off its steps, `fingerprint` says what a calibration was made for, and `guider` meets loops that ask a guider of
+diffusers instead, around another, `inner`, if they have one.
 """
