@@ -1,6 +1,7 @@
 """The house: what imports what, read from the sources. Arrows point downwards only, and nothing goes in a circle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,3 +109,9 @@ def test_modules_are_imported_by_statements():
         or (isinstance(node, ast.Name) and node.id in ("__import__", "import_module"))
     }
     assert not tricks
+
+
+def test_the_map_of_attach_shows_every_file():
+    folder = f"{PACKAGE}.pipelines.attach"
+    words = set(re.findall(r"\w+", ast.get_docstring(TREES[folder]) or ""))
+    assert {name.rpartition(".")[2] for name in MODULES if name.startswith(f"{folder}.")} <= words
