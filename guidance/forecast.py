@@ -21,11 +21,13 @@ The same V says which steps to skip. If step j is skipped between two evaluated 
 its estimate from these two. The root of this variance moves the picture by gain_j. A power law is the same everywhere
 in a run, so for it
 
-    gain_j rho_j^(5/6) = (1 - rho' / rho) rho^(1/3)        (rho: noise over signal, a prime: at the next step)
+    (1 - rho' / rho) (rho- rho)^(5/12) / (rho + 1/10)^(1/2)
 
-stands for the gain, as in an Euler step, whatever the solver. This power of rho orders measured pictures best. Errors
-of neighbours add up, and errors of different gaps do not. So the error to minimise is the sum over all gaps of the
-squared sum within each gap; a shortest path finds its minimum.
+stands for the gain, as in an Euler step, whatever the solver (rho: noise over signal; rho- at the step before, rho' at
+the next one). Predictions move faster where there is more noise: from step to step, as at the mean of both levels. And
+later steps correct more of an error there. These numbers order measured pictures best. Errors of neighbours add up, and
+errors of different gaps do not. So the error to minimise is the sum over all gaps of the squared sum within each gap; a
+shortest path finds its minimum. A run may end with a gap, which nothing repays.
 """
 
 import math
@@ -46,6 +48,9 @@ UNMEASURED = PowerLaw()
 
 PAYS = 0.05
 """By which share the predicted error has to fall before a pattern skips one more step in a row than it must."""
+
+CORRECTED = 0.1
+"""The noise over signal below which later steps correct little of an error any more."""
 
 _HOST: dict = {"dtype": torch.float64, "device": "cpu"}
 
@@ -254,10 +259,12 @@ def _shortest(weight: Tensor, evaluations: int, variogram: PowerLaw | Measured, 
 def weights(table: tuple[Space, ...], variogram: PowerLaw | Measured = UNMEASURED) -> Tensor:
     """(T,): for each step the squared gain of an error of its denoised prediction. If the variogram does not know how
     fast predictions move there, it is multiplied by a guess of that."""
-    gain = torch.tensor(_of_denoised(euler_gains(table), table), **_HOST).square()
+    gain = torch.tensor(_of_denoised(euler_gains(table), table), **_HOST)
     if variogram.is_measured:
-        return gain
+        return gain.square()
     rho = torch.tensor([space.noise / space.signal if space.signal else math.inf for space in table], **_HOST)
-    found = gain * rho ** (5 / 3)
-    # Pure noise has an unknown weight: it gets the largest one.
-    return torch.where(rho.isfinite(), found, float(found[rho.isfinite()].amax()) if rho.isfinite().any() else 1.0)
+    speed = (torch.cat([rho[:1], rho[:-1]]) * rho) ** (5 / 12)
+    found = (gain * speed).square() * rho / (rho + CORRECTED)  # the gain has rho^(-1/2)
+    # Next to pure noise the weight is unknown: it is the largest one.
+    known = found.isfinite()
+    return torch.where(known, found, float(found[known].amax()) if known.any() else 1.0)

@@ -35,7 +35,7 @@ def left(s: Any, table: tuple[Space, ...]) -> float:
         return 0.0
     after, now = float(found[1] / found[0]), last.noise / last.signal
     after = now if math.isclose(after, now, rel_tol=1e-4) else round(after, 6)
-    return after if 0 <= after <= now else 0.0
+    return max(0.0, after) if after <= now else 0.0
 
 
 def _probed(s: Any, run: Callable[[Any], Tensor]) -> Tensor | None:
