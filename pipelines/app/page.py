@@ -411,7 +411,8 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
         try:
             form = controls.read(values)
         except ValueError as error:
-            return {status: app_show.note(str(error)), run: gr.update(interactive=False), **downloads}
+            said = {status: app_show.note(str(error)), grid: app_show.empty("There is no grid of this choice.")}
+            return {**said, run: gr.update(interactive=False), **downloads}
         return {
             status: app_show.note(_planned(form.count)),
             grid: app_show.grid_html(form, []),

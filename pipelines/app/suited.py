@@ -27,8 +27,8 @@ class Suited:
 
 
 _KNOWN = {
-    "emoji": Suited(apg=APG.preset("emoji"), alone="Here neither of the two takes the burn out alone."),
-    "emoji-flow": Suited(apg=APG.preset("emoji-flow"), alone="Here APG takes the burn out alone too, AG does not."),
+    "emoji": Suited(apg=APG.preset("emoji"), alone="Here neither alone takes the burn out."),
+    "emoji-flow": Suited(apg=APG.preset("emoji-flow"), alone="Here APG alone takes the burn out. AG alone does not."),
 }
 
 
