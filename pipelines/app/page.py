@@ -131,6 +131,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
                 history = gr.Gallery(
                     label="Pictures of this visit", show_label=False, format="png", columns=6, height="auto", scale=5,
                     interactive=False, object_fit="contain", allow_preview=False, elem_id="history", buttons=[],
+                    min_width=280,
                 )  # fmt: skip
                 keep = gr.Button("Keep this one on the left", scale=1, min_width=120, size="sm")
             with gr.Accordion("Code that makes this picture", open=False):
