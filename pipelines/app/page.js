@@ -53,3 +53,7 @@ document.addEventListener("keydown", (event) => {
   next.focus();
   next.click();
 });
+// Gradio opens the list of a dropdown at any key, also at the Tab that leaves it: the list would stay open.
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
+}, true);

@@ -1,7 +1,9 @@
 """The page: its three tabs, and the endpoints of the same names for `gradio_client` and MCP."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,6 +14,7 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
+from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app import curve as app_curve
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
@@ -25,8 +28,10 @@ from diffusers_guidance.pipelines.app.controls import (
     relayed,
     reporting,
 )
+from diffusers_guidance.pipelines.app.device import Stopped
 from diffusers_guidance.pipelines.app.limits import SmallRequests
 from diffusers_guidance.pipelines.app.settings import (
+    BUNDLED,
     COMPARISONS,
     EXAMPLES,
     PRESETS,
@@ -53,7 +58,7 @@ VISITORS = 128
 REMEMBERED = 12
 """How many results of a visit are kept. A user can go back to them."""
 TURNS = 3
-"""How often the first two pictures of the page are made, to measure their seconds."""
+"""How often the first two pictures of the page are made. Those with the median ratio of the seconds are shown."""
 
 TO_RESULT = """() => {
     if (innerWidth < 900) document.getElementById("status").scrollIntoView({behavior: "smooth"});
@@ -61,16 +66,20 @@ TO_RESULT = """() => {
 """Scrolls to the result. If the page has one column, the result may be out of sight."""
 
 
-def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
-    """The whole page.
+Openings = dict[str, list[Outcome]]
+"""What the page opens with on each model (`welcomed`), by the model's name."""
 
-    Args:
-        welcome: whether the page opens with pictures, which are generated now.
-    """
-    opening = welcomed(studio) if welcome else []
+
+def build(studio: Studio, openings: Openings) -> gr.Blocks:
+    """The whole page. It looks into `openings` at each choice of a model: models may be added later."""
+    opening = openings.get(BUNDLED, [])
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(app_show.head(opening))
+        head = gr.HTML(app_show.head(opening, TURNS))
         model = choice_of_model(studio.models)
+        model.change(
+            lambda model: app_show.head(openings.get(model, []), TURNS), model, head,
+            queue=False, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
         with gr.Tab("Generate"):
             prompt = generate_tab(studio, page, model, opening[0] if opening else None)
         with gr.Tab("Compare") as tab:
@@ -80,11 +89,24 @@ def build(studio: Studio, welcome: bool = True) -> gr.Blocks:
     return page.queue(max_size=WAITING, api_open=False)
 
 
-def welcomed(studio: Studio) -> list[Outcome]:
+def welcomed(studio: Studio, model: str) -> list[Outcome]:
     """Makes what the page opens with: both uses beside plain CFG, on the same prompt and seed."""
-    finished(studio.generate(Generation(steps=2)))  # warms the model up before the times that are shown
-    first = finished(studio.generate(Generation(), turns=TURNS))
-    return [first, finished(studio.generate(Generation(**PRESETS["High scale without burn"].settings())))]
+
+    def made(preset: str) -> Outcome:
+        asked = {"prompt": suited(model).examples[0], "model": model} | PRESETS[preset].settings(model)
+        return finished(studio.generate(Generation(**asked)))
+
+    finished(studio.generate(Generation(steps=2, model=model)))  # warms the model up before the times that are shown
+    turns = [made(next(iter(PRESETS))) for _ in range(TURNS)]
+    return [sorted(turns, key=lambda each: each.ratio or 0.0)[TURNS // 2], made("High scale without burn")]
+
+
+def _open_others(studio: Studio, openings: Openings) -> None:
+    """Adds the openings of the other bundled models, while the page is up. A visitor's work goes between theirs."""
+    with suppress(Stopped):  # the page ends
+        for model in samples.models():
+            if model not in openings:
+                openings[model] = welcomed(studio, model)
 
 
 # Generate
@@ -109,6 +131,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
                 history = gr.Gallery(
                     label="Pictures of this visit", show_label=False, format="png", columns=6, height="auto", scale=5,
                     interactive=False, object_fit="contain", allow_preview=False, elem_id="history", buttons=[],
+                    min_width=280,
                 )  # fmt: skip
                 keep = gr.Button("Keep this one on the left", scale=1, min_width=120, size="sm")
             with gr.Accordion("Code that makes this picture", open=False):
@@ -129,7 +152,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
                 controls.add("steps", "scheduler", "batch_size", "schedule")
                 _draw_the_schedule(controls)
                 with gr.Row():
-                    controls.add("width", "height", min_width=120)
+                    controls.add("width", "height", min_width=160)
                 gr.HTML(app_show.picture_file(), padding=False)
             with gr.Accordion("Rule and policy", open=False):
                 told = {}
@@ -273,6 +296,7 @@ def _said(outcome: Outcome) -> str:
     asked = outcome.settings
     seeds = f"Seeds {asked.seeds[0]} to {asked.seeds[-1]}" if asked.batch_size > 1 else f"Seed {asked.seed}"
     said = f"{seeds} · {outcome.guided.name} · scale {text(asked.scale)} · {counted(asked.steps_made, 'step')}"
+    said += f" · {asked.model}"
     return app_show.note(said, asked.address, outcome.unread, outcome.lesson)
 
 
@@ -388,7 +412,8 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
         try:
             form = controls.read(values)
         except ValueError as error:
-            return {status: app_show.note(str(error)), run: gr.update(interactive=False), **downloads}
+            said = {status: app_show.note(str(error)), grid: app_show.empty("There is no grid of this choice.")}
+            return {**said, run: gr.update(interactive=False), **downloads}
         return {
             status: app_show.note(_planned(form.count)),
             grid: app_show.grid_html(form, []),
@@ -549,9 +574,14 @@ def launch(
     share: bool = False,
     welcome: bool = True,
 ) -> tuple[gr.Blocks, Studio]:
-    """Builds the page and serves it from its own thread, at `page.local_url`."""
+    """Builds the page and serves it from its own thread, at `page.local_url`.
+
+    Args:
+        welcome: whether the page opens with pictures: of the first model from the start, of the others soon after.
+    """
     studio = Studio(allow_models)
-    page = build(studio, welcome)
+    openings = {BUNDLED: welcomed(studio, BUNDLED)} if welcome else {}
+    page = build(studio, openings)
     tools = []
     if mcp:
         from diffusers_guidance.pipelines.app.tools import Served, make_server
@@ -576,6 +606,8 @@ def launch(
         head=f"<script>{Path(__file__).with_name('page.js').read_text(encoding='utf-8')}</script>",
         theme=theme(),
     )
+    if welcome:
+        threading.Thread(target=_open_others, args=(studio, openings), name="openings", daemon=True).start()
     return page, studio
 
 

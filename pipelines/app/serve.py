@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def serve(
-    port: Annotated[int, typer.Option(envvar="GRADIO_SERVER_PORT", min=1, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(envvar="GRADIO_SERVER_PORT", min=1, max=65535, help="Where it listens.")] = 7860,
     host: Annotated[
         str, typer.Option(envvar="GRADIO_SERVER_NAME", help="0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",

@@ -19,12 +19,17 @@ class Suited:
     """A scale at which CFG burns."""
     apg: APG = field(default_factory=APG)
     """APG's settings at the high scale."""
+    alone: str = ""
+    """A sentence: whether APG and AG take the burn out by themselves (docs/models.md)."""
     examples: tuple[str, ...] = ("a dog face, noto style", "a hamburger, 3d style", "a red apple, flat style",
                                  "a pizza, noto style", "a cat face, noto style", "a rocket, noto style")  # fmt: skip
     """Prompts to start from."""
 
 
-_KNOWN = {"emoji": Suited(apg=APG.preset("emoji")), "emoji-flow": Suited(apg=APG.preset("emoji-flow"))}
+_KNOWN = {
+    "emoji": Suited(apg=APG.preset("emoji"), alone="Here neither alone takes the burn out."),
+    "emoji-flow": Suited(apg=APG.preset("emoji-flow"), alone="Here APG alone takes the burn out. AG alone does not."),
+}
 
 
 def suited(model: str) -> Suited:

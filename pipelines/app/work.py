@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 import re
-import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -90,8 +89,6 @@ class Outcome:
     guided: Result
     plain: Result | None
     code: str
-    ratios: list[float] = field(default_factory=list)
-    """For each turn, the seconds over those of plain CFG."""
     learned: Learned | None = None
     """What Forecast has learned after this run, if it learns."""
     strengths: dict[int, list[float]] = field(default_factory=dict)
@@ -112,8 +109,8 @@ class Outcome:
 
     @property
     def ratio(self) -> float | None:
-        """The median of `ratios`."""
-        return statistics.median(self.ratios) if self.ratios else None
+        """The seconds over those of plain CFG."""
+        return self.guided.seconds / self.plain.seconds if self.plain else None
 
     @property
     def lesson(self) -> str:
@@ -151,14 +148,11 @@ def _measured(result: Result) -> dict[str, Any]:
     return {name: getattr(result, name) for name in names}
 
 
-def generate(
-    pipe: DiffusionPipeline, settings: Generation, tell: Tell, learned: Learned | None = None, turns: int = 1
-) -> Outcome:
+def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell, learned: Learned | None = None) -> Outcome:
     """Runs the pipeline under the chosen rule and policy. If the settings ask for that, it also runs plain CFG.
 
     Args:
         learned: what Forecast has learned so far. If it is of another model, it is not used.
-        turns: how often to make both, in turns. More turns give a better ratio of the seconds on a busy machine.
     """
     plain_pair = CFG(), EveryStep()
     learned = learned if learned is not None and learned.model == settings.model else None
@@ -174,14 +168,9 @@ def generate(
 
         name = f"{settings.rule} + {settings.policy}{estimates(pair[1])}"
         guided = _take(pipe, settings, name, *pair, tell, measure)
-        plain, ratios = None, []
+        plain = None
         if settings.compare_with_plain and (pair != plain_pair or settings.steps_made != settings.steps):
             plain = _take(pipe, settings, "Plain CFG", *plain_pair, tell)
-            ratios = [guided.seconds / plain.seconds]
-            for _ in range(turns - 1):
-                again = _take(pipe, settings, f"{name}, again for its seconds", *pair, tell)
-                beside = _take(pipe, settings, "Plain CFG, again for its seconds", *plain_pair, tell)
-                ratios.append(again.seconds / beside.seconds)
     for result in filter(None, (guided, plain)):
         for seed, picture in zip(settings.seeds, result.pictures, strict=True):
             made = settings.values() | {"seed": seed, "batch_size": 1}
@@ -196,7 +185,7 @@ def generate(
         before = [] if learned is None else learned.lessons
         learned = Learned(settings.model, guided.calibration, [*before, settings])
     return Outcome(
-        settings, guided, plain, code, ratios, learned if learns else None,
+        settings, guided, plain, code, learned if learns else None,
         strengths, unread(pipe, settings.prompt), likeness,
     )  # fmt: skip
 
@@ -551,10 +540,8 @@ class Studio:
         self.models = Models(allow_models)
         self.device = Device()
 
-    def generate(
-        self, settings: Generation, learned: Learned | None = None, turns: int = 1
-    ) -> Generator[News, None, Outcome]:
-        return self._run(generate, settings.settled(), learned, turns)
+    def generate(self, settings: Generation, learned: Learned | None = None) -> Generator[News, None, Outcome]:
+        return self._run(generate, settings.settled(), learned)
 
     def compare(self, grid: Grid) -> Generator[News, None, Comparison]:
         return self._run(compare_grid, grid)

@@ -72,7 +72,7 @@ def calibration_file(name: str, beside: Path | None = Path()) -> Path:
         return file
     if name in bundled_calibrations():
         return samples.CALIBRATIONS / f"{name}.safetensors"
-    raise ValueError(f"calibration={name!r}: no such file; the bundled model has {', '.join(bundled_calibrations())}")
+    raise ValueError(f"calibration={name!r}: no such file; the bundled ones are {', '.join(bundled_calibrations())}")
 
 
 def bundled_calibrations() -> list[str]:

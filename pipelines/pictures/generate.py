@@ -67,7 +67,9 @@ def jobs_of(given: str) -> list[Job]:
         if text.lstrip().startswith("{") or file.suffix in (".json", ".jsonl"):
             return read_jobs(file)
         return [Job(f"{number:06}", prompt) for number, prompt in enumerate(read_lines(file))]
-    if not given.strip() or file.suffix in (".json", ".jsonl", ".txt", ".csv") or given.startswith(("/", "./", "~")):
+    if not given.strip():
+        raise ValueError("the prompt is empty: say what the picture should show, or give a file of prompts")
+    if file.suffix in (".json", ".jsonl", ".txt", ".csv") or given.startswith(("/", "./", "~")):
         raise ValueError(f"{given!r}: there is no such file; give a prompt, or a file of prompts or JSON lines")
     words = "-".join(re.findall(r"[a-z0-9]+", given.lower()))[:60].rstrip("-")
     return [Job(words or f"picture-{hashlib.sha256(given.encode()).hexdigest()[:8]}", given)]

@@ -31,7 +31,7 @@ def bench_command(
 ) -> None:
     """Measure what rules and policies save on a model, in evaluations and seconds, and what that costs in quality.
 
-    The same command resumes an interrupted benchmark.
+    If it is stopped, the same command goes on. OUT keeps what is done until then.
     """
     with reporting(goes_on=True) as progress, _cluster(ray, ray_address):
         from diffusers_guidance.pipelines.bench import report as bench_report
@@ -67,7 +67,7 @@ def generate_command(
     own: With = None,
     model: Model = MODEL,
     scheduler: Scheduler = None,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
     scale: Annotated[float, typer.Option(min=0, help="Guidance scale, if --column names none.")] = 5.0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 4,
     best_of: Annotated[
@@ -81,7 +81,10 @@ def generate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Make a picture for a prompt, or one for every line of a file, with its settings. The same command resumes."""
+    """Make a picture for a prompt, or one for every line of a file, with its settings.
+
+    If it is stopped, the same command goes on. It makes only the pictures that are not in OUT.
+    """
     with reporting(goes_on=True) as progress, _cluster(ray, ray_address):
         from diffusers_guidance.pipelines.pictures.generate import generate, jobs_of
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from diffusers_guidance.policies import Schedule
 
 Prompts = Annotated[Path, typer.Option(help="Text file, one prompt a line.", show_default="the bundled ones")]
-Steps = Annotated[int, typer.Option(min=1)]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")]
 Kept = Annotated[Path, typer.Option("--keep", help="Folder from which a stopped search continues.")]
 
 
@@ -69,7 +69,7 @@ def compare_command(
 ) -> None:
     """Make the same pictures in several ways, side by side, with the cost of each.
 
-    The same command resumes an interrupted comparison.
+    If it is stopped, the same command goes on. OUT/unfinished keeps what is done until then.
     """
     with reporting(goes_on=True) as progress:
         from diffusers_guidance.pipelines.pictures.columns import Column
@@ -105,9 +105,9 @@ def calibrate_command(
     negative: Annotated[
         list[str] | None, typer.Option(help="A negative prompt that you will use. Repeatable.", show_default="none")
     ] = None,
-    trajectories: Annotated[int, typer.Option(min=1)] = 16,
+    trajectories: Annotated[int, typer.Option(min=1, help="Full runs to record; more give a better estimate.")] = 16,
     steps: Steps = 20,
-    scale: Annotated[float, typer.Option(min=1)] = 5.0,
+    scale: Annotated[float, typer.Option(min=1, help="Guidance scale of the runs.")] = 5.0,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 8,
     per_channel: Annotated[bool, typer.Option(help="Keep a Gram matrix for each channel.")] = False,
@@ -119,7 +119,10 @@ def calibrate_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure how a model's predictions move, from full runs over prompts and seeds, for Forecast and search."""
+    """Measure how a model's predictions move, from full runs over prompts and seeds, for Forecast and search.
+
+    If it is stopped, the same command goes on. OUT keeps what is done until then.
+    """
     with reporting(goes_on=True) as progress:
         from diffusers_guidance.pipelines.search.calibrate import calibrate, calibrate_on_ray
         from diffusers_guidance.pipelines.support.files import read_lines
@@ -195,9 +198,9 @@ def search_nas_command(
     prompts: Prompts = samples.CALIBRATION_PROMPTS,
     model: Model = MODEL,
     scheduler: Scheduler = None,
-    steps: Annotated[int, typer.Option(min=2)] = 20,
-    scale: Annotated[float, typer.Option(min=1)] = 5.0,
-    iterations: Annotated[int, typer.Option(min=1)] = 60,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps of a picture.")] = 20,
+    scale: Annotated[float, typer.Option(min=1, help="Guidance scale of the runs.")] = 5.0,
+    iterations: Annotated[int, typer.Option(min=1, help="Gradient steps of the search.")] = 60,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per iteration.")] = 2,
     keep: Kept = Path("out/search-nas"),
     device: Device = None,
@@ -241,7 +244,10 @@ def frontier_command(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure every policy on held-out prompts and seeds: fidelity to full guidance against NFEs."""
+    """Measure every policy on held-out prompts and seeds: fidelity to full guidance against NFEs.
+
+    If it is stopped, the same command goes on. OUT/frontier.json keeps what is done until then.
+    """
     with reporting(goes_on=True) as progress:
         from diffusers_guidance.calibration import Calibration
         from diffusers_guidance.files import write

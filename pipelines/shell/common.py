@@ -35,7 +35,7 @@ Scheduler = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...", show_default="a GPU if there is one")]
 With = Annotated[list[str] | None, typer.Option("--with", help=HELP, show_default="none")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Where the random numbers start.")]
 Seeds = Annotated[list[int] | None, typer.Option(min=0, max=2**63 - 1, help="Repeatable.", show_default="0")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32 on a CPU, else bfloat16")

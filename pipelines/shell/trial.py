@@ -25,7 +25,9 @@ def try_command(
         ),
     ],
     prompt: Annotated[list[str], typer.Option(help="Repeatable. More pictures give a better answer.")],
-    steps: Annotated[int | None, typer.Option(min=2, show_default="the pipeline's own")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=2, help="Denoising steps of a picture.", show_default="the pipeline's own")
+    ] = None,
     scale: Annotated[
         float | None, typer.Option(min=0, help="Guidance scale.", show_default="the pipeline's own")
     ] = None,
@@ -34,8 +36,8 @@ def try_command(
     same: Annotated[
         float, typer.Option(min=0, help="From this many dB on, a picture counts as plain guidance's.")
     ] = SAME,
-    height: Annotated[int | None, typer.Option(min=1, show_default="the pipeline's own")] = None,
-    width: Annotated[int | None, typer.Option(min=1, show_default="the pipeline's own")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the pipeline's own")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the pipeline's own")] = None,
     scheduler: Scheduler = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -43,7 +45,8 @@ def try_command(
 ) -> None:
     """Show what your own model gains: its picture plain, with the default, and with a learned Forecast.
 
-    Prints seconds and likeness, a recommendation, and the lines of Python for it. The same command resumes.
+    Prints seconds and likeness, a recommendation, and the lines of Python for it. If it is stopped, the same command
+    goes on. OUT/unfinished keeps what is done until then.
     """
     sides = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     with reporting(goes_on=True) as progress:

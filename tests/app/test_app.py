@@ -358,7 +358,7 @@ def test_a_rule_and_a_policy_of_ones_own_are_offered_with_their_own_knobs(own_pa
     defaults = {"share_of_scale": 0.25, "Softer_momentum": 0.0, "opening_steps": 2, "at_most": None, "momentum": -0.5}
     assert Generation.defaults().items() >= defaults.items()
     assert Generation.kinds()["share_of_scale"].info == "Of the scale."
-    made = build(Studio(), welcome=False)
+    made = build(Studio(), {})
     parts = {each["props"].get("elem_id"): each["props"] for each in made.config["components"]}
     assert parts["Generation-share_of_scale"]["value"] == 0.25 and parts["Generation-opening_steps"]["value"] == 2
     assert parts["Generation-momentum"]["value"] == -0.5 and parts["Generation-Softer_momentum"]["value"] == 0.0

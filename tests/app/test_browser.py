@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -38,6 +39,8 @@ for package in ("gradio", "playwright"):
 
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
+from diffusers_guidance.pipelines.app.page import _open_others  # noqa: E402
+from diffusers_guidance.pipelines.app.settings import SCALES  # noqa: E402
 from diffusers_guidance.pipelines.app.suited import suited  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -62,16 +65,23 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """A server that is up for all tests here, and opens with a picture."""
+def served(tmp_path_factory):
+    """A server that is up for all tests here, and opens with a picture of the first model only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        from diffusers_guidance.pipelines.app.page import launch
+        from diffusers_guidance.pipelines.app import page as app_page
 
-        page, _ = launch()
-        yield page.local_url
+        given = []
+        patch.setattr(app_page, "_open_others", lambda *later: given.append(later))
+        page, studio = app_page.launch()
+        yield SimpleNamespace(address=page.local_url, studio=studio, openings=given[0][1])
         page.close()
+
+
+@pytest.fixture
+def address(served):
+    return served.address
 
 
 @pytest.fixture
@@ -206,6 +216,13 @@ def test_compare(visit, tmp_path):
     expect(panel.get_by_text("5 pictures of one prompt and one seed to make")).to_be_visible()
     panel.get_by_role("checkbox", name="AdaptiveGuidance").uncheck()
     expect(panel.locator(".dg-empty")).to_have_count(4)
+    for scale in SCALES[-6:]:
+        panel.get_by_role("checkbox", name=f"{scale:g}", exact=True).check()
+    expect(panel.get_by_text("a grid of 28 pictures: at most 24")).to_be_visible()
+    expect(panel.locator(".dg-empty")).to_have_count(0)
+    for scale in SCALES[-6:]:
+        panel.get_by_role("checkbox", name=f"{scale:g}", exact=True).uncheck()
+    expect(panel.locator(".dg-empty")).to_have_count(4)
     open_up(panel, "Picture")
     set_number(panel, "Steps", 8)
     panel.get_by_role("button", name="Compare").click()
@@ -327,6 +344,10 @@ def test_phone(visit):
     page = visit(width=390, height=844, has_touch=True, is_mobile=True)
     settings(page, 4)
     open_up(page, "Picture")
+    open_up(page, "Picture")
+    for side in page.locator("#Generation-width input, #Generation-height input").all():
+        assert side.evaluate("box => box.scrollWidth <= box.clientWidth")  # nothing is cut off
+    open_up(page, "Picture")
     page.get_by_role("button", name="Generate").tap()
     expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 8")
     expect(page.locator("#status")).to_be_in_viewport()
@@ -360,6 +381,15 @@ def test_by_keyboard(visit):
         pytest.fail("Tab does not reach the button")
     page.keyboard.press("Enter")
     expect(page.locator(".dg-progress progress")).to_be_visible()
+
+
+def test_a_list_closes_when_tab_leaves_it(visit):
+    page = visit()
+    page.get_by_label("Model", exact=True).focus()
+    expect(page.get_by_role("option").filter(visible=True).first).to_be_visible()
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(1000)
+    expect(page.get_by_role("option").filter(visible=True)).to_have_count(0)
 
 
 def test_arrows_move_within_the_presets_and_the_pictures(visit):
@@ -455,6 +485,36 @@ def test_a_link_and_a_picture_carry_the_settings(visit, address, tmp_path):
     restored()
     page.goto(address + "?steps=1000")
     expect(page.locator("#status")).to_contain_text("a whole number from 1 to 100")
+
+
+@pytest.mark.skipif(len(samples.models()) < 2, reason="there is one bundled model here")
+def test_the_opening_is_of_the_chosen_model_or_has_no_pictures(visit, served):
+    first, second = [*samples.models()][:2]
+    page, shots = visit(), {}
+
+    def choose(name):
+        page.get_by_label("Model", exact=True).filter(visible=True).click()
+        page.get_by_role("option", name=name, exact=True).click()
+
+    def shown():
+        return [each.get_attribute("src") for each in page.locator(".dg-shots img").all()]
+
+    shots[first] = shown()
+    choose(second)
+    expect(page.locator(".dg-shots img")).to_have_count(0)
+    choose(first)
+    expect(page.locator(".dg-shots img")).to_have_count(4)
+    _open_others(served.studio, served.openings)
+    assert [*served.openings] == [*samples.models()]
+    choose(second)
+    expect(page.locator(".dg-head")).to_contain_text(f"By the model {second},")
+    expect(page.locator(".dg-head")).to_contain_text(suited(second).alone)
+    expect(page.locator(".dg-shots img")).to_have_count(4)
+    shots[second] = shown()
+    assert not {*shots[first]} & {*shots[second]}
+    page.goto(f"{served.address}?model={second}")
+    expect(page.locator(".dg-head")).to_contain_text(f"By the model {second},")
+    shoot(page, "opening-second-model")
 
 
 NAMELESS = """() => [...document.querySelectorAll('input, textarea, select, button, [role=slider], img')]

@@ -1,5 +1,7 @@
 """The page on each bundled model: what suits it, what it offers there, and what remembers which model it was."""
 
+import json
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -47,6 +49,28 @@ def test_every_bundled_model_has_scales_that_can_be_chosen_and_examples():
     for suits in (*_KNOWN.values(), Suited()):
         assert 1 < suits.scale < suits.high and {suits.scale, suits.high} <= {*SCALES}
         assert suits.examples and len({*suits.examples}) == len(suits.examples)
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+def test_what_the_opening_says_of_apg_and_ag_alone_was_measured():
+    """Against the saturation of plain CFG at scale 5. The settings are the presets'."""
+    told = {model: json.loads((RESULTS / "apart" / f"{model}.json").read_text())["rows"] for model in _KNOWN}
+    presets = json.loads((RESULTS / "apg.json").read_text())["rows"]
+    flow = told[FLOW]
+
+    assert suited("emoji").apg == APG(eta=0.5, momentum=-0.5, norm_threshold=6)
+    alone = presets["APG(eta=0.5, momentum=-0.5, norm_threshold=6)@15"]["saturation"] / presets["CFG@5"]["saturation"]
+    both = presets["APG(eta=0.5, momentum=-0.5, norm_threshold=6)@15+AG"]["saturation"]
+    stopped = told["emoji"]["judge: CFG+AG@15"]["saturation"] / told["emoji"]["judge: CFG@5"]["saturation"]
+    assert "neither" in suited("emoji").alone and min(alone, stopped) > 1.05 > both / presets["CFG@5"]["saturation"]
+
+    assert suited(FLOW).apg == APG(eta=1, momentum=-0.5, norm_threshold=2.25)
+    alone = flow["judge: APG(eta=1, momentum=-0.5, norm_threshold=2.25)@15"]["saturation"]
+    stopped = flow["judge: CFG+AG@15"]["saturation"]
+    assert "APG alone takes the burn out. AG alone does not" in suited(FLOW).alone
+    assert alone < flow["judge: CFG@5"]["saturation"] < flow["judge: CFG@15"]["saturation"] < stopped
 
 
 def test_what_is_not_bundled_starts_with_the_defaults():

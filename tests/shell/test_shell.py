@@ -44,6 +44,25 @@ def test_help_is_grouped_and_the_version_is_told():
     assert command("--version").output.startswith("diffusers-guidance ")
 
 
+COMMANDS = typer.main.get_command(cli.make_app()).commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is(name):
+    assert [each.name for each in COMMANDS[name].params if not each.help] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("compare", "OUT/unfinished"), ("try", "OUT/unfinished"), ("bench", "OUT"), ("generate", "OUT"),
+     ("calibrate", "OUT"), ("frontier", "OUT/frontier.json")],
+)  # fmt: skip
+def test_help_says_that_a_stopped_command_goes_on_and_from_where(name, kept):
+    said = " ".join(command(name, "--help").output.split())
+    assert "If it is stopped, the same command goes on." in said
+    assert f"{kept} keeps what is done until then." in said or f"not in {kept}." in said
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["compare", "--help"], ["bench", "--help"], ["try", "--help"], ["app", "--help"], []]
 )
@@ -105,7 +124,7 @@ def test_a_prompt_or_a_file_of_them_or_json_lines(tmp_path):
     (tmp_path / "jobs").write_text('{"prompt": "a lemon", "seed": 3}\n')
     assert [(job.prompt, job.seed) for job in jobs_of(str(tmp_path / "jobs"))] == [("a lemon", 3)]
     (tmp_path / "bad.jsonl").write_text('{"prompt\n')
-    for given, said in (("nowhere.jsonl", "no such file"), ("", "no such file"), (str(tmp_path), "is a folder"),
+    for given, said in (("nowhere.jsonl", "no such file"), ("", "the prompt is empty"), (str(tmp_path), "is a folder"),
                         (str(tmp_path / "bad.jsonl"), "line 1: not JSON; as")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             jobs_of(given)
@@ -135,7 +154,7 @@ def test_a_bundled_calibration_goes_by_its_name_everywhere(monkeypatch, tmp_path
     found = command("search", "dpm-20-5", "--nfe", 25)
     assert found.exit_code == 0 and "25 of 40 NFEs" in found.output
     assert "--scheduler DPMSolverMultistepScheduler --steps 20 --scale 5" in found.output
-    assert "the bundled model has ddim-20-5" in command("search", "nothing", "--nfe", 25).output
+    assert "the bundled ones are ddim-20-5" in command("search", "nothing", "--nfe", 25).output
     assert "--nfe or --error" in command("search", "dpm-20-5").output
 
 
