@@ -250,12 +250,14 @@ class Engine:
         space, before = step.space, self.momentum
         a, b = (space.a, space.b) if space is not None else (0.0, 1.0)
         x = c if step.sample is None else step.sample
+        each_w = dict.fromkeys(step.w if isinstance(step.w, tuple) else [step.w])
+        rules: dict[Any, Rule] = {w: settled(self.rule, changed(step, w=w)) for w in each_w}
 
         def combine() -> tuple[Tensor, Tensor]:
             made: dict[Any, tuple[Tensor, Tensor]] = {}
 
             def at(w: Any) -> Tensor:
-                made[w] = settled(self.rule, changed(step, w=w)).guided(x, c, u, before, a, b)
+                made[w] = rules[w].guided(x, c, u, before, a, b)
                 return made[w][0]
 
             g = scales.by_row(step.w, rows, at)
@@ -265,10 +267,9 @@ class Engine:
 
         fusible = space is not None and not any(unguided) and not isinstance(step.w, tuple)
         fusible = fusible and not (self.policy.hands or self.policy.corrects)
-        rule = settled(self.rule, step) if fusible else self.rule
-        fused = fuse() if fusible and rule.fuses else None
+        fused = fuse() if fusible and rules[step.w].fuses else None
         if fused is not None:
-            result, self.momentum = fused(c, u, before, a, b, rule)
+            result, self.momentum = fused(c, u, before, a, b, rules[step.w])
             return Guided(None, result, lambda: combine()[0])
         guided, carried = combine()
         if space is None or space.new_step:  # later stages of a solver step do not change the momentum

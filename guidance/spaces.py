@@ -15,6 +15,7 @@ These are two equations with two unknowns, solved once per run for all its steps
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,20 @@ class Space:
     def predicts_velocity(self) -> bool:
         """Whether the prediction is flow matching's velocity: at 0, clean sample and noise equal the sample."""
         return self.a == self.p == 1
+
+
+class Spaces(tuple[Space, ...]):
+    """The spaces of all steps of a run. What follows from them is looked up at every step, so they are hashed once."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(spaces: tuple[Space, ...]) -> "Spaces":
+        """One object for equal spaces, which a look-up does not compare one by one."""
+        return Spaces(spaces)

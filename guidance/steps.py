@@ -215,7 +215,7 @@ class History:
         """
         seen = self.seen[:-1] if arrived and self.seen and not self.seen[-1].is_here else self.seen
         row = ("denoised", "noise").index(space)
-        return torch.stack([each.similarity[row] for each in seen]) if seen else torch.empty(0, self.rows)
+        return torch.stack([each.similarity for each in seen])[:, row] if seen else torch.empty(0, self.rows)
 
     def keep_difference(self, prediction: Prediction, velocity: float) -> None:
         """Keeps the difference of a step's predictions, for the rows that evaluated both."""

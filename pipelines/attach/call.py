@@ -11,6 +11,9 @@ from torch import Tensor
 from diffusers_guidance.pipelines.attach.combination import Around, read
 from diffusers_guidance.spaces import Space
 
+_ANY = torch.empty(0)
+"""A number may be multiplied with anything."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -42,7 +45,7 @@ class Call:
     @property
     def strengths(self) -> dict[str, float]:
         """Every number of the pipeline or its call that is called a scale, as it is now."""
-        found = {name: read(value, torch.empty(0)) for name, value in self._numbers("_scale").items()}
+        found = {name: read(value, _ANY) for name, value in self._numbers("_scale").items()}
         return {name: value for name, value in found.items() if isinstance(value, float) and name.endswith("_scale")}
 
     @property
@@ -52,7 +55,7 @@ class Call:
         if isinstance(says, bool):
             return says
         values = self.scales.values()
-        scales = [read(value, value if isinstance(value, Tensor) else torch.empty(0)) for value in values]
+        scales = [read(value, value if isinstance(value, Tensor) else _ANY) for value in values]
         known = [s for s in scales if s is not None]
         return any(float(s.max() if isinstance(s, Tensor) else s) > 1 for s in known) if known else None
 
@@ -67,7 +70,7 @@ class Call:
         value = getattr(self.pipe, f"_{name}", self.arguments.get(name))
         if value is None or isinstance(value, bool):
             return float(value or 0)
-        number = read(value, torch.empty(0))
+        number = read(value, _ANY)
         return number if isinstance(number, float) else 0.0
 
     def around(self, sample: Tensor, space: Space | None) -> Around:

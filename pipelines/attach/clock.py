@@ -1,6 +1,7 @@
 """A run's place in its scheduler's table of steps, and with it the space of the coming prediction."""
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from diffusers_guidance.errors import UnsupportedPipeline, UnsupportedScheduler
 from diffusers_guidance.pipelines.attach.schedulers import spaces, starts_step
 from diffusers_guidance.policies import Policy
 from diffusers_guidance.rules import Rule
-from diffusers_guidance.spaces import Space
+from diffusers_guidance.spaces import Space, Spaces
 from diffusers_guidance.steps import Step
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -24,7 +25,7 @@ class Table(NamedTuple):
     scheduler: Any = None
     timesteps: Any = None
     values: tuple[float, ...] = ()
-    spaces: tuple[Space, ...] = ()
+    spaces: Spaces = Spaces()
     """Empty if they are unknown."""
     error: UnsupportedScheduler | None = None
     """Why they are."""
@@ -33,7 +34,7 @@ class Table(NamedTuple):
     def of(cls, scheduler: Any) -> "Table":
         values = tuple(float(t) for t in scheduler.timesteps.tolist())
         try:
-            return cls(scheduler, scheduler.timesteps, values, spaces(scheduler))
+            return cls(scheduler, scheduler.timesteps, values, Spaces.of(spaces(scheduler)))
         except UnsupportedScheduler as error:
             return cls(scheduler, scheduler.timesteps, values, error=error)
 
@@ -162,14 +163,12 @@ class Clock:
             )
         return None
 
-    def table(self, count: int, before: int = 0) -> tuple[Space, ...]:
+    def table(self, count: int, before: int = 0) -> Spaces:
         """The spaces of a run of `count` evaluations; empty unless all are known.
 
         The run's first is `before` entries before the first that this clock has seen.
         """
-        begin = self.begin - before * self.stride
-        found = self._table.spaces[begin :: self.stride][:count] if begin >= 0 else ()
-        return found if len(found) == count else ()
+        return _taken(self._table.spaces, self.begin - before * self.stride, self.stride, count)
 
     @property
     def next(self) -> Space | None:
@@ -220,3 +219,10 @@ class Clock:
             f"{self.timestep:g}, so the meaning of its predictions is unknown: begin at an even place in its timesteps"
         )
         return None
+
+
+@lru_cache(maxsize=64)
+def _taken(spaces: Spaces, begin: int, stride: int, count: int) -> Spaces:
+    """`count` of a table's, every `stride`th from the place `begin`; empty unless there are as many."""
+    found = spaces[begin::stride][:count] if begin >= 0 else ()
+    return Spaces(found if len(found) == count else ())

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:
     read, output = _FIRST_ORDER.get(type(scheduler), (None, None))
     if read is None or _fused.get() is False:
         return None
-    call = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
+    call = _signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
     call.apply_defaults()
     model_output, sample = call.arguments["model_output"], call.arguments["sample"]
     if model_output.shape != sample.shape or model_output.device != sample.device:
@@ -105,6 +106,10 @@ def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:
     found = read(scheduler, call.arguments, sample.dtype, model_output.dtype)
     update = None if found is None else found.update
     return None if update is None else FusedStep(scheduler, sample, update, output, call.arguments["return_dict"])
+
+
+_signature = lru_cache(maxsize=16)(inspect.signature)
+"""Of a scheduler's step; to make it takes longer than many a step."""
 
 
 class FirstOrder(NamedTuple):

@@ -3,7 +3,6 @@
 `Layout` says which calls and rows are which branch; `View`, which part of a branch is the scheduler's prediction.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -91,16 +90,20 @@ class View:
 
 def views(branch: torch.Size, target: torch.Size, sample: torch.Size | None = None) -> Iterator[View]:
     """The views between a branch of shape `branch` and a scheduler's prediction of shape `target`, plain ones first."""
-    parts: list[View] = []
+    for sign in (1, -1):  # as they are asked for: tokens may be channels, tens of thousands of them
+        for view in _unsigned(branch, target, sample):
+            yield replace(view, sign=sign)
+
+
+def _unsigned(branch: torch.Size, target: torch.Size, sample: torch.Size | None) -> Iterator[View]:
     rows, shape = branch[0], tuple(target[1:])
     if target[0] == rows:
-        parts = list(_parts(branch, target, sample))
+        yield from _parts(branch, target, sample)
     elif len(branch) == 5 and target[0] == rows * branch[2] and shape == (branch[1], *branch[3:]):
-        parts = [View(tuple(branch[1:]), frames=branch[2])]
+        yield View(tuple(branch[1:]), frames=branch[2])
     elif target[0] == 2 * rows:
-        parts = [replace(view, copies=2) for view in _parts(branch, torch.Size((rows, *shape)), sample)]
-    for sign, part in itertools.product((1, -1), parts):
-        yield replace(part, sign=sign)
+        for view in _parts(branch, torch.Size((rows, *shape)), sample):
+            yield replace(view, copies=2)
 
 
 def _parts(branch: torch.Size, target: torch.Size, sample: torch.Size | None) -> Iterator[View]:

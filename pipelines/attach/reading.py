@@ -145,7 +145,8 @@ class Reading:
 
     def fit_all(self, formula: Formula, s: Scale) -> Fit:
         """How well it explains all numbers."""
-        factor = self._of_all(self._factor(formula, self.sample.of(s))) if formula.of_sample else None
+        working = torch.promote_types(self.whole.target.dtype, torch.float32)  # more would make all numbers float64
+        factor = self._of_all(self._factor(formula, self.sample.of(s)).to(working)) if formula.of_sample else None
         fit = self._tolerated(formula, s, self.all(formula, s, factor))
         return fit if factor is None or self._explains(formula, factor) else Fit(math.inf, fit.allowed)
 

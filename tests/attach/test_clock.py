@@ -10,6 +10,7 @@ from tiny import PIPELINES, run
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, Interval, UnsupportedScheduler, attach
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.schedulers import spaces
+from diffusers_guidance.spaces import Space
 
 STEPS = 6
 HALVES = (torch.float16, torch.bfloat16)
@@ -130,6 +131,21 @@ def test_a_run_knows_its_place_and_what_is_left(begin):
     assert [at(space) for space in clock.table(5, before=begin)] == levels
     assert clock.table(5 - begin, before=begin + 1) == clock.table(6 - begin) == ()
     assert clock.timesteps(clock.begin, 2) == values[begin : begin + 2]
+
+
+def test_a_runs_table_is_one_object_and_is_hashed_once(monkeypatch):
+    """What follows from it is looked up at every step, also of a later run of the same steps."""
+    tables = []
+    for _ in range(2):
+        scheduler, clock = ddim(), Clock()
+        for timestep in scheduler.timesteps:
+            clock.tick(scheduler, timestep)
+            tables += [clock.table(5), clock.step(0, 5, 0).table]
+    assert len({*map(id, tables)}) == 1
+    known, hashed = hash(tables[0]), []
+    monkeypatch.setattr(Space, "__hash__", lambda space: hashed.append(space) or 0)
+    assert hash(tables[-1]) == known
+    assert not hashed
 
 
 def test_at_first_any_timestep_of_the_table_is_expected_and_then_the_next():

@@ -190,6 +190,28 @@ def test_denoised_predictions_that_are_rescaled_as_a_whole_are_told_by_a_sample(
     assert (formula.anchor, formula.finish, formula.scale) == ("denoised", "guidance_rescale", "guidance_scale")
 
 
+class Widest(TorchDispatchMode):
+    """Notes how many numbers in float64 an operation makes at most."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.most = max(self.most, made.untyped_storage().nbytes() // 8)
+        return made
+
+
+def test_a_finish_that_is_known_up_to_rounding_is_confirmed_without_float64():
+    """Its factor comes from a sample in float64, and all numbers are multiplied by it; not every device has that."""
+    c, u = pair(0.1, torch.float16, (1, 16, 21, 30, 40))
+    output = rescaled((u + 5.0 * (c - u)).float(), c.float()).half()
+    with Widest() as widest:
+        formula = found([u, c], output, {"guidance_scale": 5.0}, around=Around(rescale=0.7)).formula
+    assert (formula.finish, formula.exact) == ("guidance_rescale", False)
+    assert widest.most < output.numel() / 4
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_broken_sample_has_no_say_and_is_counted(copies):
     """Also where the scheduler holds the batch twice, as DiT's does."""

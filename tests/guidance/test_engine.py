@@ -72,6 +72,19 @@ def test_apg_is_the_papers_algorithm_on_denoised_points(x):
     assert loop(rule, EveryStep(), x).run() == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_rule_is_settled_once_a_step(x):
+    settled = []
+
+    @dataclass(frozen=True)
+    class Counting(APG):
+        def at(self, step):
+            settled.append(step.index)
+            return super().at(step)
+
+    loop(Counting(), EveryStep(), x).run()
+    assert settled == [*range(12)]
+
+
 @pytest.mark.parametrize("rule", [CFG(), APG(norm_threshold=1.0)], ids=repr)
 @pytest.mark.parametrize(
     "policy", [AdaptiveGuidance(0.9), StepAG(0.5), Hold(3), Forecast(save=0.3), Forecast(nfe=12)], ids=repr
