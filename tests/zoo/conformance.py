@@ -613,8 +613,8 @@ def first_step(pipe: Any, entry: Tiny, batch: int, scale: float | None = None) -
 class Halves:
     """A first step's predictions in the scheduler's layout, one row per sample, in float64.
 
-    `finish` is what the pipeline does to a combination; `w` the weight of c in it. What stands for the network's
-    output has its dtype: by `rounding`, relative to the result, that may move it at most.
+    `finish` is what the pipeline does to a combination; `w` the weight of c in it. Arithmetic in bfloat16 may move the
+    result by `rounding`, relative to it.
     """
 
     c: Tensor
@@ -648,7 +648,9 @@ def solved(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Halves:
     c = low - (SCALE - 2 - (0 if from_c else 1)) * difference
     if from_c:
         w += 1
-    return Halves(c, c - difference, w, rounding=rounding_of(outputs[0]))
+    # Halves that are the network's outputs as they are, and combined in float32, are not rounded again.
+    rounds = relative(c.bfloat16(), c) > 1e-6
+    return Halves(c, c - difference, w, rounding=rounds * (2 * w - 1) * rounding_of(outputs[0]))
 
 
 def normed(pipe: Any, entry: Tiny, batch: int, truth: Truth) -> Halves:

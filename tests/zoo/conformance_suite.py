@@ -69,6 +69,12 @@ UNTREATED = {
 }
 """Pipelines whose own treatment of the combined prediction is not understood, where their call asks for it."""
 
+NOT_UNDER_AUTOCAST = dict.fromkeys(
+    ("ZImageControlNetInpaintPipeline", "ZImageControlNetPipeline"),
+    "Index put requires the source and destination dtypes match, got BFloat16 for the destination and Float",
+)
+"""Pipelines that fail under autocast with nothing attached, and what torch says."""
+
 rows: dict[str, list[str]] = {}
 compared = slice(None)
 """Which cells of a row must be those of the docs."""
@@ -106,6 +112,10 @@ def test_pipeline_keeps_its_promises(name, under):
     except ImportError as error:
         pytest.skip(" ".join(str(error).split()))
     batch = 3 if entry.batches else 1
+    if "autocast" in under and (said := NOT_UNDER_AUTOCAST.get(name)):
+        with pytest.raises(RuntimeError, match=said):
+            run(pipe, entry, conformance.STEPS, batch)
+        pytest.skip(f"it fails under autocast with nothing attached: {said}")
     truth = conformance.untouched(pipe, entry, batch)
     tolerance = 1e-5
     if under >= {"triton", "autocast"}:
