@@ -71,8 +71,8 @@ UNTREATED = {
 """Pipelines whose own treatment of the combined prediction is not understood, where their call asks for it."""
 
 NOT_UNDER_AUTOCAST = dict.fromkeys(
-    ("ZImageControlNetInpaintPipeline", "ZImageControlNetPipeline"),
-    "Index put requires the source and destination dtypes match, got BFloat16 for the destination and Float",
+    ("AnimateDiffSparseControlNetPipeline", "ZImageControlNetInpaintPipeline", "ZImageControlNetPipeline"),
+    "Index put requires the source and destination dtypes match",
 )
 """Pipelines that fail under autocast with nothing attached, and what torch says."""
 
