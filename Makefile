@@ -26,8 +26,8 @@ test: install ## every test
 quick: install ## the tests without a browser, a cluster or a process of their own; about a minute
 	$(BIN)/pytest $(SPREAD) -m "not slow" $(patsubst %,--ignore tests/%,app bench docs search shell training samples)
 
-conformance: install ## checks the promises of attach on every pipeline of docs/pipelines.md; minutes
-	$(BIN)/pytest tests/zoo/conformance_suite.py
+conformance: install ## checks the promises of attach on every pipeline of docs/pipelines.md; minutes; or UNDER=triton,autocast
+	$(if $(findstring triton,$(UNDER)),TRITON_INTERPRET=1) $(BIN)/pytest tests/zoo/conformance_suite.py --under "$(UNDER)"
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

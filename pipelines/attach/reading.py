@@ -358,7 +358,13 @@ def readings(outputs: Sequence[Tensor], output: Tensor, around: Around, live: Ma
             sample, x = Sample(whole.target.shape), whole.around.sample
             near = None if x is None or x.shape != whole.target.shape else sample(x)
             some = Raw([*map(sample, whole.branches)], sample(whole.target), replace(around, sample=near))
-            for upcast, widens in [(False, False)] + [(True, False), (False, True)] * (parts[0].dtype != output.dtype):
+            ways = [(False, False)]
+            if parts[0].dtype != output.dtype:
+                # What is combined in the scheduler's dtype is guided in that too, rather than rounded by the network's.
+                widened = torch.promote_types(parts[0].dtype, output.dtype) == output.dtype
+                ways = [(True, False), *ways] if widened else [*ways, (True, False)]
+                ways.append((False, True))
+            for upcast, widens in ways:
                 formula = Formula(
                     layout=layout, anchor="u", upcast=upcast, finish="", scale=None, dtype=output.dtype, widens=widens
                 )

@@ -51,17 +51,10 @@ OTHERS = [CFGZeroStar(7.5), TCFG(7.5), MagnitudeAware(7.5), BetaCFG(7.5), TAG(7.
 OTHERS += [RenormCFG(7.5), RenormCFG(7.5, shorten_only=True), APG(7.5, form="diffusers").at(Step(w=7.5))]
 
 
-if INTERPRETED:  # the interpreter truncates to bfloat16 where a GPU rounds
-    from triton.runtime import interpreter
+if INTERPRETED:
+    from nearest import round_to_nearest
 
-    convert = interpreter._convert_float
-
-    def rounding(x, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(x, source, target, mode)
-        return torch.from_numpy(x).to(torch.bfloat16).view(torch.uint16).numpy()
-
-    interpreter._convert_float = rounding
+    round_to_nearest()
 
 
 def rms(x, exact):

@@ -9,6 +9,7 @@ The table lies in docs/pipelines.md. A test compares each pipeline's row with it
 import contextlib
 import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import conformance
@@ -69,8 +70,14 @@ UNTREATED = {
 }
 """Pipelines whose own treatment of the combined prediction is not understood, where their call asks for it."""
 
+NOT_UNDER_AUTOCAST = dict.fromkeys(
+    ("AnimateDiffSparseControlNetPipeline", "ZImageControlNetInpaintPipeline", "ZImageControlNetPipeline"),
+    "Index put requires the source and destination dtypes match",
+)
+"""Pipelines that fail under autocast with nothing attached, and what torch says."""
+
 rows: dict[str, list[str]] = {}
-compared = slice(None)
+compared: Sequence[int] = range(HEADER.count("|") - 1)
 """Which cells of a row must be those of the docs."""
 
 
@@ -80,13 +87,18 @@ def under(request):
     global UPDATE, compared
     asked = {*request.config.option.under.split(",")} - {""}
     if asked:
-        UPDATE, compared = False, slice(5)
+        # Rounding to bfloat16 leaves open in which order a formula is computed.
+        UPDATE, compared = False, [i for i in range(5) if i != 3 or "autocast" not in asked]
     with contextlib.ExitStack() as stack:
         if "inference" in asked:
             stack.enter_context(torch.inference_mode())
         if "autocast" in asked:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         if "triton" in asked:
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                from nearest import round_to_nearest
+
+                round_to_nearest()
             stack.enter_context(kernels.use_backend("triton"))
             stack.enter_context(use_fused_steps(True))
         yield asked
@@ -102,9 +114,16 @@ def test_pipeline_keeps_its_promises(name, under):
     except ImportError as error:
         pytest.skip(" ".join(str(error).split()))
     batch = 3 if entry.batches else 1
-    # A fused step does not round the prediction, the scheduler's own does; rows may take either.
-    tolerance = 2e-2 if under >= {"triton", "autocast"} else 1e-5
+    if "autocast" in under and (said := NOT_UNDER_AUTOCAST.get(name)):
+        with pytest.raises(RuntimeError, match=said):
+            run(pipe, entry, conformance.STEPS, batch)
+        pytest.skip(f"it fails under autocast with nothing attached: {said}")
     truth = conformance.untouched(pipe, entry, batch)
+    tolerance = 1e-5
+    if "autocast" in under:
+        # A batch's part may be summed up in another order; a fused step does not round what the scheduler's own does.
+        # Both sides of a comparison are rounded.
+        tolerance = max(tolerance, 2 * conformance.moved_by_rounding(pipe, entry, batch, truth))
     if name in REFUSED:
         with attach(pipe, CFG(), EveryStep()), pytest.raises(UnsupportedPipeline, match=REFUSED[name][0]):
             run(pipe, entry, conformance.STEPS, batch)
@@ -123,7 +142,7 @@ def test_pipeline_keeps_its_promises(name, under):
         )
 
     first = max(1, min(len(report.steps), conformance.STEPS) // 2)  # of every loop, where there are several
-    _, skipped = conformance.skips(pipe, entry, batch, first, truth)
+    _, skipped = conformance.skips(pipe, entry, batch, first, truth, tolerance)
     assert skipped.nfe < skipped.nfe_full
     status, skipping = "verified", f"{skipped.nfe} of {skipped.nfe_full}"
     conformance.repeats(pipe, entry, batch, len(report.steps), CFG(), conformance.Until(first), truth.result)
@@ -212,7 +231,7 @@ def settle(name, *cells):
     rows[name] = [name, folder, status, f"`{formula}`" if formula else "", *rest, turned_off(PIPELINES[name])]
     if not UPDATE:
         there = written().get(name)
-        same = there is not None and there[compared] == rows[name][compared]
+        same = there is not None and all(there[i] == rows[name][i] for i in compared)
         assert same, f"docs/pipelines.md is stale ({there}): run this file with UPDATE_DOCS=1"
 
 
