@@ -256,20 +256,20 @@ class _Search:
         if found:
             # Where several trees explain it, it stays open which branch is the unconditional one.
             return self._settled(found) if len(found) == 1 else None
-        few, fitting = reading.few, []
+        few = reading.few
+        by_sum: list[list[tuple[float, Candidate]]] = []
         for formula in sums(reading.formula, few.around):
             if formula.needs_space and not reading.is_denoisable:
                 continue
             weights = weighed(formula, few.parts, few.target, few.around)
             trees = [formula.towards(tree.cond, tree=tree) for tree in self.terms.trees(formula, weights)]
             fits = [self._fitted(Candidate(reading, each, each.tree.w)) for each in trees if each.tree]
-            if fits := [each for each in fits if each]:
-                fitting.append(fits)
+            by_sum.append([(each.fit.error, each) for each in fits if each and each.fit])
         # In half precision rounding may hide that another sum is meant, which is nearer then.
-        least = min((each.fit.error for fits in fitting for each in fits), default=0.0)
-        for fits in fitting:
-            if any(each.fit.error <= 2 * least for each in fits):
-                return self._settled(fits) if len(fits) == 1 else None
+        least = min((error for fits in by_sum for error, _ in fits), default=0.0)
+        for fits in by_sum:
+            if any(error <= 2 * least for error, _ in fits):
+                return self._settled([each for _, each in fits]) if len(fits) == 1 else None
         return None
 
     def _by_weights(self, reading: Reading) -> Identified | None:
