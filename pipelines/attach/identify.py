@@ -263,8 +263,9 @@ class _Search:
                 continue
             weights = weighed(formula, few.parts, few.target, few.around)
             trees = [formula.towards(tree.cond, tree=tree) for tree in self.terms.trees(formula, weights)]
-            fits = [self._fitted(Candidate(reading, each, each.tree.w)) for each in trees if each.tree]
-            by_sum.append([(each.fit.error, each) for each in fits if each and each.fit])
+            found = [Candidate(reading, each, each.tree.w) for each in trees if each.tree]
+            fitted = filter(None, map(self._fitted, found))
+            by_sum.append([(each.fit.error, each) for each in fitted if each.fit])
         # In half precision rounding may hide that another sum is meant, which is nearer then.
         least = min((error for fits in by_sum for error, _ in fits), default=0.0)
         for fits in by_sum:
