@@ -66,7 +66,7 @@ def load(
         cls: the class whose `from_pretrained` loads it.
 
     Raises:
-        ValueError: an argument names something that does not exist; the message names the command line's option.
+        ValueError: an argument names something that does not exist; the message says which.
         MissingWeights: the files lack some weights.
     """
     quiet()
@@ -74,13 +74,13 @@ def load(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     if not model:
-        raise ValueError("--model is empty: a pipeline's folder, or its name on the hub")
+        raise ValueError("the model is empty: give a pipeline's folder, or its name on the hub")
     model = located(model)
     folder = Path(model).expanduser()
     here = folder.is_dir()
     if not here and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise ValueError(
-            f"--model {model}: no such folder, and a name on the hub has the form owner/name "
+            f"the model {model}: no such folder, and a name on the hub has the form owner/name "
             f"(bundled: {', '.join(samples.NAMES)})"
         )
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"  # each warns about the other
@@ -94,7 +94,7 @@ def load(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"--model {model}: neither on this machine nor available from the hub ({cause})") from error
+        raise ValueError(f"the model {model}: neither on this machine nor available from the hub ({cause})") from error
     pipe.set_progress_bar_config(disable=True)
     try:
         pipe.to(device)

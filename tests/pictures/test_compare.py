@@ -324,12 +324,12 @@ def test_prompts_are_a_list_of_texts(pipe, prompts, said):
     ("arguments", "said"),
     [
         (["--column", "CGF"], "there is no CGF"),
-        (["--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (["--model", "./nowhere"], "the model ./nowhere: no such folder"),
         (["--model", "nowhere"], "no such folder, and a name on the hub has the form owner/name"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--scheduler", "Euler"], "EulerDiscreteScheduler"),
         (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "does not fit DDIMScheduler; these do"),
-        (["--model", ""], "--model is empty"),
+        (["--model", ""], "the model is empty"),
         (["--prompts", NOT_UTF8], "latin.txt is not UTF-8 text (byte 3)"),
         (["--dtype", "int8"], "float32, bfloat16, float16"),
         (["--device", "abacus"], "--device abacus"),
@@ -372,7 +372,7 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch
     result = command("compare", "a lemon", "--model", "owner/name", "--out", tmp_path)
     assert result.exit_code == 1 and "stacktrace" not in result.output
     assert (
-        "--model owner/name: neither on this machine nor available from the hub (the network is down)" in result.output
+        "the model owner/name: neither on this machine nor available from the hub (the network is down)" in result.output
     )
 
 
