@@ -27,7 +27,7 @@ stands for the gain, as in an Euler step, whatever the solver (rho: noise over s
 the next one). Predictions move faster where there is more noise: from step to step, as at the mean of both levels. And
 later steps correct more of an error there. These numbers order measured pictures best. Errors of neighbours add up, and
 errors of different gaps do not. So the error to minimise is the sum over all gaps of the squared sum within each gap; a
-shortest path finds its minimum. A run may end with a gap, which nothing repays.
+shortest path finds its minimum. A run may end with a gap: there it keeps the last evaluated prediction.
 """
 
 import math
@@ -71,6 +71,14 @@ def forecast(evaluated: Sequence[int], at: int, variogram: PowerLaw | Measured =
     return estimate(tuple(evaluated[-2:]), at, variogram)
 
 
+def ending(chosen: Sequence[bool], at: int, evaluated: Sequence[int]) -> Combination | None:
+    """What a step after the last evaluated one is handed: its prediction as it is. None for other steps.
+
+    Nothing repays what an estimate gets wrong there, and towards the end predictions settle.
+    """
+    return None if any(chosen[at:]) else {evaluated[-1]: 1.0}
+
+
 def repayment(
     evaluated: Sequence[int], skipped: Sequence[int], gain: Sequence[float], variogram: PowerLaw | Measured = UNMEASURED
 ) -> Combination:
@@ -108,7 +116,7 @@ def summed_error(
             skipped = []
         else:
             skipped.append(t)
-            handed = forecast(evaluated, t, by)
+            handed = ending(chosen, t, evaluated) or forecast(evaluated, t, by)
             total[t] -= gain[t]
         for step, factor in handed.items():
             total[step] += gain[t] * factor
@@ -187,20 +195,17 @@ def _simplest(patterns: Sequence[tuple[bool, ...]], weight: Tensor, variogram: P
 def missed(chosen: Sequence[bool], weight: Tensor, variogram: PowerLaw | Measured) -> float:
     """The predicted error of a pattern: the sum over its gaps, which `pattern` minimises.
 
-    Steps after the last evaluated one are estimated from the last two, and never repaid.
+    Steps after the last evaluated one are handed its prediction, and never repaid.
     """
     evaluated = [i for i, was in enumerate(chosen) if was]
     costs = _costs(weight, max((k - i for i, k in pairwise(evaluated)), default=1), variogram)
     found = sum(float(costs[k - i, k]) for i, k in pairwise(evaluated))
     rest = torch.arange(evaluated[-1] + 1, len(chosen))
-    if len(rest) and len(evaluated) > 1:
-        steps, (i, k) = torch.arange(len(chosen)), evaluated[-2:]
-        variance = _variance(variogram.between(steps, steps), i, k, rest)
-        found += float((weight[rest] * variance).sqrt().sum().square())
-    return found
+    apart = variogram.between(torch.tensor(evaluated[-1:]), rest)[0]
+    return found + float((weight[rest] * apart).sqrt().sum().square())
 
 
-def _variance(apart: Tensor, i: int | Tensor, k: int | Tensor, j: Tensor) -> Tensor:
+def _variance(apart: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
     """Of step j about its best estimate from the steps i and k, with the weights w and 1 - w.
 
     Args:

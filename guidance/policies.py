@@ -33,6 +33,7 @@ from diffusers_guidance.forecast import (
     at_scale,
     combined,
     denoised_gains,
+    ending,
     forecast,
     missed,
     pattern,
@@ -520,7 +521,8 @@ class Forecast(Policy):
             history.scales[step.index] = step.w
         if guided is None:
             history.skipped.append(step.index)
-            combination = forecast([*known], step.index, by)
+            chosen = self.pattern(step.count, step.table, step.branches)
+            combination = ending(chosen, step.index, [*known]) or forecast([*known], step.index, by)
             made = _predicted(at_scale(step.w, history), combination, sample, space)
             return Handed(made, f"forecast from {_named(combination)}")
         history.is_denoised = space is not None

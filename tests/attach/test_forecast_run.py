@@ -311,3 +311,16 @@ def test_numbers_of_any_type_are_plain():
     assert Forecast(nfe=torch.tensor(20)) == Forecast(nfe=20)
     guider = Guider(policy=Forecast(nfe=np.int64(20)))
     assert Guider.from_config(guider.config).policy == Forecast(nfe=20)
+
+
+def test_a_skipped_last_step_keeps_the_last_evaluated_prediction():
+    """As a denoised sample: the scheduler steps to the end with the picture that the step before has shown."""
+    entry = PIPELINES["StableDiffusion3Pipeline"]
+    pipe = entry.build()
+    with attach(pipe, policy=Forecast(nfe=14)) as handle, recorded(pipe.scheduler) as steps:
+        run(pipe, entry, 8)
+    assert [step.nfe for step in handle.report.steps] == [2] * 7 + [0]
+    assert "forecast from step 6" in handle.report.steps[-1].note
+    table = spaces(pipe.scheduler)
+    shown = [table[i].a * steps.samples[i] + table[i].b * steps.outputs[i] for i in (-2, -1)]
+    torch.testing.assert_close(shown[0], shown[1], rtol=1e-5, atol=1e-5)

@@ -163,7 +163,9 @@ def test_the_summed_error_is_that_of_the_run_it_predicts(evaluations):
                 skipped = []
             else:
                 skipped.append(t)
-                total += gain[t] * (combined(paths, forecast(evaluated, t, by)) - d[t])
+                is_end = not any(chosen[t:])  # there the last prediction is kept
+                handed = {evaluated[-1]: 1.0} if is_end else forecast(evaluated, t, by)
+                total += gain[t] * (combined(paths, handed) - d[t])
         assert summed_error(chosen, table, by, measured) == pytest.approx(float(total.square().mean()), rel=1e-4)
 
 

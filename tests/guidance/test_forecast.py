@@ -123,10 +123,10 @@ def test_a_pattern_keeps_its_budget(count, share, known):
 
 
 def test_patterns_as_documented():
-    # It ends with some noise, so its last step hardly moves the picture.
+    # It ends with some noise, so its last step moves the picture little.
     spaced = table(20, steps_offset=1, set_alpha_to_one=False)
     assert [show(pattern(20, n, spaced)) for n in (15, 13, 10)] == [
-        "#########.#.#.#.###.",
+        "########.#.#.#.#.###",
         "######.#.#.#.#.#.##.",
         "##.#.#.#.#.#..#.#.#.",
     ]
@@ -150,14 +150,11 @@ def test_patterns_as_documented():
 
 
 def test_a_skipped_last_step_costs_what_its_estimate_misses():
-    """Nothing repays it: the variance about its estimate from the last two evaluated, in closed form, by weight."""
+    """Nothing repays it: how far it is from the last evaluated step, by weight."""
     apart, weight = PowerLaw(1.4), torch.rand(6, dtype=torch.float64)
-    w = estimate((2, 4), 5, apart)
-    at = {(i, k): abs(i - k) ** 1.4 for i in (2, 4, 5) for k in (2, 4, 5)}
-    variance = w[2] * at[2, 5] + w[4] * at[4, 5] - w[2] * w[4] * at[2, 4]
     ended = missed((True, False, True, True, True), weight[:5], apart)
     assert missed((True, False, True, False, True, False), weight, apart) == pytest.approx(
-        missed((True, False, True, False, True), weight[:5], apart) + float(weight[5]) * variance
+        missed((True, False, True, False, True), weight[:5], apart) + float(weight[5])
     )
     assert missed((True, False, True, True, True, True), weight, apart) == pytest.approx(ended)
 

@@ -372,7 +372,8 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(monkeypatch
     result = command("compare", "a lemon", "--model", "owner/name", "--out", tmp_path)
     assert result.exit_code == 1 and "stacktrace" not in result.output
     assert (
-        "the model owner/name: neither on this machine nor available from the hub (the network is down)" in result.output
+        "the model owner/name: neither on this machine nor available from the hub (the network is down)"
+        in result.output
     )
 
 
