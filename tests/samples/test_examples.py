@@ -26,7 +26,7 @@ def test_wrap(tmp_path, capsys):
     assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "forecast.png").read_bytes()
     said = capsys.readouterr().out
     assert "forecast.png: 6 of 8 NFEs" in said and "high.png: " in said
-    with pytest.raises(SystemExit, match=r"the model \./nowhere"):
+    with pytest.raises(SystemExit, match=r"--model \./nowhere"):
         example("wrap")["main"](["--model", "./nowhere", "--out", str(tmp_path)])
 
 
