@@ -205,27 +205,20 @@ def missed(chosen: Sequence[bool], weight: Tensor, variogram: PowerLaw | Measure
     return found + float((weight[rest] * apart).sqrt().sum().square())
 
 
-def _variance(apart: Tensor, i: Tensor, k: Tensor, j: Tensor) -> Tensor:
-    """Of step j about its best estimate from the steps i and k, with the weights w and 1 - w.
-
-    Args:
-        apart: (T, T), the variogram.
-    """
-    whole, left, right = apart[i, k], apart[i, j], apart[k, j]
-    w = 0.5 + (right - left) / (2 * whole)
-    return (w * left + (1 - w) * right - w * (1 - w) * whole).clamp(min=0)
-
-
 def _costs(weight: Tensor, furthest: int, variogram: PowerLaw | Measured) -> Tensor:
     """(furthest + 1, T): [g, i] is the cost of skipping the g - 1 steps before i, if i - g and i are evaluated."""
     count = len(weight)
     costs = torch.zeros(furthest + 1, count, **_HOST)
     steps = torch.arange(count)
+    # The variance of step j about its best estimate from i and k, with the weights w and 1 - w.
     apart = variogram.between(steps, steps)
     for g in range(2, furthest + 1):
         i, k = steps[: count - g, None], steps[g:, None]
         j = i + steps[1:g]  # (T - g, g - 1)
-        costs[g, g:] = (weight[j] * _variance(apart, i, k, j)).sqrt().sum(1)
+        whole, left, right = apart[i, k], apart[i, j], apart[k, j]
+        w = 0.5 + (right - left) / (2 * whole)
+        variance = w * left + (1 - w) * right - w * (1 - w) * whole
+        costs[g, g:] = (weight[j] * variance.clamp(min=0)).sqrt().sum(1)
     return costs.square()  # errors between two evaluated steps point the same way
 
 

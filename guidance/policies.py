@@ -383,8 +383,9 @@ class Forecast(Policy):
     The noise levels and the budget decide which steps are evaluated: the first, the last unless it hardly moves the
     picture, and those that would cost most to skip (`forecast.pattern`). It seldom skips two steps in a row while the
     budget allows. A skipped step is handed an estimate from the last two evaluated guided predictions, as denoised
-    samples. The next evaluated step is handed its own prediction and a repayment (`forecast.repayment`). It forecasts
-    the guided prediction itself, so it works with any rule and any pipeline's own formula.
+    samples; after the last evaluated step, that step's prediction. The next evaluated step is handed its own prediction
+    and a repayment (`forecast.repayment`). It forecasts the guided prediction itself, so it works with any rule and any
+    pipeline's own formula.
 
     Without a calibration, estimates follow a power law. With one, they follow this model's own motion, at any
     scheduler, number of steps, scale and size.
