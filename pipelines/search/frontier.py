@@ -4,7 +4,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.contest import FEWER, FORECAST, Row, Way, draw, plane
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import PSNR
+from diffusers_guidance.pipelines.search.calibrate import calibrate
 from diffusers_guidance.pipelines.search.nas import search_nas
 from diffusers_guidance.pipelines.search.search import search
 from diffusers_guidance.pipelines.support.progress import Progress, silent
@@ -48,8 +49,10 @@ SEARCHED_CONDITIONAL = "search(skip=False)"
 EVEN = "both skipped, evenly"
 SEARCHED = "search"
 REFINED = "search(refine=...)"
-OURS = (FORECAST, CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
-"""`Forecast` with nothing calibrated, and the series with fitted estimates, except the published one."""
+LEARNED = "Forecast, one run learned"
+CALIBRATED = "Forecast, calibrated"
+OURS = (FORECAST, LEARNED, CALIBRATED, CONDITIONAL, SEARCHED_CONDITIONAL, EVEN, SEARCHED, REFINED)
+"""`Forecast`, and the series with fitted estimates, except the published one."""
 OTHERS = (FEWER, STOP, INTERVAL, AG, HOLD, PERIODIC, PUBLISHED_HELD, PUBLISHED, NAS)
 
 
@@ -74,7 +77,7 @@ def frontier(
     Args:
         calibration: made with this pipeline, as it is set up.
         prompts, seeds: to measure with.
-        search_prompts: for searches by real runs.
+        search_prompts: for searches by real runs; `Forecast` learns from a run of the first.
         nfes: budgets for policies that take one. Default: eight, from a quarter to 7/8 of full
             guidance's NFEs.
         stops: the numbers of steps after which to stop guidance. Default: each.
@@ -126,6 +129,13 @@ def _plan(
     """Every row; a search runs when its row is measured."""
     count, steps = calibration.steps, calibration.call["num_inference_steps"]
 
+    @cache
+    def one_run() -> Calibration:
+        return calibrate(pipe, search_prompts[:1], trajectories=1, progress=silent, **calibration.call)
+
+    def learned(nfe: int) -> Policy:
+        return Forecast(nfe=nfe, calibration=one_run())
+
     def row(series: str, label: str, make: Callable[..., Policy], *args: Any, steps: int | None = None) -> Way:
         return Way(series, label, partial(make, *args), steps)
 
@@ -133,6 +143,8 @@ def _plan(
         fewer = max(1, round(steps * nfe / (2 * count)))
         yield row(FEWER, f"{fewer} steps", EveryStep, steps=fewer)
         yield row(FORECAST, f"Forecast(nfe={nfe})", partial(Forecast, nfe=nfe))
+        yield row(LEARNED, f"Forecast(nfe={nfe}), one run learned", learned, nfe)
+        yield row(CALIBRATED, f"Forecast(nfe={nfe}), calibrated", partial(Forecast, nfe=nfe, calibration=calibration))
         yield row(EVEN, f"{nfe // 2} both, evenly", Schedule, even(count, nfe // 2, Action.NEITHER), calibration)
         yield row(SEARCHED, f"search({nfe})", search, calibration, nfe)
         n = nfe - count

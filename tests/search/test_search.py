@@ -17,6 +17,7 @@ from diffusers_guidance import (
     CalibrationMismatch,
     EveryStep,
     Fit,
+    Forecast,
     LinearAG,
     Schedule,
     StepAG,
@@ -30,7 +31,7 @@ from diffusers_guidance.calibration import Calibration, Moments, combinations
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.measures import psnr, ssim
 from diffusers_guidance.pipelines.search.calibrate import gram
-from diffusers_guidance.pipelines.search.frontier import OURS, Row, best_at, frontier, plot
+from diffusers_guidance.pipelines.search.frontier import CALIBRATED, OURS, REFINED, Row, best_at, frontier, plot
 from diffusers_guidance.pipelines.search.nas import Mixture, _run, checkpointed
 from diffusers_guidance.policies import published
 from diffusers_guidance.schedules import climb, even, predicted_error, shortlist
@@ -468,10 +469,12 @@ def test_frontier_measures_every_row_once(pipe, tmp_path):
     rows = frontier(pipe, calibration, PROMPTS[:1], progress=lambda *at: seen.append(at[0]), **settings)
     assert seen == [row.label for row in rows]
     assert len(set(seen)) == len(seen)
-    assert {row.series for row in rows} >= {*OURS[:5], "AG", "LinearAG as published"}
+    assert {row.series for row in rows} >= {*OURS, "AG", "LinearAG as published"} - {REFINED}
     fidelity = Fidelity(pipe, PROMPTS[:1], num_inference_steps=STEPS, guidance_scale=SCALE)
     row = next(row for row in rows if row.label == "published, fitted")
     assert (row.nfe, row.psnr) == pytest.approx(fidelity(LinearAG(calibration))[:2], rel=1e-4)
+    row = next(row for row in rows if row.series == CALIBRATED)
+    assert (row.nfe, row.psnr) == pytest.approx(fidelity(Forecast(nfe=6, calibration=calibration))[:2], rel=1e-4)
     assert json.loads(path.read_text())["rows"][0]["series"] == rows[0].series
     assert frontier(pipe, calibration, PROMPTS[:1], **settings) == rows
     calibration.save(tmp_path / "elsewhere.safetensors")
