@@ -3,8 +3,10 @@
 `Layout` says which calls and rows are which branch; `View`, which part of a branch is the scheduler's prediction.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -88,43 +90,65 @@ class View:
         return f"{'-' if self.sign < 0 else ''}output{part}{' ' if layout else ''}{', '.join(layout)}"
 
 
-def views(branch: torch.Size, target: torch.Size, sample: torch.Size | None = None) -> Iterator[View]:
-    """The views between a branch of shape `branch` and a scheduler's prediction of shape `target`, plain ones first."""
-    for sign in (1, -1):  # as they are asked for: tokens may be channels, tens of thousands of them
-        for view in _unsigned(branch, target, sample):
-            yield replace(view, sign=sign)
+def views(
+    branch: torch.Size,
+    target: torch.Size,
+    sample: torch.Size | None = None,
+    follows: Callable[[View], bool] = lambda view: False,
+) -> Iterator[View]:
+    """The views between a branch of shape `branch` and a scheduler's prediction of shape `target`, plain ones first.
+
+    Args:
+        follows: whether the channels that a view leaves unguided are those of a branch. Where they are not, a view of
+            fewer guided channels leaves them unguided too, and is not asked about.
+    """
+    for sign in (1, -1):
+        yield from _signed(partial(View, sign=sign), branch, target, sample, follows)
 
 
-def _unsigned(branch: torch.Size, target: torch.Size, sample: torch.Size | None) -> Iterator[View]:
+def _signed(
+    view: Callable[..., View],
+    branch: torch.Size,
+    target: torch.Size,
+    sample: torch.Size | None,
+    follows: Callable[[View], bool],
+) -> Iterator[View]:
     rows, shape = branch[0], tuple(target[1:])
     if target[0] == rows:
-        yield from _parts(branch, target, sample)
+        yield from _parts(view, branch, target, sample, follows)
     elif len(branch) == 5 and target[0] == rows * branch[2] and shape == (branch[1], *branch[3:]):
-        yield View(tuple(branch[1:]), frames=branch[2])
+        yield view(tuple(branch[1:]), frames=branch[2])
     elif target[0] == 2 * rows:
-        for view in _parts(branch, torch.Size((rows, *shape)), sample):
-            yield replace(view, copies=2)
+        twice = partial(view, copies=2)
+        yield from _parts(twice, branch, torch.Size((rows, *shape)), sample, follows)
 
 
-def _parts(branch: torch.Size, target: torch.Size, sample: torch.Size | None) -> Iterator[View]:
+def _parts(
+    view: Callable[..., View],
+    branch: torch.Size,
+    target: torch.Size,
+    sample: torch.Size | None,
+    follows: Callable[[View], bool],
+) -> Iterator[View]:
     shape = tuple(target[1:])
     if branch.numel() == target.numel():
-        yield View(shape)
+        yield view(shape)
     if len(branch) == len(target):
         differing = [i for i, (h, t) in enumerate(zip(branch, target, strict=True)) if h != t]
         if len(differing) == 1 and branch[differing[0]] > target[differing[0]]:
             dim, whole, kept = differing[0], branch[differing[0]], target[differing[0]]
-            yield View(shape, dim, 0, kept)
-            yield View(shape, dim, whole - kept, whole)
+            yield view(shape, dim, 0, kept)
+            yield view(shape, dim, whole - kept, whole)
         if differing in ([], [1]) and len(shape) > 1 and branch[1] >= shape[0]:
-            # Learned variance: the scheduler gets more channels than are guided.
-            known = [sample[1]] if sample is not None and sample[1] < shape[0] else []
-            for channels in dict.fromkeys([*known, *range(shape[0] - 1, 0, -1)]):
-                yield View((channels, *shape[1:]), 1, 0, channels, channels=channels)
+            # Learned variance: the scheduler gets more channels than are guided; those of its sample, most likely.
+            likely = [sample[1]] if sample is not None and sample[1] < shape[0] else []
+            fewer = (view((n, *shape[1:]), 1, 0, n, channels=n) for n in range(shape[0] - 1, 0, -1) if n not in likely)
+            yield from filter(follows, (view((n, *shape[1:]), 1, 0, n, channels=n) for n in likely))
+            yield from takewhile(follows, fewer)
     if len(branch) == 3 and len(target) == 5 and branch[2] == target[1]:
         frame = target[3] * target[4]
         if branch[1] % frame == 0 and branch[1] // frame in (target[2], target[2] + 1):
-            yield View(shape, tokens=True)
+            yield view(shape, tokens=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -347,8 +347,9 @@ def readings(outputs: Sequence[Tensor], output: Tensor, around: Around, live: Ma
     """Every way to read the branches that fits the shapes, plain ones first."""
     shape = None if around.sample is None else around.sample.shape
     for batched, further, parts in layouts(outputs):
-        for view in views(parts[0].shape, output.shape, shape):
-            if not view.holds(output) or (view.channels and not _is_handed_on(view, parts, output)):
+        follows = partial(_is_handed_on, parts=parts, output=output)
+        for view in views(parts[0].shape, output.shape, shape, follows):
+            if not view.holds(output):
                 continue
             layout = Layout(
                 batched=batched, branches=len(parts) - further, cond_index=0, view=view,
@@ -378,7 +379,7 @@ def _finishes(around: Around) -> list[str]:
 
 
 def _is_handed_on(view: View, parts: Sequence[Tensor], output: Tensor) -> bool:
-    """Whether the channels that are not guided plainly come from one of the branches; a few numbers tell at most."""
+    """Whether the channels that are not guided plainly come from one of the branches; mostly a few numbers tell."""
     for few in (1, None):
         seen, *of = (t[..., :few] for t in (output, *parts))
         rest = view.rest(seen, seen)[: parts[0].shape[0]]

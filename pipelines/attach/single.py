@@ -28,7 +28,7 @@ def single(outputs: Sequence[Tensor], output: Tensor, around: Around, shows: boo
     (y,) = outputs
     for mixed in ("", SOLVED):
         for view in views(y.shape, output.shape):
-            if view.channels or not view.holds(output):
+            if not view.holds(output):
                 continue
             layout = Layout(batched=True, branches=1, cond_index=0, view=view, rows=y.shape[0])
             formula = Formula(

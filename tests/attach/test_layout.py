@@ -68,7 +68,7 @@ def view_of(branch: Tensor, held: Tensor, y: Tensor) -> View:
     """The view that reads `y` off both."""
     found = [
         view
-        for view in views(branch.shape, held.shape, held.shape)
+        for view in views(branch.shape, held.shape, held.shape, lambda view: True)
         if view(branch).shape == y.shape and torch.equal(view(branch), y) and torch.equal(view.working(held), y)
     ]
     assert found, f"no view between {tuple(branch.shape)} and {tuple(held.shape)}"
@@ -102,6 +102,26 @@ def test_channels_that_are_not_guided_follow_as_they_are(sign):
     assert torch.equal(view.rest(whole, whole), beside(y))
     assert torch.equal(view.rest(sign * whole, whole), beside(y))
     assert torch.equal(view.emit(other, whole), torch.cat([other, beside(y)], 1))
+
+
+def test_of_tens_of_thousands_of_tokens_that_are_all_guided_one_view_is_asked_about_by_sign():
+    """Video tokens stand where channels do; a view for each took seconds a step."""
+    shape, asked = torch.Size((1, 30_000, 4)), []
+
+    def follows(view: View) -> bool:
+        asked.append(view.channels)
+        return False
+
+    assert [str(view) for view in views(shape, shape, None, follows)] == ["output", "-output"]
+    assert asked == [29_999, 29_999]
+
+
+def test_views_of_fewer_guided_channels_follow_as_long_as_what_they_leave_does():
+    shape = torch.Size((1, 8, 2, 2))
+    found = [view.channels for view in views(shape, shape, torch.Size((1, 3, 2, 2)), lambda view: view.channels > 4)]
+    assert found == [0, 7, 6, 5] * 2
+    likely = [view.channels for view in views(shape, shape, torch.Size((1, 6, 2, 2)), lambda view: view.channels > 4)]
+    assert likely == [0, 6, 7, 5] * 2
 
 
 @given(batched=st.booleans(), branches=st.integers(2, 3), cond=st.integers(0, 1), rows_=st.integers(1, 3))
