@@ -7,6 +7,8 @@ A prediction's way, from the network to the scheduler, in the order to read it:
     host                    the run: which hook was reached, what the scheduler is handed in the end
     call, parts, clock      what the pipeline says of itself; its networks and schedulers; where in its table a step is
     denoiser                a network's call: which rows are evaluated, and what stands in for the others
+      calls                 what a step has asked of it so far
+      ahead                 a network that works ahead of it, such as a ControlNet
       together              several networks that make a step's predictions, followed as one
       cut, rows             a part of a batch on its own: taken from a call, and tried; `remembered` for later calls
       output, trees         the prediction in what a network puts out; what it puts out and what it takes, as trees
@@ -14,7 +16,9 @@ A prediction's way, from the network to the scheduler, in the order to read it:
       beside                what a network gives beside its prediction: a video's sound
       processors            its attention processors: perturbed ones, and what its pipeline reads off them
       state, memory, foreign    whether what others have put on the network remembers anything from call to call
-    discovery               how the step's outputs became the scheduler's prediction: found once, verified at each step
+    kind                    whether the step is guided, has one prediction alone, or is left to the pipeline
+    discovery               how the step's outputs became the scheduler's prediction, found once
+    verification            and held against each step
       layout                which outputs are which branch, and which part of one the scheduler gets
       combination           how two branches become one
       terms                 what more than two add
@@ -24,6 +28,8 @@ A prediction's way, from the network to the scheduler, in the order to read it:
       single                where there is one prediction and no guidance
     guidance/engine.py      the rule combines, the policy fills in, forecasts and plans the next step
     fused                   guidance and the scheduler's step in one
+    again                   further steps of a scheduler on the same evaluation
+    closing                 what the report of the run says beside its steps
 
 Beside that way: `company` refuses what was not seen in full, `schedulers` reads `Space`s off a diffusers scheduler and
 `solver` off its steps, `fingerprint` says what a calibration was made for, and `guider` meets loops that ask a guider

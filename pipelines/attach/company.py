@@ -103,7 +103,7 @@ def check_pending(
     name: str, step: int, replaced: Collection[str], parts: Mapping[str, Any], denoisers: Iterable[Denoiser]
 ) -> None:
     """Refuses to go on if a scheduler was replaced between an evaluation and its step, which was then not seen."""
-    pending = [each.name for each in denoisers if each.formula is not None and each.outputs]
+    pending = [each.name for each in denoisers if each.formula is not None and each.now.outputs]
     schedulers = [each for each in replaced if not isinstance(parts[each], torch.nn.Module)]
     if pending and schedulers:
         raise UnsupportedPipeline(

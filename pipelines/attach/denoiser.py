@@ -12,29 +12,29 @@ from diffusers_guidance.engine import Engine
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach import told
+from diffusers_guidance.pipelines.attach.ahead import Ahead
 from diffusers_guidance.pipelines.attach.beside import Beside
+from diffusers_guidance.pipelines.attach.calls import Calls
 from diffusers_guidance.pipelines.attach.clock import Clock
-from diffusers_guidance.pipelines.attach.cut import OUTPUT, Cut, Made, Misfit
+from diffusers_guidance.pipelines.attach.cut import OUTPUT, Cut, Made
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.output import merged, prediction, puts_out_more, with_prediction
-from diffusers_guidance.pipelines.attach.trees import copied, shapes, tensors
+from diffusers_guidance.pipelines.attach.trees import copied, tensors
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.steps import Action, Decision, Plan, Step
 
 
 @dataclass
 class Denoiser:
-    """State of one denoiser (a pipeline may have several, each with a history of its own).
+    """One denoiser: what it knows of its batch, and what the coming step has asked of it so far (`now`).
 
-    Within a step, `outputs` collects the predictions of its calls in the shape the pipeline gets them, skipped rows
-    filled in; `strays` those of calls on another batch than the one whose formula is known. Both are copies: pipelines
-    combine in place, and engines write the next output over the last. `nfe` counts the rows really evaluated and
-    `nfe_full` those the pipeline asked for.
+    A pipeline may have several, each with a history of its own.
     """
 
     name: str
     module: torch.nn.Module
     policy: Policy
+    now: Calls = field(default_factory=Calls)
     formula: Formula | None = None
     engine: Engine | None = None
     """For the batch whose formula is known."""
@@ -49,60 +49,27 @@ class Denoiser:
     puts_out_more: bool = False
     """Whether its output holds more than the prediction (the sound of a video), which cannot be estimated."""
     leader: "Denoiser | None" = None
-    """Of a network that works ahead of a denoiser, row by row, such as a ControlNet: that denoiser."""
+    """The denoiser that it works ahead of, as a ControlNet does."""
+    ahead: Ahead | None = None
+    """How it does that."""
     shape: torch.Size | None = None
     """Of its predictions, by which the formula was identified."""
-    follower_cut: bool = False
-    """Whether such a network skipped rows at this step, so that they can no longer be asked for."""
     cuts: bool = False
     """Whether parts of its batch are to be evaluated."""
     hands_copies: bool = False
     """Whether the pipeline gets copies of its predictions, which cannot be filled in later."""
-    rows_ahead: list[int] = field(default_factory=list)
-    """Of a network that works ahead of another: of its calls at a step."""
-    is_cut: bool = False
-    """Whether such a network can skip a part of the rows."""
-    place: int = 0
-    """How many calls it has made at this step, ahead of its leader."""
-
     templates: Sequence[Any] = ()
     """Outputs of this denoiser, by call, for their structure."""
     held: Tensor | None = None
     """The conditional branch of the last step that was evaluated, of a policy that `hands`."""
     held_calls: int = 0
     """How many calls that step made."""
-
-    step: Step = field(default_factory=Step)
-    """The coming one, as the plan was made for it."""
-    plan: Plan | None = None
-    is_scanned: bool = False
-    """Whether what others have put on the network was looked for at this step."""
-    inputs: list[Made] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    strays: list[Tensor] = field(default_factory=list)
-    surplus: list[Tensor] = field(default_factory=list)
-    """Those before the step's own that are taken for somebody's probe."""
-    blanks: dict[int, Tensor] = field(default_factory=dict)
-    """By call, what the pipeline was given for unconditional ones that came first, to be filled in by the conditional
-    one."""
-    given: Any = None
-    """The step's whole conditional output, where calls are made one after another."""
-    skipped: partial | None = None
-    """The step's last call that was skipped."""
-    handed: Tensor | None = None
-    """What the pipeline was given for it."""
-    is_told: bool = False
-    """Whether a call's arguments told at this step which branch it was for."""
-    is_open: bool = False
-    """Whether they did not at this step's first call, so that all is evaluated."""
     is_unlike: bool = False
     """Whether the last step, of which nothing was evaluated, made other calls than the last that was evaluated."""
     formulas: dict[tuple[int, ...], Formula] = field(default_factory=dict)
     """Of the batch, by the rows of a step's calls: terms may come and go in a run."""
     beside: Beside = field(default_factory=Beside)
     """What else it puts out, to be forecast or held."""
-    nfe: int = 0
-    nfe_full: int = 0
     aside: int = 0
     """Rows evaluated for somebody else since the last step."""
 
@@ -113,11 +80,11 @@ class Denoiser:
     def begin_step(self, step: Step) -> None:
         """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
         self.end_step()
-        self.step = step
+        self.now.step = step
         if self.formula is not None and self.engine is not None:
-            self.plan = self._possible(self.engine.plan(step))
+            self.now.plan = self._possible(self.engine.plan(step))
             if self.is_unlike:
-                self.plan = [Decision(Action.BOTH, "its calls have changed")] * len(self.plan)
+                self.now.plan = [Decision(Action.BOTH, "its calls have changed")] * len(self.now.plan)
             self.is_unlike = False
 
     def _possible(self, plan: Plan) -> Plan:
@@ -143,7 +110,7 @@ class Denoiser:
     def is_guided_by(self, engine: Engine, step: Step) -> None:
         """Takes in the engine for the batch whose formula has been found, at the step it was found at."""
         self.engine = engine
-        self.plan = self._possible(engine.plan(step))
+        self.now.plan = self._possible(engine.plan(step))
 
     def stepped(self, clock: Clock) -> None:
         """Takes in the clock of the scheduler that its predictions go to."""
@@ -151,19 +118,14 @@ class Denoiser:
 
     def settle_for(self, formula: Formula) -> None:
         """Takes in another formula for the same batch."""
-        self.formula = self.formulas[self.signature] = formula
-
-    @property
-    def signature(self) -> tuple[int, ...]:
-        """The rows of the step's calls."""
-        return tuple(len(y) for y in self.outputs)
+        self.formula = self.formulas[self.now.signature] = formula
 
     def know(self, formula: Formula) -> None:
         """Takes in the pipeline's formula, as it was found from the step's outputs."""
-        self.shape, self.formulas = self.outputs[0].shape, {}
+        self.shape, self.formulas = self.now.outputs[0].shape, {}
         self.settle_for(formula)
-        tell = not formula.batched and formula.cond_index > 0 and len(self.inputs) == formula.calls
-        self.marks = told.marks(self.arguments) if tell else []
+        tell = not formula.batched and formula.cond_index > 0 and len(self.now.inputs) == formula.calls
+        self.marks = told.marks(self.now.arguments) if tell else []
 
     def restart(self) -> None:
         """Forgets everything: the pipeline begins another loop, on other samples perhaps."""
@@ -186,106 +148,92 @@ class Denoiser:
         So are further calls on the same batch before the step's own, where all were evaluated in full, unless numbers
         tell otherwise. What is called after the step's own has a part in its guidance.
         """
-        if not self.outputs:
-            self.outputs, self.strays = self.strays, []
-        formula = self.formula
+        now, formula = self.now, self.formula
+        if not now.outputs:
+            now.outputs, now.strays = now.strays, []
         if formula is None or formula.evaluations == 1 or formula.further or not all(self.evaluates):
             return
-        if len(self.outputs) > formula.calls and all(y.shape == self.shape for y in self.outputs):
-            self.surplus, self.outputs = self.outputs[: -formula.calls], self.outputs[-formula.calls :]
+        if len(now.outputs) > formula.calls and all(y.shape == self.shape for y in now.outputs):
+            now.surplus, now.outputs = now.outputs[: -formula.calls], now.outputs[-formula.calls :]
 
     @property
     def is_cut_short(self) -> bool:
         """Whether a step made fewer calls than expected, and one that was skipped may be the only one that counts."""
         formula = self.formula
-        if formula is None or formula.batched or formula.cond_index == 0 or len(self.outputs) >= formula.head:
+        if formula is None or formula.batched or formula.cond_index == 0 or len(self.now.outputs) >= formula.head:
             return False
-        return self.nfe < self.nfe_full and (bool(self.blanks) or not self.is_told)
+        return self.now.nfe < self.now.nfe_full and (bool(self.now.blanks) or not self.now.is_told)
 
     @property
     def unused(self) -> int:
         """Calls since the last step; of a network that has no part in guidance, if they look like a loop's."""
         if self.formula is not None:
-            return len(self.outputs) + len(self.strays)
-        pairs = [(batch.sample(each.args, each.kwargs), prediction(each.output)) for each in self.inputs]
+            return len(self.now.outputs) + len(self.now.strays)
+        pairs = [(batch.sample(each.args, each.kwargs), prediction(each.output)) for each in self.now.inputs]
         alike = [x for x, y in pairs if isinstance(x, Tensor) and y is not None and _same_kind(x, y)]
         return len(alike) if len(alike) > 1 else 0
-
-    @property
-    def arguments(self) -> list[tuple[tuple, dict]]:
-        """Those of the step's calls, as long as no formula is known."""
-        return [(each.args, each.kwargs) for each in self.inputs]
-
-    @property
-    def halves(self) -> list[dict[str, Tensor]]:
-        """What both branches were made from, as long as no formula is known; see `told.halves`."""
-        return told.halves(self.arguments, len(self.outputs[0])) if 0 < len(self.inputs) < 3 else []
 
     @property
     def fits(self) -> bool:
         """Whether the step's evaluations, `outputs`, are on the batch whose formula is known."""
         head = 1 if self.formula is None else self.formula.head
-        return all(y.shape == self.shape for y in self.outputs[:head])
+        return all(y.shape == self.shape for y in self.now.outputs[:head])
 
     @property
     def is_on_another_batch(self) -> bool:
         """Whether none of the step's evaluations is on that batch."""
-        return all(y.shape != self.shape for y in self.outputs)
+        return all(y.shape != self.shape for y in self.now.outputs)
 
     def make_up(self) -> Tensor | None:
         """Makes the call that was skipped after all; None where there was none."""
-        if self.skipped is None:
+        if self.now.skipped is None:
             return None
         self._open()
-        y = prediction(self.skipped())
-        self.skipped = None
+        y = prediction(self.now.skipped())
+        self.now.skipped = None
         if y is not None:
-            self.nfe += len(y)
+            self.now.nfe += len(y)
         return y
 
     def hold(self) -> None:
         """Keeps what was put out at this step for one branch, to put it out for all where nothing is evaluated."""
         formula = self.formula
         assert formula is not None
-        cond = formula.layout.invert(self.outputs)[formula.cond_index]
+        cond = formula.layout.invert(self.now.outputs)[formula.cond_index]
         self.held = cond.clone() if formula.batched and formula.branches > 1 else cond  # a copy as it is
-        self.held_calls = len(self.outputs)
-        self.beside.hold(self.step.index)
+        self.held_calls = len(self.now.outputs)
+        self.beside.hold(self.now.step.index)
 
     def end_step(self) -> None:
         if self.beside.now:  # nothing is handed on
-            if len(self.beside.now) == len(self.outputs):
-                self.beside.hold(self.step.index)
+            if len(self.beside.now) == len(self.now.outputs):
+                self.beside.hold(self.now.step.index)
             self.beside.now = []
-        self.plan, self.follower_cut, self.is_scanned = None, False, False
-        self.inputs, self.outputs, self.strays, self.surplus, self.blanks = [], [], [], [], {}
-        self.given = self.skipped = self.handed = None
-        self.is_told = self.is_open = False
-        self.nfe = self.nfe_full = self.place = 0
+        self.now = Calls()
 
     @property
     def evaluates(self) -> list[bool]:
         """Per sample: whether its other branches are evaluated at this step."""
-        assert self.plan is not None
-        assert self.formula is not None
+        plan, formula = self.now.plan, self.formula
+        assert plan is not None and formula is not None
         if self.skips:
-            return [False] * len(self.plan)
-        if self.formula.evaluations == 1:
-            return [True] * len(self.plan)
-        both = [each.action in (Action.BOTH, Action.NEITHER) for each in self.plan]
+            return [False] * len(plan)
+        if formula.evaluations == 1:
+            return [True] * len(plan)
+        both = [each.action in (Action.BOTH, Action.NEITHER) for each in plan]
         # A cache would meet rows it has not seen; to skip a whole call is what its contexts are for.
         cut = self.cut
-        uncut = (cut.keeps_state and self.formula.batched) or (any(both) and (cut.keeps_state or not cut.splits))
+        uncut = (cut.keeps_state and formula.batched) or (any(both) and (cut.keeps_state or not cut.splits))
         # The sound of a row that is skipped is the conditional one's, which must be there.
         late = self.puts_out_more or self.hands_copies
-        early = late and not self.formula.batched and self.formula.cond_index > 0
-        return [True] * len(both) if self.cut.whole or uncut or early or self.is_open else both
+        early = late and not formula.batched and formula.cond_index > 0
+        return [True] * len(both) if self.cut.whole or uncut or early or self.now.is_open else both
 
     @property
     def skips(self) -> bool:
         """Whether nothing at all is evaluated at this step."""
-        plan = self.plan
-        whole = self.cut.is_left_whole or self.is_open
+        plan = self.now.plan
+        whole = self.cut.is_left_whole or self.now.is_open
         return plan is not None and not whole and all(each.action == Action.NEITHER for each in plan)
 
     @property
@@ -301,16 +249,17 @@ class Denoiser:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
         if isinstance(self.policy, EveryStep):
             return self._run(call, args, kwargs)
-        if not self.is_scanned and self._may_skip:
-            self.is_scanned = True
+        now = self.now
+        if not now.is_scanned and self._may_skip:
+            now.is_scanned = True
             self.cut.watch.scan()
-        if not self.nfe_full:  # nothing of this step is missing yet
+        if not now.nfe_full:  # nothing of this step is missing yet
             self._keep_whole()
-        place, left = len(self.outputs), self.nfe_full - self.nfe
+        place, left = len(now.outputs), now.nfe_full - now.nfe
         output = self._run(self.cut.watch.over(call), args, kwargs)
-        if self.nfe == self.nfe_full:
+        if now.nfe == now.nfe_full:
             self._keep_whole()
-        if self.nfe_full - self.nfe > left:
+        if now.nfe_full - now.nfe > left:
             self.cut.processors.put_back(place)
         else:
             self.cut.processors.see(place)
@@ -319,7 +268,7 @@ class Denoiser:
     def take_cost(self) -> tuple[int, int]:
         """Evaluations since the last step, and those the pipeline asked for; both with what others asked for."""
         aside, self.aside = self.aside, 0
-        return self.nfe + aside, self.nfe_full + aside
+        return self.now.nfe + aside, self.now.nfe_full + aside
 
     def run_aside(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         """A call that is not part of a step's prediction: it is evaluated as it is, and counted."""
@@ -334,19 +283,20 @@ class Denoiser:
     def _may_skip(self) -> bool:
         """Whether what is on the network matters at this step: it skips something, or finds out what can be skipped."""
         leader = self.leader or self
-        if leader.plan is None or leader.formula is None:
+        if leader.now.plan is None or leader.formula is None:
             return not self.cut.watch.is_settled
         return not all(leader.evaluates)
 
     def _run(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         asked = batch.count(args, kwargs)
-        if self.leader is not None and self.leader.plan is not None:
-            return self._run_ahead(self.leader, asked, call, args, kwargs)
-        plan, formula = self.plan, self.formula
+        if self.leader is not None and self.leader.now.plan is not None:
+            assert self.ahead is not None
+            return self.ahead.run(self.leader, self.now, asked, call, args, kwargs)
+        plan, formula = self.now.plan, self.formula
         expected = 0 if formula is None else formula.rows * (formula.branches if formula.batched else 1)
         if plan is None or formula is None or all(self.evaluates):
             return self._run_whole(call, args, kwargs, asked)
-        if (place := len(self.outputs)) >= formula.head and asked == formula.rows:
+        if (place := len(self.now.outputs)) >= formula.head and asked == formula.rows:
             if self.skips and formula.evaluations == 1:
                 self._take_back()
             if self.skips:
@@ -358,14 +308,14 @@ class Denoiser:
         if asked != expected:
             return self._run_whole(call, args, kwargs, asked)
         branch = 0 if formula.batched else self.branch_of(args, kwargs)
-        is_first = not self.outputs  # a callback has made the samples larger, say
+        is_first = not self.now.outputs  # a callback has made the samples larger, say
         if self.skips and is_first and self.sample_shape != batch.sample_shape(args, kwargs):
             branch = None
         if branch is None:
             self._open()
             return self._run_whole(call, args, kwargs, asked)
         if self.skips:
-            self.skipped = partial(call, *args, **kwargs)
+            self.now.skipped = partial(call, *args, **kwargs)
             return self._run_nothing(formula, branch)
         if formula.batched:
             return self._run_batched(formula, call, args, kwargs)
@@ -379,9 +329,9 @@ class Denoiser:
         """
         found = [i for i, mark in enumerate(self.marks) if told.carries(mark, (args, kwargs))]
         if len(found) == 1:
-            self.is_told = True
+            self.now.is_told = True
             return found[0]
-        place = len(self.outputs)
+        place = len(self.now.outputs)
         return None if self.marks and place == 0 else place
 
     def _run_whole(self, call: Callable, args: tuple, kwargs: dict, asked: int, tried: int = 0) -> Any:
@@ -389,13 +339,13 @@ class Denoiser:
         y = prediction(output)
         if y is None:
             self.cut.leave_whole(f"{self.name} is also called for something else than a prediction")
-        if not self.outputs:
+        if not self.now.outputs:
             self.sample_shape = batch.sample_shape(args, kwargs)
         if self._keeps_more:
             self.beside.see(copied(output))
         # Where nothing is guided, guidance may begin at any step.
         if self.formula is None or self.formula.evaluations == 1 or (y is not None and y.shape != self.shape):
-            self.inputs.append(Made(call, args, kwargs, copied(output)))
+            self.now.inputs.append(Made(call, args, kwargs, copied(output)))
         self._note(y, tried + asked, asked)
         return output
 
@@ -412,11 +362,11 @@ class Denoiser:
             made = formula.layout.apply([self.held] * formula.evaluations)
             y = made[branch] if branch < len(made) else self.held
             y = y.clone() if y is self.held else y
-            self.handed = y
+            self.now.handed = y
             self._note(y, 0, len(y))
-            beside = self.beside.at(self.step.index, branch) if self.puts_out_more else None
+            beside = self.beside.at(self.now.step.index, branch) if self.puts_out_more else None
             return with_prediction(self._template(branch, len(y)) if beside is None else beside, y)
-        cond, uncond = self.engine.both(self.step)
+        cond, uncond = self.engine.both(self.now.step)
         branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
         y = formula.layout.apply(branches)[branch].clone()
         self._note(y, 0, len(y))
@@ -424,7 +374,7 @@ class Denoiser:
 
     def _run_unneeded(self, formula: Formula, place: int) -> Any:
         """A further call on what hangs on the unconditional branch, which no sample has at this step."""
-        cond = formula.layout.invert(self.outputs)[formula.cond_index].clone()
+        cond = formula.layout.invert(self.now.outputs)[formula.cond_index].clone()
         self._note(cond, 0, len(cond))
         return with_prediction(self._template(place, len(cond)), cond)
 
@@ -437,29 +387,29 @@ class Denoiser:
 
     def _take_back(self) -> None:
         """Makes the step's skipped call after all, and puts what it gives where the pipeline has got something else."""
-        assert self.skipped is not None and self.handed is not None
+        now, made = self.now, self.now.skipped
+        assert made is not None and now.handed is not None
         self._open()
-        made, self.skipped = self.skipped, None
-        output = made()
+        now.skipped, output = None, made()
         y = prediction(output)
         assert y is not None
-        self.inputs.append(Made(made.func, made.args, made.keywords, copied(output)))
-        self.handed.copy_(y)
-        self.outputs[-1] = y.clone()
-        self.nfe += len(y)
+        now.inputs.append(Made(made.func, made.args, made.keywords, copied(output)))
+        now.handed.copy_(y)
+        now.outputs[-1] = y.clone()
+        now.nfe += len(y)
 
     def _open(self) -> None:
         """Evaluates all of this step after all; refused where a network ahead of it has skipped its part."""
-        if self.follower_cut:
+        if self.now.is_ahead_cut:
             raise UnsupportedPipeline(
                 f"{self.name} was called in another way than before at a step that was to be skipped, and what works "
                 "ahead of it, such as a ControlNet, had skipped that step: use a policy that skips nothing, EveryStep"
             )
-        self.is_open = True
+        self.now.is_open = True
 
     def _run_batched(self, formula: Formula, call: Callable, args: tuple, kwargs: dict) -> Any:
         total = formula.rows * formula.branches
-        kept, source = _kept(formula, self.evaluates)
+        kept, source = formula.kept(self.evaluates)
         try:
             part = self.cut.call(call, args, kwargs, total, kept, self.shape)
         except Exception as error:
@@ -471,7 +421,7 @@ class Denoiser:
             return self._run_whole(call, args, kwargs, total, len(kept))
         branches = formula.layout.invert([y])
         cond = branches[formula.cond_index]
-        if any(each.action == Action.EXTRAPOLATE for each in self.plan or ()):
+        if any(each.action == Action.EXTRAPOLATE for each in self.now.plan or ()):
             own = (formula.cond_index, *formula.alone)
             filled = [each if i in own else self._filled(cond, each) for i, each in enumerate(branches)]
             (y,) = formula.layout.apply(filled)
@@ -483,33 +433,33 @@ class Denoiser:
 
     def _guessed(self, formula: Formula) -> list[tuple[int, int, float]]:
         """Of a batch, the rows that are estimated, each with its conditional one, and how a held velocity turns."""
-        assert self.plan is not None and self.engine is not None
+        assert self.now.plan is not None and self.engine is not None
         n, own, held = formula.rows, (formula.cond_index, *formula.alone), self.engine.history.velocity
-        rows = [i for i in range(n) if self.plan[i].action == Action.EXTRAPOLATE and not self.evaluates[i]]
+        rows = [i for i in range(n) if self.now.plan[i].action == Action.EXTRAPOLATE and not self.evaluates[i]]
         return [
-            (k * n + i, formula.cond_index * n + i, held[i] / self.step.velocity)
+            (k * n + i, formula.cond_index * n + i, held[i] / self.now.step.velocity)
             for k in range(formula.branches)
             if k not in own
             for i in rows
         ]
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
-        n = formula.rows
+        now, n = self.now, formula.rows
         if branch in formula.alone:
             return self._run_whole(call, args, kwargs, n)
         if branch == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
-            if not self.outputs:  # it is on another batch than the one that is known
+            if not now.outputs:  # it is on another batch than the one that is known
                 return output
-            *before, cond = self.outputs
-            self.given = copied(output)
-            for i, waiting in self.blanks.items():  # unconditional calls that came first wait for this one
-                self.outputs[i] = self._filled(cond, before[i])
-                waiting.copy_(self.outputs[i])
+            *before, cond = now.outputs
+            now.given = copied(output)
+            for i, waiting in now.blanks.items():  # unconditional calls that came first wait for this one
+                now.outputs[i] = self._filled(cond, before[i])
+                waiting.copy_(now.outputs[i])
             return output
 
         wanted = [i for i, both in enumerate(self.evaluates) if both]
-        output, uncond = self.template if self.given is None else self.given, None
+        output, uncond = self.template if now.given is None else now.given, None
         if wanted:
             try:
                 part = self.cut.call(call, args, kwargs, n, wanted, self.shape)
@@ -518,14 +468,14 @@ class Denoiser:
             place = {row: i for i, row in enumerate(wanted)}
             part = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], OUTPUT)
             output, uncond = merged(self.evaluates, part, output), prediction(part)
-        if self.given is not None:
-            cond = self.outputs[formula.cond_index]
+        if now.given is not None:
+            cond = now.outputs[formula.cond_index]
             filled = self._filled(cond, uncond)
         else:
             blank = prediction(output)
             assert blank is not None
             filled = blank.clone()  # its skipped rows are filled in place once the conditional call is made
-            self.blanks[len(self.outputs)] = filled
+            now.blanks[len(now.outputs)] = filled
         self._note(filled, len(wanted), n)
         return with_prediction(output, filled)
 
@@ -536,41 +486,12 @@ class Denoiser:
 
     def _filled(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
         """`uncond` with what stands in for the rows that were skipped; see `Engine.fill`."""
-        assert self.plan is not None and self.engine is not None
-        return self.engine.fill(self.step, self.plan, cond, uncond, self.evaluates)
-
-    def _run_ahead(self, leader: "Denoiser", asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Skips the rows that its leader is about to skip, or all of them or none."""
-        formula = leader.formula
-        assert formula is not None
-        total = formula.rows * formula.branches
-        self.cut.leave_whole(self.cut.watch.found)
-        place, self.place = self.place, self.place + 1
-        expected = [asked == rows for rows in self.rows_ahead[place : place + 1]]
-        if leader.skips and not self.cut.whole and expected == [True]:
-            leader.follower_cut = True
-            return copied(self.templates[place])
-        if not self.is_cut or self.cut.whole or leader.nfe_full or all(leader.evaluates) or asked != total:
-            output = call(*args, **kwargs)
-            if asked != total:  # the leader's batch may be another one from now on
-                self.inputs.append(Made(call, args, kwargs, copied(output)))
-            return output
-        kept, source = _kept(formula, leader.evaluates)
-        try:
-            output = batch.take(self.cut.call(call, args, kwargs, total, kept, self.shape), len(kept), source)
-            if shapes(output) != shapes(self.template):
-                raise Misfit(f"{self.name} puts out something else for a part of the batch")
-        except Exception as error:
-            if not self.cut.is_misfit(error):
-                raise
-            self.cut.leave_whole(str(error))
-            return call(*args, **kwargs)
-        leader.follower_cut = True
-        return output
+        assert self.now.plan is not None and self.engine is not None
+        return self.engine.fill(self.now.step, self.now.plan, cond, uncond, self.evaluates)
 
     def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
         """The whole call in place of a part that does not fit; from now on nothing is skipped."""
-        if self.follower_cut:
+        if self.now.is_ahead_cut:
             raise error
         self.cut.give_up(error, tried)
         output = call(*args, **kwargs)
@@ -578,41 +499,34 @@ class Denoiser:
         return output
 
     def _note(self, made: Tensor | None, evaluated: int, asked: int) -> None:
+        now = self.now
         if made is not None:
-            own = self.formula is None or made.shape == self.shape or self.outputs
-            (self.outputs if own else self.strays).append(made.clone())
-        self.nfe += evaluated
-        self.nfe_full += asked
+            own = self.formula is None or made.shape == self.shape or now.outputs
+            (now.outputs if own else now.strays).append(made.clone())
+        now.nfe += evaluated
+        now.nfe_full += asked
 
     def find_out(self, cuts: bool) -> str:
         """On the identifying step: finds out what can be skipped; see `Cut.find_out`."""
         assert self.formula is not None
-        self.templates = [each.output for each in self.inputs]
+        self.templates = [each.output for each in self.now.inputs]
         self.puts_out_more = puts_out_more(self.template)
         if self._keeps_more:
             self.beside.now = [*self.templates]
         self.cuts, before = cuts, self.cut.nfe
-        note = self.cut.find_out(self.formula, self.inputs, cuts)
-        self.nfe += self.cut.nfe - before
+        note = self.cut.find_out(self.formula, self.now.inputs, cuts)
+        self.now.nfe += self.cut.nfe - before
         self.templates = [*map(_emptied, self.templates)]
         return note
 
     def follow(self, leader: "Denoiser") -> None:
         """On the identifying step: from now on works ahead of `leader`, if it did so at this one."""
-        formula, self.leader = leader.formula, None
-        if formula is None:
-            return
-        # Where whole evaluations alone are skipped, no part of any is taken.
-        kept, source = _kept(formula, [not leader.cuts] * formula.rows)
-        self.is_cut = formula.batched and self.cut.follows(formula, self.inputs, kept, source)
-        calls = self.inputs if self.is_cut else [each for each in self.inputs if leader.shares_sample(each)]
-        if self.is_cut or (self.policy.hands and calls and self.cut.is_steady(calls)):
-            self.leader, self.templates = leader, [each.output for each in calls]
-            self.rows_ahead = [batch.count(each.args, each.kwargs) for each in calls]
+        self.ahead = Ahead.of(leader, self.cut, self.now.inputs)
+        self.leader = None if self.ahead is None else leader
 
     def shares_sample(self, made: Made) -> bool:
         """Whether a call of another network at this step is on samples of this one, or on their frames as rows."""
-        own = [batch.sample(each.args, each.kwargs) for each in self.inputs]
+        own = [batch.sample(each.args, each.kwargs) for each in self.now.inputs]
         alike = [x for x in own if isinstance(x, Tensor)]
         alike += [x[: self.formula.rows] for x in alike if self.formula is not None]  # guess mode: one branch's alone
         alike += [x.transpose(1, 2).flatten(0, 1) for x in alike if x.ndim == 5]
@@ -624,16 +538,6 @@ def _emptied(output: Any) -> Any:
     """An output without its prediction's numbers, which are replaced wherever it serves as a template."""
     y = prediction(output)
     return output if y is None else with_prediction(output, y.new_zeros(()).expand(y.shape))
-
-
-def _kept(formula: Formula, evaluates: list[bool]) -> tuple[list[int], list[int]]:
-    """Which rows of a batch of all branches are evaluated, and for each row which of these stands for it."""
-    n, total = formula.rows, formula.rows * formula.branches
-    own = (formula.cond_index, *formula.alone)
-    kept = [row for row in range(total) if row // n in own or evaluates[row % n]]
-    place = {row: i for i, row in enumerate(kept)}
-    # A skipped row is replaced by its conditional partner, so that u + s (c - u) gives c exactly.
-    return kept, [place.get(row, place[formula.cond_index * n + row % n]) for row in range(total)]
 
 
 def _same_kind(sample: Tensor, prediction: Tensor) -> bool:

@@ -107,6 +107,19 @@ class Formula(Combination):
         """Which branches beside the conditional one a sample evaluates without the unconditional one."""
         return () if self.tree is None or self.is_merged else self.tree.alone
 
+    def kept(self, evaluates: Sequence[bool]) -> tuple[list[int], list[int]]:
+        """Which rows of a batch of all branches are evaluated, and for each row which of these stands for it.
+
+        Args:
+            evaluates: by sample, whether its other branches are evaluated.
+        """
+        n, total = self.rows, self.rows * self.branches
+        own = (self.cond_index, *self.alone)
+        kept = [row for row in range(total) if row // n in own or evaluates[row % n]]
+        place = {row: i for i, row in enumerate(kept)}
+        # A skipped row is replaced by its conditional partner, so that u + s (c - u) gives c exactly.
+        return kept, [place.get(row, place[self.cond_index * n + row % n]) for row in range(total)]
+
     def halves(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(cond, uncond) of a step's outputs, as the denoiser made them."""
         parts = self.layout.invert(outputs)

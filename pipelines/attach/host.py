@@ -12,7 +12,7 @@ saving) can lose or keep them.
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from diffusers_guidance.engine import Engine, Guided, Observer
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.learning import Recorder
 from diffusers_guidance.observation import unseen
+from diffusers_guidance.pipelines.attach.again import Handed, same
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
-from diffusers_guidance.pipelines.attach.combination import Around
+from diffusers_guidance.pipelines.attach.closing import NOT_YET, close
 from diffusers_guidance.pipelines.attach.company import (
     Company,
     check_end,
@@ -37,43 +38,21 @@ from diffusers_guidance.pipelines.attach.company import (
     refuse_unseen,
 )
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
-from diffusers_guidance.pipelines.attach.discovery import At, Discovery
+from diffusers_guidance.pipelines.attach.discovery import Discovery, Met
 from diffusers_guidance.pipelines.attach.fingerprint import setting
 from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
 from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
+from diffusers_guidance.pipelines.attach.kind import Kind, kind, settle_batch
 from diffusers_guidance.pipelines.attach.parts import components, part
 from diffusers_guidance.pipelines.attach.together import together
+from diffusers_guidance.pipelines.attach.verification import At, Verification
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording, Report
 from diffusers_guidance.rules import Rule
-from diffusers_guidance.steps import Action, Decision, History, Prediction, Step, changed
+from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, changed
 
-_NOT_YET = ": nothing to identify yet"
 _STEP = ("model_output", "timestep", "sample")
 """The arguments of schedulers' steps, in diffusers' order, for a scheduler that does not name them."""
-
-
-@dataclass
-class Handed:
-    """What the scheduler got at the last step that the pipeline did not guide itself."""
-
-    output: Tensor
-    """The pipeline's own prediction; a copy where nothing tells that it was changed since."""
-    version: int | None
-    guided: Callable[[], Tensor]
-    """The replacement."""
-
-    @classmethod
-    def for_output(cls, output: Tensor, guided: Callable[[], Tensor]) -> "Handed":
-        if output.is_inference():
-            return cls(output.clone(), None, guided)
-        return cls(output, output._version, guided)
-
-    def is_for(self, output: Any) -> bool:
-        """Whether a further step's prediction is the same."""
-        if self.version is not None and self.output._version != self.version:
-            return False
-        return output is self.output or (isinstance(output, Tensor) and torch.equal(output, self.output))
 
 
 class Host:
@@ -104,6 +83,7 @@ class Host:
         """The pipeline's networks and schedulers by name, as last seen."""
         self._denoisers: dict[int, Denoiser] = {}
         self._discovery = Discovery(self._call, rule, policy, self._recording, self._denoisers.values())
+        self._verification = Verification(self._discovery)
         self._active: Denoiser | None = None
         self._called: list[Denoiser] = []
         """Those called since the last step, in order."""
@@ -229,9 +209,9 @@ class Host:
             return denoiser.run_aside(call, args, kwargs)
         planned = denoiser.leader or denoiser  # the one whose plan this call follows
         clock = planned.clock
-        if clock is not None and not planned.nfe_full and (clock.ran_out or clock.loops != planned.loop):
+        if clock is not None and not planned.now.nfe_full and (clock.ran_out or clock.loops != planned.loop):
             planned.restart()
-        if planned.plan is None and not planned.nfe_full:  # the first call since the last step
+        if planned.now.plan is None and not planned.now.nfe_full:  # the first call since the last step
             planned.begin_step(self._step_of(planned, coming=True))
         if planned is denoiser:
             self._active = denoiser
@@ -259,7 +239,7 @@ class Host:
                 "its guidance, attach needs a model_output and a sample; use it without attach"
             )
         output, sample = given["model_output"], given["sample"]
-        if self._discovery.acts and denoiser.nfe:  # this step's network is queued: what the last one sent is there
+        if self._discovery.acts and denoiser.now.nfe:  # this step's network is queued: what the last one sent is there
             self._recording.read()
         self._tick(denoiser, scheduler, timestep)
 
@@ -268,7 +248,8 @@ class Host:
             return fused_step(scheduler, *args, **kwargs) if is_inherited(scheduler, "step", step) else None
 
         try:
-            guided = self._guide(denoiser, output, sample, fuse)
+            around = self._call.around(sample, self._clock.space)
+            guided = self._guide(Met(denoiser, output, sample, self._clock, around), fuse)
         finally:
             self._called.clear()
             for each in self._denoisers.values():
@@ -307,7 +288,7 @@ class Host:
 
     def _check_seen(self, timestep: Any) -> None:
         """Refuses a step without an evaluation before it, unless it is unguided or another step on the last one."""
-        again = self.report.steps and _same(timestep, self._timestep)
+        again = self.report.steps and same(timestep, self._timestep)
         if replaced := self._replaced():
             self._meet()
         if not again and may_guide(self._call, self._discovery.acts):
@@ -316,7 +297,7 @@ class Host:
     def _follow(self, scheduler: Any, timestep: Any) -> None:
         """Switches the run to a further step's clock, if it belongs to the pipeline's own scheduler."""
         last = self._last
-        if last is None or scheduler is not self._parts.get("scheduler") or not _same(timestep, self._timestep):
+        if last is None or scheduler is not self._parts.get("scheduler") or not same(timestep, self._timestep):
             return
         clock = self._clocks.setdefault(id(scheduler), Clock())
         if last.clock is not clock:
@@ -336,140 +317,145 @@ class Host:
 
     # A step
 
-    def _guide(
-        self, denoiser: Denoiser, output: Tensor, sample: Tensor, fuse: Callable[[], FusedStep | None]
-    ) -> Guided:
-        """What the scheduler gets in place of `output`, the pipeline's own prediction; nothing if that stays.
+    def _guide(self, met: Met, fuse: Callable[[], FusedStep | None]) -> Guided:
+        """What the scheduler gets in place of the pipeline's own prediction; nothing if that stays.
 
         If the rule and the scheduler's step can be fused (`fuse`), what that step returns.
         """
-        note = denoiser.cut.whole
-        denoiser.settle()
-        if denoiser.is_cut_short:
+        met.denoiser.settle()
+        if met.denoiser.is_cut_short:
             seen = (
-                f"it was called {len(denoiser.outputs)} times, but more often at earlier steps, and its arguments do "
+                f"it was called {len(met.outputs)} times, but more often at earlier steps, and its arguments do "
                 "not tell which prediction that is: use a policy that skips nothing, EveryStep"
             )
-            raise self._discovery.unsupported(denoiser, output, seen)
-        single = self._is_single(denoiser, output, sample)
-        if single is None:
-            made = self._made_up(denoiser, output, sample)
-            action = Action.CONDITIONAL if denoiser.nfe else Action.NEITHER
-            return self._left(denoiser, action, "no guidance at this step", output, sample, made)
-        if not single:
-            self._check_batch(denoiser, output, sample)
-            if denoiser.formula is None:
-                denoiser, reason = self._identify(denoiser, output, sample)
+            raise self._discovery.unsupported(met, seen)
+        its_kind = kind(met, self._discovery, self._verification)
+        if its_kind is Kind.LEFT:
+            made = self._made_up(met)
+            action = Action.CONDITIONAL if met.denoiser.now.nfe else Action.NEITHER
+            return self._left(met, action, "no guidance at this step", made)
+        if its_kind is Kind.GUIDED:
+            settle_batch(met, self._discovery)
+            if met.denoiser.formula is None:
+                met, reason = self._identify(met)
                 if reason:
-                    return self._left(denoiser, Action.BOTH, f"{reason}{_NOT_YET}", output, sample)
-        step = self._step_of(denoiser)
+                    return self._left(met, Action.BOTH, f"{reason}{NOT_YET}")
+        denoiser, is_single = met.denoiser, its_kind is Kind.SINGLE
+        step, note = self._step_of(denoiser), denoiser.cut.whole
         if denoiser.engine is None:
-            evaluated = [not single] * step.rows
+            evaluated = [not is_single] * step.rows
             note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
             denoiser.is_guided_by(self._engine(denoiser), step)
         else:
-            evaluated = [False] * step.rows if single else denoiser.evaluates
-        engine, plan, formula, cost = denoiser.engine, denoiser.plan, denoiser.formula, denoiser.take_cost()
-        assert engine is not None and plan is not None and formula is not None
-        if self.policy.hands and not denoiser.nfe:
-            s = 1.0 if single else formula.read(self._call.values, formula.view.working(output))
-            step = changed(step, w=engine.history.scale if s is None else formula.w(s))
-            return self._conclude(
-                denoiser, step, output, output, sample, lambda g, wide: engine.forecast(wide, plan, *cost, note)
-            )
-        if single:
-            c, x = formula.view.working(output), formula.view.working(sample)
-            step = changed(step.on(x, c, self._clock.space), w=1.0)
-            used = [Decision(Action.CONDITIONAL, each.why) for each in plan]
-            prediction = Prediction(c, c, evaluated, None, *cost, unseen(step.rows), note)
+            evaluated = [False] * step.rows if is_single else denoiser.evaluates
+        plan, cost = denoiser.now.plan, denoiser.take_cost()
+        assert plan is not None
+        if self.policy.hands and not denoiser.now.nfe:
+            return self._forecast(met, step, plan, cost, note, is_single)
+        if is_single:
+            step, prediction = self._alone(met, step, cost, note)
+            plan = [Decision(Action.CONDITIONAL, each.why) for each in plan]
         else:
-            used, at = plan, At(denoiser, step, output, sample, self._clock, plan, evaluated, cost, note)
-            step, prediction = self._discovery.verify(at)
-            step = engine.settle(step)
+            step, prediction = self._verification.verify(At(met, step, plan, evaluated, cost, note))
+        return self._combine(met, step, plan, prediction, fuse)
+
+    def _alone(self, met: Met, step: Step, cost: tuple[int, int], note: str) -> tuple[Step, Prediction]:
+        """The step with the only prediction of each sample."""
+        formula = met.denoiser.formula
+        assert formula is not None
+        c, x = formula.view.working(met.output), formula.view.working(met.sample)
+        alone = Prediction(c, c, [False] * step.rows, None, *cost, unseen(step.rows), note)
+        return changed(step.on(x, c, met.clock.space), w=1.0), alone
+
+    def _forecast(self, met: Met, step: Step, plan: Plan, cost: tuple[int, int], note: str, is_single: bool) -> Guided:
+        """A step of which nothing was evaluated, of a policy that `hands`."""
+        engine, formula = met.denoiser.engine, met.denoiser.formula
+        assert engine is not None and formula is not None
+        s = 1.0 if is_single else formula.read(self._call.values, formula.view.working(met.output))
+        step = changed(step, w=engine.history.scale if s is None else formula.w(s))
+        return self._conclude(met, step, met.output, lambda _, on: engine.forecast(on, plan, *cost, note))
+
+    def _combine(
+        self, met: Met, step: Step, plan: Plan, prediction: Prediction, fuse: Callable[[], FusedStep | None]
+    ) -> Guided:
+        """A step of which something was evaluated."""
+        denoiser, engine, formula = met.denoiser, met.denoiser.engine, met.denoiser.formula
+        assert engine is not None and formula is not None
+        step = engine.settle(step)
         engine.check(lambda: self._setting(denoiser, step))
         if isinstance(step.w, float) and step.w < 0 and not self.rule.is_plain:
             raise UnsupportedPipeline(
                 f"{self._call.name} guides at a scale of {step.w:.4g} at step {len(self.report.steps)}: "
                 f"{self.rule} needs a scale from 0 up at every step; use CFG(), or call the pipeline with such a scale"
             )
-        formula = denoiser.formula
-        assert formula is not None
-        view, further = formula.view, prediction.further
-
-        def around() -> Around:
-            return self._call.around(view.working(sample), self._clock.space)
+        view, further, around = formula.view, prediction.further, met.around.through(formula.view)
 
         def own(s: float | None) -> Tensor:
-            return view.working(output) if s is None else formula.reproduce(denoiser.outputs, s, around())
+            return view.working(met.output) if s is None else formula.reproduce(met.outputs, s, around)
 
         def finish(guided: Tensor, cond: Tensor) -> Tensor:
-            finished = formula.finished(guided if further is None else guided + further, cond, around())
+            finished = formula.finished(guided if further is None else guided + further, cond, around)
             # The finish may have scaled a prediction of zero by 0/0.
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
-        found = engine.guide(step, used, prediction, own, finish, fuse if formula.hands_it_on else lambda: None)
-        self._count_branches(denoiser, evaluated)
+        found = engine.guide(step, plan, prediction, own, finish, fuse if formula.hands_it_on else lambda: None)
+        self._count_branches(denoiser, prediction.evaluated)
         again = found.again
         if again is not None:
-            self._tell(prediction, step, view.emit(again(), output) if self._observers else None, sample)
-            return Guided(None, found.result, lambda: view.emit(again(), output))
-        guided = output if found.tensor is None else view.emit(found.tensor, output)
-        return self._conclude(
-            denoiser, step, guided, output, sample, lambda g, wide: engine.hand(wide, g, prediction), prediction
-        )
+            self._tell(prediction, step, view.emit(again(), met.output) if self._observers else None, met)
+            return Guided(None, found.result, lambda: view.emit(again(), met.output))
+        guided = met.output if found.tensor is None else view.emit(found.tensor, met.output)
+        return self._conclude(met, step, guided, lambda g, on: engine.hand(on, g, prediction), prediction)
 
     def _conclude(
         self,
-        denoiser: Denoiser,
+        met: Met,
         step: Step,
         guided: Tensor,
-        output: Tensor,
-        sample: Tensor,
         hand: Callable[[Tensor, Step], Tensor],
         prediction: Prediction | None = None,
     ) -> Guided:
-        """What the scheduler gets in place of `output`: what was `guided`, or what the policy makes of it by `hand`."""
-        handed = guided
+        """What the scheduler gets in the end: what was `guided`, or what the policy makes of it by `hand`."""
+        handed, sample, formula = guided, met.sample, met.denoiser.formula
         if self.policy.hands:
-            assert denoiser.formula is not None
-            view = denoiser.formula.view
+            assert formula is not None
+            view = formula.view
             if view.channels:  # forecast all of the sample's channels, guided or not
                 view = replace(view, channels=min(sample.shape[1], guided.shape[1]))
             g = view.working(guided)
-            made = hand(g, step.on(view.working(sample), g, self._clock.space))
+            made = hand(g, step.on(view.working(sample), g, met.clock.space))
             handed = guided if made is g else view.emit(made.to(guided.dtype), guided)
-            if denoiser.nfe:
-                denoiser.hold()
-        self._tell(prediction, step, handed, sample)
-        return Guided(None if handed is output else handed)
+            if met.denoiser.now.nfe:
+                met.denoiser.hold()
+        self._tell(prediction, step, handed, met)
+        return Guided(None if handed is met.output else handed)
 
-    def _left(
-        self, denoiser: Denoiser, action: Action, note: str, output: Tensor, sample: Tensor, made: Tensor | None = None
-    ) -> Guided:
+    def _left(self, met: Met, action: Action, note: str, made: Tensor | None = None) -> Guided:
         """A step at which the pipeline's own prediction stands, or the one `made` in its place; it ends a forecast."""
-        step, rows, is_both = self._step_of(denoiser), output.shape[0], action == Action.BOTH
+        denoiser, rows = met.denoiser, met.output.shape[0]
+        step, is_both = self._step_of(denoiser), action == Action.BOTH
         self._recording.add(step, [Decision(action)] * rows, [is_both] * rows, *denoiser.take_cost(), note=note)
         if denoiser.engine is not None:
             denoiser.engine.history.lapse()
-        self._tell(None, step, output if made is None else made, sample)
+        self._tell(None, step, met.output if made is None else made, met)
         return Guided(made)
 
-    def _identify(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> tuple[Denoiser, str]:
+    def _identify(self, met: Met) -> tuple[Met, str]:
         """Whose predictions make the step, and why that cannot be told yet: its network's, or those of all called."""
         try:
-            return denoiser, self._discovery.identify(denoiser, output, sample, self._clock)
+            return met, self._discovery.identify(met)
         except UnsupportedPipeline:
             for made in together(self._called):
+                at = replace(met, denoiser=made)
                 try:
-                    reason = self._discovery.identify(made, output, sample, self._clock)
+                    reason = self._discovery.identify(at)
                 except UnsupportedPipeline:
                     continue
                 if not reason:
                     parts = {id(each.module): each for each in self._called}
                     self._denoisers.update(dict.fromkeys(parts, made))
                     self._last = made
-                    return made, ""
-                return denoiser, reason
+                return (met if reason else at), reason
             raise
 
     def _count_branches(self, denoiser: Denoiser, evaluated: Sequence[bool]) -> None:
@@ -479,81 +465,14 @@ class Host:
         for k, name in enumerate(formula.names):
             is_own = k == formula.cond_index or k in formula.alone
             evaluations = formula.rows if is_own else sum(evaluated)
-            counts[name] = counts.get(name, 0) + (evaluations if denoiser.nfe else 0)
+            counts[name] = counts.get(name, 0) + (evaluations if denoiser.now.nfe else 0)
 
-    def _check_batch(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> None:
-        """Forgets the known batch if the guided step has another one; refuses evaluations that belong to neither."""
-        formula, calls = denoiser.formula, len(denoiser.outputs)
-        if self._clock.went_back and self._discovery.acts:
-            raise UnsupportedPipeline(
-                f"{self._call.name} steps more than once at timestep {self._clock.timestep:g}: each of its views "
-                "would need its own history; attach only CFG() with EveryStep() to it"
-            )
-        if formula is None:
-            return
-        known = denoiser.formulas.get(denoiser.signature)
-        if known is not None and denoiser.fits:
-            denoiser.settle_for(known)
-            return
-        further = denoiser.outputs[formula.head :]
-        if denoiser.fits and further and all(len(y) == formula.rows for y in further):
-            if denoiser.skips:  # nothing was evaluated: what stood in for further calls adds nothing
-                denoiser.outputs = denoiser.outputs[: formula.head]
-            else:
-                self._discovery.identify_further(denoiser, output, sample, self._clock)
-            return
-        if denoiser.is_on_another_batch and denoiser.nfe >= denoiser.nfe_full:
-            denoiser.forget()  # the new batch was evaluated in full
-        elif not (denoiser.fits and calls == formula.calls):
-            seen = (
-                f"it was called {calls} times, and until now {formula.calls} calls made its guidance; "
-                "other calls cannot be told from the step's own: call the network outside callbacks"
-            )
-            raise self._discovery.unsupported(denoiser, output, seen)
-
-    def _is_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool | None:
-        """Whether the step has one prediction of each sample that a policy may skip, or learn from.
-
-        None: it has one that is left to the pipeline. False: it is guided.
-        """
-        formula, outputs = denoiser.formula, denoiser.outputs
-        if formula is not None and formula.evaluations == 1 and len(outputs) > 1:
-            # The last call is the step's, or guidance begins.
-            denoiser.outputs = outputs[-1:]
-            if not self._discovery.single(denoiser, output, sample, self._clock):
-                denoiser.outputs = outputs
-                denoiser.forget()
-        formula = denoiser.formula
-        if formula is not None and formula.evaluations == 1 and denoiser.skips:
-            return True  # what the pipeline makes of what stood in for its only prediction is nothing to go by
-        if not self._clock.went_back and self._discovery.is_single_still(denoiser, output):
-            return True
-        if self._discovery.is_guided(denoiser, output, sample, self._clock):
-            return False
-        return self._follows_single(denoiser, output, sample) or None
-
-    def _follows_single(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> bool:
-        """Whether a step of one prediction is one that a policy may skip, or learn from."""
-        formula = denoiser.formula
-        if not self._discovery.acts or (formula is not None and formula.evaluations > 1) or self._clock.went_back:
-            return False
-        if formula is not None and denoiser.is_on_another_batch:
-            denoiser.forget()
-        if self._discovery.single(denoiser, output, sample, self._clock):
-            return True
-        if formula is not None and denoiser.held is not None:
-            seen = f"{formula} held until now, but here the scheduler was given something else"
-            raise self._discovery.unsupported(denoiser, output, seen)
-        return False
-
-    def _made_up(self, denoiser: Denoiser, output: Tensor, sample: Tensor) -> Tensor | None:
+    def _made_up(self, met: Met) -> Tensor | None:
         """The real prediction of a step without guidance, whose only call was skipped for a forecast."""
-        y = denoiser.make_up() if self.policy.hands else None
-        formula = denoiser.formula
+        y, formula = met.denoiser.make_up() if self.policy.hands else None, met.denoiser.formula
         if y is None or formula is None:
             return None
-        around = self._call.around(formula.view.working(sample), self._clock.space)
-        return formula.view.emit(formula.seen(y, around).to(output.dtype), output)
+        return formula.view.emit(formula.seen(y, met.around.through(formula.view)).to(met.output.dtype), met.output)
 
     def _engine(self, denoiser: Denoiser) -> Engine:
         """A new engine for the batch whose formula was just found; it knows what its loop has seen before."""
@@ -604,68 +523,13 @@ class Host:
         velocity = 1.0 if formula is not None and formula.mixed else step.velocity
         return changed(step, rows=rows, branches=branches, denoiser=denoiser.name, velocity=velocity)
 
-    def _tell(self, prediction: Prediction | None, step: Step, handed: Tensor | None, sample: Tensor) -> None:
+    def _tell(self, prediction: Prediction | None, step: Step, handed: Tensor | None, met: Met) -> None:
         """Tells the observers of a step."""
         if self._observers and handed is not None:
             for observer in self._observers:
-                observer(step.on(sample, handed, self._clock.space), prediction, handed)
-
-    # The report
+                observer(step.on(met.sample, handed, met.clock.space), prediction, handed)
 
     def _finish_report(self) -> None:
-        """Brings what is unread to the host, once, and says what a reader would wonder about."""
-        for step in self._recording.finish().steps:
-            pairs = zip(step.evaluated, step.similarity, strict=False)
-            broken = [i for i, (was, known) in enumerate(pairs) if was == "both" and known is None]
-            if broken and self._clock.error is None and step.sigma is not None and step.guidance_scale is not None:
-                step.add_note(f"zero or non-finite prediction in sample {broken}")
-        if not self.report.formula:
-            self.report.note = self._left_alone
-        elif all(step.guidance_scale == 1 and "both" not in step.evaluated for step in self.report.steps):
-            self.report.note = self._nothing_to_guide
-        elif self._clock.error is not None:
-            self.report.note = f"no similarities: {self._clock.error}"
-
-    @property
-    def _nothing_to_guide(self) -> str:
-        """What a rule and a policy could do in a run without guidance."""
-        idle = [repr(self.rule)] * (not self.rule.is_plain or self.rule.is_scheduled) + [repr(self.policy)] * (
-            not self.report.saved
-        )
-        what = "no classifier-free guidance in this call: one prediction of each sample a step"
-        if not idle:
-            return what
-        more = f", {self._to_guide}" if repr(self.rule) in idle else ""
-        return f"{what}; {' and '.join(idle)} had nothing to do{more}"
-
-    @property
-    def _to_guide(self) -> str:
-        """What a call needs for a rule to act."""
-        if "true_cfg_scale" in self._call.arguments:
-            return "which needs a negative prompt and a true_cfg_scale above 1"
-        if self._call.option("guidance_scale") > 1:
-            return "which needs a model with guidance of its own: this one's guidance_scale is an input of the network"
-        return "which needs a guidance_scale above 1"
-
-    @property
-    def _left_alone(self) -> str:
-        """Why no guidance was identified."""
-        if not self.report.steps:
-            return "no step of a scheduler: left alone" if self._was_called and not self._taken else ""
-        reasons = dict.fromkeys(step.note.split(_NOT_YET)[0] for step in self.report.steps if _NOT_YET in step.note)
-        if reasons:
-            return f"{' or '.join(reasons)}, at every step that evaluates two: left alone"
-        return (
-            "no classifier-free guidance in this call: one prediction of each sample a step, as without a negative "
-            "prompt or at a scale of 1 or below: left alone"
-        )
-
-
-def _same(timestep: Any, other: Any) -> bool:
-    """Whether two timesteps are equal; waits for a device only if they are two objects."""
-    if timestep is other:
-        return True
-    if timestep is None or other is None:
-        return False
-    first, second = (torch.as_tensor(each).flatten().tolist() for each in (timestep, other))
-    return bool(first == second)
+        """Brings what is unread to the host, once, and completes the report."""
+        report, was_left = self._recording.finish(), self._was_called and not self._taken
+        close(report, self._call, self.rule, self.policy, self._clock.error, was_left)

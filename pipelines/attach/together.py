@@ -84,12 +84,12 @@ class Together(Denoiser):
             watch.take_in(one.cut.watch)
         watch.scan()
         for one, part in zip(each, parts, strict=True):
-            for was in one.inputs:
+            for was in one.now.inputs:
                 again = partial(part.called, watch.over(one.cut.watch.unwatched(was.call)))
-                made.inputs.append(was._replace(call=again, output=part.of(was.output)))
-            made.outputs += [part.of(y) for y in one.outputs]
-            made.nfe += one.nfe
-            made.nfe_full += one.nfe_full
+                made.now.inputs.append(was._replace(call=again, output=part.of(was.output)))
+            made.now.outputs += [part.of(y) for y in one.now.outputs]
+            made.now.nfe += one.now.nfe
+            made.now.nfe_full += one.now.nfe_full
             made.aside += one.aside
         return made
 
@@ -103,10 +103,10 @@ class Together(Denoiser):
 
 def together(called: Sequence[Denoiser]) -> Iterator[Together]:
     """The ways in which the networks called for a step may make it together."""
-    each = [one for one in {id(one): one for one in called}.values() if one.outputs]
+    each = [one for one in {id(one): one for one in called}.values() if one.now.outputs]
     if len(each) < 2 or any(one.formula is not None or isinstance(one, Together) for one in each):
         return
-    shapes = [one.outputs[0].shape for one in each]
+    shapes = [one.now.outputs[0].shape for one in each]
     if len({len(shape) for shape in shapes}) > 1:
         return
     unlike = [i for i in range(1, len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]

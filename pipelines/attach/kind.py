@@ -1,0 +1,89 @@
+"""What kind of step it is: guided, one prediction of each sample that may be skipped, or one left to the pipeline.
+
+And whether it is on the batch that is known.
+"""
+
+from enum import Enum
+
+from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.attach.discovery import Discovery, Met
+from diffusers_guidance.pipelines.attach.verification import Verification
+
+
+class Kind(Enum):
+    """What a step is for the engine."""
+
+    GUIDED = "guided"
+    """A rule combines its predictions."""
+    SINGLE = "single"
+    """It has one prediction of each sample, which a policy may skip, or learn from."""
+    LEFT = "left"
+    """It has one that is left to the pipeline."""
+
+
+def kind(met: Met, discovery: Discovery, verification: Verification) -> Kind:
+    """The kind of a step, by how many predictions it has and what the scheduler got."""
+    denoiser = met.denoiser
+    formula, outputs = denoiser.formula, denoiser.now.outputs
+    if formula is not None and formula.evaluations == 1 and len(outputs) > 1:
+        # The last call is the step's, or guidance begins.
+        denoiser.now.outputs = outputs[-1:]
+        if not discovery.single(met):
+            denoiser.now.outputs = outputs
+            denoiser.forget()
+    formula = denoiser.formula
+    if formula is not None and formula.evaluations == 1 and denoiser.skips:
+        return Kind.SINGLE  # what the pipeline makes of what stood in for its only prediction is nothing to go by
+    if not met.clock.went_back and verification.is_single_still(met):
+        return Kind.SINGLE
+    if discovery.is_guided(met):
+        return Kind.GUIDED
+    return Kind.SINGLE if _follows_single(met, discovery) else Kind.LEFT
+
+
+def _follows_single(met: Met, discovery: Discovery) -> bool:
+    """Whether a step of one prediction is one that a policy may skip, or learn from."""
+    denoiser = met.denoiser
+    formula = denoiser.formula
+    if not discovery.acts or (formula is not None and formula.evaluations > 1) or met.clock.went_back:
+        return False
+    if formula is not None and denoiser.is_on_another_batch:
+        denoiser.forget()
+    if discovery.single(met):
+        return True
+    if formula is not None and denoiser.held is not None:
+        seen = f"{formula} held until now, but here the scheduler was given something else"
+        raise discovery.unsupported(met, seen)
+    return False
+
+
+def settle_batch(met: Met, discovery: Discovery) -> None:
+    """Forgets the known batch if the guided step has another one; refuses evaluations that belong to neither."""
+    denoiser = met.denoiser
+    formula, now = denoiser.formula, denoiser.now
+    if met.clock.went_back and discovery.acts:
+        raise UnsupportedPipeline(
+            f"{discovery.call.name} steps more than once at timestep {met.clock.timestep:g}: each of its views "
+            "would need its own history; attach only CFG() with EveryStep() to it"
+        )
+    if formula is None:
+        return
+    known = denoiser.formulas.get(now.signature)
+    if known is not None and denoiser.fits:
+        denoiser.settle_for(known)
+        return
+    further = now.outputs[formula.head :]
+    if denoiser.fits and further and all(len(y) == formula.rows for y in further):
+        if denoiser.skips:  # nothing was evaluated: what stood in for further calls adds nothing
+            now.outputs = now.outputs[: formula.head]
+        else:
+            discovery.identify_further(met)
+        return
+    if denoiser.is_on_another_batch and now.nfe >= now.nfe_full:
+        denoiser.forget()  # the new batch was evaluated in full
+    elif not (denoiser.fits and len(now.outputs) == formula.calls):
+        seen = (
+            f"it was called {len(now.outputs)} times, and until now {formula.calls} calls made its guidance; "
+            "other calls cannot be told from the step's own: call the network outside callbacks"
+        )
+        raise discovery.unsupported(met, seen)
