@@ -33,5 +33,5 @@ A prediction's way, from the network to the scheduler, in the order to read it:
 
 Beside that way: `company` refuses what was not seen in full, `schedulers` reads `Space`s off a diffusers scheduler and
 `solver` off its steps, `fingerprint` says what a calibration was made for, and `guider` meets loops that ask a guider
-of diffusers instead, around another, `inner`, if they have one.
+of diffusers instead: where it is used (`loop`), around another (`inner`), and as JSON (`config`).
 """

@@ -2,33 +2,31 @@
 
 At each step a denoising loop asks its guider which conditions to evaluate (`prepare_inputs`, where the policy
 skips) and what to make of their predictions (`forward`, where the rule combines). It passes its step and timestep, but
-not its scheduler and sample, which denoising needs. `_loop_of` looks these up among the loop's own variables.
+not its scheduler and sample, which denoising needs. `loop_of` looks these up among the loop's own variables.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from diffusers_guidance import scales
-from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.checks import plain
 from diffusers_guidance.engine import Engine, Observer
 from diffusers_guidance.errors import CalibrationMismatch, GuidanceError, UnsupportedPipeline
 from diffusers_guidance.learning import Learner, Recorder
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.clock import Clock
+from diffusers_guidance.pipelines.attach.config import as_json, rebuilt, rebuilt_guider
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints, setting
-from diffusers_guidance.pipelines.attach.inner import COND, UNCOND, Inner, kinds, rebuilt
+from diffusers_guidance.pipelines.attach.inner import COND, UNCOND, Inner
+from diffusers_guidance.pipelines.attach.loop import Loop, loop_of
 from diffusers_guidance.pipelines.attach.pair import Pair, Part
 from diffusers_guidance.policies import Policy
 from diffusers_guidance.report import Recording, Report
@@ -79,14 +77,14 @@ class Guider(Pair, BaseGuidance):
             raise ValueError(f"guidance_scale=None: {scales.WANTED}")
         guidance_scale = kept
         super().__init__(enabled=enabled)
-        self._inner = Inner(ClassifierFreeGuidance() if around is None else rebuilt(around))
+        self._inner = Inner(ClassifierFreeGuidance() if around is None else rebuilt_guider(around))
         self._is_around = around is not None
         if self._is_around:
             if kept not in (_SCALE, self._inner.scale):
                 raise ValueError(f"guidance_scale={kept!r}: with around={self._inner.name} the scale is that guider's")
             guidance_scale = self._inner.scale
-        self.rule = DEFAULT_RULE if rule is None else _rebuilt(Rule, rule)
-        self.policy = DEFAULT_POLICY if policy is None else _rebuilt(Policy, policy)
+        self.rule = DEFAULT_RULE if rule is None else rebuilt(Rule, rule)
+        self.policy = DEFAULT_POLICY if policy is None else rebuilt(Policy, policy)
         self.guidance_scale = guidance_scale
         self.register_to_config(
             guidance_scale=kept, enabled=enabled, around=self._inner.config() if self._is_around else None
@@ -95,14 +93,14 @@ class Guider(Pair, BaseGuidance):
         """Told of every step of the next runs; see `engine.Observer`."""
         self._learner = Learner()
         self._run: _Run | None = None
-        self._loop = _Loop(None, None)
+        self._loop = Loop(None, None)
         self._denoiser = ""
         self._plan: Plan | None = None
         self._batches: set[int] = set()
 
     def _checked(self, name: str, part: Part, kind: type[Part], such: str) -> Part:
         """The rule or policy that is set, and noted in the configuration."""
-        self.register_to_config(**{name: _plain(super()._checked(name, part, kind, such))})
+        self.register_to_config(**{name: as_json(super()._checked(name, part, kind, such))})
         return part
 
     @property
@@ -135,7 +133,7 @@ class Guider(Pair, BaseGuidance):
         self._ask()
         # A range is around's: a loop may make more evaluations than it counts steps.
         self._inner.begin(self._enabled, step, num_inference_steps if self._is_around else None, timestep)
-        self._loop = _loop_of(self, sys._getframe(1))
+        self._loop = loop_of(self, sys._getframe(1))
         scheduler = getattr(self._loop.pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if self._run is None or step != following or timesteps is not self._run.timesteps:
@@ -214,7 +212,7 @@ class Guider(Pair, BaseGuidance):
             observer(step.on(self._loop.latents, pred, step.space), prediction, pred)
         if step.index + 1 == step.count:
             self._learn()  # else, where another denoiser takes over, as the next run begins
-        self._loop = _Loop(None, None)
+        self._loop = Loop(None, None)
         return GuiderOutput(
             pred=torch.cat([pred, cond[:, pred.shape[1] :]], 1) if pred.shape[1] < cond.shape[1] else pred,
             pred_cond=cond,
@@ -400,75 +398,3 @@ class _Run:
             report.note = f"no similarities: {self.clock.error}"
         report.note = self.note or report.note
         return report
-
-
-class _Loop(NamedTuple):
-    """Where a guider is used: its pipeline, and the sample as the scheduler has it."""
-
-    pipe: Any
-    latents: Tensor | None
-
-
-def _loop_of(guider: Guider, frame: FrameType | None) -> _Loop:
-    """Searches the callers for the pipeline that has this guider, and the latents beside it.
-
-    Every loop, modular or not, has its pipeline as a local variable. Its latents are one too (`latents`), or an
-    attribute of its block state. Other variables are looked at only to tell them apart.
-    """
-    while frame is not None:
-        names = frame.f_locals
-        for value in names.values():
-            if isinstance(value, DiffusionPipeline | ModularPipeline) and any(
-                component is guider for component in vars(value).values()
-            ):
-                latents = names.get("latents", getattr(names.get("block_state"), "latents", None))
-                return _Loop(value, latents if isinstance(latents, Tensor) else None)
-        frame = frame.f_back
-    return _Loop(None, None)
-
-
-def _plain(part: Any) -> dict[str, Any]:
-    """A rule or a policy as plain JSON: its name and its fields."""
-    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    return json.loads(json.dumps({"name": _name(type(part)), **fields}, default=_plain_field))
-
-
-def _plain_field(value: Any) -> dict[str, Any]:
-    """A field's own fields, or if JSON cannot hold them, where they are kept, or what is missing."""
-    if isinstance(value, Calibration) and value.source:
-        return {"calibration": value.source}
-    try:
-        return json.loads(json.dumps(dataclasses.asdict(value)))
-    except TypeError:
-        return {"missing": type(value).__name__}
-
-
-def _rebuilt(base: type[Part], saved: Part | dict[str, Any]) -> Part:
-    """The rule or policy that `_plain` turned into `saved`."""
-    if not isinstance(saved, dict):
-        return saved
-    known = {_name(cls): cls for cls in kinds(base)}
-    name = saved.get("name")
-    if name not in known:
-        raise ValueError(f"no {base.__name__.lower()} is named {name!r}: one of {', '.join(sorted(known))}")
-    cls, fields = known[name], {key: value for key, value in saved.items() if key != "name"}
-    for field in dataclasses.fields(cls):
-        value = fields.get(field.name)
-        if isinstance(value, dict) and "missing" in value:
-            raise ValueError(
-                f"the {value['missing']} of {name} is not in the configuration: give the {base.__name__.lower()} again"
-            )
-        if isinstance(value, dict) and field.name == "calibration":
-            fields[field.name] = Calibration.from_pretrained(value["calibration"])
-        elif isinstance(value, dict):
-            fields[field.name] = type(getattr(cls, field.name))(**value)  # as its default is
-        if isinstance(value, list):
-            fields[field.name] = tuple(value)
-    return cls(**fields)
-
-
-def _name(cls: type) -> str:
-    """A class's name in a configuration; with the module for other packages, so that names stay unique."""
-    return (
-        cls.__qualname__ if cls.__module__.startswith("diffusers_guidance.") else f"{cls.__module__}.{cls.__qualname__}"
-    )

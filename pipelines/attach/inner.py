@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import guiders
 from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import Tensor, nn
@@ -127,22 +126,3 @@ class Inner:
     def config(self) -> dict[str, Any]:
         """Its configuration, as plain JSON."""
         return json.loads(self.guider.to_json_string())
-
-
-def rebuilt(saved: Any) -> BaseGuidance:
-    """The guider whose `config` was saved."""
-    if isinstance(saved, BaseGuidance):
-        return saved
-    name = saved.get("_class_name") if isinstance(saved, dict) else None
-    known: dict[Any, Any] = {each.__name__: each for each in kinds(BaseGuidance)}
-    if name not in known:
-        raise TypeError(
-            f"around={saved!r}: a guider of diffusers ({', '.join(sorted({*known} & {*dir(guiders)}))}), or None"
-        )
-    return known[name].from_config(saved)
-
-
-def kinds(base: type) -> list[type]:
-    """The classes that have been imported of those derived from it, the base first."""
-    children: list[type] = base.__subclasses__()
-    return [each for child in children for each in (child, *kinds(child))]
