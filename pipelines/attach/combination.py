@@ -39,7 +39,8 @@ class Around:
 
     def through(self, view: View) -> "Around":
         """The same with a sample of the view's rows."""
-        return self if self.sample is None else replace(self, sample=view.working(self.sample))
+        x = None if self.sample is None else view.working(self.sample)
+        return self if x is self.sample else replace(self, sample=x)
 
     def fits(self, y: Tensor) -> bool:
         """Whether denoised predictions can be formed from ones like `y`, and the other way round."""
