@@ -272,7 +272,7 @@ class Reading:
         """(w, fit): the w that explains the sample best as `y0 + w (y1 - y0)`, and how well it does."""
         u, c, *_ = self.few.seen
         w = self.formula.invert(c, u, self.few.target)
-        tolerance = self.formula.tolerance(w, c.dtype)
+        tolerance = replace(self.formula, widens=False).tolerance(w, c.dtype)  # here c - u is not rounded
         norms = self.few.norms(self.formula, exact(u) + w * (exact(c) - exact(u)), tolerance)
         return w, tolerance.fit(norms.tolist())
 
