@@ -172,6 +172,8 @@ class Formula(Combination):
             is_strict: whether an exact formula must be exact again; otherwise its last digits may differ.
         """
         s = s if self.tree is None else self.tree.size
+        if self.widens:  # all but c - u is in the scheduler's
+            dtype = torch.promote_types(dtype, self.dtype)
         eps = max(torch.finfo(dtype).eps, torch.finfo(self.dtype).eps)
         if self.exact and self.is_stable and is_strict:
             return Tolerance(s, 0.0)

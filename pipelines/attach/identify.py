@@ -401,7 +401,7 @@ def _chosen(one: Candidate) -> Formula:
     share = max(2 * fit.error / fit.allowed, 0.125) if fit.allowed else 1.0
     dtype = one.reading.some.branches[0].dtype
     is_half = torch.finfo(dtype).bits < 32 and not formula.needs_space
-    working = formula.dtype if formula.upcast else dtype  # that of its arithmetic
+    working = formula.dtype if formula.upcast or formula.widens else dtype  # that of its arithmetic
     return replace(formula, value=one.s, noise=share * torch.finfo(working).eps if is_half else formula.noise)
 
 

@@ -152,9 +152,25 @@ class Reading:
 
     def _tolerated(self, formula: Formula, s: Scale, some: Iterable[Numbers]) -> Fit:
         tolerance = formula.tolerance(s, formula.chosen(self.few.seen)[0].dtype)
+        if self._is_too_coarse(formula, s):
+            return Fit(math.inf, 0.0)
         made = ((here, formula.combined(here.parts, s, here.around)) for here in some)
         norms = torch.stack([here.norms(formula, each, tolerance) for here, each in made])
         return tolerance.fit(norms.norm(dim=0).tolist())
+
+    def _is_too_coarse(self, formula: Formula, s: Scale) -> bool:
+        """Whether the formula makes numbers of the network's dtype, and the scheduler's are none: finer ones were made.
+
+        Such numbers are not rounded by as much as its arithmetic would be, which may hide what else was done to them.
+        """
+        few, dtype = self.few, self.some.branches[0].dtype
+
+        def rounded(t: Tensor) -> bool:
+            return torch.equal(t.to(dtype).to(t.dtype), t)
+
+        if formula.upcast or rounded(few.target):
+            return False
+        return rounded(formula.combined(few.parts, self.sample.of(s), few.around))
 
     def met(self, formula: Formula, s: Scale) -> float:
         """The share of the sample that the formula gives to the bit; 0: too little for any rounding on a device."""
@@ -256,7 +272,7 @@ class Reading:
         """(w, fit): the w that explains the sample best as `y0 + w (y1 - y0)`, and how well it does."""
         u, c, *_ = self.few.seen
         w = self.formula.invert(c, u, self.few.target)
-        tolerance = self.formula.tolerance(w, c.dtype)
+        tolerance = replace(self.formula, widens=False).tolerance(w, c.dtype)  # here c - u is not rounded
         norms = self.few.norms(self.formula, exact(u) + w * (exact(c) - exact(u)), tolerance)
         return w, tolerance.fit(norms.tolist())
 

@@ -101,6 +101,21 @@ def test_what_is_not_understood_is_refused_to_rules_but_not_to_policies():
         run(pipe, entry, 4, 2, **options)
 
 
+@pytest.mark.parametrize("name", ["LTXImageToVideoPipeline", "LTX2ImageToVideoPipeline"])
+def test_it_is_refused_under_autocast_too(name):
+    """The rounding of its network would hide the first frame's share, but it guides in float32."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in (1, 3):
+            refused = pytest.raises(UnsupportedPipeline, match="call it with guidance_rescale=0, or use")
+            with attach(pipe, APG(), EveryStep()), refused:
+                run(pipe, entry, 4, batch, guidance_rescale=0.7)
+        plain = run(pipe, entry, 4, guidance_rescale=0.7)
+        with attach(pipe, CFG(), Hold(1)):
+            assert torch.equal(run(pipe, entry, 4, guidance_rescale=0.7), plain)
+
+
 @pytest.mark.parametrize("rule", [CFG(), LIKE_CFG])
 def test_a_further_evaluation_in_mid_run_is_found(rule):
     """Skip-layer guidance begins after the first step; in half precision its effect may be within rounding."""

@@ -211,6 +211,20 @@ def test_a_finish_that_is_known_up_to_rounding_is_confirmed_without_float64():
     assert widest.most < output.numel() / 4
 
 
+@pytest.mark.parametrize("phi", [0.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(deadline=None, max_examples=25)
+@given(factor=st.floats(1.0002, 1.02), inside=st.booleans())
+def test_what_is_guided_in_float32_is_not_allowed_the_rounding_of_the_network(dtype, phi, factor, inside):
+    """Halves in half precision, widened and then guided, times a factor that no finish gives."""
+    c, u = pair(0.5, dtype, (2, 4, 3, 8, 8))
+    made = u.float() + 5.3 * (c.float() - u.float())
+    output = rescaled(made, c.float(), phi) * (factor if inside else 1 / factor)
+    assert found([u, c], output, {"guidance_scale": 5.3}, around=Around(rescale=phi)).formula is None
+    whole = found([u, c], rescaled(made, c.float(), phi), {"guidance_scale": 5.3}, around=Around(rescale=phi)).formula
+    assert (whole.finish, whole.scale, whole.upcast) == ("guidance_rescale" if phi else "", "guidance_scale", True)
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_broken_sample_has_no_say_and_is_counted(copies):
     """Also where the scheduler holds the batch twice, as DiT's does."""
