@@ -4,6 +4,7 @@ Nothing here or in the subcommands' signatures imports torch, so that `--help` c
 """
 
 import errno
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -160,6 +161,19 @@ def sentence(error: OSError) -> str:
         errno.EFBIG: "this is larger than a file may be here (ulimit -f): allow more",
     }
     return f"{error.filename}: {said.get(error.errno, error.strerror)}"
+
+
+def command(name: str, *given: object, **options: object) -> str:
+    """A command as one writes it in a shell. An option that is None, or the default model, is not written.
+
+    An option whose value is a list is written once for each of its values.
+    """
+    words = ["diffusers-guidance", name, *map(str, given)]
+    for option, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and (option, each) != ("model", MODEL):
+                words += [f"--{option}", f"{each:g}" if isinstance(each, float) else str(each)]
+    return shlex.join(words)
 
 
 def written(files: Iterable[Path], then: str = "") -> None:
