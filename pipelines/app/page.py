@@ -10,8 +10,6 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache
-from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from diffusers_guidance import samples
@@ -545,7 +543,7 @@ def benchmark_tab(studio: Studio, model: Any) -> None:
         found = yield from quietly(studio.benchmark(form), 2)
         plot = app_show.to_picture(app_show.frontier_plot(found))
         app_work.label(plot, {"settings": {name: getattr(form, name) for name in form.kinds()}})
-        yield plot, app_work.figures(form, found)
+        yield app_show.in_a_file(plot).path, app_work.figures(form, found)
 
     endpoint(
         controls,
@@ -577,7 +575,7 @@ def _buttons(
 def _json_file(values: dict[str, Any], name: str) -> str:
     """Writes a JSON file among the app's outputs."""
     content = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False).encode()
-    return save_bytes_to_cache(content, name, get_upload_folder())
+    return app_show.keep(content, name)
 
 
 def launch(

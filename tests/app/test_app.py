@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import base64
+import errno
 import importlib.util
 import io
 import json
@@ -25,6 +26,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the app needs gradio: pip install 'diffusers-guidance[app]'")
 
+import gradio as gr
 import httpx
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -1147,6 +1149,53 @@ def test_the_command_passes_its_options_on(monkeypatch):
     assert given[:-1] == ["127.0.0.1", 1234, ["a/b", "*"], False, False]
     assert not Path(given[-1]).exists()
     assert CliRunner().invoke(command, ["--port", "99999"]).exit_code == 2
+
+
+def fill(monkeypatch):
+    """From now on every file gets half of its content, and then the disk is full."""
+    real = Path.write_bytes
+
+    def write_bytes(path, content):
+        real(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
+    from diffusers_guidance.pipelines.app.controls import sentences
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    picture = Image.new("RGB", (64, 64))
+    with monkeypatch.context() as full:
+        fill(full)
+        for export in (lambda: app_show.keep(b"a table", "table.json"), lambda: app_show.in_a_file(picture)):
+            with pytest.raises(gr.Error, match="The server's disk is full"), sentences():
+                export()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert Path(app_show.keep(b"a table", "table.json")).read_bytes() == b"a table"
+    assert Image.open(app_show.in_a_file(picture).path).size == (64, 64)
+
+
+def test_a_start_on_a_full_disk_ends_in_a_sentence(monkeypatch):
+    from typer.testing import CliRunner
+
+    from diffusers_guidance.pipelines.app import page as app_page
+    from diffusers_guidance.pipelines.shell import cli
+
+    def launch(*options):
+        fill(monkeypatch)
+        return app_show.in_a_file(Image.new("RGB", (64, 64)))
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    monkeypatch.setattr(app_page, "launch", launch)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answer = CliRunner().invoke(cli.make_app(), ["app", "--port", str(port)])
+    assert answer.exit_code == 1
+    assert answer.output.endswith("picture.png: there is no room left on the disk for this: free some\n"), answer.output
 
 
 def test_an_address_where_it_cannot_listen_is_named_by_its_options():
