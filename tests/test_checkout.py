@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+ON_PATH = ("benchmarks", "benchmarks/training", "tests/zoo")
+"""The folders whose files are imported by their bare names."""
 IMPORTS = """
 import kernels
 from diffusers import StableDiffusionPipeline
@@ -53,3 +56,10 @@ def test_with_the_real_package_installed(imported):
         pytest.skip("Hugging Face's package kernels is not installed")
     assert Path(imported[1]).parent != CHECKOUT / "kernels"
     assert "get_kernel" in imported[2]
+
+
+def test_no_script_passes_for_a_package():
+    """Python puts a script's folder first, pytest those of `pythonpath`: transformers would find a `kernels` there."""
+    scripts = {file.stem for folder in ON_PATH for file in (CHECKOUT / folder).glob("*.py")}
+    assert len(scripts) > 20
+    assert not scripts & {"kernels", *packages_distributions(), *sys.stdlib_module_names}

@@ -10,8 +10,6 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache
-from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from diffusers_guidance import samples
@@ -66,18 +64,28 @@ TO_RESULT = """() => {
 """Scrolls to the result. If the page has one column, the result may be out of sight."""
 
 
-Openings = dict[str, list[Outcome]]
-"""What the page opens with on each model (`welcomed`), by the model's name."""
+LATER = 2.0
+"""The seconds after which a page looks again for pictures that are still being made."""
+
+Openings = dict[str, list[Outcome] | None]
+"""What the page opens with on each model (`welcomed`), by the model's name; None while it is being made."""
 
 
 def build(studio: Studio, openings: Openings) -> gr.Blocks:
-    """The whole page. It looks into `openings` at each choice of a model: models may be added later."""
-    opening = openings.get(BUNDLED, [])
+    """The whole page. It looks into `openings` at each choice of a model, and again until the model's are made."""
+    opening = openings.get(BUNDLED) or []
+
+    def top(model: str) -> tuple[str, Any]:
+        """The top of the page, and whether to look again."""
+        made = openings.get(model, [])
+        return app_show.head(made or [], TURNS), gr.Timer(active=made is None)
+
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         head = gr.HTML(app_show.head(opening, TURNS))
         model = choice_of_model(studio.models)
-        model.change(
-            lambda model: app_show.head(openings.get(model, []), TURNS), model, head,
+        again = gr.Timer(LATER, active=False)
+        gr.on(
+            [model.change, again.tick], top, model, [head, again],
             queue=False, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         with gr.Tab("Generate"):
@@ -102,11 +110,14 @@ def welcomed(studio: Studio, model: str) -> list[Outcome]:
 
 
 def _open_others(studio: Studio, openings: Openings) -> None:
-    """Adds the openings of the other bundled models, while the page is up. A visitor's work goes between theirs."""
-    with suppress(Stopped):  # the page ends
-        for model in samples.models():
-            if model not in openings:
+    """Makes the openings that are missing, while the page is up. A visitor's work goes between theirs."""
+    missing = [model for model, made in openings.items() if made is None]
+    try:
+        with suppress(Stopped):  # the page ends
+            for model in missing:
                 openings[model] = welcomed(studio, model)
+    finally:
+        openings.update({model: [] for model in missing if openings[model] is None})  # no page waits for them
 
 
 # Generate
@@ -487,9 +498,10 @@ def _grid_picture(form: Grid, comparison: Any) -> Any:
 
 def benchmark_tab(studio: Studio, model: Any) -> None:
     controls = Controls(Trial, studio.models, model)
-    with gr.Row(elem_classes="dg-work"):
+    with gr.Row(elem_classes=["dg-work", "dg-wide"]):
         with gr.Column(elem_classes="dg-ask", min_width=0):
-            controls.add("prompts", "guidance_scale", "steps")
+            with gr.Row():
+                controls.add("prompts", "guidance_scale", "steps", min_width=240)
             with gr.Row():
                 run = gr.Button("Run benchmark", variant="primary", scale=3, min_width=120)
                 stop = gr.Button("Cancel", variant="secondary", scale=1, min_width=80)
@@ -531,7 +543,7 @@ def benchmark_tab(studio: Studio, model: Any) -> None:
         found = yield from quietly(studio.benchmark(form), 2)
         plot = app_show.to_picture(app_show.frontier_plot(found))
         app_work.label(plot, {"settings": {name: getattr(form, name) for name in form.kinds()}})
-        yield plot, app_work.figures(form, found)
+        yield app_show.in_a_file(plot).path, app_work.figures(form, found)
 
     endpoint(
         controls,
@@ -563,7 +575,7 @@ def _buttons(
 def _json_file(values: dict[str, Any], name: str) -> str:
     """Writes a JSON file among the app's outputs."""
     content = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False).encode()
-    return save_bytes_to_cache(content, name, get_upload_folder())
+    return app_show.keep(content, name)
 
 
 def launch(
@@ -580,7 +592,9 @@ def launch(
         welcome: whether the page opens with pictures: of the first model from the start, of the others soon after.
     """
     studio = Studio(allow_models)
-    openings = {BUNDLED: welcomed(studio, BUNDLED)} if welcome else {}
+    openings: Openings = {}
+    if welcome:
+        openings = dict.fromkeys(samples.models()) | {BUNDLED: welcomed(studio, BUNDLED)}
     page = build(studio, openings)
     tools = []
     if mcp:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from diffusers_guidance.pipelines.support.ending import end_at_once, heed_termination, status
+from diffusers_guidance.pipelines.support.files import sentence
 from diffusers_guidance.pipelines.support.modules import HELP, import_own
 
 
@@ -40,7 +41,7 @@ def serve(
 ) -> None:
     """Serve the page: generate, compare and benchmark with guidance."""
     if mcp and importlib.util.find_spec("mcp") is None:
-        typer.secho("--mcp needs one more package: pip install 'gradio[mcp]'", fg="red", err=True)
+        typer.secho("--mcp needs one more package: pip install 'diffusers-guidance[mcp]'", fg="red", err=True)
         raise typer.Exit(1)
     _check_address(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -65,7 +66,8 @@ def serve(
             import_own(own or ())
             page, studio = launch(host, port, allow_models or (), mcp, share)
         except (ValueError, OSError) as error:
-            typer.secho(f"Error: {error}", fg="red", err=True)
+            said = sentence(error) if isinstance(error, OSError) else error
+            typer.secho(f"Error: {said}", fg="red", err=True)
             raise typer.Exit(1) from None
         typer.echo(f"The page is at {page.share_url or page.local_url}; Ctrl-C ends it.")
         if mcp:

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import hashlib
 import inspect
 import io
 import math
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.app.settings import Grid
 from diffusers_guidance.pipelines.app.suited import suited
 from diffusers_guidance.pipelines.app.work import OURS, Measured, News, Outcome, estimates, file_name, recommended
@@ -118,9 +119,16 @@ def in_a_file(picture: Image.Image) -> Shown:
     shown: Shown | None = picture.info.get("shown")
     if shown is None or not Path(shown.path).exists():
         name = f"{file_name(picture)}.png"
-        path = save_bytes_to_cache(png_of(picture), name, get_upload_folder())
+        path = keep(png_of(picture), name)
         shown = picture.info["shown"] = Shown(path, name, *picture.size)
     return shown
+
+
+def keep(content: bytes, name: str) -> str:
+    """Writes a file among the app's outputs, whole or not at all; returns its path."""
+    path = Path(get_upload_folder()).resolve() / hashlib.sha256(content).hexdigest() / name
+    write(path, content)
+    return str(path)
 
 
 def forming(picture: Image.Image, words: str) -> str:

@@ -1,23 +1,26 @@
 """The app as an MCP server: tools with few parameters. Pictures are image blocks, their figures are structured."""
 
 import base64
+import reprlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from importlib.metadata import version
+from typing import Annotated, Any, TypeVar
 
 import anyio
 import gradio as gr
 from anyio import to_thread
 from mcp.server.fastmcp import Context, FastMCP
 from mcp.server.fastmcp.exceptions import ToolError
-from mcp.types import CallToolResult, ImageContent, TextContent
+from mcp.types import CallToolResult, ImageContent, TextContent, Tool
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from diffusers_guidance import samples
+from diffusers_guidance.pipelines.app import settings as app_settings
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
 from diffusers_guidance.pipelines.app.controls import sentences
@@ -47,9 +50,13 @@ Prompt = Annotated[
     str, Field(description="What the picture shows. The bundled models draw emoji: things, animals, faces.")
 ]
 Seed = Annotated[int, Field(description="The same seed gives the same picture.")]
-Steps = Annotated[int, Field(description="Steps of the scheduler, 1 to 100.")]
+Steps = Annotated[
+    int, Field(description="Steps of the scheduler, 1 to 100.", json_schema_extra={"minimum": 1, "maximum": 100})
+]
 Model = Annotated[str, Field(description=f"One of {', '.join(samples.models())}, or a model that the server allows.")]
-Scheduler = Annotated[str, Field(description=f"One of: {', '.join(SCHEDULERS)}.")]
+Scheduler = Annotated[
+    str, Field(description=f"One of: {', '.join(SCHEDULERS)}.", json_schema_extra={"enum": [*SCHEDULERS]})
+]
 Ways = Annotated[
     list[str],
     Field(
@@ -108,22 +115,77 @@ class Lessons:
         return name
 
 
-class Compared(BaseModel):
-    """What each column of a grid cost, and its PSNR to plain CFG at the same scale."""
+class OneWay(BaseModel):
+    """A picture of a grid."""
 
-    columns: list[dict[str, Any]]
+    name: str
+    nfe: int = Field(description="The network evaluations of the run.")
+    nfe_full: int = Field(description="The network evaluations of plain CFG.")
+    seconds: float
+    saturation: float = Field(description="0 is grey, 1 is burnt.")
+    psnr: float | None = Field(
+        description="In dB, to the picture of plain CFG at the same scale; null if the grid does not have that one."
+    )
+
+
+class Compared(BaseModel):
+    """What each picture of a grid cost, and how near it is to plain CFG's."""
+
+    columns: list[OneWay]
+
+
+class OnePolicy(BaseModel):
+    """A row of a benchmark: a mean over its prompts."""
+
+    series: str
+    label: str
+    nfe: float = Field(description="The network evaluations of one picture.")
+    psnr: float = Field(description="In dB, to full CFG.")
+    ssim: float = Field(description="To full CFG; 1 is equal.")
+    seconds: float
+    ratio: float = Field(description="Its seconds over those of full CFG right before and after it.")
 
 
 class Measured(BaseModel):
-    """What each policy costs, and how near it comes to full CFG. `ratio` is its seconds over those of full CFG."""
+    """What each policy costs, and how near it comes to full CFG. The first row is full CFG."""
 
-    rows: list[dict[str, Any]]
-    recommended: str
+    rows: list[OnePolicy]
+    recommended: str = Field(description="The label of the recommended row.")
+
+
+class Server(FastMCP):
+    """A server that refuses parameters which a tool does not have, and answers every mistake in a sentence."""
+
+    async def list_tools(self) -> list[Tool]:
+        tools = await super().list_tools()
+        return [each.model_copy(update={"inputSchema": {**each.inputSchema, **CLOSED}}) for each in tools]
+
+    async def call_tool(self, name: str, arguments: dict[str, Any]) -> Any:
+        known: dict[str, Any] = {tool.name: tool.inputSchema["properties"] for tool in await super().list_tools()}
+        if name not in known:
+            raise ToolError(f"{name} is not a tool: there are {', '.join(known)}.")
+        if unknown := arguments.keys() - known[name]:
+            raise ToolError(f"{min(unknown)} is not a parameter: there are {', '.join(known[name])}.")
+        try:
+            return await super().call_tool(name, arguments)
+        except ToolError as error:
+            match error.__cause__:
+                case ValidationError() as cause:
+                    first = cause.errors(include_url=False)[0]
+                    at = ".".join(str(part) for part in first["loc"][:2])
+                    raise ToolError(f"{at}={reprlib.repr(first['input'])}: {first['msg']}.") from None
+                case ToolError() as cause:  # without the words that FastMCP puts before it
+                    raise cause from None
+            raise
+
+
+CLOSED = {"additionalProperties": False}
 
 
 def make_server(studio: Studio, host: str) -> FastMCP:
     """The server with its tools. Each call is a job that waits for its turn, like a visitor's."""
-    server = FastMCP("diffusers-guidance", host=host, stateless_http=True, log_level="WARNING")
+    server = Server("diffusers-guidance", host=host, stateless_http=True, log_level="WARNING")
+    server._mcp_server.version = version("diffusers-guidance")  # else clients are told the version of `mcp`
     waiting, lessons = [0], Lessons()
 
     async def done(start: Callable[[], Generator[News, None, R]], context: Context) -> R:
@@ -150,7 +212,10 @@ def make_server(studio: Studio, host: str) -> FastMCP:
     async def generate(
         context: Context,
         prompt: Prompt = EXAMPLES[0],
-        want: Annotated[Literal[tuple(PRESETS)], Field(description="What you want from guidance.")] = FIRST,  # type: ignore[valid-type]
+        want: Annotated[
+            str,
+            Field(description=f"What you want: {', '.join(PRESETS)}.", json_schema_extra={"enum": [*PRESETS]}),
+        ] = FIRST,
         guidance_scale: Annotated[float | None, Field(description="Default: the scale of `want`.")] = None,
         seed: Seed = 0,
         steps: Steps = 20,
@@ -158,8 +223,9 @@ def make_server(studio: Studio, host: str) -> FastMCP:
         knobs: Annotated[
             dict[str, float | str | bool | None] | None,
             Field(
-                description='Of the rule and the policy, such as {"save": 0.4}; {"schedule": "linear(9, 3)"}; '
-                '{"learn": true} makes this picture in full, and answers with a `lesson` for the next ones.'
+                description='Of the rule and the policy, such as {"save": 0.4}; {"rule": "TCFG"}; {"schedule": '
+                '"linear(9, 3)"}; {"learn": true} makes this picture in full, and answers with a `lesson` for the next '
+                "ones."
             ),
         ] = None,
         lesson: Annotated[
@@ -171,13 +237,15 @@ def make_server(studio: Studio, host: str) -> FastMCP:
     ) -> Annotated[CallToolResult, Made]:
         """Makes a picture from a prompt, with guidance that takes less time or does not burn at a high scale."""
         with _told():
+            if want not in PRESETS:
+                raise ValueError(f"want={want!r}: one of {', '.join(PRESETS)}, please.")
+            there = ["rule", "schedule", "width", "height", *app_settings.knobs()]
+            if unknown := (knobs or {}).keys() - there:
+                raise ValueError(f"knobs: {min(unknown)} is not one of them: there are {', '.join(there)}.")
             wanted = PRESETS[want].settings(model) | (knobs or {})
             wanted |= {"policy": policy} if policy else {}
             wanted |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
             wanted |= {"learn": True} if lesson else {}
-            unknown = wanted.keys() - Generation.kinds()
-            if unknown:
-                raise ValueError(f"knobs: {min(unknown)} is not a setting: there are {', '.join(Generation.kinds())}.")
             settings = Generation(
                 **wanted, prompt=prompt, seed=seed, steps=steps, negative_prompt=negative_prompt, scheduler=scheduler,
                 model=model, compare_with_plain=False,
@@ -185,6 +253,11 @@ def make_server(studio: Studio, host: str) -> FastMCP:
             known = lessons.find(lesson)
             if known is not None and (settings.policy, settings.model) != (Forecast.__name__, known.model):
                 raise ValueError(f"lesson={lesson!r} is for Forecast on the model {known.model}.")
+            for name in (knobs or {}).keys() & app_settings.knobs():
+                owner = app_settings.knobs()[name].owner.__name__
+                if owner not in (settings.rule, settings.policy):
+                    raise ValueError(f"knobs: {name} is one of {owner}; this picture has {settings.rule} and "
+                                     f"{settings.policy}.")  # fmt: skip
         outcome = await done(lambda: studio.generate(settings, known), context)
         told, asked = ("prompt", "seed", "rule", "policy"), outcome.settings
         made = Made(
@@ -209,15 +282,16 @@ def make_server(studio: Studio, host: str) -> FastMCP:
     ) -> Annotated[CallToolResult, Compared]:
         """Makes the picture of one prompt under several rules and policies, side by side, with the cost of each."""
         with _told():
+            if not ways:
+                raise ValueError("ways is empty: name at least one, such as CFG or default.")
             form = Grid(
                 prompt=prompt, rules=[], policies=[], scales=[guidance_scale], columns="\n".join(ways), seed=seed,
                 steps=steps, scheduler=scheduler, model=model,
             )  # fmt: skip
         comparison = await done(lambda: studio.compare(form), context)
-        names = ("name", "nfe", "nfe_full", "seconds", "saturation", "psnr")
-        figures = [{name: column[name] for name in names} for column in comparison.to_dict()["columns"]]
-        said = "\n".join(f"{each['name']}: {each['nfe']} of {each['nfe_full']} NFEs" for each in figures)
-        return _answer(app_show.grid_png(form, comparison), Compared(columns=figures), said)
+        figures = Compared(columns=[OneWay(**column) for column in comparison.to_dict()["columns"]])
+        said = "\n".join(f"{each.name}: {each.nfe} of {each.nfe_full} NFEs" for each in figures.columns)
+        return _answer(app_show.grid_png(form, comparison), figures, said)
 
     @server.tool()
     async def benchmark(
@@ -236,7 +310,8 @@ def make_server(studio: Studio, host: str) -> FastMCP:
         best = found[0].label if found else ""
         plot = app_show.to_picture(app_show.frontier_plot(rows))
         said = "\n".join(f"{row.label}: {row.nfe:g} NFEs, {row.psnr:.1f} dB" for row in rows[1:])
-        return _answer(plot, Measured(rows=app_work.figures(form, rows)["rows"], recommended=best), said)
+        figures = Measured(rows=[OnePolicy(**vars(row)) for row in rows], recommended=best)
+        return _answer(plot, figures, said)
 
     return server
 

@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 import re
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -40,6 +39,7 @@ from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
 from diffusers_guidance.pipelines.pictures.make import Case, Result, call_of, make, start_up
 from diffusers_guidance.pipelines.pictures.measures import psnr
 from diffusers_guidance.pipelines.pictures.sizes import own_size
+from diffusers_guidance.pipelines.support import machine
 from diffusers_guidance.pipelines.support.files import read_lines
 from diffusers_guidance.pipelines.support.progress import Progress
 from diffusers_guidance.pipelines.support.solvers import scheduled
@@ -475,10 +475,10 @@ class Preview:
     def __init__(self, pipe: Any):
         self.pipe = pipe
         self.seconds = 0.0
-        self._begin = time.perf_counter()
+        self._begin = machine.seconds()
 
     def __call__(self, step: Step, guided: Tensor) -> list[Image.Image] | None:
-        start = time.perf_counter()
+        start = machine.seconds()
         if step.space is None or step.sample is None or guided.ndim != 4 or self.seconds > 0.2 * (start - self._begin):
             return None
         denoised = step.space.a * step.sample + step.space.b * guided
@@ -492,7 +492,7 @@ class Preview:
         for picture in pictures:
             picture.thumbnail((self.largest, self.largest))
             label(picture, {})
-        self.seconds += time.perf_counter() - start
+        self.seconds += machine.seconds() - start
         return pictures
 
 

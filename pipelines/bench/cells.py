@@ -1,6 +1,5 @@
 """The work of one cell of a benchmark, on any machine: to make pictures, or to measure time."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from diffusers_guidance.pipelines.attach.parts import components
 from diffusers_guidance.pipelines.bench.suite import Cell, Suite
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.make import Case, Result, cases_of, make, png_of
+from diffusers_guidance.pipelines.support import machine
 from diffusers_guidance.pipelines.support.machine import environment
 from diffusers_guidance.pipelines.support.ray import pipeline
 from diffusers_guidance.pipelines.support.solvers import scheduled
@@ -209,11 +209,11 @@ def _denoiser_clock(pipe: Any) -> Iterator[list[float]]:
 
     def before(module: Any, args: Any) -> None:
         _synchronize(pipe)
-        began.append(time.perf_counter())
+        began.append(machine.seconds())
 
     def after(module: Any, args: Any, output: Any) -> None:
         _synchronize(pipe)
-        clock.append(time.perf_counter() - began.pop())
+        clock.append(machine.seconds() - began.pop())
 
     for _, component in components(pipe):
         # The decoder is a network too, but pipelines call its methods.

@@ -3,7 +3,6 @@
 import inspect
 import io
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from diffusers_guidance.pipelines.pictures.columns import Column, short
 from diffusers_guidance.pipelines.pictures.measures import saturation, tensor_of
 from diffusers_guidance.pipelines.pictures.sizes import sized
 from diffusers_guidance.pipelines.pictures.texts import negatives_of
+from diffusers_guidance.pipelines.support import machine
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Report
@@ -62,6 +62,7 @@ class Result:
     """The same pictures as the pipeline decoded them: floats (3, H, W) from 0 to 1. Comparisons use these."""
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0
+    """By `machine.seconds`: on a CPU those of a core, so that other work on the machine counts little."""
     is_default: bool = False
     """Whether it is the pair that `attach(pipe)` chooses."""
     calibration: Calibration | None = None
@@ -141,9 +142,9 @@ def make(
         handle.observers += observers
         for number, part in enumerate(batches):
             told = _steps_of(progress, column.name, number, steps, len(batches))
-            began = time.perf_counter()
+            began = machine.seconds()
             made = pictures_of(pipe, part, steps=steps, progress=told, **{"output_type": "np"} | arguments)
-            result.seconds += time.perf_counter() - began
+            result.seconds += machine.seconds() - began
             if isinstance(made[0], np.ndarray):
                 result.decoded += [torch.from_numpy(picture).permute(2, 0, 1) for picture in made]
                 made = VaeImageProcessor.numpy_to_pil(np.stack(made))

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from diffusers_guidance import samples
-from diffusers_guidance.pipelines.shell.common import MODEL, Device, Dtype, Model, Scheduler, With, reporting, written
+from diffusers_guidance.pipelines.shell.common import (
+    MODEL,
+    Device,
+    Dtype,
+    Model,
+    Scheduler,
+    With,
+    command,
+    reporting,
+    written,
+)
 from diffusers_guidance.pipelines.support.modules import import_own
 
 Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster, started here if needed.")]
@@ -89,12 +99,20 @@ def generate_command(
         from diffusers_guidance.pipelines.pictures.generate import generate, jobs_of
 
         _import_own(own, ray)
+        wanted = jobs_of(jobs)
         made, had = generate(
-            jobs_of(jobs), out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
+            wanted, out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
             batch=batch, best_of=best_of, after=after, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
     typer.echo(f"{made} picture{'s' * (made != 1)} made, {had} already existed")
-    written([out], "each picture has its settings in it, and beside it as JSON")
+    typer.echo("Each picture has its settings in it, and beside it as JSON.")
+    first = wanted[0]
+    compared = command(
+        "compare", first.prompt, seed=first.seed or None, negative=first.negative_prompt,
+        scheduler=scheduler, model=model,
+    )  # fmt: skip
+    files = [out / f"{first.id}.png"] if len(wanted) == 1 else [out]
+    written(files, f"look at {files[0]}; to see a prompt in several ways: {compared}")
 
 
 def _cluster(ray: bool, address: str | None) -> AbstractContextManager[None]:

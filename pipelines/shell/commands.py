@@ -21,6 +21,7 @@ from diffusers_guidance.pipelines.shell.common import (
     Seed,
     Seeds,
     With,
+    command,
     reporting,
     written,
 )
@@ -149,7 +150,8 @@ def calibrate_command(
             made = calibrate(load(model, scheduler, device, dtype), texts, **settings)
     typer.echo(f"{made}, {out.stat().st_size / 1024:.0f} KiB")
     half = made.steps + made.steps % 2
-    written([out], f"diffusers-guidance search {out} --nfe {half}; or Forecast(calibration={str(out)!r}) in Python")
+    searched = command("search", out, nfe=half, model=model)
+    written([out], f"{searched}; or Forecast(calibration={str(out)!r}) in Python")
 
 
 def search_command(
@@ -183,14 +185,15 @@ def search_command(
         found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, path=path, progress=progress)
     _print_schedule(found)
     typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
-    column = f'search({found.nfe}, calibration="{calibration}")'
-    own = made.call["guidance_scale"]
-    at, scale = ("", f" --scale {own:g}") if isinstance(own, int | float) else (f"@{json.dumps(own)}", "")
-    asked = f"--steps {made.call['num_inference_steps']}{scale}"
-    scheduler = made.setting["scheduler"]["class"]
-    written(
-        [], f"diffusers-guidance compare --column 'CFG{at}' --column '{column}{at}' --scheduler {scheduler} {asked}"
-    )
+    column = f"search({found.nfe}, calibration={json.dumps(calibration)})"
+    scale = made.call["guidance_scale"]
+    single = isinstance(scale, int | float)
+    at = "" if single else f"@{json.dumps(scale)}"
+    compared = command(
+        "compare", column=[f"CFG{at}", f"{column}{at}"], scheduler=made.setting["scheduler"]["class"],
+        steps=made.call["num_inference_steps"], scale=float(scale) if single else None, model=model,
+    )  # fmt: skip
+    written([], compared)
 
 
 def search_nas_command(
@@ -219,6 +222,9 @@ def search_nas_command(
         path = _kept(keep, "safetensors", model, scheduler, device, dtype, texts, nfe, asked)
         found = search_nas(load(model, scheduler, device, dtype), texts, nfe, **asked, path=path, progress=progress)
     _print_schedule(found)
+    column = f"Schedule({json.dumps([str(action) for action in found.actions])})"
+    compared = command("compare", column=["CFG", column], scheduler=scheduler, steps=steps, scale=scale, model=model)
+    written([], compared)
 
 
 def frontier_command(

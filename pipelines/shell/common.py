@@ -4,6 +4,7 @@ Nothing here or in the subcommands' signatures imports torch, so that `--help` c
 """
 
 import errno
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.support.ending import status
+from diffusers_guidance.pipelines.support.files import sentence
 from diffusers_guidance.pipelines.support.modules import HELP
 
 MODEL = str(samples.MODEL)
@@ -112,7 +114,7 @@ def reporting(goes_on: bool = False) -> Iterator[Bar]:
     except KeyboardInterrupt as ended:
         raise _stopped(ended, f"all written files are complete{resumes}") from None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise _failed(f"{sentence(error)}{resumes if full else ''}") from None
     except (ValueError, ImportError, GuidanceError) as error:
         raise _failed(str(error)) from None
@@ -143,23 +145,17 @@ def _failed(words: str) -> typer.Exit:
     return typer.Exit(1)
 
 
-def sentence(error: OSError) -> str:
-    """Which file is wrong, why, and what to do."""
-    if error.errno is None or not error.filename:
-        return error.strerror or str(error)
-    said = {
-        errno.ENOENT: "there is no such file or folder",
-        errno.EEXIST: "this is a file where a folder is wanted: choose another",
-        errno.ENOTDIR: "a part of this path is a file where a folder is wanted: choose another",
-        errno.EISDIR: "this is a folder where a file is wanted",
-        errno.EACCES: "this may not be read or written by you",
-        errno.EPERM: "this may not be read or written by you",
-        errno.EROFS: "this cannot be written: the file system is read-only",
-        errno.ENOSPC: "there is no room left on the disk for this: free some",
-        errno.EDQUOT: "your share of the disk is full: free some",
-        errno.EFBIG: "this is larger than a file may be here (ulimit -f): allow more",
-    }
-    return f"{error.filename}: {said.get(error.errno, error.strerror)}"
+def command(name: str, *given: object, **options: object) -> str:
+    """A command as one writes it in a shell. An option that is None, or the default model, is not written.
+
+    An option whose value is a list is written once for each of its values.
+    """
+    words = ["diffusers-guidance", name, *map(str, given)]
+    for option, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and (option, each) != ("model", MODEL):
+                words += [f"--{option}", f"{each:g}" if isinstance(each, float) else str(each)]
+    return shlex.join(words)
 
 
 def written(files: Iterable[Path], then: str = "") -> None:

@@ -63,7 +63,7 @@ def try_command(
         files = _save(trial, out)
         kept.clear()
     _print(trial)
-    written(files, f"look at {files[0]}; then the lines above")
+    written(files, f"look at {files[0]}; then put the lines above around your pipeline")
 
 
 def _save(trial: "Trial", folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
-"""Reads text files; every error names the file."""
+"""Reads text files; every error names the file, and says what to do."""
 
+import errno
 from pathlib import Path
 
 
@@ -26,3 +27,22 @@ def read_lines(file: Path) -> list[str]:
     if not found:
         raise ValueError(f"{file} holds no prompt; write one a line")
     return found
+
+
+def sentence(error: OSError) -> str:
+    """Which file is wrong, why, and what to do."""
+    if error.errno is None or not error.filename:
+        return error.strerror or str(error)
+    said = {
+        errno.ENOENT: "there is no such file or folder",
+        errno.EEXIST: "this is a file where a folder is wanted: choose another",
+        errno.ENOTDIR: "a part of this path is a file where a folder is wanted: choose another",
+        errno.EISDIR: "this is a folder where a file is wanted",
+        errno.EACCES: "this may not be read or written by you",
+        errno.EPERM: "this may not be read or written by you",
+        errno.EROFS: "this cannot be written: the file system is read-only",
+        errno.ENOSPC: "there is no room left on the disk for this: free some",
+        errno.EDQUOT: "your share of the disk is full: free some",
+        errno.EFBIG: "this is larger than a file may be here (ulimit -f): allow more",
+    }
+    return f"{error.filename}: {said.get(error.errno, error.strerror)}"

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ def environment(pipe: Any) -> dict[str, Any]:
         "versions": {name: version(name) for name in packages},
         "commit": commit(),
     }
+
+
+def seconds() -> float:
+    """The clock that times pictures. Without an accelerator it runs while the calling thread has a core, so that other
+    work on the machine does not count. With one it always runs, since the thread waits for the device."""
+    return time.perf_counter() if torch.accelerator.is_available() else time.thread_time()
 
 
 def machine(device: str | None) -> str:

@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import base64
+import errno
 import importlib.util
 import io
 import json
@@ -25,6 +26,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the app needs gradio: pip install 'diffusers-guidance[app]'")
 
+import gradio as gr
 import httpx
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -54,7 +56,7 @@ from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_R
 from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.contest import COLOURS, FEWER, contestants
-from diffusers_guidance.pipelines.pictures.make import Result, make
+from diffusers_guidance.pipelines.pictures.make import Case, Result, make
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
 from diffusers_guidance.pipelines.support.modules import import_own
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Forecast, Hold, LinearAG
@@ -578,6 +580,33 @@ def test_every_bundled_model_is_offered(tmp_path, monkeypatch):
     assert 'from_pretrained(models()["second"], local_files_only=True)' in code
 
 
+def test_seconds_are_of_one_core_or_with_an_accelerator_of_the_time_that_passes(pipe, monkeypatch):
+    from diffusers_guidance.pipelines.support import machine
+
+    monkeypatch.setattr(machine.time, "thread_time", lambda: 1.0)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: 2.0)
+    for available, seconds in ((False, 1.0), (True, 2.0)):
+        monkeypatch.setattr(machine.torch.accelerator, "is_available", lambda found=available: found)
+        assert machine.seconds() == seconds
+    ticks = iter(range(100))
+    monkeypatch.setattr(machine, "seconds", lambda: next(ticks))
+    made = make(pipe, [Case("a rocket", 0, None)] * 2, Column.parse("CFG"), steps=2, batch=1)
+    assert made.seconds == 2  # one tick a call
+
+
+def test_nobody_waits_for_an_opening_that_fails(monkeypatch):
+    from diffusers_guidance.pipelines.app import page
+
+    def fail(studio, model):
+        raise OSError("full")
+
+    openings = {"first": ["made"], "second": None, "third": None}
+    monkeypatch.setattr(page, "welcomed", fail)
+    with pytest.raises(OSError, match="full"):
+        page._open_others(None, openings)
+    assert openings == {"first": ["made"], "second": [], "third": []}
+
+
 def test_one_is_no_plural_and_every_family_has_a_colour_of_its_own():
     assert "1 of 1 step<" in app_show.progress_bar(app_work.News("CFG", 1, 1))
     families = {way.series for way in contestants(20, "ddim-20-5")}
@@ -595,7 +624,7 @@ def test_the_frontier_names_what_is_recommended_and_the_best_of_the_others():
     ]  # fmt: skip
     assert [each.label for each in app_work.recommended(rows)] == [app_work.DEFAULT, "CFG, 15 steps", "search(30)"]
     html = app_show.frontier_html(rows)
-    assert "25 % less" in html and "Recommended" in html
+    assert "25 % less" in html and "Recommended" in html and "dB. The best schedule" in " ".join(html.split())
     assert app_work.recommended(rows[:1]) is None
     assert "Recommended" not in app_show.frontier_html(rows[:1])
 
@@ -991,14 +1020,15 @@ def test_mcp_tools(address):
             streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
             ClientSession(read, write) as session,
         ):
-            await session.initialize()
+            started = await session.initialize()
             tools = {tool.name: tool for tool in (await session.list_tools()).tools}
             answer = await session.call_tool("generate", {"prompt": "a tiger", "steps": 3}, progress_callback=heard)
-            wrong = await session.call_tool("generate", {"steps": 1000})
-        return tools, answer, wrong
+            grid = await session.call_tool("compare", {"ways": ["CFG", "default", "APG@15"], "steps": 3})
+        return started, tools, answer, grid
 
     messages = []
-    tools, answer, wrong = asyncio.run(use())
+    started, tools, answer, grid = asyncio.run(use())
+    assert started.serverInfo.version == metadata.version("diffusers-guidance")
     assert messages
     assert tools.keys() == {"generate", "compare", "benchmark"}
     parameters = tools["generate"].inputSchema["properties"]
@@ -1009,8 +1039,46 @@ def test_mcp_tools(address):
     assert json.loads(picture.info["diffusers-guidance"])["settings"]["prompt"] == "a tiger"
     assert answer.structuredContent.items() >= {"prompt": "a tiger", "steps": 3, "nfe": 4, "nfe_full": 6}.items()
     assert "/" not in answer.content[1].text  # no path of the server
-    assert wrong.isError
-    assert "steps=1000" in wrong.content[0].text
+    assert parameters["want"]["enum"] == [*PRESETS] and parameters["steps"]["maximum"] == 100
+    assert all(tool.inputSchema["additionalProperties"] is False for tool in tools.values())
+    columns = grid.structuredContent["columns"]
+    assert [each["name"] for each in columns] == ["CFG", "default", "APG@15"]
+    assert [each["psnr"] is None for each in columns] == [True, False, True]
+    for name, rows in (("compare", "OneWay"), ("benchmark", "OnePolicy")):
+        named = tools[name].outputSchema["$defs"][rows]["properties"]
+        assert {"nfe", "seconds", "psnr"} <= named.keys()
+    assert columns[0].keys() == tools["compare"].outputSchema["$defs"]["OneWay"]["properties"].keys()
+
+
+WRONG_CALLS = {
+    "steps=1000: a whole number from 1 to 100, please.": {"steps": 1000},
+    "sed is not a parameter: there are prompt, want, ": {"sed": 3},
+    "seed='x': Input should be a valid integer": {"seed": "x"},
+    "want='more': one of Same picture, less time, ": {"want": "more"},
+    "knobs: steps is not one of them: there are rule, ": {"knobs": {"steps": 3}},
+    "knobs: batch_size is not one of them: there are rule, ": {"knobs": {"batch_size": 4}},
+    "knobs: period is one of Hold; this picture has CFG and Forecast.": {"knobs": {"period": 3}},
+    "The prompt is empty: ": {"prompt": ""},
+}
+
+
+@pytest.mark.skipif(not HAS_MCP, reason="the package mcp is not installed")
+def test_mcp_refuses_a_mistake_in_one_sentence(address):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def use():
+        async with (
+            streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            empty = await session.call_tool("compare", {"ways": []})
+            return [*[await session.call_tool("generate", given) for given in WRONG_CALLS.values()], empty]
+
+    for said, answer in zip([*WRONG_CALLS, "ways is empty: "], asyncio.run(use()), strict=True):
+        assert answer.isError and answer.content[0].text.startswith(said), answer.content
+        assert "\n" not in answer.content[0].text and answer.structuredContent is None
 
 
 @pytest.mark.skipif(not HAS_MCP, reason="the package mcp is not installed")
@@ -1081,6 +1149,53 @@ def test_the_command_passes_its_options_on(monkeypatch):
     assert given[:-1] == ["127.0.0.1", 1234, ["a/b", "*"], False, False]
     assert not Path(given[-1]).exists()
     assert CliRunner().invoke(command, ["--port", "99999"]).exit_code == 2
+
+
+def fill(monkeypatch):
+    """From now on every file gets half of its content, and then the disk is full."""
+    real = Path.write_bytes
+
+    def write_bytes(path, content):
+        real(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
+    from diffusers_guidance.pipelines.app.controls import sentences
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    picture = Image.new("RGB", (64, 64))
+    with monkeypatch.context() as full:
+        fill(full)
+        for export in (lambda: app_show.keep(b"a table", "table.json"), lambda: app_show.in_a_file(picture)):
+            with pytest.raises(gr.Error, match="The server's disk is full"), sentences():
+                export()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert Path(app_show.keep(b"a table", "table.json")).read_bytes() == b"a table"
+    assert Image.open(app_show.in_a_file(picture).path).size == (64, 64)
+
+
+def test_a_start_on_a_full_disk_ends_in_a_sentence(monkeypatch):
+    from typer.testing import CliRunner
+
+    from diffusers_guidance.pipelines.app import page as app_page
+    from diffusers_guidance.pipelines.shell import cli
+
+    def launch(*options):
+        fill(monkeypatch)
+        return app_show.in_a_file(Image.new("RGB", (64, 64)))
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    monkeypatch.setattr(app_page, "launch", launch)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answer = CliRunner().invoke(cli.make_app(), ["app", "--port", str(port)])
+    assert answer.exit_code == 1
+    assert answer.output.endswith("picture.png: there is no room left on the disk for this: free some\n"), answer.output
 
 
 def test_an_address_where_it_cannot_listen_is_named_by_its_options():

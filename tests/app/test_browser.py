@@ -283,6 +283,13 @@ def test_benchmark_and_its_cancellation(visit):
     panel.get_by_role("button", name="Run benchmark").click()
     expect(panel.get_by_text("averaged over 1 prompt")).to_be_visible()
     shoot(page, "benchmark")
+    for width in (800, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # Names break between their words, and the last column is not cut off.
+        assert max(row.bounding_box()["height"] for row in panel.locator(".dg-table tr").all()) < 100
+        assert panel.locator(".dg-scroll").evaluate("box => box.scrollWidth <= box.clientWidth")
+    shoot(page, "phone-benchmark-made")
 
 
 def test_cancel_and_go_on(visit):
@@ -504,9 +511,11 @@ def test_the_opening_is_of_the_chosen_model_or_has_no_pictures(visit, served):
     expect(page.locator(".dg-shots img")).to_have_count(0)
     choose(first)
     expect(page.locator(".dg-shots img")).to_have_count(4)
+    choose(second)
+    expect(page.locator(".dg-shots img")).to_have_count(0)
     _open_others(served.studio, served.openings)
     assert [*served.openings] == [*samples.models()]
-    choose(second)
+    # They appear without another choice.
     expect(page.locator(".dg-head")).to_contain_text(f"By the model {second},")
     expect(page.locator(".dg-head")).to_contain_text(suited(second).alone)
     expect(page.locator(".dg-shots img")).to_have_count(4)

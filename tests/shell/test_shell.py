@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -165,6 +166,44 @@ def test_prompts_and_a_file_of_prompts_are_both_compared(tmp_path):
     assert json.loads((tmp_path / "compare.json").read_text())["prompts"] == ["a rocket", "a tiger"]
     assert "nothing to guide" in done.output and "the same" in done.output and "inf" not in done.output
     assert "next: " in done.output
+
+
+def next_step(done):
+    """The arguments of the command that an ended command names as the next."""
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("next: ")]
+    said = line.split("diffusers-guidance ", 1)[1].split("; or ")[0]
+    return shlex.split(said)
+
+
+def test_what_comes_after_a_picture_is_a_command_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = command("generate", "it's a lemon", "--steps", 2, "--out", "my pictures")
+    assert "wrote my pictures/it-s-a-lemon.png\n" in done.output
+    compared = command(*next_step(done), "--steps", 2, "--column", "CFG", "--out", ".")
+    assert compared.exit_code == 0, compared.output
+    assert json.loads(Path("compare.json").read_text())["prompts"] == ["it's a lemon"]
+
+
+@pytest.mark.skipif("emoji-flow" not in samples.models(), reason="the second bundled model is not here")
+def test_what_comes_after_a_calibration_and_a_search_runs_on_their_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = command("calibrate", "it is mine.safetensors", "--model", "emoji-flow", "--trajectories", 1, "--steps", 4)
+    searched = next_step(made)
+    assert searched[:2] == ["search", "it is mine.safetensors"]
+    compared = next_step(command(*searched))
+    done = command(*compared[:1], "a lemon", *compared[1:], "--out", ".")
+    assert done.exit_code == 0, done.output
+    assert json.loads(Path("compare.json").read_text())["pipeline"] == "CogView4Pipeline"
+
+
+def test_what_comes_after_a_search_by_gradients_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = command("search-nas", "--nfe", 5, "--steps", 3, "--iterations", 1, "--batch", 1)
+    compared = next_step(found)
+    done = command(*compared[:1], "a lemon", *compared[1:], "--out", ".")
+    assert done.exit_code == 0, done.output
+    assert [column["nfe"] for column in json.loads(Path("compare.json").read_text())["columns"]] == [6, 5]
 
 
 def test_a_copied_suite_measures_the_same(tmp_path):

@@ -354,10 +354,10 @@ def ltx2_text(rows: range) -> dict[str, Any]:
 
 
 def ltx2_defaults(rows: range) -> dict[str, Any]:
-    """Spatio-temporal guidance, modality isolation and rescaling are on."""
-    found = {name: value for name, value in ltx2_text(rows).items() if not name.endswith(("stg_scale", "_rescale"))}
-    found = {name: value for name, value in found.items() if not name.endswith("modality_scale")}
-    return {**found, "spatio_temporal_guidance_blocks": [0]}
+    """Spatio-temporal guidance, modality isolation and rescaling, as diffusers 0.42 has them on."""
+    on = {"stg_scale": 1.0, "modality_scale": 3.0, "guidance_rescale": 0.7}
+    on |= {f"audio_{name}": value for name, value in on.items()}
+    return {**ltx2_text(rows), **on, "spatio_temporal_guidance_blocks": [0]}
 
 
 @tiny(

@@ -1,6 +1,6 @@
 """Times the guidance arithmetic: diffusers' `normalized_guidance`, our reference, the same compiled, Triton.
 
-    python benchmarks/kernels.py [--out benchmarks/results]
+    python benchmarks/arithmetic.py [--out benchmarks/results]
 
 Checks every candidate against float64, then times one guidance step (APG with momentum): in CUDA graphs, where launches
 cost least, and eager, as pipelines call it. *Cold* cycles through more inputs than the cache holds; *warm* repeats one
