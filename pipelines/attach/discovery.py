@@ -121,8 +121,7 @@ class Discovery:
             if found.undetermined:
                 return found.tried
             if self.acts or not self.recording.report.steps:
-                told_of = self._together(denoiser, output) or self._by_sample(denoiser, output, sample, clock)
-                raise self.unsupported(denoiser, output, told_of or found.tried)
+                raise self.unsupported(denoiser, output, self._together(denoiser, output) or found.tried)
             return f"not verified: {found.tried}"  # nothing is changed, so the result is not withheld
         if self._is_open(found.formula):
             return f"{found.formula.finish} and {found.formula.rival} give the same"
@@ -213,19 +212,6 @@ class Discovery:
         why = f"until now {known[0]} alone was" if known else "no sum of their predictions gives it"
         return f"{' and '.join(each.label for each in seen)} were evaluated for it, and {why}"
 
-    def _by_sample(self, denoiser: Denoiser, output: Tensor, sample: Tensor, clock: Clock) -> str:
-        """What is seen of more than two branches that explain each sample, but not the batch, as in Perp-Neg."""
-        n, factors = len(output), set()
-        for i in range(n if n > 1 else 0):
-            own, around = [y[i::n] for y in denoiser.outputs], self.call.around(sample[i : i + 1], clock.space)
-            formula = identify(own, output[i : i + 1], self.call.scales, around).formula
-            if formula is None or formula.evaluations < 3:
-                return ""
-            factors.add((formula.value, formula.weights))
-        if len(factors) < 2:
-            return ""
-        return "each sample weighs its predictions by factors of its own: call it with one prompt at a time"
-
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales that do not tell."""
         if formula.mixed != SOLVED and formula.w(formula.value) > 1:
@@ -248,8 +234,7 @@ class Discovery:
             return seen.step, seen.prediction
         self.is_in_doubt = False
         fit, w = seen.fit, seen.step.w
-        assert not isinstance(w, tuple)  # the pipeline's own
-        is_turned = formula.scale is None and any(at.evaluated) and w < -_ROUNDING
+        is_turned = formula.scale is None and any(at.evaluated) and isinstance(w, float) and w < -_ROUNDING
         doubt = turned(formula, w) if is_turned else ""
         if doubt or not fit.fits:
             try:
@@ -310,22 +295,23 @@ class Discovery:
                 s = s if live is None else live
             elif formula.tree is not None:
                 s = formula.tree.w
-            elif guided:
+            elif guided and not isinstance(s, Tensor):  # of each sample's: as they were solved for
                 exactly = solve(formula, c, u, target) if formula.exact else None
                 s = best(formula, c, u, target) if exactly is None else exactly
                 if exactly is not None:
                     formula = replace(formula, value=s)
                     denoiser.settle_for(formula)
-            w = formula.tree.weights[formula.cond_index] if formula.tree and formula.is_merged else formula.w(s)
+            w = formula.by_sample(s)
+            if formula.tree is not None and formula.is_merged:
+                w = formula.tree.weights[formula.cond_index]
             tolerance = formula.tolerance(s, c.dtype, is_strict=self.acts)
             expected = formula.expected(denoiser.outputs, c, u, s, around)
-            several = isinstance(s, Tensor) or (formula.tree is None and formula.evaluations > 2)
-            if several and self.rule.is_scheduled:
+            if (isinstance(s, Tensor) or formula.is_weighed) and self.rule.is_scheduled:
                 raise UnsupportedPipeline(
                     f"{self.call.name} guides at several scales at once, and the schedule of {self.rule} is of one: "
                     "give its rule no guidance_scale, and set the pipeline's own"
                 )
-            if isinstance(s, Tensor) and not self.rule.is_plain:
+            if isinstance(s, Tensor) and not isinstance(w, tuple) and not self.rule.is_plain:
                 raise UnsupportedPipeline(
                     f"{self.call.name} guides parts of a prediction at different scales, but {self.rule} has "
                     "one for all: use CFG() as the rule, with any policy"
@@ -335,10 +321,11 @@ class Discovery:
         step = changed(step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
         halves, observe = formula.halves(denoiser.outputs), denoiser.engine.observe
         rest = formula.rest(denoiser.outputs, around)
+        apart = formula.apart(denoiser.outputs) if self.policy.estimates and any(evaluated) else {}
 
         def seen(found: Observation, sent: Arrival | Observation) -> Seen:
             nfe, nfe_full = cost
-            prediction = Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note, rest)
+            prediction = Prediction(c, u, evaluated, halves, nfe, nfe_full, found, note, rest, apart)
             return Seen(step, prediction, tolerance, sent)
 
         if sent is not None:

@@ -373,7 +373,8 @@ class Host:
         assert engine is not None and plan is not None and formula is not None
         if self.policy.hands and not denoiser.nfe:
             s = 1.0 if single else formula.read(self._call.values, formula.view.working(output))
-            step = changed(step, w=engine.history.scale if s is None else formula.w(s))
+            w = engine.history.scale if s is None else formula.by_sample(s)
+            step = changed(step, w=None if formula.is_weighed else w)  # what such numbers are follows from predictions
             return self._conclude(
                 denoiser, step, output, output, sample, lambda g, wide: engine.forecast(wide, plan, *cost, note)
             )
@@ -477,7 +478,7 @@ class Host:
         formula, counts = denoiser.formula, self.report.steps[-1].branches
         assert formula is not None
         for k, name in enumerate(formula.names):
-            is_own = k == formula.cond_index or k in formula.alone
+            is_own = k == formula.cond_index or k in denoiser.alone
             evaluations = formula.rows if is_own else sum(evaluated)
             counts[name] = counts.get(name, 0) + (evaluations if denoiser.nfe else 0)
 
