@@ -300,7 +300,7 @@ class _Search:
             others = weights[:, [k for k in range(weights.shape[1]) if k != cond]] / total[:, None]
             # Each of the others must be pushed away from: what is left of InstructPix2Pix's weights when the wrong
             # branch is taken for the conditional one has another sign.
-            if bool((total >= 0).any()) or bool((others < -1e-3).any()):
+            if bool((total >= 0).any()) or not (bool((others > -1e-3).all()) or self._adds_aside(reading, cond)):
                 continue
             formula = reading.formula.towards(cond, weights=tuple(map(_by_sample, others.T)))
             s = _by_sample(w)
@@ -312,6 +312,22 @@ class _Search:
             if fit.fits and bool((doubt < 0.01 * total.abs()).all()):
                 fitting.append(self._fitted(one))
         return self._settled([each for each in fitting if each])
+
+    def _adds_aside(self, reading: Reading, cond: int) -> bool:
+        """Whether guidance towards it, at a scale read by name, is all of the sum but what is perpendicular to it.
+
+        So it is in Perp-Neg: u + w (c - u) less the parts of n - u that are perpendicular to c - u. These may push
+        towards u by more than w pushes away.
+        """
+        (here,) = reading.all(reading.formula, splits=False)
+        *parts, y = (t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (*here.parts, here.target))
+        scales = [s for s in self.live.values() if isinstance(s, float)]
+        for u in (part for k, part in enumerate(parts) if k != cond):
+            d = parts[cond] - u
+            off = [((y - u - s * d) * d).sum(1).abs() for s in scales]
+            if any(bool((each <= self._rounding * d.square().sum(1)).all()) for each in off):
+                return True
+        return False
 
     def _by_mixing(self, reading: Reading) -> Identified | None:
         """With the sample mixed in, in a way of which only the numbers are known."""
