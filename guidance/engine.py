@@ -24,7 +24,7 @@ from diffusers_guidance.observation import Observation, unseen
 from diffusers_guidance.policies import Policy, estimated, planned, predicted
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule, settled
-from diffusers_guidance.steps import Action, Decision, History, Plan, Prediction, Step, changed, pick
+from diffusers_guidance.steps import Action, Apart, Decision, History, Plan, Prediction, Step, changed, pick
 
 Observer = Callable[[Step, Prediction | None, Tensor], Any]
 """observer(step, prediction, guided): called at every step. `prediction` is None where nothing was guided or evaluated;
@@ -133,16 +133,36 @@ class Engine:
         may = self.may_rest and self.recorder is None and step.branches > 1
         return may and all(scale == 1 for scale in self._by_row(step))
 
-    def fill(self, step: Step, plan: Plan, cond: Tensor, uncond: Tensor | None, evaluated: Sequence[bool]) -> Tensor:
-        """By row: the unconditional prediction if it was evaluated, an estimate if the plan wants one, else `cond`.
+    def fill(
+        self,
+        step: Step,
+        plan: Plan,
+        cond: Tensor,
+        made: Tensor | None,
+        evaluated: Sequence[bool],
+        number: int | None = None,
+    ) -> Tensor:
+        """By row: the prediction that was `made` if it was evaluated, an estimate if the plan wants one, else `cond`.
 
         It is always a new tensor.
+
+        Args:
+            number: of a further term's prediction, see `Prediction.apart`; None: it is the unconditional one.
         """
-        filled = cond.clone() if uncond is None else pick(evaluated, uncond, cond)
+        filled = cond.clone() if made is None else pick(evaluated, made, cond)
         guessed = [each.action == Action.EXTRAPOLATE and not was for each, was in zip(plan, evaluated, strict=True)]
         if any(guessed):
-            filled = pick(guessed, estimated(self.policy, step, self.history, cond).to(cond.dtype), filled)
+            apart = None if number is None else self.history.apart.get(number)
+            filled = pick(guessed, self._estimate(step, cond, apart).to(cond.dtype), filled)
         return filled
+
+    def _estimate(self, step: Step, cond: Tensor, apart: Apart | None) -> Tensor:
+        """The policy's estimate of the unconditional prediction; or of one that stays so far `apart`, as a velocity."""
+        if apart is None:
+            return estimated(self.policy, step, self.history, cond)
+        base = cond if apart.from_cond else estimated(self.policy, step, self.history, cond)
+        factors = tuple(velocity / step.velocity for velocity in self.history.velocity)
+        return base - scales.column(factors, apart.difference) * apart.difference
 
     def both(self, step: Step) -> tuple[Tensor, Tensor]:
         """Estimates of (cond, uncond) where the plan evaluates neither."""

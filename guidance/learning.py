@@ -61,8 +61,7 @@ class Recorder:
         self._products.append(torch.stack(products, 1) if products else torch.empty(3, 0, device=c.device))
         self._seen.append(now)
         self._levels.append(level(space))
-        typical = step.w if step.mean_w is None else step.mean_w
-        self._scale = typical if self._scale is None else self._scale  # type: ignore[assignment]
+        self._scale = step.typical_w if self._scale is None else self._scale
         return None
 
     def skip(self) -> None:

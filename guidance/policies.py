@@ -508,7 +508,7 @@ class Forecast(Policy):
             )
         note = basis = ""
         if history.scale is None:
-            history.scale = _typical(step)
+            history.scale = step.typical_w
             if learning := self._learning(step.table, history.scale, step.branches):
                 note = f"evaluated in full, to learn: {learning}"
             elif basis := self._basis(step, history.scale):
@@ -571,13 +571,6 @@ OPTIMISM = 0.12
 is half."""
 MOST_DOUBT = 0.5
 """The share of a forecast's predicted error that may be unmeasured before a run is learned anew."""
-
-
-def _typical(step: Step) -> float | None:
-    """The scale to look a run up by: the mean over its schedule and over its samples."""
-    if step.mean_w is not None or step.w is None:
-        return step.mean_w
-    return sum(step.w) / len(step.w) if isinstance(step.w, tuple) else step.w
 
 
 def _named(steps: Iterable[int]) -> str:

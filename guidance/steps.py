@@ -6,7 +6,7 @@ Prediction   what was evaluated, with estimates for the rest
 History      what a run has seen so far
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
@@ -102,10 +102,26 @@ class Step:
         """The scheduler's noise level."""
         return None if self.space is None else self.space.sigma
 
+    @property
+    def typical_w(self) -> float | None:
+        """The mean of the guidance scale over its schedule, or over the samples."""
+        if self.mean_w is not None:
+            return self.mean_w
+        return sum(self.w) / len(self.w) if isinstance(self.w, tuple) else self.w
+
     def on(self, sample: Tensor | None, prediction: Tensor, space: Space | None) -> "Step":
         """The step with this sample and space if the sample can denoise the prediction; else without both."""
         known = space is not None and sample is not None and sample.shape == prediction.shape
         return changed(self, sample=sample if known else None, space=space if known else None)
+
+
+class Apart(NamedTuple):
+    """How a prediction of a further term differs from the one that it is subtracted from, or whose part it is."""
+
+    difference: Tensor
+    """(rows, ...), of predictions as the network returned them."""
+    from_cond: bool
+    """Whether from the conditional prediction; else from the unconditional one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +145,8 @@ class Prediction:
     """The report's note on the step."""
     further: Tensor | None = None
     """(rows, ...): what further terms add to the guided prediction, such as s (c - p) with a perturbed prediction p."""
+    apart: Mapping[int, Apart] = field(default_factory=dict)
+    """How the further predictions differ from these two, by a number that the host gives them."""
 
     def __post_init__(self) -> None:
         rows = len(self.evaluated)
@@ -166,6 +184,8 @@ class History:
     delta: Tensor | None = None
     """(rows, ...): each sample's last evaluated `cond - uncond`, as the denoiser returned it, for policies that
     `estimates`."""
+    apart: Mapping[int, Apart] = field(default_factory=dict)
+    """Likewise of the predictions of further terms; see `Prediction.apart`."""
     velocity: list[float] = field(default_factory=list)
     """For each row, the factor from a prediction to `v` at the step of `delta`."""
     cond: list[Tensor] = field(default_factory=list)
@@ -218,12 +238,16 @@ class History:
         return torch.stack([each.similarity for each in seen])[:, row] if seen else torch.empty(0, self.rows)
 
     def keep_difference(self, prediction: Prediction, velocity: float) -> None:
-        """Keeps the difference of a step's predictions, for the rows that evaluated both."""
+        """Keeps the differences of a step's predictions, for the rows that evaluated both."""
         evaluated = prediction.evaluated
         if any(evaluated):
             cond, uncond = prediction.own
             before, was = self.delta, self.velocity or [velocity] * self.rows
             self.delta = cond - uncond if before is None else pick(evaluated, cond - uncond, before)
+            was_apart, self.apart = self.apart, dict(prediction.apart)
+            for k in self.apart.keys() & was_apart.keys():
+                now = self.apart[k]
+                self.apart[k] = now._replace(difference=pick(evaluated, now.difference, was_apart[k].difference))
             self.velocity = [velocity if new else old for new, old in zip(evaluated, was, strict=True)]
 
     def keep(self, prediction: Prediction, conds: Collection[int] | None, unconds: Collection[int] | None) -> None:

@@ -1,9 +1,9 @@
 """What a network puts out beside its prediction, such as a video's sound, where an evaluation is skipped as a whole.
 
 It goes to a scheduler that is not followed. So it is forecast as it is, from the last two evaluated steps, with the
-same weights as a prediction (`guidance/forecast.py`), and nothing is repaid. If only the unconditional half is skipped,
-and estimated, its part is held: the difference from the conditional part stays that of the last evaluated step, as a
-velocity (`policies.Policy.estimate`).
+same weights as a prediction (`guidance/forecast.py`), and nothing is repaid. If the conditional half is evaluated and
+other branches are estimated, their part is held: the difference from the conditional part stays that of the last
+evaluated step, as a velocity (`policies.Policy.estimate`).
 """
 
 from collections.abc import Sequence
@@ -54,20 +54,22 @@ class Beside:
 
         return mapped(summed, *(known[step] for step in factors))
 
-    def held(self, output: Any, rows: Sequence[tuple[int, int, float]]) -> Any:
-        """A step's first output, in which some rows are copies of others: with the difference that they had before.
+    def held(self, output: Any, rows: Sequence[tuple[int, int, float]], call: int = 0) -> Any:
+        """An output with rows that are copies of the first call's: with the difference that they had before.
 
         Args:
-            rows: (row, the row that it is a copy of, the factor of their difference).
+            rows: (row, the first call's row that it is a copy of, the factor of their difference).
+            call: which of the step's it is.
         """
+        last = self.steps[max(self.steps)]
 
-        def held(now: Any, then: Any) -> Any:
+        def held(now: Any, then: Any, first: Any) -> Any:
             """What is not a number, or has another shape now, stays as it is."""
             if not isinstance(now, Tensor) or getattr(then, "shape", None) != now.shape or not now.is_floating_point():
                 return now
             made = now.clone()
             for row, other, factor in rows:
-                made[row] += factor * (then[row] - then[other])
+                made[row] += factor * (then[row] - first[other])
             return made
 
-        return mapped(held, output, self.steps[max(self.steps)][0])
+        return mapped(held, output, last[call], last[0])

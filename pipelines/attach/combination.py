@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusers_guidance.pipelines.attach.layout import View
 from diffusers_guidance.pipelines.attach.residual import Scale, exact
+from diffusers_guidance.scales import W
 from diffusers_guidance.spaces import Space
 
 
@@ -323,6 +324,12 @@ class Combination:
         """The guidance scale that the pipeline's scale `s` amounts to, the largest where there are several."""
         largest = float(s.max() if isinstance(s, Tensor) else s)
         return 1 + largest if self.anchor in FROM_C else largest
+
+    def by_sample(self, s: Scale) -> W:
+        """The same of each sample, where they differ as a whole."""
+        if not isinstance(s, Tensor) or s[0].numel() > 1:
+            return self.w(s)
+        return tuple(map(self.w, s.flatten().tolist()))
 
     def apply(self, c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor:
         """What the pipeline hands to the scheduler for (c, u), which are `treated`, at its scale `s`."""

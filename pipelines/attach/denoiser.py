@@ -99,11 +99,10 @@ class Denoiser:
         def is_possible(action: Action) -> bool:
             if not action.is_estimated or (self.policy.hands and action == Action.NEITHER):
                 return True
-            # Nothing estimates a term, and one that hangs on an estimate would be off with it. What else is put out is
-            # held of a batch.
+            # What else is put out is held of a batch.
             if self.puts_out_more and not (action == Action.EXTRAPOLATE and self.beside.steps and formula.batched):
                 return False
-            return terms is None or (action == Action.EXTRAPOLATE and terms.is_flat)
+            return terms is None or action == Action.EXTRAPOLATE
 
         return [each if is_possible(Action(each.action)) else both for each in plan]
 
@@ -230,6 +229,19 @@ class Denoiser:
         return [True] * len(both) if self.cut.whole or uncut or early or self.now.is_open else both
 
     @property
+    def alone(self) -> tuple[int, ...]:
+        """Which branches are evaluated beside the conditional one where the unconditional one is not.
+
+        If that is estimated for all samples, those with a call of their own are held.
+        """
+        formula, plan = self.formula, self.now.plan
+        assert formula is not None and plan is not None and self.engine is not None
+        if any(self.evaluates) or any(each.action != Action.EXTRAPOLATE for each in plan):
+            return formula.alone
+        known = self.engine.history.apart
+        return tuple(k for k in formula.alone if k not in known or (formula.batched and k < formula.branches))
+
+    @property
     def skips(self) -> bool:
         """Whether nothing at all is evaluated at this step."""
         plan = self.now.plan
@@ -302,7 +314,7 @@ class Denoiser:
             if self.skips:
                 return self._run_nothing(formula, place)
             further = formula.branches + place - formula.head
-            if further < formula.evaluations and further not in formula.alone and not any(self.evaluates):
+            if further < formula.evaluations and further not in self.alone and not any(self.evaluates):
                 return self._run_unneeded(formula, place)
             return self._run_whole(call, args, kwargs, asked)
         if asked != expected:
@@ -373,10 +385,18 @@ class Denoiser:
         return with_prediction(self.template, y)
 
     def _run_unneeded(self, formula: Formula, place: int) -> Any:
-        """A further call on what hangs on the unconditional branch, which no sample has at this step."""
-        cond = formula.layout.invert(self.now.outputs)[formula.cond_index].clone()
-        self._note(cond, 0, len(cond))
-        return with_prediction(self._template(place, len(cond)), cond)
+        """A further call on what is held at this step, or hangs on the unconditional branch, which no sample has."""
+        now, n = self.now, formula.rows
+        cond = formula.layout.invert(now.outputs)[formula.cond_index]
+        filled = self._filled(cond, None, formula.branches + place - formula.head)
+        self._note(filled, 0, n)
+        if now.given is None:
+            return with_prediction(self._template(place, n), filled)
+        assert self.engine is not None
+        of, velocity = [formula.cond_index * n + i for i in range(n)], self.engine.history.velocity
+        rows = [(i, of[i], velocity[i] / now.step.velocity) for i in range(n)]
+        beside = batch.take(now.given, n * formula.branches, of, OUTPUT)
+        return with_prediction(self.beside.held(beside, rows, place), filled)
 
     def _template(self, call: int, rows: int) -> Any:
         """Any output of so many rows, for its structure."""
@@ -423,10 +443,10 @@ class Denoiser:
         cond = branches[formula.cond_index]
         if any(each.action == Action.EXTRAPOLATE for each in self.now.plan or ()):
             own = (formula.cond_index, *formula.alone)
-            filled = [each if i in own else self._filled(cond, each) for i, each in enumerate(branches)]
+            filled = [each if i in own else self._filled(cond, each, i) for i, each in enumerate(branches)]
             (y,) = formula.layout.apply(filled)
             if self.puts_out_more:
-                output = self.beside.held(output, self._guessed(formula))
+                self.now.given = output = self.beside.held(output, self._guessed(formula))
             output = with_prediction(output, y)
         self._note(y, len(kept), total)
         return output
@@ -445,7 +465,7 @@ class Denoiser:
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         now, n = self.now, formula.rows
-        if branch in formula.alone:
+        if branch in self.alone:
             return self._run_whole(call, args, kwargs, n)
         if branch == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
@@ -454,7 +474,7 @@ class Denoiser:
             *before, cond = now.outputs
             now.given = copied(output)
             for i, waiting in now.blanks.items():  # unconditional calls that came first wait for this one
-                now.outputs[i] = self._filled(cond, before[i])
+                now.outputs[i] = self._filled(cond, before[i], i)
                 waiting.copy_(now.outputs[i])
             return output
 
@@ -470,7 +490,7 @@ class Denoiser:
             output, uncond = merged(self.evaluates, part, output), prediction(part)
         if now.given is not None:
             cond = now.outputs[formula.cond_index]
-            filled = self._filled(cond, uncond)
+            filled = self._filled(cond, uncond, branch)
         else:
             blank = prediction(output)
             assert blank is not None
@@ -484,10 +504,11 @@ class Denoiser:
         """Any output of this denoiser."""
         return self.templates[-1]
 
-    def _filled(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
-        """`uncond` with what stands in for the rows that were skipped; see `Engine.fill`."""
-        assert self.now.plan is not None and self.engine is not None
-        return self.engine.fill(self.now.step, self.now.plan, cond, uncond, self.evaluates)
+    def _filled(self, cond: Tensor, made: Tensor | None, branch: int) -> Tensor:
+        """A branch as it was `made`, with what stands in for the rows that were skipped; see `Engine.fill`."""
+        now = self.now
+        assert now.plan is not None and self.engine is not None
+        return self.engine.fill(now.step, now.plan, cond, made, self.evaluates, branch)
 
     def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
         """The whole call in place of a part that does not fit; from now on nothing is skipped."""

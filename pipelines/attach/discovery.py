@@ -103,7 +103,7 @@ class Discovery:
             if found.undetermined:
                 return found.tried
             if self.acts or not self.recording.report.steps:
-                raise self.unsupported(met, self._together(met) or self._by_sample(met) or found.tried)
+                raise self.unsupported(met, self._together(met) or found.tried)
             return f"not verified: {found.tried}"  # nothing is changed, so the result is not withheld
         if self._is_open(found.formula):
             return f"{found.formula.finish} and {found.formula.rival} give the same"
@@ -242,19 +242,6 @@ class Discovery:
         known = [each.label for each in seen if each.formula is not None]
         why = f"until now {known[0]} alone was" if known else "no sum of their predictions gives it"
         return f"{' and '.join(each.label for each in seen)} were evaluated for it, and {why}"
-
-    def _by_sample(self, met: Met) -> str:
-        """What is seen of more than two branches that explain each sample, but not the batch, as in Perp-Neg."""
-        n, factors = len(met.output), set()
-        for i in range(n if n > 1 else 0):
-            own, around = [y[i::n] for y in met.outputs], replace(met.around, sample=met.sample[i : i + 1])
-            formula = identify(own, met.output[i : i + 1], self.call.scales, around).formula
-            if formula is None or formula.evaluations < 3:
-                return ""
-            factors.add((formula.value, formula.weights))
-        if len(factors) < 2:
-            return ""
-        return "each sample weighs its predictions by factors of its own: call it with one prompt at a time"
 
 
 def merged(formula: Formula, terms: Terms) -> Formula:

@@ -18,6 +18,8 @@ from diffusers_guidance.pipelines.attach.combination import Around, Combination,
 from diffusers_guidance.pipelines.attach.layout import Layout, View
 from diffusers_guidance.pipelines.attach.residual import Scale, Tolerance
 from diffusers_guidance.pipelines.attach.terms import Terms
+from diffusers_guidance.scales import W, column
+from diffusers_guidance.steps import Apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Formula(Combination):
 
     Args:
         layout: which outputs are the branches; what is asked of a formula most often is its layout's.
-        weights: of the other branches in u, in their order; they sum to 1.
+        weights: of the other branches in u, in their order; they sum to 1. Each is a number, or one for each sample.
         tree: how more than two branches hang together.
         is_merged: whether u is all of the tree but the conditional branch nevertheless.
         value: its scale at the step where it was found.
@@ -40,7 +42,7 @@ class Formula(Combination):
     """
 
     layout: Layout
-    weights: tuple[float, ...] = (1.0,)
+    weights: tuple[W, ...] = (1.0,)
     tree: Terms | None = None
     is_merged: bool = False
     value: Scale = 1.0
@@ -92,10 +94,24 @@ class Formula(Combination):
         """The same with that branch as the conditional one, and with other `changes`."""
         return replace(self, layout=replace(self.layout, cond_index=cond), **changes)
 
+    def among(self, chosen: Tensor) -> "Formula":
+        """The same for a batch of which it was found from the `chosen` samples; the others weigh as those before."""
+        which = (chosen.cumsum(0) - 1).clamp(min=0).tolist()
+        weights = tuple(tuple(w[i] for i in which) if isinstance(w, tuple) else w for w in self.weights)
+        value = self.value
+        if isinstance(value, Tensor) and self.scale is None:
+            value = value[which]
+        return replace(self, weights=weights, value=value)
+
     @property
     def is_read(self) -> bool:
         """Whether its scale is read off the pipeline, so that nothing has to be solved for at each step."""
         return (self.scale is not None or (self.tree is not None and self.exact)) and not self.mixed
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether it weighs more than two branches by numbers of which nothing else is known."""
+        return self.tree is None and self.evaluations > 2
 
     @property
     def hands_it_on(self) -> bool:
@@ -134,8 +150,8 @@ class Formula(Combination):
         if len(others) < 2:
             return others[0] if others else parts[self.cond_index]
         working = torch.promote_types(others[0].dtype, torch.float32)
-        uncond = sum(weight * part.to(working) for weight, part in zip(self.weights, others, strict=True))
-        return uncond  # type: ignore[return-value]
+        widened = ((weight, part.to(working)) for weight, part in zip(self.weights, others, strict=True))
+        return sum(column(weight, part) * part for weight, part in widened)  # type: ignore[return-value]
 
     def chosen(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(c, u) of all branches."""
@@ -155,6 +171,19 @@ class Formula(Combination):
         if self.tree is None or self.is_merged:
             return None
         return self.tree.rest([self.seen(y, around) for y in self.layout.invert(outputs)])
+
+    def apart(self, outputs: Sequence[Tensor]) -> dict[int, Apart]:
+        """How each further branch differs from c, if it hangs on that, else from u; as the denoiser made them.
+
+        With c and an estimate of u this gives estimates of them all.
+        """
+        if self.evaluations < 3:
+            return {}
+        parts = self.layout.invert(outputs)
+        c, u = self.chosen(parts)
+        uncond = None if self.tree is None or self.is_merged else self.tree.uncond
+        found = {k: (k in self.alone, parts[k]) for k in self.others if k != uncond}
+        return {k: Apart((c if from_cond else u) - y, from_cond) for k, (from_cond, y) in found.items()}
 
     def read(self, scales: Mapping[str, Any], output: Tensor) -> Scale | None:
         """The pipeline's present scale, among those it has by name; None if it cannot be read."""

@@ -372,7 +372,8 @@ class Host:
         engine, formula = met.denoiser.engine, met.denoiser.formula
         assert engine is not None and formula is not None
         s = 1.0 if is_single else formula.read(self._call.values, formula.view.working(met.output))
-        step = changed(step, w=engine.history.scale if s is None else formula.w(s))
+        w = engine.history.scale if s is None else formula.by_sample(s)
+        step = changed(step, w=None if formula.is_weighed else w)  # what such numbers are follows from predictions
         return self._conclude(met, step, met.output, lambda _, on: engine.forecast(on, plan, *cost, note))
 
     def _combine(
@@ -463,7 +464,7 @@ class Host:
         formula, counts = denoiser.formula, self.report.steps[-1].branches
         assert formula is not None
         for k, name in enumerate(formula.names):
-            is_own = k == formula.cond_index or k in formula.alone
+            is_own = k == formula.cond_index or k in denoiser.alone
             evaluations = formula.rows if is_own else sum(evaluated)
             counts[name] = counts.get(name, 0) + (evaluations if denoiser.now.nfe else 0)
 

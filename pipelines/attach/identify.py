@@ -36,7 +36,8 @@ from diffusers_guidance.pipelines.attach.reading import Candidate, Reading, read
 from diffusers_guidance.pipelines.attach.residual import Fit, Scale, mixture, norm
 from diffusers_guidance.pipelines.attach.sample import is_finite
 from diffusers_guidance.pipelines.attach.solve import SOLVABLE, solved
-from diffusers_guidance.pipelines.attach.terms import weigh
+from diffusers_guidance.pipelines.attach.terms import Weights, weigh
+from diffusers_guidance.scales import W, column
 
 _NOTHING = "no sum of the denoiser's outputs, each times a number, was found to give that"
 AGREE = "both predictions agree to rounding"
@@ -86,7 +87,7 @@ def identify(
     if (formula := search.formula) is None or len(output) == rows:
         return search
     whole = replace(formula.layout, rows=formula.rows * rows // len(output))
-    return search._replace(formula=replace(formula, layout=whole))
+    return search._replace(formula=replace(formula.among(finite), layout=whole))
 
 
 def _live(scales: Mapping[str, Any], output: Tensor) -> dict[str, Scale]:
@@ -274,24 +275,59 @@ class _Search:
         return None
 
     def _by_weights(self, reading: Reading) -> Identified | None:
-        """Of more than two branches: an affine combination that guides towards one of them."""
-        parts = reading.few.parts
-        weights = weigh(parts, reading.few.target)
-        if weights is None or any(map(math.isnan, weights.values)):  # equal branches leave it open
+        """Of more than two branches: an affine combination that guides towards one of them.
+
+        Each sample may weigh them by factors of its own, as in Perp-Neg (arXiv 2304.04968).
+        """
+        parts, target = reading.few.parts, reading.few.target
+        verdict = self._weighing(reading, [weigh(parts, target)])
+        if verdict is None and len(target) > 1:
+            samples = zip(*(y.split(1) for y in parts), target.split(1), strict=True)
+            verdict = self._weighing(reading, [weigh(own, y) for *own, y in samples])
+        return verdict
+
+    def _weighing(self, reading: Reading, found: Sequence[Weights | None]) -> Identified | None:
+        """The combination by weights of all samples, or by those of each."""
+        known = [each for each in found if each is not None]
+        if not known or any(math.isnan(value) for each in known for value in each.values):  # equal branches: it is open
             return None
-        fitting: list[Candidate | None] = []
-        for cond, w in enumerate(weights.values):
-            others, total = [each for k, each in enumerate(weights.values) if k != cond], 1 - w
+        every = [each or known[0] for each in found]  # of a sample whose branches are all equal any will do
+        weights = torch.tensor([each.values for each in every], dtype=torch.float64)
+        doubt = torch.tensor([each.doubt for each in every])
+        like, fitting = reading.whole.target, list[Candidate | None]()
+        wide = like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
+        for cond in range(weights.shape[1]):
+            w, total = weights[:, cond], 1 - weights[:, cond]
+            others = weights[:, [k for k in range(weights.shape[1]) if k != cond]] / total[:, None]
             # Each of the others must be pushed away from: what is left of InstructPix2Pix's weights when the wrong
             # branch is taken for the conditional one has another sign.
-            if total >= 0 or max(others) > 1e-3 * abs(total):
+            if bool((total >= 0).any()) or not (bool((others > -1e-3).all()) or self._adds_aside(reading, cond)):
                 continue
-            one = Candidate(reading, reading.formula.towards(cond, weights=tuple(each / total for each in others)), w)
-            fit = reading.fit(one.formula, w)
+            formula = reading.formula.towards(cond, weights=tuple(map(_by_sample, others.T)))
+            own = _by_sample(w)
+            s: Scale = column(own, wide.expand_as(like)) if isinstance(own, tuple) else own
+            one = Candidate(reading, formula, s)
+            fit = reading.fit(formula, s)
             self._try(one, fit)
-            if fit.fits and weights.doubt < 0.01 * abs(total):
+            if fit.fits and bool((doubt < 0.01 * total.abs()).all()):
                 fitting.append(self._fitted(one))
         return self._settled([each for each in fitting if each])
+
+    def _adds_aside(self, reading: Reading, cond: int) -> bool:
+        """Whether guidance towards it, at a scale read by name, is all of the sum but what is perpendicular to it.
+
+        So it is in Perp-Neg: u + w (c - u) less the parts of n - u that are perpendicular to c - u. These may push
+        towards u by more than w pushes away.
+        """
+        (here,) = reading.all(reading.formula, splits=False)
+        *parts, y = (t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (*here.parts, here.target))
+        scales = [s for s in self.live.values() if isinstance(s, float)]
+        for u in (part for k, part in enumerate(parts) if k != cond):
+            d = parts[cond] - u
+            off = [((y - u - s * d) * d).sum(1).abs() for s in scales]
+            if any(bool((each <= self._rounding * d.square().sum(1)).all()) for each in off):
+                return True
+        return False
 
     def _by_mixing(self, reading: Reading) -> Identified | None:
         """With the sample mixed in, in a way of which only the numbers are known."""
@@ -403,6 +439,11 @@ def _chosen(one: Candidate) -> Formula:
     is_half = torch.finfo(dtype).bits < 32 and not formula.needs_space
     working = formula.dtype if formula.upcast or formula.widens else dtype  # that of its arithmetic
     return replace(formula, value=one.s, noise=share * torch.finfo(working).eps if is_half else formula.noise)
+
+
+def _by_sample(values: Tensor) -> W:
+    """A number, or one for each sample."""
+    return tuple(values.tolist()) if len(values) > 1 else float(values)
 
 
 def _solved(reading: Reading) -> list[tuple[int, float, Fit]]:

@@ -26,6 +26,7 @@ from diffusers_guidance.pipelines.attach.residual import Fit, Scale, Tolerance, 
 from diffusers_guidance.pipelines.attach.sample import Sample
 from diffusers_guidance.pipelines.attach.single import rounded
 from diffusers_guidance.pipelines.attach.solve import best, solve
+from diffusers_guidance.scales import W
 from diffusers_guidance.steps import Action, Plan, Prediction, Step, changed
 
 _ROUNDING = 0.02
@@ -89,9 +90,8 @@ class Verification:
             return seen.step, seen.prediction
         self.is_in_doubt = False
         fit, w = seen.fit, seen.step.w
-        assert not isinstance(w, tuple)  # the pipeline's own
-        is_turned = formula.scale is None and any(at.evaluated) and w < -_ROUNDING
-        doubt = turned(formula, w) if is_turned else ""
+        is_solved = formula.scale is None and any(at.evaluated)
+        doubt = turned(formula, w) if is_solved and isinstance(w, float) and w < -_ROUNDING else ""
         if doubt or not fit.fits:
             try:
                 self.discovery.identify_anew(at.met, doubt or _held(formula, fit))
@@ -142,6 +142,7 @@ class Verification:
             formula = self._weighed(met, formula, target, around)
         c, u = formula.cut(outputs, around)
         s: Scale = 1.0
+        w: W
         expected: Tensor | None = None
         sent: Arrival | None = None
         if formula.mixed == SOLVED:
@@ -149,7 +150,9 @@ class Verification:
             tolerance = Tolerance(0.0, 1.0)
         else:
             formula, s = self._scaled(at, formula, c, u, target)
-            w = formula.tree.weights[formula.cond_index] if formula.tree and formula.is_merged else formula.w(s)
+            w = formula.by_sample(s)
+            if formula.tree is not None and formula.is_merged:
+                w = formula.tree.weights[formula.cond_index]
             tolerance = formula.tolerance(s, c.dtype, is_strict=self.discovery.acts)
             expected = formula.expected(outputs, c, u, s, around)
         rule, policy = self.discovery.rule, self.discovery.policy
@@ -157,9 +160,10 @@ class Verification:
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = changed(at.step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
         halves, rest, observe = formula.halves(outputs), formula.rest(outputs, around), denoiser.engine.observe
+        apart = formula.apart(outputs) if policy.estimates and any(at.evaluated) else {}
 
         def seen(found: Observation, sent: Arrival | Observation) -> Seen:
-            prediction = Prediction(c, u, at.evaluated, halves, *at.cost, found, at.note, rest)
+            prediction = Prediction(c, u, at.evaluated, halves, *at.cost, found, at.note, rest, apart)
             return Seen(step, prediction, tolerance, sent)
 
         if sent is not None:
@@ -179,19 +183,19 @@ class Verification:
             s = s if live is None else live
         elif formula.tree is not None:
             s = formula.tree.w
-        elif at.is_guided:
+        elif at.is_guided and not isinstance(s, Tensor):  # of each sample's: as they were solved for
             exactly = solve(formula, c, u, target) if formula.exact else None
             s = best(formula, c, u, target) if exactly is None else exactly
             if exactly is not None:
                 formula = replace(formula, value=s)
                 at.met.denoiser.settle_for(formula)
         rule, several = self.discovery.rule, isinstance(s, Tensor)
-        if rule.is_scheduled and (several or (formula.tree is None and formula.evaluations > 2)):
+        if rule.is_scheduled and (several or formula.is_weighed):
             raise UnsupportedPipeline(
                 f"{self.call.name} guides at several scales at once, and the schedule of {rule} is of one: "
                 "give its rule no guidance_scale, and set the pipeline's own"
             )
-        if several and not rule.is_plain:
+        if several and not isinstance(formula.by_sample(s), tuple) and not rule.is_plain:
             raise UnsupportedPipeline(
                 f"{self.call.name} guides parts of a prediction at different scales, but {rule} has "
                 "one for all: use CFG() as the rule, with any policy"

@@ -416,7 +416,7 @@ def test_sound_beside_the_picture_is_never_estimated():
 
 @pytest.mark.parametrize("name", ["LTX2Pipeline", "LTX2Pipeline, its defaults"])
 def test_sound_beside_the_picture_is_held_with_it(name):
-    """As in the untouched pipeline whose network's unconditional half is overwritten by a hook, picture and sound."""
+    """As in the untouched pipeline where a hook overwrites all that the network puts out but its conditional half."""
     entry = PIPELINES[name]
     pipe = entry.build()
 
@@ -430,22 +430,22 @@ def test_sound_beside_the_picture_is_held_with_it(name):
     with attach(pipe, CFG(), Hold(2)) as handle, counting(pipe.transformer) as count:
         found = both()
     held = [step.evaluated[0] != "both" for step in handle.report.steps]
-    assert any(held) and handle.report.nfe == count.total == handle.report.nfe_full - sum(held)
-    step, before = 0, None
+    assert any(held) and handle.report.nfe == count.total == handle.report.nfe_full - sum(held) * (1 + entry.further)
+    conds, apart, made = [], {}, 0
 
     def overwrite(module, args, kwargs, output):
-        nonlocal step, before
-        if len(output[0]) == 1:  # a further branch
-            return output
-        halves = [y.chunk(2) for y in output]
+        nonlocal made
+        step, call = divmod(made, 1 + entry.further)
+        made += 1
         sigma = handle.report.steps[step].sigma
         size = math.hypot(1 - sigma, sigma)  # of a flow's noise and signal: what a velocity is held by
-        if held[step]:
-            halves = [(c + (u0 - c0) * then / size, c) for (_, c), (u0, c0, then) in zip(halves, before, strict=True)]
-        else:
-            before = [(u.clone(), c.clone(), size) for u, c in halves]
-        step += 1
-        return tuple(torch.cat(half) for half in halves)
+        if call == 0:
+            conds[:] = [y[1:].clone() for y in output]
+        if not held[step]:
+            apart[call] = [(y[:1] - c) * size for y, c in zip(output, conds, strict=True)]
+            return output
+        others = [c + d / size for c, d in zip(conds, apart[call], strict=True)]
+        return tuple(others if call else map(torch.cat, zip(others, conds, strict=True)))
 
     hook = pipe.transformer.register_forward_hook(overwrite, with_kwargs=True)
     expected = both()

@@ -4,6 +4,7 @@ Their arithmetic and their calls are those of public pipelines, in a loop of the
 (arXiv 2408.00760), Perp-Neg (2304.04968), AutoGuidance (2406.02507) alone and beside guidance.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,17 @@ from tiny_core import ddim
 from tiny_unet import unet
 from torch import Tensor, nn
 
-from diffusers_guidance import CFG, EveryStep, Forecast, Hold, StepAG, UnsupportedPipeline, attach
+from diffusers_guidance import (
+    APG,
+    CFG,
+    AdaptiveGuidance,
+    EveryStep,
+    Forecast,
+    Hold,
+    StepAG,
+    UnsupportedPipeline,
+    attach,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -31,11 +42,13 @@ class Community(diffusers.DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, weak=weak)
 
     @torch.no_grad()
-    def __call__(self, step: Callable, guidance_scale: float = 4.0, seg_scale: float = 3.0, rows: int = 1) -> Tensor:
+    def __call__(
+        self, step: Callable, guidance_scale: float = 4.0, seg_scale: float = 3.0, rows: int = 1, first: int = 0
+    ) -> Tensor:
         self._guidance_scale, self._seg_scale = guidance_scale, seg_scale
         self.scheduler.set_timesteps(STEPS)
         draw = torch.Generator().manual_seed(0)
-        x = torch.randn(rows, 4, 5, 5, generator=draw)
+        x = torch.randn(4, 4, 5, 5, generator=draw)[first : first + rows]
         texts = torch.randn(3, 1, 5, 16, generator=draw).expand(3, rows, 5, 16)
         own = self.unet.attn_processors
         if step is smoothed:
@@ -92,6 +105,16 @@ def perpendicular(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
     return u + pipe._guidance_scale * (main - pipe._seg_scale / 4 * (away - share.view(-1, 1, 1, 1) * main))
 
 
+def perpendicular_to_two(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    """The same of two negative prompts, in a call each; together they push towards u by more than it is pushed away."""
+    u, c, n, m = (call(pipe.unet, x, t, text) for text in (*texts, texts.mean(0)))
+    main, guided = c - u, u + pipe._guidance_scale * (c - u)
+    for away in (n - u, m - u):
+        share = (away * main).flatten(1).sum(1) / main.square().flatten(1).sum(1)
+        guided = guided - pipe._guidance_scale * pipe._seg_scale / 3 * (away - share.view(-1, 1, 1, 1) * main)
+    return guided
+
+
 # Smoothed energy guidance
 
 
@@ -128,7 +151,7 @@ def steered(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
 
 KINDS = {
     "auto": (auto, 2), "auto, weak first": (auto_weak_first, 2), "auto beside": (auto_beside, 3),
-    "perpendicular": (perpendicular, 3), "smoothed": (smoothed, 3),
+    "perpendicular": (perpendicular, 3), "perpendicular to two": (perpendicular_to_two, 4), "smoothed": (smoothed, 3),
 }  # fmt: skip
 each_kind = pytest.mark.parametrize(("step", "branches"), KINDS.values(), ids=KINDS)
 
@@ -149,10 +172,6 @@ def test_its_guidance_is_found_and_stands(step, branches):
 def test_forecasts_skip_whole_steps(step, branches, rows):
     pipe = built()
     networks = (pipe.unet, pipe.weak)
-    if step is perpendicular and rows > 1:  # its factors are each sample's own
-        with attach(pipe), pytest.raises(UnsupportedPipeline, match="factors of its own: call it with one prompt"):
-            pipe(step, rows=rows)
-        return
     with recorded(pipe.scheduler) as own:
         pipe(step, rows=rows)
     with attach(pipe) as handle, recorded(pipe.scheduler) as found, counting(*networks) as count:
@@ -162,6 +181,53 @@ def test_forecasts_skip_whole_steps(step, branches, rows):
     skipped = [i for i, each in enumerate(report.steps) if not each.nfe]
     assert skipped
     assert all(torch.equal(found.outputs[i], own.outputs[i]) for i in range(skipped[0]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy"),
+    [(CFG(), Forecast(0.4)), (CFG(), Hold(2)), (CFG(), AdaptiveGuidance(0.9)), (CFG(), StepAG(0.5)), (APG(), Hold(2))],
+    ids=str,
+)
+def test_each_sample_weighs_its_negative_prompt_by_factors_of_its_own(rule, policy):
+    """Each of three is as in its run alone."""
+    pipe = built()
+    with attach(pipe, rule, policy) as handle, recorded(pipe.scheduler) as together:
+        pipe(perpendicular, rows=3)
+    assert handle.report.nfe < handle.report.nfe_full
+    scales = [step.guidance_scale for step in handle.report.steps if step.nfe]
+    assert len({*scales[0]}) == 3
+    for i in range(3):
+        with attach(pipe, rule, policy) as handle, recorded(pipe.scheduler) as alone:
+            pipe(perpendicular, first=i)
+        assert scales[0][i] == pytest.approx(handle.report.steps[0].guidance_scale, rel=1e-4)
+        for x, y in zip(together.outputs, alone.outputs, strict=True):
+            assert relative(x[i : i + 1], y) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_difference_of_perp_neg_is_held(rows):
+    """As in the untouched pipeline where a hook overwrites all that the network puts out but its conditional half."""
+    pipe = built()
+    with attach(pipe, CFG(), Hold(2)) as handle, recorded(pipe.scheduler) as found:
+        pipe(perpendicular, rows=rows)
+    steps, made, apart = handle.report.steps, 0, None
+
+    def overwrite(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal made, apart
+        u, c, n = output[0].chunk(3)
+        step, made = steps[made], made + 1
+        size = math.hypot(1, step.sigma)  # of noise over signal: what noise is held by as a velocity
+        if step.evaluated[0] == "both":
+            apart = (c - u) * size, (c - n) * size
+            return output
+        assert apart is not None
+        return (torch.cat([c - apart[0] / size, c, c - apart[1] / size]),)
+
+    hook = pipe.unet.register_forward_hook(overwrite)
+    with recorded(pipe.scheduler) as truth:
+        pipe(perpendicular, rows=rows)
+    hook.remove()
+    assert all(relative(x, y) < 1e-5 for x, y in zip(found.outputs, truth.outputs, strict=True))
 
 
 def test_a_network_ahead_of_each_call_skips_with_it():
