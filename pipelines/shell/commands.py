@@ -138,7 +138,7 @@ def calibrate_command(
             "batch_size": batch,
             "per_channel": per_channel,
             "path": out,
-            "progress": progress,
+            "progress": lambda _, done, total: progress("calibrating", done, total),  # the bar has its own time left
         }
         texts = read_lines(prompts)
         if ray:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from diffusers_guidance import Calibration, samples
 from diffusers_guidance.pipelines.pictures.generate import generate, jobs_of
 from diffusers_guidance.pipelines.shell import cli
-from diffusers_guidance.pipelines.shell.common import reporting
+from diffusers_guidance.pipelines.shell.common import Bar, reporting
 from diffusers_guidance.pipelines.support.ending import Terminated
 
 MAIN = "from diffusers_guidance.pipelines.shell.cli import main; main()"
@@ -188,7 +188,9 @@ def test_what_comes_after_a_picture_is_a_command_that_runs(tmp_path, monkeypatch
 @pytest.mark.skipif("emoji-flow" not in samples.models(), reason="the second bundled model is not here")
 def test_what_comes_after_a_calibration_and_a_search_runs_on_their_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Bar, "every", -1.0)
     made = command("calibrate", "it is mine.safetensors", "--model", "emoji-flow", "--trajectories", 1, "--steps", 4)
+    assert "calibrating: 1 of 1, 0 s left\n" in made.output and made.output.count(" left") == 1
     searched = next_step(made)
     assert searched[:2] == ["search", "it is mine.safetensors"]
     compared = next_step(command(*searched))
