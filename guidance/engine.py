@@ -262,7 +262,9 @@ class Engine:
             return Guided(None)  # a single prediction, which no rule changes
         unguided = [each.action == Action.CONDITIONAL for each in plan]
         if self.rule.is_plain or all(unguided):
-            stray = [alone and was for alone, was in zip(unguided, prediction.evaluated, strict=True)]
+            # Of equal branches the host may make no number at all: Perp-Neg divides by their difference.
+            divides = step.branches > 2 and prediction.further is None
+            stray = [alone and (was or divides) for alone, was in zip(unguided, prediction.evaluated, strict=True)]
             if self.rule.is_scheduled:  # the host combined them at another scale
                 made = scales.by_row(self._given(step), rows, own)
                 return Guided(pick(stray, finish(c, c), made) if any(stray) else made)
