@@ -234,8 +234,8 @@ class Discovery:
             return seen.step, seen.prediction
         self.is_in_doubt = False
         fit, w = seen.fit, seen.step.w
-        is_turned = formula.scale is None and any(at.evaluated) and isinstance(w, float) and w < -_ROUNDING
-        doubt = turned(formula, w) if is_turned else ""
+        is_turned = formula.scale is None and any(at.evaluated)
+        doubt = turned(formula, w) if is_turned and isinstance(w, float) and w < -_ROUNDING else ""
         if doubt or not fit.fits:
             try:
                 self._identify_anew(at, doubt or _held(formula, fit))
@@ -301,7 +301,7 @@ class Discovery:
                 if exactly is not None:
                     formula = replace(formula, value=s)
                     denoiser.settle_for(formula)
-            w = formula.by_sample(s)
+            w = formula.by_sample(s)  # type: ignore[assignment]
             if formula.tree is not None and formula.is_merged:
                 w = formula.tree.weights[formula.cond_index]
             tolerance = formula.tolerance(s, c.dtype, is_strict=self.acts)

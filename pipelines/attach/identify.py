@@ -303,9 +303,14 @@ class _Search:
             if bool((total >= 0).any()) or not (bool((others > -1e-3).all()) or self._adds_aside(reading, cond)):
                 continue
             formula = reading.formula.towards(cond, weights=tuple(map(_by_sample, others.T)))
-            s = _by_sample(w)
-            if isinstance(s, tuple):
-                s = column(s, like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32)).expand_as(like))
+            by_sample = _by_sample(w)
+            s: Scale
+            if isinstance(by_sample, float):
+                s = by_sample
+            else:
+                s = column(
+                    by_sample, like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32)).expand_as(like)
+                )
             one = Candidate(reading, formula, s)
             fit = reading.fit(formula, s)
             self._try(one, fit)
