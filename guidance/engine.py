@@ -161,7 +161,7 @@ class Engine:
         if apart is None:
             return estimated(self.policy, step, self.history, cond)
         base = cond if apart.from_cond else estimated(self.policy, step, self.history, cond)
-        factors = tuple(velocity / step.velocity for velocity in self.history.velocity)
+        factors = tuple(1.0 if was is None else was / step.velocity for was in apart.velocity)
         return base - scales.column(factors, apart.difference) * apart.difference
 
     def both(self, step: Step) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,16 @@ class Apart(NamedTuple):
     """(rows, ...), of predictions as the network returned them."""
     from_cond: bool
     """Whether from the conditional prediction; else from the unconditional one."""
+    velocity: Sequence[float | None]
+    """For each row, the factor from a prediction to `v` at the step of its difference; None if it was not evaluated."""
+
+    def after(self, before: "Apart | None") -> "Apart":
+        """With the rows of `before` where they were not evaluated again."""
+        if before is None or before.from_cond != self.from_cond:
+            return self
+        new = [velocity is not None for velocity in self.velocity]
+        velocity = [now if now is not None else was for now, was in zip(self.velocity, before.velocity, strict=True)]
+        return Apart(pick(new, self.difference, before.difference), self.from_cond, velocity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,16 +248,13 @@ class History:
         return torch.stack([each.similarity for each in seen])[:, row] if seen else torch.empty(0, self.rows)
 
     def keep_difference(self, prediction: Prediction, velocity: float) -> None:
-        """Keeps the differences of a step's predictions, for the rows that evaluated both."""
+        """Keeps the differences of a step's predictions, for the rows that evaluated them."""
+        self.apart = {k: found.after(self.apart.get(k)) for k, found in prediction.apart.items()}
         evaluated = prediction.evaluated
         if any(evaluated):
             cond, uncond = prediction.own
             before, was = self.delta, self.velocity or [velocity] * self.rows
             self.delta = cond - uncond if before is None else pick(evaluated, cond - uncond, before)
-            was_apart, self.apart = self.apart, dict(prediction.apart)
-            for k in self.apart.keys() & was_apart.keys():
-                now = self.apart[k]
-                self.apart[k] = now._replace(difference=pick(evaluated, now.difference, was_apart[k].difference))
             self.velocity = [velocity if new else old for new, old in zip(evaluated, was, strict=True)]
 
     def keep(self, prediction: Prediction, conds: Collection[int] | None, unconds: Collection[int] | None) -> None:

@@ -228,18 +228,23 @@ class Denoiser:
         early = late and not formula.batched and formula.cond_index > 0
         return [True] * len(both) if self.cut.whole or uncut or early or self.now.is_open else both
 
-    @property
-    def alone(self) -> tuple[int, ...]:
-        """Which branches are evaluated beside the conditional one where the unconditional one is not.
+    def evaluated(self, branch: int) -> list[bool]:
+        """Per sample: whether this branch is evaluated at this step, which is not skipped as a whole.
 
-        If that is estimated for all samples, those with a call of their own are held.
+        One that hangs on the conditional branch is evaluated beside it. Where the unconditional one is estimated, it is
+        held, if it has a call of its own.
         """
-        formula, plan = self.formula, self.now.plan
-        assert formula is not None and plan is not None and self.engine is not None
-        if any(self.evaluates) or any(each.action != Action.EXTRAPOLATE for each in plan):
-            return formula.alone
-        known = self.engine.history.apart
-        return tuple(k for k in formula.alone if k not in known or (formula.batched and k < formula.branches))
+        plan, formula, both = self.now.plan, self.formula, self.evaluates
+        assert plan is not None and formula is not None and self.engine is not None
+        if branch != formula.cond_index and branch not in formula.alone:
+            return both
+        known = self.engine.history.apart.get(branch)
+        if known is None or (formula.batched and branch < formula.branches):
+            return [True] * len(both)
+        return [
+            was or each.action != Action.EXTRAPOLATE or velocity is None
+            for was, each, velocity in zip(both, plan, known.velocity, strict=True)
+        ]
 
     @property
     def skips(self) -> bool:
@@ -313,10 +318,7 @@ class Denoiser:
                 self._take_back()
             if self.skips:
                 return self._run_nothing(formula, place)
-            further = formula.branches + place - formula.head
-            if further < formula.evaluations and further not in self.alone and not any(self.evaluates):
-                return self._run_unneeded(formula, place)
-            return self._run_whole(call, args, kwargs, asked)
+            return self._run_further(formula, formula.branches + place - formula.head, call, args, kwargs)
         if asked != expected:
             return self._run_whole(call, args, kwargs, asked)
         branch = 0 if formula.batched else self.branch_of(args, kwargs)
@@ -384,19 +386,35 @@ class Denoiser:
         self._note(y, 0, len(y))
         return with_prediction(self.template, y)
 
-    def _run_unneeded(self, formula: Formula, place: int) -> Any:
-        """A further call on what is held at this step, or hangs on the unconditional branch, which no sample has."""
-        now, n = self.now, formula.rows
-        cond = formula.layout.invert(now.outputs)[formula.cond_index]
-        filled = self._filled(cond, None, formula.branches + place - formula.head)
-        self._note(filled, 0, n)
-        if now.given is None:
-            return with_prediction(self._template(place, n), filled)
-        assert self.engine is not None
-        of, velocity = [formula.cond_index * n + i for i in range(n)], self.engine.history.velocity
-        rows = [(i, of[i], velocity[i] / now.step.velocity) for i in range(n)]
-        beside = batch.take(now.given, n * formula.branches, of, OUTPUT)
-        return with_prediction(self.beside.held(beside, rows, place), filled)
+    def _run_further(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """A call of one further branch, after those on both."""
+        now, n, place = self.now, formula.rows, len(self.now.outputs)
+        evaluated = self.evaluated(branch) if branch < formula.evaluations else [True] * n
+        if all(evaluated):
+            return self._run_whole(call, args, kwargs, n)
+        try:
+            part, y = self._part(evaluated, call, args, kwargs)
+        except Exception as error:
+            return self._give_up(error, call, args, kwargs, n, sum(evaluated))
+        filled = self._filled(formula.layout.invert(now.outputs)[formula.cond_index], y, branch)
+        self._note(filled, sum(evaluated), n)
+        output = self._template(place, n)
+        if now.given is not None:
+            of = [formula.cond_index * n + i for i in range(n)]
+            beside = batch.take(now.given, n * formula.branches, of, OUTPUT)
+            output = self.beside.held(beside, [(i, of[i], factor) for i, factor in self._held_rows(branch)], place)
+        return with_prediction(output if part is None else merged(evaluated, part, output), filled)
+
+    def _part(self, evaluated: Sequence[bool], call: Callable, args: tuple, kwargs: dict) -> tuple[Any, Tensor | None]:
+        """(what a call on one branch puts out, its prediction), of the samples that are `evaluated`; None of none."""
+        assert self.shape is not None
+        n, wanted = len(evaluated), [i for i, was in enumerate(evaluated) if was]
+        if not wanted:
+            return None, None
+        part = self.cut.call(call, args, kwargs, n, wanted, torch.Size((n, *self.shape[1:])))
+        place = {row: i for i, row in enumerate(wanted)}
+        part = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], OUTPUT)
+        return part, prediction(part)
 
     def _template(self, call: int, rows: int) -> Any:
         """Any output of so many rows, for its structure."""
@@ -453,19 +471,29 @@ class Denoiser:
 
     def _guessed(self, formula: Formula) -> list[tuple[int, int, float]]:
         """Of a batch, the rows that are estimated, each with its conditional one, and how a held velocity turns."""
-        assert self.now.plan is not None and self.engine is not None
-        n, own, held = formula.rows, (formula.cond_index, *formula.alone), self.engine.history.velocity
-        rows = [i for i in range(n) if self.now.plan[i].action == Action.EXTRAPOLATE and not self.evaluates[i]]
+        n, own = formula.rows, (formula.cond_index, *formula.alone)
         return [
-            (k * n + i, formula.cond_index * n + i, held[i] / self.now.step.velocity)
+            (k * n + i, formula.cond_index * n + i, factor)
             for k in range(formula.branches)
             if k not in own
-            for i in rows
+            for i, factor in self._held_rows(k)
+        ]
+
+    def _held_rows(self, branch: int) -> list[tuple[int, float]]:
+        """(row, how its held velocity turns) of a branch's rows that are estimated."""
+        assert self.now.plan is not None and self.engine is not None
+        history, evaluated = self.engine.history, self.evaluated(branch)
+        held = history.apart[branch].velocity if branch in history.apart else history.velocity
+        return [
+            (i, (velocity or 1.0) / self.now.step.velocity)
+            for i, (each, velocity) in enumerate(zip(self.now.plan, held, strict=True))
+            if each.action == Action.EXTRAPOLATE and not evaluated[i]
         ]
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         now, n = self.now, formula.rows
-        if branch in self.alone:
+        evaluated = self.evaluated(branch)
+        if branch != formula.cond_index and all(evaluated):
             return self._run_whole(call, args, kwargs, n)
         if branch == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
@@ -478,25 +506,21 @@ class Denoiser:
                 waiting.copy_(now.outputs[i])
             return output
 
-        wanted = [i for i, both in enumerate(self.evaluates) if both]
-        output, uncond = self.template if now.given is None else now.given, None
-        if wanted:
-            try:
-                part = self.cut.call(call, args, kwargs, n, wanted, self.shape)
-            except Exception as error:
-                return self._give_up(error, call, args, kwargs, n, len(wanted))
-            place = {row: i for i, row in enumerate(wanted)}
-            part = batch.take(part, len(wanted), [place.get(row, 0) for row in range(n)], OUTPUT)
-            output, uncond = merged(self.evaluates, part, output), prediction(part)
+        output = self.template if now.given is None else now.given
+        try:
+            part, y = self._part(evaluated, call, args, kwargs)
+        except Exception as error:
+            return self._give_up(error, call, args, kwargs, n, sum(evaluated))
+        output = output if part is None else merged(evaluated, part, output)
         if now.given is not None:
             cond = now.outputs[formula.cond_index]
-            filled = self._filled(cond, uncond, branch)
+            filled = self._filled(cond, y, branch)
         else:
             blank = prediction(output)
             assert blank is not None
             filled = blank.clone()  # its skipped rows are filled in place once the conditional call is made
             now.blanks[len(now.outputs)] = filled
-        self._note(filled, len(wanted), n)
+        self._note(filled, sum(evaluated), n)
         return with_prediction(output, filled)
 
     @property
@@ -508,7 +532,7 @@ class Denoiser:
         """A branch as it was `made`, with what stands in for the rows that were skipped; see `Engine.fill`."""
         now = self.now
         assert now.plan is not None and self.engine is not None
-        return self.engine.fill(now.step, now.plan, cond, made, self.evaluates, branch)
+        return self.engine.fill(now.step, now.plan, cond, made, self.evaluated(branch), branch)
 
     def _give_up(self, error: Exception, call: Callable, args: tuple, kwargs: dict, rows: int, tried: int) -> Any:
         """The whole call in place of a part that does not fit; from now on nothing is skipped."""

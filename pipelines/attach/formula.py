@@ -7,7 +7,7 @@ gave that number bit for bit, it must do so at every later step. For other formu
 rounding may do. A check at a later step does not wait for the device: see `discovery`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,10 +172,16 @@ class Formula(Combination):
             return None
         return self.tree.rest([self.seen(y, around) for y in self.layout.invert(outputs)])
 
-    def apart(self, outputs: Sequence[Tensor]) -> dict[int, Apart]:
+    def apart(
+        self, outputs: Sequence[Tensor], evaluated: Callable[[int], Sequence[bool]], velocity: float
+    ) -> dict[int, Apart]:
         """How each further branch differs from c, if it hangs on that, else from u; as the denoiser made them.
 
         With c and an estimate of u this gives estimates of them all.
+
+        Args:
+            evaluated: by branch, which of its rows are the network's own.
+            velocity: the step's, of these.
         """
         if self.evaluations < 3:
             return {}
@@ -183,7 +189,10 @@ class Formula(Combination):
         c, u = self.chosen(parts)
         uncond = None if self.tree is None or self.is_merged else self.tree.uncond
         found = {k: (k in self.alone, parts[k]) for k in self.others if k != uncond}
-        return {k: Apart((c if from_cond else u) - y, from_cond) for k, (from_cond, y) in found.items()}
+        return {
+            k: Apart((c if from_cond else u) - y, from_cond, [velocity if was else None for was in evaluated(k)])
+            for k, (from_cond, y) in found.items()
+        }
 
     def read(self, scales: Mapping[str, Any], output: Tensor) -> Scale | None:
         """The pipeline's present scale, among those it has by name; None if it cannot be read."""

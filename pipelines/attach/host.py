@@ -464,8 +464,8 @@ class Host:
         formula, counts = denoiser.formula, self.report.steps[-1].branches
         assert formula is not None
         for k, name in enumerate(formula.names):
-            is_own = k == formula.cond_index or k in denoiser.alone
-            evaluations = formula.rows if is_own else sum(evaluated)
+            alone = denoiser.evaluated(k)
+            evaluations = sum(was or is_alone for was, is_alone in zip(evaluated, alone, strict=True))
             counts[name] = counts.get(name, 0) + (evaluations if denoiser.now.nfe else 0)
 
     def _made_up(self, met: Met) -> Tensor | None:
