@@ -11,8 +11,12 @@ import gc
 import os
 import random
 import secrets
+import signal
 import sys
 from pathlib import Path
+
+# A shell starts a job in the background with Ctrl-C ignored, for its children too, and tests send them one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing by more, and tests run side by side

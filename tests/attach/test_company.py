@@ -105,9 +105,13 @@ def test_group_offloading(tiny, kind):
 
     pipe, entry = tiny
     expected = run(pipe, entry, STEPS, 3)
-    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    how = {"onload_device": CPU, "offload_device": CPU, "offload_type": kind}
+    how |= {"num_blocks_per_group": 1} if kind == "block_level" else {}
     for name in entry.denoisers:
-        apply_group_offloading(getattr(pipe, name), onload_device=CPU, offload_device=CPU, offload_type=kind, **blocks)
+        try:
+            apply_group_offloading(getattr(pipe, name), **how)
+        except AttributeError as error:  # an older diffusers asks the accelerator, and there is none
+            pytest.skip(f"diffusers {diffusers.__version__} offloads groups from an accelerator alone: {error}")
     assert same(run(pipe, entry, STEPS, 3), expected)
     holds(pipe, entry)
 

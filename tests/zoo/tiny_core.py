@@ -54,7 +54,10 @@ class Tiny:
     @property
     def available(self) -> bool:
         """Whether the installed diffusers has this pipeline, and not a dummy for want of another package."""
-        cls = getattr(diffusers, self.cls, None)
+        try:
+            cls = getattr(diffusers, self.cls, None)
+        except (ImportError, RuntimeError):  # it wants a newer transformers
+            return False
         return cls is not None and not hasattr(cls, "_backends")
 
     def build(self) -> DiffusionPipeline:
