@@ -492,9 +492,6 @@ class Denoiser:
 
     def _run_sequential(self, formula: Formula, branch: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         now, n = self.now, formula.rows
-        evaluated = self.evaluated(branch)
-        if branch != formula.cond_index and all(evaluated):
-            return self._run_whole(call, args, kwargs, n)
         if branch == formula.cond_index:
             output = self._run_whole(call, args, kwargs, n)
             if not now.outputs:  # it is on another batch than the one that is known
@@ -505,7 +502,9 @@ class Denoiser:
                 now.outputs[i] = self._filled(cond, before[i], i)
                 waiting.copy_(now.outputs[i])
             return output
-
+        evaluated = self.evaluated(branch)
+        if all(evaluated):
+            return self._run_whole(call, args, kwargs, n)
         output = self.template if now.given is None else now.given
         try:
             part, y = self._part(evaluated, call, args, kwargs)
