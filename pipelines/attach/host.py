@@ -399,8 +399,9 @@ class Host:
             # The finish may have scaled a prediction of zero by 0/0.
             return finished.masked_fill((guided == 0) & finished.isnan(), 0) if formula.finish else finished
 
+        counts = self._branches(denoiser, prediction.evaluated)  # before the engine takes in what was evaluated
         found = engine.guide(step, plan, prediction, own, finish, fuse if formula.hands_it_on else lambda: None)
-        self._count_branches(denoiser, prediction.evaluated)
+        self.report.steps[-1].branches.update(counts)
         again = found.again
         if again is not None:
             self._tell(prediction, step, view.emit(again(), met.output) if self._observers else None, met)
@@ -459,14 +460,15 @@ class Host:
                 return (met if reason else at), reason
             raise
 
-    def _count_branches(self, denoiser: Denoiser, evaluated: Sequence[bool]) -> None:
-        """Says in the step's report which of its branches were evaluated, of how many samples."""
-        formula, counts = denoiser.formula, self.report.steps[-1].branches
+    def _branches(self, denoiser: Denoiser, evaluated: Sequence[bool]) -> dict[str, int]:
+        """Of how many samples each of the step's branches was evaluated; those of one name count together."""
+        formula, counts = denoiser.formula, dict[str, int]()
         assert formula is not None
         for k, name in enumerate(formula.names):
             alone = denoiser.evaluated(k)
             evaluations = sum(was or is_alone for was, is_alone in zip(evaluated, alone, strict=True))
             counts[name] = counts.get(name, 0) + (evaluations if denoiser.now.nfe else 0)
+        return counts
 
     def _made_up(self, met: Met) -> Tensor | None:
         """The real prediction of a step without guidance, whose only call was skipped for a forecast."""
