@@ -144,7 +144,9 @@ def _plan(
         yield row(FEWER, f"{fewer} steps", EveryStep, steps=fewer)
         yield row(FORECAST, f"Forecast(nfe={nfe})", partial(Forecast, nfe=nfe))
         yield row(LEARNED, f"Forecast(nfe={nfe}), one run learned", learned, nfe)
-        yield row(CALIBRATED, f"Forecast(nfe={nfe}), calibrated", partial(Forecast, nfe=nfe, calibration=calibration))
+        if calibration.motions:  # a file of format 1 has none
+            calibrated = partial(Forecast, nfe=nfe, calibration=calibration)
+            yield row(CALIBRATED, f"Forecast(nfe={nfe}), calibrated", calibrated)
         yield row(EVEN, f"{nfe // 2} both, evenly", Schedule, even(count, nfe // 2, Action.NEITHER), calibration)
         yield row(SEARCHED, f"search({nfe})", search, calibration, nfe)
         n = nfe - count

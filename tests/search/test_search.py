@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -481,6 +482,12 @@ def test_frontier_measures_every_row_once(pipe, tmp_path):
     loaded = Calibration.load(tmp_path / "elsewhere.safetensors")
     assert frontier(pipe, loaded, PROMPTS[:1], progress=pytest.fail, **settings) == rows
     assert str(tmp_path) not in path.read_text()
+    older = replace(calibration, motions=())  # as of a file of format 1
+    settings["path"] = tmp_path / "older.json"
+    assert {row.series for row in frontier(pipe, older, PROMPTS[:1], **settings)} == {row.series for row in rows} - {
+        CALIBRATED
+    }
+    settings["path"] = path
     with pytest.raises(CalibrationMismatch, match="other settings"):
         frontier(pipe, calibration, PROMPTS[:2], **settings)
     plot(rows, tmp_path / "frontier.png", "title")
