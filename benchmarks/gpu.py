@@ -490,7 +490,7 @@ def pipelines_section(short: bool, part: str = "") -> Iterator[Check]:
 
 
 def kernels_section(short: bool, part: str = "") -> Iterator[Check]:
-    benchmark = beside("kernels")
+    benchmark = beside("arithmetic")
     bandwidth = benchmark.copy_bandwidth() if ON_GPU else None
     for cell in benchmark.cells(short, DEVICE, half_only=True):
         yield Check(cell.name, partial(benchmark.measured, cell, DEVICE, bandwidth))

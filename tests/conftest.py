@@ -20,6 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing by more, and tests run side by side
+os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers wait for all other tests
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _CHECKOUT]
