@@ -51,11 +51,16 @@ def closed_form(
         A `Schedule` with the calibration in it.
 
     Raises:
-        ValueError: neither or both of `nfe` and `error`, or one out of range.
+        ValueError: neither or both of `nfe` and `error`, or one out of range; or a calibration without guidance.
         CalibrationMismatch: `fit` needs channels that the calibration does not tell apart.
     """
     if nfe is not None and not is_whole(nfe, 0):
         raise ValueError(f"nfe={nfe!r}: a whole number of network evaluations")
+    if all(w == 1 for w in calibration.setting["guidance_scale"].values()):
+        raise ValueError(
+            f"{calibration!r} is of runs without guidance, and a schedule is of two predictions a step: "
+            "use Forecast(calibration=...), which skips evaluations of one"
+        )
     for name in calibration.denoisers:
         calibration.weights(name, fit)
     if (nfe is None) == (error is None):

@@ -20,7 +20,7 @@ from diffusers_guidance.pipelines.attach.cut import OUTPUT, Cut, Made
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.output import merged, prediction, puts_out_more, with_prediction
 from diffusers_guidance.pipelines.attach.trees import copied, tensors
-from diffusers_guidance.policies import EveryStep, Policy
+from diffusers_guidance.policies import Policy
 from diffusers_guidance.steps import Action, Decision, Plan, Step
 
 
@@ -34,6 +34,8 @@ class Denoiser:
     name: str
     module: torch.nn.Module
     policy: Policy
+    may_skip: bool = True
+    """Whether any step may evaluate less than its pipeline asks for."""
     now: Calls = field(default_factory=Calls)
     formula: Formula | None = None
     engine: Engine | None = None
@@ -264,7 +266,7 @@ class Denoiser:
 
     def run(self, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Stands for `call(*args, **kwargs)`: evaluates the rows that the plan wants and fills in the others."""
-        if isinstance(self.policy, EveryStep):
+        if not self.may_skip:
             return self._run(call, args, kwargs)
         now = self.now
         if not now.is_scanned and self._may_skip:

@@ -129,6 +129,8 @@ class Discovery:
             return  # the output agrees with both predictions
         if known is None or again is None or again.rows != known.rows or self._is_open(again):
             raise self.unsupported(met, why)
+        if known.tree is not None and again.tree is None and self.guides_otherwise:  # it would act on the terms too
+            raise self.unsupported(met, why)
         denoiser.settle_for(again)
 
     def identify_further(self, met: Met) -> None:

@@ -77,6 +77,12 @@ class Host:
         self.report = Report(self._call.name, repr(rule), repr(policy))
         self._recording = Recording(self.report)
         self._company = Company(self._call)
+        given, is_full = rule.guidance_scale, isinstance(policy, EveryStep)
+        may_rest = rule.is_scheduled and rule.rests_at_one and given is not None
+        # A pipeline's own number may be settled by adding 1 to it.
+        self._rests = may_rest and given is not None and any(scales.rests(given, origin) for origin in (0.0, 1.0))
+        self._may_skip = not is_full or self._rests
+        """Whether any step may evaluate less than the pipeline asks for."""
         self._stack: ExitStack | None = None
         """The interceptions in place while the pipeline runs."""
         self._parts: dict[str, Any] = {}
@@ -162,7 +168,7 @@ class Host:
             if id(each) in self._denoisers or id(each) in self._taken:
                 continue
             if isinstance(each, torch.nn.Module):
-                self._denoisers[id(each)] = denoiser = Denoiser(name, each, self.policy)
+                self._denoisers[id(each)] = denoiser = Denoiser(name, each, self.policy, self._may_skip)
                 denoiser.cut.processors.alternate(getattr(self._call.pipe, "_pag_attn_processors", None))
             else:
                 if (former := self._clocks.get(id(before.get(name)))) is not None:
@@ -344,7 +350,7 @@ class Host:
         step, note = self._step_of(denoiser), denoiser.cut.whole
         if denoiser.engine is None:
             evaluated = [not is_single] * step.rows
-            note = "" if isinstance(self.policy, EveryStep) else self._try_parts(denoiser)
+            note = self._try_parts(denoiser) if self._may_skip else ""
             denoiser.is_guided_by(self._engine(denoiser), step)
         else:
             evaluated = [False] * step.rows if is_single else denoiser.evaluates
@@ -449,6 +455,7 @@ class Host:
         except UnsupportedPipeline:
             for made in together(self._called):
                 at = replace(met, denoiser=made)
+                made.stepped(met.clock)
                 try:
                     reason = self._discovery.identify(at)
                 except UnsupportedPipeline:
@@ -502,9 +509,7 @@ class Host:
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
         is_guided = denoiser.formula is not None and denoiser.formula.evaluations > 1
-        given, origin = self.rule.guidance_scale, 0.0 if denoiser.formula is None else denoiser.formula.w(0.0)
-        rests = self.rule.is_scheduled and self.rule.rests_at_one and given is not None and scales.rests(given, origin)
-        note = denoiser.find_out(cuts=is_guided and (rests or not self.policy.hands))
+        note = denoiser.find_out(cuts=is_guided and (self._rests or not self.policy.hands))
         formula, is_whole = denoiser.formula, denoiser.cut.is_left_whole
         if formula is not None and (formula.batched or self.policy.hands) and not is_whole:
             for other in self._denoisers.values():

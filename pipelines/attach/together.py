@@ -74,7 +74,7 @@ class Together(Denoiser):
     @classmethod
     def of(cls, each: Sequence[Denoiser], parts: Sequence[Part]) -> "Together":
         first = each[0]
-        made = cls(first.name, torch.nn.ModuleList(one.module for one in each), first.policy)
+        made = cls(first.name, torch.nn.ModuleList(one.module for one in each), first.policy, first.may_skip)
         made.networks = tuple(one.name for one in each)
         made.parts = {id(one.module): part for one, part in zip(each, parts, strict=True)}
         made.hands_copies = not all(part.is_all for part in parts)

@@ -98,6 +98,13 @@ class Verification:
         fit, w = seen.fit, seen.step.w
         is_solved = formula.scale is None and any(at.evaluated)
         doubt = turned(formula, w) if is_solved and isinstance(w, float) and w < -_ROUNDING else ""
+        if not fit.fits and formula.tree is not None and formula.exact:
+            # Its terms have other coefficients now than the scales that were read by name (an adaptive PAG).
+            denoiser.settle_for(replace(formula, exact=False))
+            again = self._see(at)
+            if again.fit.fits:
+                return again.step, again.prediction
+            denoiser.settle_for(formula)
         if doubt or not fit.fits:
             try:
                 self.discovery.identify_anew(at.met, doubt or _held(formula, fit))

@@ -31,7 +31,7 @@ from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
-from diffusers_guidance.scales import Given, stand_in
+from diffusers_guidance.scales import Given, parts, stand_in
 from diffusers_guidance.steps import Prediction, Step
 
 
@@ -220,6 +220,9 @@ def best_of(
     """
     if not seeds or not is_whole(after, 1) or after >= steps:
         raise ValueError(f"seeds={list(seeds)!r}, after={after!r}: at least one seed, and from 1 to {steps - 1} steps")
+    given = guidance_scale if column.guidance_scale is None else column.guidance_scale
+    if (samples := parts(given)[0]) > 1:
+        raise ValueError(f"guidance_scale={given!r} is for {samples} samples: best_of needs one for all of its seeds")
     found: dict[int, float] = {}
     size, nfe = batch or len(seeds), 0
     tried = replace(column, rule=column.rule or DEFAULT_RULE, policy=EveryStep())
@@ -232,8 +235,15 @@ def best_of(
                 observers=[race], **arguments,
             )  # fmt: skip
         moved = sum(each.difference.double() for each in race.seen)
-        if not isinstance(moved, torch.Tensor) or len(moved) != len(part) or not moved.isfinite().all():
-            raise ValueError("best_of needs a pipeline that does classifier-free guidance, one picture for each seed")
+        if not isinstance(moved, torch.Tensor):
+            raise ValueError("best_of needs a pipeline that does classifier-free guidance: no step was guided")
+        if len(moved) != len(part):
+            raise ValueError(f"best_of needs one picture for each seed: {len(part)} seeds made {len(moved)}")
+        if not moved.isfinite().all():
+            raise ValueError(
+                f"best_of compares what guidance does in the first {after} steps, and not all of these were guided: "
+                f"choose a smaller after={after}, or a guidance_scale that is not 1 there"
+            )
         found |= dict(zip(part, moved.tolist(), strict=True))
         nfe += race.nfe
     return Best(case._replace(seed=max(found, key=lambda seed: found[seed])), found, nfe)

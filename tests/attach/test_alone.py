@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from tiny import PIPELINES, counting, run
 from torch import nn
 
-from diffusers_guidance import APG, CFG, EveryStep, Forecast, UnsupportedPipeline, attach, calibrate
+from diffusers_guidance import APG, CFG, EveryStep, Forecast, UnsupportedPipeline, attach, calibrate, search
 from diffusers_guidance.pipelines.attach.combination import SOLVED, Around
 from diffusers_guidance.pipelines.attach.single import single
 
@@ -91,6 +91,8 @@ def test_distilled_models_are_calibrated():
     (moments,) = made.denoisers.values()
     assert not moments.gram[:, 8:].any() and not moments.gram[:, :, 8:].any()
     assert bool((torch.linalg.eigvalsh(moments.gram[0, :8, :8]) > 0).all())
+    with pytest.raises(ValueError, match="of runs without guidance"):
+        search(made, 8)
     with attach(pipe, policy=Forecast(0.3, calibration=made)) as handle:
         run(pipe, entry, 8)
     assert handle.report.saved >= 0.3

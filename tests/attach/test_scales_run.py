@@ -7,6 +7,7 @@ import pytest
 import torch
 from conformance import recorded, relative
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.models.attention_processor import AttnProcessor
 from modular import Pair
 from tiny import PIPELINES, counting, run
 
@@ -261,3 +262,53 @@ def test_a_guider_takes_them_and_keeps_them():
     assert copy.deepcopy(guider).guidance_scale == "linear(6, 4)"
     with pytest.raises(ValueError, match="there is no lineal"):
         Guider(guidance_scale="lineal(6, 4)")
+
+
+class Shared(AttnProcessor):
+    """Each picture attends to another one of the batch."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        if encoder_hidden_states is None:
+            encoder_hidden_states = torch.cat([hidden_states, hidden_states.flip(0)], 1)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
+def test_where_a_schedule_rests_the_batch_is_tried_before_a_part_of_it_is_taken():
+    """Without a skip of the policy's too: attention across the batch needs all of it."""
+    entry = PIPELINES["StableDiffusionPipeline"]
+    pipe = entry.build()
+    own = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor({name: Shared() if "attn1" in name else each for name, each in own.items()})
+    with attach(pipe, CFG("5x2+1"), EveryStep()) as handle:
+        found = run(pipe, entry, 4, batch=2)
+    assert "no part of the batch" in handle.report.steps[0].note
+    with attach(pipe, CFG("5x2+1.000001"), EveryStep()):  # never at rest
+        assert relative(found, run(pipe, entry, 4, batch=2)) < 1e-5
+
+
+@pytest.mark.parametrize("policy", [EveryStep(), Forecast(0.5)], ids=repr)
+def test_lists_and_pieces_are_for_two_networks_too(policy):
+    entry = PIPELINES["Ideogram4Pipeline"]
+    if not entry.available:
+        pytest.skip("this diffusers has no Ideogram4Pipeline")
+    pipe = entry.build()
+    for given, values in (([5, 4, 3, 2], [5, 4, 3, 2]), ("3x2+5", [3, 3, 5, 5]), ("3x2+1", [3, 3, 1, 1])):
+        with attach(pipe, CFG(given), policy) as handle:
+            run(pipe, entry, 4)
+        assert [step.guidance_scale for step in handle.report.steps] == values
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3PAGPipeline", "SanaPAGPipeline"])
+def test_terms_whose_strength_falls_are_kept(name):
+    """Adaptive PAG is as strong as the scale's name says at the first step alone."""
+    entry = PIPELINES[name]
+    if not entry.available:
+        pytest.skip(f"this diffusers has no {name}")
+    pipe = entry.build()
+    scale = entry.call().get("guidance_scale", 4.0)
+    plain = run(pipe, entry, 5, pag_adaptive_scale=0.002)
+    assert relative(run(pipe, entry, 5), plain) > 1e-2  # it matters
+    with attach(pipe, CFG(f"linear({scale}, {scale})"), EveryStep()) as handle:
+        found = run(pipe, entry, 5, pag_adaptive_scale=0.002)
+    assert relative(found, plain) < 1e-5
+    assert handle.report.nfe_by_branch.keys() == {"cond", "uncond", "pag"}

@@ -119,6 +119,10 @@ def test_what_cannot_be_chosen_is_refused(pipe, tmp_path):
             best_of(pipe, Case("x"), column, seeds=[1], after=after, steps=5)
     with pytest.raises(ValueError, match="classifier-free guidance"):
         best_of(pipe, Case("x"), Column.parse("CFG@1"), seeds=[1, 2], after=2, steps=4)
+    with pytest.raises(ValueError, match="not all of these were guided"):
+        best_of(pipe, Case("x"), Column.parse('CFG@"5x1+1"'), seeds=[1, 2], after=2, steps=4)
+    with pytest.raises(ValueError, match="is for 2 samples"):  # not one for each of the seeds
+        best_of(pipe, Case("x"), Column.parse('CFG@"5 | 40"'), seeds=[1, 2], after=2, steps=4)
     file = tmp_path / "jobs.jsonl"
     file.write_text('{"prompt": "a red apple"}\n')
     with pytest.raises(ValueError, match="best_of=0"):
