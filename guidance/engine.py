@@ -119,8 +119,8 @@ class Engine:
 
     @property
     def may_rest(self) -> bool:
-        """Whether a step at scale 1 is the conditional prediction alone."""
-        return self.rule.is_scheduled and self.rule.rests_at_one and self.rests
+        """Whether a step at scale 1 is the conditional prediction alone; not of a run to learn from."""
+        return self.rule.is_scheduled and self.rule.rests_at_one and self.rests and self.recorder is None
 
     def _by_row(self, step: Step) -> tuple[float | None, ...]:
         return step.w if isinstance(step.w, tuple) else (step.w,) * self.history.rows
@@ -128,10 +128,9 @@ class Engine:
     def _is_pause(self, step: Step) -> bool:
         """Whether forecasts end at this step, of a policy that `hands`: the schedule guides no sample here.
 
-        A run to learn from goes on, and one without guidance has no schedule.
+        A run without guidance has no schedule.
         """
-        may = self.may_rest and self.recorder is None and step.branches > 1
-        return may and all(scale == 1 for scale in self._by_row(step))
+        return self.may_rest and step.branches > 1 and all(scale == 1 for scale in self._by_row(step))
 
     def fill(
         self,

@@ -56,7 +56,8 @@ def closed_form(
     """
     if nfe is not None and not is_whole(nfe, 0):
         raise ValueError(f"nfe={nfe!r}: a whole number of network evaluations")
-    if all(w == 1 for w in calibration.setting["guidance_scale"].values()):
+    by_network = calibration.setting.get("guidance_scale", {}).values()
+    if by_network and all(w == 1 for w in by_network):
         raise ValueError(
             f"{calibration!r} is of runs without guidance, and a schedule is of two predictions a step: "
             "use Forecast(calibration=...), which skips evaluations of one"

@@ -114,3 +114,13 @@ def test_columns_take_schedules(pipe):
     assert [column["guidance_scale"] for column in told["columns"]] == ["linear(8, 2)"] * 3
     assert [step["guidance_scale"] for step in told["columns"][2]["reports"][0]["steps"]] == [8, 6, 4, 2]
     assert made.results[2].rule == APG("linear(8, 2)")
+
+
+def test_a_run_to_learn_from_does_not_rest_where_its_schedule_does(pipe):
+    """Motions need both predictions of every step."""
+    made = calibrate(
+        pipe, ["a red apple"], trajectories=1, num_inference_steps=6, guidance_scale="1x2+5", progress=lambda *at: None
+    )
+    assert [len(motion.levels) for motion in made.motions] == [6]
+    report = run(pipe, CFG("1x2+5"), Forecast(0.3, calibration=made))
+    assert report.saved >= 0.3 and report.steps[1].evaluated == ["conditional"]  # the first is to find guidance
