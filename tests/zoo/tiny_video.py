@@ -1,5 +1,6 @@
 """Tiny pipelines whose result is a video."""
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -902,9 +903,13 @@ def ltx2_condition() -> dict[str, Any]:
     return ltx2()
 
 
-@tiny(
-    "LTX2ImageToVideoPipeline", lambda rows: {**ltx2_text(rows), "image": images(rows, 64, 64), "image_crf": 0}, **AUDIO
-)
+def ltx2_picture(rows: range) -> dict[str, Any]:
+    """Its picture is not compressed, where that is asked."""
+    taken = inspect.signature(diffusers.LTX2ImageToVideoPipeline.__call__).parameters
+    return {**ltx2_text(rows), "image": images(rows, 64, 64), **({"image_crf": 0} if "image_crf" in taken else {})}
+
+
+@tiny("LTX2ImageToVideoPipeline", ltx2_picture, **AUDIO)
 def ltx2_image() -> dict[str, Any]:
     vae = diffusers.AutoencoderKLLTX2Video(
         latent_channels=4,
