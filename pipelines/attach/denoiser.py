@@ -248,6 +248,10 @@ class Denoiser:
             for was, each, velocity in zip(both, plan, known.velocity, strict=True)
         ]
 
+    def made(self, branch: int, both: Sequence[bool]) -> list[bool]:
+        """The same of a step that has evaluated all branches of `both` of these samples, whatever was planned."""
+        return [was or is_alone for was, is_alone in zip(both, self.evaluated(branch), strict=True)]
+
     @property
     def skips(self) -> bool:
         """Whether nothing at all is evaluated at this step."""

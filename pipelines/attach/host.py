@@ -78,9 +78,9 @@ class Host:
         self._recording = Recording(self.report)
         self._company = Company(self._call)
         given, is_full = rule.guidance_scale, isinstance(policy, EveryStep)
-        may_rest = rule.is_scheduled and rule.rests_at_one and given is not None
         # A pipeline's own number may be settled by adding 1 to it.
-        self._rests = may_rest and given is not None and any(scales.rests(given, origin) for origin in (0.0, 1.0))
+        may_rest = given is not None and any(scales.rests(given, origin) for origin in (0.0, 1.0))
+        self._rests = may_rest and rule.is_scheduled and rule.rests_at_one
         self._may_skip = not is_full or self._rests
         """Whether any step may evaluate less than the pipeline asks for."""
         self._stack: ExitStack | None = None
@@ -472,9 +472,7 @@ class Host:
         formula, counts = denoiser.formula, dict[str, int]()
         assert formula is not None
         for k, name in enumerate(formula.names):
-            alone = denoiser.evaluated(k)
-            evaluations = sum(was or is_alone for was, is_alone in zip(evaluated, alone, strict=True))
-            counts[name] = counts.get(name, 0) + (evaluations if denoiser.now.nfe else 0)
+            counts[name] = counts.get(name, 0) + (sum(denoiser.made(k, evaluated)) if denoiser.now.nfe else 0)
         return counts
 
     def _made_up(self, met: Met) -> Tensor | None:

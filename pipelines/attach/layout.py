@@ -102,25 +102,15 @@ def views(
         follows: whether the channels that a view leaves unguided are those of a branch. Where they are not, a view of
             fewer guided channels leaves them unguided too, and is not asked about.
     """
-    for sign in (1, -1):
-        yield from _signed(partial(View, sign=sign), branch, target, sample, follows)
-
-
-def _signed(
-    view: Callable[..., View],
-    branch: torch.Size,
-    target: torch.Size,
-    sample: torch.Size | None,
-    follows: Callable[[View], bool],
-) -> Iterator[View]:
     rows, shape = branch[0], tuple(target[1:])
-    if target[0] == rows:
-        yield from _parts(view, branch, target, sample, follows)
-    elif len(branch) == 5 and target[0] == rows * branch[2] and shape == (branch[1], *branch[3:]):
-        yield view(tuple(branch[1:]), frames=branch[2])
-    elif target[0] == 2 * rows:
-        twice = partial(view, copies=2)
-        yield from _parts(twice, branch, torch.Size((rows, *shape)), sample, follows)
+    for sign in (1, -1):
+        view = partial(View, sign=sign)
+        if target[0] == rows:
+            yield from _parts(view, branch, target, sample, follows)
+        elif len(branch) == 5 and target[0] == rows * branch[2] and shape == (branch[1], *branch[3:]):
+            yield view(tuple(branch[1:]), frames=branch[2])
+        elif target[0] == 2 * rows:
+            yield from _parts(partial(view, copies=2), branch, torch.Size((rows, *shape)), sample, follows)
 
 
 def _parts(
@@ -131,6 +121,10 @@ def _parts(
     follows: Callable[[View], bool],
 ) -> Iterator[View]:
     shape = tuple(target[1:])
+
+    def first(channels: int) -> View:
+        return view((channels, *shape[1:]), 1, 0, channels, channels=channels)
+
     if branch.numel() == target.numel():
         yield view(shape)
     if len(branch) == len(target):
@@ -142,9 +136,9 @@ def _parts(
         if differing in ([], [1]) and len(shape) > 1 and branch[1] >= shape[0]:
             # Learned variance: the scheduler gets more channels than are guided; those of its sample, most likely.
             likely = [sample[1]] if sample is not None and sample[1] < shape[0] else []
-            fewer = (view((n, *shape[1:]), 1, 0, n, channels=n) for n in range(shape[0] - 1, 0, -1) if n not in likely)
-            yield from filter(follows, (view((n, *shape[1:]), 1, 0, n, channels=n) for n in likely))
-            yield from takewhile(follows, fewer)
+            fewer = (n for n in range(shape[0] - 1, 0, -1) if n not in likely)
+            yield from filter(follows, map(first, likely))
+            yield from takewhile(follows, map(first, fewer))
     if len(branch) == 3 and len(target) == 5 and branch[2] == target[1]:
         frame = target[3] * target[4]
         if branch[1] % frame == 0 and branch[1] // frame in (target[2], target[2] + 1):

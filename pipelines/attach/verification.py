@@ -46,12 +46,6 @@ class At(NamedTuple):
     note: str
     """The report's note on it."""
 
-    def evaluated_of(self, branch: int) -> list[bool]:
-        """The same of one branch."""
-        return [
-            was or is_alone for was, is_alone in zip(self.evaluated, self.met.denoiser.evaluated(branch), strict=True)
-        ]
-
     @property
     def is_guided(self) -> bool:
         """Whether any sample's predictions are combined."""
@@ -173,7 +167,7 @@ class Verification:
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = changed(at.step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
         halves, rest, observe = formula.halves(outputs), formula.rest(outputs, around), denoiser.engine.observe
-        apart = formula.apart(outputs, at.evaluated_of, velocity) if policy.estimates else {}
+        apart = formula.apart(outputs, lambda k: denoiser.made(k, at.evaluated), velocity) if policy.estimates else {}
 
         def seen(found: Observation, sent: Arrival | Observation) -> Seen:
             prediction = Prediction(c, u, at.evaluated, halves, *at.cost, found, at.note, rest, apart)
