@@ -23,7 +23,7 @@ from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.measures import PSNR
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "learning"
-RUNS = {"ddim-20-5": (1, 2, 4, 8, 16, 200), "dpm-20-5": (1, 2, 4, 8, 16), "euler-20-5": (1,)}
+RUNS = {"ddim-20-5": (1, 2, 4, 8, 16, 200), "dpm-20-5": (1, 2, 4, 8, 16), "euler-20-5": (1, 8)}
 OTHERS = {"ddim-20-5": ("dpm-50-5", "dpm-20-7.5")}
 NOTHING = "nothing"
 
