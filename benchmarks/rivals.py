@@ -1,4 +1,4 @@
-"""Measures other ways to forecast skipped evaluations beside `Forecast`, into docs/results/rivals.
+"""Measures other ways to forecast skipped evaluations beside `Forecast`: docs/results/rivals, and docs/forecast.md.
 
     python benchmarks/rivals.py [ddim-20-5 ...]
 
@@ -13,6 +13,7 @@ prompts (95 %, by Student's t), where each prompt has the mean of its seeds.
 
 import itertools
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -51,9 +52,12 @@ from diffusers_guidance.schedules import shortest
 from diffusers_guidance.spaces import Space
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "rivals"
+PAGE = OUT.parents[1] / "forecast.md"
+PART = re.compile(r"(<!-- by benchmarks/rivals.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 NAMES = (
-    "ddim-20-5", "dpm-20-5", "euler-20-5", "unipc-20-5", "ddim-20-7.5", "dpm-20-7.5", "ddim-50-5", "dpm-50-5",
-    "flow-20-5",
+    "ddim-20-5", "euler-20-5", "dpm-20-5", "unipc-20-5", "ddim-20-7.5", "euler-20-7.5", "dpm-20-7.5", "unipc-20-7.5",
+    "ddim-50-5", "euler-50-5", "dpm-50-5", "unipc-50-5", "ddim-50-7.5", "euler-50-7.5", "dpm-50-7.5", "unipc-50-7.5",
+    "flow-20-5", "flow-50-5",
 )  # fmt: skip
 SEEDS = (SEED, 86420)
 T_95 = 2.131
@@ -221,6 +225,50 @@ def summary() -> str:
     return "\n".join(lines)
 
 
+def in_short() -> str:
+    """For each setting with all rows: `Forecast`, the best of each kind of rival at each budget, and its lead."""
+    kinds: dict[str, Callable[[str], bool]] = {
+        "**`Forecast`**": lambda what: what == "Forecast",
+        "best rival on the same steps": lambda what: what.endswith(OURS),
+        "on evenly spaced steps": lambda what: what.endswith(EVEN),
+        "DPCache": lambda what: what == OWN,
+        "CFG in fewer steps": lambda what: what == FEWER,
+    }
+    lines = []
+    for steps, budgets in BUDGETS.items():
+        lines += [
+            "",
+            f"| {steps} steps: {' / '.join(map(str, budgets))} of {2 * steps} NFEs | {' | '.join(kinds)} | ahead by |",
+            "|---" * (len(kinds) + 2) + "|",
+        ]
+        for name in (name for name in NAMES if name.split("-")[1] == str(steps)):
+            rows = [*Rows(OUT / f"{name}.json").values()]
+            means: dict[tuple[str, int], list[float]] = {}
+            for row in rows:
+                means.setdefault((row["what"], row["budget"]), []).append(row["psnr"])
+            if not {("Forecast", nfe) for nfe in budgets} <= means.keys():
+                continue
+            seeds = {len(means["Forecast", nfe]) for nfe in budgets} | {len(means[SPACED[0], nfe]) for nfe in budgets}
+            best = {
+                kind: [
+                    max(sum(dB) / len(dB) for (what, at), dB in means.items() if at == nfe and of(what))
+                    for nfe in budgets
+                ]
+                for kind, of in kinds.items()
+            }
+            tops = [max(column) for column in zip(*best.values(), strict=True)]
+            cells = [
+                " / ".join(f"**{dB:.1f}**" if dB == top else f"{dB:.1f}" for dB, top in zip(row, tops, strict=True))
+                for row in best.values()
+            ]
+            scheduler, _, scale = name.split("-")
+            title = "`emoji-flow`" if scheduler == "flow" else SCHEDULERS[scheduler].removesuffix("Scheduler")
+            title += f", {scale}" + ", one seed" * (min(seeds) == 1)
+            leads = " / ".join(ahead(rows, nfe) for nfe in budgets)
+            lines.append(f"| {title} | {' | '.join(cells)} | {leads} |")
+    return "\n".join([*lines, "", ""])
+
+
 def plot(name: str) -> None:
     """Plots a setting's rows over NFEs into a file; rivals on evenly spaced steps are dashed."""
     from matplotlib.figure import Figure
@@ -254,6 +302,8 @@ def main() -> None:
     for seed, name in itertools.product(SEEDS, names):
         Contest(bundled, name, seed).measure_all()
         write(OUT / "summary.md", summary().encode())
+        page = PAGE.read_text(encoding="utf-8")
+        write(PAGE, PART.sub(lambda found: found[1] + in_short(), page).encode())
         plot(name)
 
 
