@@ -131,9 +131,9 @@ def test_a_prompt_or_a_file_of_them_or_json_lines(tmp_path):
             jobs_of(given)
 
 
-def test_a_damaged_picture_is_made_again_and_pictures_carry_their_settings(tmp_path):
+def test_a_damaged_picture_is_made_again_and_pictures_carry_their_settings(small, tmp_path):
     (job,) = jobs_of("a lemon")
-    asked = {"model": str(samples.MODEL), "steps": 2}
+    asked = {"model": str(small), "steps": 2}
     assert generate([job], tmp_path, **asked) == (1, 0)
     picture = tmp_path / "a-lemon.png"
     whole = picture.read_bytes()
@@ -159,10 +159,10 @@ def test_a_bundled_calibration_goes_by_its_name_everywhere(monkeypatch, tmp_path
     assert "--nfe or --error" in command("search", "dpm-20-5").output
 
 
-def test_prompts_and_a_file_of_prompts_are_both_compared(tmp_path):
+def test_prompts_and_a_file_of_prompts_are_both_compared(small, tmp_path):
     (tmp_path / "more.txt").write_text("a tiger\n")
     done = command("compare", "a rocket", "--prompts", tmp_path / "more.txt", "--steps", 2, "--scale", 1,
-                   "--column", "CFG", "--column", "default", "--out", tmp_path)  # fmt: skip
+                   "--model", small, "--column", "CFG", "--column", "default", "--out", tmp_path)  # fmt: skip
     assert json.loads((tmp_path / "compare.json").read_text())["prompts"] == ["a rocket", "a tiger"]
     assert "nothing to guide" in done.output and "the same" in done.output and "inf" not in done.output
     assert "next: " in done.output
@@ -199,9 +199,9 @@ def test_what_comes_after_a_calibration_and_a_search_runs_on_their_model(tmp_pat
     assert json.loads(Path("compare.json").read_text())["pipeline"] == "CogView4Pipeline"
 
 
-def test_what_comes_after_a_search_by_gradients_runs(tmp_path, monkeypatch):
+def test_what_comes_after_a_search_by_gradients_runs(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = command("search-nas", "--nfe", 5, "--steps", 3, "--iterations", 1, "--batch", 1)
+    found = command("search-nas", "--model", small, "--nfe", 5, "--steps", 3, "--iterations", 1, "--batch", 1)
     compared = next_step(found)
     done = command(*compared[:1], "a lemon", *compared[1:], "--out", ".")
     assert done.exit_code == 0, done.output
