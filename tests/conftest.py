@@ -81,3 +81,11 @@ def _start(seed: int) -> None:
 def seed(request: pytest.FixtureRequest) -> int:
     """The run's seed, for generators of a test's own."""
     return request.config.option.seed
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline like the bundled one, where a test is not about the pictures."""
+    from small import write_small
+
+    return write_small(tmp_path_factory.mktemp("small") / "emoji")

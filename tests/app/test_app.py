@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +59,7 @@ from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.contest import COLOURS, FEWER, contestants
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
+from diffusers_guidance.pipelines.support.loading import load
 from diffusers_guidance.pipelines.support.modules import import_own
 from diffusers_guidance.policies import AdaptiveGuidance, EveryStep, Forecast, Hold, LinearAG
 from diffusers_guidance.rules import APG, CFG
@@ -69,8 +71,26 @@ HAS_MCP = importlib.util.find_spec("mcp") is not None
 SMALL = {"steps": 3, "compare_with_plain": False}
 
 
+REAL = samples.MODEL
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bundled(small):
+    """The bundled model is a small one here, but for tests that ask for `emoji`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "MODEL", small)
+        yield
+
+
+@pytest.fixture
+def emoji(monkeypatch):
+    """The bundled model itself, which has calibrations and a look."""
+    monkeypatch.setattr(samples, "MODEL", REAL)
+    return load(str(REAL))
+
+
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
+def app(bundled, tmp_path_factory):
     """(page, studio) of a server that is up for all tests here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
@@ -170,7 +190,6 @@ def test_pictures_carry_their_settings(client):
             "norm_threshold": 5,
             "width": 160,
         },
-        {"policy": "LinearAG", "rule": "CFG", "guidance_scale": 5, "steps": 20},
         {"rule": "APG", "policy": "Forecast", "schedule": "linear(9, 3)"},
         {
             "rule": "APG",
@@ -218,7 +237,8 @@ def test_a_new_seed_every_time_is_reported_and_reproducible(client):
     ("changed", "said"),
     [({}, "fitted"), ({"scheduler": "DPM++ 2M"}, "fitted"), ({"steps": 19}, "held"), ({"scheduler": "Euler"}, "held")],
 )
-def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, changed, said):
+def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(request, changed, said):
+    pipe = request.getfixturevalue("emoji" if said == "fitted" else "pipe")
     asked = {"rule": "CFG", "policy": "LinearAG", "guidance_scale": 5.0, "steps": 20} | changed
     outcome = app_work.generate(pipe, Generation(**asked, compare_with_plain=False), lambda *news, **seen: None)
     assert outcome.guided.name == f"CFG + LinearAG, {said}"
@@ -229,12 +249,12 @@ def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(pipe, 
     assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
 
 
-def test_it_opens_with_what_it_says_of_apg(pipe):
+def test_it_opens_with_what_it_says_of_apg(emoji):
     """Colours at a high scale near those of plain CFG at a low one, burnt without APG, and evaluations saved."""
     high = Generation(**PRESETS["High scale without burn"].settings())
-    opened = app_work.generate(pipe, high, lambda *news, **seen: None)
+    opened = app_work.generate(emoji, high, lambda *news, **seen: None)
     low = Generation(rule="CFG", policy="EveryStep", guidance_scale=5.0)
-    low = app_work.generate(pipe, low, lambda *news, **seen: None).guided.saturation
+    low = app_work.generate(emoji, low, lambda *news, **seen: None).guided.saturation
     assert abs(opened.guided.saturation - low) < 0.15 * low < opened.plain.saturation - low
     assert opened.guided.saved > 0.15
 
@@ -499,11 +519,13 @@ def test_over_http_a_session_is_a_name_of_ones_own(address):
     ("asked", "nfe"),
     [
         ({"policy": "Search", "budget": 26, "steps": 20}, 26),
+        ({"policy": "LinearAG", "steps": 20}, 25),
         ({"policy": "Schedule", "actions": "BBECN"[:4] + "C", "steps": 5}, 2 + 2 + 1 + 1 + 1),
         ({"policy": "FewerSteps", "share": 0.5, "steps": 6}, 6),
     ],
 )
-def test_what_needs_more_than_a_policy_can_be_chosen(pipe, asked, nfe, tmp_path, monkeypatch):
+def test_what_needs_more_than_a_policy_can_be_chosen(request, asked, nfe, tmp_path, monkeypatch):
+    pipe = request.getfixturevalue("emoji" if asked["steps"] == 20 else "pipe")  # for calibrations
     outcome = made(pipe, **asked)
     assert outcome.guided.nfe == nfe and outcome.nfe_full == 2 * asked["steps"]
     monkeypatch.chdir(tmp_path)
@@ -911,6 +933,7 @@ def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
     def noticed(pipe, settings, name, rule, policy, tell, *observers):
         def telling(*now, **seen):
             begun.set()
+            ended.wait(0.1)  # or it would be done before it is cancelled
             tell(*now, **seen)
 
         try:
@@ -939,12 +962,17 @@ def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
 def test_a_crowd_is_turned_away_and_does_no_harm(client, monkeypatch):
     """More jobs than may queue up: some are refused in a sentence, all others come out as they would alone."""
     alone = client.predict(**SMALL, api_name="/generate")[0]
+    take, turned_away = app_work._take, threading.Event()
+    monkeypatch.setattr(app_work, "_take", lambda *args: turned_away.wait(600) and take(*args))
     with ThreadPoolExecutor(WAITING + 8) as crowd:
         jobs = list(
             crowd.map(
                 lambda _: client.submit(steps=1, compare_with_plain=False, api_name="/generate"), range(WAITING + 8)
             )
         )
+    while not any(job.done() for job in jobs):
+        time.sleep(0.01)
+    turned_away.set()
     answers = [job.exception() for job in jobs]
     refused = [str(answer) for answer in answers if answer is not None]
     assert len(refused) < len(jobs)
@@ -1213,11 +1241,12 @@ def test_an_address_where_it_cannot_listen_is_named_by_its_options():
             assert "choose another" in answer.output and "GRADIO" not in answer.output
 
 
-def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(tmp_path):
+def test_it_starts_quietly_and_leaves_nothing_behind_when_it_is_terminated(small, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "from diffusers_guidance.pipelines.shell.cli import main; main()"
+    code = f"from pathlib import Path; from diffusers_guidance import samples; samples.MODEL = Path({str(small)!r})\n"
+    code += "from diffusers_guidance.pipelines.shell.cli import main; main()"
     command = [sys.executable, "-u", "-c", code, "app", "--port", str(port)]
     environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     environment.pop("GRADIO_TEMP_DIR", None)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from modular import STEPS, Pair
+from pairwise import pairwise
 from tiny import PIPELINES, Tiny, run
 
 from diffusers_guidance import (
@@ -77,9 +78,11 @@ def both(entry: Tiny, work: Callable[[Any], Any]) -> tuple[Any, Any]:
     return work(plain), work(buffered)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "WanPipeline"])
-@pytest.mark.parametrize("rule", [CFG(), APG()], ids=str)
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    ("policy", "rule", "name"),
+    pairwise(POLICIES, [CFG(), APG()], ["StableDiffusionPipeline", "WanPipeline"]),
+    ids=str,
+)
 def test_every_policy(policy, rule, name):
     entry = PIPELINES[name]
     seen = []

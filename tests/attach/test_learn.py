@@ -47,6 +47,14 @@ def bundled():
     return pipe
 
 
+@pytest.fixture(scope="module")
+def pipe(small):
+    """Where it does not matter how predictions move."""
+    pipe = StableDiffusionPipeline.from_pretrained(small, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def draw(pipe, steps=STEPS, scale=5.0, rows=1, **arguments):
     generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
     texts = ["a tiger", "a red apple", "a house"][:rows]
@@ -172,7 +180,7 @@ def test_the_summed_error_is_that_of_the_run_it_predicts(evaluations):
 # A run
 
 
-def test_a_recorded_run_is_what_its_predictions_say(bundled):
+def test_a_recorded_run_is_what_its_predictions_say(pipe):
     """In float64 from what observers saw, of a batch of two."""
     x, b = [], []
 
@@ -181,34 +189,34 @@ def test_a_recorded_run_is_what_its_predictions_say(bundled):
         x.append(s.a * step.sample.double() + s.b * c)
         b.append(s.b * (c - u))
 
-    with attach(bundled, policy=Forecast(learn=True)) as handle:
+    with attach(pipe, policy=Forecast(learn=True)) as handle:
         handle.observers.append(see)
         assert handle.calibration is None
-        draw(bundled, rows=2)
+        draw(pipe, rows=2)
         (motion,) = handle.calibration.motions
     assert motion.runs == 2 and motion.scale == 5
     d = torch.stack(x) + 4 * torch.stack(b)
     expected = (d[:, None] - d).square().flatten(2).mean(-1)
     torch.testing.assert_close(motion.at(5.0), expected, rtol=1e-4, atol=1e-9)
-    assert motion.levels.tolist() == [level(space) for space in spaces(bundled.scheduler)]
+    assert motion.levels.tolist() == [level(space) for space in spaces(pipe.scheduler)]
 
 
-def test_the_first_run_is_full_guidance_and_teaches_the_next(bundled):
-    with attach(bundled, policy=EveryStep()):
-        full = draw(bundled)
-    with attach(bundled, policy=Forecast(0.4, learn=True)) as handle:
-        assert torch.equal(draw(bundled), full)
+def test_the_first_run_is_full_guidance_and_teaches_the_next(pipe):
+    with attach(pipe, policy=EveryStep()):
+        full = draw(pipe)
+    with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
+        assert torch.equal(draw(pipe), full)
         assert handle.report.saved == 0
         assert "to learn: nothing is known yet" in handle.report.steps[0].note
         assert "learned from this run: 1 sample at 8 noise levels, scale 5" in handle.report.note
-        found = draw(bundled)
+        found = draw(pipe)
         assert handle.report.saved >= 0.4
         assert handle.report.basis.startswith("1 run at 8 noise levels, scale 5")
         assert handle.report.steps[0].evaluated == ["both"] and "forecast" not in handle.report.steps[0].note
         calibration = handle.calibration
     assert not torch.equal(found, full)
-    with attach(bundled, policy=Forecast(0.4, calibration=calibration)):
-        assert torch.equal(draw(bundled), found)
+    with attach(pipe, policy=Forecast(0.4, calibration=calibration)):
+        assert torch.equal(draw(pipe), found)
 
 
 def test_what_is_handed_follows_from_what_was_learned(bundled):
@@ -294,41 +302,41 @@ def test_pipelines_of_all_kinds_learn(name):
         assert handle.report.basis.startswith("1 run at")
 
 
-def test_where_nothing_can_be_learned_runs_are_forecast_all_the_same(bundled, monkeypatch):
+def test_where_nothing_can_be_learned_runs_are_forecast_all_the_same(pipe, monkeypatch):
     """Of samples that change their shape, say: one run is made in full for nothing, and no more."""
     monkeypatch.setattr(Recorder, "see", lambda self, step, prediction: self._stop("its samples changed"))
-    with attach(bundled, policy=Forecast(0.4, learn=True)) as handle:
-        draw(bundled)
+    with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
+        draw(pipe)
         assert handle.report.saved == 0
         assert "nothing was learned from this run: its samples changed" in handle.report.note
-        draw(bundled)
+        draw(pipe)
         assert handle.report.saved >= 0.4 and handle.calibration is None
 
 
-def test_runs_of_two_steps_are_forecast_without_learning(bundled):
-    with attach(bundled, policy=Forecast(0.4, learn=True)) as handle:
-        draw(bundled, 2)
+def test_runs_of_two_steps_are_forecast_without_learning(pipe):
+    with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
+        draw(pipe, 2)
         assert handle.report.steps[0].note == "" and handle.calibration is None
 
 
-def test_an_interrupted_run_teaches_nothing(bundled):
+def test_an_interrupted_run_teaches_nothing(pipe):
     def stop(pipe, step, timestep, kwargs):
         if step == 4:
             raise KeyboardInterrupt
         return kwargs
 
-    with attach(bundled, policy=Forecast(0.4, learn=True)) as handle:
+    with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
         with pytest.raises(KeyboardInterrupt):
-            draw(bundled, callback_on_step_end=stop)
+            draw(pipe, callback_on_step_end=stop)
         assert handle.calibration is None
-        draw(bundled)
+        draw(pipe)
         assert len(handle.calibration.motions[0].levels) == STEPS
 
 
-def test_nothing_is_kept_after_the_run(bundled, monkeypatch):
+def test_nothing_is_kept_after_the_run(pipe, monkeypatch):
     """No prediction of a recorded run outlives it."""
     seen = []
-    with attach(bundled, policy=Forecast(0.4, learn=True)) as handle:
+    with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
         handle.observers.append(lambda step, prediction, guided: seen.append(weakref.ref(prediction.cond)))
         see = Recorder.see
 
@@ -337,7 +345,7 @@ def test_nothing_is_kept_after_the_run(bundled, monkeypatch):
             seen.extend(weakref.ref(each) for each in self._seen)
 
         monkeypatch.setattr(Recorder, "see", spy)
-        draw(bundled)
+        draw(pipe)
         gc.collect()
         assert handle.calibration is not None and len(seen) > STEPS
         assert not any(each() is not None for each in seen)
@@ -369,10 +377,10 @@ def test_guiders_of_two_denoisers_learn_or_go_by_nothing():
 # The file
 
 
-def test_a_calibration_comes_back_as_it_was_saved(bundled, tmp_path):
-    with attach(bundled, policy=Forecast(0.4, learn=True)) as handle:
-        draw(bundled)
-        draw(bundled, scale=20)
+def test_a_calibration_comes_back_as_it_was_saved(pipe, tmp_path):
+    with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
+        draw(pipe)
+        draw(pipe, scale=20)
         learned = handle.calibration
     learned.save(tmp_path / "learned.safetensors")
     found = Calibration.load(tmp_path / "learned.safetensors")
@@ -384,9 +392,9 @@ def test_a_calibration_comes_back_as_it_was_saved(bundled, tmp_path):
     assert [motion.runs for motion in both.motions] == [2, 2]
 
 
-def test_a_damaged_file_is_refused(bundled, tmp_path):
-    with attach(bundled, policy=Forecast(0.4, learn=True)) as handle:
-        draw(bundled)
+def test_a_damaged_file_is_refused(pipe, tmp_path):
+    with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
+        draw(pipe)
         learned = handle.calibration
     (motion,) = learned.motions
     for broken in (
@@ -400,21 +408,21 @@ def test_a_damaged_file_is_refused(bundled, tmp_path):
             Calibration.load(tmp_path / "broken.safetensors")
 
 
-def test_what_calibrate_makes_serves_both_kinds(bundled, tmp_path, capsys):
+def test_what_calibrate_makes_serves_both_kinds(pipe, tmp_path, capsys):
     said = []
     made = calibrate(
-        bundled, ["a tiger", "a house"], trajectories=2, num_inference_steps=STEPS, path=tmp_path / "c.safetensors",
+        pipe, ["a tiger", "a house"], trajectories=2, num_inference_steps=STEPS, path=tmp_path / "c.safetensors",
         batch_size=1, progress=lambda *at: said.append(at),
     )  # fmt: skip
     assert said[0] == ("calibrating: takes as long as making 2 pictures of 8 steps under full guidance", 0, 2)
     assert re.fullmatch(r"calibrating, about \d+ (s|min) left", said[1][0])
     assert [(m.runs, m.scale, len(m.levels)) for m in made.motions] == [(2, 5.0, STEPS)]
     for policy in (Forecast(0.4, calibration=made), search(made, 10), LinearAG(made)):
-        with attach(bundled, policy=policy) as handle:
-            draw(bundled)
+        with attach(pipe, policy=policy) as handle:
+            draw(pipe)
             assert handle.report.saved > 0
     capsys.readouterr()
-    other = calibrate(bundled, ["a tiger"], trajectories=1, num_inference_steps=6, guidance_scale=7.5)
+    other = calibrate(pipe, ["a tiger"], trajectories=1, num_inference_steps=6, guidance_scale=7.5)
     # A caller from Python who asked for no progress is told too.
     assert "takes as long as making 1 pictures of 6 steps under full guidance: 0 of 1" in capsys.readouterr().err
     with pytest.raises(CalibrationMismatch, match="guidance_scale"):

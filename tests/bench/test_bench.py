@@ -44,7 +44,7 @@ from diffusers_guidance.steps import Prediction, Step
 pytestmark = pytest.mark.slow
 
 TEXT = """
-model: bundled
+model: MODEL
 prompts: [a red apple, a rocket]
 seeds: [1, 2]
 steps: 3
@@ -65,14 +65,15 @@ targets:
   - {column: APG, measure: saturation, within: 0.001, of: CFG}
   - {column: APG, measure: retrieval, within_points: 0.02, of: CFG}
 """
+LITTLE = "prompts: [a rocket]\nseeds: [1]\nsteps: 2\ncolumns: {CFG: CFG, Hold: Hold}\n"
 
 
 @pytest.fixture(scope="module")
-def suite(tmp_path_factory):
+def suite(small, tmp_path_factory):
     file = tmp_path_factory.mktemp("suite") / "little.yaml"
     # Made with other guidance: the column that needs it must be named as not measured.
     calibration = samples.CALIBRATIONS / "dpm-20-7.5.safetensors"
-    file.write_text(TEXT.replace("CALIBRATION", str(calibration)))
+    file.write_text(TEXT.replace("CALIBRATION", str(calibration)).replace("MODEL", str(small)))
     return Suite.read(file)
 
 
@@ -114,7 +115,7 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
     ("before", "after", "message"),
     [
         ("steps: 3", "stepps: 3", "stepps unknown"),
-        ("model: bundled", "", "model missing"),
+        ("model: MODEL", "", "model missing"),
         ("StepAG(0.3)", "Steppy", "there is no Steppy"),
         ("as_strong_as: APG", "as_strong_as: nobody", "no column 'nobody'"),
         ("{pair: CFG, steps: 2}", "{pair: CFG, steps: none}", "steps: 'none'"),
@@ -143,7 +144,7 @@ def test_the_bundled_suite_reads_and_its_prompts_are_held_out():
         ("  CFG: CFG\n", "  CFG: [CFG]\n", "columns: 'CFG' is ['CFG']; write a pair"),
         ("  CFG: CFG\n", "  CFG: {pear: CFG}\n", "columns: 'CFG': {'pear': 'CFG'}; some of"),
         ("targets:\n", "targets: [psnr]\nx:\n", "x unknown"),
-        ("model: bundled", "model: 3", "model: 3; a text"),
+        ("model: MODEL", "model: 3", "model: 3; a text"),
         ("calibration: dpm-20-5", "calibration: nowhere", "calibration='nowhere': no such file"),
         ("prompts: [a red apple", "held_out_from: seen.txt\nprompts: [a rocket", "'a rocket' is not held out"),
     ],
@@ -334,9 +335,9 @@ def test_an_interrupted_benchmark_goes_on_without_losing_or_repeating(
     assert bench(without_search, tmp_path) == again and not ran
 
 
-def test_a_cell_whose_picture_is_lost_is_done_again(tmp_path):
+def test_a_cell_whose_picture_is_lost_is_done_again(small, tmp_path):
     file = tmp_path / "suite.yaml"
-    file.write_text("model: bundled\nprompts: [a rocket]\nseeds: [1]\nsteps: 2\ncolumns: {CFG: CFG, Hold: Hold}\n")
+    file.write_text(f"model: {small}\n{LITTLE}")
     suite = Suite.read(file)
     first = of_kind(bench(suite, tmp_path), "pictures")
     lost = tmp_path / first[1]["pictures"][0]
@@ -495,9 +496,9 @@ def test_the_report_needs_nothing_beside_it_and_shows_every_column(without_searc
         assert f"not measured: {name}" in page and f"* {name}: " in tables
 
 
-def test_the_command_measures_reports_and_says_errors_in_a_line(without_search, tmp_path):
+def test_the_command_measures_reports_and_says_errors_in_a_line(small, tmp_path):
     file = tmp_path / "one.yaml"
-    file.write_text("model: bundled\nprompts: [a rocket]\nseeds: [1]\nsteps: 2\ncolumns: {CFG: CFG, Hold: Hold}\n")
+    file.write_text(f"model: {small}\n{LITTLE}")
     command = ["bench", "--suite", str(file), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(cli.make_app(), command)
     assert done.exit_code == 0, done.output

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
-from diffusers_guidance import CFG, EveryStep, StepAG, attach, samples
+from diffusers_guidance import CFG, EveryStep, StepAG, attach
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.generate import generate, read_jobs
@@ -17,12 +17,10 @@ from diffusers_guidance.pipelines.shell import cli
 
 pytestmark = pytest.mark.slow
 
-MODEL = str(samples.MODEL)
-
 
 @pytest.fixture(scope="module")
-def pipe():
-    made = StableDiffusionPipeline.from_pretrained(samples.MODEL)
+def pipe(small):
+    made = StableDiffusionPipeline.from_pretrained(small, local_files_only=True)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -91,11 +89,11 @@ def test_the_seed_whose_first_steps_move_most_is_chosen(pipe):
     assert pipe.unet.forward == before
 
 
-def test_generate_makes_the_best_as_if_it_had_been_asked_for(pipe, tmp_path):
+def test_generate_makes_the_best_as_if_it_had_been_asked_for(pipe, small, tmp_path):
     file = tmp_path / "jobs.jsonl"
     file.write_text('{"prompt": "a red apple", "seed": 5}\n{"prompt": "a tiger", "seed": 9}\n')
     command = ["generate", str(file), "--out", str(tmp_path / "out"), "--steps", "5", "--best-of", "3", "--after", "2",
-               "--column", "StepAG(0.6)", "--model", MODEL]  # fmt: skip
+               "--column", "StepAG(0.6)", "--model", str(small)]  # fmt: skip
     done = CliRunner().invoke(cli.make_app(), command)
     assert done.exit_code == 0, done.output
     assert "2 pictures made" in CliRunner().invoke(cli.make_app(), command).output.replace("0 pictures", "2 pictures")
@@ -112,7 +110,7 @@ def test_generate_makes_the_best_as_if_it_had_been_asked_for(pipe, tmp_path):
     assert max(high for _, high in ImageChops.difference(found, alone).getextrema()) <= 2
 
 
-def test_what_cannot_be_chosen_is_refused(pipe, tmp_path):
+def test_what_cannot_be_chosen_is_refused(pipe, small, tmp_path):
     column = Column.parse("CFG@5")
     for after in (0, 5, 1.5):
         with pytest.raises(ValueError, match=f"after={after}"):
@@ -126,4 +124,4 @@ def test_what_cannot_be_chosen_is_refused(pipe, tmp_path):
     file = tmp_path / "jobs.jsonl"
     file.write_text('{"prompt": "a red apple"}\n')
     with pytest.raises(ValueError, match="best_of=0"):
-        generate(read_jobs(file), tmp_path / "out", model=MODEL, best_of=0)
+        generate(read_jobs(file), tmp_path / "out", model=str(small), best_of=0)

@@ -53,8 +53,8 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    pipe = DiffusionPipeline.from_pretrained(MODEL, local_files_only=True)
+def pipe(small):
+    pipe = DiffusionPipeline.from_pretrained(small, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

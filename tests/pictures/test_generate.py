@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_guidance import CFG, EveryStep, samples
+from diffusers_guidance import CFG, EveryStep
 from diffusers_guidance.pipelines.bench import run as engine
 from diffusers_guidance.pipelines.bench.cells import run_cell
 from diffusers_guidance.pipelines.bench.run import bench
@@ -23,7 +23,10 @@ from diffusers_guidance.pipelines.support.ray import cluster, pipeline, spread
 
 pytestmark = pytest.mark.slow
 
-MODEL = str(samples.MODEL)
+
+@pytest.fixture(scope="module")
+def model(small):
+    return str(small)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +56,9 @@ LINES = (
 )
 
 
-def test_every_line_becomes_a_picture_with_what_made_it_beside_it(tmp_path):
+def test_every_line_becomes_a_picture_with_what_made_it_beside_it(model, tmp_path):
     file, out = jobs_file(tmp_path, *LINES), tmp_path / "out"
-    command = ["generate", str(file), "--out", str(out), "--steps", "3", "--column", "StepAG(0.3)"]
+    command = ["generate", str(file), "--out", str(out), "--model", model, "--steps", "3", "--column", "StepAG(0.3)"]
     done = CliRunner().invoke(cli.make_app(), command)
     assert done.exit_code == 0 and "3 pictures made, 0 already existed" in done.output
     names = {path.name for path in out.iterdir()}
@@ -74,16 +77,16 @@ def test_every_line_becomes_a_picture_with_what_made_it_beside_it(tmp_path):
     assert other.exit_code == 1 and "was made with another prompt or other settings" in " ".join(other.output.split())
 
 
-def test_an_argument_the_pipeline_does_not_take_is_named(tmp_path):
+def test_an_argument_the_pipeline_does_not_take_is_named(model, tmp_path):
     jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "heigth": 96}))
     with pytest.raises(ValueError, match="StableDiffusionPipeline takes no heigth"):
-        generate(jobs, tmp_path / "out", model=MODEL)
+        generate(jobs, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_side_alone_is_that_side_and_the_models_own(tmp_path):
+def test_a_side_alone_is_that_side_and_the_models_own(model, tmp_path):
     jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "height": 192}, {"prompt": "a rocket", "width": 192}))
-    generate(jobs, tmp_path, model=MODEL, steps=1)
+    generate(jobs, tmp_path, model=model, steps=1)
     assert [Image.open(tmp_path / f"{job.id}.png").size for job in jobs] == [(128, 192), (192, 128)]
 
 
@@ -94,29 +97,29 @@ def test_a_side_alone_is_that_side_and_the_models_own(tmp_path):
         ({"eta": [1]}, r"job 000000, with eta=\[1\]: TypeError"),
     ],
 )
-def test_what_the_pipeline_cannot_do_is_said_with_the_job(tmp_path, arguments, message):
+def test_what_the_pipeline_cannot_do_is_said_with_the_job(model, tmp_path, arguments, message):
     jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", **arguments}))
     with pytest.raises(ValueError, match=message):
-        generate(jobs, tmp_path / "out", model=MODEL, steps=1)
+        generate(jobs, tmp_path / "out", model=model, steps=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_of_another_size_than_asked_for_is_refused(tmp_path, monkeypatch):
+def test_a_picture_of_another_size_than_asked_for_is_refused(model, tmp_path, monkeypatch):
     jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket", "height": 64}))
     made = Result("", CFG(), EveryStep(), 5.0, [Image.new("RGB", (128, 128))])
     monkeypatch.setattr(generating, "make", lambda *call, **settings: made)
     with pytest.raises(ValueError, match=r"job 000000, with height=64: .*the pipeline turns it into 128"):
-        generate(jobs, tmp_path / "out", model=MODEL, steps=1)
+        generate(jobs, tmp_path / "out", model=model, steps=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_metadata_that_was_cut_short_is_made_anew(tmp_path):
+def test_metadata_that_was_cut_short_is_made_anew(model, tmp_path):
     jobs = read_jobs(jobs_file(tmp_path, {"prompt": "a rocket"}))
-    assert generate(jobs, tmp_path, model=MODEL, steps=1) == (1, 0)
+    assert generate(jobs, tmp_path, model=model, steps=1) == (1, 0)
     about = tmp_path / "000000.json"
     whole = about.read_text()
     about.write_text(whole[:99])
-    assert generate(jobs, tmp_path, model=MODEL, steps=1) == (1, 0)
+    assert generate(jobs, tmp_path, model=model, steps=1) == (1, 0)
     assert about.read_text() == whole
 
 
@@ -156,14 +159,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 # Ray
 
 
-def test_a_killed_worker_costs_its_own_cell_a_retry_and_nothing_else(two_workers, tmp_path, monkeypatch):
+def test_a_killed_worker_costs_its_own_cell_a_retry_and_nothing_else(two_workers, model, tmp_path, monkeypatch):
     file = tmp_path / "suite.yaml"
     columns = "{CFG: CFG, AG: AG, Hold: Hold}"
-    file.write_text(f"model: bundled\nprompts: [a rocket]\nseeds: [1, 2]\nsteps: 4\ncolumns: {columns}\n")
+    file.write_text(f"model: {model}\nprompts: [a rocket]\nseeds: [1, 2]\nsteps: 4\ncolumns: {columns}\n")
     suite = Suite.read(file)
     here = bench(suite, tmp_path / "here")
 
-    log, marker, model = tmp_path / "log", tmp_path / "killed", MODEL
+    log, marker = tmp_path / "log", tmp_path / "killed"
 
     def sabotaged(suite, cell, device, dtype):
         """Notes each try; the first one of one cell dies at its third network evaluation."""
@@ -198,10 +201,10 @@ def test_a_killed_worker_costs_its_own_cell_a_retry_and_nothing_else(two_workers
     assert not by_key
 
 
-def test_generate_on_ray_makes_the_same_pictures(two_workers, tmp_path):
+def test_generate_on_ray_makes_the_same_pictures(two_workers, model, tmp_path):
     jobs = read_jobs(jobs_file(tmp_path, *LINES))
     for folder, on_ray in (("here", False), ("ray", True)):
-        made = generate(jobs, tmp_path / folder, "Hold", model=MODEL, steps=3, batch=1, on_ray=on_ray)
+        made = generate(jobs, tmp_path / folder, "Hold", model=model, steps=3, batch=1, on_ray=on_ray)
         assert made == (3, 0)
     for job in jobs:
         assert_same_picture(tmp_path / "here" / f"{job.id}.png", tmp_path / "ray" / f"{job.id}.png")

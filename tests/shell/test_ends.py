@@ -23,7 +23,7 @@ from diffusers_guidance.pipelines.support import ending
 pytestmark = pytest.mark.slow
 
 SUITE = """
-model: bundled
+model: small
 prompts: [a red apple]
 seeds: [1]
 steps: 2
@@ -35,7 +35,7 @@ FEW = ["--steps", "4", "--scheduler", "DDIMScheduler"]
 COMMANDS = {
     "compare": ["compare", "a rocket", *FEW, "--column", "CFG", "--column", "Hold", "--out", "out"],
     "generate": ["generate", "prompts.txt", "--steps", "2", "--batch", "1", "--out", "out"],
-    "try": ["try", "emoji", "--prompt", "a rocket", "--steps", "4", "--turns", "2", "--out", "out"],
+    "try": ["try", "small", "--prompt", "a rocket", "--steps", "4", "--turns", "2", "--out", "out"],
     "bench": ["bench", "--suite", "suite.yaml", "--out", "out"],
     "calibrate": ["calibrate", "out/new.safetensors", *FEW, "--trajectories", "3", "--batch", "1"],
     "search": ["search", "made.safetensors", "--nfe", "6", *FEW[2:], "--refine", "--runs", "4", "--prompts",
@@ -43,22 +43,26 @@ COMMANDS = {
     "search-nas": ["search-nas", "--nfe", "5", "--steps", "3", "--iterations", "3", "--batch", "1", "--keep", "out"],
     "frontier": ["frontier", "made.safetensors", "--prompts", "prompts.txt", "--nfe", "6", *FEW[2:], "--out", "out"],
 }  # fmt: skip
+for options in (COMMANDS[name] for name in COMMANDS if name not in ("try", "bench")):
+    options += ["--model", "small"]
 MIDDLE = {"compare": 6, "try": 18}
 """How much is done when a signal comes, where 2 is not yet a piece: one column of steps; a lesson and one turn."""
 UNFINISHED = "unfinished"
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory):
+def calibration(tmp_path_factory, small):
     file = tmp_path_factory.mktemp("calibration") / "made.safetensors"
-    done = CliRunner().invoke(cli.make_app(), ["calibrate", str(file), *FEW, "--trajectories", "2"])
+    asked = ["calibrate", str(file), "--model", str(small), *FEW, "--trajectories", "2"]
+    done = CliRunner().invoke(cli.make_app(), asked)
     assert done.exit_code == 0, done.output
     return file
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, calibration):
+def here(tmp_path, monkeypatch, calibration, small):
     monkeypatch.chdir(tmp_path)
+    Path("small").symlink_to(small)
     monkeypatch.setattr(Bar, "every", float("inf"))  # no line for who waits
     Path("suite.yaml").write_text(SUITE)
     Path("prompts.txt").write_text("a tiger\na rocket\na lemon\n")

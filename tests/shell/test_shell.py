@@ -131,9 +131,9 @@ def test_a_prompt_or_a_file_of_them_or_json_lines(tmp_path):
             jobs_of(given)
 
 
-def test_a_damaged_picture_is_made_again_and_pictures_carry_their_settings(tmp_path):
+def test_a_damaged_picture_is_made_again_and_pictures_carry_their_settings(small, tmp_path):
     (job,) = jobs_of("a lemon")
-    asked = {"model": str(samples.MODEL), "steps": 2}
+    asked = {"model": str(small), "steps": 2}
     assert generate([job], tmp_path, **asked) == (1, 0)
     picture = tmp_path / "a-lemon.png"
     whole = picture.read_bytes()
@@ -159,10 +159,10 @@ def test_a_bundled_calibration_goes_by_its_name_everywhere(monkeypatch, tmp_path
     assert "--nfe or --error" in command("search", "dpm-20-5").output
 
 
-def test_prompts_and_a_file_of_prompts_are_both_compared(tmp_path):
+def test_prompts_and_a_file_of_prompts_are_both_compared(small, tmp_path):
     (tmp_path / "more.txt").write_text("a tiger\n")
     done = command("compare", "a rocket", "--prompts", tmp_path / "more.txt", "--steps", 2, "--scale", 1,
-                   "--column", "CFG", "--column", "default", "--out", tmp_path)  # fmt: skip
+                   "--model", small, "--column", "CFG", "--column", "default", "--out", tmp_path)  # fmt: skip
     assert json.loads((tmp_path / "compare.json").read_text())["prompts"] == ["a rocket", "a tiger"]
     assert "nothing to guide" in done.output and "the same" in done.output and "inf" not in done.output
     assert "next: " in done.output
@@ -199,9 +199,9 @@ def test_what_comes_after_a_calibration_and_a_search_runs_on_their_model(tmp_pat
     assert json.loads(Path("compare.json").read_text())["pipeline"] == "CogView4Pipeline"
 
 
-def test_what_comes_after_a_search_by_gradients_runs(tmp_path, monkeypatch):
+def test_what_comes_after_a_search_by_gradients_runs(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = command("search-nas", "--nfe", 5, "--steps", 3, "--iterations", 1, "--batch", 1)
+    found = command("search-nas", "--model", small, "--nfe", 5, "--steps", 3, "--iterations", 1, "--batch", 1)
     compared = next_step(found)
     done = command(*compared[:1], "a lemon", *compared[1:], "--out", ".")
     assert done.exit_code == 0, done.output
@@ -235,10 +235,11 @@ def test_more_steps_than_the_scheduler_has_are_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_whole_files_and_one_line(number, code, tmp_path):
-    jobs = tmp_path / "prompts.txt"
-    jobs.write_text("a tiger\na rocket\na lemon\n")
-    command = [sys.executable, "-c", MAIN, "generate", str(jobs), "--steps", "30", "--batch", "1", "--out"]
+def test_a_signal_leaves_whole_files_and_one_line(number, code, small, tmp_path):
+    jobs, count = tmp_path / "prompts.txt", 60  # some seconds of work after the first
+    jobs.write_text("a tiger\n" * count)
+    command = [sys.executable, "-c", MAIN, "generate", str(jobs), "--model", str(small)]
+    command += ["--steps", "30", "--batch", "1", "--out"]
     out = tmp_path / "out"
     with subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while not list(out.glob("*.json")) and running.poll() is None:
@@ -249,6 +250,6 @@ def test_a_signal_leaves_whole_files_and_one_line(number, code, tmp_path):
     assert said.splitlines()[-1] == f"stopped: all written files are complete; {ON}"
     assert "Traceback" not in said and "terminate called" not in said
     assert not [file for file in out.iterdir() if file.name.startswith(".")]
-    assert len(list(out.glob("*.json"))) < 3
+    assert len(list(out.glob("*.json"))) < count
     for record in out.glob("*.json"):
         Image.open(Path(record).with_suffix(".png")).load()

@@ -10,20 +10,21 @@ from PIL import Image
 from tiny import PIPELINES
 from typer.testing import CliRunner
 
+from diffusers_guidance import samples
 from diffusers_guidance.pipelines.pictures.measures import psnr, tensor_of
 from diffusers_guidance.pipelines.pictures.trial import Trial, try_out
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.support.loading import load
-from diffusers_guidance.samples import MODEL
 
 
 def command(*arguments):
     return CliRunner().invoke(cli.make_app(), ["try", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("model", ["emoji", str(MODEL)])
-def test_a_bundled_model_by_name_and_a_folder(model, tmp_path):
-    said = command(model, "--prompt", "a rocket", "--steps", 8, "--turns", 1, "--out", tmp_path)
+@pytest.mark.parametrize("model", ["emoji", "a folder"])
+def test_a_bundled_model_by_name_and_a_folder(model, small, tmp_path):
+    named = model if model in samples.models() else small
+    said = command(named, "--prompt", "a rocket", "--steps", 8, "--turns", 1, "--out", tmp_path)
     assert said.exit_code == 0, said.output
     assert "plain guidance" in said.output and "the learned Forecast(0.45)" in said.output and " dB" in said.output
     assert Image.open(tmp_path / "side_by_side.png").width > 3 * 128
@@ -33,14 +34,14 @@ def test_a_bundled_model_by_name_and_a_folder(model, tmp_path):
     assert about["columns"][0]["guidance_scale"] == 7.5  # the pipeline's own
 
 
-def test_its_lines_of_python_make_the_picture_it_recommends():
-    pipe = load(str(MODEL), device="cpu")
+def test_its_lines_of_python_make_the_picture_it_recommends(small):
+    pipe = load(str(small), device="cpu")
     trial = try_out(pipe, ["a rocket"], steps=8, guidance_scale=5, turns=1, same=0)
     assert len(trial.code.splitlines()) == 3
     for choice, result in enumerate(trial.comparison.results[:2]):  # the learned one first makes a picture in full
         trial.ratios = [[1.0 - (i == choice)] for i in range(3)]
         assert trial.choice == choice
-        scope = {"pipe": StableDiffusionPipeline.from_pretrained(MODEL, local_files_only=True)}
+        scope = {"pipe": StableDiffusionPipeline.from_pretrained(small, local_files_only=True)}
         scope["pipe"].set_progress_bar_config(disable=True)
         scope["torch"] = torch
         exec(trial.code.replace(").images", ", generator=torch.Generator().manual_seed(0)).images"), scope)

@@ -236,8 +236,9 @@ def prompts(rows: range, **extra: Any) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def tokenizer() -> Any:
-    """An ordinary CLIPTokenizer: the bundled pipeline's."""
+    """An ordinary CLIPTokenizer: the bundled pipeline's, and the same for all."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(str(TOKENIZER))
