@@ -406,7 +406,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
                 stop = gr.Button("Cancel", variant="secondary", scale=1, min_width=80)
         with gr.Column(elem_classes="dg-result", min_width=0):
             status = gr.HTML(padding=False, value=app_show.note(_planned(Grid().count)))
-            grid = gr.HTML(app_show.grid_html(Grid(), []), padding=False)
+            grid = gr.HTML(app_show.grid_html(Grid()), padding=False)
             with gr.Row():
                 png = gr.DownloadButton("Download PNG", visible=False, size="sm")
                 table = gr.DownloadButton("Download JSON", visible=False, size="sm")
@@ -427,7 +427,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
             return {**said, run: gr.update(interactive=False), **downloads}
         return {
             status: app_show.note(_planned(form.count)),
-            grid: app_show.grid_html(form, []),
+            grid: app_show.grid_html(form),
             run: gr.update(interactive=True),
             **downloads,
         }
@@ -453,8 +453,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
         yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # these files hold the last result
 
         def so_far(news: News) -> dict[Any, Any]:
-            done = news.so_far.results if news.so_far else []
-            return {status: app_show.progress_bar(news), grid: app_show.grid_html(form, done)}
+            return {status: app_show.progress_bar(news), grid: app_show.grid_html(form, news.so_far)}
 
         comparison = yield from relayed(studio.compare(form), so_far)
         drawn = _grid_picture(form, comparison)
@@ -464,7 +463,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
                 f"{counted(len(comparison.results), 'picture')}, seed {form.seed}, {comparison.scheduler}.",
                 warning=unread,
             ),
-            grid: app_show.grid_html(form, comparison.results),
+            grid: app_show.grid_html(form, comparison),
             png: gr.update(value=app_show.in_a_file(drawn).path, visible=True),
             table: gr.update(value=_json_file(comparison.to_dict(), "compare.json"), visible=True),
         }
