@@ -44,6 +44,7 @@ from diffusers_guidance.pipelines.app.settings import (
 )
 from diffusers_guidance.pipelines.app.suited import suited
 from diffusers_guidance.pipelines.app.work import Learned, News, Outcome, Studio
+from diffusers_guidance.pipelines.pictures.columns import changes
 from diffusers_guidance.pipelines.pictures.texts import counted
 from diffusers_guidance.policies import Forecast
 from diffusers_guidance.scales import text
@@ -265,7 +266,9 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
             return {status: app_show.note(str(error))}
         return controls.put(form) | {status: app_show.note("The settings of the link are in place: press Generate.")}
 
-    linked = page.load(on_link, query, [*values, status], js="() => location.search", queue=False, **on_page)
+    linked = page.load(
+        on_link, query, [*values, status], js="() => location.search", queue=False, show_progress="hidden", **on_page
+    )
     follow(linked)
 
     def generate(settings: Generation, known: Learned | None) -> Iterator[Any]:
@@ -322,8 +325,9 @@ def _stage(outcome: Outcome, beside: Outcome | None = None) -> str:
 
 
 def _short(outcome: Outcome) -> str:
-    """The names of rule and policy, short; without CFG if a policy follows."""
-    named = outcome.guided.name.removeprefix("CFG + ")
+    """The names of rule and policy, short, with the policy's own knobs; without CFG if a policy follows."""
+    policy, own = outcome.settings.policy, changes(outcome.settings.make_policy())
+    named = outcome.guided.name.removeprefix("CFG + ").replace(policy, f"{policy}({own})" if own else policy)
     return named.replace("EveryStep", "plain CFG").replace("AdaptiveGuidance", "AG")
 
 

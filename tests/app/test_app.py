@@ -34,6 +34,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from diffusers_guidance import samples
+from diffusers_guidance.pipelines.app import page as app_page
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
 from diffusers_guidance.pipelines.app.device import Device, Models, Stopped
@@ -602,6 +603,16 @@ def test_what_the_model_does_not_read_of_a_prompt_is_said(pipe):
     read = prompt.strip().removesuffix(rest)
     assert len(pipe.tokenizer(read).input_ids) <= pipe.tokenizer.model_max_length
     assert f"“{rest}”" in app_show.note("", warning=rest)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({}, "Forecast"), ({"save": 0.5}, "Forecast(save=0.5)"), ({"policy": "EveryStep"}, "plain CFG"),
+     ({"rule": "APG", "policy": "AdaptiveGuidance"}, "APG + AG"), ({"policy": "FewerSteps"}, "FewerSteps"),
+     ({"policy": "Schedule", "actions": "BC"}, "Schedule(actions='BC')")],
+)  # fmt: skip
+def test_pictures_of_different_knobs_have_different_names(pipe, asked, said):
+    assert app_page._short(made(pipe, steps=2, **asked)) == said
 
 
 def test_files_are_named_by_what_they_show(pipe):
