@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 import gradio as gr
@@ -46,7 +46,7 @@ from diffusers_guidance.pipelines.app.suited import suited
 from diffusers_guidance.pipelines.app.work import Learned, News, Outcome, Studio
 from diffusers_guidance.pipelines.pictures.columns import changes
 from diffusers_guidance.pipelines.pictures.texts import counted
-from diffusers_guidance.policies import Forecast
+from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.scales import text
 
 WAITING = 32
@@ -326,7 +326,8 @@ def _stage(outcome: Outcome, beside: Outcome | None = None) -> str:
 
 def _short(outcome: Outcome) -> str:
     """The names of rule and policy, short, with the policy's own knobs; without CFG if a policy follows."""
-    policy, own = outcome.settings.policy, changes(outcome.settings.make_policy())
+    policy, chosen = outcome.settings.policy, cast(Policy, outcome.settings.make_policy())  # or a way, whose fields do
+    own = changes(chosen)
     named = outcome.guided.name.removeprefix("CFG + ").replace(policy, f"{policy}({own})" if own else policy)
     return named.replace("EveryStep", "plain CFG").replace("AdaptiveGuidance", "AG")
 

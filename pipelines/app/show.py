@@ -332,11 +332,13 @@ def _caption(result: Result, comparison: Comparison) -> list[str]:
 def grid_html(grid: Grid, comparison: Comparison | None = None) -> str:
     """The grid with the pictures so far."""
     laid = _layout(grid)
-    done = {} if comparison is None else dict(zip(laid.cells, comparison.results, strict=False))
+    done: dict[tuple[int, int], Result] = {}
     lines = {place: [""] * 3 for place in laid.cells}  # as many for all, so that the grid keeps its height as it fills
-    for place, result in done.items():
-        found = _caption(result, comparison)
-        lines[place][: len(found)] = found
+    if comparison is not None:
+        done = dict(zip(laid.cells, comparison.results, strict=False))
+        for place, result in done.items():
+            found = _caption(result, comparison)
+            lines[place][: len(found)] = found
     return str(_parts().grid(grid.prompt, laid, done, lines))
 
 
