@@ -13,7 +13,7 @@ import argparse
 import io
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -47,6 +47,10 @@ SHOWN = ("CFG", "default", "half", "high", "apg and stopped")
 """The columns of the picture."""
 ROWS = 3
 """Prompts of each model in it."""
+COLUMNS = ("NFEs", "time", "PSNR", "saturation")
+"""The columns of the table, of each model."""
+BRIEF = ("time", "PSNR", "saturation")
+"""Those of them that README has."""
 
 
 @dataclass(frozen=True)
@@ -167,30 +171,39 @@ def _note(row: dict[str, Any], suits: Suited) -> str:
     )
 
 
-def table(measured: dict[str, dict[str, dict[str, Any]]]) -> str:
+def table(measured: dict[str, dict[str, dict[str, Any]]], columns: Sequence[str] = COLUMNS) -> str:
     """Both models beside each other, in Markdown.
 
     Args:
         measured: by model, the rows of its file.
+        columns: what it has of each model.
     """
     named = {name: rows for name, rows in measured.items() if rows}
-    head = [f"{name}: {what}" for name in named for what in ("NFEs", "time", "PSNR", "saturation")]
+    head = [f"{name}: {what}" for name in named for what in columns]
     text = [f"| | {' | '.join(head)} |", f"|---|{'---:|' * len(head)}"]
     for line in lines(samples.NAMES[0]):
         cells, scales = [], dict.fromkeys(f"{rows[line.key]['scale']:g}" for rows in named.values())
         for rows in named.values():
-            row = rows[line.key]
-            saved = 1 - row["nfe"] / row["nfe_full"]
-            cells.append(f"{row['nfe']:.3g}" + (f" (−{saved:.0%})" if saved > 0 else ""))
-            cells += [f"{row['time']:.2f}", f"{row['psnr']:.1f} dB"] if "psnr" in row else ["1", ""]
-            cells.append(f"{row['saturation']:.3f}")
+            cell = _cells(rows[line.key])
+            cells += [cell[what] for what in columns]
         text.append(f"| {line.label} at {' and '.join(scales)} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-def written() -> str:
-    """What README has between the marks."""
-    return table({name: Rows(OUT / f"{name}.json") for name in samples.NAMES})
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """What the table says of a row, by column."""
+    saved = 1 - row["nfe"] / row["nfe_full"]
+    return {
+        "NFEs": f"{row['nfe']:.3g}" + (f" (−{saved:.0%})" if saved > 0 else ""),
+        "time": f"{row['time']:.2f}" if "psnr" in row else "1",
+        "PSNR": f"{row['psnr']:.1f} dB" if "psnr" in row else "",
+        "saturation": f"{row['saturation']:.3f}",
+    }
+
+
+def written(columns: Sequence[str] = COLUMNS) -> str:
+    """The table of what was measured."""
+    return table({name: Rows(OUT / f"{name}.json") for name in samples.NAMES}, columns)
 
 
 def filled(page: str) -> str:
@@ -233,7 +246,7 @@ def main() -> None:
     _, end, after = rest.partition(END)
     if not end:
         parser.error(f"{README} does not have the lines {BEGIN!r} and {END!r} between which the table goes")
-    write(README, f"{before}{BEGIN}\n\n{written()}\n\n{END}{after}".encode())
+    write(README, f"{before}{BEGIN}\n\n{written(BRIEF)}\n\n{END}{after}".encode())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusers_guidance.pipelines.support.files import sentence
 from diffusers_guidance.pipelines.support.resume import Record
 
 
@@ -24,9 +25,15 @@ class Rows(dict[str, Any]):
         super().__init__((found or {}).get("rows", {}))
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The row of that name. It is measured and written if the file does not have it."""
+        """The row of that name. It is measured and written if the file does not have it.
+
+        If it cannot be written, the script ends with a sentence. The rows before it stay.
+        """
         if name not in self:
             self[name] = measure()
-            self.record.write({"rows": self})
+            try:
+                self.record.write({"rows": self})
+            except OSError as error:
+                raise SystemExit(f"Error: {sentence(error)}; the same command continues from here") from None
             print(f"{self.record.file.stem}: {name}: {str(self[name])[:160]}", flush=True)
         return self[name]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 import gradio as gr
@@ -44,8 +44,9 @@ from diffusers_guidance.pipelines.app.settings import (
 )
 from diffusers_guidance.pipelines.app.suited import suited
 from diffusers_guidance.pipelines.app.work import Learned, News, Outcome, Studio
+from diffusers_guidance.pipelines.pictures.columns import changes
 from diffusers_guidance.pipelines.pictures.texts import counted
-from diffusers_guidance.policies import Forecast
+from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.scales import text
 
 WAITING = 32
@@ -265,7 +266,9 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
             return {status: app_show.note(str(error))}
         return controls.put(form) | {status: app_show.note("The settings of the link are in place: press Generate.")}
 
-    linked = page.load(on_link, query, [*values, status], js="() => location.search", queue=False, **on_page)
+    linked = page.load(
+        on_link, query, [*values, status], js="() => location.search", queue=False, show_progress="hidden", **on_page
+    )
     follow(linked)
 
     def generate(settings: Generation, known: Learned | None) -> Iterator[Any]:
@@ -322,8 +325,10 @@ def _stage(outcome: Outcome, beside: Outcome | None = None) -> str:
 
 
 def _short(outcome: Outcome) -> str:
-    """The names of rule and policy, short; without CFG if a policy follows."""
-    named = outcome.guided.name.removeprefix("CFG + ")
+    """The names of rule and policy, short, with the policy's own knobs; without CFG if a policy follows."""
+    policy, chosen = outcome.settings.policy, cast(Policy, outcome.settings.make_policy())  # or a way, whose fields do
+    own = changes(chosen)
+    named = outcome.guided.name.removeprefix("CFG + ").replace(policy, f"{policy}({own})" if own else policy)
     return named.replace("EveryStep", "plain CFG").replace("AdaptiveGuidance", "AG")
 
 
@@ -406,7 +411,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
                 stop = gr.Button("Cancel", variant="secondary", scale=1, min_width=80)
         with gr.Column(elem_classes="dg-result", min_width=0):
             status = gr.HTML(padding=False, value=app_show.note(_planned(Grid().count)))
-            grid = gr.HTML(app_show.grid_html(Grid(), []), padding=False)
+            grid = gr.HTML(app_show.grid_html(Grid()), padding=False)
             with gr.Row():
                 png = gr.DownloadButton("Download PNG", visible=False, size="sm")
                 table = gr.DownloadButton("Download JSON", visible=False, size="sm")
@@ -427,7 +432,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
             return {**said, run: gr.update(interactive=False), **downloads}
         return {
             status: app_show.note(_planned(form.count)),
-            grid: app_show.grid_html(form, []),
+            grid: app_show.grid_html(form),
             run: gr.update(interactive=True),
             **downloads,
         }
@@ -453,8 +458,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
         yield {png: gr.update(visible=False), table: gr.update(visible=False)}  # these files hold the last result
 
         def so_far(news: News) -> dict[Any, Any]:
-            done = news.so_far.results if news.so_far else []
-            return {status: app_show.progress_bar(news), grid: app_show.grid_html(form, done)}
+            return {status: app_show.progress_bar(news), grid: app_show.grid_html(form, news.so_far)}
 
         comparison = yield from relayed(studio.compare(form), so_far)
         drawn = _grid_picture(form, comparison)
@@ -464,7 +468,7 @@ def compare_tab(studio: Studio, page: gr.Blocks, model: Any, tab: Any, prompt: A
                 f"{counted(len(comparison.results), 'picture')}, seed {form.seed}, {comparison.scheduler}.",
                 warning=unread,
             ),
-            grid: app_show.grid_html(form, comparison.results),
+            grid: app_show.grid_html(form, comparison),
             png: gr.update(value=app_show.in_a_file(drawn).path, visible=True),
             table: gr.update(value=_json_file(comparison.to_dict(), "compare.json"), visible=True),
         }

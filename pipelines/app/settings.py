@@ -71,7 +71,7 @@ SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.5, 9.0, 10.0, 12.0, 15.0, 18.0, 20.0, 
 """The guidance scales that a comparison offers."""
 
 COMPARISONS = {
-    "Ways to save": (("CFG",), ("Forecast", "EveryStep", "AdaptiveGuidance", "Hold", "FewerSteps"), ("scale",)),
+    "Ways to save": (("CFG",), ("EveryStep", "Forecast", "AdaptiveGuidance", "Hold", "FewerSteps"), ("scale",)),
     "What removes the burn": (("CFG", "APG"), ("EveryStep", "AdaptiveGuidance"), ("scale", "high")),
     "Rules at a high scale": (
         ("CFG", "APG", "CFGZeroStar", "MagnitudeAware", "TCFG"), ("EveryStep",), ("scale", "high"),
@@ -552,7 +552,9 @@ class Grid(Form):
     prompt: str = setting(EXAMPLES[0], PROMPT)
     negative_prompt: str = setting("", NEGATIVE)
     rules: tuple[str, ...] = setting(_FIRST[0], lambda: SomeOf("Rules", tuple(rules())))
-    policies: tuple[str, ...] = setting(_FIRST[1], lambda: SomeOf("Policies", tuple(policies())))
+    policies: tuple[str, ...] = setting(
+        _FIRST[1], lambda: SomeOf("Policies", tuple(sorted(policies(), key=EveryStep.__name__.__ne__)))
+    )
     scales: tuple[float, ...] = setting(_FIRST[2], SomeOf("Guidance scales", SCALES))
     columns: str = setting(
         "", Text("More, with knobs of your own", "One a line, such as APG(eta=0.3)+AG@12 or Forecast(0.4).", 1000)

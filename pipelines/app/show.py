@@ -287,44 +287,59 @@ class Laid(NamedTuple):
     """A grid with its labels."""
 
     rows: list[str]
-    columns: list[str]
-    places: list[tuple[int, int]]
-    """(row, column) of each picture, in the order in which they are made."""
-    own: dict[tuple[int, int], str]
-    """The name of each column that the user wrote, which stands under its picture."""
+    across: int
+    """The number of pictures in a row."""
+    cells: dict[tuple[int, int], str]
+    """(row, column) and name of each picture, in the order in which they are made."""
 
 
 def _layout(grid: Grid) -> Laid:
-    """Several scales run across, else the longer of rules and policies. Columns that the user wrote come below."""
-    several = len(grid.policies) > 1
-    pairs = [f"{rule} + {policy}" if several else rule for policy in grid.policies for rule in grid.rules]
-    if len(grid.scales) > 1:
-        rows, columns = pairs, [f"scale {scale:g}" for scale in grid.scales]
-        places = [divmod(i, len(columns)) for i in range(len(rows) * len(columns))]
-    elif len(grid.policies) > len(grid.rules):
-        rows, columns = list(grid.rules), list(grid.policies)
-        places = [(j, i) for i in range(len(columns)) for j in range(len(rows))]
+    """The first picture of each row is plain CFG, if that is in the grid. Columns that the user wrote come below."""
+    pairs = [_pair(rule, policy) for policy in grid.policies for rule in grid.rules]
+    wide = len(grid.policies) > len(grid.rules)
+    if len(grid.scales) > 1 and len(pairs) > 1:
+        rows, across = [f"scale {scale:g}" for scale in grid.scales], len(pairs)
+        cells = {(i, j): pair for j, pair in enumerate(pairs) for i in range(len(rows))}
+    elif len(grid.scales) > 1:
+        rows, across = pairs, len(grid.scales)
+        cells = {(0, j): f"scale {scale:g}" for j, scale in enumerate(grid.scales) if pairs}
     else:
-        rows, columns = list(grid.policies), list(grid.rules)
-        places = [(i, j) for i in range(len(rows)) for j in range(len(columns))]
-    rows, columns = (rows, columns) if places else ([], [])
-    across = len(columns) or min(4, max(1, len(grid.written)))
-    more = [(len(rows) + i // across, i % across) for i in range(len(grid.written))]
-    own = {place: column.name for place, column in zip(more, grid.written, strict=True)}
-    return Laid(rows + ["yours"] * (-(-len(more) // across)), columns or [""] * across, places + more, own)
+        rows = [*(grid.rules if wide else grid.policies)] if pairs and grid.scales else []
+        across = len(grid.policies if wide else grid.rules)
+        places = [divmod(n, len(grid.rules)) for n in range(len(pairs))] if rows else []
+        cells = {((j, i) if wide else (i, j)): pair for (i, j), pair in zip(places, pairs, strict=False)}
+    across = across if cells else min(4, max(1, len(grid.written)))
+    more = {(len(rows) + i // across, i % across): each.name for i, each in enumerate(grid.written)}
+    return Laid(rows + ["yours"] * (-(-len(more) // across)), across, cells | more)
 
 
-def _caption(result: Result) -> tuple[str, str]:
-    saved = f", {result.saved:.0%} saved" if result.saved else ""
-    return f"{result.nfe} NFEs{saved}{estimates(result.policy)}", f"saturation {result.saturation:.2f}"
+def _pair(rule: str, policy: str) -> str:
+    """The name of a rule under a policy. It skips what plain CFG has too."""
+    own = [name for name, plain in ((rule, "CFG"), (policy, "EveryStep")) if name != plain]
+    return " + ".join(own) or "plain CFG"
 
 
-def grid_html(grid: Grid, results: Sequence[Result]) -> str:
+def _caption(result: Result, comparison: Comparison) -> list[str]:
+    """Lines below a picture. A rule of its own means to differ from CFG, so its likeness to that is not told."""
+    reference = comparison.reference(result)
+    share = result.saved if reference is None else 1 - result.nfe / reference.nfe
+    saved = f" (−{share:.0%})" if share > 0 else ""
+    near = comparison.psnr(result) if result.rule.is_plain else None
+    likeness = [] if near is None else ["the same as CFG" if near >= EQUAL else f"{near:.1f} dB to CFG"]
+    return [f"{result.nfe} NFEs{saved}{estimates(result.policy)}", *likeness, f"saturation {result.saturation:.2f}"]
+
+
+def grid_html(grid: Grid, comparison: Comparison | None = None) -> str:
     """The grid with the pictures so far."""
     laid = _layout(grid)
-    done = zip(laid.places, results, strict=False)
-    cells = {place: (result, laid.own.get(place, ""), *_caption(result)) for place, result in done}
-    return str(_parts().grid(grid.prompt, laid, cells))
+    done: dict[tuple[int, int], Result] = {}
+    lines = {place: [""] * 3 for place in laid.cells}  # as many for all, so that the grid keeps its height as it fills
+    if comparison is not None:
+        done = dict(zip(laid.cells, comparison.results, strict=False))
+        for place, result in done.items():
+            found = _caption(result, comparison)
+            lines[place][: len(found)] = found
+    return str(_parts().grid(grid.prompt, laid, done, lines))
 
 
 def _breakable(name: str) -> Markup:
@@ -340,28 +355,24 @@ def grid_png(grid: Grid, comparison: Comparison) -> Image.Image:
 
 def _grid_plot(grid: Grid, comparison: Comparison) -> Figure:
     laid = _layout(grid)
-    rows, columns = laid.rows, laid.columns
-    cells = dict(zip(laid.places, comparison.results, strict=True))
-    figure = Figure(figsize=(1.1 + 2.1 * len(columns), 0.7 + 2.6 * len(rows)), layout="constrained")
-    shortened = textwrap.shorten(grid.prompt, 40 * len(columns), placeholder=" …")
+    figure = Figure(figsize=(1.1 + 2.1 * laid.across, 0.7 + 2.8 * len(laid.rows)), layout="constrained")
+    shortened = textwrap.shorten(grid.prompt, 40 * laid.across, placeholder=" …")
     scale = f", scale {grid.scales[0]:g}" if len(grid.scales) == 1 else ""
     title = f"{shortened}\nseed {grid.seed}, {counted(grid.steps, 'step')} of {comparison.scheduler}{scale}"
     figure.suptitle(title, fontsize="small", parse_math=False)  # a prompt may have dollar signs
-    places = figure.subplots(len(rows), len(columns), squeeze=False)
+    places = figure.subplots(len(laid.rows), laid.across, squeeze=False)
     for axes in places.flat:
         axes.set_axis_off()
-    for (i, j), result in cells.items():
+    for ((i, j), name), result in zip(laid.cells.items(), comparison.results, strict=True):
         axes = places[i][j]
         axes.set_axis_on()
         axes.imshow(result.pictures[0].convert("RGB"), interpolation="lanczos")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color("#dddddd")
-        own = [textwrap.shorten(laid.own[i, j], 34, placeholder=" …")] if (i, j) in laid.own else []
-        axes.set_xlabel("\n".join([*own, *_caption(result)]), fontsize="small", parse_math=False)
-        if not i:
-            axes.set_title(columns[j], fontsize="medium")
-        if not j:
-            axes.set_ylabel(rows[i].replace(" + ", "\n+ "), fontsize="medium")
+        under = [textwrap.shorten(name, 34, placeholder=" …"), *_caption(result, comparison)]
+        axes.set_xlabel("\n".join(under), fontsize="small", parse_math=False)
+        if not j and len(laid.rows) > 1:
+            axes.set_ylabel(laid.rows[i], fontsize="medium")
     return figure
 
 

@@ -35,9 +35,9 @@ class Comparison:
     results: list[Result]
 
     def reference(self, result: Result) -> Result | None:
-        """Plain classifier-free guidance at the same scale, if another column has it."""
+        """Plain classifier-free guidance at the same scale, in no fewer steps, if another column has it."""
         same = (r for r in self.results if r.is_plain and r.guidance_scale == result.guidance_scale)
-        found = next(same, None)
+        found = next((r for r in same if r.nfe_full >= result.nfe_full), None)
         return None if found is result else found
 
     def psnr(self, result: Result) -> float | None:

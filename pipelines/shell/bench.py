@@ -111,8 +111,8 @@ def generate_command(
         "compare", first.prompt, seed=first.seed or None, negative=first.negative_prompt,
         scheduler=scheduler, model=model,
     )  # fmt: skip
-    files = [out / f"{first.id}.png"] if len(wanted) == 1 else [out]
-    written(files, f"look at {files[0]}; to see a prompt in several ways: {compared}")
+    file = out / f"{first.id}.png" if len(wanted) == 1 else out
+    written([file] if made else [], f"look at {file}; to see a prompt in several ways: {compared}")
 
 
 def _cluster(ray: bool, address: str | None) -> AbstractContextManager[None]:

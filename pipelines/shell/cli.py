@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import sys
@@ -29,10 +30,8 @@ def main() -> None:
     """Entry point of the console script."""
     # Set before torch is imported: threads should sleep while they wait, since spinning ones compete for cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if len(sys.argv) == 1:
-        print(WELCOME)
-        return
-    if any(
+    alone = len(sys.argv) == 1
+    if not alone and any(
         importlib.util.find_spec(name) is None for name in ("typer", "rich", "matplotlib", "pydantic", "torchmetrics")
     ):
         if sys.argv[1:2] == ["doctor"]:  # whose business it is
@@ -40,16 +39,25 @@ def main() -> None:
         print("this command needs a few more packages: pip install 'diffusers-guidance[cli]'", file=sys.stderr)
         sys.exit(1)
     from diffusers_guidance.pipelines.support.ending import end_at_once, heed_termination, status
+    from diffusers_guidance.pipelines.support.files import sentence
 
     heed_termination()
+    code: str | int | None = 0
     try:
+        if alone:
+            print(WELCOME, flush=True)
+            return
         make_app()()
-        code: str | int | None = 0
     except SystemExit as ended:
         code = ended.code
     except KeyboardInterrupt as ended:  # outside the work itself
         print("stopped", file=sys.stderr)
         code = status(ended)
+    except OSError as error:  # of what is printed before a command begins
+        code = 1
+        if error.errno != errno.EPIPE:  # somebody reads on
+            error.filename = error.filename or "the standard output"
+            print(f"Error: {sentence(error)}", file=sys.stderr)
     end_at_once(code if isinstance(code, int) else int(code is not None))
 
 

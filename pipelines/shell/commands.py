@@ -23,6 +23,7 @@ from diffusers_guidance.pipelines.shell.common import (
     With,
     command,
     reporting,
+    seeds,
     written,
 )
 from diffusers_guidance.pipelines.support.modules import import_own
@@ -111,7 +112,7 @@ def calibrate_command(
     scale: Annotated[float, typer.Option(min=1, help="Guidance scale of the runs.")] = 5.0,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 8,
-    per_channel: Annotated[bool, typer.Option(help="Keep a Gram matrix for each channel.")] = False,
+    per_channel: Annotated[bool, typer.Option(help="Measure every latent channel by itself; a larger file.")] = False,
     ray: Annotated[int, typer.Option(min=0, help="Number of shares to make on a Ray cluster; 0 uses no cluster.")] = 0,
     ray_address: Annotated[
         str | None, typer.Option(help='Address of the cluster, such as "auto".', show_default="one on this machine")
@@ -239,18 +240,25 @@ def frontier_command(
     model: Model = MODEL,
     scheduler: Scheduler = None,
     seed: Annotated[
-        list[int] | None, typer.Option(min=0, max=2**63 - 1, help="Repeatable.", show_default="4321")
+        list[int] | None, typer.Option(min=0, callback=seeds, help="Repeatable.", show_default="4321")
     ] = None,
-    nfe: Annotated[list[int] | None, typer.Option(help="A budget of NFEs. Repeatable.", show_default="eight")] = None,
-    refine: Annotated[list[int] | None, typer.Option(help="A budget to search with real runs too. Repeatable.")] = None,
-    nas: Annotated[list[int] | None, typer.Option(help="A budget for the paper's search. Repeatable.")] = None,
+    nfe: Annotated[
+        list[int] | None,
+        typer.Option(help="Network evaluations (NFEs) of a picture. Repeatable.", show_default="eight"),
+    ] = None,
+    refine: Annotated[
+        list[int] | None, typer.Option(help="A number of NFEs to search with real runs too. Repeatable.")
+    ] = None,
+    nas: Annotated[
+        list[int] | None, typer.Option(help="A number of NFEs for the search of the paper (search-nas). Repeatable.")
+    ] = None,
     lpips: Annotated[bool, typer.Option(help="Measure LPIPS too; downloads its weights if missing.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for frontier.json, .md and .png.")] = Path("out/frontier"),
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure every policy on held-out prompts and seeds: fidelity to full guidance against NFEs.
+    """Measure every policy on held-out prompts and seeds: likeness to full guidance against network evaluations.
 
     If it is stopped, the same command goes on. OUT/frontier.json keeps what is done until then.
     """

@@ -37,8 +37,17 @@ Scheduler = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...", show_default="a GPU if there is one")]
 With = Annotated[list[str] | None, typer.Option("--with", help=HELP, show_default="none")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Where the random numbers start.")]
-Seeds = Annotated[list[int] | None, typer.Option(min=0, max=2**63 - 1, help="Repeatable.", show_default="0")]
+
+
+def seeds(value: Any) -> Any:
+    """Checks seeds here, so that `--help` does not show a limit of nineteen digits."""
+    if any(each >= 2**63 for each in (value if isinstance(value, list) else [value or 0])):
+        raise typer.BadParameter("a whole number below 2**63, please")
+    return value
+
+
+Seed = Annotated[int, typer.Option(min=0, callback=seeds, help="Where the random numbers start.")]
+Seeds = Annotated[list[int] | None, typer.Option(min=0, callback=seeds, help="Repeatable.", show_default="0")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32 on a CPU, else bfloat16")
 ]
@@ -120,8 +129,19 @@ def reporting(goes_on: bool = False) -> Iterator[Bar]:
         raise _failed(str(error)) from None
 
 
+WORDS: dict[Any, str] = {int: "N", list[int]: "N", float: "X", Path: "PATH", str: "TEXT", list[str]: "TEXT", bool: ""}
+"""What `--help` says of an option's values. Typer's own words are Python's."""
+
+
 class Commands(TyperGroup):
     """The commands; before and after the work of each, an end and a full disk are one line too."""
+
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        for option in (each for command in (self, *self.commands.values()) for each in command.params):
+            kind = getattr(option, "type_descriptor", None)  # older releases of typer do not have it
+            if kind is not None and option.param_type_name == "option" and option.metavar is None:
+                option.metavar = WORDS.get(kind.annotation)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -45,8 +45,9 @@ def try_command(
 ) -> None:
     """Show what your own model gains: its picture plain, with the default, and with a learned Forecast.
 
-    Prints seconds and likeness, a recommendation, and the lines of Python for it. If it is stopped, the same command
-    goes on. OUT/unfinished keeps what is done until then.
+    Prints seconds and likeness, a recommendation, and the lines of Python for it.
+
+    If it is stopped, the same command goes on. OUT/unfinished keeps what is done until then.
     """
     sides = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     with reporting(goes_on=True) as progress:

@@ -35,18 +35,22 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from diffusers_guidance import samples
+from diffusers_guidance.pipelines.app import page as app_page
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
 from diffusers_guidance.pipelines.app.device import Device, Models, Stopped
 from diffusers_guidance.pipelines.app.page import WAITING, build
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
+    COMPARISONS,
+    EXAMPLES,
     OWN,
     PRESETS,
     Generation,
     Grid,
     Trial,
     as_preset,
+    comparison,
     knobs,
     knobs_of,
     policies,
@@ -56,6 +60,7 @@ from diffusers_guidance.pipelines.app.work import Studio
 from diffusers_guidance.pipelines.attach.attach import DEFAULT_POLICY, DEFAULT_RULE
 from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 from diffusers_guidance.pipelines.pictures.columns import Column
+from diffusers_guidance.pipelines.pictures.compare import Comparison
 from diffusers_guidance.pipelines.pictures.contest import COLOURS, FEWER, contestants
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make
 from diffusers_guidance.pipelines.pictures.measures import EQUAL
@@ -244,7 +249,7 @@ def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(reques
     assert outcome.guided.name == f"CFG + LinearAG, {said}"
     assert (outcome.guided.policy.calibration is not None) == (said == "fitted") == ("Calibration.load" in outcome.code)
     assert "a linear combination of past predictions" in app_show.about(LinearAG)
-    assert f", {said}" in app_show.grid_html(Grid(), [outcome.guided])
+    assert f", {said}" in app_show.grid_html(Grid(), compared(outcome.guided))
     families = [way.series for way in contestants(20, "ddim-20-5" if said == "fitted" else None)]
     assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
 
@@ -448,6 +453,55 @@ def made(pipe, **asked):
     return app_work.generate(pipe, Generation(**{"compare_with_plain": False} | asked), lambda *news, **seen: None)
 
 
+def compared(*results):
+    """A comparison of the page's first prompt that has these results so far."""
+    return Comparison("", "", "", "cpu", "float32", [EXAMPLES[0]], [0], 20, None, [*results])
+
+
+def grid_of(**asked):
+    """A grid as it is shown before it is made: for each row its title, and the names of its pictures."""
+    rows = re.findall(r"<section>(.*?)</section>", app_show.grid_html(Grid(**asked)), re.DOTALL)
+    plain = [re.sub("<wbr>", "", row) for row in rows]
+    return [("".join(re.findall("<h3>(.*?)</h3>", row)), re.findall("<b>(.*?)</b>", row)) for row in plain]
+
+
+def test_plain_cfg_comes_first_in_every_row_of_a_grid():
+    assert grid_of() == [("", ["plain CFG", "Forecast", "AdaptiveGuidance", "Hold", "FewerSteps"])]
+    for chosen, ways, scales in map(comparison, COMPARISONS):
+        rows = grid_of(rules=chosen, policies=ways, scales=scales)
+        assert {names[0] for _, names in rows} == {"plain CFG"}
+        assert [title for title, _ in rows] == [f"scale {scale:g}" for scale in scales if len(scales) > 1] or [""]
+    both = {"rules": ["APG", "CFG"], "policies": ["Hold", "EveryStep"]}
+    assert grid_of(**both) == [("EveryStep", ["plain CFG", "APG"]), ("Hold", ["Hold", "APG + Hold"])]
+    assert grid_of(**both, scales=[5.0, 10.0]) == [
+        (f"scale {scale}", ["plain CFG", "APG", "Hold", "APG + Hold"]) for scale in (5, 10)
+    ]
+    assert grid_of(rules=["CFG", "APG"], policies=["EveryStep", "Hold", "StepAG"])[1] == (
+        "APG", ["APG", "APG + Hold", "APG + StepAG"],
+    )  # fmt: skip
+    assert grid_of(rules=["APG"], policies=["Hold"], scales=[5.0, 10.0]) == [("", ["scale 5", "scale 10"])]
+    own = {"columns": "Forecast(0.4)\nStepAG"}
+    assert grid_of(rules=[], **own) == [("", ["Forecast(0.4)", "StepAG"])]
+    assert grid_of(rules=["CFG"], policies=["EveryStep"], **own)[1:] == [
+        ("yours", ["Forecast(0.4)"]),
+        ("yours", ["StepAG"]),
+    ]
+
+
+def test_a_grid_says_what_a_picture_saves_and_its_likeness_against_plain_cfg(pipe):
+    asked = {"policies": ["EveryStep", "Forecast", "FewerSteps"], "steps": 8, "rules": ["CFG", "APG"]}
+    comparison = app_work.compare_grid(pipe, Grid(**asked), lambda *news, **seen: None)
+    captions = {name: app_show._caption(each, comparison) for name, each in zip(
+        app_show._layout(Grid(**asked)).cells.values(), comparison.results, strict=True)}  # fmt: skip
+    assert captions["plain CFG"][0] == "16 NFEs" and len(captions["plain CFG"]) == 2
+    for name in ("Forecast", "FewerSteps"):
+        assert captions[name][0] == "12 NFEs (−25%)" and captions[name][1].endswith(" dB to CFG")
+    assert len(captions["APG + Forecast"]) == 2  # APG means to differ from CFG
+    comparison.results[:1] = []
+    fewer = next(each for each in comparison.results if each.is_plain)
+    assert all(comparison.reference(each) is None for each in comparison.results if each.nfe_full > fewer.nfe_full)
+
+
 def kinds_in(html):
     """What the steps of a strip's rows are."""
     rows = re.findall(r"<div>((?:<b [^>]*></b>)+)</div>", html)
@@ -573,6 +627,16 @@ def test_what_the_model_does_not_read_of_a_prompt_is_said(pipe):
     assert f"“{rest}”" in app_show.note("", warning=rest)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({}, "Forecast"), ({"save": 0.5}, "Forecast(save=0.5)"), ({"policy": "EveryStep"}, "plain CFG"),
+     ({"rule": "APG", "policy": "AdaptiveGuidance"}, "APG + AG"), ({"policy": "FewerSteps"}, "FewerSteps"),
+     ({"policy": "Schedule", "actions": "BC"}, "Schedule(actions='BC')")],
+)  # fmt: skip
+def test_pictures_of_different_knobs_have_different_names(pipe, asked, said):
+    assert app_page._short(made(pipe, steps=2, **asked)) == said
+
+
 def test_files_are_named_by_what_they_show(pipe):
     outcome = made(pipe, prompt="A red Apple, flat style!", seed=3, steps=1)
     assert app_show.in_a_file(outcome.guided.pictures[0]).name == "a-red-apple-flat-style-seed3.png"
@@ -653,7 +717,7 @@ def test_the_frontier_names_what_is_recommended_and_the_best_of_the_others():
 
 def test_words_are_no_markup():
     result = Result("CFG", CFG(), EveryStep(), 5.0, [Image.new("RGB", (8, 8))])
-    assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), [result])
+    assert "<script" not in app_show.grid_html(Grid(prompt='"><script>'), compared(result))
     assert "<script" not in app_show.note("<script>")
     assert "<script" not in app_show.progress_bar(app_work.News("<script>", 1, 2))
 

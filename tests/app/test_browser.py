@@ -228,6 +228,7 @@ def test_compare(visit, tmp_path):
     panel.get_by_role("button", name="Compare").click()
     expect(panel.get_by_text("4 pictures, seed 0")).to_be_visible()
     expect(panel.locator(".dg-grid img")).to_have_count(4)
+    expect(panel.locator(".dg-grid figcaption b").first).to_have_text("plain CFG")
     panel.locator(".dg-zoom").first.press("Enter")
     expect(page.get_by_role("dialog").locator("img")).to_be_visible()
     page.keyboard.press("Escape")
@@ -347,6 +348,12 @@ def test_leaving_frees_the_device(visit):
     expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 6")
 
 
+SCROLLING = """() => [...document.querySelectorAll("body *")].filter((each) => each.offsetParent
+    && /auto|scroll/.test(getComputedStyle(each).overflowX) && each.scrollWidth > each.clientWidth + 1
+    ).map((each) => each.className)"""
+"""The parts of the page that scroll sideways."""
+
+
 def test_phone(visit):
     page = visit(width=390, height=844, has_touch=True, is_mobile=True)
     settings(page, 4)
@@ -367,6 +374,7 @@ def test_phone(visit):
             expect(panel.get_by_text("5 pictures, seed 0")).to_be_visible()
         shoot(page, f"phone-{name.lower()}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert not page.evaluate(SCROLLING)
 
 
 def test_by_keyboard(visit):

@@ -1,7 +1,10 @@
 """Rows of measurements are measured once, and the tables are of the rows in the files."""
 
+import errno
 import importlib
 import json
+import os
+import re
 
 import pytest
 from rows import Rows
@@ -24,6 +27,23 @@ def test_a_row_is_measured_once_and_written_at_once(tmp_path):
     assert again == {"one": {"psnr": 40.5, "of": {}}} and again.once("one", lambda: measure("again")) == again["one"]
     assert [*again.once("two", lambda: measure("two"))["of"]] == ["one"] and asked == ["one", "broken", "two"]
     assert [*Rows(file)] == ["one", "two"]  # a reader does not ask what they are about
+
+
+def test_a_full_disk_ends_in_a_sentence_and_keeps_the_rows_before(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    first = Rows(file, model="a")
+    first.once("one", lambda: 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a part")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(SystemExit, match=re.escape(f"{file}: there is no room left on the disk")) as ended:
+            first.once("two", lambda: 2)
+    assert isinstance(ended.value.code, str)  # which exits with 1
+    again = Rows(file, model="a")
+    assert [*again] == ["one"] and again.once("two", lambda: 3) == 3 and [*tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("about", [{"model": "b", "steps": 20}, {"model": "a", "steps": 20, "prompts": 6}])

@@ -70,7 +70,9 @@ def test_every_line_becomes_a_picture_with_what_made_it_beside_it(model, tmp_pat
     (out / "rocket.json").unlink()  # as if killed between picture and metadata
     before = (out / "rocket.png").read_bytes(), os.stat(out / "000000.png").st_mtime_ns
     again = CliRunner().invoke(cli.make_app(), command)
-    assert "1 picture made, 2 already existed" in again.output
+    assert "1 picture made, 2 already existed" in again.output and f"wrote {out}" in again.output
+    nothing = CliRunner().invoke(cli.make_app(), command)
+    assert "0 pictures made, 3 already existed" in nothing.output and "wrote" not in nothing.output
     assert before == ((out / "rocket.png").read_bytes(), os.stat(out / "000000.png").st_mtime_ns)
 
     other = CliRunner().invoke(cli.make_app(), [*command, "--scale", "9"])

@@ -277,7 +277,9 @@ def test_a_full_disk_under_a_file_that_grows(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("arguments", [["search", "dpm-20-5", "--nfe", "25"], ["doctor", "--no-run"]])
+@pytest.mark.parametrize(
+    "arguments", [["search", "dpm-20-5", "--nfe", "25"], ["doctor", "--no-run"], [], ["--help"], ["try", "--help"]]
+)
 def test_a_full_standard_output_is_one_line(arguments):
     code = "from diffusers_guidance.pipelines.shell.cli import main; main()"
     with open("/dev/full", "w") as full:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -51,6 +52,18 @@ COMMANDS = typer.main.get_command(cli.make_app()).commands
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_says_what_it_is(name):
     assert [each.name for each in COMMANDS[name].params if not each.help] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_in_plain_words(name):
+    options = [line for line in command(name, "--help").output.splitlines() if "--" in line]
+    assert options and not [line for line in options if re.search(r"<(str|int|float|list|path)\b|\d{10}", line)]
+
+
+@pytest.mark.parametrize("name", ["compare", "calibrate", "frontier"])
+def test_a_seed_of_more_than_63_bits_is_refused(name):
+    answer = command(name, *["dpm-20-5"] * (name != "compare"), "--seed", str(2**63))
+    assert answer.exit_code == 2 and "a whole number below 2**63, please" in answer.output
 
 
 @pytest.mark.parametrize(
