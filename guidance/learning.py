@@ -39,12 +39,12 @@ class Recorder:
         self._scale: float | None = None
         self._is_over = False
 
-    def see(self, step: Step, prediction: Prediction) -> None:
-        """Sees every guided step."""
+    def see(self, step: Step, prediction: Prediction, guides: bool = True) -> None:
+        """Sees every step; of one that `guides`, both predictions."""
         if self._is_over:
             return
         space, sample, c = step.space, step.sample, prediction.cond
-        if step.branches > 1 and not all(prediction.evaluated):
+        if guides and not all(prediction.evaluated):
             return self.skip()
         if space is None or sample is None or sample.shape != c.shape or step.w is None:
             return self._stop("its predictions cannot be denoised")

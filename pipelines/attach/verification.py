@@ -129,7 +129,8 @@ class Verification:
         sent = Arrival(residual(alone, target, alone, alone))
         if sent.is_here:
             return tolerance.fit(sent.norms).fits
-        self._check_later(met, formula, tolerance, sent, alone.dtype, self.discovery.policy.hands)
+        changes = self.discovery.policy.hands or not denoiser.engine.rule.is_plain
+        self._check_later(met, formula, tolerance, sent, alone.dtype, changes)
         return True
 
     # What it shows
@@ -162,7 +163,7 @@ class Verification:
                 w = formula.tree.weights[formula.cond_index]
             tolerance = formula.tolerance(s, c.dtype, is_strict=self.discovery.acts)
             expected = formula.expected(outputs, c, u, s, around)
-        rule, policy = self.discovery.rule, self.discovery.policy
+        rule, policy = denoiser.engine.rule, self.discovery.policy
         space = met.clock.denoising(self.call.name, rule, policy, x, c)
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = changed(at.step, space=space, sample=None if space is None else x, w=w, velocity=velocity)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PIPELINES, counting, run
 
-from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Forecast, Hold, attach
+from diffusers_guidance import APG, CFG, TAG, AdaptiveGuidance, EveryStep, Forecast, Hold, UnsupportedPipeline, attach
 from diffusers_guidance.pipelines.attach.terms import Terms, candidates, coefficients, distances, trees, weigh
+from diffusers_guidance.pipelines.attach.told import alike
 
 
 @st.composite
@@ -162,6 +163,72 @@ def test_a_rule_acts_on_guidance_alone(name):
     for cond, further, guided in captured:
         expected = cond if further is None else cond + further
         assert relative(guided, expected) < 1e-5
+
+
+UNGUIDED = {
+    "StableDiffusionPAGPipeline, falling": (["cond", "branch 2"], {"pag_adaptive_scale": 0.004}),
+    "StableDiffusionPAGPipeline, at 1": (["cond", "pag"], {"pag_scale": 1.0}),
+    "StableDiffusion3PAGPipeline": (["cond", "pag"], {"guidance_scale": 0.0}),
+    "LTX2Pipeline, its defaults": (["cond", "stg", "modality"], {"audio_guidance_scale": 1.0}),
+    "LTX2Pipeline, its defaults, stg": (
+        ["cond", "stg"],
+        {"audio_guidance_scale": 1.0, "modality_scale": 1.0, "audio_modality_scale": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNGUIDED)
+def test_terms_without_guidance_are_no_guidance(name, batch=2):
+    """No rule acts on c - p, where p was made from the same as c; no policy stops it, and a forecast skips both."""
+    branches, asked = UNGUIDED[name]
+    asked = {"guidance_scale": 1.0, **asked}
+    entry = PIPELINES[next(each for each in sorted(PIPELINES, reverse=True) if name.startswith(each))]
+    pipe = entry.build()
+    networks = [getattr(pipe, each) for each in entry.denoisers]
+    run(pipe, entry, 2, batch)  # guidance whose order is remembered
+    with counting(*networks) as full:
+        plain = run(pipe, entry, 6, batch, **asked)
+    for rule, policy in [
+        (CFG(), EveryStep()),
+        (APG(), EveryStep()),
+        (TAG(eta=2.0), EveryStep()),
+        (CFG(), AdaptiveGuidance(0.1)),
+        (APG(), Hold(2)),
+    ]:
+        with attach(pipe, rule, policy) as handle:
+            assert torch.equal(run(pipe, entry, 6, batch, **asked), plain)
+        report = handle.report
+        assert report.nfe_by_branch == dict.fromkeys(branches, 6 * batch)
+        assert report.nfe == report.nfe_full == full.total
+        assert sum(report.nfe_by_sample) == report.nfe and not report.is_guided
+        assert all(step.guidance_scale == 1 for step in report.steps)
+        if rule != CFG():
+            assert f"no unconditional prediction beside {' and '.join(branches[1:])}; {rule!r}" in report.note
+    with attach(pipe, CFG("linear(1, 0.5)"), EveryStep()), pytest.raises(UnsupportedPipeline, match="was not followed"):
+        run(pipe, entry, 6, batch, **asked)
+    with attach(pipe, APG()) as handle, counting(*networks) as count:
+        found = run(pipe, entry, 6, batch, **asked)
+    assert handle.report.nfe == count.total < full.total
+    with attach(pipe):
+        assert torch.equal(run(pipe, entry, 6, batch, **asked), found)
+
+
+def test_what_was_made_from_the_same_is_no_unconditional_prediction():
+    """Unless the pipeline says that it guides; where it says nothing, a flag may tell two calls apart."""
+    x, text, none = drawn(3, shape=(2, 3))
+    once = lambda each: [((torch.cat([x, x]), 0.5), {"text": each})]  # noqa: E731
+    assert alike(once(torch.cat([text, text])), 2, 2, False)
+    assert not alike(once(torch.cat([none, text])), 2, 2, True)
+    assert not alike(
+        once(torch.stack([none, text, none, text], 1)), 2, 2, True
+    )  # the batch may be in another dimension
+    assert not alike(once([*none, *text]), 2, 2, True)
+    assert alike(once([*text, *text]), 2, 2, False)
+    assert not alike(once(["", "", "a tree", "a cup"]), 2, 2, False)
+    twice = [((x,), {"text": text, "skip_layers": each}) for each in (None, [1])]
+    assert alike(twice, 2, 1, True)
+    assert not alike(twice, 2, 1, False)
+    assert not alike([((x,), {"text": text}), ((x,), {"text": None})], 2, 1, True)
 
 
 @pytest.mark.parametrize(("start", "stop"), list(itertools.combinations([0.0, 0.3, 0.5, 0.7, 1.0], 2)))
