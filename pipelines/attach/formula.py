@@ -119,6 +119,11 @@ class Formula(Combination):
         return self.tree is None and self.evaluations > 2
 
     @property
+    def is_solved(self) -> bool:
+        """Whether its scale is solved for at each step, from numbers that are rounded."""
+        return self.guides and self.scale is None and not (self.tree is not None and self.exact)
+
+    @property
     def hands_it_on(self) -> bool:
         """Whether the scheduler gets the combination itself, as it is."""
         return self.layout.is_direct and not self.finish and self.tree is None

@@ -534,7 +534,10 @@ class Host:
         return changed(step, rows=rows, branches=branches, denoiser=denoiser.name, velocity=velocity)
 
     def _tell(self, prediction: Prediction | None, step: Step, handed: Tensor | None, met: Met) -> None:
-        """Tells the observers of a step."""
+        """Tells the observers of a step, which the report tells by now."""
+        formula = met.denoiser.formula
+        if formula is not None and formula.is_solved and not self.rule.is_scheduled:
+            self.report.steps[-1].round_scale(torch.finfo(met.outputs[0].dtype).eps)
         if self._observers and handed is not None:
             for observer in self._observers:
                 observer(step.on(met.sample, handed, met.clock.space), prediction, handed)

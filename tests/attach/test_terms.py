@@ -14,6 +14,7 @@ from tiny import PIPELINES, counting, run
 from diffusers_guidance import APG, CFG, TAG, AdaptiveGuidance, EveryStep, Forecast, Hold, UnsupportedPipeline, attach
 from diffusers_guidance.pipelines.attach.terms import Terms, candidates, coefficients, distances, trees, weigh
 from diffusers_guidance.pipelines.attach.told import alike
+from diffusers_guidance.report import StepReport
 
 
 @st.composite
@@ -294,6 +295,35 @@ def test_self_attention_guidance(policy):
     assert bool(short) is not isinstance(policy, EveryStep)
     assert relative(found, plain) < 1
     assert torch.equal(run(pipe, entry, 8, **SAG), plain)
+
+
+@pytest.mark.parametrize("working", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy", [EveryStep(), Forecast()], ids=repr)
+def test_a_scale_that_is_solved_for_is_told_to_its_digits(policy, working):
+    entry, seen = PIPELINES["StableDiffusionSAGPipeline"], []
+    pipe = entry.build()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=working == torch.bfloat16),
+        attach(pipe, APG(), policy) as handle,
+    ):
+        handle.observers.append(lambda step, prediction, guided: seen.append(step.w))
+        run(pipe, entry, 8, **SAG)
+    assert [step.guidance_scale for step in handle.report.steps] == [4.0] * 8
+    assert any(w != 4 for w in seen)  # the arithmetic keeps what was found
+
+
+def test_the_digits_of_a_scale():
+    def told(w, eps):
+        step = StepReport(0, None, None, ["both"], ["both"], [None], [None], 2, 2, guidance_scale=w)
+        step.round_scale(eps)
+        return step.guidance_scale
+
+    single, half = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16))
+    assert told(3.999999995, single) == 4 and told(0.30000001, single) == 0.3
+    assert told(4.125001, single) == 4.125001 and told(4.1253, half) == 4.13
+    assert (
+        told([3.9999999, 7.25], single) == [4, 7.25] and told(None, half) is None and told(math.inf, half) == math.inf
+    )
 
 
 def test_another_rule_beside_self_attention_guidance():
