@@ -329,7 +329,9 @@ class _Search:
         """
         (here,) = reading.all(reading.formula, splits=False)
         *parts, y = (t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (*here.parts, here.target))
-        scales = [s for s in self.live.values() if isinstance(s, float)]
+        # A number, or one for each sample.
+        found = [s.flatten(1) if isinstance(s, Tensor) else s for s in self.live.values()]
+        scales = [s for s in found if isinstance(s, float) or s.shape[1] == 1]
         for u in (part for k, part in enumerate(parts) if k != cond):
             d = parts[cond] - u
             off = [((y - u - s * d) * d).sum(1).abs() for s in scales]

@@ -198,7 +198,13 @@ class Verification:
                 formula = replace(formula, value=s)
                 at.met.denoiser.settle_for(formula)
         rule, several = self.discovery.rule, isinstance(s, Tensor)
-        if rule.is_scheduled and (several or formula.is_weighed):
+        if rule.is_scheduled and formula.is_weighed:
+            raise UnsupportedPipeline(
+                f"{self.call.name} weighs its {formula.evaluations} predictions by numbers of its own, and what they "
+                f"would be at another scale cannot be seen, so the schedule of {rule} cannot be followed: give the "
+                "rule one number, or change the pipeline's own scale from step to step, in a callback, say"
+            )
+        if rule.is_scheduled and several:
             raise UnsupportedPipeline(
                 f"{self.call.name} guides at several scales at once, and the schedule of {rule} is of one: "
                 "give its rule no guidance_scale, and set the pipeline's own"
