@@ -51,8 +51,9 @@ class Community(diffusers.DiffusionPipeline):
         x = torch.randn(4, 4, 5, 5, generator=draw)[first : first + rows]
         texts = torch.randn(3, 1, 5, 16, generator=draw).expand(3, rows, 5, 16)
         own = self.unet.attn_processors
-        if step is smoothed:
-            blurs = {name: Smoothed(each) if "attn1" in name else each for name, each in own.items()}
+        if step in (smoothed, smoothed_alone):
+            n = 3 if step is smoothed else 2
+            blurs = {name: Smoothed(each, n) if "attn1" in name else each for name, each in own.items()}
             self.unet.set_attn_processor(blurs)
         for t in self.scheduler.timesteps:
             x = self.scheduler.step(step(self, x, t, texts), t, x, return_dict=False)[0]
@@ -119,15 +120,16 @@ def perpendicular_to_two(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
 
 
 class Smoothed:
-    """Self-attention of [uncond, cond, perturbed] whose last third has one query for all places."""
+    """Self-attention of [uncond, cond, perturbed], or of the last two, where the last has one query for all places."""
 
-    def __init__(self, own: Any):
-        self.own = own
+    def __init__(self, own: Any, branches: int = 3):
+        self.own, self.branches = own, branches
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kept, blurred = hidden_states[: -(len(hidden_states) // 3)], hidden_states[-(len(hidden_states) // 3) :]
-        if len(hidden_states) % 3:
-            raise ValueError("a batch of three")
+        if len(hidden_states) % self.branches:
+            raise ValueError(f"a batch of {self.branches}")
+        rows = len(hidden_states) // self.branches
+        kept, blurred = hidden_states[:-rows], hidden_states[-rows:]
         flat = blurred.flatten(2).transpose(1, 2) if blurred.ndim == 4 else blurred
         q = attn.head_to_batch_dim(attn.to_q(flat).mean(1, keepdim=True).expand(-1, flat.shape[1], -1))
         k, v = attn.head_to_batch_dim(attn.to_k(flat)), attn.head_to_batch_dim(attn.to_v(flat))
@@ -141,6 +143,12 @@ def smoothed(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
     return u + pipe._guidance_scale * (c - u) + pipe._seg_scale * (c - p)
 
 
+def smoothed_alone(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    """Without guidance."""
+    c, p = call(pipe.unet, x, t, texts[1], texts[1])
+    return c + pipe._seg_scale * (c - p)
+
+
 # A network ahead of each branch's call
 
 
@@ -152,6 +160,7 @@ def steered(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
 KINDS = {
     "auto": (auto, 2), "auto, weak first": (auto_weak_first, 2), "auto beside": (auto_beside, 3),
     "perpendicular": (perpendicular, 3), "perpendicular to two": (perpendicular_to_two, 4), "smoothed": (smoothed, 3),
+    "smoothed alone": (smoothed_alone, 2),
 }  # fmt: skip
 each_kind = pytest.mark.parametrize(("step", "branches"), KINDS.values(), ids=KINDS)
 
@@ -298,6 +307,17 @@ def test_what_a_part_of_others_code_gave_is_not_remembered(monkeypatch):
     with attach(pipe, CFG(), StepAG(0.5)) as handle:
         pipe(plain)
     assert handle.report.saved <= 0
+
+
+@pytest.mark.parametrize("seg_scale", [3.0, 4.0])
+def test_a_smoothed_branch_is_no_unconditional_one(seg_scale):
+    """Also at the number that the guidance scale has, of a pipeline that does not say whether it guides."""
+    pipe = built()
+    own = pipe(smoothed_alone, 4.0, seg_scale)
+    for rule, policy in ((APG(), EveryStep()), (CFG(), AdaptiveGuidance(0.1))):
+        with attach(pipe, rule, policy) as handle:
+            assert torch.equal(pipe(smoothed_alone, 4.0, seg_scale), own)
+        assert handle.report.nfe_by_branch == {"cond": STEPS, "seg": STEPS}
 
 
 def test_a_network_ahead_of_each_call_skips_with_it():
