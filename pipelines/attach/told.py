@@ -64,7 +64,7 @@ def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             return a.shape == b.shape and torch.equal(a, b)
-        return a is b or (type(a) is type(b) and a == b)
+        return a is b or (isinstance(a, int | float | str) and type(a) is type(b) and a == b)
 
     return one.keys() == other.keys() and all(same(each, other[name]) for name, each in one.items())
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from contextlib import suppress
 
+import numpy
 import pytest
 import torch
 from conformance import Enough, recorded, relative, unguided
@@ -229,6 +230,8 @@ def test_what_was_made_from_the_same_is_no_unconditional_prediction():
     twice = [((x,), {"text": text, "skip_layers": each}) for each in (None, [1])]
     assert alike(twice, 2, 1, True)
     assert not alike(twice, 2, 1, False)
+    arrays = [((x,), {"text": text, "mask": numpy.zeros(3)}) for _ in range(2)]
+    assert not alike(arrays, 2, 1, False)  # what cannot be compared may differ
     assert not alike([((x,), {"text": text}), ((x,), {"text": None})], 2, 1, True)
 
 
