@@ -237,8 +237,10 @@ class Engine:
             history.keep_difference(prediction, step.velocity)
         if self.policy.remembers:
             history.keep(prediction, *self.policy.reads(step, history))
-        if self.recorder is not None:
-            self.recorder.see(step, prediction, self.guides)
+        if self.recorder is not None and self.guides and not all(prediction.evaluated):
+            self.recorder.skip()
+        elif self.recorder is not None:
+            self.recorder.see(step, prediction)
         cost = prediction.nfe, prediction.nfe_full
         self.recording.add(step, plan, prediction.evaluated, *cost, seen, prediction.note)
         found = self._combined(step, plan, prediction, own, finish, fuse)

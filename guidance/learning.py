@@ -39,13 +39,11 @@ class Recorder:
         self._scale: float | None = None
         self._is_over = False
 
-    def see(self, step: Step, prediction: Prediction, guides: bool = True) -> None:
-        """Sees every step; of one that `guides`, both predictions."""
+    def see(self, step: Step, prediction: Prediction) -> None:
+        """Sees a step all of whose predictions were evaluated."""
         if self._is_over:
             return
         space, sample, c = step.space, step.sample, prediction.cond
-        if guides and not all(prediction.evaluated):
-            return self.skip()
         if space is None or sample is None or sample.shape != c.shape or step.w is None:
             return self._stop("its predictions cannot be denoised")
         if self._seen and self._seen[0][0].shape != c.shape:

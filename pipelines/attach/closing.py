@@ -35,7 +35,7 @@ def close(
 def _nothing_to_guide(report: Report, call: Call, rule: Rule, policy: Policy) -> str:
     """What a rule and a policy could do in a run without guidance."""
     has_rule = rule.alone.is_plain and (not rule.is_plain or rule.is_scheduled)
-    has_policy = not (report.saved or policy.learns or type(policy) is EveryStep)
+    has_policy = not (report.saved or policy.learns or (type(policy) is EveryStep and not has_rule))
     idle = [repr(rule)] * has_rule + [repr(policy)] * has_policy
     terms = [name for name in report.nfe_by_branch if name != "cond"]
     seen = (
