@@ -74,6 +74,7 @@ class Engine:
         observers: called at every step.
         rests: whether a sample at scale 1 needs only its conditional prediction: no further term uses the other.
         origin: the settled scale at which the host's own number is 0; it is 1 if the host writes `c + s (c - u)`.
+        guides: whether its steps have an unconditional prediction. If not, the rule is what it leaves to do alone.
     """
 
     rule: Rule
@@ -88,10 +89,15 @@ class Engine:
     """Whether the policy's calibration has been checked against this run."""
     origin: float = 0.0
     rests: bool = True
+    guides: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.guides:
+            self.rule = self.rule.alone
 
     def settle(self, step: Step) -> Step:
         """The step with its scale from the rule's schedule; without a schedule, the step as it is."""
-        if not self.rule.is_scheduled or step.branches == 1:
+        if not self.rule.is_scheduled:
             return step
         given = self._given(step)
         w = tuple(self.origin + s for s in given) if isinstance(given, tuple) else self.origin + given
@@ -126,11 +132,8 @@ class Engine:
         return step.w if isinstance(step.w, tuple) else (step.w,) * self.history.rows
 
     def _is_pause(self, step: Step) -> bool:
-        """Whether forecasts end at this step, of a policy that `hands`: the schedule guides no sample here.
-
-        A run without guidance has no schedule.
-        """
-        return self.may_rest and step.branches > 1 and all(scale == 1 for scale in self._by_row(step))
+        """Whether forecasts end at this step, of a policy that `hands`: the schedule guides no sample here."""
+        return self.may_rest and all(scale == 1 for scale in self._by_row(step))
 
     def fill(
         self,
@@ -234,7 +237,9 @@ class Engine:
             history.keep_difference(prediction, step.velocity)
         if self.policy.remembers:
             history.keep(prediction, *self.policy.reads(step, history))
-        if self.recorder is not None:
+        if self.recorder is not None and self.guides and not all(prediction.evaluated):
+            self.recorder.skip()
+        elif self.recorder is not None:
             self.recorder.see(step, prediction)
         cost = prediction.nfe, prediction.nfe_full
         self.recording.add(step, plan, prediction.evaluated, *cost, seen, prediction.note)
@@ -257,9 +262,9 @@ class Engine:
         fuse: Callable[[], FusedStep | None],
     ) -> Guided:
         c, u, rows = prediction.cond, prediction.uncond, len(plan)
-        if step.branches == 1:
-            return Guided(None)  # a single prediction, which no rule changes
-        unguided = [each.action == Action.CONDITIONAL for each in plan]
+        if not self.guides and self.rule.is_plain:
+            return Guided(None)  # nothing changes it
+        unguided = [self.guides and each.action == Action.CONDITIONAL for each in plan]
         if self.rule.is_plain or all(unguided):
             # Of equal branches the host may make no number at all: Perp-Neg divides by their difference.
             divides = step.branches > 2 and prediction.further is None
@@ -308,7 +313,7 @@ class Engine:
             known.lapse()
             return guided
         known.direction, changes = None, self.rule.is_scheduled or known.scale not in (None, step.w)
-        if changes and prediction is not None and step.w is not None and step.branches > 1:
+        if changes and prediction is not None and step.w is not None and self.guides:
             known.direction = _direction(guided, prediction, step.w)
         return self._handed(step, guided)
 

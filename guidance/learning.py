@@ -40,12 +40,10 @@ class Recorder:
         self._is_over = False
 
     def see(self, step: Step, prediction: Prediction) -> None:
-        """Sees every guided step."""
+        """Sees a step all of whose predictions were evaluated."""
         if self._is_over:
             return
         space, sample, c = step.space, step.sample, prediction.cond
-        if step.branches > 1 and not all(prediction.evaluated):
-            return self.skip()
         if space is None or sample is None or sample.shape != c.shape or step.w is None:
             return self._stop("its predictions cannot be denoised")
         if self._seen and self._seen[0][0].shape != c.shape:

@@ -52,6 +52,16 @@ class StepReport:
     """The step's evaluations by branch: "cond", "uncond", and further terms by the names of their scales, such as
     "pag"."""
 
+    def round_scale(self, eps: float) -> None:
+        """Tells the scale to the digits that it is known to, if it was solved for from numbers rounded by `eps`."""
+
+        def told(w: float) -> float:
+            known = -math.log10(eps * max(abs(w), 1.0))
+            return round(w, math.floor(known)) if math.isfinite(w) else w
+
+        w = self.guidance_scale
+        self.guidance_scale = [*map(told, w)] if isinstance(w, list) else w if w is None else told(w)
+
     def add_note(self, note: str) -> None:
         """Adds to the step's note."""
         self.note = "; ".join(filter(None, [self.note, note]))

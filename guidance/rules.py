@@ -75,6 +75,11 @@ class Rule:
         """Whether this rule is the pipeline's own `u + w (c - u)`, which then stays untouched."""
         return False
 
+    @property
+    def alone(self) -> "Rule":
+        """What it does to the only prediction of a step without guidance; a plain rule changes nothing."""
+        return CFG()
+
     rests_at_one = True
     """Whether at a scale of 1 the result is the conditional prediction, so that the other can be skipped."""
     fuses = True
@@ -417,6 +422,8 @@ class MomentumGuidance(Rule):
     first v. It is made for the velocities of flow matching. On models that predict noise it acts on the noise, which is
     the velocity of `x / signal`.
 
+    It also acts in a call without guidance (`guidance_scale=1`, a distilled model), with `v = c`.
+
     Args:
         guidance_scale: w. None takes the pipeline call's.
         alpha: the strength of the push; 0 is CFG.
@@ -436,6 +443,10 @@ class MomentumGuidance(Rule):
             raise ValueError(f"alpha={self.alpha!r}: a number from 0 (plain CFG) up")
         if not (is_number(self.beta, 0) and self.beta < 1):
             raise ValueError(f"beta={self.beta!r}: a number from 0 to below 1")
+
+    @property
+    def alone(self) -> Rule:
+        return replace(self, guidance_scale=None)  # v is c then
 
     algebra = coefficients.momentum_guidance
 

@@ -143,6 +143,18 @@ def parts(given: Given) -> tuple[int, tuple[str, ...]]:
     return max(len(found), 1), tuple(dict.fromkeys(names))
 
 
+def for_all(given: Given, why: str) -> Given:
+    """The scale, if it is the same for all samples of a batch.
+
+    Raises:
+        ValueError: it is not; `why` it has to be.
+    """
+    samples, _ = parts(given)
+    if samples > 1:
+        raise ValueError(f"guidance_scale={given!r} is for {samples} samples: {why}")
+    return given
+
+
 def text(given: Given | None) -> str:
     """The scale as a user would write it."""
     return "" if given is None else _told(given)

@@ -29,11 +29,13 @@ class Asked:
         scales: every number of the pipeline or its call that is called a scale, by name.
         apart: how far the branches of a layout are apart by what they were made from.
         pair: (cond, uncond) of one that is known.
+        alike: whether all branches of a layout were made from the same, so that none is unconditional.
     """
 
     scales: Callable[[], Mapping[str, float]] = dict
     apart: Callable[[Formula], Apart | None] = lambda formula: None
     pair: Callable[[Formula], tuple[int, int] | None] = lambda formula: None
+    alike: Callable[[Formula], bool] = lambda formula: False
 
     def trees(self, formula: Formula, weights: Weights | None) -> list[Terms]:
         """How the branches of a layout may hang together, given what they weigh."""
@@ -42,11 +44,12 @@ class Asked:
         size = sum(abs(value) for value in weights.values if not math.isnan(value))
         if weights.doubt > _DOUBT * size:
             return []
-        return trees(weights, self.scales(), self.apart(formula), self.pair(formula))
+        return trees(weights, self.scales(), self.apart(formula), self.pair(formula), self.alike(formula))
 
     def candidates(self, formula: Formula) -> list[Terms]:
         """How they may, at scales read by name."""
-        return candidates(formula.evaluations, self.scales(), self.apart(formula), self.pair(formula))
+        told = self.apart(formula), self.pair(formula), self.alike(formula)
+        return candidates(formula.evaluations, self.scales(), *told)
 
 
 NOTHING = Asked()

@@ -2,7 +2,7 @@
 
 from diffusers_guidance.errors import UnsupportedScheduler
 from diffusers_guidance.pipelines.attach.call import Call
-from diffusers_guidance.policies import Policy
+from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import Rule
 
@@ -34,9 +34,14 @@ def close(
 
 def _nothing_to_guide(report: Report, call: Call, rule: Rule, policy: Policy) -> str:
     """What a rule and a policy could do in a run without guidance."""
-    has_rule = not rule.is_plain or rule.is_scheduled
-    idle = [repr(rule)] * has_rule + [repr(policy)] * (not report.saved)
-    what = "no classifier-free guidance in this call: one prediction of each sample a step"
+    has_rule = rule.alone.is_plain and (not rule.is_plain or rule.is_scheduled)
+    has_policy = not (report.saved or policy.learns or (type(policy) is EveryStep and not has_rule))
+    idle = [repr(rule)] * has_rule + [repr(policy)] * has_policy
+    terms = [name for name in report.nfe_by_branch if name != "cond"]
+    seen = (
+        f"no unconditional prediction beside {' and '.join(terms)}" if terms else "one prediction of each sample a step"
+    )
+    what = f"no classifier-free guidance in this call: {seen}"
     if not idle:
         return what
     more = f", {_to_guide(call)}" if has_rule else ""

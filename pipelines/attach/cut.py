@@ -194,11 +194,12 @@ class Cut:
         alone = [k * n + i for k in own if k < groups for i in range(n)] if formula.batched else list(range(n - 1))
         is_ours = not (self.watch.takes_part or self.watch.in_doubt)
         of = key(one.args, one.kwargs, n, groups, tuple(alone), tuple(names), self.processors.kinds)
-        if is_ours and (before := recall(self.module, of)) is not None:
+        before = recall(self.module, of)
+        if before is not None and (is_ours or before.whole):
             self.reading, self.whole, self.splits, self.known, note = before
             return self.whole or note
         note = self._try(formula, one, alone, _TRIALS if unclear else 1, why)
-        if is_ours and not self.watch.found:
+        if (is_ours or self.whole) and not self.watch.found:
             again = note.replace("was tried", "was tried before")
             keep(self.module, of, Trial(self.reading, self.whole, self.splits, self.known, again))
         return note

@@ -72,6 +72,8 @@ class Denoiser:
     """Of the batch, by the rows of a step's calls: terms may come and go in a run."""
     beside: Beside = field(default_factory=Beside)
     """What else it puts out, to be forecast or held."""
+    is_several = False
+    """Whether it stands for several networks."""
     aside: int = 0
     """Rows evaluated for somebody else since the last step."""
 
@@ -92,9 +94,9 @@ class Denoiser:
     def _possible(self, plan: Plan) -> Plan:
         """The plan, where an estimate that cannot be had is evaluated instead."""
         assert self.formula is not None
-        if self.formula.evaluations == 1:
-            alone = Decision(Action.CONDITIONAL)
-            return [each if each.action == Action.NEITHER else alone for each in plan]
+        if not self.formula.guides:
+            alone, may_skip = Decision(Action.CONDITIONAL), self.policy.hands or self.formula.evaluations == 1
+            return [each if each.action == Action.NEITHER and may_skip else alone for each in plan]
         formula, both = self.formula, Decision(Action.BOTH)
         terms = None if formula.is_merged else formula.tree
 
@@ -219,7 +221,7 @@ class Denoiser:
         assert plan is not None and formula is not None
         if self.skips:
             return [False] * len(plan)
-        if formula.evaluations == 1:
+        if not formula.guides:
             return [True] * len(plan)
         both = [each.action in (Action.BOTH, Action.NEITHER) for each in plan]
         # A cache would meet rows it has not seen; to skip a whole call is what its contexts are for.

@@ -3,6 +3,7 @@
 `verification` holds it against every other step.
 """
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedPipeline
+from diffusers_guidance.pipelines.attach import told
 from diffusers_guidance.pipelines.attach.branching import Asked
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
@@ -21,7 +23,6 @@ from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.identify import SINGLE, identify
 from diffusers_guidance.pipelines.attach.single import holds, single
 from diffusers_guidance.pipelines.attach.terms import Apart, Terms, distances
-from diffusers_guidance.pipelines.attach.told import branches, conditional
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule
@@ -95,10 +96,10 @@ class Discovery:
         before = None if orders is None else orders.get(type(self.call.pipe))
         known, halves = (None, []) if before is None else before
 
-        def told() -> int | None:
-            return conditional(denoiser.now.halves, self.call.arguments, halves) if self.acts else None
+        def order() -> int | None:
+            return told.conditional(denoiser.now.halves, self.call.arguments, halves) if self.acts else None
 
-        found = identify(met.outputs, met.output, self.call.scales, met.around, known, told, self._asked(denoiser))
+        found = identify(met.outputs, met.output, self.call.scales, met.around, known, order, self._asked(denoiser))
         if found.formula is None:
             if found.undetermined:
                 return found.tried
@@ -129,7 +130,8 @@ class Discovery:
             return  # the output agrees with both predictions
         if known is None or again is None or again.rows != known.rows or self._is_open(again):
             raise self.unsupported(met, why)
-        if known.tree is not None and again.tree is None and self.guides_otherwise:  # it would act on the terms too
+        # It would act on the terms too, or on what was none.
+        if known.tree is not None and (again.tree is None or again.guides != known.guides) and self.guides_otherwise:
             raise self.unsupported(met, why)
         denoiser.settle_for(again)
 
@@ -155,19 +157,30 @@ class Discovery:
         def apart(formula: Formula) -> Apart | None:
             if len(calls) != formula.calls:
                 return None
-            return distances(branches(calls, formula.rows, formula.branches if formula.batched else 1))
+            return distances(told.branches(calls, formula.rows, formula.branches if formula.batched else 1))
 
         def pair(formula: Formula) -> tuple[int, int] | None:
             """The branches of guidance that is known, which begin those of one with further calls."""
             if (
                 known is None
                 or known.evaluations != 2
+                or not known.guides
                 or (known.batched, known.rows) != (formula.batched, formula.rows)
             ):
                 return None
             return known.cond_index, 1 - known.cond_index
 
-        return Asked(lambda: self.call.strengths, apart, pair)
+        @functools.cache
+        def alike(layout: tuple[bool, int, int, int]) -> bool:
+            if known is not None and _shape_of(known) == layout:
+                return known.evaluations > 1 and not known.guides
+            batched, rows, branches, further = layout
+            says = getattr(self.call.pipe, "do_classifier_free_guidance", None)
+            if says is True or denoiser.is_several or len(calls) != (1 if batched else branches) + further:
+                return False
+            return told.alike(calls, rows, branches if batched else 1, says is False)
+
+        return Asked(lambda: self.call.strengths, apart, pair, lambda formula: alike(_shape_of(formula)))
 
     def _plain(self, formula: Formula) -> Formula:
         """The formula with all its branches but one in u, where that is simpler, and as good: a rule acts on none."""
@@ -244,6 +257,11 @@ class Discovery:
         known = [each.label for each in seen if each.formula is not None]
         why = f"until now {known[0]} alone was" if known else "no sum of their predictions gives it"
         return f"{' and '.join(each.label for each in seen)} were evaluated for it, and {why}"
+
+
+def _shape_of(formula: Formula) -> tuple[bool, int, int, int]:
+    """Which of the step's rows and calls are branches."""
+    return formula.batched, formula.rows, formula.branches, formula.further
 
 
 def merged(formula: Formula, terms: Terms) -> Formula:

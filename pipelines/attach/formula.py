@@ -87,6 +87,11 @@ class Formula(Combination):
         return self.layout.evaluations
 
     @property
+    def guides(self) -> bool:
+        """Whether one of its branches is unconditional, so that a rule has something to act on."""
+        return self.evaluations > 1 and (self.tree is None or self.tree.guides)
+
+    @property
     def others(self) -> list[int]:
         return self.layout.others
 
@@ -112,6 +117,11 @@ class Formula(Combination):
     def is_weighed(self) -> bool:
         """Whether it weighs more than two branches by numbers of which nothing else is known."""
         return self.tree is None and self.evaluations > 2
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether its scale is solved for at each step, from numbers that are rounded."""
+        return self.guides and self.scale is None and not (self.tree is not None and self.exact)
 
     @property
     def hands_it_on(self) -> bool:
@@ -223,7 +233,8 @@ class Formula(Combination):
 
     def expected(self, outputs: Sequence[Tensor], c: Tensor, u: Tensor, s: Scale, around: Around) -> Tensor | None:
         """What it makes of a step's outputs; None where that is `u + s (c - u)` of (c, u), of `cut`, in their dtype."""
-        simple = self.anchor == "u" and self.evaluations == 2 and not (self.finish or self.mixed or self.widens)
+        is_pair = self.evaluations == 2 and self.tree is None
+        simple = self.anchor == "u" and is_pair and not (self.finish or self.mixed or self.widens)
         if simple and isinstance(s, float) and c.dtype == u.dtype == self.dtype:
             return None
         return self.reproduce(outputs, s, around)
@@ -262,7 +273,9 @@ class Formula(Combination):
         return super().written if self.tree is None else self.tree.names[self.tree.uncond]
 
     def __str__(self) -> str:
-        combination = "without guidance" if self.evaluations == 1 else Combination.__str__(self)
+        combination = Combination.__str__(self)
+        if not self.guides:
+            combination = "without guidance" + (f", then {self.finish}" if self.finish else "")
         more = f" (or {self.rival})" if self.rival else ""
         more += f" + {self.tree}" if self.tree is not None else ""
         return f"{self.layout.told(self.names)}; {combination}{more}"

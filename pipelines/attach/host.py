@@ -347,31 +347,35 @@ class Host:
                 if reason:
                     return self._left(met, Action.BOTH, f"{reason}{NOT_YET}")
         denoiser, is_single = met.denoiser, its_kind is Kind.SINGLE
-        step, note = self._step_of(denoiser), denoiser.cut.whole
+        assert denoiser.formula is not None
+        step, note, guides = self._step_of(denoiser), denoiser.cut.whole, denoiser.formula.guides
         if denoiser.engine is None:
-            evaluated = [not is_single] * step.rows
+            evaluated = [guides] * step.rows
             note = self._try_parts(denoiser) if self._may_skip else ""
             denoiser.is_guided_by(self._engine(denoiser), step)
         else:
-            evaluated = [False] * step.rows if is_single else denoiser.evaluates
+            evaluated = denoiser.evaluates if guides else [False] * step.rows
         plan, cost = denoiser.now.plan, denoiser.take_cost()
         assert plan is not None
         if self.policy.hands and not denoiser.now.nfe:
             return self._forecast(met, step, plan, cost, note, is_single)
+        if not guides:
+            plan = [Decision(Action.CONDITIONAL, each.why) for each in plan]
         if is_single:
             step, prediction = self._alone(met, step, cost, note)
-            plan = [Decision(Action.CONDITIONAL, each.why) for each in plan]
         else:
             step, prediction = self._verification.verify(At(met, step, plan, evaluated, cost, note))
         return self._combine(met, step, plan, prediction, fuse)
 
     def _alone(self, met: Met, step: Step, cost: tuple[int, int], note: str) -> tuple[Step, Prediction]:
         """The step with the only prediction of each sample."""
-        formula = met.denoiser.formula
-        assert formula is not None
+        formula, engine, clock = met.denoiser.formula, met.denoiser.engine, met.clock
+        assert formula is not None and engine is not None
         c, x = formula.view.working(met.output), formula.view.working(met.sample)
         alone = Prediction(c, c, [False] * step.rows, None, *cost, unseen(step.rows), note)
-        return changed(step.on(x, c, met.clock.space), w=1.0), alone
+        needs, policy = engine.rule.needs_denoised, self.policy
+        space = clock.denoising(self._call.name, engine.rule, policy, x, c) if needs else clock.space
+        return changed(step.on(x, c, space), w=1.0), alone
 
     def _forecast(self, met: Met, step: Step, plan: Plan, cost: tuple[int, int], note: str, is_single: bool) -> Guided:
         """A step of which nothing was evaluated, of a policy that `hands`."""
@@ -491,7 +495,7 @@ class Host:
         origin, tree = denoiser.formula.w(0.0), denoiser.formula.tree
         return Engine(
             self.rule, self.policy, history, self._recording, recorder=self._recorder, origin=origin,
-            rests=tree is None or tree.is_flat,
+            rests=tree is None or tree.is_flat, guides=denoiser.formula.guides,
         )  # fmt: skip
 
     def _setting(self, denoiser: Denoiser, step: Step) -> dict[str, Any]:
@@ -506,7 +510,7 @@ class Host:
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
-        is_guided = denoiser.formula is not None and denoiser.formula.evaluations > 1
+        is_guided = denoiser.formula is not None and denoiser.formula.guides
         note = denoiser.find_out(cuts=is_guided and (self._rests or not self.policy.hands))
         formula, is_whole = denoiser.formula, denoiser.cut.is_left_whole
         if formula is not None and (formula.batched or self.policy.hands) and not is_whole:
@@ -530,7 +534,10 @@ class Host:
         return changed(step, rows=rows, branches=branches, denoiser=denoiser.name, velocity=velocity)
 
     def _tell(self, prediction: Prediction | None, step: Step, handed: Tensor | None, met: Met) -> None:
-        """Tells the observers of a step."""
+        """Tells the observers of a step, which the report tells by now."""
+        formula = met.denoiser.formula
+        if formula is not None and formula.is_solved and not self.rule.is_scheduled:
+            self.report.steps[-1].round_scale(torch.finfo(met.outputs[0].dtype).eps)
         if self._observers and handed is not None:
             for observer in self._observers:
                 observer(step.on(met.sample, handed, met.clock.space), prediction, handed)

@@ -9,6 +9,9 @@ tried in turn, and the first that succeeds is taken:
 4. with more than two branches, their terms (`terms.py`), or any affine combination; with two, one mixed with the
    sample.
 
+Of branches that were made from the same, while the pipeline does not say that it guides, none is the unconditional one.
+Then 4 comes first.
+
 Two formulas may fit that take different halves for the conditional one: `u + s (c - u)` is `c + (1 - s) (u - c)`, and
 with 0 < s < 1 either half may be meant. A scale that is read by name and fits in one order settles it. So does the
 order found at another scale. Otherwise no formula is chosen, and the reason says so. At s = 1 and s = 0 the output is
@@ -121,6 +124,8 @@ class _Search:
     def found(self) -> Identified:
         every: list[Reading] = []
         for reading in readings(self.outputs, self.output, self.around, self.live):
+            if self.terms.alike(reading.formula):
+                reading = replace(reading, live={})
             if verdict := self._by_name(reading):
                 return verdict
             every.append(reading)
@@ -128,9 +133,11 @@ class _Search:
             return Identified(None, False, self._shapes())
         pairs = [reading for reading in every if reading.formula.evaluations == 2]
         many = [reading for reading in every if reading.formula.evaluations > 2]
+        alike = [reading for reading in pairs if self.terms.alike(reading.formula)]
         apart = [reading for reading in pairs if reading.differs(2.0)]
         turned, again = itertools.tee(each for reading in apart for each in reading.of_networks())
         steps: list[tuple[Callable[[Reading], Identified | None], Iterable[Reading]]] = [
+            (self._by_terms, alike),
             (self._by_solving, (reading for reading in pairs if reading.differs(0.25))),
             (self._by_rounding, apart),
             (self._by_terms, many),
@@ -248,7 +255,7 @@ class _Search:
         return one._replace(fit=fit) if fit.fits else None
 
     def _by_terms(self, reading: Reading) -> Identified | None:
-        """Of more than two branches: guidance of one away from another, and further terms."""
+        """Guidance of one branch away from another, and further terms; or terms alone."""
         found: list[Candidate] = []
         for tree in self.terms.candidates(reading.formula):
             formula = reading.formula.towards(tree.cond, tree=tree, exact=True)
@@ -256,7 +263,8 @@ class _Search:
                 found.append(Candidate(reading, formula, tree.w))
         if found:
             # Where several trees explain it, it stays open which branch is the unconditional one.
-            return self._settled(found) if len(found) == 1 else None
+            meant = {(each.formula.tree.uncond, each.formula.tree.coefficients) for each in found if each.formula.tree}
+            return self._settled(found[:1]) if len(meant) == 1 else None
         few = reading.few
         by_sum: list[list[tuple[float, Candidate]]] = []
         for formula in sums(reading.formula, few.around):
@@ -321,7 +329,9 @@ class _Search:
         """
         (here,) = reading.all(reading.formula, splits=False)
         *parts, y = (t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (*here.parts, here.target))
-        scales = [s for s in self.live.values() if isinstance(s, float)]
+        # A number, or one for each sample.
+        found = [s.flatten(1) if isinstance(s, Tensor) else s for s in self.live.values()]
+        scales = [s for s in found if isinstance(s, float) or s.shape[1] == 1]
         for u in (part for k, part in enumerate(parts) if k != cond):
             d = parts[cond] - u
             off = [((y - u - s * d) * d).sum(1).abs() for s in scales]
@@ -362,7 +372,7 @@ class _Search:
             return None
         one, *others = left
         order = self._order(one.formula)
-        is_solved = one.formula.scale is None and one.formula.evaluations == 2
+        is_solved = one.formula.scale is None and _is_pair(one.formula)
         if is_solved and order is not None and one.w < -self._rounding:
             held = self.known is not None and self.known.cond_index == order
             return Identified(None, False, turned(one.formula, one.w) if held else _away(one.formula, one.w))
@@ -376,7 +386,7 @@ class _Search:
 
     def _order(self, formula: Formula) -> int | None:
         """Which of the formula's branches is the conditional one, as is told, or was found of ones laid out like it."""
-        told, known = self.told() if formula.evaluations == 2 else None, self.known
+        told, known = self.told() if _is_pair(formula) else None, self.known
         if (
             told is None
             and known is not None
@@ -387,7 +397,7 @@ class _Search:
 
     def _leads(self, one: Candidate) -> bool:
         """Whether its half may be the one that is meant, where the scale was solved for."""
-        if one.formula.evaluations > 2:
+        if not _is_pair(one.formula):
             return True
         order = self._order(one.formula)
         return one.w > 0 if order is None else order == one.formula.cond_index
@@ -404,7 +414,7 @@ class _Search:
     def _is_single(self, one: Candidate) -> bool:
         """Whether the output is one of two halves, and their order is not known."""
         near = min(abs(one.w), abs(one.w - 1)) <= self._rounding
-        return near and one.formula.evaluations == 2 and self._order(one.formula) is None
+        return near and _is_pair(one.formula) and self._order(one.formula) is None
 
     def _try(self, one: Candidate, fit: Fit, larger: float = 1.0) -> None:
         """Keeps in mind what came nearest; `larger`: by how much all numbers are, beside a sample."""
@@ -415,6 +425,11 @@ class _Search:
         size = larger * norm(c - u)
         off = fit.error / size if size else math.inf
         self.tried = min(self.tried, (off, f"{formula}, with w = {one.w:g}, is off by {off:.2g} |c - u|"))
+
+
+def _is_pair(formula: Formula) -> bool:
+    """Whether it has two branches, and one of them is unconditional."""
+    return formula.evaluations == 2 and formula.guides
 
 
 def _distinct(candidates: Iterable[Candidate], passes: Callable[[Candidate], Candidate | None]) -> list[Candidate]:

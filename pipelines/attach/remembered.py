@@ -1,8 +1,8 @@
 """What trials have told about parts of a network's batch, remembered from call to call.
 
 A trial costs evaluations. What it tells depends only on the network, on how its calls hold their branches, and on their
-shapes, so it is made once for these. Nothing is remembered of a network that carries others' code, since that may have
-changed. Samples are not kept.
+shapes, so it is made once for these. Others' code on the network may have changed since: then only that no part can be
+evaluated is remembered, by which no picture can be wrong. Samples are not kept.
 """
 
 from collections.abc import Hashable

@@ -57,6 +57,11 @@ def _listed(name: str, value: Any, rows: int) -> bool:
     return tensors and not _POSITIONAL.search(name)
 
 
+def is_positional(name: str) -> bool:
+    """Whether an argument is called like a table of positions."""
+    return _POSITIONAL.search(name) is not None
+
+
 def leads(value: Any, rows: int) -> bool:
     """Whether it is a tensor with one entry for each row."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows

@@ -17,6 +17,11 @@ and a_u = w - 1: it is what a rule acts on. The others are terms:
 The weights are solved for at every step, by least squares on the branches' differences. Which branch is u and what
 hangs where is told by what the branches were made from (p has the prompt of c, u has another), and by the scales, read
 by name, that the coefficients are.
+
+A branch made from the same as the conditional one is no unconditional one. Where all are (PAG without guidance), u is c
+and w is 1: a rule finds nothing to act on, and the terms are
+
+    g / f = c + sum of s (c - p)
 """
 
 import itertools
@@ -45,7 +50,7 @@ class Terms:
     """How the branches hang together; tuples are by branch.
 
     Args:
-        uncond: the unconditional one.
+        uncond: the unconditional one; where there is none, the conditional one.
         parents: what each is subtracted from; the conditional one is its own parent.
         coefficients: a_k; that of the conditional one is 0.
         names: of their scales, as the pipeline has them; "" where none is known.
@@ -81,7 +86,12 @@ class Terms:
     @property
     def is_flat(self) -> bool:
         """Whether all hang on the conditional one."""
-        return len(self.alone) == len(self.parents) - 2
+        return all(parent == self.cond for parent in self.parents)
+
+    @property
+    def guides(self) -> bool:
+        """Whether one of them is unconditional."""
+        return self.uncond != self.cond
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -100,7 +110,7 @@ class Terms:
 
     def guided(self, w: float) -> "Terms":
         """The same at another guidance scale."""
-        if w == self.w:
+        if w == self.w or not self.guides:
             return self
         return replace(
             self, coefficients=tuple(w - 1 if k == self.uncond else a for k, a in enumerate(self.coefficients))
@@ -238,19 +248,21 @@ def trees(
     scales: Mapping[str, float],
     apart: Apart | None = None,
     pair: tuple[int, int] | None = None,
+    alike: bool = False,
 ) -> list[Terms]:
     """How the branches may hang together, so that it makes sense of their weights.
 
-    Either every coefficient is a scale that is known by name; or, where `apart` or `pair` tells which is which, all
-    hang on the conditional one and push away. Trees of the first kind exclude the others.
+    Either every coefficient is a scale that is known by name; or, where `apart`, `pair` or `alike` tells which is
+    which, all hang on the conditional one and push away. Trees of the first kind exclude the others.
 
     Args:
         pair: (the conditional, the unconditional) branch, where it is known.
+        alike: whether all branches were made from the same, so that none is unconditional.
     """
     n = len(weights.values)
     named: list[Terms] = []
     plain: list[Terms] = []
-    for cond, uncond, parents in _hung(n, apart, pair):
+    for cond, uncond, parents in _hung(n, apart, pair, alike):
         a = coefficients(weights.around(cond), parents)
         names = _named(a, cond, uncond, scales, weights.doubt)
         # What is not seen has no part in this step: it is taken to be what its scale says.
@@ -258,7 +270,7 @@ def trees(
         terms = Terms(uncond, tuple(parents), a, names)
         if all(terms.names[k] for k in range(n) if k != cond):
             named.append(terms)
-        elif (apart or pair) and terms.is_flat and all(a[k] > _SEEN for k in range(n) if k != cond):
+        elif (apart or pair or alike) and terms.is_flat and all(a[k] > _SEEN for k in range(n) if k != cond):
             plain.append(terms)
     # Where the unconditional branch weighs nothing either will do: what pushes away from the conditional one, say.
     found = named or plain
@@ -267,7 +279,11 @@ def trees(
 
 
 def candidates(
-    n: int, scales: Mapping[str, float], apart: Apart | None = None, pair: tuple[int, int] | None = None
+    n: int,
+    scales: Mapping[str, float],
+    apart: Apart | None = None,
+    pair: tuple[int, int] | None = None,
+    alike: bool = False,
 ) -> list[Terms]:
     """How so many branches may hang together, with each coefficient a scale known by name, or that less 1."""
     guidance: dict[float, str] = {}
@@ -276,22 +292,29 @@ def candidates(
         (guidance if _is_guidance(label) else further).setdefault(s, label)
     ways = [(name, s, shift) for s, name in further.items() for shift in (0.0, 1.0)]
     found: list[Terms] = []
-    hung = [*_hung(n, apart, pair)]
-    if len(hung) * len(guidance) * len(ways) ** (n - 2) > _MANY:
+    hung = [*_hung(n, apart, pair, alike)]
+    if alike:
+        guidance = {1.0: ""}
+    if len(hung) * len(guidance) * len(ways) ** (n - 1 if alike else n - 2) > _MANY:
         return found
     for cond, uncond, parents in hung:
         free = [k for k in range(n) if k not in (cond, uncond)]
         for (w, label), chosen in itertools.product(guidance.items(), itertools.product(ways, repeat=len(free))):
             names, shifts, a = [""] * n, [0.0] * n, [0.0] * n
-            names[uncond], shifts[uncond], a[uncond] = label, 1.0, w - 1
+            names[uncond], shifts[uncond], a[uncond] = label, 1.0, w - 1  # of none, 0
             for k, (name, s, shift) in zip(free, chosen, strict=True):
                 names[k], shifts[k], a[k] = name, shift, s - shift
             found.append(Terms(uncond, tuple(parents), tuple(a), tuple(names), tuple(shifts)))
     return found
 
 
-def _hung(n: int, apart: Apart | None, pair: tuple[int, int] | None) -> Iterator[tuple[int, int, list[int]]]:
+def _hung(
+    n: int, apart: Apart | None, pair: tuple[int, int] | None, alike: bool
+) -> Iterator[tuple[int, int, list[int]]]:
     """(the conditional branch, the unconditional one, what each hangs on), in every way that is likely."""
+    if alike:
+        yield from ((cond, cond, [cond] * n) for cond in range(n))
+        return
     for cond, uncond in [pair] if pair else itertools.permutations(range(n), 2):
         free = [k for k in range(n) if k not in (cond, uncond)]
         for hangs in itertools.product((cond, uncond), repeat=len(free)):

@@ -66,6 +66,7 @@ class Part:
 class Together(Denoiser):
     """The denoiser that several are, in the order of their calls; they have made one step so far."""
 
+    is_several = True
     parts: dict[int, Part] = field(default_factory=dict)
     """By a network's id."""
     networks: tuple[str, ...] = ()

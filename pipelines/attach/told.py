@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach.rows import folded, leads
-from diffusers_guidance.pipelines.attach.trees import named
+from diffusers_guidance.pipelines.attach.rows import folded, is_positional, leads
+from diffusers_guidance.pipelines.attach.trees import leaves, named
 
 Inputs = dict[str, Tensor]
 """The tensors among a call's arguments, by their place, or a branch's part of them."""
@@ -36,6 +36,37 @@ def branches(calls: Sequence[Any], rows: int, head: int) -> list[Inputs]:
     total = head * rows
     cut = {name: t.chunk(head) for name, t in first.items() if leads(t, total) or folded(name, t, total)}
     return [*({name: parts[i] for name, parts in cut.items()} for i in range(head)), *others]
+
+
+def alike(calls: Sequence[Any], rows: int, head: int, says_no: bool) -> bool:
+    """Whether all branches were made from the same: then none is the unconditional one.
+
+    Args:
+        calls, rows, head: see `branches`.
+        says_no: whether the pipeline says that it does not guide. Otherwise what is no tensor may tell branches apart.
+    """
+    first, total = calls[0], head * rows
+    if head > 1:
+        cut: list[Any] = [{} for _ in range(head)]
+        for path, each in leaves(first, is_leaf=lambda _, value: isinstance(value, list) and len(value) == total):
+            if isinstance(each, list) or leads(each, total) or folded(path.rpartition(".")[2], each, total):
+                step = len(each) // head
+                for k in range(head):
+                    cut[k][path] = each[k * step : (k + 1) * step]
+            elif isinstance(each, Tensor) and total in each.shape and not is_positional(path):
+                return False  # it may hold the branches in another dimension
+        calls = [*cut, *calls[1:]]
+    given = [dict(named(each) if says_no else leaves(each)) for each in calls]
+    return bool(given[0]) and all(_is_same(given[0], each) for each in given[1:])
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.shape == b.shape and torch.equal(a, b)
+        return a is b or (isinstance(a, int | float | str) and type(a) is type(b) and a == b)
+
+    return one.keys() == other.keys() and all(same(each, other[name]) for name, each in one.items())
 
 
 def _differing(given: Sequence[Inputs]) -> list[Inputs]:

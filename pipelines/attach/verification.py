@@ -129,7 +129,8 @@ class Verification:
         sent = Arrival(residual(alone, target, alone, alone))
         if sent.is_here:
             return tolerance.fit(sent.norms).fits
-        self._check_later(met, formula, tolerance, sent, alone.dtype, self.discovery.policy.hands)
+        changes = self.discovery.policy.hands or not denoiser.engine.rule.is_plain
+        self._check_later(met, formula, tolerance, sent, alone.dtype, changes)
         return True
 
     # What it shows
@@ -162,7 +163,7 @@ class Verification:
                 w = formula.tree.weights[formula.cond_index]
             tolerance = formula.tolerance(s, c.dtype, is_strict=self.discovery.acts)
             expected = formula.expected(outputs, c, u, s, around)
-        rule, policy = self.discovery.rule, self.discovery.policy
+        rule, policy = denoiser.engine.rule, self.discovery.policy
         space = met.clock.denoising(self.call.name, rule, policy, x, c)
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = changed(at.step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
@@ -197,7 +198,13 @@ class Verification:
                 formula = replace(formula, value=s)
                 at.met.denoiser.settle_for(formula)
         rule, several = self.discovery.rule, isinstance(s, Tensor)
-        if rule.is_scheduled and (several or formula.is_weighed):
+        if rule.is_scheduled and formula.is_weighed:
+            raise UnsupportedPipeline(
+                f"{self.call.name} weighs its {formula.evaluations} predictions by numbers of its own, and what they "
+                f"would be at another scale cannot be seen, so the schedule of {rule} cannot be followed: give the "
+                "rule one number, or change the pipeline's own scale from step to step, in a callback, say"
+            )
+        if rule.is_scheduled and several:
             raise UnsupportedPipeline(
                 f"{self.call.name} guides at several scales at once, and the schedule of {rule} is of one: "
                 "give its rule no guidance_scale, and set the pipeline's own"

@@ -12,11 +12,12 @@ from diffusers_guidance.checks import plain
 from diffusers_guidance.pipelines.pictures.columns import Column
 from diffusers_guidance.pipelines.pictures.defaults import COLUMNS
 from diffusers_guidance.pipelines.pictures.kept import Kept
-from diffusers_guidance.pipelines.pictures.make import Result, cases_of, make, start_up
+from diffusers_guidance.pipelines.pictures.make import Result, begun, cases_of, check_batches, make, start_up
 from diffusers_guidance.pipelines.pictures.measures import psnr
 from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, part, silent
 from diffusers_guidance.pipelines.support.resume import resumed
+from diffusers_guidance.scales import Given
 
 
 @dataclass
@@ -80,7 +81,7 @@ def compare(
     *,
     seeds: Sequence[int] = (0,),
     steps: int = 20,
-    guidance_scale: float = 5.0,
+    guidance_scale: Given = 5.0,
     negative: str | None = None,
     batch: int | None = None,
     warm_up: bool = True,
@@ -93,7 +94,7 @@ def compare(
     Args:
         pipe: any pipeline that `attach` takes. A handle on it stays attached, but idle.
         columns: `Column`s, or texts for `Column.parse`.
-        guidance_scale: for columns without a scale of their own.
+        guidance_scale: for columns without a scale of their own; it may be a schedule (`scales`).
         negative: the negative prompt of all pictures.
         batch: pictures per call; None for all. A picture does not depend on it (up to rounding).
         kept: where finished columns are kept, for the case that this is stopped; those found there are not made again.
@@ -109,6 +110,10 @@ def compare(
     cases = cases_of(prompts, seeds, negative)
     each = -(-len(cases) // (batch or len(cases))) * steps
     total = len(wanted) * each
+    for column in wanted:  # before anything is made
+        size = batch or len(cases)
+        sizes = [len(cases[start : start + size]) for start in range(0, len(cases), size)]
+        check_batches(begun(column, guidance_scale).guidance_scale, sizes)
     kept = kept or Kept()
     kept.begin(pipe, cases, guidance_scale, {"steps": steps, "batch": batch, "arguments": repr(arguments)})
     found = [kept.found(column) for column in wanted]

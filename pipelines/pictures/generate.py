@@ -18,7 +18,7 @@ from diffusers_guidance.checks import is_whole, plain
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.files import write
 from diffusers_guidance.pipelines.pictures.columns import Column
-from diffusers_guidance.pipelines.pictures.make import Best, Case, Result, make, png_of
+from diffusers_guidance.pipelines.pictures.make import Best, Case, Result, check_batches, make, png_of
 from diffusers_guidance.pipelines.pictures.make import best_of as choose
 from diffusers_guidance.pipelines.pictures.sizes import check_sides, check_size
 from diffusers_guidance.pipelines.support.files import read_lines, read_text
@@ -190,6 +190,8 @@ def generate(
             batches[-1].append(job)
         else:
             batches.append([job])
+    if best_of == 1:
+        check_batches(scale, map(len, batches))
 
     def work(part: list[Job]) -> tuple[list[bytes], dict[str, Any]]:
         pipe = pipeline(model, device, dtype)

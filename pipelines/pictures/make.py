@@ -3,7 +3,7 @@
 import inspect
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,7 +31,7 @@ from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Policy
 from diffusers_guidance.report import Report
 from diffusers_guidance.rules import CFG, Rule
-from diffusers_guidance.scales import Given, parts, stand_in
+from diffusers_guidance.scales import Given, for_all, parts, stand_in
 from diffusers_guidance.steps import Prediction, Step
 
 
@@ -138,6 +138,7 @@ def make(
     result = begun(column, guidance_scale)
     size = batch or len(cases)
     batches = [cases[start : start + size] for start in range(0, len(cases), size)]
+    check_batches(result.guidance_scale, map(len, batches))
     with borrowed(pipe, result.rule, result.policy) as handle, _recording(pipe) if gradients else nullcontext():
         handle.observers += observers
         for number, part in enumerate(batches):
@@ -152,6 +153,17 @@ def make(
             result.reports.append(handle.report)
         result.calibration = handle.calibration
     return result
+
+
+def check_batches(given: Given, sizes: Iterable[int]) -> None:
+    """Refuses a scale for each sample of a batch if a call makes another number of pictures."""
+    samples, _ = parts(given)
+    other = next((size for size in sizes if size != samples), None)
+    if samples > 1 and other is not None:
+        raise ValueError(
+            f"guidance_scale={given!r} is for {samples} samples, and a call makes {other} of these pictures: give one "
+            "for each picture of a call, or one for all"
+        )
 
 
 def begun(column: Column, guidance_scale: Given) -> Result:
@@ -221,8 +233,7 @@ def best_of(
     if not seeds or not is_whole(after, 1) or after >= steps:
         raise ValueError(f"seeds={list(seeds)!r}, after={after!r}: at least one seed, and from 1 to {steps - 1} steps")
     given = guidance_scale if column.guidance_scale is None else column.guidance_scale
-    if (samples := parts(given)[0]) > 1:
-        raise ValueError(f"guidance_scale={given!r} is for {samples} samples: best_of needs one for all of its seeds")
+    for_all(given, "best_of needs one for all of its seeds")
     found: dict[int, float] = {}
     size, nfe = batch or len(seeds), 0
     tried = replace(column, rule=column.rule or DEFAULT_RULE, policy=EveryStep())

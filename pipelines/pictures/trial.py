@@ -19,6 +19,7 @@ from diffusers_guidance.pipelines.support.progress import Progress, part, silent
 from diffusers_guidance.pipelines.support.resume import resumed
 from diffusers_guidance.policies import EveryStep, Forecast
 from diffusers_guidance.rules import CFG
+from diffusers_guidance.scales import Given, changes, checked, for_all, text
 
 SAVE = 0.45
 """The least share of the NFEs that the learned Forecast saves."""
@@ -80,19 +81,17 @@ class Trial:
     @property
     def code(self) -> str:
         """The Python lines for the recommendation."""
-        if self.choice == 2:
-            lines = [
-                "from diffusers_guidance import Forecast, attach",
-                f"handle = attach(pipe, policy=Forecast({SAVE}, learn=True))",
+        scale = self.comparison.results[0].guidance_scale
+        rule = f"CFG({scale!r})" if changes(scale) else "CFG()" if not self.choice else ""
+        policy = ("EveryStep()", "", f"policy=Forecast({SAVE}, learn=True)")[self.choice]
+        names = [name for name in ("CFG", "EveryStep", "Forecast") if name in rule + policy]
+        return "\n".join(
+            [
+                f"from diffusers_guidance import {', '.join([*names, 'attach'])}",
+                f"handle = attach({', '.join(filter(None, ['pipe', rule, policy]))})",
+                f"picture = {self.call}",
             ]
-        elif self.choice == 1:
-            lines = ["from diffusers_guidance import attach", "handle = attach(pipe)"]
-        else:
-            lines = [
-                "from diffusers_guidance import CFG, EveryStep, attach",
-                "handle = attach(pipe, CFG(), EveryStep())",
-            ]
-        return "\n".join([*lines, f"picture = {self.call}"])
+        )
 
 
 NAMES = ("plain guidance", "the default", f"the learned Forecast({SAVE})")
@@ -104,7 +103,7 @@ def try_out(
     *,
     seed: int = 0,
     steps: int | None = None,
-    guidance_scale: float | None = None,
+    guidance_scale: Given | None = None,
     turns: int = 2,
     same: float = SAME,
     progress: Progress = silent,
@@ -117,7 +116,8 @@ def try_out(
     with another seed, which is not timed.
 
     Args:
-        steps, guidance_scale: None for the pipeline's own defaults; where these turn guidance off, `SCALE`.
+        steps, guidance_scale: None for the pipeline's own defaults; where these turn guidance off, `SCALE`. The scale
+            may be a schedule (`scales`).
         turns: how often each is timed.
         same: from this many dB to plain guidance on, a picture counts as the same.
         kept: where the lesson and finished turns are kept, for the case that this is stopped; those found there are
@@ -134,7 +134,9 @@ def try_out(
     if "prompt" not in taken or scale_name is None:
         raise ValueError(f"{kind} takes no {'prompt' if scale_name else 'guidance scale'}: nothing to try on it")
     default = taken[scale_name]
-    scale = guidance_scale if guidance_scale is not None else default if _guides(default) else SCALE
+    given = checked(guidance_scale)
+    scale: Given = given if given is not None else default if _guides(default) else SCALE
+    for_all(scale, "each picture is made alone")
     count = steps if steps is not None else taken.get("num_inference_steps")
     if not isinstance(count, int):
         raise ValueError(f"{kind} has no default number of steps: name one with --steps")
@@ -160,7 +162,7 @@ def try_out(
         raise ValueError(f"{kind} made no picture from this prompt: {error}") from error
     if not any(report.is_guided for report in lesson.reports):
         raise ValueError(
-            f"{kind} does no classifier-free guidance at {scale_name}={scale:g}, so there is nothing to save: "
+            f"{kind} does no classifier-free guidance at {scale_name}={text(scale)}, so there is nothing to save: "
             "a scale above 1 turns it on (--scale), unless the model has guidance distilled into it"
         )
     columns = [
@@ -198,7 +200,8 @@ def try_out(
     )
     ratios = [[each[number].seconds / each[0].seconds for each in rounds] for number in range(3)]
     more = {"negative_prompt": ""} if scale_name == "true_cfg_scale" and "negative_prompt" in taken else {}
-    call = {"num_inference_steps": count, scale_name: scale, **more, **arguments}
+    own = {} if changes(scale) else {scale_name: scale}  # a schedule is the rule's
+    call = {"num_inference_steps": count, **own, **more, **arguments}
     words = ", ".join([repr(prompts[0]), *(f"{name}={value!r}" for name, value in call.items())])
     first = "frames[0]" if "num_frames" in taken else "images[0]"
     return Trial(comparison, ratios, f"pipe({words}).{first}", same)

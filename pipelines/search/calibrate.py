@@ -132,11 +132,8 @@ def calibrate(
     ):
         if not is_whole(value, 1):
             raise ValueError(f"{name}={value!r}: a whole number from 1 up")
-    guidance_scale, seed, per_channel, share = plain([guidance_scale, seed, per_channel, tuple(share)])
-    kept = scales.checked(guidance_scale)
-    if kept is None:
-        raise ValueError(f"guidance_scale=None: {scales.WANTED}")
-    guidance_scale = kept
+    seed, per_channel, share = plain([seed, per_channel, tuple(share)])
+    guidance_scale = _scale(guidance_scale)
     if not is_whole(seed):
         raise ValueError(f"seed={seed!r}: a whole number")
     if not isinstance(per_channel, bool):
@@ -180,6 +177,14 @@ def calibrate(
     if done is None:
         raise ValueError(f"share={share} of {trajectories} trajectories is empty: at most {trajectories} shares")
     return done
+
+
+def _scale(given: Any) -> scales.Given:
+    """The scale of all trajectories."""
+    kept = scales.checked(plain(given))
+    if kept is None:
+        raise ValueError(f"guidance_scale=None: {scales.WANTED}")
+    return scales.for_all(kept, "all trajectories have one, so make a calibration for each")
 
 
 def _told_time(spent: float, made: int, left: int, steps: int) -> str:
@@ -358,6 +363,7 @@ def calibrate_on_ray(
     known = inspect.signature(calibrate).bind(None, prompts, **settings)
     known.apply_defaults()
     names = ("prompts", "negative_prompts", "seed", "num_inference_steps", "guidance_scale", "per_channel", "arguments")
+    known.arguments["guidance_scale"] = _scale(known.arguments["guidance_scale"])
     plan = _plan(*(known.arguments[name] for name in names))
     waiting = [None if path is None else Path(f"{path}.{k}-of-{shares}") for k in range(shares)]
 

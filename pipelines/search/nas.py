@@ -35,6 +35,7 @@ from diffusers_guidance.pipelines.pictures.texts import prompts_of
 from diffusers_guidance.pipelines.support.progress import Progress, silent
 from diffusers_guidance.policies import EveryStep, Schedule
 from diffusers_guidance.rules import CFG, Coefficients, Gram, Rule
+from diffusers_guidance.scales import Given, for_all
 from diffusers_guidance.steps import Step
 
 NETWORKS = ("unet", "transformer")
@@ -59,7 +60,7 @@ def search_nas(
     nfe: int,
     *,
     num_inference_steps: int = 20,
-    guidance_scale: float = 5.0,
+    guidance_scale: Given = 5.0,
     strengths: Sequence[float] = (1.0,),
     iterations: int = 60,
     batch_size: int = 2,
@@ -79,7 +80,7 @@ def search_nas(
         prompts: iteration i takes the next `batch_size` of them, with its own seed.
         nfe: the budget of network evaluations for one sample: from the number of steps plus one to twice the number of
             steps; each stage of a two-stage solver counts as a step.
-        guidance_scale: the scale of the guidance to replicate.
+        guidance_scale: the scale of the guidance to replicate; it may be a schedule (`scales`).
         strengths: the scales w to choose from at each step, as multiples of full guidance's. A `Schedule` has one
             scale: with several, steps that choose any of them become "both".
         iterations: steps of Adam on the logits, whose softmax hardens over time.
@@ -97,6 +98,7 @@ def search_nas(
         CalibrationMismatch: the file at `path` is of another search.
     """
     prompts, progress = prompts_of(prompts), progress or silent
+    for_all(guidance_scale, "all runs of the search have one")
     call = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **arguments)
     about = {
         "networks": module_fingerprints(pipe, NETWORKS), "scheduler": scheduler_fingerprint(pipe.scheduler),

@@ -9,6 +9,7 @@ import typer
 from diffusers_guidance import samples
 from diffusers_guidance.pipelines.shell.common import (
     MODEL,
+    SCALE,
     Device,
     Dtype,
     Model,
@@ -16,6 +17,7 @@ from diffusers_guidance.pipelines.shell.common import (
     With,
     command,
     reporting,
+    scale_of,
     written,
 )
 from diffusers_guidance.pipelines.support.modules import import_own
@@ -78,7 +80,7 @@ def generate_command(
     model: Model = MODEL,
     scheduler: Scheduler = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
-    scale: Annotated[float, typer.Option(min=0, help="Guidance scale, if --column names none.")] = 5.0,
+    scale: Annotated[str, typer.Option(help=SCALE % ", if --column names none")] = "5",
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 4,
     best_of: Annotated[
         int, typer.Option(min=1, help="Try so many seeds for a few steps each, and make the best (arXiv 2505.23343).")
@@ -101,7 +103,7 @@ def generate_command(
         _import_own(own, ray)
         wanted = jobs_of(jobs)
         made, had = generate(
-            wanted, out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale,
+            wanted, out, column, model=model, scheduler=scheduler, steps=steps, guidance_scale=scale_of(scale),
             batch=batch, best_of=best_of, after=after, device=device, dtype=dtype, on_ray=ray, progress=progress,
         )  # fmt: skip
     typer.echo(f"{made} picture{'s' * (made != 1)} made, {had} already existed")

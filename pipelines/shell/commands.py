@@ -13,6 +13,7 @@ from diffusers_guidance import samples
 from diffusers_guidance.pipelines.pictures.defaults import BUNDLED, COLUMNS
 from diffusers_guidance.pipelines.shell.common import (
     MODEL,
+    SCALE,
     Calibrated,
     Device,
     Dtype,
@@ -23,6 +24,7 @@ from diffusers_guidance.pipelines.shell.common import (
     With,
     command,
     reporting,
+    scale_of,
     seeds,
     written,
 )
@@ -57,7 +59,7 @@ def compare_command(
     own: With = None,
     seed: Seeds = None,
     steps: Steps = 20,
-    scale: Annotated[float, typer.Option(min=0, help="Guidance scale for columns that name none.")] = 5.0,
+    scale: Annotated[str, typer.Option(help=SCALE % " for columns that name none")] = "5",
     negative: Annotated[str | None, typer.Option(help="Negative prompt of all pictures.")] = None,
     scheduler: Scheduler = None,
     batch: Annotated[
@@ -89,7 +91,7 @@ def compare_command(
         kept = Kept(out / "unfinished")
         comparison = compare(
             load(model, scheduler, device, dtype), texts, columns, seeds=seed or [0], steps=steps,
-            guidance_scale=scale, negative=negative, batch=batch, progress=progress, kept=kept,
+            guidance_scale=scale_of(scale), negative=negative, batch=batch, progress=progress, kept=kept,
         )  # fmt: skip
         files = save(comparison, out)
         kept.clear()
@@ -109,7 +111,7 @@ def calibrate_command(
     ] = None,
     trajectories: Annotated[int, typer.Option(min=1, help="Full runs to record; more give a better estimate.")] = 16,
     steps: Steps = 20,
-    scale: Annotated[float, typer.Option(min=1, help="Guidance scale of the runs.")] = 5.0,
+    scale: Annotated[str, typer.Option(help=SCALE % " of the runs")] = "5",
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per call.")] = 8,
     per_channel: Annotated[bool, typer.Option(help="Measure every latent channel by itself; a larger file.")] = False,
@@ -134,7 +136,7 @@ def calibrate_command(
             "negative_prompts": negative or [""],
             "trajectories": trajectories,
             "num_inference_steps": steps,
-            "guidance_scale": scale,
+            "guidance_scale": scale_of(scale, least=1),
             "seed": seed,
             "batch_size": batch,
             "per_channel": per_channel,
@@ -203,7 +205,7 @@ def search_nas_command(
     model: Model = MODEL,
     scheduler: Scheduler = None,
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps of a picture.")] = 20,
-    scale: Annotated[float, typer.Option(min=1, help="Guidance scale of the runs.")] = 5.0,
+    scale: Annotated[str, typer.Option(help=SCALE % " of the runs")] = "5",
     iterations: Annotated[int, typer.Option(min=1, help="Gradient steps of the search.")] = 60,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per iteration.")] = 2,
     keep: Kept = Path("out/search-nas"),
@@ -218,7 +220,8 @@ def search_nas_command(
 
         texts = read_lines(prompts)
         asked: dict[str, Any] = {
-            "num_inference_steps": steps, "guidance_scale": scale, "iterations": iterations, "batch_size": batch,
+            "num_inference_steps": steps, "guidance_scale": scale_of(scale, least=1), "iterations": iterations,
+            "batch_size": batch,
         }  # fmt: skip
         path = _kept(keep, "safetensors", model, scheduler, device, dtype, texts, nfe, asked)
         found = search_nas(load(model, scheduler, device, dtype), texts, nfe, **asked, path=path, progress=progress)

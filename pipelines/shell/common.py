@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.pipelines.support.ending import status
 from diffusers_guidance.pipelines.support.files import sentence
 from diffusers_guidance.pipelines.support.modules import HELP
+
+if TYPE_CHECKING:
+    from diffusers_guidance.scales import Given
 
 MODEL = str(samples.MODEL)
 Model = Annotated[
@@ -51,6 +54,8 @@ Seeds = Annotated[list[int] | None, typer.Option(min=0, callback=seeds, help="Re
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32 on a CPU, else bfloat16")
 ]
+
+SCALE = 'Guidance scale%s: a number, or one that changes, such as "linear(9, 3)" or "3x3+7x17".'
 
 Calibrated = Annotated[
     str, typer.Argument(help="A file made by `calibrate`, or the name of a bundled one, such as dpm-20-5.")
@@ -153,6 +158,16 @@ class Commands(TyperGroup):
                 raise
             error.filename = error.filename or "the standard output"
             raise _failed(sentence(error)) from None
+
+
+def scale_of(given: str, least: float = 0.0) -> "Given":
+    """What a --scale means, from `least` up."""
+    from diffusers_guidance.scales import checked, stand_in
+
+    found = checked(given)
+    if found is None or stand_in(found) < least:
+        raise ValueError(f"--scale {given}: below {least:g} nothing is guided")
+    return found
 
 
 def _stopped(ended: KeyboardInterrupt, words: str) -> typer.Exit:

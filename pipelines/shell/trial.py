@@ -11,7 +11,16 @@ from rich.table import Table
 
 from diffusers_guidance import samples
 from diffusers_guidance.pipelines.pictures.defaults import SAME
-from diffusers_guidance.pipelines.shell.common import Device, Dtype, Scheduler, Seed, reporting, written
+from diffusers_guidance.pipelines.shell.common import (
+    SCALE,
+    Device,
+    Dtype,
+    Scheduler,
+    Seed,
+    reporting,
+    scale_of,
+    written,
+)
 
 if TYPE_CHECKING:
     from diffusers_guidance.pipelines.pictures.trial import Trial
@@ -28,9 +37,7 @@ def try_command(
     steps: Annotated[
         int | None, typer.Option(min=2, help="Denoising steps of a picture.", show_default="the pipeline's own")
     ] = None,
-    scale: Annotated[
-        float | None, typer.Option(min=0, help="Guidance scale.", show_default="the pipeline's own")
-    ] = None,
+    scale: Annotated[str | None, typer.Option(help=SCALE % "", show_default="the pipeline's own")] = None,
     seed: Seed = 0,
     turns: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 2,
     same: Annotated[
@@ -58,8 +65,9 @@ def try_command(
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
         kept = Kept(out / "unfinished")
         trial = try_out(
-            load(model, scheduler, device, dtype), prompt, seed=seed, steps=steps, guidance_scale=scale, turns=turns,
-            same=same, progress=progress, kept=kept, **sides,
+            load(model, scheduler, device, dtype), prompt, seed=seed, steps=steps,
+            guidance_scale=None if scale is None else scale_of(scale), turns=turns, same=same, progress=progress,
+            kept=kept, **sides,
         )  # fmt: skip
         files = _save(trial, out)
         kept.clear()

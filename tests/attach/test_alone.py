@@ -7,7 +7,17 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from tiny import PIPELINES, counting, run
 from torch import nn
 
-from diffusers_guidance import APG, CFG, EveryStep, Forecast, UnsupportedPipeline, attach, calibrate, search
+from diffusers_guidance import (
+    APG,
+    CFG,
+    EveryStep,
+    Forecast,
+    MomentumGuidance,
+    UnsupportedPipeline,
+    attach,
+    calibrate,
+    search,
+)
 from diffusers_guidance.pipelines.attach.combination import SOLVED, Around
 from diffusers_guidance.pipelines.attach.single import single
 
@@ -142,6 +152,47 @@ def test_guidance_that_begins_in_mid_run_is_seen(begin):
     assert handle.report.nfe < handle.report.nfe_full == 12 + 12 - begin
     c, u = (pipe.unet(steps.samples[begin], None, context)[0] for context in (1.0, 0.0))
     assert torch.equal(steps.outputs[begin], u + 3.0 * (c - u))
+
+
+def test_momentum_guidance_acts_without_guidance():
+    """Algorithm 1 of arXiv 2602.20360, in float64 on the network's own predictions."""
+    pipe, alpha, beta = Turning(Net(), EulerDiscreteScheduler()), 0.7, 0.8
+    with (
+        recorded(pipe.scheduler) as steps,
+        attach(pipe, MomentumGuidance(alpha=alpha, beta=beta), EveryStep()) as handle,
+    ):
+        pipe(100)
+    m = None
+    for x, handed in zip(steps.samples, steps.outputs, strict=True):
+        (v,) = pipe.unet(x.double(), None, 1.0)
+        m = v if m is None else m
+        torch.testing.assert_close(handed.double(), v + alpha * (v - m), rtol=1e-5, atol=1e-5)
+        m = (1 - beta) * v + beta * m
+    assert len(steps.outputs) == 12
+    assert handle.report.nfe == handle.report.nfe_full == 12
+    assert "nothing to do" not in handle.report.note
+
+
+def test_momentum_guidance_follows_where_guidance_begins():
+    pipe = Turning(Net(), EulerDiscreteScheduler())
+    with attach(pipe, MomentumGuidance(), EveryStep()) as handle:
+        pipe(5)
+    assert [step.evaluated for step in handle.report.steps] == [["conditional"]] * 5 + [["both"]] * 7
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_momentum_guidance_of_distilled_models(name):
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    plain = run(pipe, entry, 6)
+    with attach(pipe, MomentumGuidance(alpha=0), EveryStep()):
+        assert torch.equal(run(pipe, entry, 6), plain)
+    with attach(pipe, MomentumGuidance(), EveryStep()) as handle:
+        found = run(pipe, entry, 6)
+    assert not torch.equal(found, plain)
+    with attach(pipe, MomentumGuidance()) as handle:
+        run(pipe, entry, 8)
+    assert handle.report.saved >= 0.25
 
 
 def test_what_the_pipeline_has_copied_by_then_is_refused():

@@ -51,8 +51,9 @@ class Community(diffusers.DiffusionPipeline):
         x = torch.randn(4, 4, 5, 5, generator=draw)[first : first + rows]
         texts = torch.randn(3, 1, 5, 16, generator=draw).expand(3, rows, 5, 16)
         own = self.unet.attn_processors
-        if step is smoothed:
-            blurs = {name: Smoothed(each) if "attn1" in name else each for name, each in own.items()}
+        if step in (smoothed, smoothed_alone):
+            n = 3 if step is smoothed else 2
+            blurs = {name: Smoothed(each, n) if "attn1" in name else each for name, each in own.items()}
             self.unet.set_attn_processor(blurs)
         for t in self.scheduler.timesteps:
             x = self.scheduler.step(step(self, x, t, texts), t, x, return_dict=False)[0]
@@ -119,15 +120,16 @@ def perpendicular_to_two(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
 
 
 class Smoothed:
-    """Self-attention of [uncond, cond, perturbed] whose last third has one query for all places."""
+    """Self-attention of [uncond, cond, perturbed], or of the last two, where the last has one query for all places."""
 
-    def __init__(self, own: Any):
-        self.own = own
+    def __init__(self, own: Any, branches: int = 3):
+        self.own, self.branches = own, branches
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kept, blurred = hidden_states[: -(len(hidden_states) // 3)], hidden_states[-(len(hidden_states) // 3) :]
-        if len(hidden_states) % 3:
-            raise ValueError("a batch of three")
+        if len(hidden_states) % self.branches:
+            raise ValueError(f"a batch of {self.branches}")
+        rows = len(hidden_states) // self.branches
+        kept, blurred = hidden_states[:-rows], hidden_states[-rows:]
         flat = blurred.flatten(2).transpose(1, 2) if blurred.ndim == 4 else blurred
         q = attn.head_to_batch_dim(attn.to_q(flat).mean(1, keepdim=True).expand(-1, flat.shape[1], -1))
         k, v = attn.head_to_batch_dim(attn.to_k(flat)), attn.head_to_batch_dim(attn.to_v(flat))
@@ -141,6 +143,12 @@ def smoothed(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
     return u + pipe._guidance_scale * (c - u) + pipe._seg_scale * (c - p)
 
 
+def smoothed_alone(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    """Without guidance."""
+    c, p = call(pipe.unet, x, t, texts[1], texts[1])
+    return c + pipe._seg_scale * (c - p)
+
+
 # A network ahead of each branch's call
 
 
@@ -152,6 +160,7 @@ def steered(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
 KINDS = {
     "auto": (auto, 2), "auto, weak first": (auto_weak_first, 2), "auto beside": (auto_beside, 3),
     "perpendicular": (perpendicular, 3), "perpendicular to two": (perpendicular_to_two, 4), "smoothed": (smoothed, 3),
+    "smoothed alone": (smoothed_alone, 2),
 }  # fmt: skip
 each_kind = pytest.mark.parametrize(("step", "branches"), KINDS.values(), ids=KINDS)
 
@@ -204,6 +213,40 @@ def test_each_sample_weighs_its_negative_prompt_by_factors_of_its_own(rule, poli
             assert relative(x[i : i + 1], y) < 1e-4
 
 
+def test_perp_neg_at_a_scale_for_each_sample_whose_negative_is_strong():
+    """So strong that it pushes towards u by more than w pushes away: the scale tells that the rest is perpendicular."""
+    pipe, each = built(), torch.tensor([2.0, 6.0]).view(2, 1, 1, 1)
+    for strength in (3.0, 12.0):
+        with attach(pipe, CFG(), EveryStep()), recorded(pipe.scheduler) as own:
+            pipe(perpendicular, each, strength, rows=2)
+        with attach(pipe, CFG(), Hold(2)) as handle, recorded(pipe.scheduler) as found:
+            pipe(perpendicular, each, strength, rows=2)
+        assert handle.report.nfe < handle.report.nfe_full
+        assert torch.equal(found.outputs[0], own.outputs[0])
+
+
+def test_perp_neg_refuses_a_schedule_and_says_what_to_do():
+    pipe = built()
+    with attach(pipe, CFG("linear(6, 2)")), pytest.raises(UnsupportedPipeline) as refused:
+        pipe(perpendicular)
+    said = str(refused.value)
+    assert "Community weighs its 3 predictions by numbers of its own" in said
+    assert "give the rule one number, or change the pipeline's own scale from step to step" in said
+    with attach(pipe, CFG(6.0)) as handle:
+        pipe(perpendicular)
+    assert handle.report.saved > 0
+    # Its own scale may change: what it weighs is solved for at each step.
+    scales = iter(range(9, 9 - STEPS, -1))
+
+    def falling(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+        pipe._guidance_scale = float(next(scales))
+        return perpendicular(pipe, x, t, texts)
+
+    with attach(pipe) as handle:
+        pipe(falling)
+    assert handle.report.saved > 0
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_difference_of_perp_neg_is_held(rows):
     """As in the untouched pipeline where a hook overwrites all that the network puts out but its conditional half."""
@@ -228,6 +271,53 @@ def test_every_difference_of_perp_neg_is_held(rows):
         pipe(perpendicular, rows=rows)
     hook.remove()
     assert all(relative(x, y) < 1e-5 for x, y in zip(found.outputs, truth.outputs, strict=True))
+
+
+def test_that_no_part_can_be_evaluated_is_remembered_of_others_code_too():
+    """Later calls take no more evaluations than without a policy; other shapes are tried once."""
+    pipe, nfe = built(), []
+    for rows in (1, 1, 1, 2, 2):
+        with attach(pipe, CFG(), AdaptiveGuidance(0.9)) as handle, counting(pipe.unet) as count:
+            pipe(smoothed, rows=rows)
+        assert handle.report.nfe == count.total
+        nfe.append(count.total - 3 * rows * STEPS)
+    assert nfe[0] > 0 and nfe[3] > 0 and nfe[1] == nfe[2] == nfe[4] == 0
+
+
+def test_what_a_part_of_others_code_gave_is_not_remembered(monkeypatch):
+    """It may have changed: a picture that it spoils would not be noticed."""
+    pipe = built()
+    monkeypatch.setattr(Smoothed, "__call__", lambda self, *args, **kwargs: self.own(*args, **kwargs))
+
+    def plain(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+        u, c = call(pipe.unet, x, t, texts[0], texts[1])
+        return u + pipe._guidance_scale * (c - u)
+
+    own = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor({name: Smoothed(each) for name, each in own.items()})
+    for _ in range(2):
+        with attach(pipe, CFG(), StepAG(0.5)) as handle:
+            pipe(plain)
+        assert "was tried on its own" in handle.report.steps[0].note and handle.report.saved > 0
+    monkeypatch.setattr(
+        Smoothed,
+        "__call__",
+        lambda self, attn, x, *args, **kwargs: self.own(attn, x.mean(0, True).expand(x.shape), *args, **kwargs),
+    )
+    with attach(pipe, CFG(), StepAG(0.5)) as handle:
+        pipe(plain)
+    assert handle.report.saved <= 0
+
+
+@pytest.mark.parametrize("seg_scale", [3.0, 4.0])
+def test_a_smoothed_branch_is_no_unconditional_one(seg_scale):
+    """Also at the number that the guidance scale has, of a pipeline that does not say whether it guides."""
+    pipe = built()
+    own = pipe(smoothed_alone, 4.0, seg_scale)
+    for rule, policy in ((APG(), EveryStep()), (CFG(), AdaptiveGuidance(0.1))):
+        with attach(pipe, rule, policy) as handle:
+            assert torch.equal(pipe(smoothed_alone, 4.0, seg_scale), own)
+        assert handle.report.nfe_by_branch == {"cond": STEPS, "seg": STEPS}
 
 
 def test_a_network_ahead_of_each_call_skips_with_it():

@@ -4,6 +4,7 @@ import itertools
 import math
 from contextlib import suppress
 
+import numpy
 import pytest
 import torch
 from conformance import Enough, recorded, relative, unguided
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PIPELINES, counting, run
 
-from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Forecast, Hold, attach
+from diffusers_guidance import APG, CFG, TAG, AdaptiveGuidance, EveryStep, Forecast, Hold, UnsupportedPipeline, attach
 from diffusers_guidance.pipelines.attach.terms import Terms, candidates, coefficients, distances, trees, weigh
+from diffusers_guidance.pipelines.attach.told import alike
+from diffusers_guidance.report import StepReport
 
 
 @st.composite
@@ -164,6 +167,74 @@ def test_a_rule_acts_on_guidance_alone(name):
         assert relative(guided, expected) < 1e-5
 
 
+UNGUIDED = {
+    "StableDiffusionPAGPipeline, falling": (["cond", "branch 2"], {"pag_adaptive_scale": 0.004}),
+    "StableDiffusionPAGPipeline, at 1": (["cond", "pag"], {"pag_scale": 1.0}),
+    "StableDiffusion3PAGPipeline": (["cond", "pag"], {"guidance_scale": 0.0}),
+    "LTX2Pipeline, its defaults": (["cond", "stg", "modality"], {"audio_guidance_scale": 1.0}),
+    "LTX2Pipeline, its defaults, stg": (
+        ["cond", "stg"],
+        {"audio_guidance_scale": 1.0, "modality_scale": 1.0, "audio_modality_scale": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNGUIDED)
+def test_terms_without_guidance_are_no_guidance(name, batch=2):
+    """No rule acts on c - p, where p was made from the same as c; no policy stops it, and a forecast skips both."""
+    branches, asked = UNGUIDED[name]
+    asked = {"guidance_scale": 1.0, **asked}
+    entry = PIPELINES[next(each for each in sorted(PIPELINES, reverse=True) if name.startswith(each))]
+    pipe = entry.build()
+    networks = [getattr(pipe, each) for each in entry.denoisers]
+    run(pipe, entry, 2, batch)  # guidance whose order is remembered
+    with counting(*networks) as full:
+        plain = run(pipe, entry, 6, batch, **asked)
+    for rule, policy in [
+        (CFG(), EveryStep()),
+        (APG(), EveryStep()),
+        (TAG(eta=2.0), EveryStep()),
+        (CFG(), AdaptiveGuidance(0.1)),
+        (APG(), Hold(2)),
+    ]:
+        with attach(pipe, rule, policy) as handle:
+            assert torch.equal(run(pipe, entry, 6, batch, **asked), plain)
+        report = handle.report
+        assert report.nfe_by_branch == dict.fromkeys(branches, 6 * batch)
+        assert report.nfe == report.nfe_full == full.total
+        assert sum(report.nfe_by_sample) == report.nfe and not report.is_guided
+        assert all(step.guidance_scale == 1 for step in report.steps)
+        if rule != CFG():
+            assert f"no unconditional prediction beside {' and '.join(branches[1:])}; {rule!r}" in report.note
+    with attach(pipe, CFG("linear(1, 0.5)"), EveryStep()), pytest.raises(UnsupportedPipeline, match="was not followed"):
+        run(pipe, entry, 6, batch, **asked)
+    with attach(pipe, APG()) as handle, counting(*networks) as count:
+        found = run(pipe, entry, 6, batch, **asked)
+    assert handle.report.nfe == count.total < full.total
+    with attach(pipe):
+        assert torch.equal(run(pipe, entry, 6, batch, **asked), found)
+
+
+def test_what_was_made_from_the_same_is_no_unconditional_prediction():
+    """Unless the pipeline says that it guides; where it says nothing, a flag may tell two calls apart."""
+    x, text, none = drawn(3, shape=(2, 3))
+    once = lambda each: [((torch.cat([x, x]), 0.5), {"text": each})]  # noqa: E731
+    assert alike(once(torch.cat([text, text])), 2, 2, False)
+    assert not alike(once(torch.cat([none, text])), 2, 2, True)
+    assert not alike(
+        once(torch.stack([none, text, none, text], 1)), 2, 2, True
+    )  # the batch may be in another dimension
+    assert not alike(once([*none, *text]), 2, 2, True)
+    assert alike(once([*text, *text]), 2, 2, False)
+    assert not alike(once(["", "", "a tree", "a cup"]), 2, 2, False)
+    twice = [((x,), {"text": text, "skip_layers": each}) for each in (None, [1])]
+    assert alike(twice, 2, 1, True)
+    assert not alike(twice, 2, 1, False)
+    arrays = [((x,), {"text": text, "mask": numpy.zeros(3)}) for _ in range(2)]
+    assert not alike(arrays, 2, 1, False)  # what cannot be compared may differ
+    assert not alike([((x,), {"text": text}), ((x,), {"text": None})], 2, 1, True)
+
+
 @pytest.mark.parametrize(("start", "stop"), list(itertools.combinations([0.0, 0.3, 0.5, 0.7, 1.0], 2)))
 def test_terms_that_come_and_go_in_a_run(start, stop):
     """Stable Diffusion 3 skips layers in a part of its steps; also where such a step is skipped."""
@@ -227,6 +298,35 @@ def test_self_attention_guidance(policy):
     assert bool(short) is not isinstance(policy, EveryStep)
     assert relative(found, plain) < 1
     assert torch.equal(run(pipe, entry, 8, **SAG), plain)
+
+
+@pytest.mark.parametrize("working", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy", [EveryStep(), Forecast()], ids=repr)
+def test_a_scale_that_is_solved_for_is_told_to_its_digits(policy, working):
+    entry, seen = PIPELINES["StableDiffusionSAGPipeline"], []
+    pipe = entry.build()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=working == torch.bfloat16),
+        attach(pipe, APG(), policy) as handle,
+    ):
+        handle.observers.append(lambda step, prediction, guided: seen.append(step.w))
+        run(pipe, entry, 8, **SAG)
+    assert [step.guidance_scale for step in handle.report.steps] == [4.0] * 8
+    assert any(w != 4 for w in seen)  # the arithmetic keeps what was found
+
+
+def test_the_digits_of_a_scale():
+    def told(w, eps):
+        step = StepReport(0, None, None, ["both"], ["both"], [None], [None], 2, 2, guidance_scale=w)
+        step.round_scale(eps)
+        return step.guidance_scale
+
+    single, half = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16))
+    assert told(3.999999995, single) == 4 and told(0.30000001, single) == 0.3
+    assert told(4.125001, single) == 4.125001 and told(4.1253, half) == 4.13
+    assert (
+        told([3.9999999, 7.25], single) == [4, 7.25] and told(None, half) is None and told(math.inf, half) == math.inf
+    )
 
 
 def test_another_rule_beside_self_attention_guidance():

@@ -349,6 +349,7 @@ def test_numbers_of_numpy_and_torch_are_saved_as_plain_ones(pipe, tmp_path):
         ({"num_inference_steps": torch.tensor([4])}, "num_inference_steps=tensor"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"guidance_scale": "five"}, "guidance_scale='five'"),
+        ({"guidance_scale": "5 | 7.5"}, "is for 2 samples: all trajectories have one"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"per_channel": "yes"}, "per_channel='yes'"),
         ({"trajectories": 0}, "trajectories=0"),

@@ -181,6 +181,44 @@ def test_prompts_and_a_file_of_prompts_are_both_compared(small, tmp_path):
     assert "next: " in done.output
 
 
+@pytest.mark.parametrize("name", ["compare", "generate"])
+def test_a_scale_may_change_over_the_steps(name, tmp_path):
+    asked = ("--steps", 3, "--scale", "9.0x1+linear(5, 1)", "--out", tmp_path)
+    assert command(name, "a rocket", *asked, "--column", "CFG").exit_code == 0
+    if name == "compare":
+        (column,) = json.loads((tmp_path / "compare.json").read_text())["columns"]
+        assert column["guidance_scale"] == "9.0x1+linear(5, 1)"
+        assert [step["guidance_scale"] for step in column["reports"][0]["steps"]] == [9, 5, 1]
+    else:
+        same = tmp_path / "same"
+        generate(jobs_of("a rocket"), same, 'CFG@"9x1+linear(5, 1)"', model=str(samples.MODEL), steps=3)
+        one, other = (Image.open(folder / "a-rocket.png").tobytes() for folder in (tmp_path, same))
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("compare", "x", "--scale", "lnear(9, 3)"), "there is no lnear"),
+        (("compare", "x", "--scale=-1"), "guidance_scale='-1': a number from 0 up"),
+        (("compare", "x", "--scale", "5 | 7"), "is for 2 samples, and a call makes 1 of these pictures"),
+        (("generate", "x", "--scale", "5 | 7"), "is for 2 samples, and a call makes 1 of these pictures"),
+        (("try", "emoji", "--prompt", "x", "--scale", "5 | 7"), "is for 2 samples: each picture is made alone"),
+        (("calibrate", "made", "--scale", "5 | 7"), "is for 2 samples: all trajectories have one"),
+        (("calibrate", "made", "--scale", "0.5"), "--scale 0.5: below 1 nothing is guided"),
+        (("search-nas", "--scale", "5 | 7"), "is for 2 samples: all runs of the search have one"),
+    ],
+)
+def test_a_scale_that_cannot_be_followed_is_refused_before_anything_runs(arguments, said, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("it ran")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.forward", never)
+    done = command(*arguments)
+    assert done.exit_code == 1 and said in " ".join(done.output.split()), done.output
+
+
 def next_step(done):
     """The arguments of the command that an ended command names as the next."""
     assert done.exit_code == 0, done.output

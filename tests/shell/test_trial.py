@@ -34,9 +34,10 @@ def test_a_bundled_model_by_name_and_a_folder(model, small, tmp_path):
     assert about["columns"][0]["guidance_scale"] == 7.5  # the pipeline's own
 
 
-def test_its_lines_of_python_make_the_picture_it_recommends(small):
+@pytest.mark.parametrize("scale", [5, "linear(9, 3)"])
+def test_its_lines_of_python_make_the_picture_it_recommends(small, scale):
     pipe = load(str(small), device="cpu")
-    trial = try_out(pipe, ["a rocket"], steps=8, guidance_scale=5, turns=1, same=0)
+    trial = try_out(pipe, ["a rocket"], steps=8, guidance_scale=scale, turns=1, same=0)
     assert len(trial.code.splitlines()) == 3
     for choice, result in enumerate(trial.comparison.results[:2]):  # the learned one first makes a picture in full
         trial.ratios = [[1.0 - (i == choice)] for i in range(3)]
