@@ -441,7 +441,7 @@ def test_what_calibrate_makes_serves_both_kinds(pipe, tmp_path, capsys):
 
 
 def test_files_of_the_first_format_serve_what_they_served(bundled):
-    old = Calibration.load(samples.CALIBRATIONS / "ddim-20-5.safetensors")
+    old = Calibration.load(samples.CALIBRATIONS / "dpm-20-5.safetensors")
     assert not old.motions and search(old, 30).nfe <= 30
     with pytest.raises(CalibrationMismatch, match="calibrate anew"):
         Forecast(calibration=old)
