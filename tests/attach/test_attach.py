@@ -313,9 +313,10 @@ def test_two_branches_that_need_one_another_are_never_cut():
     pipe = entry.build()
     for batch in (1, 2, 3):
         untouched = run(pipe, entry, 4, batch, guidance_scale=1.0)
-        with attach(pipe, CFG(), Hold(2)) as handle:
+        with attach(pipe, CFG(), Hold(2)) as handle, counting(pipe.unet) as count:
             assert torch.equal(run(pipe, entry, 4, batch, guidance_scale=1.0), untouched)
-        assert "on its own" in handle.report.steps[0].note
+        assert count.rows == [2 * batch] * 4
+        assert "no unconditional prediction beside pag; Hold(" in handle.report.note
 
 
 class AcrossTheBatch:
