@@ -49,6 +49,12 @@ class Call:
         return {name: value for name, value in found.items() if isinstance(value, float) and name.endswith("_scale")}
 
     @property
+    def has_terms(self) -> bool:
+        """Whether it has a scale that is not of guidance, so of a term beside it: `seg_scale`, `stg_scale`."""
+        others = ("guidance", "cfg", "conditioning", "lora")
+        return any(s and not any(other in name for other in others) for name, s in self.strengths.items())
+
+    @property
     def guides(self) -> bool | None:
         """Whether the pipeline says that it does classifier-free guidance just now; None where it says nothing."""
         says = getattr(self.pipe, "do_classifier_free_guidance", None)

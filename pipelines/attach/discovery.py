@@ -176,7 +176,8 @@ class Discovery:
                 return known.evaluations > 1 and not known.guides
             batched, rows, branches, further = layout
             says = getattr(self.call.pipe, "do_classifier_free_guidance", None)
-            if says is True or denoiser.is_several or len(calls) != (1 if batched else branches) + further:
+            may_be = says is False or (says is None and self.call.has_terms)
+            if not may_be or denoiser.is_several or len(calls) != (1 if batched else branches) + further:
                 return False
             return told.alike(calls, rows, branches if batched else 1, says is False)
 

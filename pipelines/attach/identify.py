@@ -152,6 +152,8 @@ class _Search:
                     return verdict
         if any(reading.agrees for reading in every):
             return Identified(None, True, AGREE)
+        if any(_hides(reading) for reading in many):
+            return Identified(None, True, "two of its predictions are equal")
         return Identified(None, False, self._several(many) or self.tried[1] or _NOTHING)
 
     # What there is
@@ -425,6 +427,16 @@ class _Search:
         size = larger * norm(c - u)
         off = fit.error / size if size else math.inf
         self.tried = min(self.tried, (off, f"{formula}, with w = {one.w:g}, is off by {off:.2g} |c - u|"))
+
+
+def _hides(reading: Reading) -> bool:
+    """Whether the output is a sum of the branches, but equal ones hide which of them it is made from.
+
+    So it is if both texts are the same, beside a further term.
+    """
+    parts = reading.few.parts
+    distinct = [y for k, y in enumerate(parts) if not any(torch.equal(y, other) for other in parts[:k])]
+    return 1 < len(distinct) < len(parts) and mixture(reading.few.target, *distinct)[1].fits
 
 
 def _is_pair(formula: Formula) -> bool:

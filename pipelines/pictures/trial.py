@@ -85,10 +85,11 @@ class Trial:
         rule = f"CFG({scale!r})" if changes(scale) else "CFG()" if not self.choice else ""
         policy = ("EveryStep()", "", f"policy=Forecast({SAVE}, learn=True)")[self.choice]
         names = [name for name in ("CFG", "EveryStep", "Forecast") if name in rule + policy]
+        learns = "  # the first picture is made in full, and learned from" if self.choice == 2 else ""
         return "\n".join(
             [
                 f"from diffusers_guidance import {', '.join([*names, 'attach'])}",
-                f"handle = attach({', '.join(filter(None, ['pipe', rule, policy]))})",
+                f"handle = attach({', '.join(filter(None, ['pipe', rule, policy]))}){learns}",
                 f"picture = {self.call}",
             ]
         )

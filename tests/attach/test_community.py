@@ -149,6 +149,15 @@ def smoothed_alone(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
     return c + pipe._seg_scale * (c - p)
 
 
+def buffered(pipe: Any, x: Tensor, t: Any, texts: Tensor) -> Tensor:
+    """Guidance whose texts fill one buffer in turn, as for a captured graph."""
+    buffer, made = torch.empty_like(texts[0]), []
+    for text in texts[:2]:
+        made.append(call(pipe.unet, x, t, buffer.copy_(text)))
+    u, c = made
+    return u + pipe._guidance_scale * (c - u)
+
+
 # A network ahead of each branch's call
 
 
@@ -318,6 +327,17 @@ def test_a_smoothed_branch_is_no_unconditional_one(seg_scale):
         with attach(pipe, rule, policy) as handle:
             assert torch.equal(pipe(smoothed_alone, 4.0, seg_scale), own)
         assert handle.report.nfe_by_branch == {"cond": STEPS, "seg": STEPS}
+
+
+def test_texts_that_cannot_be_seen_make_no_term():
+    """Both calls seem to have the same inputs, but nothing is named like the scale of a term."""
+    pipe = built()
+    own = pipe(buffered, 4.0, 0.0)
+    with attach(pipe, CFG(), EveryStep()) as handle:
+        assert torch.equal(pipe(buffered, 4.0, 0.0), own)
+    assert handle.report.nfe_by_branch == {"uncond": STEPS, "cond": STEPS}
+    with attach(pipe, APG(norm_threshold=0.1), EveryStep()):
+        assert relative(pipe(buffered, 4.0, 0.0), own) > 0.01
 
 
 def test_a_network_ahead_of_each_call_skips_with_it():

@@ -235,6 +235,17 @@ def test_what_was_made_from_the_same_is_no_unconditional_prediction():
     assert not alike([((x,), {"text": text}), ((x,), {"text": None})], 2, 1, True)
 
 
+def test_equal_texts_beside_a_term_are_left_alone():
+    """Which of two equal predictions the output is made from is open; an empty prompt makes them."""
+    entry = PIPELINES["StableDiffusionPAGPipeline"]
+    pipe = entry.build()
+    plain = run(pipe, entry, 3, prompt="", negative_prompt=None)
+    for rule, policy in ((CFG(), EveryStep()), (APG(), Hold(1)), (CFG(), Forecast())):
+        with attach(pipe, rule, policy) as handle:
+            assert torch.equal(run(pipe, entry, 3, prompt="", negative_prompt=None), plain)
+        assert "two of its predictions are equal" in handle.report.note and "left alone" in handle.report.note
+
+
 @pytest.mark.parametrize(("start", "stop"), list(itertools.combinations([0.0, 0.3, 0.5, 0.7, 1.0], 2)))
 def test_terms_that_come_and_go_in_a_run(start, stop):
     """Stable Diffusion 3 skips layers in a part of its steps; also where such a step is skipped."""
