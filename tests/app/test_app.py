@@ -997,8 +997,9 @@ def test_a_cancelled_run_leaves_the_pipeline_right(client, pipe, monkeypatch):
     def noticed(pipe, settings, name, rule, policy, tell, *observers):
         def telling(*now, **seen):
             begun.set()
-            ended.wait(0.1)  # or it would be done before it is cancelled
-            tell(*now, **seen)
+            for _ in range(6000):  # it is held at its first step until `tell` says that it is cancelled
+                tell(*now, **seen)
+                time.sleep(0.1)
 
         try:
             return take(pipe, settings, name, rule, policy, telling, *observers)
