@@ -169,14 +169,24 @@ def interval(numbers: Sequence[Sequence[float]]) -> float:
     return T_95 * float(by_prompt.std()) / math.sqrt(len(by_prompt))
 
 
+def of(rows: list[dict], what: str, nfe: int) -> list[dict]:
+    """What was measured at a budget, by seed."""
+    return [row for row in rows if (row["what"], row["budget"]) == (what, nfe)]
+
+
+def mean(rows: list[dict], what: str, nfe: int) -> float:
+    """The dB of its seeds on average."""
+    found = of(rows, what, nfe)
+    return sum(row["psnr"] for row in found) / len(found)
+
+
 def told(rows: list[dict], what: str, nfe: int) -> str:
     """A row's cell: the mean of its seeds."""
-    found = [row for row in rows if (row["what"], row["budget"]) == (what, nfe)]
-    if not found:
+    if not (found := of(rows, what, nfe)):
         return ""
-    mean = f"{sum(row['psnr'] for row in found) / len(found):.1f}"
+    dB = f"{mean(rows, what, nfe):.1f}"
     kept = [row["pictures"] for row in found if row["pictures"]]
-    return f"{mean} ± {interval(kept):.1f}" if kept else mean
+    return f"{dB} ± {interval(kept):.1f}" if kept else dB
 
 
 def ahead(rows: list[dict], nfe: int) -> str:
@@ -225,48 +235,55 @@ def summary() -> str:
     return "\n".join(lines)
 
 
+KINDS_IN_SHORT: dict[str, tuple[str, ...]] = {
+    "**`Forecast`**": ("Forecast",),
+    "best rival on the same steps": tuple(what for what in SPACED if what.endswith(OURS)),
+    "on evenly spaced steps": tuple(what for what in SPACED if what.endswith(EVEN)),
+    "DPCache": (OWN,),
+    "CFG in fewer steps": (FEWER,),
+}
+"""The columns of the table in docs/forecast.md: each has the best of these rows."""
+
+
 def in_short() -> str:
-    """For each setting with all rows: `Forecast`, the best of each kind of rival at each budget, and its lead."""
-    kinds: dict[str, Callable[[str], bool]] = {
-        "**`Forecast`**": lambda what: what == "Forecast",
-        "best rival on the same steps": lambda what: what.endswith(OURS),
-        "on evenly spaced steps": lambda what: what.endswith(EVEN),
-        "DPCache": lambda what: what == OWN,
-        "CFG in fewer steps": lambda what: what == FEWER,
-    }
+    """For each setting with a seed that has all rows: the best of each kind at each budget, and `Forecast`'s lead."""
     lines = []
     for steps, budgets in BUDGETS.items():
         lines += [
             "",
-            f"| {steps} steps: {' / '.join(map(str, budgets))} of {2 * steps} NFEs | {' | '.join(kinds)} | ahead by |",
-            "|---" * (len(kinds) + 2) + "|",
+            f"| {steps} steps: {' / '.join(map(str, budgets))} of {2 * steps} NFEs | {' | '.join(KINDS_IN_SHORT)} "
+            "| ahead by |",
+            "|---" * (len(KINDS_IN_SHORT) + 2) + "|",
         ]
         for name in (name for name in NAMES if name.split("-")[1] == str(steps)):
-            rows = [*Rows(OUT / f"{name}.json").values()]
-            means: dict[tuple[str, int], list[float]] = {}
-            for row in rows:
-                means.setdefault((row["what"], row["budget"]), []).append(row["psnr"])
-            if not {("Forecast", nfe) for nfe in budgets} <= means.keys():
+            rows, count = whole([*Rows(OUT / f"{name}.json").values()], budgets)
+            if not count:
                 continue
-            seeds = {len(means["Forecast", nfe]) for nfe in budgets} | {len(means[SPACED[0], nfe]) for nfe in budgets}
-            best = {
-                kind: [
-                    max(sum(dB) / len(dB) for (what, at), dB in means.items() if at == nfe and of(what))
-                    for nfe in budgets
-                ]
-                for kind, of in kinds.items()
-            }
-            tops = [max(column) for column in zip(*best.values(), strict=True)]
+            best = [
+                [max(mean(rows, what, nfe) for what in kind) for nfe in budgets] for kind in KINDS_IN_SHORT.values()
+            ]
+            tops = [max(column) for column in zip(*best, strict=True)]
             cells = [
                 " / ".join(f"**{dB:.1f}**" if dB == top else f"{dB:.1f}" for dB, top in zip(row, tops, strict=True))
-                for row in best.values()
+                for row in best
             ]
             scheduler, _, scale = name.split("-")
             title = "`emoji-flow`" if scheduler == "flow" else SCHEDULERS[scheduler].removesuffix("Scheduler")
-            title += f", {scale}" + ", one seed" * (min(seeds) == 1)
+            title += f", {scale}" + ", one seed" * (count == 1)
             leads = " / ".join(ahead(rows, nfe) for nfe in budgets)
             lines.append(f"| {title} | {' | '.join(cells)} | {leads} |")
     return "\n".join([*lines, "", ""])
+
+
+def whole(rows: list[dict], budgets: Sequence[int]) -> tuple[list[dict], int]:
+    """The rows of those seeds that have all of them, and the number of these seeds."""
+    wanted = {(what, nfe) for kind in KINDS_IN_SHORT.values() for what in kind for nfe in budgets}
+    found = {
+        seed
+        for seed in {row["seed"] for row in rows}
+        if wanted <= {(row["what"], row["budget"]) for row in rows if row["seed"] == seed}
+    }
+    return [row for row in rows if row["seed"] in found], len(found)
 
 
 def plot(name: str) -> None:
