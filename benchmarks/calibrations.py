@@ -1,8 +1,8 @@
-"""Makes the calibrations of the bundled model in samples/calibrations: 200 trajectories each.
+"""Makes the calibrations of the bundled models in samples/calibrations: 200 trajectories each.
 
     python benchmarks/calibrations.py [dpm-20-5 ...]
 
-It resumes after an interruption, and replaces another model's calibrations.
+It resumes after an interruption, and replaces calibrations of other weights.
 """
 
 from bundled import Bundled, named, prompts, report

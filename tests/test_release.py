@@ -46,6 +46,14 @@ def test_the_declared_pythons_are_those_of_the_matrix():
     assert {min(named, key=Version), max(named, key=Version)} <= rows <= named
 
 
+def test_the_workflow_runs_each_row_of_the_matrix_with_its_python():
+    """A row that finds another Python is not run, and the workflow would fail."""
+    workflow = (CHECKOUT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    files = (CHECKOUT / "tests" / "matrix").glob("*.txt")
+    rows = {file.stem: re.match(r"# python (\S+)", file.read_text(encoding="utf-8"))[1] for file in files}
+    assert dict(re.findall(r'\{row: (\S+), python: "(\S+)"\}', workflow)) == rows
+
+
 @pytest.mark.parametrize("name", ["llms.txt", "CONTRIBUTING.md", "README.md", "CHANGELOG.md"])
 def test_links_at_the_top_lead_somewhere(name):
     text = (CHECKOUT / name).read_text(encoding="utf-8")

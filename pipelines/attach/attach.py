@@ -32,7 +32,7 @@ If it has both, `guidance_scale` is the one embedded in a distilled model."""
 DEFAULT_RULE = CFG()
 DEFAULT_POLICY = Forecast()
 """The pipeline's own picture with a quarter of the NFEs saved, in whole evaluations. Of the pairs that save as much
-without a calibration, it is closest to full guidance on the bundled model (docs/forecast.md)."""
+without a calibration, it is closest to full guidance on both bundled models (docs/forecast.md)."""
 
 
 class Handle(Pair):

@@ -63,7 +63,7 @@ def searched(
 
 
 def calibration_file(name: str, beside: Path | None = Path()) -> Path:
-    """A calibration's file: a path relative to `beside` (None: no file), or the name of one of the bundled model's.
+    """A calibration's file: a path relative to `beside` (None: no file), or the name of one of the bundled models'.
 
     Raises:
         ValueError: it is neither.
@@ -76,7 +76,7 @@ def calibration_file(name: str, beside: Path | None = Path()) -> Path:
 
 
 def bundled_calibrations() -> list[str]:
-    """The names of the bundled model's calibrations."""
+    """The names of the bundled models' calibrations."""
     return sorted(file.stem for file in samples.CALIBRATIONS.glob("*.safetensors"))
 
 

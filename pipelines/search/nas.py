@@ -74,7 +74,7 @@ def search_nas(
     """Finds the schedule of full and conditional evaluations that replicates full guidance best, by gradient descent.
 
     The paper uses 10 000 pairs of noise and picture and 1.5 GPU days. Here pairs are made when needed, and the
-    defaults use 120, which takes minutes on the bundled model on a CPU.
+    defaults use 120, which takes minutes on a bundled model on a CPU.
 
     Args:
         prompts: iteration i takes the next `batch_size` of them, with its own seed.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 WELCOME = """Better guidance for diffusers pipelines, in less time. In Python: handle = attach(pipe)
 
-  diffusers-guidance app                            a page to try it all, on the bundled model
+  diffusers-guidance app                            a page to try it all, on two small models
   diffusers-guidance compare "a rocket"             the same picture in several ways, side by side
   diffusers-guidance generate "a rocket"            a picture, or one for every line of a file
   diffusers-guidance try MODEL --prompt "a rocket"  what a model of your own gains
