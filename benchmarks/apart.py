@@ -7,7 +7,7 @@
 2. Where the burn comes from: the high scale, 3 w, in one third of the steps, w in the others.
 3. What the cap does: the mean norm of the update d at each step of CFG at 3 w, in denoised space.
 4. Settings of APG at 3 w with every step guided, chosen on calibration prompts.
-5. The chosen settings beside CFG, each with every step guided and with AG, on held-out prompts.
+5. The chosen settings and the preset beside CFG, each with every step guided and with AG, on held-out prompts.
 6. The chosen settings between both scales, for the plot.
 
 It takes 20 steps of the model's own kind of scheduler. It resumes after an interruption, and replaces the results of
@@ -155,7 +155,8 @@ class Model:
         near = {rule: row for rule, row in grid.items() if abs(row["saturation"] / wanted - 1) <= ROOM} or grid
         rule = max(near, key=lambda rule: near[rule]["margin"])
         self.rows.once("chosen", lambda: {"scale": best, "APG": told(rule)})
-        for scale, rules in ((best, {"CFG": CFG()}), (high, {"CFG": CFG(), told(rule): rule})):
+        burnt = {"CFG": CFG(), told(rule): rule, told(self.suited.apg): self.suited.apg}
+        for scale, rules in ((best, {"CFG": CFG()}), (high, burnt)):
             for (name, each), (suffix, policy) in itertools.product(
                 rules.items(), (("", EveryStep()), ("+AG", AdaptiveGuidance()))
             ):

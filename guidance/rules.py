@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_guidance import kernels, scales
+from diffusers_guidance import kernels, samples, scales
 from diffusers_guidance.checks import is_number, is_whole, plain, plain_fields
 from diffusers_guidance.kernels import Coefficients, Gram, coefficients
 from diffusers_guidance.kernels.algebra import Algebra, algebra_of
@@ -218,8 +218,8 @@ class APG(Rule):
         """The settings for a family of pipelines.
 
         Args:
-            family: a name from `PRESETS`, or a pipeline, whose class name is looked up there. A pipeline of another
-                family gets "normalised".
+            family: a name from `PRESETS`, or a pipeline. A pipeline's class name is looked up there; a bundled model
+                has its own settings. A pipeline of another family gets "normalised".
             changes: fields to change, such as `guidance_scale=10`.
         """
         if isinstance(family, str):
@@ -228,7 +228,9 @@ class APG(Rule):
             preset = PRESETS[family]
         else:
             name = type(family).__name__
-            preset = next((p for p in PRESETS.values() if name.startswith(p.pipelines or "-")), PRESETS["normalised"])
+            known = samples.name_of(getattr(family, "name_or_path", None))
+            matching = (p for p in PRESETS.values() if name.startswith(p.pipelines or "-"))
+            preset = PRESETS[known] if known in PRESETS else next(matching, PRESETS["normalised"])
         return replace(preset.rule, **changes)
 
 
@@ -640,11 +642,13 @@ PRESETS = {
     ),
     "waver": Preset(APG(norm_threshold=27.0), "", "shipped with Waver, w = 8"),
     "infinitetalk": Preset(APG(momentum=-0.75, norm_threshold=55.0), "", "shipped with InfiniteTalk"),
-    "emoji": Preset(APG(norm_threshold=6, eta=0.5), "", "measured on the bundled model: docs/results/apg.md"),
+    "emoji": Preset(
+        APG(norm_threshold=6, eta=0.5), "", "measured on the first bundled model, with AG: docs/results/apg.md"
+    ),
     "emoji-flow": Preset(
         APG(momentum=-0.5, norm_threshold=2.25, eta=1.0),
         "",
-        "measured on the second bundled model: docs/results/apart/emoji-flow.md",
+        "measured on the second bundled model, without AG: docs/results/apart/emoji-flow.md",
     ),
     "stable-diffusion.cpp": Preset(APG(norm_threshold=5.0), "", "advice of stable-diffusion.cpp"),
 }

@@ -20,7 +20,7 @@ HELDOUT_PROMPTS = Path(str(files(__name__) / "heldout_prompts.txt"))
 """The prompts for measuring policies; none of them was used for a calibration."""
 
 CALIBRATIONS = Path(str(files(__name__) / "calibrations"))
-"""Folder of the bundled model's calibrations, `<scheduler>-<steps>-<guidance scale>.safetensors`."""
+"""Folder of the bundled models' calibrations, `<scheduler>-<steps>-<guidance scale>.safetensors`."""
 
 SUITE = Path(str(files(__name__) / "suites" / "emoji.yaml"))
 """The suite that `bench` measures by default."""
@@ -52,3 +52,8 @@ def model(name: str) -> Path:
             f"no bundled model {name!r}: models beyond 'emoji' need pip install 'diffusers-guidance[models]'"
         )
     return found
+
+
+def name_of(path: object) -> str | None:
+    """The name of the bundled pipeline in this folder; None for any other folder or name."""
+    return next((name for name, folder in models().items() if str(folder) == str(path)), None)

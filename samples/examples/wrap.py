@@ -46,14 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
         )  # fmt: skip
         made.images[0].save(given.out / f"{name}.png")
 
-    bundled = given.model == str(MODEL)
     try:
         draw("plain", given.scale)
         with attach(pipe) as handle:  # the default: plain guidance, a quarter of the evaluations skipped
             draw("forecast", given.scale)
         print("forecast.png:", handle.report.summary())
         draw("high_plain", given.high)
-        with attach(pipe, rule=APG.preset("emoji" if bundled else pipe), policy=AdaptiveGuidance()) as handle:
+        with attach(pipe, rule=APG.preset(pipe), policy=AdaptiveGuidance()) as handle:
             draw("high", given.high)
     except GuidanceError as error:
         sys.exit(f"{type(pipe).__name__}: {error}")

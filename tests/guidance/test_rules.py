@@ -29,6 +29,7 @@ from diffusers_guidance import (
     StepAG,
     attach,
     kernels,
+    samples,
 )
 from diffusers_guidance.kernels import Coefficients
 from diffusers_guidance.pipelines.attach.guider import Guider
@@ -362,6 +363,14 @@ def test_presets_by_name_and_by_pipeline():
 
     class SomePipeline: ...
 
+    class Bundled:
+        name_or_path = str(samples.MODEL)
+
+    class ElsewhereUnderItsName:
+        name_or_path = "someone/emoji"
+
+    assert APG.preset(Bundled()) == PRESETS["emoji"].rule != PRESETS["normalised"].rule
+    assert APG.preset(ElsewhereUnderItsName()) == PRESETS["normalised"].rule
     assert APG.preset("sdxl") == APG.preset(StableDiffusionXLAnythingPipeline()) == PRESETS["sdxl"].rule
     assert APG.preset(SomePipeline()) == PRESETS["normalised"].rule
     assert APG.preset("ace-step", guidance_scale=9.0) == APG(9.0, momentum=-0.75, norm_threshold=2.5, norm_dim=(1,))
