@@ -103,7 +103,7 @@ def contestants(pipe: Any, ratios: Sequence[float], learned: Calibration | None)
     }
     family = {name: name.split(",")[0] for name in caches}
     found = [Contestant(name, family[name], cache) for name, cache in caches.items()]
-    for nfe in (34, 30, 26, 22, 20, 16):
+    for nfe in (34, 30, 26, 22, 20, 18, 16):
         found.append(Contestant(f"Forecast, {nfe} NFEs", "Forecast", policy=Forecast(nfe=nfe)))
         if learned is not None:
             policy = Forecast(nfe=nfe, calibration=learned)
