@@ -40,12 +40,13 @@ CLIP = "openai/clip-vit-base-patch16"
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of pictures: its key, its name, its meaning and its format."""
+    """A measure of pictures: its key, its name, its meaning, its format, and whether more of it is better."""
 
     name: str
     title: str
     about: str
     format: str = "{:.3f}"
+    gain: bool = False
 
 
 MEASURES = (
@@ -54,15 +55,20 @@ MEASURES = (
         "PSNR, dB",
         f"peak signal to noise ratio to full CFG of the same scale, prompt and seed. {PSNR}",
         "{:.1f}",
+        gain=True,
     ),
-    Measure("ssim", "SSIM", "structural similarity to the same"),
+    Measure("ssim", "SSIM", "structural similarity to the same", gain=True),
     Measure("lpips", "LPIPS", "perceptual distance to the same (AlexNet)"),
     Measure("saturation", "saturation", "mean HSV saturation, 0 to 1"),
     Measure("contrast", "contrast", "standard deviation of the luma, 0 to 0.5"),
     Measure("clipped", "clipped", "share of pixels with a channel, but not all three, at 0 or 255", "{:.1%}"),
-    Measure("clip_score", "CLIP score", f"100 times the cosine of picture and prompt ({CLIP})", "{:.2f}"),
+    Measure("clip_score", "CLIP score", f"100 times the cosine of picture and prompt ({CLIP})", "{:.2f}", gain=True),
     Measure(
-        "retrieval", "retrieval", "share of pictures whose nearest real picture is of the prompt's concept", "{:.1%}"
+        "retrieval",
+        "retrieval",
+        "share of pictures whose nearest real picture is of the prompt's concept",
+        "{:.1%}",
+        gain=True,
     ),
 )
 
@@ -452,13 +458,15 @@ def _verdict(target: dict[str, Any], summary: Summary) -> Verdict:
         of = next((other for other in summary.rows if other.name == target["of"]), None)
         points = "within_points" in target
         allowed = target["within_points" if points else "within"]
-        wanted = f"within {100 * allowed:g} {'points' if points else '%'} of {target['of']}"
+        unit, gain = "points" if points else "%", any(m.name == measure and m.gain for m in MEASURES)
+        limit = f"{100 * allowed:g} {unit}"
+        wanted = f"at most {limit} below {target['of']}" if gain else f"within {limit} of {target['of']}"
         if row is None or of is None or measure not in row.values or measure not in of.values:
             return Verdict(name, _title(measure), wanted, "not measured", None)
         change = (difference if points else relative)(row.values[measure], of.values[measure])
-        unit = "points" if points else "%"
         found = f"{100 * change.mean:+.1f} {unit} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
-        return Verdict(name, _title(measure), wanted, found, abs(change.mean) <= allowed)
+        off = -change.mean if gain else abs(change.mean)
+        return Verdict(name, _title(measure), wanted, found, off <= allowed)
     least = target["at_least"]
     if measure == "share_of_possible":
         known = [(t.share_of_possible, t.shares, t.batch) for t in summary.timings if t.name == name and t.shares]

@@ -1,5 +1,6 @@
 """`diffusers-guidance bench`: suites, what cells measure, going on after an interruption, figures and report."""
 
+import itertools
 import json
 import math
 import re
@@ -451,6 +452,27 @@ def test_the_summary_compares_with_full_guidance_and_judges_the_targets(without_
     (timing,) = summary.timings
     assert timing.possible is not None and timing.seconds["median"] > 0
     assert summary.rates[0]["evaluations"] == {"guided": 2.0, "unguided": 1.0}
+
+
+def test_a_target_lets_what_is_better_be_better(without_search, lines, out):
+    """Retrieval may fall by 2 points, and rise by any number of them."""
+    from dataclasses import replace
+
+    class Retrieved:
+        """Everything is found, except in the first column's pictures: half of those."""
+
+        shares = itertools.chain([0.5], itertools.repeat(1.0))
+        concept = str
+
+        def __call__(self, pictures, texts):
+            return torch.full((len(texts),), next(self.shares))
+
+    about = {"measure": "retrieval", "within_points": 0.02}
+    targets = ({**about, "column": "APG", "of": "CFG"}, {**about, "column": "CFG", "of": "APG"})
+    summary = summarise(replace(without_search, targets=targets), lines, out, Scorers(None, None, Retrieved(), {}))
+    assert [(v.wanted, v.met) for v in summary.verdicts] == [
+        ("at most 2 points below CFG", True), ("at most 2 points below APG", False)
+    ]  # fmt: skip
 
 
 def test_what_seconds_are_and_how_sure_their_share_is_stands_in_the_report(without_search, lines, out):
