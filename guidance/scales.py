@@ -182,7 +182,7 @@ def column(values: W, like: Tensor) -> Tensor | float:
 # Reading
 
 _NUMBER = re.compile(r"\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+")
-_SHAPE = re.compile(rf"(?P<number>{_NUMBER.pattern})|(?P<name>[a-z]+)\((?P<ends>[^()]*)\)")
+_SHAPE = re.compile(rf"(?P<number>{_NUMBER.pattern})|(?P<name>[A-Za-z]+)\((?P<ends>[^()]*)\)")
 
 
 def _linear(x: float, first: float, last: float) -> float:
@@ -262,7 +262,11 @@ class Experts:
         found = dict(self.by).get(step.denoiser)
         if found is None:
             names = ", ".join(name for name, _ in self.by)
-            raise ValueError(f"guidance_scale={given!r} is for {names}; this step is of {step.denoiser or 'no name'}")
+            here = step.denoiser or "a network without a name"
+            raise ValueError(
+                f"guidance_scale={given!r} has a scale for {names}, and none for {here}, which this step calls: "
+                f'give one for each network, such as "{step.denoiser or names}: 5", or one number for all'
+            )
         return found.at(step, given, origin)
 
 
@@ -327,14 +331,20 @@ def _shape(given: str, text: str) -> Shape:
     if found is None:
         raise _refused(given, f"{text.strip()!r} cannot be read")
     if found["number"] is not None:
-        return Shape("", (float(text),))
+        return Shape("", (_finite(given, text),))
     ends = [each.strip() for each in found["ends"].split(",")]
     name, wanted = found["name"], 1 if found["name"] == "cfgpp" else 2
     if name not in (*SHAPES, "cfgpp"):
         raise _refused(given, f"there is no {name}")
     if len(ends) != wanted or not all(_NUMBER.fullmatch(each) for each in ends):
         raise _refused(given, f"{name} takes {wanted} number{'s' * (wanted > 1)} from 0 up")
-    return Shape(name, tuple(map(float, ends)))
+    return Shape(name, tuple(_finite(given, each) for each in ends))
+
+
+def _finite(given: str, number: str) -> float:
+    if math.isinf(found := float(number)):
+        raise _refused(given, f"{number.strip()} is too large")
+    return found
 
 
 def _of_steps(values: tuple[float, ...], given: Given, step: Step) -> float:
@@ -355,4 +365,4 @@ def _told(given: Any) -> str:
 
 
 def _refused(given: Any, why: str) -> ValueError:
-    return ValueError(f"guidance_scale={given!r}: {WANTED}{f'. Here {why}' if why else ''}")
+    return ValueError(f"guidance_scale={given!r}: {WANTED}{f'; here {why}' if why else ''}")

@@ -33,6 +33,7 @@ from diffusers_guidance.pipelines.app.settings import (
     COMPARISONS,
     EXAMPLES,
     PRESETS,
+    SHOWN,
     Generation,
     Grid,
     Trial,
@@ -57,7 +58,7 @@ VISITORS = 128
 REMEMBERED = 12
 """How many results of a visit are kept. A user can go back to them."""
 TURNS = 3
-"""How often the first two pictures of the page are made. Those with the median ratio of the seconds are shown."""
+"""How often the top's first two pictures are made. Those with the median ratio of the seconds are shown."""
 
 TO_RESULT = """() => {
     if (innerWidth < 900) document.getElementById("status").scrollIntoView({behavior: "smooth"});
@@ -69,12 +70,15 @@ LATER = 2.0
 """The seconds after which a page looks again for pictures that are still being made."""
 
 Openings = dict[str, list[Outcome] | None]
-"""What the page opens with on each model (`welcomed`), by the model's name; None while it is being made."""
+"""The top of the page on each model (`welcomed`), by the model's name; None while it is being made."""
 
 
-def build(studio: Studio, openings: Openings) -> gr.Blocks:
-    """The whole page. It looks into `openings` at each choice of a model, and again until the model's are made."""
-    opening = openings.get(BUNDLED) or []
+def build(studio: Studio, openings: Openings, first: Outcome | None = None) -> gr.Blocks:
+    """The whole page. It looks into `openings` at each choice of a model, and again until the model's are made.
+
+    Args:
+        first: what the page's own settings make, to open with.
+    """
 
     def top(model: str) -> tuple[str, Any]:
         """The top of the page, and whether to look again."""
@@ -82,7 +86,7 @@ def build(studio: Studio, openings: Openings) -> gr.Blocks:
         return app_show.head(made or [], TURNS), gr.Timer(active=made is None)
 
     with gr.Blocks(title="diffusers-guidance", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        head = gr.HTML(app_show.head(opening, TURNS))
+        head = gr.HTML(app_show.head(openings.get(BUNDLED) or [], TURNS))
         model = choice_of_model(studio.models)
         again = gr.Timer(LATER, active=False)
         gr.on(
@@ -90,7 +94,7 @@ def build(studio: Studio, openings: Openings) -> gr.Blocks:
             queue=False, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         with gr.Tab("Generate"):
-            prompt = generate_tab(studio, page, model, opening[0] if opening else None)
+            prompt = generate_tab(studio, page, model, first)
         with gr.Tab("Compare") as tab:
             compare_tab(studio, page, model, tab, prompt)
         with gr.Tab("Benchmark"):
@@ -99,15 +103,16 @@ def build(studio: Studio, openings: Openings) -> gr.Blocks:
 
 
 def welcomed(studio: Studio, model: str) -> list[Outcome]:
-    """Makes what the page opens with: both uses beside plain CFG, on the same prompt and seed."""
+    """Makes the top of the page: both uses beside plain CFG, on the same prompt and seed."""
 
     def made(preset: str) -> Outcome:
         asked = {"prompt": suited(model).examples[0], "model": model} | PRESETS[preset].settings(model)
         return finished(studio.generate(Generation(**asked)))
 
     finished(studio.generate(Generation(steps=2, model=model)))  # warms the model up before the times that are shown
-    turns = [made(next(iter(PRESETS))) for _ in range(TURNS)]
-    return [sorted(turns, key=lambda each: each.ratio or 0.0)[TURNS // 2], made("High scale without burn")]
+    sooner, higher = SHOWN
+    turns = [made(sooner) for _ in range(TURNS)]
+    return [sorted(turns, key=lambda each: each.ratio or 0.0)[TURNS // 2], made(higher)]
 
 
 def _open_others(studio: Studio, openings: Openings) -> None:
@@ -235,6 +240,16 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
         lambda model: gr.update(samples=[[text] for text in suited(model).examples]), model, examples,
         queue=False, show_progress="hidden", **on_page,
     )  # fmt: skip
+
+    def on_switch(model: str, last: Outcome | None, said: str) -> Any:
+        """Says of which model the picture is, once another one is chosen."""
+        if last is None or app_show.is_progress(said):
+            return gr.skip()
+        made = last.settings.model
+        other = f"This picture and its figures are by {made}: press Generate for one by {model}."
+        return _said(last) if made == model else app_show.note(other)
+
+    model.input(on_switch, [model, now, status], status, queue=False, show_progress="hidden", **on_page)
 
     def on_select(before: list[Outcome], beside: Outcome | None, selected: gr.SelectData) -> dict[Any, Any]:
         if selected.index >= len(before):  # the server has dropped this page's pictures
@@ -597,9 +612,11 @@ def launch(
     """
     studio = Studio(allow_models)
     openings: Openings = {}
+    first = None
     if welcome:
         openings = dict.fromkeys(samples.models()) | {BUNDLED: welcomed(studio, BUNDLED)}
-    page = build(studio, openings)
+        first = finished(studio.generate(Generation()))
+    page = build(studio, openings, first)
     tools = []
     if mcp:
         from diffusers_guidance.pipelines.app.tools import Served, make_server

@@ -536,6 +536,9 @@ PRESETS = {
 }
 """Presets to start from. The page opens with the first."""
 
+SHOWN = ("Half the time", "High scale without burn")
+"""The presets whose pictures are at the top of the page, beside plain CFG."""
+
 
 def as_preset(part: Rule | Policy) -> dict[str, Any]:
     """The knobs of this rule or policy, with its values. It skips `learn`, which the user switches."""

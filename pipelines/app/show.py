@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from diffusers_guidance.files import write
-from diffusers_guidance.pipelines.app.settings import Grid
+from diffusers_guidance.pipelines.app.settings import SHOWN, Grid
 from diffusers_guidance.pipelines.app.suited import suited
 from diffusers_guidance.pipelines.app.work import OURS, Measured, News, Outcome, estimates, file_name, recommended
 from diffusers_guidance.pipelines.pictures.columns import bundled_calibrations
@@ -50,11 +50,11 @@ def head(opening: Sequence[Outcome] = (), turns: int = 1) -> str:
     """The top of the page: both uses, each beside plain CFG with the same prompt and seed.
 
     Args:
-        opening: an outcome of each use, with the model that is chosen; empty if there is none.
+        opening: an outcome of each of the presets `SHOWN`, with the model that is chosen; empty if there is none.
         turns: the first outcome is the one with the median ratio of so many.
     """
     alone = suited(opening[0].settings.model).alone if opening else ""
-    return str(_parts().head(opening, turns, alone))
+    return str(_parts().head(opening, SHOWN, turns, alone))
 
 
 def progress_bar(news: News) -> str:

@@ -21,9 +21,9 @@ class Suited:
     """APG's settings at the high scale."""
     alone: str = ""
     """A sentence: whether APG and AG take the burn out by themselves (docs/models.md)."""
-    examples: tuple[str, ...] = ("a dog face, noto style", "a hamburger, 3d style", "a red apple, flat style",
+    examples: tuple[str, ...] = ("a hamburger, 3d style", "a dog face, noto style", "a red apple, flat style",
                                  "a pizza, noto style", "a cat face, noto style", "a rocket, noto style")  # fmt: skip
-    """Prompts to start from."""
+    """Prompts to start from. The page opens with the first: at half the time its picture is the same to the eye."""
 
 
 _KNOWN = {

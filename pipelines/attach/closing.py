@@ -1,5 +1,6 @@
 """What the report of a finished run says beside its steps: what a reader would wonder about."""
 
+from diffusers_guidance import scales
 from diffusers_guidance.errors import UnsupportedScheduler
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.policies import EveryStep, Policy
@@ -25,7 +26,7 @@ def close(
         if broken and error is None and step.sigma is not None and step.guidance_scale is not None:
             step.add_note(f"zero or non-finite prediction in sample {broken}")
     if not report.formula:
-        report.note = _left_alone(report, was_left)
+        report.note = _left_alone(report, call, rule, was_left)
     elif all(step.guidance_scale == 1 and "both" not in step.evaluated for step in report.steps):
         report.note = _nothing_to_guide(report, call, rule, policy)
     elif error is not None:
@@ -42,10 +43,20 @@ def _nothing_to_guide(report: Report, call: Call, rule: Rule, policy: Policy) ->
         f"no unconditional prediction beside {' and '.join(terms)}" if terms else "one prediction of each sample a step"
     )
     what = f"no classifier-free guidance in this call: {seen}"
+    if not has_rule:
+        what += _unheeded(call, rule)
     if not idle:
         return what
     more = f", {_to_guide(call)}" if has_rule else ""
     return f"{what}; {' and '.join(idle)} had nothing to do{more}"
+
+
+def _unheeded(call: Call, rule: Rule) -> str:
+    """A clause about a rule's own scale in a run without guidance; empty if it has none that guides."""
+    given = rule.guidance_scale
+    if given is None or not scales.guides(given):
+        return ""
+    return f"; the rule's guidance_scale={scales.text(given)} guided nothing, {_to_guide(call)}"
 
 
 def _to_guide(call: Call) -> str:
@@ -57,7 +68,7 @@ def _to_guide(call: Call) -> str:
     return "which needs a guidance_scale above 1"
 
 
-def _left_alone(report: Report, was_left: bool) -> str:
+def _left_alone(report: Report, call: Call, rule: Rule, was_left: bool) -> str:
     """Why no guidance was identified."""
     if not report.steps:
         return "no step of a scheduler: left alone" if was_left else ""
@@ -66,5 +77,5 @@ def _left_alone(report: Report, was_left: bool) -> str:
         return f"{' or '.join(reasons)}, at every step that evaluates two: left alone"
     return (
         "no classifier-free guidance in this call: one prediction of each sample a step, as without a negative "
-        "prompt or at a scale of 1 or below: left alone"
+        f"prompt or at a scale of 1 or below: left alone{_unheeded(call, rule)}"
     )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusers_guidance import samples
-from diffusers_guidance.pipelines.pictures.defaults import BUNDLED, COLUMNS
+from diffusers_guidance.pipelines.pictures.defaults import COLUMNS, columns_of
 from diffusers_guidance.pipelines.shell.common import (
     MODEL,
     SCALE,
@@ -53,7 +53,7 @@ def compare_command(
         typer.Option(
             help='Rule, policy or both, and a scale: "APG@15", "Hold", "APG(norm_threshold=5)+AG@12", '
             '"search(25, calibration=FILE)"; "default" is what attach(pipe) chooses. Repeatable.',
-            show_default=f"{', '.join(BUNDLED)}; on another model with {COLUMNS[-1]}",
+            show_default=f"{', '.join(COLUMNS)}; a bundled model has its own preset",
         ),
     ] = None,
     own: With = None,
@@ -85,7 +85,7 @@ def compare_command(
         from diffusers_guidance.scales import stand_in
 
         import_own(own or ())
-        columns = [Column.parse(text) for text in column or (BUNDLED if located(model) == MODEL else COLUMNS)]
+        columns = [Column.parse(text) for text in column or columns_of(located(model))]
         texts = [*(prompts or ()), *(read_lines(prompts_file) if prompts_file else ())] or read_lines(samples.PROMPTS)
         out.mkdir(parents=True, exist_ok=True)  # fail now rather than after making the pictures
         kept = Kept(out / "unfinished")

@@ -4,6 +4,7 @@ Nothing here or in the subcommands' signatures imports torch, so that `--help` c
 """
 
 import errno
+import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator
@@ -44,8 +45,9 @@ With = Annotated[list[str] | None, typer.Option("--with", help=HELP, show_defaul
 
 def seeds(value: Any) -> Any:
     """Checks seeds here, so that `--help` does not show a limit of nineteen digits."""
-    if any(each >= 2**63 for each in (value if isinstance(value, list) else [value or 0])):
-        raise typer.BadParameter("a whole number below 2**63, please")
+    for each in value if isinstance(value, list) else [value or 0]:
+        if each >= 2**63:
+            raise typer.BadParameter(f"{each} is too large: a whole number below 2**63, please")
     return value
 
 
@@ -139,7 +141,7 @@ WORDS: dict[Any, str] = {int: "N", list[int]: "N", float: "X", Path: "PATH", str
 
 
 class Commands(TyperGroup):
-    """The commands; before and after the work of each, an end and a full disk are one line too."""
+    """The commands; before and after the work of each, a wrong usage, an end and a full disk are one line too."""
 
     def __init__(self, **given: Any):
         super().__init__(**given)
@@ -148,9 +150,17 @@ class Commands(TyperGroup):
             if kind is not None and option.param_type_name == "option" and option.metavar is None:
                 option.metavar = WORDS.get(kind.annotation)
 
+    def make_context(self, *given: Any, **more: Any) -> Any:
+        try:
+            return super().make_context(*given, **more)
+        except UsageError as error:  # of what is written before a command
+            raise _failed(_amiss(error), error.exit_code) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except UsageError as error:
+            raise _failed(_amiss(error, ctx.invoked_subcommand), error.exit_code) from None
         except KeyboardInterrupt as ended:
             raise _stopped(ended, "nothing was being written") from None
         except OSError as error:
@@ -158,6 +168,36 @@ class Commands(TyperGroup):
                 raise
             error.filename = error.filename or "the standard output"
             raise _failed(sentence(error)) from None
+
+
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""Click's. Newer releases of typer have a copy of it, which has no public name."""
+
+
+def _amiss(error: Any, name: str | None = None) -> str:
+    """One sentence: what is wrong with the arguments of the command of this name, and what to do."""
+    if getattr(error, "param", None) is not None:
+        said = _wanted(error)
+    elif hasattr(error, "possibilities"):
+        said = f"there is no option {error.option_name}"
+        said += f" (did you mean {error.possibilities[0]}?)" if error.possibilities else ""
+    else:
+        said = error.message[:1].lower() + error.message[1:].rstrip(".")
+        said = re.sub(r"\. Did (.*)", r" (did \1)", said)
+    return f"{said}; see {' '.join(filter(None, ['diffusers-guidance', name, '--help']))}"
+
+
+def _wanted(error: Any) -> str:
+    """What an option or an argument takes, or that it is missing."""
+    param = error.param
+    name = max(param.opts, key=len) if param.param_type_name == "option" else param.name.upper()
+    if not error.message:
+        return f"{name} is missing"
+    said = error.message.rstrip(".").partition(", unable")[0]
+    if not said.startswith("Input should be "):  # a check of ours, or of an older release of typer
+        return f"{name}: {said}"
+    given = error.__cause__.errors()[0]["input"]
+    return f"{name} {str(given)!r} {said.removeprefix('Input ')}"
 
 
 def scale_of(given: str, least: float = 0.0) -> "Given":
@@ -175,9 +215,9 @@ def _stopped(ended: KeyboardInterrupt, words: str) -> typer.Exit:
     return typer.Exit(status(ended))
 
 
-def _failed(words: str) -> typer.Exit:
+def _failed(words: str, code: int = 1) -> typer.Exit:
     typer.secho(f"Error: {words}", fg="red", err=True)
-    return typer.Exit(1)
+    return typer.Exit(code)
 
 
 def command(name: str, *given: object, **options: object) -> str:

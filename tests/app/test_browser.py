@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from PIL import Image
@@ -40,7 +41,7 @@ for package in ("gradio", "playwright"):
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
 from diffusers_guidance.pipelines.app.page import _open_others  # noqa: E402
-from diffusers_guidance.pipelines.app.settings import SCALES  # noqa: E402
+from diffusers_guidance.pipelines.app.settings import BUNDLED, PRESETS, SCALES, SHOWN, Generation  # noqa: E402
 from diffusers_guidance.pipelines.app.suited import suited  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -154,6 +155,18 @@ def test_it_opens_with_a_picture(visit, scheme):
     shoot(page, f"open-{scheme}")
 
 
+def test_the_examples_at_the_top_lead_to_the_presets_that_make_them(visit, served):
+    for number, (name, made) in enumerate(zip(SHOWN, served.openings[BUNDLED], strict=True)):
+        page = visit()
+        page.locator(".dg-head a").nth(number).click()
+        expect(page.locator("#status")).to_contain_text("press Generate")
+        expect(page.get_by_role("radio", name=name, exact=True)).to_be_checked()
+        taken = Generation.read(dict(parse_qsl(urlsplit(page.url).query, keep_blank_values=True)))
+        for each in (taken, made.settings):
+            assert each.but(**PRESETS[name].settings()).values() == each.values()
+        assert (taken.prompt, taken.seed) == (made.settings.prompt, made.settings.seed)
+
+
 def test_generate(visit):
     page = visit()
     settings(page, 20)
@@ -161,6 +174,7 @@ def test_generate(visit):
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".dg-progress progress")).to_be_visible()
     expect(page.locator('.dg-pair img[alt$="as it forms"]')).to_be_visible()
+    expect(page.locator(".dg-numbers")).to_be_hidden()  # they are another picture's
     shoot(page, "generate-running", full=False)
     expect(page.locator("#status")).to_contain_text("Seed 0")
     expect(page.locator(".dg-numbers")).to_contain_text("plain CFG: 40")
@@ -184,7 +198,7 @@ def test_a_batch_and_its_pictures(visit):
     assert page.locator(".dg-pair img").last.get_attribute("src") != before
     with page.expect_download() as download:
         page.get_by_role("link", name="Save the picture").click()
-    assert download.value.suggested_filename == "a-dog-face-noto-style-seed2.png"
+    assert download.value.suggested_filename == "a-hamburger-3d-style-seed2.png"
     shoot(page, "batch")
 
 
@@ -430,7 +444,7 @@ def test_history_and_two_beside_each_other(visit):
     page.get_by_role("button", name="Keep this one on the left").click()
     expect(page.get_by_role("button", name="Put plain CFG back on the left")).to_be_visible()
     page.locator("#history button").first.click()
-    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a dog face, noto style")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a hamburger, 3d style")
     expect(page.get_by_role("radio", name="Same picture, less time", exact=True)).to_be_checked()
     expect(page.locator(".dg-pair span").first).to_contain_text("kept: APG + AG")
     expect(page.locator("#status")).to_contain_text("20 steps")
@@ -517,8 +531,10 @@ def test_the_opening_is_of_the_chosen_model_or_has_no_pictures(visit, served):
     shots[first] = shown()
     choose(second)
     expect(page.locator(".dg-shots img")).to_have_count(0)
+    expect(page.locator("#status")).to_contain_text(f"are by {first}: press Generate for one by {second}.")
     choose(first)
     expect(page.locator(".dg-shots img")).to_have_count(4)
+    expect(page.locator("#status")).to_contain_text("Seed 0 · CFG + Forecast")
     choose(second)
     expect(page.locator(".dg-shots img")).to_have_count(0)
     _open_others(served.studio, served.openings)

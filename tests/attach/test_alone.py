@@ -1,5 +1,7 @@
 """Models without guidance: one prediction of each sample a step, which a policy may skip as a whole."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conformance import recorded
@@ -64,6 +66,33 @@ def test_a_rule_has_nothing_to_do_and_says_what_it_needs():
     assert other.report.saved > 0 and "nothing to do" not in other.report.note
     with attach(pipe, APG()):
         assert torch.equal(run(pipe, entry, 8), forecast)
+
+
+INPUT = "guided nothing, which needs a model with guidance of its own: this one's guidance_scale is an input"
+
+
+@pytest.mark.parametrize("policy", [EveryStep(), Forecast()], ids=repr)
+@pytest.mark.parametrize("rule", [CFG(3.0), MomentumGuidance(3.0)], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("FluxPipeline, no guidance", "guided nothing, which needs a negative prompt and a true_cfg_scale above 1"),
+        ("LatentConsistencyModelPipeline", INPUT),
+    ],
+)
+def test_a_rules_own_scale_that_guides_nothing_is_said(name, said, rule, policy):
+    """Also if the rule acts without guidance, or is plain, so that it is not told to have had nothing to do."""
+    entry = PIPELINES[name]
+    pipe = entry.build()
+    alone = {key: None for key in ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")}
+    alone = alone if "Flux" in name else {}
+    with attach(pipe, rule, policy) as handle:
+        run(pipe, entry, 4, **alone)
+    assert f"; the rule's guidance_scale=3 {said}" in handle.report.note
+    assert handle.report.note.count("guidance_scale=3") == 1
+    with attach(pipe, replace(rule, guidance_scale=None), policy) as handle:
+        run(pipe, entry, 4, **alone)
+    assert "the rule's guidance_scale" not in handle.report.note
 
 
 def test_the_most_evaluations_count_one_a_step():

@@ -30,15 +30,16 @@ from diffusers_guidance import (
 )
 from diffusers_guidance.pipelines.pictures.columns import Column, short
 from diffusers_guidance.pipelines.pictures.compare import Comparison, compare
-from diffusers_guidance.pipelines.pictures.defaults import COLUMNS
+from diffusers_guidance.pipelines.pictures.defaults import COLUMNS, columns_of
 from diffusers_guidance.pipelines.pictures.fonts import font_for, lettering, own_font
 from diffusers_guidance.pipelines.pictures.make import Case, Result, make, pictures_of
 from diffusers_guidance.pipelines.pictures.measures import EQUAL, psnr, tensor_of
 from diffusers_guidance.pipelines.pictures.sheet import _font, _wrap, cell_size, contact_sheet, save, similarity_plot
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.support import ray as spread
+from diffusers_guidance.pipelines.support.loading import located
 from diffusers_guidance.report import Report, StepReport
-from diffusers_guidance.samples import CALIBRATIONS, MODEL, PROMPTS
+from diffusers_guidance.samples import CALIBRATIONS, MODEL, PROMPTS, models
 
 NOT_UTF8 = "latin.txt"
 PAIR = ["a red apple", "a rocket"]
@@ -106,6 +107,16 @@ def test_a_columns_calibration_is_named(name, tmp_path):
 
 def test_columns_shown_unless_asked_for_others():
     assert len({Column.parse(text) for text in COLUMNS}) == len(COLUMNS)
+    assert columns_of("a folder") == COLUMNS
+    assert Column.parse(COLUMNS[-1]).rule == APG.preset("normalised")
+    assert isinstance(Column.parse(COLUMNS[-1]).policy, AdaptiveGuidance)
+
+
+@pytest.mark.parametrize("name", models())
+def test_a_bundled_model_is_compared_with_its_own_preset(name):
+    *others, last = columns_of(located(name))
+    assert tuple(others) == COLUMNS[:-1] and last == f'APG.preset("{name}")+AG@15'
+    assert Column.parse(last).rule == APG.preset(name)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,36 @@ def test_help_is_in_plain_words(name):
     assert options and not [line for line in options if re.search(r"<(str|int|float|list|path)\b|\d{10}", line)]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said", "of"),
+    [
+        (["--nope"], "there is no option --nope", ""),
+        (["compar", "x"], "no such command 'compar'", ""),
+        (["compare", "x", "--stps", "3"], "there is no option --stps (did you mean --steps?)", "compare"),
+        (["compare", "x", "--steps"], "option '--steps' requires an argument", "compare"),
+        (["generate"], "JOBS is missing", "generate"),
+        (["search", "a", "b"], "(b)", "search"),
+        (["app", "--port", "x"], "--port", "app"),
+        (["calibrate", "."], "'.' is a directory", "calibrate"),
+    ],
+)
+def test_a_wrong_usage_is_one_sentence_with_what_to_do(arguments, said, of):
+    answer = command(*arguments)
+    assert answer.exit_code == 2 and answer.output.count("\n") == 1
+    assert answer.output.startswith("Error: ") and said in answer.output
+    assert answer.output.endswith("; see " + " ".join(["diffusers-guidance", *of.split(), "--help\n"]))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_number_that_does_not_fit_is_named_with_its_option(name):
+    for option in COMMANDS[name].params:
+        if option.param_type_name == "option" and option.metavar == "N":
+            needed = ["x"] * (name in ("search", "frontier", "calibrate", "generate", "try"))
+            answer = command(name, *needed, option.opts[0], "two")
+            assert answer.exit_code == 2 and answer.output.count("\n") == 1, answer.output
+            assert f"{option.opts[0]}" in answer.output and re.search("'two'.* valid integer; see", answer.output)
+
+
 @pytest.mark.parametrize("name", ["compare", "calibrate", "frontier"])
 def test_a_seed_of_more_than_63_bits_is_refused(name):
     answer = command(name, *["dpm-20-5"] * (name != "compare"), "--seed", str(2**63))
