@@ -13,6 +13,7 @@ import torch
 from conformance import Steps, recorded, relative
 from diffusers.guiders import ClassifierFreeGuidance
 from modular import CLASSIC, FAMILIES, STEPS, Pair, assert_same, by_hand
+from pairwise import diagonal
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import (
@@ -61,18 +62,22 @@ def test_plain_guidance_is_the_modular_pipelines_own(pair):
     assert_same(own, pair.run_classic(2), 1e-5)
 
 
+PAIRS = [
+    (APG(), EveryStep()),
+    (APG(norm_threshold=2.0, momentum=-0.75, eta=0.3), Hold(2)),
+    (CFG(rescale=0.7), Interval(0.2, 0.6)),
+    (CFG(), LinearAG()),
+    (APG(), AdaptiveGuidance(0.5, patience=2)),
+    (CFG(), Interval.sigma(0.5, 10.0)),
+    (CFGZeroStar(zero_init=0), StepAG(0.6)),
+]
+
+
 @pytest.mark.parametrize(
-    ("rule", "policy"),
-    [
-        (APG(), EveryStep()),
-        (APG(norm_threshold=2.0, momentum=-0.75, eta=0.3), Hold(2)),
-        (CFG(rescale=0.7), Interval(0.2, 0.6)),
-        (CFG(), LinearAG()),
-        (APG(), AdaptiveGuidance(0.5, patience=2)),
-        (CFG(), Interval.sigma(0.5, 10.0)),
-        (CFGZeroStar(zero_init=0), StepAG(0.6)),
-    ],
-    ids=lambda part: type(part).__name__,
+    ("pair", "rule", "policy"),
+    [(family, *pair) for family, pair in diagonal(FAMILIES, PAIRS, 3)],
+    indirect=["pair"],
+    ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )
 def test_a_rule_and_a_policy_give_what_they_give_attached(pair, rule, policy):
     with attach(pair.classic, rule, policy) as handle, counting(*pair.denoisers) as classic:

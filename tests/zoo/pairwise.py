@@ -30,5 +30,12 @@ def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
     return found
 
 
+def diagonal(first: Iterable[Any], second: Iterable[Any], times: int = 1) -> list[tuple[Any, Any]]:
+    """Choices of a value for each of two factors: each value comes, and of the longer `times` times beside others."""
+    one, other = list(first), list(second)
+    longer = range(max(len(one), len(other)))
+    return [(one[i % len(one)], other[(i + shift) % len(other)]) for shift in range(times) for i in longer]
+
+
 def _pairs(chosen: dict[int, int]) -> list[tuple[int, int, int, int]]:
     return [(i, chosen[i], j, chosen[j]) for i, j in itertools.combinations(sorted(chosen), 2)]
