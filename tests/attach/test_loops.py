@@ -58,6 +58,12 @@ PAIRS = [
 each_pair = pytest.mark.parametrize(("rule", "policy"), PAIRS, ids=lambda part: type(part).__name__)
 
 
+def each_pair_in_turn(name: str) -> Any:
+    """Beside an argument that is False for one pair and True for the next."""
+    chosen = [(*pair, value) for pair, value in diagonal(PAIRS, [False, True])]
+    return pytest.mark.parametrize(("rule", "policy", name), chosen, ids=lambda part: type(part).__name__)
+
+
 def each_with_two(cases: Iterable[str]) -> Any:
     """Every pair with two of the cases, in turn: what a rule and a policy do is the same in all of them."""
     chosen = [(case, *pair) for case, pair in diagonal(cases, PAIRS, 2)]
@@ -845,8 +851,7 @@ def previewed(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tens
     return pipe.scheduler.step(g, t, x, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@each_pair
+@each_pair_in_turn("fused")
 def test_a_preview_before_the_step(rule, policy, fused):
     pipe = small(scheduler=diffusers.DDIMScheduler.from_config(SD.build().scheduler.config, clip_sample=False))
     pipe.previews = []
@@ -855,8 +860,7 @@ def test_a_preview_before_the_step(rule, policy, fused):
     assert len(pipe.previews) == STEPS
 
 
-@pytest.mark.parametrize("always", [True, False])
-@each_pair
+@each_pair_in_turn("always")
 def test_a_preview_by_another_scheduler(rule, policy, always):
     own = diffusers.DPMSolverMultistepScheduler.from_config(SD.build().scheduler.config)
 

@@ -31,10 +31,11 @@ def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 
 def diagonal(first: Iterable[Any], second: Iterable[Any], times: int = 1) -> list[tuple[Any, Any]]:
-    """Choices of a value for each of two factors: each value comes, and of the longer `times` times beside others."""
+    """Choices of a value for each of two factors: each value of the longer comes `times` times, beside others."""
     one, other = list(first), list(second)
-    longer = range(max(len(one), len(other)))
-    return [(one[i % len(one)], other[(i + shift) % len(other)]) for shift in range(times) for i in longer]
+    longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
+    found = [(value, shorter[(i + shift) % len(shorter)]) for shift in range(times) for i, value in enumerate(longer)]
+    return found if longer is one else [pair[::-1] for pair in found]
 
 
 def _pairs(chosen: dict[int, int]) -> list[tuple[int, int, int, int]]:
