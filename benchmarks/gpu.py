@@ -150,8 +150,8 @@ RULES: dict[str, Rule] = {
     "given": Given(3.0),
 }
 OTHERS: dict[str, Rule] = {
-    "beta-CFG": BetaCFG(7.5),
     "TAG": TAG(7.5),
+    "beta-CFG": BetaCFG(7.5),
     "RenormCFG": RenormCFG(7.5),
     "momentum": MomentumGuidance(7.5),
     "diffusers' APG": APG(7.5, form="diffusers").at(Step(w=7.5)),
