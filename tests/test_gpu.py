@@ -29,9 +29,19 @@ def started(*command):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
 
 
+BARE = """
+import runpy, sys
+
+sys.modules |= dict.fromkeys(("pytest", "_pytest", "matplotlib", "hypothesis", "greenlet"))  # not found
+sys.argv[:] = [{script!r}, "--short", "--out", {out!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_the_short_form_runs_without_a_gpu(tmp_path):
-    done = started(SCRIPT, "--short", "--out", tmp_path)
+    """And on a machine without what only tests need."""
+    done = started("-c", BARE.format(script=str(SCRIPT), out=str(tmp_path)))
     print(done.stdout, done.stderr[-3000:])
     assert done.returncode == 0
     (file,) = tmp_path.glob("gpu-*.json")
@@ -43,6 +53,7 @@ def test_the_short_form_runs_without_a_gpu(tmp_path):
 
 FAILING = """
 import importlib.util, sys
+from pathlib import Path
 spec = importlib.util.spec_from_file_location("gpu", {script!r})
 gpu = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu)
@@ -54,24 +65,16 @@ def checks(short, part):
     yield gpu.Check("right", lambda: gpu.agreeing(lambda x: [x + 0], lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
     raise RuntimeError("out of memory")
 
+def status(out, *options):
+    sys.argv[1:] = ["--only", "kernels", "--out", {folder!r} + "/" + out, *options]
+    Path({folder!r}, out + ".status").write_text(str(gpu.main()))
+
 gpu.SECTIONS["kernels"] = gpu.Section(checks, 9.0)
-sys.argv[1:] = ["--only", "kernels", "--out", {out!r}]
-sys.exit(gpu.main())
+status("checks")
+gpu.__file__, gpu.GRACE = {parts!r}, 3
+gpu.SECTIONS["kernels"] = gpu.Section(None, 1.0, ("ends", "dies", "hangs"))
+status("parts", "--apart")
 """
-
-
-@pytest.mark.slow
-def test_what_fails_is_told_and_kept(tmp_path):
-    """A wrong number, memory that nothing wrote, and a section that dies: rows, and the section's bit in the status."""
-    done = started("-c", FAILING.format(script=str(SCRIPT), out=str(tmp_path)))
-    print(done.stdout, done.stderr[-3000:])
-    assert done.returncode == 4
-    (file,) = tmp_path.glob("gpu-*.json")
-    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
-    assert [name for name, row in rows.items() if not row["ok"]] == ["wrong", "unwritten", "the section itself"]
-    assert "allowed" in rows["wrong"]["error"] and "out of memory" in rows["the section itself"]["error"]
-
-
 PARTS = """
 import sys, time
 part = next(each for each in sys.argv if each.startswith("--part=")).removeprefix("--part=")
@@ -81,45 +84,39 @@ if part == "dies":
 if part == "hangs":
     time.sleep(100)
 """
-APART = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("gpu", {script!r})
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
-gpu.__file__, gpu.GRACE = {parts!r}, 3
-gpu.SECTIONS["kernels"] = gpu.Section(None, 1.0, ("ends", "dies", "hangs"))
-sys.argv[1:] = ["--only", "kernels", "--apart", "--out", {out!r}]
-sys.exit(gpu.main())
-"""
 
 
-@pytest.mark.slow
-def test_a_part_that_dies_or_hangs_takes_no_other_along(tmp_path):
-    parts = tmp_path / "parts.py"
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """The rows of a section whose checks fail, and of one whose parts do, in one process."""
+    folder = tmp_path_factory.mktemp("failed")
+    parts = folder / "parts.py"
     parts.write_text(PARTS)
-    done = started("-c", APART.format(script=str(SCRIPT), parts=str(parts), out=str(tmp_path)))
-    print(done.stdout, done.stderr[-3000:])
-    assert done.returncode == 4
-    (file,) = tmp_path.glob("gpu-*.json")
-    rows = json.loads(file.read_text())["rows"]
-    assert sum(row["name"] == "begun" for row in rows) == 3
-    failed = {row["name"]: row["error"] for row in rows if not row["ok"]}
-    assert failed.keys() == {"dies, the process", "hangs, the process"}
-    assert "an illegal memory access" in failed["dies, the process"]
-    assert "hangs" in failed["hangs, the process"]
-
-
-BARE = """
-import runpy, sys
-
-sys.modules |= dict.fromkeys(("pytest", "_pytest", "matplotlib", "hypothesis", "greenlet"))  # not found
-sys.argv[:] = [{script!r}, "--short", "--only", "step", "--out", {out!r}]
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-def test_a_machine_without_what_only_tests_need(tmp_path):
-    done = started("-c", BARE.format(script=str(SCRIPT), out=str(tmp_path)))
+    done = started("-c", FAILING.format(script=str(SCRIPT), parts=str(parts), folder=str(folder)))
     print(done.stdout, done.stderr[-3000:])
     assert done.returncode == 0
+
+    def rows(name):
+        assert (folder / f"{name}.status").read_text() == "4"
+        (file,) = (folder / name).glob("gpu-*.json")
+        return json.loads(file.read_text())["rows"]
+
+    return rows
+
+
+@pytest.mark.slow
+def test_what_fails_is_told_and_kept(failed):
+    """A wrong number, memory that nothing wrote, and a section that dies: rows, and the section's bit in the status."""
+    rows = {row["name"]: row for row in failed("checks")}
+    assert [name for name, row in rows.items() if not row["ok"]] == ["wrong", "unwritten", "the section itself"]
+    assert "allowed" in rows["wrong"]["error"] and "out of memory" in rows["the section itself"]["error"]
+
+
+@pytest.mark.slow
+def test_a_part_that_dies_or_hangs_takes_no_other_along(failed):
+    rows = failed("parts")
+    assert sum(row["name"] == "begun" for row in rows) == 3
+    failures = {row["name"]: row["error"] for row in rows if not row["ok"]}
+    assert failures.keys() == {"dies, the process", "hangs, the process"}
+    assert "an illegal memory access" in failures["dies, the process"]
+    assert "hangs" in failures["hangs, the process"]

@@ -175,17 +175,21 @@ def search_command(
     with reporting(goes_on=refine) as progress:
         from diffusers_guidance.calibration import Calibration
         from diffusers_guidance.pipelines.pictures.columns import calibration_file
-        from diffusers_guidance.pipelines.search.search import search
         from diffusers_guidance.pipelines.support.files import read_lines
-        from diffusers_guidance.pipelines.support.loading import load
-        from diffusers_guidance.schedules import predicted_error
+        from diffusers_guidance.schedules import closed_form, predicted_error
 
         if nfe is None and error is None:
             raise ValueError("--nfe or --error: say how many network evaluations a picture may take, or its error")
         made = Calibration.load(calibration_file(calibration))
-        real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts))) if refine else None
-        path = _kept(keep, "json", made.digest, real and real[1])
-        found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, path=path, progress=progress)
+        if refine:
+            from diffusers_guidance.pipelines.search.search import search
+            from diffusers_guidance.pipelines.support.loading import load
+
+            real = (load(model, scheduler, device, dtype), _dozen(read_lines(prompts)))
+            path = _kept(keep, "json", made.digest, real[1])
+            found = search(made, nfe, error=error, skip=skip, refine=real, runs=runs, path=path, progress=progress)
+        else:  # without diffusers, which takes seconds to import
+            found = closed_form(made, nfe, error=error, skip=skip)
     _print_schedule(found)
     typer.echo(f"predicted error: {predicted_error(found):.2%} of what guidance does")
     column = f"search({found.nfe}, calibration={json.dumps(calibration)})"

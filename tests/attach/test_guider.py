@@ -13,6 +13,7 @@ import torch
 from conformance import Steps, recorded, relative
 from diffusers.guiders import ClassifierFreeGuidance
 from modular import CLASSIC, FAMILIES, STEPS, Pair, assert_same, by_hand
+from pairwise import diagonal
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import (
@@ -61,18 +62,22 @@ def test_plain_guidance_is_the_modular_pipelines_own(pair):
     assert_same(own, pair.run_classic(2), 1e-5)
 
 
+PAIRS = [
+    (APG(), EveryStep()),
+    (APG(norm_threshold=2.0, momentum=-0.75, eta=0.3), Hold(2)),
+    (CFG(rescale=0.7), Interval(0.2, 0.6)),
+    (CFG(), LinearAG()),
+    (APG(), AdaptiveGuidance(0.5, patience=2)),
+    (CFG(), Interval.sigma(0.5, 10.0)),
+    (CFGZeroStar(zero_init=0), StepAG(0.6)),
+]
+
+
 @pytest.mark.parametrize(
-    ("rule", "policy"),
-    [
-        (APG(), EveryStep()),
-        (APG(norm_threshold=2.0, momentum=-0.75, eta=0.3), Hold(2)),
-        (CFG(rescale=0.7), Interval(0.2, 0.6)),
-        (CFG(), LinearAG()),
-        (APG(), AdaptiveGuidance(0.5, patience=2)),
-        (CFG(), Interval.sigma(0.5, 10.0)),
-        (CFGZeroStar(zero_init=0), StepAG(0.6)),
-    ],
-    ids=lambda part: type(part).__name__,
+    ("pair", "rule", "policy"),
+    [(family, *pair) for family, pair in diagonal(FAMILIES, PAIRS, 3)],
+    indirect=["pair"],
+    ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )
 def test_a_rule_and_a_policy_give_what_they_give_attached(pair, rule, policy):
     with attach(pair.classic, rule, policy) as handle, counting(*pair.denoisers) as classic:
@@ -184,24 +189,29 @@ def test_classic_pipelines_with_a_guider_take_it(name):
             run(pipe, entry, STEPS, batch)
         return steps
 
-    for batch in (1, 2) if entry.batches else (1,):
+    theirs = {key: getattr(pipe, key) for key in ("guider", "ocr_guider") if hasattr(pipe, key)}
+
+    def guided(rule: Any, policy: Any, batch: int) -> Steps:
+        for key in theirs:
+            setattr(pipe, key, Guider(rule, policy, guidance_scale=4.0))
+        return taken(batch)
+
+    alone, together = [(APG(), EveryStep()), (APG(), Hold(2))], [(CFG(), StepAG(0.5)), (APG(), Fates())]
+    for batch, pairs in ((1, alone), (2, together)) if entry.batches else ((1, alone + together),):
         own = taken(batch)
-        for rule, policy in ((APG(), EveryStep()), (APG(), Hold(2)), (CFG(), StepAG(0.5)), (APG(), Fates())):
+        for rule, policy in pairs:
             with attach(pipe, rule, policy):
                 expected = taken(batch)
-            theirs = [key for key in ("guider", "ocr_guider") if hasattr(pipe, key)]
-            before = {key: getattr(pipe, key) for key in theirs}
-            for key in theirs:
-                setattr(pipe, key, Guider(rule, policy, guidance_scale=4.0))
             with counting(pipe.transformer) as count:
-                assert_same(taken(batch), expected, 1e-5)
+                assert_same(guided(rule, policy, batch), expected, 1e-5)
             reports = [getattr(pipe, key)._run for key in theirs]
             assert count.total == sum(r.finished_report().nfe for r in reports if r is not None)
-            for key in theirs:
-                setattr(pipe, key, Guider(CFG(), EveryStep(), guidance_scale=4.0))
-            assert all(torch.equal(x, y) for x, y in zip(taken(batch).outputs, own.outputs, strict=True))
-            for key, guider in before.items():
+            for key, guider in theirs.items():
                 setattr(pipe, key, guider)
+        plain = guided(CFG(), EveryStep(), batch)
+        assert all(torch.equal(x, y) for x, y in zip(plain.outputs, own.outputs, strict=True))
+        for key, guider in theirs.items():
+            setattr(pipe, key, guider)
 
 
 def test_a_classic_pipeline_saves_and_loads_its_guider(tmp_path):

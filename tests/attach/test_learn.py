@@ -219,15 +219,15 @@ def test_the_first_run_is_full_guidance_and_teaches_the_next(pipe):
         assert torch.equal(draw(pipe), found)
 
 
-def test_what_is_handed_follows_from_what_was_learned(bundled):
+def test_what_is_handed_follows_from_what_was_learned(pipe):
     """The pattern, the first forecast and what a repayment reads, from the motion in float64."""
-    with attach(bundled, policy=Forecast(nfe=10, learn=True)) as handle:
-        draw(bundled)
+    with attach(pipe, policy=Forecast(nfe=10, learn=True)) as handle:
+        draw(pipe)
         seen = []
         handle.observers.append(lambda step, prediction, guided: seen.append((step.sample.double(), guided.double())))
-        draw(bundled)
+        draw(pipe)
         report, calibration = handle.report, handle.calibration
-    table = spaces(bundled.scheduler)
+    table = spaces(pipe.scheduler)
     measured = known(calibration.motions, table, 5.0).variogram
     chosen = pattern(STEPS, 5, table)
     own, law = (summed_error(chosen, table, each, measured) for each in (measured, PowerLaw()))
@@ -243,25 +243,25 @@ def test_what_is_handed_follows_from_what_was_learned(bundled):
 
 
 @pytest.mark.parametrize("steps, scale, learns", [(4, 5, False), (8, 7.5, False), (24, 5, True), (8, 20, True)])
-def test_other_steps_and_scales_are_served_or_learned(bundled, steps, scale, learns):
-    with attach(bundled, policy=Forecast(0.4, learn=True)) as handle:
-        draw(bundled)
-        draw(bundled, steps, scale)
+def test_other_steps_and_scales_are_served_or_learned(pipe, steps, scale, learns):
+    with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
+        draw(pipe)
+        draw(pipe, steps, scale)
         assert (handle.report.saved == 0) == learns
         note = handle.report.steps[0].note
         assert ("to learn" in note) == learns and (steps == 24) == ("of the predicted error" in note)
         if learns:
-            draw(bundled, steps, scale)
+            draw(pipe, steps, scale)
             assert handle.report.saved >= 0.4
             assert len(handle.calibration.motions) == 2
 
 
-def test_another_scheduler_and_size_are_served(bundled):
-    pipe = copy.copy(bundled)
+def test_another_scheduler_and_size_are_served(pipe):
+    own, pipe = pipe, copy.copy(pipe)
     with attach(pipe, policy=Forecast(0.4, learn=True)) as handle:
         draw(pipe, 20)
         for scheduler in (DPMSolverMultistepScheduler, EulerDiscreteScheduler):
-            pipe.scheduler = scheduler.from_config(bundled.scheduler.config)
+            pipe.scheduler = scheduler.from_config(own.scheduler.config)
             draw(pipe, 16, height=96, width=64)
             assert handle.report.saved >= 0.35, scheduler
             assert handle.report.basis.startswith("1 run at 20")
@@ -440,7 +440,7 @@ def test_what_calibrate_makes_serves_both_kinds(pipe, tmp_path, capsys):
             use()
 
 
-def test_files_of_the_first_format_serve_what_they_served(bundled):
+def test_files_of_the_first_format_serve_what_they_served():
     old = Calibration.load(samples.CALIBRATIONS / "dpm-20-5.safetensors")
     assert not old.motions and search(old, 30).nfe <= 30
     with pytest.raises(CalibrationMismatch, match="calibrate anew"):

@@ -9,7 +9,7 @@ import copy
 import functools
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ import diffusers
 import pytest
 import torch
 from conformance import relative
+from pairwise import diagonal, pairwise
 from tiny import PIPELINES, run
 from tiny_core import ddim
 from tiny_unet import unet
@@ -55,6 +56,19 @@ PAIRS = [
     (APG(norm_threshold=1.0, eta=0.5), EveryStep()),
 ]
 each_pair = pytest.mark.parametrize(("rule", "policy"), PAIRS, ids=lambda part: type(part).__name__)
+
+
+def each_pair_in_turn(name: str) -> Any:
+    """Beside an argument that is False for one pair and True for the next."""
+    chosen = [(*pair, value) for pair, value in diagonal(PAIRS, [False, True])]
+    return pytest.mark.parametrize(("rule", "policy", name), chosen, ids=lambda part: type(part).__name__)
+
+
+def each_with_two(cases: Iterable[str]) -> Any:
+    """Every pair with two of the cases, in turn: what a rule and a policy do is the same in all of them."""
+    chosen = [(case, *pair) for case, pair in diagonal(cases, PAIRS, 2)]
+    ids = lambda part: part if isinstance(part, str) else type(part).__name__  # noqa: E731
+    return pytest.mark.parametrize(("case", "rule", "policy"), chosen, ids=ids)
 
 
 class Loop(diffusers.DiffusionPipeline):
@@ -136,10 +150,9 @@ def alike(a: Any, b: Any) -> None:
     assert [step.nfe for step in a[1].steps] == [step.nfe for step in b[1].steps]
 
 
-@pytest.mark.parametrize("combine", IN_PLACE.values(), ids=IN_PLACE)
-@each_pair
-def test_predictions_changed_in_place(combine, rule, policy):
-    pipe = small()
+@each_with_two(IN_PLACE)
+def test_predictions_changed_in_place(case, rule, policy):
+    pipe, combine = small(), IN_PLACE[case]
     alike(under(pipe, rule, policy, one_call(combine)), plainly(rule, policy))
     for cond_first in (True, False):
         found = under(pipe, rule, policy, two_calls(combine, cond_first))
@@ -221,19 +234,18 @@ def streamed(stream: Any) -> Tensor:
     return asyncio.run(last())
 
 
-DEFERRED = [
-    (Yields, lambda made: list(made)[-1]),
-    (Maps, lambda made: list(made)[-1]),
-    (Awaits, asyncio.run),
-    (Streams, streamed),
-    (Returns, lambda made: made()),
-]
+DEFERRED = {
+    "Yields": (Yields, lambda made: list(made)[-1]),
+    "Maps": (Maps, lambda made: list(made)[-1]),
+    "Awaits": (Awaits, asyncio.run),
+    "Streams": (Streams, streamed),
+    "Returns": (Returns, lambda made: made()),
+}
 
 
-@pytest.mark.parametrize(("cls", "get"), DEFERRED, ids=lambda each: getattr(each, "__name__", ""))
-@each_pair
-def test_a_call_that_returns_before_its_work_is_done(cls, get, rule, policy):
-    expected = plainly(rule, policy)
+@each_with_two(DEFERRED)
+def test_a_call_that_returns_before_its_work_is_done(case, rule, policy):
+    (cls, get), expected = DEFERRED[case], plainly(rule, policy)
     pipe = small(cls)
     untouched = get(pipe(one_call(plain)))
     with attach(pipe, rule, policy) as handle:
@@ -280,13 +292,16 @@ class Drafts(Loop):
         return lambda: Loop.__call__(self, step, guidance_scale)
 
 
-@pytest.mark.parametrize(
-    ("cls", "get"),
-    [(Tuples, lambda made: list(made[0])[-1]), (Begins, lambda made: list(made)[-1]), (Drafts, lambda made: made())],
-)
-@each_pair
-def test_a_call_whose_work_is_but_begun(cls, get, rule, policy):
-    expected = plainly(rule, policy)
+BEGUN = {
+    "Tuples": (Tuples, lambda made: list(made[0])[-1]),
+    "Begins": (Begins, lambda made: list(made)[-1]),
+    "Drafts": (Drafts, lambda made: made()),
+}
+
+
+@each_with_two(BEGUN)
+def test_a_call_whose_work_is_but_begun(case, rule, policy):
+    (cls, get), expected = BEGUN[case], plainly(rule, policy)
     with attach(small(cls), rule, policy) as handle:
         found = get(handle.pipe(one_call(plain)))
         alike((found, handle.report), expected)
@@ -623,9 +638,10 @@ def stops(cond_first: bool, after: int, copies: bool = False) -> Callable:
     return step
 
 
-@pytest.mark.parametrize("copies", [False, True])
-@pytest.mark.parametrize("after", [2, 3])
-@pytest.mark.parametrize("policy", [Hold(2), StepAG(0.4), AdaptiveGuidance(0.1), EveryStep(), Forecast(0.5)], ids=repr)
+STOPPED = [Hold(2), StepAG(0.4), AdaptiveGuidance(0.1), EveryStep(), Forecast(0.5)]
+
+
+@pytest.mark.parametrize(("policy", "after", "copies"), pairwise(STOPPED, [2, 3], [False, True]), ids=repr)
 def test_a_pipeline_that_stops_guiding(policy, after, copies):
     pipe = small()
     with attach(pipe, CFG(), policy) as first:
@@ -835,8 +851,7 @@ def previewed(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tens
     return pipe.scheduler.step(g, t, x, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@each_pair
+@each_pair_in_turn("fused")
 def test_a_preview_before_the_step(rule, policy, fused):
     pipe = small(scheduler=diffusers.DDIMScheduler.from_config(SD.build().scheduler.config, clip_sample=False))
     pipe.previews = []
@@ -845,8 +860,7 @@ def test_a_preview_before_the_step(rule, policy, fused):
     assert len(pipe.previews) == STEPS
 
 
-@pytest.mark.parametrize("always", [True, False])
-@each_pair
+@each_pair_in_turn("always")
 def test_a_preview_by_another_scheduler(rule, policy, always):
     own = diffusers.DPMSolverMultistepScheduler.from_config(SD.build().scheduler.config)
 

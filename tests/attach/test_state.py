@@ -16,6 +16,7 @@ import pytest
 import torch
 from conformance import Until, overwritten, relative
 from diffusers.models.attention_processor import AttnProcessor2_0
+from pairwise import pairwise
 from strangers import Loop
 from tiny import PIPELINES, Tiny, counting, run
 
@@ -283,11 +284,20 @@ def late(net: Any, calls: int) -> None:
 
 
 BOTH = [counted, on_itself, by_a_global, in_place, by_an_iterator, block, bank, random]
-CASES = [(SD, put) for put in (*BOTH, wrapped, bound, by_subclass, processors)] + [(WAN, put) for put in BOTH]
+CASES = [
+    *pairwise([SD, WAN], BOTH, [1, 3]),
+    (SD, wrapped, 1),
+    (SD, bound, 3),
+    (SD, by_subclass, 1),
+    (SD, processors, 3),
+]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(("entry", "put"), CASES, ids=lambda each: getattr(each, "name", None) or each.__name__)
+def named(each: Any) -> str:
+    return getattr(each, "name", None) or getattr(each, "__name__", None) or repr(each)
+
+
+@pytest.mark.parametrize(("entry", "put", "batch"), CASES, ids=named)
 def test_what_keeps_state_is_left_whole(entry, put, batch):
     reference = expected(entry, put, batch)
     result, report = found(entry, put, batch, Until(2))
@@ -297,9 +307,7 @@ def test_what_keeps_state_is_left_whole(entry, put, batch):
     assert ("keeps state" in report.steps[0].note) is (put is not random)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("put", [hooked, hooked_in_place])
-@pytest.mark.parametrize("entry", [SD, WAN], ids=lambda entry: entry.name)
+@pytest.mark.parametrize(("entry", "put", "batch"), pairwise([SD, WAN], [hooked, hooked_in_place], [1, 3]), ids=named)
 def test_hooks_that_act_late(entry, put, batch):
     """They are found when they first do something; a part of the batch that was on its way is undone."""
     reference = expected(entry, put, batch)
@@ -462,10 +470,9 @@ def where_it_is_like_the_last(net: Any, calls: int) -> None:
 LAST = [last_output, last_output_of_each, last_output_in_place, smoothed, where_it_is_like_the_last]
 
 
-@pytest.mark.parametrize("policy", [Until(2), Until(1)], ids=repr)
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("put", LAST)
-@pytest.mark.parametrize("entry", [SD, WAN], ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    ("entry", "put", "batch", "policy"), pairwise([SD, WAN], LAST, [1, 3], [Until(2), Until(1)]), ids=named
+)
 def test_caches_of_the_last_output(entry, put, batch, policy):
     """In a buffer of its own they are like an engine until they give the same again, and are then found at once."""
     policy = Until(2) if put is last_output_in_place else policy
@@ -593,9 +600,7 @@ def taylor(pipe: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("config", [pyramid, mag, taylor])
-@pytest.mark.parametrize("entry", [WAN, COG], ids=lambda entry: entry.name)
+@pytest.mark.parametrize(("entry", "config", "batch"), pairwise([WAN, COG], [pyramid, mag, taylor], [1, 2]), ids=named)
 def test_caches_that_count_calls(entry, config, batch):
     def put(net: Any, calls: int) -> None:
         try:
@@ -660,9 +665,12 @@ class OneByOne(Policy):
         return [Decision("both" if step.index <= i else "conditional") for i in order]
 
 
-@pytest.mark.parametrize("policy", [Until(2), OneByOne(), OneByOne(last=True)], ids=repr)
-@pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("put", [style, second_half, across, same_for_each])
+POLICIES = [Until(2), OneByOne(), OneByOne(last=True)]
+
+
+@pytest.mark.parametrize(
+    ("put", "batch", "policy"), pairwise([style, second_half, across, same_for_each], [1, 2, 3], POLICIES), ids=named
+)
 def test_attention_that_looks_at_the_batch(put, batch, policy):
     def on(net: Any, calls: int) -> None:
         put(attention(net), batch)

@@ -19,7 +19,6 @@ from diffusers_guidance import (
     LinearAG,
     attach,
     calibrate,
-    samples,
     search,
 )
 from diffusers_guidance.pipelines.pictures.columns import Column
@@ -33,8 +32,8 @@ GIVEN = "linear(8, 2)"
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    made = StableDiffusionPipeline.from_pretrained(samples.MODEL)
+def pipe(small):
+    made = StableDiffusionPipeline.from_pretrained(small, local_files_only=True)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -111,13 +111,21 @@ def test_help_says_that_a_stopped_command_goes_on_and_from_where(name, kept):
     "arguments", [["--help"], ["compare", "--help"], ["bench", "--help"], ["try", "--help"], ["app", "--help"], []]
 )
 def test_help_imports_neither_torch_nor_diffusers(arguments):
-    code = f"import sys; sys.argv = ['it', *{arguments}]\n{MAIN.replace('main()', '')}\nimport os\n"
-    code += (
-        "os._exit = lambda code: print(sorted({'torch', 'diffusers', 'gradio', 'matplotlib'} & {*sys.modules}), code)\n"
-    )
-    code += "main()\n" + "print(sorted({'torch', 'diffusers'} & {*sys.modules}))"
+    assert not imported_by(*arguments) & {"torch", "diffusers", "gradio", "matplotlib"}
+
+
+def test_a_search_without_real_runs_does_without_diffusers():
+    assert "diffusers" not in imported_by("search", "dpm-20-5", "--nfe", "25")
+
+
+def imported_by(*arguments):
+    """What a command of its own process has imported when it ends."""
+    code = f"import os, sys; sys.argv = ['it', *{arguments}]\n{MAIN.replace('main()', '')}\n"
+    code += "os._exit = lambda code: print('imported', *sys.modules)\nmain()\nprint('imported', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    word, *modules = done.stdout.splitlines()[-1].split()
+    assert word == "imported" and "diffusers_guidance" in modules
+    return {*modules}
 
 
 def test_threads_wait_asleep_unless_told_otherwise(monkeypatch, capsys):

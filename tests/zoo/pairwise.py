@@ -30,5 +30,13 @@ def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
     return found
 
 
+def diagonal(first: Iterable[Any], second: Iterable[Any], times: int = 1) -> list[tuple[Any, Any]]:
+    """Choices of a value for each of two factors: each value of the longer comes `times` times, beside others."""
+    one, other = list(first), list(second)
+    longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
+    found = [(value, shorter[(i + shift) % len(shorter)]) for shift in range(times) for i, value in enumerate(longer)]
+    return found if longer is one else [pair[::-1] for pair in found]
+
+
 def _pairs(chosen: dict[int, int]) -> list[tuple[int, int, int, int]]:
     return [(i, chosen[i], j, chosen[j]) for i, j in itertools.combinations(sorted(chosen), 2)]

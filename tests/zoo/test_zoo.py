@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pairwise import pairwise
+from pairwise import diagonal, pairwise
 
 TESTS = Path(__file__).parents[1]
 
@@ -19,6 +19,14 @@ def test_any_two_values_meet(sizes):
     largest, second = sorted(sizes)[:-3:-1]
     assert largest * second <= len(chosen) <= 1.5 * largest * second
     assert len(set(chosen)) == len(chosen)
+
+
+@pytest.mark.parametrize("sizes", [(7, 3), (3, 7), (5, 7), (4, 4)], ids=str)
+def test_each_value_of_the_longer_comes_beside_others(sizes):
+    factors = [[f"{name}{i}" for i in range(size)] for name, size in zip("ab", sizes, strict=True)]
+    chosen = diagonal(*factors, times=2)
+    assert len(set(chosen)) == len(chosen) == 2 * max(sizes)
+    assert [{each[i] for each in chosen} for i in (0, 1)] == [{*factor} for factor in factors]
 
 
 def test_no_test_file_imports_another():
