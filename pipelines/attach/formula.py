@@ -172,9 +172,9 @@ class Formula(Combination):
         """A half as the scheduler would get it, one row per sample."""
         return self.handed(self.view(half), around)
 
-    def cut(self, outputs: Sequence[Tensor], around: Around) -> tuple[Tensor, Tensor]:
-        """(c, u) as the scheduler would get them, from a step's outputs."""
-        cond, uncond = self.halves(outputs)
+    def cut(self, halves: tuple[Tensor, Tensor], around: Around) -> tuple[Tensor, Tensor]:
+        """(c, u) as the scheduler would get them, from a step's `halves`."""
+        cond, uncond = halves
         return self.seen(cond, around), self.seen(uncond, around)
 
     def rest(self, outputs: Sequence[Tensor], around: Around) -> Tensor | None:

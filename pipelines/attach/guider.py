@@ -267,13 +267,8 @@ class Guider(Pair, BaseGuidance):
         assert run is not None
         clock, first = run.clock, run.recording.first
         count = first + clock.count if clock.count else self._num_inference_steps
-        own: dict[str, Any] = {
-            "denoiser": self._denoiser,
-            "branches": max(self._branches, 2),
-            "rows": self._rows,
-            "w": self._w,
-        }
-        return clock.step(self._step, count, first, **own)
+        step = clock.step(self._step, count, first)
+        return changed(step, denoiser=self._denoiser, branches=max(self._branches, 2), rows=self._rows, w=self._w)
 
     @property
     def _rows(self) -> int:

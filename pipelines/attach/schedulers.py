@@ -8,7 +8,6 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -260,25 +259,19 @@ def _starts(s: Any) -> Starts:
     return lambda i: i % order == 0
 
 
-def starts_by_count(scheduler: Any) -> Starts | None:
-    """For the coming `scheduler.step`, by the scheduler's own count; None if it counts by the table.
+def starts_by_count(s: Any) -> Starts | None:
+    """For the coming step, by the scheduler's own count; None if it counts by the table.
 
     Some schedulers count from the run's beginning, which for image to image is in the middle of the table.
     """
-    if hasattr(scheduler, "plms_timesteps"):
-        starts = _starts(scheduler)
-        return lambda _: starts(scheduler.counter)
-    if hasattr(scheduler, "order_list"):
-        return partial(_starts_of_single, scheduler)
-    if isinstance(getattr(scheduler, "state_in_first_order", None), bool):
-        return lambda _: scheduler.state_in_first_order
+    if hasattr(s, "plms_timesteps"):
+        return lambda _: _starts(s)(s.counter)
+    if hasattr(s, "order_list"):
+        # A step has no more stages than there are outputs before this one; the last output is at the end.
+        return lambda i: all(each is None for each in s.model_outputs[::-1][: s.order_list[i] - 1])
+    if isinstance(getattr(s, "state_in_first_order", None), bool):
+        return lambda _: s.state_in_first_order
     return None
-
-
-def _starts_of_single(s: Any, i: int) -> bool:
-    # A step has no more stages than there are outputs before this one; the last output is at the end.
-    order, before = s.order_list[i], s.model_outputs[::-1]
-    return next((k for k in range(order - 1, 0, -1) if before[k - 1] is not None), 0) == 0
 
 
 def _config(s: Any, key: str, default: Any = None) -> Any:

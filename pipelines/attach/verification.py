@@ -149,7 +149,7 @@ class Verification:
         if formula.tree is not None:
             formula = self._weighed(met, formula, target, around)
         halves = formula.halves(outputs)
-        c, u = (formula.seen(half, around) for half in halves)
+        c, u = formula.cut(halves, around)
         s: Scale = 1.0
         w: W
         expected: Tensor | None = None
