@@ -89,7 +89,7 @@ class Observation:
                     each[i] = (VV - b * Vd) / math.sqrt(size) if was and size > 0 else math.nan
         return torch.tensor(found)
 
-    @cached_property
+    @property
     def difference(self) -> Tensor:
         """(rows,): `||cond - uncond||` of the noise, NaN where not both were evaluated; waits for it.
 
