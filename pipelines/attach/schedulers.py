@@ -148,7 +148,7 @@ def _solve(scheduler: Any) -> tuple[Space, ...]:
     if not coefficients[:2].isfinite().all():
         _refuse(s, "a sample without signal (zero terminal SNR) cannot be denoised from such a prediction")
     rows, starts = torch.cat([coefficients, torch.stack(levels)]).T.tolist(), _starts(s)
-    table = tuple(Space(*row, starts(i)) for i, row in enumerate(rows))
+    table = tuple(Space(*[*row, starts(i)]) for i, row in enumerate(rows))
     table = (*table[:-1], replace(table[-1], left=left(s, table)))
     found = zip(table, reuse(s, table), strict=True)
     return tuple(space if again == space.reuse else replace(space, reuse=again) for space, again in found)
