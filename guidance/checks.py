@@ -5,12 +5,16 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
+_PLAIN = (int, float, bool, str, type(None))
+
 
 def plain(value: Any) -> Any:
     """Turns a numpy number, a tensor without dimensions or a fraction into an int or float, also in a list or tuple.
 
     Everything else comes back unchanged. So all numbers that are printed, compared and saved are plain.
     """
+    if type(value) in _PLAIN:
+        return value
     if type(value) in (list, tuple):
         return type(value)(plain(each) for each in value)
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -27,7 +31,7 @@ def plain_fields(part: Any) -> None:
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether it is a finite number from `least` to `most`, both included; True and False are not numbers."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
+    number = isinstance(value, float | Real) and not isinstance(value, bool)
     return number and math.isfinite(value) and bool(least <= value <= most)
 
 

@@ -24,7 +24,7 @@ from diffusers_guidance.observation import Observation, unseen
 from diffusers_guidance.policies import Policy, estimated, planned, predicted
 from diffusers_guidance.report import Recording
 from diffusers_guidance.rules import Rule, settled
-from diffusers_guidance.steps import Action, Apart, Decision, History, Plan, Prediction, Step, changed, pick
+from diffusers_guidance.steps import ESTIMATED, Action, Apart, Decision, History, Plan, Prediction, Step, changed, pick
 
 Observer = Callable[[Step, Prediction | None, Tensor], Any]
 """observer(step, prediction, guided): called at every step. `prediction` is None where nothing was guided or evaluated;
@@ -223,7 +223,7 @@ class Engine:
         """
         step = self.settle(step)
         plan = [  # no estimate where the prediction was evaluated after all
-            Decision(Action.BOTH) if Action(each.action).is_estimated and was else each
+            Decision(Action.BOTH) if was and each.action in ESTIMATED else each
             for each, was in zip(plan, prediction.evaluated, strict=True)
         ]
         seen = prediction.observation

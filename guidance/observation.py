@@ -89,7 +89,7 @@ class Observation:
                     each[i] = (VV - b * Vd) / math.sqrt(size) if was and size > 0 else math.nan
         return torch.tensor(found)
 
-    @cached_property
+    @property
     def difference(self) -> Tensor:
         """(rows,): `||cond - uncond||` of the noise, NaN where not both were evaluated; waits for it.
 
@@ -102,7 +102,7 @@ class Observation:
     @property
     def norms(self) -> list[float]:
         """Over all rows: of the output's deviation from the formula, of the output, of c and of u. Waits for them."""
-        return [sum(row[i] for row in self._totals) ** 0.5 for i in range(4)]
+        return [sum(column) ** 0.5 for column in [*zip(*self._totals, strict=True)][:4]]
 
 
 def unseen(rows: int) -> Observation:

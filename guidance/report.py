@@ -252,8 +252,8 @@ class Recording:
             arriving = seen  # not None
 
             def tell() -> None:
-                added.similarity, added.similarity_noise = map(to_list, arriving.similarity)
-                added.difference = to_list(arriving.difference)
+                added.similarity, added.similarity_noise = map(to_list, arriving.similarity.tolist())
+                added.difference = to_list(arriving.difference.tolist())
 
             self.read_later(tell)
 
@@ -277,7 +277,7 @@ class Recording:
 
         def tell() -> None:
             *norms, whole = sent.read()
-            step.off, step.repaid = to_list(torch.stack(norms) / whole)
+            step.off, step.repaid = to_list((torch.stack(norms) / whole).tolist())
             off, repaid = (math.nan if each is None else each for each in (step.off, step.repaid))
             step.note += f": off by {off:.2g}, repaid {repaid:.2g}, of the denoised prediction"
 
@@ -289,9 +289,9 @@ class Recording:
         return self.report
 
 
-def to_list(values: Tensor) -> list[float | None]:
-    """A vector as floats, with None for NaN."""
-    return [None if math.isnan(value) else value for value in values.tolist()]
+def to_list(values: Sequence[float]) -> list[float | None]:
+    """The same with None for NaN."""
+    return [None if math.isnan(value) else value for value in values]
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ module and give it an `algebra`. Everything else (spaces, momentum, policies, pi
 import copy
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Rule:
             )
         return self.guidance_scale
 
-    @property
+    @cached_property
     def is_scheduled(self) -> bool:
         """Whether its scale follows a schedule that replaces the pipeline's own."""
         return scales.changes(self.guidance_scale)

@@ -49,7 +49,7 @@ class Space:
     """Noise over signal after the run's last step; 0 at all other steps. Some runs do not end clean (DDIM with
     `set_alpha_to_one=False`)."""
 
-    @property
+    @cached_property
     def velocity(self) -> float:
         """The prediction's factor in v = (signal * eps - noise * x0) / hypot(signal, noise) (arXiv 2202.00512).
 

@@ -40,12 +40,16 @@ class Action(str, Enum):
     @property
     def is_estimated(self) -> bool:
         """Whether it guides with an estimate."""
-        return self in (Action.EXTRAPOLATE, Action.NEITHER)
+        return self in ESTIMATED
 
     def __repr__(self) -> str:
         return repr(self.value)
 
     __str__ = str.__str__
+
+
+ESTIMATED = (Action.EXTRAPOLATE, Action.NEITHER)
+"""The actions that guide with an estimate."""
 
 
 class Decision(NamedTuple):

@@ -13,7 +13,7 @@ of c and d after a number near them is subtracted, so that a large mean does not
 """
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from types import FunctionType
 from typing import Any, overload
 
@@ -60,9 +60,12 @@ def algebra(function: Callable[..., Coefficients] | None = None, *, centred: boo
     return partial(Algebra, centred=centred) if function is None else Algebra(function)
 
 
-def algebra_of(rule: type) -> Algebra | None:
-    """The `algebra` that gives a rule's coefficients, or None if a method overrides it."""
+def _in_charge(rule: type) -> Algebra | None:
     names = ("algebra", "coefficients")
     declared, method = (next((c for c in rule.__mro__ if vars(c).get(name) is not None), None) for name in names)
     in_charge = declared is not None and method is not None and issubclass(declared, method)
     return vars(declared)["algebra"] if in_charge else None
+
+
+algebra_of: Callable[[type], Algebra | None] = lru_cache(maxsize=256)(_in_charge)
+"""The `algebra` that gives a rule's coefficients, by the rule's class; None if a method overrides it."""

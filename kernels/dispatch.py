@@ -47,11 +47,12 @@ def backend_of(*tensors: Tensor | None, backend: str | None = None) -> str:
     if chosen is not None:
         return chosen
     present = [x for x in tensors if x is not None]
-    on_gpu = launch is not None and all(x.device.type in ("cuda", "xpu") for x in present)
+    if launch is None or any(x.device.type not in ("cuda", "xpu") for x in present):
+        return "torch"
     # The kernels sum in float32 and have no gradient.
     plain = all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in present)
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in present)
-    return "triton" if on_gpu and plain and not trained else "torch"
+    return "triton" if plain and not trained else "torch"
 
 
 def _checked(backend: str | None) -> str | None:

@@ -218,18 +218,22 @@ def observe(
     """
     working = torch.promote_types(cond.dtype, torch.float32)
     c, u, dims = cond.to(working), uncond.to(working), tuple(range(2, cond.ndim + 1))
-    sums = c.new_zeros(c.shape[0], 9)
-    if output is not None:
+    sums = []
+    if output is None:
+        sums.append(c.new_zeros(c.shape[0], 4))
+    else:
         made = uncond + s * (cond - uncond) if expected is None else expected
         terms = torch.stack([made.to(working), output.to(working), c, u], 1).nan_to_num_(0, 0, 0)
         terms[:, 0].sub_(terms[:, 1])
-        sums[:, :4] = terms.square_().sum(dims)
-    if sample is not None:
+        sums.append(terms.square_().sum(dims))
+    if sample is None:
+        sums.append(c.new_zeros(c.shape[0], 5))
+    else:
         X, N = ((c * of_c).add_(sample, alpha=of_x) for of_x, of_c in (denoised, noise))
         vectors = torch.stack([X, N, c - u], 1)
-        sums[:, 7:] = (vectors[:, :2] * vectors[:, 2:]).sum(dims)
-        sums[:, 4:7] = vectors.square_().sum(dims)
-    return sums[:, None]
+        products = (vectors[:, :2] * vectors[:, 2:]).sum(dims)
+        sums += [vectors.square_().sum(dims), products]
+    return torch.cat(sums, 1)[:, None]
 
 
 def mix(tensors: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """One call of a pipeline: its arguments, and what the pipeline says of its guidance while it runs."""
 
-from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Call:
     pipe: Any
     arguments: dict[str, Any]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Of the pipeline's class."""
         return type(self.pipe).__name__
@@ -30,12 +30,11 @@ class Call:
     @property
     def values(self) -> Mapping[str, Any]:
         """What the call and its pipeline have by name, as it is now; the call's first."""
-        return ChainMap(self.arguments, vars(self.pipe))
+        return {**vars(self.pipe), **self.arguments}
 
     def _numbers(self, *endings: str) -> dict[str, Any]:
         """Those by names like these."""
-        found = {**vars(self.pipe), **self.arguments}
-        return {name: value for name, value in found.items() if any(ending in name for ending in endings)}
+        return {name: value for name, value in self.values.items() if any(ending in name for ending in endings)}
 
     @property
     def scales(self) -> dict[str, Any]:
@@ -73,7 +72,7 @@ class Call:
 
     def option(self, name: str) -> float:
         """A number among the call's arguments, as the pipeline has it now."""
-        value = getattr(self.pipe, f"_{name}", self.arguments.get(name))
+        value = vars(self.pipe).get(f"_{name}", self.arguments.get(name))
         if value is None or isinstance(value, bool):
             return float(value or 0)
         number = read(value, _ANY)

@@ -10,6 +10,8 @@ from diffusers_guidance.pipelines.attach import told
 from diffusers_guidance.pipelines.attach.cut import Made
 from diffusers_guidance.steps import Plan, Step
 
+_UNKNOWN = Step()
+
 
 @dataclass
 class Calls:
@@ -21,7 +23,7 @@ class Calls:
     for.
     """
 
-    step: Step = field(default_factory=Step)
+    step: Step = _UNKNOWN
     """The coming one, as the plan was made for it."""
     plan: Plan | None = None
     """None until the pipeline's formula is known."""
@@ -55,7 +57,7 @@ class Calls:
     @property
     def signature(self) -> tuple[int, ...]:
         """The rows of each."""
-        return tuple(len(y) for y in self.outputs)
+        return tuple(y.shape[0] for y in self.outputs)
 
     @property
     def arguments(self) -> list[tuple[tuple, dict]]:

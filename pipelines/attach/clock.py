@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_guidance.errors import UnsupportedPipeline, UnsupportedScheduler
-from diffusers_guidance.pipelines.attach.schedulers import spaces, starts_step
+from diffusers_guidance.pipelines.attach.schedulers import Starts, spaces, starts_by_count
 from diffusers_guidance.policies import Policy
 from diffusers_guidance.rules import Rule
 from diffusers_guidance.spaces import Space, Spaces
@@ -27,6 +27,8 @@ class Table(NamedTuple):
     values: tuple[float, ...] = ()
     spaces: Spaces = Spaces()
     """Empty if they are unknown."""
+    starts: Starts | None = None
+    """Whether its coming step is the first stage of one, if it does not count by the table."""
     error: UnsupportedScheduler | None = None
     """Why they are."""
 
@@ -34,7 +36,7 @@ class Table(NamedTuple):
     def of(cls, scheduler: Any) -> "Table":
         values = tuple(float(t) for t in scheduler.timesteps.tolist())
         try:
-            return cls(scheduler, scheduler.timesteps, values, Spaces.of(spaces(scheduler)))
+            return cls(scheduler, scheduler.timesteps, values, Spaces.of(spaces(scheduler)), starts_by_count(scheduler))
         except UnsupportedScheduler as error:
             return cls(scheduler, scheduler.timesteps, values, error=error)
 
@@ -132,17 +134,18 @@ class Clock:
         """`count` of the table's, as the loop takes them."""
         return [*self._table.values[begin :: self.stride][:count]]
 
-    def step(self, index: int, count: int, before: int, coming: bool = False) -> Step:
+    def step(self, index: int, count: int, before: int, coming: bool = False, **known: Any) -> Step:
         """The current evaluation, as the `index`th of `count`; or the `coming` one, before it is made.
 
         Args:
             before: evaluations of the run before the first that this clock has seen.
+            known: what else is known of it.
         """
         space, count = self.next if coming else self.space, max(count, index + 1)
         timestep = None if coming else self.timestep
-        if space is None:
-            return Step(index, count, timestep)
-        return Step(index, count, timestep, space, table=self.table(count, before), velocity=space.velocity)
+        if space is not None:
+            known = {"space": space, "table": self.table(count, before), "velocity": space.velocity} | known
+        return Step(index, count, timestep, **known)
 
     def denoising(self, name: str, rule: Rule, policy: Policy, sample: Tensor | None, cond: Tensor) -> Space | None:
         """The step's space, if the sample can denoise the prediction; None if not, and rule and policy do not need it.
@@ -208,8 +211,8 @@ class Clock:
 
     def _as_counted(self, space: Space) -> Space | None:
         """The table's space by the scheduler's own count of stages; None if it has another noise level by that."""
-        scheduler = self._table.scheduler
-        starts = starts_step(scheduler, self._index)
+        scheduler, by_count = self._table.scheduler, self._table.starts
+        starts = space.new_step if by_count is None else by_count(self._index)
         if starts == space.new_step:
             return space
         if not hasattr(scheduler, "state_in_first_order"):

@@ -8,6 +8,7 @@ the result (`FINISHES`). A `Combination` is one choice of all of these.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -193,7 +194,7 @@ def read(value: Any, output: Tensor) -> float | Tensor | None:
         return value if fitting else None
     if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1 and hasattr(value, "item"):
         value = value.item()
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, float | Real) or isinstance(value, bool):
         return None
     return float(value) if math.isfinite(value) else None
 
@@ -296,18 +297,18 @@ class Combination:
         """A prediction, or what it denoises to, whichever of them is finished."""
         return around.denoised(y) if self.anchor == "denoised" else y
 
-    @property
+    @cached_property
     def needs_space(self) -> bool:
         """Whether it can only be followed where sample and space are known."""
         return self.anchor == "denoised" or self.mixed in NETWORKS
 
-    @property
+    @cached_property
     def of_sample(self) -> OfSample | None:
         """Its finish, if all of a sample goes into that."""
         finish = FINISHES[self.finish]
         return finish if isinstance(finish, OfSample) else None
 
-    @property
+    @cached_property
     def is_stable(self) -> bool:
         """Whether the same numbers give the same bits in any layout: nothing is summed up, nothing fused."""
         return not self.finish and not self.needs_space and self.anchor not in FUSED

@@ -21,7 +21,7 @@ from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.output import merged, prediction, puts_out_more, with_prediction
 from diffusers_guidance.pipelines.attach.trees import copied, tensors
 from diffusers_guidance.policies import Policy
-from diffusers_guidance.steps import Action, Decision, Plan, Step
+from diffusers_guidance.steps import ESTIMATED, Action, Decision, Plan, Step
 
 
 @dataclass
@@ -100,15 +100,15 @@ class Denoiser:
         formula, both = self.formula, Decision(Action.BOTH)
         terms = None if formula.is_merged else formula.tree
 
-        def is_possible(action: Action) -> bool:
-            if not action.is_estimated or (self.policy.hands and action == Action.NEITHER):
+        def is_possible(action: Action | str) -> bool:
+            if action not in ESTIMATED or (self.policy.hands and action == Action.NEITHER):
                 return True
             # What else is put out is held of a batch.
             if self.puts_out_more and not (action == Action.EXTRAPOLATE and self.beside.steps and formula.batched):
                 return False
             return terms is None or action == Action.EXTRAPOLATE
 
-        return [each if is_possible(Action(each.action)) else both for each in plan]
+        return [each if is_possible(each.action) else both for each in plan]
 
     def is_guided_by(self, engine: Engine, step: Step) -> None:
         """Takes in the engine for the batch whose formula has been found, at the step it was found at."""
@@ -154,9 +154,9 @@ class Denoiser:
         now, formula = self.now, self.formula
         if not now.outputs:
             now.outputs, now.strays = now.strays, []
-        if formula is None or formula.evaluations == 1 or formula.further or not all(self.evaluates):
+        if formula is None or formula.evaluations == 1 or formula.further or len(now.outputs) <= formula.calls:
             return
-        if len(now.outputs) > formula.calls and all(y.shape == self.shape for y in now.outputs):
+        if all(self.evaluates) and all(y.shape == self.shape for y in now.outputs):
             now.surplus, now.outputs = now.outputs[: -formula.calls], now.outputs[-formula.calls :]
 
     @property
@@ -225,12 +225,12 @@ class Denoiser:
             return [True] * len(plan)
         both = [each.action in (Action.BOTH, Action.NEITHER) for each in plan]
         # A cache would meet rows it has not seen; to skip a whole call is what its contexts are for.
-        cut = self.cut
-        uncut = (cut.keeps_state and formula.batched) or (any(both) and (cut.keeps_state or not cut.splits))
+        cut, keeps_state = self.cut, self.cut.keeps_state
+        uncut = (keeps_state and formula.batched) or (any(both) and (keeps_state or not cut.splits))
         # The sound of a row that is skipped is the conditional one's, which must be there.
         late = self.puts_out_more or self.hands_copies
         early = late and not formula.batched and formula.cond_index > 0
-        return [True] * len(both) if self.cut.whole or uncut or early or self.now.is_open else both
+        return [True] * len(both) if cut.whole or uncut or early or self.now.is_open else both
 
     def evaluated(self, branch: int) -> list[bool]:
         """Per sample: whether this branch is evaluated at this step, which is not skipped as a whole.
@@ -238,28 +238,29 @@ class Denoiser:
         One that hangs on the conditional branch is evaluated beside it. Where the unconditional one is estimated, it is
         held, if it has a call of its own.
         """
-        plan, formula, both = self.now.plan, self.formula, self.evaluates
+        plan, formula = self.now.plan, self.formula
         assert plan is not None and formula is not None and self.engine is not None
         if branch != formula.cond_index and branch not in formula.alone:
-            return both
+            return self.evaluates
         known = self.engine.history.apart.get(branch)
         if known is None or (formula.batched and branch < formula.branches):
-            return [True] * len(both)
+            return [True] * len(plan)
         return [
             was or each.action != Action.EXTRAPOLATE or velocity is None
-            for was, each, velocity in zip(both, plan, known.velocity, strict=True)
+            for was, each, velocity in zip(self.evaluates, plan, known.velocity, strict=True)
         ]
 
     def made(self, branch: int, both: Sequence[bool]) -> list[bool]:
         """The same of a step that has evaluated all branches of `both` of these samples, whatever was planned."""
-        return [was or is_alone for was, is_alone in zip(both, self.evaluated(branch), strict=True)]
+        return [*both] if all(both) else [a or b for a, b in zip(both, self.evaluated(branch), strict=True)]
 
     @property
     def skips(self) -> bool:
         """Whether nothing at all is evaluated at this step."""
         plan = self.now.plan
-        whole = self.cut.is_left_whole or self.now.is_open
-        return plan is not None and not whole and all(each.action == Action.NEITHER for each in plan)
+        if plan is None or not all(each.action == Action.NEITHER for each in plan):
+            return False
+        return not (self.cut.is_left_whole or self.now.is_open)
 
     @property
     def label(self) -> str:
@@ -361,7 +362,7 @@ class Denoiser:
         y = prediction(output)
         if y is None:
             self.cut.leave_whole(f"{self.name} is also called for something else than a prediction")
-        if not self.now.outputs:
+        if self.may_skip and not self.now.outputs:
             self.sample_shape = batch.sample_shape(args, kwargs)
         if self._keeps_more:
             self.beside.see(copied(output))

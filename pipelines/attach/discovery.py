@@ -66,13 +66,10 @@ class Discovery:
         self, call: Call, rule: Rule, policy: Policy, recording: Recording, networks: Collection[Denoiser] = ()
     ):
         self.call, self.rule, self.policy, self.recording, self.networks = call, rule, policy, recording, networks
-        self.acts = not (rule.is_plain and type(policy) is EveryStep) or rule.is_scheduled
-        """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
-
-    @property
-    def guides_otherwise(self) -> bool:
+        self.guides_otherwise = not rule.is_plain or rule.is_scheduled
         """Whether predictions are combined in another way than the pipeline's."""
-        return not self.rule.is_plain or self.rule.is_scheduled
+        self.acts = self.guides_otherwise or type(policy) is not EveryStep
+        """Whether anything at all is done in place of the pipeline's own, which is plain guidance at every step."""
 
     @property
     def place(self) -> int:

@@ -9,6 +9,7 @@ rounding may do. A check at a later step does not wait for the device: see `disc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,48 +51,48 @@ class Formula(Combination):
     exact: bool = False
     rival: str = ""
 
-    @property
+    @cached_property
     def batched(self) -> bool:
         return self.layout.batched
 
-    @property
+    @cached_property
     def branches(self) -> int:
         return self.layout.branches
 
-    @property
+    @cached_property
     def cond_index(self) -> int:
         return self.layout.cond_index
 
-    @property
+    @cached_property
     def view(self) -> View:
         return self.layout.view
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return self.layout.rows
 
-    @property
+    @cached_property
     def calls(self) -> int:
         return self.layout.calls
 
-    @property
+    @cached_property
     def further(self) -> int:
         return self.layout.further
 
-    @property
+    @cached_property
     def head(self) -> int:
         return self.layout.head
 
-    @property
+    @cached_property
     def evaluations(self) -> int:
         return self.layout.evaluations
 
-    @property
+    @cached_property
     def guides(self) -> bool:
         """Whether one of its branches is unconditional, so that a rule has something to act on."""
         return self.evaluations > 1 and (self.tree is None or self.tree.guides)
 
-    @property
+    @cached_property
     def others(self) -> list[int]:
         return self.layout.others
 
@@ -108,27 +109,27 @@ class Formula(Combination):
             value = value[which]
         return replace(self, weights=weights, value=value)
 
-    @property
+    @cached_property
     def is_read(self) -> bool:
         """Whether its scale is read off the pipeline, so that nothing has to be solved for at each step."""
         return (self.scale is not None or (self.tree is not None and self.exact)) and not self.mixed
 
-    @property
+    @cached_property
     def is_weighed(self) -> bool:
         """Whether it weighs more than two branches by numbers of which nothing else is known."""
         return self.tree is None and self.evaluations > 2
 
-    @property
+    @cached_property
     def is_solved(self) -> bool:
         """Whether its scale is solved for at each step, from numbers that are rounded."""
         return self.guides and self.scale is None and not (self.tree is not None and self.exact)
 
-    @property
+    @cached_property
     def hands_it_on(self) -> bool:
         """Whether the scheduler gets the combination itself, as it is."""
         return self.layout.is_direct and not self.finish and self.tree is None
 
-    @property
+    @cached_property
     def alone(self) -> tuple[int, ...]:
         """Which branches beside the conditional one a sample evaluates without the unconditional one."""
         return () if self.tree is None or self.is_merged else self.tree.alone
@@ -171,9 +172,9 @@ class Formula(Combination):
         """A half as the scheduler would get it, one row per sample."""
         return self.handed(self.view(half), around)
 
-    def cut(self, outputs: Sequence[Tensor], around: Around) -> tuple[Tensor, Tensor]:
-        """(c, u) as the scheduler would get them, from a step's outputs."""
-        cond, uncond = self.halves(outputs)
+    def cut(self, halves: tuple[Tensor, Tensor], around: Around) -> tuple[Tensor, Tensor]:
+        """(c, u) as the scheduler would get them, from a step's `halves`."""
+        cond, uncond = halves
         return self.seen(cond, around), self.seen(uncond, around)
 
     def rest(self, outputs: Sequence[Tensor], around: Around) -> Tensor | None:
@@ -263,7 +264,7 @@ class Formula(Combination):
         working = torch.promote_types(parts[0].dtype, torch.float32)
         return [self.compared(y, around).to(working) for y in parts]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Of the branches."""
         return self.layout.names if self.tree is None else [*map(self.tree.label, range(self.evaluations))]

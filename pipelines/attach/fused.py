@@ -10,8 +10,7 @@ In place of `scheduler.step(*args, **kwargs)`:
 `use_fused_steps(False)` turns it off.
 """
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from diffusers_guidance import kernels
 from diffusers_guidance.kernels.dispatch import backend_of, step
 from diffusers_guidance.kernels.reference import Rule, Update
+from diffusers_guidance.pipelines.attach.arguments import by_name, parameters
 from diffusers_guidance.pipelines.attach.schedulers import DECODERS
 
 _fused: ContextVar[bool | None] = ContextVar("fused", default=None)
@@ -96,20 +96,22 @@ def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:
     read, output = _FIRST_ORDER.get(type(scheduler), (None, None))
     if read is None or _fused.get() is False:
         return None
-    call = _signature(type(scheduler).step).bind(scheduler, *args, **kwargs)
-    call.apply_defaults()
-    model_output, sample = call.arguments["model_output"], call.arguments["sample"]
+    known = _parameters(type(scheduler), "step")
+    arguments = known | by_name(known, args, kwargs)
+    if len(arguments) > len(known):  # the step itself refuses them
+        return None
+    model_output, sample = arguments["model_output"], arguments["sample"]
     if model_output.shape != sample.shape or model_output.device != sample.device:
         return None
     if _fused.get() is None and backend_of(model_output, sample) == "torch":
         return None
-    found = read(scheduler, call.arguments, sample.dtype, model_output.dtype)
+    found = read(scheduler, arguments, sample.dtype, model_output.dtype)
     update = None if found is None else found.update
-    return None if update is None else FusedStep(scheduler, sample, update, output, call.arguments["return_dict"])
+    return None if update is None else FusedStep(scheduler, sample, update, output, arguments["return_dict"])
 
 
-_signature = lru_cache(maxsize=16)(inspect.signature)
-"""Of a scheduler's step; to make it takes longer than many a step."""
+_parameters: Callable[[type, str], dict[str, Any]] = lru_cache(maxsize=16)(parameters)
+"""Of a scheduler's step; to find them takes longer than many a step."""
 
 
 class FirstOrder(NamedTuple):

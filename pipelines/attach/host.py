@@ -10,6 +10,7 @@ saving) can lose or keep them.
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -96,7 +97,7 @@ class Host:
         self._last: Denoiser | None = None
         """The denoiser whose evaluation the last step used."""
         self._was_called = False
-        self._clocks: dict[int, Clock] = {}
+        self._clocks: defaultdict[int, Clock] = defaultdict(Clock)
         self._clock = Clock()
         """That of the scheduler stepped last."""
         self._taken: dict[int, Collection[str]] = {}
@@ -187,7 +188,8 @@ class Host:
 
     def _replaced(self) -> list[str]:
         """The networks and schedulers that the pipeline has replaced since they were last seen."""
-        return [name for name, each in self._parts.items() if part(self._call.pipe, name) is not each]
+        pipe, own = self._call.pipe, vars(self._call.pipe)  # most are attributes of its own
+        return [n for n, each in self._parts.items() if own.get(n) is not each and part(pipe, n) is not each]
 
     # The hooks
 
@@ -277,7 +279,7 @@ class Host:
         """Advances the clock of the scheduler that steps on the denoiser's evaluation."""
         self._timestep, self._last = timestep, denoiser
         owner = self._owner(denoiser, scheduler, timestep)
-        self._clock = self._clocks.setdefault(id(owner), Clock())
+        self._clock = self._clocks[id(owner)]
         self._clock.tick(owner, timestep)
         denoiser.stepped(self._clock)
 
@@ -305,7 +307,7 @@ class Host:
         last = self._last
         if last is None or scheduler is not self._parts.get("scheduler") or not same(timestep, self._timestep):
             return
-        clock = self._clocks.setdefault(id(scheduler), Clock())
+        clock = self._clocks[id(scheduler)]
         if last.clock is not clock:
             clock.tick(scheduler, timestep)
             self._clock = clock
@@ -522,16 +524,17 @@ class Host:
     def _step_of(self, denoiser: Denoiser, coming: bool = False) -> Step:
         """The denoiser's current evaluation by its scheduler's clock, or the `coming` one."""
         clock, formula = denoiser.clock, denoiser.formula
-        rows = 1 if formula is None else formula.rows
+        known: dict[str, Any] = {"denoiser": denoiser.name}
+        if formula is not None:
+            known |= {"rows": formula.rows, "branches": formula.evaluations}
+            if formula.mixed:  # before the step how is unknown: the network's own output is held
+                known["velocity"] = 1.0
         if clock is None:
-            return Step(rows=rows, denoiser=denoiser.name)
-        index, counted = clock.steps - (not coming), self._call.counted
-        count = counted if counted is not None and index < counted < clock.count else clock.count
-        branches = 2 if formula is None else formula.evaluations
-        step = clock.step(index, count, clock.before, coming)
-        # Before the step its mix with the sample is unknown: the network's own output is held.
-        velocity = 1.0 if formula is not None and formula.mixed else step.velocity
-        return changed(step, rows=rows, branches=branches, denoiser=denoiser.name, velocity=velocity)
+            return Step(**known)
+        index, count, counted = clock.steps - (not coming), clock.count, self._call.counted
+        if counted is not None and index < counted:
+            count = min(counted, count)
+        return clock.step(index, count, clock.before, coming, **known)
 
     def _tell(self, prediction: Prediction | None, step: Step, handed: Tensor | None, met: Met) -> None:
         """Tells the observers of a step, which the report tells by now."""

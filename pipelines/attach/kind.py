@@ -70,7 +70,7 @@ def settle_batch(met: Met, discovery: Discovery) -> None:
         return
     known = denoiser.formulas.get(now.signature)
     if known is not None and denoiser.fits:
-        denoiser.settle_for(known)
+        denoiser.formula = known
         return
     further = now.outputs[formula.head :]
     if denoiser.fits and further and all(len(y) == formula.rows for y in further):

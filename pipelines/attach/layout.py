@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 
 import torch
@@ -165,27 +165,27 @@ class Layout:
     rows: int
     further: int = 0
 
-    @property
+    @cached_property
     def head(self) -> int:
         """Calls of the denoiser before any further ones."""
         return 1 if self.batched else self.branches
 
-    @property
+    @cached_property
     def calls(self) -> int:
         """Of the denoiser, at a guided step."""
         return self.head + self.further
 
-    @property
+    @cached_property
     def evaluations(self) -> int:
         """Of a sample, at a guided step."""
         return self.branches + self.further
 
-    @property
+    @cached_property
     def others(self) -> list[int]:
         """All branches but the conditional one."""
         return [i for i in range(self.evaluations) if i != self.cond_index]
 
-    @property
+    @cached_property
     def is_direct(self) -> bool:
         """Whether the scheduler holds the prediction as guidance works on it, one row per sample."""
         return not self.view.frames and self.view.copies == 1 and not self.view.channels
@@ -200,7 +200,7 @@ class Layout:
         head, further = outputs[: self.head], outputs[self.head :]
         return [*(head[0].chunk(self.branches) if self.batched else head), *further]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Of the branches."""
         return ["cond" if i == self.cond_index else "uncond" for i in range(self.evaluations)]

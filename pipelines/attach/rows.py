@@ -141,7 +141,7 @@ def sample(args: tuple, kwargs: dict) -> Tensor | list[Tensor] | None:
     def has_rows(value: Any, dims: int) -> bool:
         if isinstance(value, list):
             return bool(value) and isinstance(value[0], Tensor)
-        return isinstance(value, Tensor) and value.ndim >= dims and (dims == 1 or value.numel() > len(value))
+        return isinstance(value, Tensor) and value.ndim >= dims and (dims == 1 or value.numel() > value.shape[0])
 
     values = (*args, *kwargs.values())
     return next((value for dims in (2, 1) for value in values if has_rows(value, dims)), None)
@@ -156,4 +156,4 @@ def sample_shape(args: tuple, kwargs: dict) -> torch.Size | None:
 def count(args: tuple, kwargs: dict) -> int:
     """How many rows a denoiser call is about."""
     found = sample(args, kwargs)
-    return 0 if found is None else len(found)
+    return 0 if found is None else found.shape[0] if isinstance(found, Tensor) else len(found)

@@ -147,10 +147,11 @@ def _solve(scheduler: Any) -> tuple[Space, ...]:
     coefficients = _decode(s, declared, levels)
     if not coefficients[:2].isfinite().all():
         _refuse(s, "a sample without signal (zero terminal SNR) cannot be denoised from such a prediction")
-    rows = torch.cat([coefficients, torch.stack(levels)]).T.tolist()
-    table = tuple(Space(*[*row, _starts_step(s, i)]) for i, row in enumerate(rows))
+    rows, starts = torch.cat([coefficients, torch.stack(levels)]).T.tolist(), _starts(s)
+    table = tuple(Space(*[*row, starts(i)]) for i, row in enumerate(rows))
     table = (*table[:-1], replace(table[-1], left=left(s, table)))
-    return tuple(replace(space, reuse=found) for space, found in zip(table, reuse(s, table), strict=True))
+    found = zip(table, reuse(s, table), strict=True)
+    return tuple(space if again == space.reuse else replace(space, reuse=again) for space, again in found)
 
 
 def _on_host(scheduler: Any) -> Any:
@@ -193,7 +194,7 @@ def _read(s: Any, declared: _Declared) -> _Levels:
 
 def _verify(s: Any, levels: _Levels) -> None:
     """Adds noise to the probes (x0, eps) = (1, 0) and (0, 1) at the first, a middle and the last step."""
-    starts = [i for i in range(len(s.timesteps)) if _starts_step(s, i)]
+    starts = [*filter(_starts(s), range(len(s.timesteps)))]
     x0 = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
     for i in {starts[0], starts[len(starts) // 2], starts[-1]}:
         s._begin_index, s._step_index = i, None  # of the copy
@@ -242,29 +243,35 @@ def _is_inverted(s: Any) -> bool:
     return True
 
 
-def _starts_step(s: Any, i: int) -> bool:
+Starts = Callable[[int], bool]
+"""Whether a step of a scheduler's table is the first stage of a step."""
+
+
+def _starts(s: Any) -> Starts:
+    """By the table."""
     if hasattr(s, "plms_timesteps"):
         # PNDM from its first timestep: Runge-Kutta steps of four stages or a Heun step, then one stage each.
-        return i != 1 if s.config.skip_prk_steps else i >= len(s.prk_timesteps) or i % 4 == 0
+        return lambda i: i != 1 if s.config.skip_prk_steps else i >= len(s.prk_timesteps) or i % 4 == 0
     if hasattr(s, "order_list"):
         # DPMSolverSinglestepScheduler: 1, 2, 3 are the stages of a third-order step.
-        return s.order_list[i] == 1
-    return i % getattr(s, "order", 1) == 0
+        return lambda i: s.order_list[i] == 1
+    order = getattr(s, "order", 1)
+    return lambda i: i % order == 0
 
 
-def starts_step(scheduler: Any, index: int) -> bool:
-    """Whether the coming `scheduler.step`, at this place in its table, is the first stage of a step by its own count.
+def starts_by_count(s: Any) -> Starts | None:
+    """For the coming step, by the scheduler's own count; None if it counts by the table.
 
     Some schedulers count from the run's beginning, which for image to image is in the middle of the table.
     """
-    if hasattr(scheduler, "plms_timesteps"):
-        return _starts_step(scheduler, scheduler.counter)
-    if hasattr(scheduler, "order_list"):
+    if hasattr(s, "plms_timesteps"):
+        return lambda _: _starts(s)(s.counter)
+    if hasattr(s, "order_list"):
         # A step has no more stages than there are outputs before this one; the last output is at the end.
-        order, before = scheduler.order_list[index], scheduler.model_outputs[::-1]
-        return next((k for k in range(order - 1, 0, -1) if before[k - 1] is not None), 0) == 0
-    first = getattr(scheduler, "state_in_first_order", None)
-    return first if isinstance(first, bool) else _starts_step(scheduler, index)
+        return lambda i: all(each is None for each in s.model_outputs[::-1][: s.order_list[i] - 1])
+    if isinstance(getattr(s, "state_in_first_order", None), bool):
+        return lambda _: s.state_in_first_order
+    return None
 
 
 def _config(s: Any, key: str, default: Any = None) -> Any:

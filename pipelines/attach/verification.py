@@ -148,7 +148,8 @@ class Verification:
             raise self.discovery.unsupported(met, f"{formula} held until now, but here the noise is not known")
         if formula.tree is not None:
             formula = self._weighed(met, formula, target, around)
-        c, u = formula.cut(outputs, around)
+        halves = formula.halves(outputs)
+        c, u = formula.cut(halves, around)
         s: Scale = 1.0
         w: W
         expected: Tensor | None = None
@@ -167,7 +168,7 @@ class Verification:
         space = met.clock.denoising(self.call.name, rule, policy, x, c)
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = changed(at.step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
-        halves, rest, observe = formula.halves(outputs), formula.rest(outputs, around), denoiser.engine.observe
+        rest, observe = formula.rest(outputs, around), denoiser.engine.observe
         apart = formula.apart(outputs, lambda k: denoiser.made(k, at.evaluated), velocity) if policy.estimates else {}
 
         def seen(found: Observation, sent: Arrival | Observation) -> Seen:
@@ -276,14 +277,13 @@ class Verification:
         """Sees to it that the coming step of the report is refused, or noted, when it is read and did not fit."""
         recording, place, denoiser = self.discovery.recording, self.discovery.place, met.denoiser
         put_out, got = [y.shape for y in met.outputs], met.output.shape
-        rounding = Tolerance(tolerance.s, torch.finfo(dtype).eps)
 
         def tell() -> None:
             fit, steps = tolerance.fit(sent.norms), recording.report.steps
             if fit.fits:
                 return
             if refuses:
-                if not rounding.fit(sent.norms).fits:
+                if not Tolerance(tolerance.s, torch.finfo(dtype).eps).fit(sent.norms).fits:
                     raise self.discovery.refusal(denoiser, put_out, got, place, _held(formula, fit))
                 self.is_in_doubt = True  # written in another order, perhaps, than the first step could tell
             elif place < len(steps):  # nothing was done in place of the pipeline's own guidance

@@ -172,6 +172,6 @@ def test_a_layout_is_identified_and_reproduces_what_the_scheduler_was_given(name
     formula = identify(outputs, held, {"guidance_scale": w}, Around(), None).formula
     assert (formula.cond_index, formula.batched, formula.view.sign) == (cond, batched, sign)
     assert formula.calls == (1 if batched else 2)
-    cut = formula.cut(outputs, Around())
+    cut = formula.cut(formula.halves(outputs), Around())
     assert torch.equal(cut[0], c) and torch.equal(cut[1], u)
     assert torch.equal(formula.view.emit(formula.reproduce(outputs, w, Around()), held), held)
