@@ -262,10 +262,11 @@ class Experts:
         found = dict(self.by).get(step.denoiser)
         if found is None:
             names = ", ".join(name for name, _ in self.by)
-            here = step.denoiser or "a network without a name"
+            here, do = "a network without a name", "give one number for all"
+            if step.denoiser:
+                here, do = step.denoiser, f'add "; {step.denoiser}: 5", say, or give one number for all'
             raise ValueError(
-                f"guidance_scale={given!r} has a scale for {names}, and none for {here}, which this step calls: "
-                f'give one for each network, such as "{step.denoiser or names}: 5", or one number for all'
+                f"guidance_scale={given!r} has a scale for {names}, and none for {here}, which this step calls: {do}"
             )
         return found.at(step, given, origin)
 

@@ -60,12 +60,16 @@ def algebra(function: Callable[..., Coefficients] | None = None, *, centred: boo
     return partial(Algebra, centred=centred) if function is None else Algebra(function)
 
 
-def _in_charge(rule: type) -> Algebra | None:
+def algebra_of(rule: type) -> Algebra | None:
+    """The `algebra` that gives a rule's coefficients, by the rule's class; None if a method overrides it."""
+    found: Any = rule
+    return _in_charge(rule, found.algebra, found.coefficients)
+
+
+@lru_cache(maxsize=256)
+def _in_charge(rule: type, *_: Any) -> Algebra | None:
+    """What else it takes is what a class may be given later: then the class is looked at again."""
     names = ("algebra", "coefficients")
     declared, method = (next((c for c in rule.__mro__ if vars(c).get(name) is not None), None) for name in names)
     in_charge = declared is not None and method is not None and issubclass(declared, method)
     return vars(declared)["algebra"] if in_charge else None
-
-
-algebra_of: Callable[[type], Algebra | None] = lru_cache(maxsize=256)(_in_charge)
-"""The `algebra` that gives a rule's coefficients, by the rule's class; None if a method overrides it."""

@@ -55,5 +55,8 @@ def model(name: str) -> Path:
 
 
 def name_of(path: object) -> str | None:
-    """The name of the bundled pipeline in this folder; None for any other folder or name."""
-    return next((name for name, folder in models().items() if str(folder) == str(path)), None)
+    """The name of the bundled pipeline in this folder, however its path is written; None for anything else."""
+    if not isinstance(path, str | Path) or not str(path):
+        return None
+    given = Path(path).expanduser().resolve()
+    return next((name for name, folder in models().items() if folder.resolve() == given), None)

@@ -56,14 +56,20 @@ def _unheeded(call: Call, rule: Rule) -> str:
     given = rule.guidance_scale
     if given is None or not scales.guides(given):
         return ""
-    return f"; the rule's guidance_scale={scales.text(given)} guided nothing, {_to_guide(call)}"
+    did = "was an input of the network" if _is_fed(call) else f"guided nothing, {_to_guide(call)}"
+    return f"; the rule's guidance_scale={scales.text(given)} {did}"
+
+
+def _is_fed(call: Call) -> bool:
+    """Whether the scale of a call without guidance goes into the network, which makes another picture of it."""
+    return "true_cfg_scale" not in call.arguments and call.option("guidance_scale") > 1
 
 
 def _to_guide(call: Call) -> str:
     """What a call needs for a rule to act."""
     if "true_cfg_scale" in call.arguments:
         return "which needs a negative prompt and a true_cfg_scale above 1"
-    if call.option("guidance_scale") > 1:
+    if _is_fed(call):
         return "which needs a model with guidance of its own: this one's guidance_scale is an input of the network"
     return "which needs a guidance_scale above 1"
 

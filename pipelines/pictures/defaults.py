@@ -8,8 +8,8 @@ COLUMNS = ("CFG", "default", "Forecast(0.45)", "AG", "LinearAG", "CFG@15", 'APG.
 
 def columns_of(folder: str) -> tuple[str, ...]:
     """The same for the pipeline in a folder. For each bundled one, APG has a preset of its name."""
-    names = {str(path): name for name, path in samples.models().items()}
-    return tuple(column.replace("normalised", names.get(folder, "normalised")) for column in COLUMNS)
+    name = samples.name_of(folder) or "normalised"
+    return tuple(column.replace("normalised", name) for column in COLUMNS)
 
 
 SAME = 35.0

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conformance import Until, overwritten, relative
 from diffusers.models.attention_processor import AttnProcessor2_0
-from pairwise import pairwise
+from pairwise import diagonal, pairwise
 from strangers import Loop
 from tiny import PIPELINES, Tiny, counting, run
 
@@ -665,11 +665,14 @@ class OneByOne(Policy):
         return [Decision("both" if step.index <= i else "conditional") for i in order]
 
 
-POLICIES = [Until(2), OneByOne(), OneByOne(last=True)]
+BATCHES = [(1, Until(2)), (2, OneByOne()), (3, OneByOne(last=True)), (3, Until(2))]
+"""A sample alone has nobody to be one by one with."""
 
 
 @pytest.mark.parametrize(
-    ("put", "batch", "policy"), pairwise([style, second_half, across, same_for_each], [1, 2, 3], POLICIES), ids=named
+    ("put", "batch", "policy"),
+    [(put, *each) for put, each in diagonal([style, second_half, across, same_for_each], BATCHES, 3)],
+    ids=named,
 )
 def test_attention_that_looks_at_the_batch(put, batch, policy):
     def on(net: Any, calls: int) -> None:

@@ -6,6 +6,7 @@ with the package.
 
 import inspect
 import json
+import os
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -366,9 +367,17 @@ def test_presets_by_name_and_by_pipeline():
     class Bundled:
         name_or_path = str(samples.MODEL)
 
+    class ByARelativePath:
+        name_or_path = os.path.join(os.path.relpath(samples.MODEL), "")
+
     class ElsewhereUnderItsName:
         name_or_path = "someone/emoji"
 
+    class Unnamed:
+        name_or_path = None
+
+    assert APG.preset(ByARelativePath()) == PRESETS["emoji"].rule
+    assert APG.preset(Unnamed()) == PRESETS["normalised"].rule
     assert APG.preset(Bundled()) == PRESETS["emoji"].rule != PRESETS["normalised"].rule
     assert APG.preset(ElsewhereUnderItsName()) == PRESETS["normalised"].rule
     assert APG.preset("sdxl") == APG.preset(StableDiffusionXLAnythingPipeline()) == PRESETS["sdxl"].rule

@@ -179,6 +179,22 @@ def test_an_algebra_counts_only_where_nothing_overrides_it():
     assert CFG(2.0).centred and not APG(2.0).centred and not Counted(2.0).centred
 
 
+def test_a_class_may_be_given_another_algebra_or_coefficients_later():
+    """In a notebook, say; on a GPU too its new arithmetic counts."""
+
+    class Later(CFG):
+        pass
+
+    assert algebra_of(Later) is CFG.algebra
+    Later.algebra = APG.algebra
+    assert algebra_of(Later) is APG.algebra and not Later(2.0).centred
+    del Later.algebra
+    Later.coefficients = OnlyTorch.coefficients
+    assert algebra_of(Later) is None
+    del Later.coefficients
+    assert algebra_of(Later) is CFG.algebra
+
+
 def fake(device, dtype=torch.float32, requires_grad=False):
     """What the dispatcher looks at of a tensor on that device."""
     return SimpleNamespace(device=torch.device(device), dtype=dtype, requires_grad=requires_grad)

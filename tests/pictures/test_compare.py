@@ -117,6 +117,7 @@ def test_a_bundled_model_is_compared_with_its_own_preset(name):
     *others, last = columns_of(located(name))
     assert tuple(others) == COLUMNS[:-1] and last == f'APG.preset("{name}")+AG@15'
     assert Column.parse(last).rule == APG.preset(name)
+    assert columns_of(located(name) + "/")[-1] == last
 
 
 @pytest.mark.parametrize(
