@@ -178,7 +178,7 @@ def _amiss(error: Any, name: str | None = None) -> str:
     """One sentence: what is wrong with the arguments of the command of this name, and what to do."""
     if getattr(error, "param", None) is not None:
         said = _wanted(error)
-    elif hasattr(error, "option_name"):
+    elif {"option_name", "possibilities"} <= vars(error).keys():
         said = f"there is no option {error.option_name}"
         said += f" (did you mean {error.possibilities[0]}?)" if error.possibilities else ""
     else:
