@@ -1,7 +1,8 @@
 """The page in a real browser: Chromium found on PATH or Playwright's own, driven by Playwright.
 
 Skipped, with the reason printed, where there is none; with CI=true in the environment that is a failure.
-Screenshots go to out/screenshots, or to the folder named by DIFFUSERS_GUIDANCE_SCREENSHOTS.
+Screenshots go to the folder named by DIFFUSERS_GUIDANCE_SCREENSHOTS, and then the bundled models make the pictures. To
+out/screenshots go those of small models in their place, which are as fast as noise is.
 """
 
 import importlib.util
@@ -15,10 +16,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from PIL import Image
+from small import write_small_flow
 
 from diffusers_guidance import samples
 
-SCREENSHOTS = Path(os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS", "out/screenshots"))
+ASKED = os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS")
+SCREENSHOTS = Path(ASKED or "out/screenshots")
 PATIENCE = 240_000
 """Milliseconds to wait for what the page does; a limit for what hangs, not a measure."""
 FLAGS = [
@@ -66,11 +69,17 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(small, tmp_path_factory):
     """A server that is up for all tests here, and opens with a picture of the first model only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        if not ASKED:
+            models = tmp_path_factory.mktemp("models")
+            (models / "emoji").symlink_to(small)
+            if len(samples.models()) > 1:
+                write_small_flow(models / "emoji-flow")
+            patch.setattr(samples, "MODEL", models / "emoji")
         from diffusers_guidance.pipelines.app import page as app_page
 
         given = []
