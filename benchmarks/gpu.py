@@ -71,6 +71,11 @@ import diffusers  # noqa: E402
 import transformers  # noqa: E402
 import triton  # noqa: E402
 
+if not ON_GPU:
+    from interpreting import interpret
+
+    interpret()
+
 from diffusers_guidance import (  # noqa: E402
     APG,
     CFG,

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of the kernels for GPUs that are not here, without a spilled register.
 
-A choice of those that ship; `python -m diffusers_guidance.kernels.compile` does all of them.
+Some of those that ship, for one GPU; `make kernels` compiles all of them, for three.
 """
 
 import os
@@ -32,16 +32,16 @@ CHOICE = (
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("target", kernel_compiler.TARGETS)
-def test_nothing_spills(target):
+def test_nothing_spills():
+    target = kernel_compiler.TARGETS["sm_90"]
     everything = {one.name: one for one in kernel_compiler.specialisations()}
     for name in CHOICE:
-        compiled = kernel_compiler.compile(everything[name], kernel_compiler.TARGETS[target])
+        compiled = kernel_compiler.compile(everything[name], target)
         used = kernel_compiler.usage(compiled)
-        print(f"{target:7} {name:50} {used.registers:4} registers, {used.stack} bytes of stack")
+        print(f"{name:50} {used.registers:4} registers, {used.stack} bytes of stack")
         assert 0 < used.registers <= 255
         assert used.stack == 0
-        if everything[name].together and target != "gfx942":  # so many run at once
+        if everything[name].together:  # so many run at once
             programs = kernel_compiler.launch.RESIDENT
             assert programs * kernel_compiler.launch.THREADS * used.registers <= 65536
             assert programs * compiled.metadata.shared <= 48 * 1024

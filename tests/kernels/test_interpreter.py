@@ -45,12 +45,12 @@ def interpreted(seed, *arguments):
     assert " passed" in done.stdout
 
 
-def test_the_kernels_in_tritons_interpreter(seed):
-    interpreted(seed, str(TESTS / "kernels" / "test_triton.py"))
-
-
 @pytest.mark.parametrize("under", SAMPLE)
-def test_pipelines_keep_their_promises_under_interpreted_kernels(seed, under):
-    """With fused steps, in inference mode, and where networks put out bfloat16; `--under` does the whole suite."""
+def test_kernels_and_pipelines_in_tritons_interpreter(seed, under):
+    """Kernels by themselves, in one of both; pipelines with fused steps, in inference mode and under bfloat16.
+
+    `--under` does the whole suite.
+    """
+    kernels = [str(TESTS / "kernels" / "test_triton.py")] if under == next(iter(SAMPLE)) else []
     suite = TESTS / "zoo" / "conformance_suite.py"
-    interpreted(seed, "--under", under, f"{suite}::test_pipeline_keeps_its_promises[{SAMPLE[under]}]")
+    interpreted(seed, "--under", under, *kernels, f"{suite}::test_pipeline_keeps_its_promises[{SAMPLE[under]}]")

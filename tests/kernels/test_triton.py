@@ -53,9 +53,9 @@ OTHERS += [RenormCFG(7.5), RenormCFG(7.5, shorten_only=True), APG(7.5, form="dif
 
 
 if INTERPRETED:
-    from nearest import round_to_nearest
+    from interpreting import interpret
 
-    round_to_nearest()
+    interpret()
 
 
 def rms(x, exact):
@@ -413,7 +413,7 @@ def test_offsets_are_int64():
     assert out.tolist() == [start + i if 64 + i < 100 else -1 for i in range(64)]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=(gpu, needs_gpu))])
 def test_torch_compile_goes_through_whole(backend):
     x, c, u, m = torch.randn(4, 1, 4, 9, 8).to(DEVICE)
     history, k = torch.randn(3, 1, 4, 9, 8).to(DEVICE), torch.randn(3).to(DEVICE)
