@@ -8,6 +8,7 @@ import pytest
 import torch
 from conformance import follows_the_listing, recorded, relative, untouched
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from pairwise import diagonal
 from papers import listing
 from tiny import PIPELINES, run
 
@@ -46,9 +47,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "cls", "kind", "space"), CASES, ids=lambda x: getattr(x, "__name__", x) if x else "its own"
+    ("name", "cls", "kind", "space", "policy"),
+    [(*case, policy) for case, policy in diagonal(CASES, [EveryStep(), Interval(0.2, 0.6)])],
+    ids=lambda x: getattr(x, "__name__", None) or (str(x) if x else "its own"),
 )
-@pytest.mark.parametrize("policy", [EveryStep(), Interval(0.2, 0.6)], ids=lambda policy: type(policy).__name__)
 def test_every_prediction_of_a_run_is_the_listings(name, cls, kind, space, policy):
     entry = PIPELINES[name]
     pipe = entry.build()

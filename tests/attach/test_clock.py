@@ -5,6 +5,7 @@ import itertools
 import diffusers
 import pytest
 import torch
+from pairwise import pairwise
 from tiny import PIPELINES, run
 
 from diffusers_guidance import APG, CFG, AdaptiveGuidance, EveryStep, Hold, Interval, UnsupportedScheduler, attach
@@ -17,10 +18,16 @@ HALVES = (torch.float16, torch.bfloat16)
 CASCADES = ("StableCascadePriorPipeline", "StableCascadeDecoderPipeline")
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", CASCADES)
 @pytest.mark.parametrize(
-    ("rule", "policy"), [(CFG(), Hold(2)), (APG(), EveryStep()), (CFG(), AdaptiveGuidance(0.5)), (APG(), Hold(2))]
+    ("name", "dtype", "rule", "policy"),
+    [
+        (name, dtype, *pair)
+        for name, dtype, pair in pairwise(
+            CASCADES,
+            HALVES,
+            [(CFG(), Hold(2)), (APG(), EveryStep()), (CFG(), AdaptiveGuidance(0.5)), (APG(), Hold(2))],
+        )
+    ],
 )
 def test_rounded_timesteps_are_found(name, dtype, rule, policy):
     """The table is the pipeline's own, in float32; a step is given its timesteps in the sample's precision."""

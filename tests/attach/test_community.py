@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from conformance import recorded, relative
+from pairwise import diagonal
 from tiny import PIPELINES, counting, run
 from tiny_core import ddim
 from tiny_unet import unet
@@ -185,9 +186,9 @@ def test_its_guidance_is_found_and_stands(step, branches):
     assert handle.report.nfe == handle.report.nfe_full == branches * STEPS
 
 
-@each_kind
-@pytest.mark.parametrize("rows", [1, 2])
-def test_forecasts_skip_whole_steps(step, branches, rows):
+@pytest.mark.parametrize(("kind", "rows"), diagonal(KINDS, [1, 2]))
+def test_forecasts_skip_whole_steps(kind, rows):
+    step, branches = KINDS[kind]
     pipe = built()
     networks = (pipe.unet, pipe.weak)
     with recorded(pipe.scheduler) as own:

@@ -17,6 +17,7 @@ import diffusers
 import pytest
 import torch
 from conformance import Fates, overwritten, recorded, relative
+from pairwise import diagonal
 from tiny import PIPELINES, Tiny, counting, run
 
 from diffusers_guidance import (
@@ -99,7 +100,12 @@ def test_sequential_offloading(tiny):
     holds(pipe, entry)
 
 
-@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+@pytest.mark.parametrize(
+    ("tiny", "kind"),
+    [(SD, "leaf_level"), (WAN, "block_level")],
+    indirect=["tiny"],
+    ids=lambda part: getattr(part, "name", part),
+)
 def test_group_offloading(tiny, kind):
     from diffusers.hooks import apply_group_offloading
 
@@ -217,8 +223,7 @@ def with_ip_adapters(adapters: int, images: int, masked: bool) -> tuple[Any, Tin
     return pipe, SD, given
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("adapters", "images"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("adapters", "images", "masked"), [(1, 1, False), (1, 2, True), (2, 1, True), (2, 2, False)])
 def test_ip_adapters(adapters, images, masked):
     pipe, entry, given = with_ip_adapters(adapters, images, masked)
     for batch in (1, 2):
@@ -469,8 +474,7 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize(("name", "batch"), diagonal(CACHES, [1, 2, 3], 2))
 def test_caches(name, batch):
     """A skipped half leaves the cache of the other as it is where nothing is skipped."""
     cached = Cached(*CACHES[name])
@@ -641,7 +645,12 @@ def test_nothing_keeps_a_detached_pipeline_alive():
 # Precision and schedulers
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda part: type(part).__name__)
+@pytest.mark.parametrize(
+    ("tiny", "dtype"),
+    [(SD, torch.bfloat16), (WAN, torch.float16)],
+    indirect=["tiny"],
+    ids=lambda part: getattr(part, "name", str(part)),
+)
 def test_half_precision(tiny, dtype):
     pipe, entry = tiny
     handle = attach(pipe, CFG(), EveryStep())

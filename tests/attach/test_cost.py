@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from device import on_device
+from pairwise import diagonal, pairwise
 from tiny import PIPELINES, run
 
 from diffusers_guidance import (
@@ -50,7 +51,10 @@ def added(pipe, network, rule, policy, work):
     return [found[0] - (first - own), *found[1:]], handle.report
 
 
-@pytest.fixture(params=["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+NAMES = ["StableDiffusionPipeline", "StableDiffusion3Pipeline"]
+
+
+@pytest.fixture(params=NAMES)
 def tiny(request):
     entry = PIPELINES[request.param]
     pipe = entry.build()
@@ -72,7 +76,12 @@ LOOKING_AT_NOTHING = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "policy"), LOOKING_AT_NOTHING, ids=str)
+@pytest.mark.parametrize(
+    ("tiny", "rule", "policy"),
+    [(name, *pair) for name, pair in diagonal(NAMES, LOOKING_AT_NOTHING)],
+    indirect=["tiny"],
+    ids=str,
+)
 def test_nothing_is_waited_for_that_was_not_before(tiny, rule, policy):
     """Beyond identification at the first step, and the last step's numbers at the end."""
     pipe, network, work = tiny
@@ -121,8 +130,9 @@ def test_a_search_waits_for_nothing(per_channel):
         assert report.nfe < report.nfe_full
 
 
-@pytest.mark.parametrize("rule", [CFG(), APG()], ids=str)
-@pytest.mark.parametrize("threshold", [0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize(
+    ("tiny", "rule", "threshold"), pairwise(NAMES, [CFG(), APG()], [0.3, 0.9, 0.999, 1.0]), indirect=["tiny"], ids=str
+)
 def test_adaptive_guidance_waits_only_within_reach(tiny, rule, threshold):
     """And decides as where it sees every similarity at once, or guides a step more where one jumps."""
     pipe, network, work = tiny

@@ -8,6 +8,7 @@ import torch
 from conformance import STEPS, denoisers, recorded, relative
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from modular import CLASSIC, FAMILIES, Pair
+from pairwise import diagonal
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import APG, CFG, EveryStep, Forecast, UnsupportedScheduler, attach, samples
@@ -39,8 +40,7 @@ def bundled():
     return pipe
 
 
-@pytest.mark.parametrize("rule", [CFG(), APG()], ids=["CFG", "APG"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "rule"), diagonal(NAMES, [CFG(), APG()]), ids=str)
 def test_runs_are_exact_until_the_first_skip_and_evaluate_what_they_say(name, rule):
     if name not in PIPELINES or not PIPELINES[name].available:
         pytest.skip(f"this diffusers has no {name}")

@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pairwise import diagonal, pairwise
 from tiny import PIPELINES, run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,9 +149,7 @@ class Passes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("is_named", [True, False])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "is_named", "dtype"), pairwise(WAYS, [True, False], DTYPES), ids=str)
 def test_a_search_is_decided_on_a_sample_and_confirmed_on_all(way, is_named, dtype):
     """Confirming takes some passes: is all finite, what is made, is it the same; else how far it is off, twice."""
     c, u = pair(0.1, dtype, (1, 16, 8, 64, 64))
@@ -445,10 +444,9 @@ def scales(handle):
     return [step.guidance_scale for step in handle.report.steps]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "scale",
-    [np.float32(7), np.int64(7), np.float64(7), torch.tensor(7.0), torch.tensor([7]), Fraction(7)],
+    ("scale", "dtype"),
+    diagonal([np.float32(7), np.int64(7), np.float64(7), torch.tensor(7.0), torch.tensor([7]), Fraction(7)], DTYPES),
     ids=repr,
 )
 def test_a_scale_that_is_a_number_of_another_type_is_read_like_a_float(scale, dtype):
@@ -584,10 +582,16 @@ HIDDEN = ["u + w (c - u)", "lerp", "w c + (1 - w) u", "w c - (w - 1) u", "c + (w
 """Ways that a scale is hidden in."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", HIDDEN)
-@pytest.mark.parametrize("order", [["u", "c"], ["c", "u"]], ids="".join)
-@pytest.mark.parametrize("warm", [(1.0, 1.0, 3.0, 5.0, 5.0, 5.0), (0.0, 0.0, 5.0, 5.0, 5.0, 5.0)], ids=str)
+@pytest.mark.parametrize(
+    ("warm", "order", "way", "dtype"),
+    pairwise(
+        [(1.0, 1.0, 3.0, 5.0, 5.0, 5.0), (0.0, 0.0, 5.0, 5.0, 5.0, 5.0)],
+        [["u", "c"], ["c", "u"]],
+        HIDDEN,
+        [torch.float32, torch.bfloat16],
+    ),
+    ids=str,
+)
 @pytest.mark.slow
 def test_a_scale_that_warms_up_out_of_sight_is_found_once_it_can_be_told(warm, order, way, dtype):
     for rule, policy in ((CFG(), EveryStep()), (APG(), EveryStep()), (CFG(), Hold())):
@@ -686,9 +690,15 @@ def test_a_hidden_ramp_is_followed_in_half_precision_however_it_is_written(way):
     assert told == [pytest.approx(w, rel=0.02) for w in known]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", ["u + w (c - u)", "w c + (1 - w) u", "c + (w - 1) (c - u)", "w c - (w - 1) u"])
-@pytest.mark.parametrize("shape", [(1,), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "way", "dtype"),
+    pairwise(
+        [(1,), (1, 1, 1, 1)],
+        ["u + w (c - u)", "w c + (1 - w) u", "c + (w - 1) (c - u)", "w c - (w - 1) u"],
+        [torch.float16, torch.bfloat16],
+    ),
+    ids=str,
+)
 @pytest.mark.slow
 def test_a_scale_of_one_element_widens_what_it_multiplies(shape, way, dtype):
     """A tensor of dimensions takes a half-precision difference to its own dtype, as a number does not."""
@@ -924,9 +934,7 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("before", [True, False], ids=["turned first", "combined first"])
-@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize(("turn", "before", "dtype"), pairwise(TURNS, [True, False], DTYPES), ids=str)
 def test_predictions_that_are_turned_into_others(turn, before, dtype):
     made, how = TURNS[turn]
     pipe = Turned(Turning(0.3), made(), how)
@@ -1017,7 +1025,7 @@ def test_what_the_halves_were_made_from_tells_which_is_the_conditional_one(given
     for order in ("uc", "cu"):
         with attach(pipe, CFG(), Hold()):
             pipe(order=order, calls=calls, hidden=5.0)
-        for turned, hidden in itertools.product(("uc", "cu"), (0.3, 0.7, 4.0)):
+        for turned, hidden in (("uc", 0.3), ("cu", 0.3), ("uc", 0.7), ("cu", 4.0)):
             with attach(pipe, APG(), Hold(2)) as handle:
                 pipe(order=turned, calls=calls, hidden=hidden, **call)
             names = ["cond", "uncond"] if turned == "cu" else ["uncond", "cond"]

@@ -75,7 +75,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(
     ("pair", "rule", "policy"),
-    [(family, *pair) for family, pair in diagonal(FAMILIES, PAIRS, 3)],
+    [(family, *pair) for family, pair in diagonal(FAMILIES, PAIRS, 2)],
     indirect=["pair"],
     ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from device import OnDevice, on_device, unnoticed
+from pairwise import diagonal
 from tiny import PIPELINES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -210,16 +211,21 @@ def test_launches_and_memory_of_a_search(fit):
     assert kept[-1] <= 1  # no estimate comes after it
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("rule", "policy", "most"),
+    ("rule", "policy", "most", "dtype"),
     [
-        (CFG(), EveryStep(), 0),
-        (APG(), EveryStep(), 2),
-        (CFG(), Hold(2), 2),  # its difference, and the conditional rows of the network's input
-        (CFG(), LinearAG(), 2),
-        (CFG(), Forecast(0.4), 5),
-        (CFG(), Forecast(0.7), 5),
+        (*case, dtype)
+        for case, dtype in diagonal(
+            [
+                (CFG(), EveryStep(), 0),
+                (APG(), EveryStep(), 2),
+                (CFG(), Hold(2), 2),  # its difference, and the conditional rows of the network's input
+                (CFG(), LinearAG(), 2),
+                (CFG(), Forecast(0.4), 5),
+                (CFG(), Forecast(0.7), 5),
+            ],
+            [torch.float32, torch.float16],
+        )
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from conformance import STEPS, Again, denoisers, relative
+from pairwise import diagonal
 from tiny import PIPELINES, counting, run
 
 from diffusers_guidance import APG, CFG, Decision, EveryStep, Policy, Schedule, attach
@@ -58,7 +59,7 @@ def pipeline(request):
     return entry.build(), entry
 
 
-@pytest.mark.parametrize("rule", [CFG(), APG()], ids=["CFG", "APG"])
+@pytest.mark.parametrize(("pipeline", "rule"), diagonal(NAMES, [CFG(), APG()]), indirect=["pipeline"], ids=str)
 def test_a_skipped_step_is_guided_with_what_the_policy_predicts(pipeline, rule):
     pipe, entry = pipeline
     batch = 2 if entry.batches else 1

@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from conformance import relative
+from pairwise import diagonal
 from strangers import STEPS, Loop
 from tiny import PIPELINES, counting, run
 from tiny_core import ddim
@@ -41,6 +42,12 @@ WAN = PIPELINES["WanPipeline"]  # two calls of its transformer
 PLAIN_BY_APG = APG(eta=1.0, norm_threshold=None, momentum=0.0)  # another way to plain guidance
 PAIRS = [(CFG(), EveryStep()), (CFG(), Hold(2)), (CFG(), StepAG(0.5)), (APG(), EveryStep())]
 each_pair = pytest.mark.parametrize(("rule", "policy"), PAIRS, ids=lambda part: type(part).__name__)
+
+
+def each_pair_beside(name: str, values: list[Any], *more: tuple[Any, Any]) -> Any:
+    """Each pair, and `more` of them, with one of the values, in turn."""
+    cases = [(value, *pair) for pair, value in diagonal([*PAIRS, *more], values)]
+    return pytest.mark.parametrize((name, "rule", "policy"), cases, ids=lambda part: getattr(part, "name", repr(part)))
 
 
 def two_with_one_network() -> tuple[Any, Any]:
@@ -97,8 +104,7 @@ def in_turns(first: Any, second: Any) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["one attached", "both attached"])
-@each_pair
+@each_pair_beside("both", [False, True])
 def test_threads_that_share_a_network(rule, policy, both):
     first, second = two_with_one_network()
     handle = attach(first, rule, policy)
@@ -203,8 +209,7 @@ def cascade() -> tuple[Any, list[Any], dict[str, Any]]:
     return diffusers.StableCascadeCombinedPipeline(**parts), [decoder.decoder, prior.prior], sizes
 
 
-@pytest.mark.parametrize("swapped", ["", "pipe", "stage"])
-@pytest.mark.parametrize("build", [kandinsky, cascade])
+@pytest.mark.parametrize(("build", "swapped"), [(kandinsky, ""), (kandinsky, "pipe"), (cascade, "stage")])
 def test_the_stages_of_a_combined_pipeline_are_its_own(build, swapped):
     pipe, networks, sizes = build()
     pipe.set_progress_bar_config(disable=True)
@@ -374,8 +379,7 @@ def forgetful(entry: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("entry", [SD, WAN], ids=lambda entry: entry.name)
-@pytest.mark.parametrize(("rule", "policy"), [*PAIRS, (APG(), AdaptiveGuidance(0.9))], ids=str)
+@each_pair_beside("entry", [WAN, SD], (APG(), AdaptiveGuidance(0.9)))
 def test_a_sample_dropped_in_mid_run(entry, rule, policy):
     pipe = forgetful(entry)
     names = ["latents", "prompt_embeds"] + (["negative_prompt_embeds"] if entry is WAN else [])
@@ -402,8 +406,7 @@ def test_a_sample_dropped_in_mid_run(entry, rule, policy):
         assert torch.equal(found, untouched)
 
 
-@each_pair
-@pytest.mark.parametrize("entry", [SD, WAN], ids=lambda entry: entry.name)
+@each_pair_beside("entry", [SD, WAN])
 def test_samples_made_larger_in_mid_run(entry, rule, policy):
     pipe = forgetful(entry)
     enlarge = at_step(2, lambda pipe, kwargs: {"latents": kwargs["latents"].repeat_interleave(2, -1)})
@@ -428,8 +431,7 @@ def probe(pipe: Any, kwargs: dict, rows: int) -> Tensor:
 SEEN = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
 
 
-@each_pair
-@pytest.mark.parametrize("batch", [1, 3])
+@each_pair_beside("batch", [1, 3])
 def test_a_callback_may_ask_the_network_about_another_batch(rule, policy, batch):
     pipe = SD.build()
 
@@ -527,8 +529,7 @@ class Wrapper:
         return self.scheduler.step(*args, **kwargs)
 
 
-@each_pair
-@pytest.mark.parametrize("kind", ["instance", "subclass", "wrapper"])
+@each_pair_beside("kind", ["instance", "subclass", "wrapper"])
 def test_a_step_that_takes_anything(kind, rule, policy):
     pipe = SD.build()
     with attach(pipe, rule, policy):

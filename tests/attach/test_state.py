@@ -547,12 +547,14 @@ def inputs_in_buffers(net: Any, calls: int) -> None:
     net.forward = forward
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    ("entry", "put"),
-    [(SD, outputs_in_one_buffer), (SD, graphed)]
-    + [(entry, put) for entry in (SD, WAN) for put in (outputs_in_buffers, inputs_in_buffers)],
-    ids=lambda each: getattr(each, "name", None) or each.__name__,
+    ("entry", "put", "batch"),
+    [
+        (SD, outputs_in_one_buffer, 1),
+        (SD, graphed, 3),
+        *pairwise([SD, WAN], [outputs_in_buffers, inputs_in_buffers], [1, 3]),
+    ],
+    ids=named,
 )
 def test_buffers_are_no_state(entry, put, batch):
     policies = [Until(2), Hold(2)]
