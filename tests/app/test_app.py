@@ -39,7 +39,7 @@ from diffusers_guidance.pipelines.app import page as app_page
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
 from diffusers_guidance.pipelines.app.device import Device, Models, Stopped
-from diffusers_guidance.pipelines.app.page import WAITING, build
+from diffusers_guidance.pipelines.app.page import build
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
     COMPARISONS,
@@ -78,6 +78,7 @@ SMALL = {"steps": 3, "compare_with_plain": False}
 
 
 REAL = samples.MODEL
+web = httpx.Client(verify=False, timeout=600)  # its certificates would be read for each request without one
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +102,7 @@ def app(bundled, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        patch.setattr(app_page, "WAITING", 8)
         from diffusers_guidance.pipelines.app.page import launch
 
         page, studio = launch(mcp=HAS_MCP, welcome=False)
@@ -571,8 +573,8 @@ def test_over_http_a_session_is_a_name_of_ones_own(address):
     def nfe(session):
         values = list((Generation.defaults() | LEARN).values())
         call = f"{address}gradio_api/call/generate"
-        event = httpx.post(call, json={"data": values, **session}).json()["event_id"]
-        said = httpx.get(f"{call}/{event}", timeout=300).text
+        event = web.post(call, json={"data": values, **session}).json()["event_id"]
+        said = web.get(f"{call}/{event}", timeout=300).text
         return json.loads(said.split("event: complete\ndata: ")[1].splitlines()[0])[1]["nfe"]
 
     mine = {"session_hash": "mine"}
@@ -822,7 +824,7 @@ def test_an_unforeseen_error_reaches_the_user_as_a_sentence(client, monkeypatch,
 )
 def test_no_file_of_the_machine_can_be_read(address, path):
     for route in (f"gradio_api/file={path}", f"file={path}", f"gradio_api/static/{path}"):
-        assert httpx.get(f"{address}{route}").status_code in (403, 404)
+        assert web.get(f"{address}{route}").status_code in (403, 404)
 
 
 @pytest.mark.parametrize("link", ["symlink", "dots"])
@@ -833,7 +835,7 @@ def test_no_file_is_reached_from_the_outputs(address, tmp_path, link):
     path = outputs / "link.txt" if link == "symlink" else f"{outputs}/../{tmp_path.name}/secret.txt"
     if link == "symlink":
         path.symlink_to(secret)
-    answer = httpx.get(f"{address}gradio_api/file={quote(str(path))}")
+    answer = web.get(f"{address}gradio_api/file={quote(str(path))}")
     assert answer.status_code in (403, 404)
     assert "secret" not in answer.text.replace("secret.txt", "")
 
@@ -854,24 +856,24 @@ def raw(address, number, values):
     """What the server answers to an event sent by hand."""
     session = f"hand-{number}"
     request = {"data": values, "fn_index": number, "session_hash": session, "event_data": {"index": 99, "value": None}}
-    answer = httpx.post(f"{address}gradio_api/queue/join", json=request)
+    answer = web.post(f"{address}gradio_api/queue/join", json=request)
     if answer.status_code != 200:
         return answer.text
-    with httpx.stream("GET", f"{address}gradio_api/queue/data?session_hash={session}", timeout=600) as stream:
+    with web.stream("GET", f"{address}gradio_api/queue/data?session_hash={session}", timeout=600) as stream:
         return "".join(line for line in stream.iter_lines())
 
 
 def test_long_requests_are_broken_off(address):
     values = {"data": ["x" * 200_000], "fn_index": 0, "session_hash": "long"}
-    assert httpx.post(f"{address}gradio_api/queue/join", json=values).status_code == 413
+    assert web.post(f"{address}gradio_api/queue/join", json=values).status_code == 413
     chunks = (b"x" * 10_000 for _ in range(20))
-    assert httpx.post(f"{address}gradio_api/queue/join", content=chunks).status_code == 413
+    assert web.post(f"{address}gradio_api/queue/join", content=chunks).status_code == 413
 
 
 @pytest.mark.parametrize("path", ["gradio_api/upload", "gradio_api/upload/", "gradio_api/upload?upload_id=x", "upload"])
 @pytest.mark.parametrize("size", [5, 2000])
 def test_nothing_is_uploaded(address, path, size):
-    answer = httpx.post(f"{address}{path}", files={"files": ("a.txt", b"x" * size)})
+    answer = web.post(f"{address}{path}", files={"files": ("a.txt", b"x" * size)})
     assert answer.status_code == 403
 
 
@@ -886,7 +888,7 @@ def test_the_page_names_no_other_host(app):
 def test_the_queue_cannot_be_passed_by(address):
     values = list(Generation.defaults().values())
     for route in ("run", "api"):
-        answer = httpx.post(f"{address}gradio_api/{route}/generate", json={"data": values})
+        answer = web.post(f"{address}gradio_api/{route}/generate", json={"data": values})
         assert answer.status_code in (403, 404)
 
 
@@ -1039,11 +1041,10 @@ def test_a_crowd_is_turned_away_and_does_no_harm(client, monkeypatch):
     alone = client.predict(**SMALL, api_name="/generate")[0]
     take, turned_away = app_work._take, threading.Event()
     monkeypatch.setattr(app_work, "_take", lambda *args: turned_away.wait(600) and take(*args))
-    with ThreadPoolExecutor(WAITING + 8) as crowd:
+    many = app_page.WAITING + 8
+    with ThreadPoolExecutor(many) as crowd:
         jobs = list(
-            crowd.map(
-                lambda _: client.submit(steps=1, compare_with_plain=False, api_name="/generate"), range(WAITING + 8)
-            )
+            crowd.map(lambda _: client.submit(steps=1, compare_with_plain=False, api_name="/generate"), range(many))
         )
     while not any(job.done() for job in jobs):
         time.sleep(0.01)
