@@ -175,7 +175,7 @@ class Commands(TyperGroup):
 
 
 UsageError: Any = typer.BadParameter.__mro__[1]
-"""Click's. Newer releases of typer have a copy of it, which has no public name."""
+"""Click's. Typer has a copy of it, which has no public name."""
 
 
 def _amiss(error: Any, name: str | None = None) -> str:
