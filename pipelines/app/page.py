@@ -1,5 +1,6 @@
 """The page: its three tabs, and the endpoints of the same names for `gradio_client` and MCP."""
 
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -622,6 +623,8 @@ def launch(
         from diffusers_guidance.pipelines.app.tools import Served, make_server
 
         tools = [Middleware(Served, make_server(studio, host))]
+    # Newer versions of Gradio keep a history of runs, which would outlive its user.
+    unkept = {"run_history": False} if "run_history" in inspect.signature(page.launch).parameters else {}
     page.launch(
         server_name=host,
         server_port=port,
@@ -629,7 +632,6 @@ def launch(
         prevent_thread_lock=True,
         quiet=True,
         footer_links=["api"],
-        run_history=False,
         enable_monitoring=False,
         allowed_paths=[],
         state_session_capacity=VISITORS,
@@ -640,6 +642,7 @@ def launch(
         css_paths=Path(__file__).with_name("page.css"),
         head=f"<script>{Path(__file__).with_name('page.js').read_text(encoding='utf-8')}</script>",
         theme=theme(),
+        **unkept,
     )
     if welcome:
         threading.Thread(target=_open_others, args=(studio, openings), name="openings", daemon=True).start()

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from diffusers_guidance.pipelines.shell import examination
@@ -30,6 +31,8 @@ def main() -> None:
     """Entry point of the console script."""
     # Set before torch is imported: threads should sleep while they wait, since spinning ones compete for cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Said as an older diffusers is imported, where torch is made for CUDA and there is no GPU.
+    warnings.filterwarnings("ignore", "User provided device_type of 'cuda'", UserWarning)
     alone = len(sys.argv) == 1
     if not alone and any(
         importlib.util.find_spec(name) is None for name in ("typer", "rich", "matplotlib", "pydantic", "torchmetrics")

@@ -96,13 +96,17 @@ class Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        (self.loading if self.began is None else self.progress).stop()
+        self._stop(self.loading if self.began is None else self.progress)
+
+    def _stop(self, shown: Progress) -> None:
+        if not shown.disable:  # in older releases of rich, one that shows nothing ends with an empty line
+            shown.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if self.began is None:  # work done before this call took no time in it
             self.began, self.first = now, done
-            self.loading.stop()
+            self._stop(self.loading)
             self.task = self.progress.add_task(what, total=total, completed=done)
             self.progress.start()
         self.progress.update(self.task, description=what, completed=done, total=total)
@@ -171,7 +175,7 @@ class Commands(TyperGroup):
 
 
 UsageError: Any = typer.BadParameter.__mro__[1]
-"""Click's. Newer releases of typer have a copy of it, which has no public name."""
+"""Click's. Typer has a copy of it, which has no public name."""
 
 
 def _amiss(error: Any, name: str | None = None) -> str:

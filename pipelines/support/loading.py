@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)  # in their own code
 
 
 def best_device() -> str:

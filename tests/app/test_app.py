@@ -33,6 +33,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app import page as app_page
@@ -569,6 +570,9 @@ def test_what_a_client_had_learned_holds_for_its_next_calls_and_for_no_other_cli
     assert client.predict(**LEARN, api_name="/generate")[1]["nfe"] < 12  # it stays known meanwhile
 
 
+@pytest.mark.skipif(
+    Version(gr.__version__) < Version("6.18"), reason=f"gradio {gr.__version__} keeps no state over plain HTTP"
+)
 def test_over_http_a_session_is_a_name_of_ones_own(address):
     def nfe(session):
         values = list((Generation.defaults() | LEARN).values())

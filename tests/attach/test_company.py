@@ -116,7 +116,9 @@ def test_group_offloading(tiny, kind):
     for name in entry.denoisers:
         try:
             apply_group_offloading(getattr(pipe, name), **how)
-        except AttributeError as error:  # an older diffusers asks the accelerator, and there is none
+        except (AttributeError, RuntimeError) as error:  # an older diffusers asks the accelerator, and there is none
+            if isinstance(error, RuntimeError) and "accelerator" not in str(error):
+                raise
             pytest.skip(f"diffusers {diffusers.__version__} offloads groups from an accelerator alone: {error}")
     assert same(run(pipe, entry, STEPS, 3), expected)
     holds(pipe, entry)
@@ -651,7 +653,9 @@ def test_nothing_keeps_a_detached_pipeline_alive():
     indirect=["tiny"],
     ids=lambda part: getattr(part, "name", str(part)),
 )
-def test_half_precision(tiny, dtype):
+def test_half_precision(tiny, dtype, monkeypatch):
+    drawn = torch.randn  # an older torch draws other numbers in half precision
+    monkeypatch.setattr(torch, "randn", lambda *a, dtype=None, **k: drawn(*a, **k).to(dtype or torch.float32))
     pipe, entry = tiny
     handle = attach(pipe, CFG(), EveryStep())
     single = run(pipe, entry, STEPS, 3)

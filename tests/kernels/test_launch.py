@@ -5,7 +5,9 @@ import importlib.util
 import pytest
 import torch
 
-launch = pytest.importorskip("diffusers_guidance.kernels.launch", reason="needs triton 3.5 or newer")
+launch = pytest.importorskip(
+    "diffusers_guidance.kernels.launch", reason="needs triton 3.5 or newer", exc_type=ImportError
+)
 
 
 def test_a_triton_that_cannot_compile_them_is_refused(monkeypatch):

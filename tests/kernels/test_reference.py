@@ -7,6 +7,7 @@ import pytest
 import torch
 from hard import KINDS
 from hard import drawn as hard
+from packaging.version import Version
 from papers import listing
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,8 +249,11 @@ def test_one_threads_choice_is_not_anothers():
 
 
 @pytest.mark.slow
-def test_the_reference_compiles_whole_and_has_a_gradient():
-    """What `torch.compile` and training on the CPU get."""
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason=f"torch {torch.__version__} cannot trace how a rule is read"
+)
+def test_the_reference_compiles_whole():
+    """What `torch.compile` gets on the CPU."""
     x, c, u, m = draws()
     rule = APG(5.0)
     compiled = torch.compile(kernels.guide, fullgraph=True, backend="aot_eager")
@@ -257,6 +261,11 @@ def test_the_reference_compiles_whole_and_has_a_gradient():
         compiled(x, c, u, m, 1.0, -0.5, rule), kernels.guide(x, c, u, m, 1.0, -0.5, rule), strict=True
     ):
         assert rms(ours, eager) < 1e-6
+
+
+def test_the_reference_has_a_gradient():
+    """What training on the CPU gets."""
+    x, c, u, m = draws()
     c.requires_grad_()
-    kernels.guide(x, c, u, m, 1.0, -0.5, rule)[0].sum().backward()
+    kernels.guide(x, c, u, m, 1.0, -0.5, APG(5.0))[0].sum().backward()
     assert c.grad.isfinite().all()

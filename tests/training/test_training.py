@@ -398,6 +398,7 @@ def test_an_unmodified_pipeline_loads_the_export(folder, tmp_path):
         assert weights and all(name.startswith("text_model.") for name in weights)
 
 
+@builds_tokenizers
 @torch.no_grad()
 @pytest.mark.slow
 def test_what_ships_can_be_trained_further(folder, tmp_path):
