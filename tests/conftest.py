@@ -13,6 +13,7 @@ import random
 import secrets
 import signal
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 # A shell starts a job in the background with Ctrl-C ignored, for its children too, and tests send them one.
@@ -35,6 +36,13 @@ import torch  # noqa: E402
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="what the tests draw from; a fresh one by default")
     parser.addoption("--under", default="", help="for the conformance suite: some of triton,inference,autocast")
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
+    """One more than cores: a slow test may wait for a browser, or for a process of its own."""
+    cores = yield
+    return cores + ("not slow" not in config.option.markexpr)
 
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis and xdist read their options

@@ -272,7 +272,7 @@ def test_compare(visit, tmp_path):
     expect(panel.get_by_role("button", name="Download")).to_have_count(0)  # they would be of the grid before
 
 
-def test_cancel_with_nothing_running_changes_nothing(visit):
+def test_cancel_with_nothing_running_changes_nothing_and_a_grid_keeps_its_height_as_it_fills(visit):
     page = visit()
     page.get_by_role("button", name="Cancel").first.click()
     panel = tab(page, "Compare")
@@ -281,10 +281,6 @@ def test_cancel_with_nothing_running_changes_nothing(visit):
     expect(panel.get_by_text("5 pictures of one prompt and one seed to make")).to_be_visible()
     tab(page, "Generate")
     expect(page.locator("#status")).to_contain_text("Seed 0 · CFG + Forecast")
-
-
-def test_a_grid_keeps_its_height_as_it_fills(visit):
-    page = visit()
     panel = tab(page, "Compare")
     open_up(panel, "Picture")
     set_number(panel, "Steps", 5)
@@ -421,17 +417,13 @@ def test_by_keyboard(visit):
     expect(page.locator(".dg-progress progress")).to_be_visible()
 
 
-def test_a_list_closes_when_tab_leaves_it(visit):
+def test_a_list_closes_when_tab_leaves_it_and_arrows_move_within_presets_and_pictures(visit):
     page = visit()
     page.get_by_label("Model", exact=True).focus()
     expect(page.get_by_role("option").filter(visible=True).first).to_be_visible()
     page.keyboard.press("Tab")
     page.wait_for_timeout(1000)
     expect(page.get_by_role("option").filter(visible=True)).to_have_count(0)
-
-
-def test_arrows_move_within_the_presets_and_the_pictures(visit):
-    page = visit()
     page.get_by_role("radio", name="Same picture, less time").focus()
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("radio", name="Half the time")).to_be_checked()

@@ -115,23 +115,22 @@ def python(code: str, address: str, home: Path, **environment: str) -> str:
 
 def test_a_repository_keeps_a_calibration_and_its_card(server, calibration, tmp_path):
     calibration.save(tmp_path / "own.safetensors")
-    push = (
-        "from diffusers_guidance.calibration import Calibration\n"
-        f"print(Calibration.load({str(tmp_path / 'own.safetensors')!r}).push_to_hub({NAME!r}))"
-    )
-    address = python(push, server, tmp_path / "home")
-    assert NAME in address
-    assert {FILE, "README.md"} <= {*Hub.files[NAME]} <= {FILE, "README.md", ".gitattributes"}
-    text = Hub.files[NAME]["README.md"].decode()
-    assert f'Forecast(save=0.4, calibration="{NAME}")' in text and "AUNet" in text and "| 6 | 5 | 3 |" in text
-
     read = (
         "from diffusers_guidance.policies import Forecast\n"
         f"made = Forecast(calibration={NAME!r}).calibration\nprint(made.digest, made.source)"
     )
-    assert python(read, server, tmp_path / "other home").split() == [calibration.digest, NAME]
+    push = (
+        "from diffusers_guidance.calibration import Calibration\n"
+        f"print(Calibration.load({str(tmp_path / 'own.safetensors')!r}).push_to_hub({NAME!r}))\n"
+    )
+    address, online = python(push + read, server, tmp_path / "home").splitlines()
+    assert NAME in address and online.split() == [calibration.digest, NAME]
+    assert {FILE, "README.md"} <= {*Hub.files[NAME]} <= {FILE, "README.md", ".gitattributes"}
+    text = Hub.files[NAME]["README.md"].decode()
+    assert f'Forecast(save=0.4, calibration="{NAME}")' in text and "AUNet" in text and "| 6 | 5 | 3 |" in text
+
     asked = len(Hub.asked)
-    offline = python(read, server, tmp_path / "other home", HF_HUB_OFFLINE="1")  # it was downloaded once
+    offline = python(read, server, tmp_path / "home", HF_HUB_OFFLINE="1")  # it was downloaded once
     assert offline.split() == [calibration.digest, NAME] and len(Hub.asked) == asked
 
 

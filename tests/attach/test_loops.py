@@ -64,9 +64,9 @@ def each_pair_in_turn(name: str) -> Any:
     return pytest.mark.parametrize(("rule", "policy", name), chosen, ids=lambda part: type(part).__name__)
 
 
-def each_with_two(cases: Iterable[str]) -> Any:
-    """Every pair with two of the cases, in turn: what a rule and a policy do is the same in all of them."""
-    chosen = [(case, *pair) for case, pair in diagonal(cases, PAIRS, 2)]
+def each_in_turn(cases: Iterable[str]) -> Any:
+    """Every case with one of the pairs, in turn: what a rule and a policy do is the same in all of them."""
+    chosen = [(case, *pair) for case, pair in diagonal(cases, PAIRS)]
     ids = lambda part: part if isinstance(part, str) else type(part).__name__  # noqa: E731
     return pytest.mark.parametrize(("case", "rule", "policy"), chosen, ids=ids)
 
@@ -150,7 +150,7 @@ def alike(a: Any, b: Any) -> None:
     assert [step.nfe for step in a[1].steps] == [step.nfe for step in b[1].steps]
 
 
-@each_with_two(IN_PLACE)
+@each_in_turn(IN_PLACE)
 def test_predictions_changed_in_place(case, rule, policy):
     pipe, combine = small(), IN_PLACE[case]
     alike(under(pipe, rule, policy, one_call(combine)), plainly(rule, policy))
@@ -243,7 +243,7 @@ DEFERRED = {
 }
 
 
-@each_with_two(DEFERRED)
+@each_in_turn(DEFERRED)
 def test_a_call_that_returns_before_its_work_is_done(case, rule, policy):
     (cls, get), expected = DEFERRED[case], plainly(rule, policy)
     pipe = small(cls)
@@ -299,7 +299,7 @@ BEGUN = {
 }
 
 
-@each_with_two(BEGUN)
+@each_in_turn(BEGUN)
 def test_a_call_whose_work_is_but_begun(case, rule, policy):
     (cls, get), expected = BEGUN[case], plainly(rule, policy)
     with attach(small(cls), rule, policy) as handle:
