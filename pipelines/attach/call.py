@@ -72,7 +72,7 @@ class Call:
 
     def option(self, name: str) -> float:
         """A number among the call's arguments, as the pipeline has it now."""
-        value = vars(self.pipe).get(f"_{name}", self.arguments.get(name))
+        value = getattr(self.pipe, f"_{name}", self.arguments.get(name))  # its class may set it
         if value is None or isinstance(value, bool):
             return float(value or 0)
         number = read(value, _ANY)

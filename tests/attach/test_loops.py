@@ -150,6 +150,19 @@ def alike(a: Any, b: Any) -> None:
     assert [step.nfe for step in a[1].steps] == [step.nfe for step in b[1].steps]
 
 
+def test_a_treatment_that_the_class_sets_is_found_under_a_rule():
+    def rescaled(u: Tensor, c: Tensor, s: float) -> Tensor:
+        g = plain(u, c, s)
+        factor = c.std(dim=(1, 2, 3), keepdim=True) / g.std(dim=(1, 2, 3), keepdim=True)
+        return 0.7 * (g * factor) + (1 - 0.7) * g
+
+    pipe = small(type("Rescales", (Loop,), {"_guidance_rescale": 0.7}))
+    expected = pipe(one_call(rescaled))
+    like_cfg = APG(eta=1.0, norm_threshold=None, momentum=0.0)
+    found, report = under(pipe, like_cfg, EveryStep(), one_call(rescaled))
+    assert "guidance_rescale" in report.formula and relative(found, expected) < 1e-5
+
+
 @each_in_turn(IN_PLACE)
 def test_predictions_changed_in_place(case, rule, policy):
     pipe, combine = small(), IN_PLACE[case]
