@@ -72,7 +72,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported stays, so that garbage collections, which come often, need not walk through it."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 

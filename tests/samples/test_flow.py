@@ -58,11 +58,11 @@ def test_cfg_at_every_step_is_diffusers_own_bit_for_bit(pipe):
 
 
 def test_forecast_skips_and_keeps_the_picture(pipe):
-    cases = [Case(prompt, 4321) for prompt in ("a rocket", "a noto emoji of an owl")]
+    cases = [Case("a noto emoji of an owl", 4321)]
     full = make(pipe, cases, Column("", CFG(), EveryStep(), 5.0), steps=20)
     kept = make(pipe, cases, Column("", CFG(), Forecast(), 5.0), steps=20)
     fewer = make(pipe, cases, Column("", CFG(), EveryStep(), 5.0), steps=15)
-    assert (full.nfe, kept.nfe, fewer.nfe) == (80, 60, 60)
+    assert (full.nfe, kept.nfe, fewer.nfe) == (40, 30, 30)
     forecast, plain = (float(psnr(made.floats, full.floats).mean()) for made in (kept, fewer))
     assert forecast > max(30, plain + 5)
 

@@ -495,7 +495,7 @@ def test_a_curve_leaves_out_what_was_done_again(tmp_path):
 def test_the_embedding_tells_made_up_pictures_apart(folder, tmp_path):
     pictures, records = data.load(folder)
     concepts, styles = [r.concept for r in records], [r.style for r in records]
-    network = embedding.trained(pictures, concepts, styles, tmp_path / "eye.safetensors", steps=60)
+    network = embedding.trained(pictures, concepts, styles, tmp_path / "eye.safetensors", steps=40)
     same = torch.tensor([[a == b for b in concepts] for a in concepts])
     found = evaluate.share_found(embedding.embed_distorted(network, pictures), embed(network, pictures), same, 5)
     assert found > 0.8
