@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 SEED ?= 0
 # Torch ships Triton 3.6 with 2.11, 3.7.0 with 2.12, 3.7.1 with 2.13, 3.8 with 2.14. `make kernels` takes the oldest and newest.
 TRITONS ?= 3.6.0 3.9.0
-SPREAD = -n auto --dist worksteal -W ignore --seed $(SEED)
+SPREAD = -n auto --dist loadfile --no-loadscope-reorder -W ignore --seed $(SEED)
 
 .PHONY: demo app test quick conformance lint docs matrix oldest kernels compiled gpu dist wheel calibrations objective frontier both carry bench wallclock
 .PHONY: model-data model-vae model-unet model-resume model-export model-evaluate

@@ -61,13 +61,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(pytest_report_header(config))
 
 
-LONGEST = ("test_interpreter.py", "test_gpu.py")
-"""Files whose tests take a process of its own for half a minute and more."""
+LONGEST = ("test_browser.py", "test_app.py", "test_interpreter.py", "test_gpu.py")
+"""Files that take half a minute and more; each goes to one worker (Makefile)."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that no worker is alone with it at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

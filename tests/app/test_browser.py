@@ -294,12 +294,13 @@ def test_benchmark_and_its_cancellation(visit):
     page = visit()
     panel = tab(page, "Benchmark")
     set_number(panel, "Prompts", 1)
-    set_number(panel, "Steps", 4)
+    set_number(panel, "Steps", 50)  # long enough to be seen running
     panel.get_by_role("button", name="Run benchmark").click()
-    expect(panel.locator(".dg-table tbody tr").nth(4)).to_be_visible()
+    expect(panel.locator(".dg-table tbody tr").first).to_be_visible()
     panel.get_by_role("button", name="Cancel").click()
     expect(panel.get_by_text("Cancelled.")).to_be_visible()
     shoot(page, "benchmark-cancelled")
+    set_number(panel, "Steps", 4)
     panel.get_by_role("button", name="Run benchmark").click()
     expect(panel.get_by_text("averaged over 1 prompt")).to_be_visible()
     shoot(page, "benchmark")
@@ -315,12 +316,14 @@ def test_benchmark_and_its_cancellation(visit):
 def test_cancel_and_go_on(visit):
     page = visit()
     settings(page, 100)
+    set_number(page, "Pictures", 8)
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".dg-progress progress")).to_be_visible()
     page.get_by_role("button", name="Cancel").first.click()
     expect(page.locator("#status")).to_contain_text("Cancelled.")
     expect(page.locator(".dg-pair img").first).to_be_visible()
     shoot(page, "cancelled", full=False)
+    set_number(page, "Pictures", 1)
     set_number(page, "Steps", 3)
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#status")).to_contain_text("Seed 0")
@@ -341,16 +344,17 @@ def test_wrong_input_is_answered_in_a_sentence(visit):
 
 def test_two_users_at_once(visit):
     first, second = visit(), visit()
-    for page, prompt, steps in ((first, "a tiger", 50), (second, "a rocket", 4)):
+    for page, prompt, steps, pictures in ((first, "a tiger", 100, 8), (second, "a rocket", 4, 1)):
         page.get_by_label("Prompt", exact=True).fill(prompt)
         settings(page, steps)
+        set_number(page, "Pictures", pictures)
     for page in (first, second):
         page.get_by_role("button", name="Generate").click()
         if page is first:
             expect(page.locator(".dg-progress progress")).to_be_visible()
     expect(second.get_by_text(re.compile(r"queue: *1/1"))).to_be_visible()
     shoot(second, "queued", full=False)
-    expect(first.locator("#status")).to_contain_text("Seed 0")
+    expect(first.locator("#status")).to_contain_text("Seeds 0 to 7")
     expect(second.locator(".dg-numbers")).to_contain_text("plain CFG: 8")
 
 

@@ -59,7 +59,7 @@ def whole(row: str, arguments: list[str]) -> bool | None:
     install = (own, "-m", "pip", "install", "--quiet", "--constraint", HERE / f"{row}.txt")
     subprocess.run((*install, constraints(row).get("torch", "torch")), check=True)
     subprocess.run((*install, "-e", f"{CHECKOUT}[bench,app]", *TESTS), check=True)
-    return tested(own, ["-n", "auto", "--dist", "worksteal", *(arguments or ["tests"])])
+    return tested(own, ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", *(arguments or ["tests"])])
 
 
 def part(arguments: list[str]) -> bool:
