@@ -214,6 +214,7 @@ def test_a_finish_that_is_known_up_to_rounding_is_confirmed_without_float64():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @settings(deadline=None, max_examples=12)
 @given(factor=st.floats(1.0002, 1.02), inside=st.booleans())
+@pytest.mark.slow
 def test_what_is_guided_in_float32_is_not_allowed_the_rounding_of_the_network(dtype, phi, factor, inside):
     """Halves in half precision, widened and then guided, times a factor that no finish gives."""
     c, u = pair(0.5, dtype, (2, 4, 3, 8, 8))
