@@ -35,6 +35,7 @@ from diffusers_guidance import (
 from diffusers_guidance.pipelines.attach import fused
 from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 
+pytestmark = pytest.mark.slow
 CALL = {"guidance_scale": 4.0, "height": 16, "width": 16}
 STEPS = 12
 
