@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from diffusers_guidance.pipelines.attach import rows as batch
+from diffusers_guidance.pipelines.attach.batch import Batch
 from diffusers_guidance.pipelines.attach.calls import Calls
 from diffusers_guidance.pipelines.attach.cut import Cut, Made, Misfit
-from diffusers_guidance.pipelines.attach.formula import Formula
+from diffusers_guidance.pipelines.attach.rows import count, take
 from diffusers_guidance.pipelines.attach.trees import copied, shapes
 from diffusers_guidance.policies import Policy
 
@@ -16,8 +16,7 @@ class Leader(Protocol):
     """The denoiser, as far as what works ahead of it needs to know."""
 
     policy: Policy
-    formula: Formula | None
-    cuts: bool
+    batch: Batch | None
     now: Calls
 
     @property
@@ -48,14 +47,15 @@ class Ahead:
     @classmethod
     def of(cls, leader: Leader, cut: Cut, made: list[Made]) -> "Ahead | None":
         """On the identifying step: whether the network did so with the calls it `made`; None: it did not."""
-        if (formula := leader.formula) is None:
+        if leader.batch is None:
             return None
+        formula, cuts = leader.batch.formula, leader.batch.cuts
         # Where whole evaluations alone are skipped, no part of any is taken.
-        is_cut = formula.batched and cut.follows(formula, made, *formula.kept([not leader.cuts] * formula.rows))
+        is_cut = formula.batched and cut.follows(formula, made, *formula.kept([not cuts] * formula.rows))
         calls = made if is_cut else [each for each in made if leader.shares_sample(each)]
         if not (is_cut or (leader.policy.hands and calls and cut.is_steady(calls))):
             return None
-        rows = [batch.count(each.args, each.kwargs) for each in calls]
+        rows = [count(each.args, each.kwargs) for each in calls]
         return cls(cut, is_cut, [each.output for each in calls], rows)
 
     def run(self, leader: Leader, now: Calls, asked: int, call: Callable, args: tuple, kwargs: dict) -> Any:
@@ -64,14 +64,14 @@ class Ahead:
         Args:
             now: its own calls at this step.
         """
-        formula = leader.formula
-        assert formula is not None
+        assert leader.batch is not None
+        formula = leader.batch.formula
         total = formula.rows * formula.branches
         self.cut.leave_whole(self.cut.watch.found)
-        place, now.ahead = now.ahead, now.ahead + 1
+        place = now.next_ahead()
         expected = [asked == rows for rows in self.rows[place : place + 1]]
         if leader.skips and not self.cut.whole and expected == [True]:
-            leader.now.is_ahead_cut = True
+            leader.now.cut_ahead()
             return copied(self.templates[place])
         if not self.is_cut or self.cut.whole or leader.now.nfe_full or all(leader.evaluates) or asked != total:
             output = call(*args, **kwargs)
@@ -80,7 +80,7 @@ class Ahead:
             return output
         kept, source = formula.kept(leader.evaluates)
         try:
-            output = batch.take(self.cut.call(call, args, kwargs, total, kept), len(kept), source)
+            output = take(self.cut.call(call, args, kwargs, total, kept), len(kept), source)
             if shapes(output) != shapes(self.templates[-1]):
                 raise Misfit(f"{self.cut.name} puts out something else for a part of the batch")
         except Exception as error:
@@ -88,5 +88,5 @@ class Ahead:
                 raise
             self.cut.leave_whole(str(error))
             return call(*args, **kwargs)
-        leader.now.is_ahead_cut = True
+        leader.now.cut_ahead()
         return output

@@ -35,6 +35,10 @@ class Beside:
         while len(self.steps) > 2:
             del self.steps[min(self.steps)]
 
+    def drop(self) -> None:
+        """Forgets the outputs of a step that was not evaluated as a whole."""
+        self.now = []
+
     def at(self, index: int, call: int) -> Any:
         """An output for one of the step's calls; None where none is known."""
         known = {step: outputs[call] for step, outputs in sorted(self.steps.items()) if call < len(outputs)}

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffusers_guidance.pipelines.attach import told
@@ -36,7 +37,7 @@ class Calls:
     """By call, what the pipeline was given for unconditional ones that came first, to be filled in by the conditional
     one."""
     given: Any = None
-    """The step's whole conditional output, where calls are made one after another."""
+    """All that was put out for the step's conditional branch, where another branch's call may take it over."""
     skipped: partial | None = None
     """The last call that was skipped."""
     handed: Tensor | None = None
@@ -53,6 +54,44 @@ class Calls:
     """Whether such a network has skipped rows, so that they can no longer be asked for."""
     nfe: int = 0
     nfe_full: int = 0
+
+    def note(self, made: Tensor | None, evaluated: int, asked: int, shape: torch.Size | None) -> None:
+        """Takes in a call's prediction, and its rows.
+
+        Args:
+            shape: of predictions on the batch whose formula is known.
+        """
+        if made is not None:
+            own = shape is None or made.shape == shape or self.outputs
+            (self.outputs if own else self.strays).append(made.clone())
+        self.nfe += evaluated
+        self.nfe_full += asked
+
+    def settle(self) -> None:
+        """Takes calls on another batch for the step's own, where there are no others."""
+        if not self.outputs:
+            self.outputs, self.strays = self.strays, []
+
+    def take_last(self, count: int) -> None:
+        """Takes the last calls alone for the step's own."""
+        self.surplus, self.outputs = self.outputs[:-count], self.outputs[-count:]
+
+    def take_all(self) -> None:
+        """Takes all calls for the step's own again."""
+        self.surplus, self.outputs = [], [*self.surplus, *self.outputs]
+
+    def take_first(self, count: int) -> None:
+        """Takes the first calls alone for the step's own; the others added nothing."""
+        self.outputs = self.outputs[:count]
+
+    def cut_ahead(self) -> None:
+        """Notes that a network ahead of this one has skipped rows of it."""
+        self.is_ahead_cut = True
+
+    def next_ahead(self) -> int:
+        """The place of a call ahead of another network, which is made now."""
+        self.ahead += 1
+        return self.ahead - 1
 
     @property
     def signature(self) -> tuple[int, ...]:

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_guidance.pipelines.attach import rows as batch
 from diffusers_guidance.pipelines.attach.formula import Formula
 from diffusers_guidance.pipelines.attach.output import prediction
 from diffusers_guidance.pipelines.attach.processors import Processors
 from diffusers_guidance.pipelines.attach.remembered import Trial, keep, key, recall
 from diffusers_guidance.pipelines.attach.residual import exact
+from diffusers_guidance.pipelines.attach.rows import READINGS, Reading, count, doubts, sample, take
 from diffusers_guidance.pipelines.attach.state import Watch
 from diffusers_guidance.pipelines.attach.trees import copied, shapes, tensors
 
@@ -44,7 +44,7 @@ class Made(NamedTuple):
     """A copy."""
 
 
-OUTPUT = batch.Reading(elements=True, folded=False, second=False)
+OUTPUT = Reading(elements=True, folded=False, second=False)
 """How a network's output is cut."""
 _TRIALS = 2
 """How many ways to take a part of a batch are tried at most: trials must not cost much where nothing can be skipped."""
@@ -65,7 +65,7 @@ class Cut:
 
     name: str
     module: torch.nn.Module
-    reading: batch.Reading = batch.READINGS[0]
+    reading: Reading = READINGS[0]
     """How a part of the batch is taken from a call's arguments."""
     whole: str = ""
     """Why no part of the batch can be taken, if so."""
@@ -121,7 +121,7 @@ class Cut:
         Args:
             shape: of the whole's predictions; None where that is not known.
         """
-        part_args, part_kwargs = batch.take((args, dict(kwargs)), rows, index, self.reading)
+        part_args, part_kwargs = take((args, dict(kwargs)), rows, index, self.reading)
         found = self.watch.found
         try:
             with self.processors.for_two() if len(index) < rows else nullcontext():
@@ -177,7 +177,7 @@ class Cut:
             return "its hooks keep state: the batch is left whole"
         if not cuts or n * groups == 1:
             return ""
-        unclear = batch.doubts((one.args, dict(one.kwargs)), n * groups, groups)
+        unclear = doubts((one.args, dict(one.kwargs)), n * groups, groups)
         unclear += [name for name, value in one.kwargs.items() if "cache" in name and value is not None]
         third = ["its third branch"] if groups > 2 else []  # it may need all branches to be there
         across = [*self.watch.takes_part] or ["its attention processors"] * self.processors.look_across
@@ -240,16 +240,16 @@ class Cut:
         self._settle(one, 0)
         total = formula.rows * formula.branches
         across = self.watch.takes_part and formula.rows > 1
-        if self.watch.found or across or batch.count(one.args, one.kwargs) != total:
+        if self.watch.found or across or count(one.args, one.kwargs) != total:
             return False
         if len(kept) < total:
 
             def gives(index: list[int]) -> Any:
                 places = source if len(index) < total else [*range(total)]
-                return batch.take(self._part(one, total, index), len(index), places)
+                return take(self._part(one, total, index), len(index), places)
 
             def gave(index: list[int]) -> Any:
-                return batch.take(one.output, total, [index[i] for i in source] if len(index) < total else index)
+                return take(one.output, total, [index[i] for i in source] if len(index) < total else index)
 
             for self.reading in readings(one, total, kept)[:_TRIALS]:
                 if self._agrees(gives, gave, total, kept):
@@ -286,7 +286,7 @@ class Cut:
             return prediction(self._part(made, rows, index))
 
         def gave(index: list[int]) -> Any:
-            return batch.take(prediction(made.output), rows, index, OUTPUT)
+            return take(prediction(made.output), rows, index, OUTPUT)
 
         if not self._agrees(gives, gave, rows, index):
             return False
@@ -335,13 +335,13 @@ class Cut:
             return None
 
 
-def readings(made: Made, rows: int, index: list[int]) -> list[batch.Reading]:
+def readings(made: Made, rows: int, index: list[int]) -> list[Reading]:
     """Those that cut a call's arguments in ways of their own, the likely ones first."""
-    found: dict[tuple, batch.Reading] = {}
+    found: dict[tuple, Reading] = {}
     # A network that takes its samples as a list takes everything else as one.
-    likely = [r for r in batch.READINGS if r.elements] if isinstance(batch.sample(made.args, made.kwargs), list) else []
-    for reading in (*likely, *batch.READINGS):
-        found.setdefault(tuple(shapes(batch.take((made.args, dict(made.kwargs)), rows, index, reading))), reading)
+    likely = [r for r in READINGS if r.elements] if isinstance(sample(made.args, made.kwargs), list) else []
+    for reading in (*likely, *READINGS):
+        found.setdefault(tuple(shapes(take((made.args, dict(made.kwargs)), rows, index, reading))), reading)
     return list(found.values())
 
 

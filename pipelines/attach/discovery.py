@@ -120,7 +120,7 @@ class Discovery:
             every = [*now.surplus, *now.outputs]
             found = identify(every, met.output, self.call.scales, met.around, known, terms=asked)
             if found.formula is not None:
-                now.outputs = every
+                now.take_all()
                 self._tell(denoiser, found.formula)
         again = found.formula
         if again is None and found.undetermined and found.tried != SINGLE:
@@ -204,12 +204,10 @@ class Discovery:
 
     def single(self, met: Met) -> bool:
         """Whether the step's only prediction is what the scheduler gets, so that it can be skipped as a whole."""
-        denoiser, known = met.denoiser, met.denoiser.formula
-        if known is not None and known.evaluations == 1:
-            if not denoiser.fits:
-                return False
-            return len(met.outputs) == 1 and holds(known, met.outputs[0], met.output, met.around)
-        if (found := single(met.outputs, met.output, met.around)) is None:
+        denoiser, batch, outputs = met.denoiser, met.denoiser.batch, met.outputs
+        if batch is not None and (known := batch.formula).evaluations == 1:
+            return len(outputs) == 1 and batch.fits(outputs) and holds(known, outputs[0], met.output, met.around)
+        if (found := single(outputs, met.output, met.around)) is None:
             return False
         denoiser.know(found)
         self._tell(denoiser, found)

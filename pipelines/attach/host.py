@@ -331,7 +331,7 @@ class Host:
         If the rule and the scheduler's step can be fused (`fuse`), what that step returns.
         """
         met.denoiser.settle()
-        if met.denoiser.is_cut_short:
+        if met.denoiser.batch is not None and met.denoiser.batch.may_lack_its_own(met.denoiser.now):
             seen = (
                 f"it was called {len(met.outputs)} times, but more often at earlier steps, and its arguments do "
                 "not tell which prediction that is: use a policy that skips nothing, EveryStep"
@@ -430,17 +430,17 @@ class Host:
         prediction: Prediction | None = None,
     ) -> Guided:
         """What the scheduler gets in the end: what was `guided`, or what the policy makes of it by `hand`."""
-        handed, sample, formula = guided, met.sample, met.denoiser.formula
+        handed, sample, batch = guided, met.sample, met.denoiser.batch
         if self.policy.hands:
-            assert formula is not None
-            view = formula.view
+            assert batch is not None
+            view = batch.formula.view
             if view.channels:  # forecast all of the sample's channels, guided or not
                 view = replace(view, channels=min(sample.shape[1], guided.shape[1]))
             g = view.working(guided)
             made = hand(g, step.on(view.working(sample), g, met.clock.space))
             handed = guided if made is g else view.emit(made.to(guided.dtype), guided)
             if met.denoiser.now.nfe:
-                met.denoiser.hold()
+                batch.hold(met.denoiser.now)
         self._tell(prediction, step, handed, met)
         return Guided(None if handed is met.output else handed)
 
@@ -475,10 +475,10 @@ class Host:
 
     def _branches(self, denoiser: Denoiser, evaluated: Sequence[bool]) -> dict[str, int]:
         """Of how many samples each of the step's branches was evaluated; those of one name count together."""
-        formula, counts = denoiser.formula, dict[str, int]()
-        assert formula is not None
-        for k, name in enumerate(formula.names):
-            counts[name] = counts.get(name, 0) + (sum(denoiser.made(k, evaluated)) if denoiser.now.nfe else 0)
+        batch, now, counts = denoiser.batch, denoiser.now, dict[str, int]()
+        assert batch is not None
+        for k, name in enumerate(batch.formula.names):
+            counts[name] = counts.get(name, 0) + (sum(batch.made(now, k, evaluated)) if now.nfe else 0)
         return counts
 
     def _made_up(self, met: Met) -> Tensor | None:

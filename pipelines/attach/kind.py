@@ -27,9 +27,9 @@ def kind(met: Met, discovery: Discovery, verification: Verification) -> Kind:
     formula, outputs = denoiser.formula, denoiser.now.outputs
     if formula is not None and formula.evaluations == 1 and len(outputs) > 1:
         # The last call is the step's, or guidance begins.
-        denoiser.now.outputs = outputs[-1:]
+        denoiser.now.take_last(1)
         if not discovery.single(met):
-            denoiser.now.outputs = outputs
+            denoiser.now.take_all()
             denoiser.forget()
     formula = denoiser.formula
     if formula is not None and formula.evaluations == 1 and denoiser.skips:
@@ -43,45 +43,42 @@ def kind(met: Met, discovery: Discovery, verification: Verification) -> Kind:
 
 def _follows_single(met: Met, discovery: Discovery) -> bool:
     """Whether a step of one prediction is one that a policy may skip, or learn from."""
-    denoiser = met.denoiser
-    formula = denoiser.formula
-    if not discovery.acts or (formula is not None and formula.evaluations > 1) or met.clock.went_back:
+    denoiser, batch = met.denoiser, met.denoiser.batch
+    if not discovery.acts or (batch is not None and batch.formula.evaluations > 1) or met.clock.went_back:
         return False
-    if formula is not None and denoiser.is_on_another_batch:
+    if batch is not None and not batch.has_any(met.outputs):
         denoiser.forget()
     if discovery.single(met):
         return True
-    if formula is not None and denoiser.held is not None:
-        seen = f"{formula} held until now, but here the scheduler was given something else"
+    if batch is not None and batch.held is not None:
+        seen = f"{batch.formula} held until now, but here the scheduler was given something else"
         raise discovery.unsupported(met, seen)
     return False
 
 
 def settle_batch(met: Met, discovery: Discovery) -> None:
     """Forgets the known batch if the guided step has another one; refuses evaluations that belong to neither."""
-    denoiser = met.denoiser
-    formula, now = denoiser.formula, denoiser.now
+    denoiser, batch, now = met.denoiser, met.denoiser.batch, met.denoiser.now
     if met.clock.went_back and discovery.acts:
         raise UnsupportedPipeline(
             f"{discovery.call.name} steps more than once at timestep {met.clock.timestep:g}: each of its views "
             "would need its own history; attach only CFG() with EveryStep() to it"
         )
-    if formula is None:
+    if batch is None:
         return
-    known = denoiser.formulas.get(now.signature)
-    if known is not None and denoiser.fits:
-        denoiser.formula = known
+    formula, fits = batch.formula, batch.fits(now.outputs)
+    if fits and batch.returns_to(now.signature):
         return
     further = now.outputs[formula.head :]
-    if denoiser.fits and further and all(len(y) == formula.rows for y in further):
+    if fits and further and all(len(y) == formula.rows for y in further):
         if denoiser.skips:  # nothing was evaluated: what stood in for further calls adds nothing
-            now.outputs = now.outputs[: formula.head]
+            now.take_first(formula.head)
         else:
             discovery.identify_further(met)
         return
-    if denoiser.is_on_another_batch and now.nfe >= now.nfe_full:
+    if not batch.has_any(now.outputs) and now.nfe >= now.nfe_full:
         denoiser.forget()  # the new batch was evaluated in full
-    elif not (denoiser.fits and len(now.outputs) == formula.calls):
+    elif not (fits and len(now.outputs) == formula.calls):
         seen = (
             f"it was called {len(now.outputs)} times, and until now {formula.calls} calls made its guidance; "
             "other calls cannot be told from the step's own: call the network outside callbacks"

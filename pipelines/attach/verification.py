@@ -27,7 +27,7 @@ from diffusers_guidance.pipelines.attach.sample import Sample
 from diffusers_guidance.pipelines.attach.single import rounded
 from diffusers_guidance.pipelines.attach.solve import best, solve
 from diffusers_guidance.scales import W
-from diffusers_guidance.steps import Action, Plan, Prediction, Step, changed
+from diffusers_guidance.steps import Action, Apart, Plan, Prediction, Step, changed
 
 _ROUNDING = 0.02
 """How far below 0 rounding may push a solved scale, whatever the dtype."""
@@ -116,11 +116,10 @@ class Verification:
 
     def is_single_still(self, met: Met) -> bool:
         """Whether a step is taken for one of a single prediction, as those before; on a device it is checked later."""
-        denoiser = met.denoiser
-        formula = denoiser.formula
-        if formula is None or formula.evaluations > 1 or formula.mixed or denoiser.engine is None:
+        batch = met.denoiser.batch
+        if batch is None or (formula := batch.formula).evaluations > 1 or formula.mixed or batch.engine is None:
             return False
-        if len(met.outputs) != 1 or not denoiser.fits:
+        if len(met.outputs) != 1 or not batch.fits(met.outputs):
             return False
         alone, target = formula.view(met.outputs[0]), formula.view.working(met.output)
         if alone.shape != target.shape:
@@ -129,7 +128,7 @@ class Verification:
         sent = Arrival(residual(alone, target, alone, alone))
         if sent.is_here:
             return tolerance.fit(sent.norms).fits
-        changes = self.discovery.policy.hands or not denoiser.engine.rule.is_plain
+        changes = self.discovery.policy.hands or not batch.engine.rule.is_plain
         self._check_later(met, formula, tolerance, sent, alone.dtype, changes)
         return True
 
@@ -137,9 +136,9 @@ class Verification:
 
     def _see(self, at: At) -> Seen:
         """The step as the formula reads it; waits for nothing, unless it must solve for the scale."""
-        met, denoiser = at.met, at.met.denoiser
-        formula = denoiser.formula
-        assert formula is not None and denoiser.engine is not None
+        met, denoiser, batch = at.met, at.met.denoiser, at.met.denoiser.batch
+        assert batch is not None and batch.engine is not None
+        formula, engine = batch.formula, batch.engine
         view, outputs = formula.view, met.outputs
         target, around = view.working(met.output), met.around.through(view)
         x = around.sample
@@ -164,12 +163,14 @@ class Verification:
                 w = formula.tree.weights[formula.cond_index]
             tolerance = formula.tolerance(s, c.dtype, is_strict=self.discovery.acts)
             expected = formula.expected(outputs, c, u, s, around)
-        rule, policy = denoiser.engine.rule, self.discovery.policy
+        rule, policy = engine.rule, self.discovery.policy
         space = met.clock.denoising(self.call.name, rule, policy, x, c)
         velocity = 1.0 if space is None or formula.mixed else space.velocity
         step = changed(at.step, space=space, sample=None if space is None else x, w=w, velocity=velocity)
-        rest, observe = formula.rest(outputs, around), denoiser.engine.observe
-        apart = formula.apart(outputs, lambda k: denoiser.made(k, at.evaluated), velocity) if policy.estimates else {}
+        rest, observe = formula.rest(outputs, around), engine.observe
+        apart: dict[int, Apart] = {}
+        if policy.estimates:
+            apart = formula.apart(outputs, lambda k: batch.made(denoiser.now, k, at.evaluated), velocity)
 
         def seen(found: Observation, sent: Arrival | Observation) -> Seen:
             prediction = Prediction(c, u, at.evaluated, halves, *at.cost, found, at.note, rest, apart)
