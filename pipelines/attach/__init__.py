@@ -4,9 +4,10 @@ A prediction's way, from the network to the scheduler, in the order to read it:
 
     intercept, deferred     a call of the pipeline, of its networks and of its scheduler is caught
     attach                  the pipeline's call becomes a run; `pair`, `arguments` and `turn` serve it
-    host                    the run: which hook was reached, what the scheduler is handed in the end
+    run                     which of its networks and schedulers is called, and what for
     call, parts, clock      what the pipeline says of itself; its networks and schedulers; where in its table a step is
-    denoiser                a network's call: which rows are evaluated, and what stands in for the others
+    denoiser                a network's call: what is evaluated of it
+      batch                 which rows the plan wants, and what stands in for the others
       calls                 what a step has asked of it so far
       ahead                 a network that works ahead of it, such as a ControlNet
       together              several networks that make a step's predictions, followed as one
@@ -16,6 +17,7 @@ A prediction's way, from the network to the scheduler, in the order to read it:
       beside                what a network gives beside its prediction: a video's sound
       processors            its attention processors: perturbed ones, and what its pipeline reads off them
       state, memory, foreign    whether what others have put on the network remembers anything from call to call
+    host                    a step: what the scheduler is handed in place of the pipeline's prediction
     kind                    whether the step is guided, has one prediction alone, or is left to the pipeline
     discovery               how the step's outputs became the scheduler's prediction, found once
     verification            and held against each step

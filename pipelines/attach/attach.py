@@ -16,9 +16,9 @@ from diffusers_guidance.learning import Learner, Recorder
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
 from diffusers_guidance.pipelines.attach.deferred import deferred
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints
-from diffusers_guidance.pipelines.attach.host import Host
 from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.attach.pair import Pair
+from diffusers_guidance.pipelines.attach.run import Run
 from diffusers_guidance.pipelines.attach.turn import Turn
 from diffusers_guidance.policies import Forecast, Policy
 from diffusers_guidance.report import Report
@@ -119,7 +119,7 @@ class Handle(Pair):
         """What `work` returns, done under a run; where it has only begun by then, the rest too."""
         policy = self._learner.informed(self.policy, functools.partial(module_fingerprints, self.pipe))
         recorder = Recorder() if policy.learns else None
-        run = Host(self.pipe, self.rule, policy, arguments, [*self.observers], recorder)
+        run = Run(self.pipe, self.rule, policy, arguments, [*self.observers], recorder)
         with self._stretch(run):
             result = work()
         again = functools.partial(self._guided, arguments)
@@ -130,7 +130,7 @@ class Handle(Pair):
         finish(result)
         return result
 
-    def _finish(self, run: Host, recorder: Recorder | None, result: Any) -> None:
+    def _finish(self, run: Run, recorder: Recorder | None, result: Any) -> None:
         self._heard(run.report)  # another run may have come in between, in a callback
         run.finish(result)
         if recorder is not None and run.report.formula:
@@ -139,7 +139,7 @@ class Handle(Pair):
             run.report.note = "; ".join(filter(None, [run.report.note, learned]))
 
     @contextmanager
-    def _stretch(self, run: Host) -> Iterator[None]:
+    def _stretch(self, run: Run) -> Iterator[None]:
         with self._turn, run.hooks():
             self._heard(run.report)
             yield

@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
+from diffusers_guidance import scales
 from diffusers_guidance.errors import UnsupportedPipeline
 from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.denoiser import Denoiser
 from diffusers_guidance.policies import Policy
+from diffusers_guidance.report import Report
 from diffusers_guidance.rules import Rule
 
 
@@ -196,6 +198,19 @@ def check_end(
                 f"scheduler.step that was seen, at step {steps - 1}, so its guidance could not be "
                 "found from there on: a scheduler must be an attribute of the pipeline; use it without attach"
             )
+
+
+def check_schedule(call: Call, rule: Rule, report: Report) -> None:
+    """Refuses a run whose network took the rule's schedule for one number, the scale of all steps."""
+    given, taken = rule.guidance_scale, call.arguments
+    # A true_cfg_scale has no part in a run without guidance; a guidance_scale may be an input of the network.
+    is_fed = "guidance_scale" in taken and "true_cfg_scale" not in taken and bool(report.steps)
+    if given is not None and rule.is_scheduled and is_fed and not report.is_guided and scales.guides(given):
+        raise UnsupportedPipeline(
+            f"{call.name} did no classifier-free guidance in this call, and took guidance_scale="
+            f"{scales.stand_in(given):g} for all of its steps, so the schedule {given!r} was not followed: "
+            "give its rule one number, or leave guidance_scale to the call"
+        )
 
 
 def may_guide(call: Call, acts: bool) -> bool:

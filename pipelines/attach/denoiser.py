@@ -76,10 +76,29 @@ class Denoiser:
 
     # From step to step
 
-    def begin_step(self, step: Step) -> None:
-        """Forgets the last step and plans the coming one, once the pipeline's formula is known."""
+    def begin_step(self, counted: int | None) -> None:
+        """Forgets the last step and plans the coming one, once the pipeline's formula is known; see `step`."""
         self.end_step()
+        step = self.step(counted, coming=True)
         self.now = Calls(step, None if self.batch is None else self.batch.plan(step))
+
+    def step(self, counted: int | None, coming: bool = False) -> Step:
+        """The current evaluation by its scheduler's clock, or the `coming` one.
+
+        Args:
+            counted: how many the pipeline says it makes.
+        """
+        clock, formula, known = self.clock, self.formula, dict[str, Any](denoiser=self.name)
+        if formula is not None:
+            known |= {"rows": formula.rows, "branches": formula.evaluations}
+            if formula.mixed:  # before the step how is unknown: the network's own output is held
+                known["velocity"] = 1.0
+        if clock is None:
+            return Step(**known)
+        index, count = clock.steps - (not coming), clock.count
+        if counted is not None and index < counted:
+            count = min(counted, count)
+        return clock.step(index, count, clock.before, coming, **known)
 
     def stepped(self, clock: Clock) -> None:
         """Takes in the clock of the scheduler that its predictions go to."""

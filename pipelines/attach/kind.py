@@ -1,6 +1,6 @@
 """What kind of step it is: guided, one prediction of each sample that may be skipped, or one left to the pipeline.
 
-And whether it is on the batch that is known.
+And which calls were the step's, and whether they are on the batch that is known.
 """
 
 from enum import Enum
@@ -19,6 +19,18 @@ class Kind(Enum):
     """It has one prediction of each sample, which a policy may skip, or learn from."""
     LEFT = "left"
     """It has one that is left to the pipeline."""
+
+
+def settle_calls(met: Met, discovery: Discovery) -> None:
+    """Finds out which calls were the step's; refuses a step where it is open which prediction they made."""
+    met.denoiser.settle()
+    batch, now = met.denoiser.batch, met.denoiser.now
+    if batch is not None and batch.may_lack_its_own(now):
+        seen = (
+            f"it was called {len(now.outputs)} times, but more often at earlier steps, and its arguments do "
+            "not tell which prediction that is: use a policy that skips nothing, EveryStep"
+        )
+        raise discovery.unsupported(met, seen)
 
 
 def kind(met: Met, discovery: Discovery, verification: Verification) -> Kind:
