@@ -191,6 +191,8 @@ class Batch:
             first: the place of the branch's first row in its call.
         """
         assert now.plan is not None and self.engine is not None
+        if not self.policy.estimates:
+            return []
         history, n, evaluated = self.engine.history, self.formula.rows, self.evaluated(now, branch)
         held = history.apart[branch].velocity if branch in history.apart else history.velocity
         return [
