@@ -45,9 +45,7 @@ def test_kernels_and_pipelines_in_tritons_interpreter(seed):
     `--under` does the whole suite.
     """
     suite = TESTS / "zoo" / "conformance_suite.py"
-    runs = [
-        ["--under", under, f"{suite}::test_pipeline_keeps_its_promises[{name}]"] for under, name in SAMPLE.items()
-    ]
+    runs = [["--under", under, f"{suite}::test_pipeline_keeps_its_promises[{name}]"] for under, name in SAMPLE.items()]
     runs[0].append(str(TESTS / "kernels" / "test_triton.py"))
     common = ["-q", "-W", "ignore", "-p", "no:cacheprovider", f"--seed={seed}"]
     done = subprocess.run(

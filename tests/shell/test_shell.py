@@ -5,10 +5,8 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -320,25 +318,3 @@ def test_more_steps_than_the_scheduler_has_are_refused(tmp_path):
     for steps in (1000, 2000):
         done = command("compare", "a rocket", "--steps", steps, "--column", "CFG", "--out", tmp_path)
         assert done.exit_code == 1 and f"steps={steps}: at most 999" in done.output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_whole_files_and_one_line(number, code, small, tmp_path):
-    jobs, count = tmp_path / "prompts.txt", 60  # some seconds of work after the first
-    jobs.write_text("a tiger\n" * count)
-    command = [sys.executable, "-c", MAIN, "generate", str(jobs), "--model", str(small)]
-    command += ["--steps", "30", "--batch", "1", "--out"]
-    out = tmp_path / "out"
-    with subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        while not list(out.glob("*.json")) and running.poll() is None:
-            time.sleep(0.05)
-        running.send_signal(number)
-        _, said = running.communicate(timeout=300)
-    assert running.returncode == code
-    assert said.splitlines()[-1] == f"stopped: all written files are complete; {ON}"
-    assert "Traceback" not in said and "terminate called" not in said
-    assert not [file for file in out.iterdir() if file.name.startswith(".")]
-    assert len(list(out.glob("*.json"))) < count
-    for record in out.glob("*.json"):
-        Image.open(Path(record).with_suffix(".png")).load()
