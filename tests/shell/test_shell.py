@@ -112,8 +112,8 @@ def test_help_imports_neither_torch_nor_diffusers(arguments):
     assert not imported_by(*arguments) & {"torch", "diffusers", "gradio", "matplotlib"}
 
 
-def test_a_search_without_real_runs_does_without_diffusers():
-    assert "diffusers" not in imported_by("search", "dpm-20-5", "--nfe", "25")
+def test_a_search_without_real_runs_does_without_diffusers_and_the_compiler():
+    assert not imported_by("search", "dpm-20-5", "--nfe", "25") & {"diffusers", "torch._dynamo"}
 
 
 def imported_by(*arguments):
