@@ -42,7 +42,7 @@ COMMANDS = {
     "search": ["search", "made.safetensors", "--nfe", "6", *FEW[2:], "--refine", "--runs", "4", "--prompts",
                "prompts.txt", "--keep", "out"],
     "search-nas": ["search-nas", "--nfe", "5", "--steps", "3", "--iterations", "3", "--batch", "1", "--keep", "out"],
-    "frontier": ["frontier", "made.safetensors", "--prompts", "prompts.txt", "--nfe", "6", *FEW[2:], "--out", "out"],
+    "frontier": ["frontier", "made.safetensors", "--prompts", "prompt.txt", "--nfe", "6", *FEW[2:], "--out", "out"],
 }  # fmt: skip
 for options in (COMMANDS[name] for name in COMMANDS if name not in ("try", "bench")):
     options += ["--model", "small"]
@@ -67,6 +67,7 @@ def here(tmp_path, monkeypatch, calibration, small):
     monkeypatch.setattr(Bar, "every", float("inf"))  # no line for who waits
     Path("suite.yaml").write_text(SUITE)
     Path("prompts.txt").write_text("a tiger\na rocket\na lemon\n")
+    Path("prompt.txt").write_text("a tiger\n")
     Path("made.safetensors").write_bytes(calibration.read_bytes())
     return tmp_path
 
