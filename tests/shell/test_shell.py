@@ -218,8 +218,8 @@ def test_prompts_and_a_file_of_prompts_are_both_compared(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["compare", "generate"])
-def test_a_scale_may_change_over_the_steps(name, tmp_path):
-    asked = ("--steps", 3, "--scale", "9.0x1+linear(5, 1)", "--out", tmp_path)
+def test_a_scale_may_change_over_the_steps(name, small, tmp_path):
+    asked = ("--model", small, "--steps", 3, "--scale", "9.0x1+linear(5, 1)", "--out", tmp_path)
     assert command(name, "a rocket", *asked, "--column", "CFG").exit_code == 0
     if name == "compare":
         (column,) = json.loads((tmp_path / "compare.json").read_text())["columns"]
@@ -227,7 +227,7 @@ def test_a_scale_may_change_over_the_steps(name, tmp_path):
         assert [step["guidance_scale"] for step in column["reports"][0]["steps"]] == [9, 5, 1]
     else:
         same = tmp_path / "same"
-        generate(jobs_of("a rocket"), same, 'CFG@"9x1+linear(5, 1)"', model=str(samples.MODEL), steps=3)
+        generate(jobs_of("a rocket"), same, 'CFG@"9x1+linear(5, 1)"', model=str(small), steps=3)
         one, other = (Image.open(folder / "a-rocket.png").tobytes() for folder in (tmp_path, same))
         assert one == other
 
