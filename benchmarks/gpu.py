@@ -526,7 +526,7 @@ def step_section(short: bool, part: str = "") -> Iterator[Check]:
     entry = PIPELINES["StableDiffusionPipeline"]
     pipe = entry.build().to(DEVICE)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    call, steps, rounds = moved(entry.call(1)), (4, 8) if short else (10, 20), 1 if short else 5
+    call, steps, rounds = moved(entry.call(1)), (2, 4) if short else (10, 20), 1 if short else 5
     own: Found = {}
 
     def taken(count: int) -> float:

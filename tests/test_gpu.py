@@ -26,38 +26,23 @@ def test_on_a_gpu(section):
     assert [row for row in rows if not row["ok"]] == []
 
 
-def started(*command):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-
-
 BARE = """
-import runpy, sys
-
-sys.modules |= dict.fromkeys(("pytest", "_pytest", "matplotlib", "hypothesis", "greenlet"))  # not found
-sys.argv[:] = [{script!r}, "--short", "--out", {out!r}]
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-def test_the_short_form_runs_without_a_gpu(tmp_path):
-    """And on a machine without what only tests need."""
-    done = started("-c", BARE.format(script=str(SCRIPT), out=str(tmp_path)))
-    print(done.stdout, done.stderr[-3000:])
-    assert done.returncode == 0
-    (file,) = tmp_path.glob("gpu-*.json")
-    rows = json.loads(file.read_text())["rows"]
-    assert {row["section"] for row in rows} == {"exact", "pipelines", "kernels", "step", "saved"}
-    made = [row for row in rows if "skipped" not in row]
-    assert all(row["ok"] for row in rows) and len(made) > 80
-
-
-FAILING = """
 import importlib.util, sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("gpu", {script!r})
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
+
+sys.modules |= dict.fromkeys(("pytest", "_pytest", "matplotlib", "hypothesis", "greenlet"))  # not found
+spec = importlib.util.spec_from_file_location("__main__", {script!r})
+gpu = sys.modules["__main__"] = importlib.util.module_from_spec(spec)
+folder = Path({folder!r})
+
+def status(out, run, *options):
+    sys.argv[1:] = ["--out", str(folder / out), *options]
+    try:
+        run()
+    except SystemExit as ended:
+        folder.joinpath(out + ".status").write_text(str(ended.code))
+
+status("short", lambda: spec.loader.exec_module(gpu), "--short")
 
 def checks(short, part):
     yield gpu.Check("wrong", lambda: gpu.agreeing(lambda x: [x + 1e-3], lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
@@ -66,15 +51,14 @@ def checks(short, part):
     yield gpu.Check("right", lambda: gpu.agreeing(lambda x: [x + 0], lambda x: [x], [gpu.torch.ones(3)], [1e-6]))
     raise RuntimeError("out of memory")
 
-def status(out, *options):
-    sys.argv[1:] = ["--only", "kernels", "--out", {folder!r} + "/" + out, *options]
-    Path({folder!r}, out + ".status").write_text(str(gpu.main()))
+def failing():
+    sys.exit(gpu.main())
 
 gpu.SECTIONS["kernels"] = gpu.Section(checks, 9.0)
-status("checks")
+status("checks", failing, "--only", "kernels")
 gpu.__file__, gpu.GRACE = {parts!r}, 3
 gpu.SECTIONS["kernels"] = gpu.Section(None, 1.0, ("ends", "dies", "hangs"))
-status("parts", "--apart")
+status("parts", failing, "--only", "kernels", "--apart")
 """
 PARTS = """
 import sys, time
@@ -88,17 +72,21 @@ if part == "hangs":
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory):
-    """The rows of a section whose checks fail, and of one whose parts do, in one process."""
-    folder = tmp_path_factory.mktemp("failed")
+def rows(tmp_path_factory):
+    """The rows of the short form, of a section whose checks fail, and of one whose parts do, with the exit status.
+
+    All are made in one process, where what only tests need is not found.
+    """
+    folder = tmp_path_factory.mktemp("gpu")
     parts = folder / "parts.py"
     parts.write_text(PARTS)
-    done = started("-c", FAILING.format(script=str(SCRIPT), parts=str(parts), folder=str(folder)))
+    code = BARE.format(script=str(SCRIPT), parts=str(parts), folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     print(done.stdout, done.stderr[-3000:])
     assert done.returncode == 0
 
-    def rows(name):
-        assert (folder / f"{name}.status").read_text() == "4"
+    def rows(name, status):
+        assert (folder / f"{name}.status").read_text() == str(status)
         (file,) = (folder / name).glob("gpu-*.json")
         return json.loads(file.read_text())["rows"]
 
@@ -106,18 +94,27 @@ def failed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_what_fails_is_told_and_kept(failed):
-    """A wrong number, memory that nothing wrote, and a section that dies: rows, and the section's bit in the status."""
-    rows = {row["name"]: row for row in failed("checks")}
-    assert [name for name, row in rows.items() if not row["ok"]] == ["wrong", "unwritten", "the section itself"]
-    assert "allowed" in rows["wrong"]["error"] and "out of memory" in rows["the section itself"]["error"]
+def test_the_short_form_runs_without_a_gpu(rows):
+    """And on a machine without what only tests need."""
+    found = rows("short", 0)
+    assert {row["section"] for row in found} == {"exact", "pipelines", "kernels", "step", "saved"}
+    made = [row for row in found if "skipped" not in row]
+    assert all(row["ok"] for row in found) and len(made) > 80
 
 
 @pytest.mark.slow
-def test_a_part_that_dies_or_hangs_takes_no_other_along(failed):
-    rows = failed("parts")
-    assert sum(row["name"] == "begun" for row in rows) == 3
-    failures = {row["name"]: row["error"] for row in rows if not row["ok"]}
+def test_what_fails_is_told_and_kept(rows):
+    """A wrong number, memory that nothing wrote, and a section that dies: rows, and the section's bit in the status."""
+    found = {row["name"]: row for row in rows("checks", 4)}
+    assert [name for name, row in found.items() if not row["ok"]] == ["wrong", "unwritten", "the section itself"]
+    assert "allowed" in found["wrong"]["error"] and "out of memory" in found["the section itself"]["error"]
+
+
+@pytest.mark.slow
+def test_a_part_that_dies_or_hangs_takes_no_other_along(rows):
+    found = rows("parts", 4)
+    assert sum(row["name"] == "begun" for row in found) == 3
+    failures = {row["name"]: row["error"] for row in found if not row["ok"]}
     assert failures.keys() == {"dies, the process", "hangs, the process"}
     assert "an illegal memory access" in failures["dies, the process"]
     assert "hangs" in failures["hangs, the process"]

@@ -9,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,16 +94,15 @@ class Hub(BaseHTTPRequestHandler):
         """Not on the terminal."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server():
-    Hub.files, Hub.asked = {}, []
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
 
-def python(code: str, address: str, home: Path, **environment: str) -> str:
+def python(code: str, address: str, home: Path, **environment: str) -> dict[str, Any]:
     """What a new process prints that knows this Hub alone: its address is read when huggingface_hub is imported."""
     own = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
     kept = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
@@ -110,50 +110,63 @@ def python(code: str, address: str, home: Path, **environment: str) -> str:
         [sys.executable, "-c", code], env=kept | own | environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_repository_keeps_a_calibration_and_its_card(server, calibration, tmp_path):
-    calibration.save(tmp_path / "own.safetensors")
-    read = (
-        "from diffusers_guidance.policies import Forecast\n"
-        f"made = Forecast(calibration={NAME!r}).calibration\nprint(made.digest, made.source)"
-    )
-    push = (
-        "from diffusers_guidance.calibration import Calibration\n"
-        f"print(Calibration.load({str(tmp_path / 'own.safetensors')!r}).push_to_hub({NAME!r}))\n"
-    )
-    address, online = python(push + read, server, tmp_path / "home").splitlines()
-    assert NAME in address and online.split() == [calibration.digest, NAME]
+MISSING = ("owner/nothing", "owner/no-file", "owner/another-file")
+PUSH = f"""
+from diffusers_guidance.calibration import Calibration
+told["pushed"] = Calibration.load({{file!r}}).push_to_hub({NAME!r})
+"""
+READ = f"""
+from diffusers_guidance.calibration import Calibration, CalibrationMismatch
+from diffusers_guidance.policies import Forecast
+made = Forecast(calibration={NAME!r}).calibration
+told["read"] = [made.digest, made.source]
+for name in {MISSING}:
+    try:
+        Calibration.from_pretrained(name)
+    except (FileNotFoundError, CalibrationMismatch) as error:
+        told[name] = repr(str(error))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(server, calibration, tmp_path_factory):
+    """What two processes say of a calibration that the first puts on the Hub, and of others; the second is offline."""
+    folder = tmp_path_factory.mktemp("hub")
+    calibration.save(folder / "own.safetensors")
+    Hub.files |= {MISSING[1]: {"README.md": b"empty"}, MISSING[2]: {FILE: b"not a file of tensors"}}
+
+    def said(code: str, **environment: str) -> dict[str, Any]:
+        code = f"import json\ntold = {{}}{code}print(json.dumps(told))"
+        return python(code, server, folder / "home", **environment)
+
+    online = said(PUSH.format(file=str(folder / "own.safetensors")) + READ)
+    asked = len(Hub.asked)
+    offline = said(READ, HF_HUB_OFFLINE="1")
+    assert len(Hub.asked) == asked
+    return online, offline
+
+
+def test_a_repository_keeps_a_calibration_and_its_card(told, calibration):
+    online, offline = told
+    assert NAME in online["pushed"] and online["read"] == [calibration.digest, NAME]
     assert {FILE, "README.md"} <= {*Hub.files[NAME]} <= {FILE, "README.md", ".gitattributes"}
     text = Hub.files[NAME]["README.md"].decode()
     assert f'Forecast(save=0.4, calibration="{NAME}")' in text and "AUNet" in text and "| 6 | 5 | 3 |" in text
-
-    asked = len(Hub.asked)
-    offline = python(read, server, tmp_path / "home", HF_HUB_OFFLINE="1")  # it was downloaded once
-    assert offline.split() == [calibration.digest, NAME] and len(Hub.asked) == asked
+    assert offline["read"] == online["read"]  # it was downloaded once
 
 
-def test_what_is_not_there_is_said(server, tmp_path):
-    names = ["owner/nothing", "owner/no-file", "owner/another-file"]
-    Hub.files = {names[1]: {"README.md": b"empty"}, names[2]: {FILE: b"not a file of tensors"}}
-    code = (
-        "from diffusers_guidance.calibration import Calibration, CalibrationMismatch\n"
-        f"for name in {names}:\n"
-        "    try:\n        Calibration.from_pretrained(name)\n"
-        "    except (FileNotFoundError, CalibrationMismatch) as error:\n        print(repr(str(error)))"
-    )
-    told = python(code, server, tmp_path).splitlines()
+def test_what_is_not_there_is_said(told):
+    online, _ = told
     wanted = ("nor a repository on the Hub", f"has no {FILE}", "is not a safetensors file")
-    assert all(says in said for said, says in zip(told, wanted, strict=True)), told
+    assert all(says in online[name] for name, says in zip(MISSING, wanted, strict=True)), online
 
 
-def test_without_the_hub_it_is_said_too(tmp_path):
-    code = (
-        "from diffusers_guidance.calibration import Calibration\n"
-        f"try:\n    Calibration.from_pretrained({NAME!r})\nexcept FileNotFoundError as error:\n    print(error)"
-    )
-    assert "out of reach" in python(code, "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
+def test_without_the_hub_it_is_said_too(told):
+    _, offline = told
+    assert "out of reach" in offline[MISSING[0]]
 
 
 def test_a_folder_serves_as_a_repository_does(calibration, tmp_path):

@@ -11,12 +11,13 @@ pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "start.ipynb"
 
 
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(tmp_path, small):
     import nbformat
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         cell.source = cell.source.replace("STEPS = 20", "STEPS = 6").replace('"a rocket", "a red apple", ', "")
+        cell.source = cell.source.replace("from_pretrained(MODEL,", f"from_pretrained({str(small)!r},")
     nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()

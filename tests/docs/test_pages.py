@@ -21,6 +21,7 @@ from tiny import PIPELINES, Tiny
 
 import diffusers_guidance
 from diffusers_guidance import Handle
+from diffusers_guidance.samples import MODEL
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "recipes").glob("*.md"))]
@@ -48,7 +49,7 @@ def sections(page: Path) -> list[tuple[str, list[str]]]:
 CASES = [(page, name) for page in PAGES if page.name not in ELSEWHERE for name, _ in sections(page)]
 
 
-def small(entry: Tiny, most: int) -> DiffusionPipeline:
+def shrunk(entry: Tiny, most: int) -> DiffusionPipeline:
     """A tiny pipeline that takes its class's calls, makes at most so many steps, and answers with pictures."""
     pipe = entry.build()
     cls = type(pipe)
@@ -93,12 +94,14 @@ def tiny_of(cls: type, source: str) -> Tiny:
 
 
 @pytest.fixture
-def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path) -> dict[str, Any]:
     """What a reader of any page has: a pipeline, prompts, and a machine that loads what a recipe names."""
     own = DiffusionPipeline.__dict__["from_pretrained"].__func__
 
     def loaded(cls: type, source: Any, **options: Any) -> Any:
-        return own(cls, source, **options) if Path(source).is_dir() else small(tiny_of(cls, str(source)), STEPS)
+        if not Path(source).is_dir():
+            return shrunk(tiny_of(cls, str(source)), STEPS)
+        return own(cls, small if source == MODEL else source, **options)
 
     single = diffusers.loaders.FromSingleFileMixin
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(loaded))
@@ -115,10 +118,10 @@ def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(diffusers, "BitsAndBytesConfig", lambda **how: how, raising=False)
     monkeypatch.setattr(
-        diffusers_guidance, "calibrate", partial(diffusers_guidance.calibrate, trajectories=8), raising=False
+        diffusers_guidance, "calibrate", partial(diffusers_guidance.calibrate, trajectories=2), raising=False
     )
     monkeypatch.chdir(tmp_path)
-    return {"pipe": small(PIPELINES["StableDiffusionPipeline"], 50), "prompts": ["a lighthouse", "a tiger"]}
+    return {"pipe": shrunk(PIPELINES["StableDiffusionPipeline"], 50), "prompts": ["a lighthouse", "a tiger"]}
 
 
 @pytest.mark.parametrize(("page", "name"), CASES, ids=[f"{page.stem}-{name}" for page, name in CASES])

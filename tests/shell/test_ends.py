@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ COMMANDS = {
     "search": ["search", "made.safetensors", "--nfe", "6", *FEW[2:], "--refine", "--runs", "4", "--prompts",
                "prompts.txt", "--keep", "out"],
     "search-nas": ["search-nas", "--nfe", "5", "--steps", "3", "--iterations", "3", "--batch", "1", "--keep", "out"],
-    "frontier": ["frontier", "made.safetensors", "--prompts", "prompts.txt", "--nfe", "6", *FEW[2:], "--out", "out"],
+    "frontier": ["frontier", "made.safetensors", "--prompts", "prompt.txt", "--nfe", "6", *FEW[2:], "--out", "out"],
 }  # fmt: skip
 for options in (COMMANDS[name] for name in COMMANDS if name not in ("try", "bench")):
     options += ["--model", "small"]
@@ -66,6 +67,7 @@ def here(tmp_path, monkeypatch, calibration, small):
     monkeypatch.setattr(Bar, "every", float("inf"))  # no line for who waits
     Path("suite.yaml").write_text(SUITE)
     Path("prompts.txt").write_text("a tiger\na rocket\na lemon\n")
+    Path("prompt.txt").write_text("a tiger\n")
     Path("made.safetensors").write_bytes(calibration.read_bytes())
     return tmp_path
 
@@ -288,29 +290,60 @@ def test_a_full_standard_output_is_one_line(arguments):
     assert re.fullmatch(r"Error: the standard output: .*[nN]o (room|space) left.*", said)
 
 
+PROCESS = """
+import os, signal, sys
+from diffusers_guidance import files
+from diffusers_guidance.pipelines.bench import run
+from diffusers_guidance.pipelines.shell.cli import main
+
+os._exit = lambda code: print(code, flush=True)
+for out in ("terminated", "interrupted"):
+    sys.argv[1:] = [*{generate}, "--out", out]
+    main()
+real, made = run.append, []
+
+def append(path, content):
+    made.append(path)
+    if len(made) == 4:
+        path.open("ab").write(content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, content)
+
+run.append = append
+sys.argv[1:] = {bench}
+main()
+"""
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-def test_a_kill_in_the_middle_of_the_benchmark(here):
-    code = (
-        "import os, signal\n"
-        "from diffusers_guidance import files\n"
-        "from diffusers_guidance.pipelines.bench import run\n"
-        "real, made = run.append, []\n"
-        "def append(path, content):\n"
-        "    made.append(path)\n"
-        "    if len(made) == 4:\n"
-        "        path.open('ab').write(content[: len(content) // 2])\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    real(path, content)\n"
-        "run.append = append\n"
-        "from diffusers_guidance.pipelines.shell.cli import main\n"
-        "main()\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, *COMMANDS["bench"]], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+def test_a_process_that_is_told_to_end_and_one_that_is_killed(here):
+    """Pictures are stopped by a signal from outside; then the benchmark has no time to say anything."""
+    count = 60  # some seconds of work after the first
+    Path("prompts.txt").write_text("a tiger\n" * count)
+    generate = ["generate", "prompts.txt", "--model", "small", "--steps", "30", "--batch", "1"]
+    code = PROCESS.format(generate=generate, bench=COMMANDS["bench"])
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        for out, number in (("terminated", signal.SIGTERM), ("interrupted", signal.SIGINT)):
+            while not list((here / out).glob("*.json")) and running.poll() is None:
+                time.sleep(0.05)
+            running.send_signal(number)
+        codes, said = running.communicate(timeout=300)
+    assert running.returncode == -signal.SIGKILL, said
+    assert codes.split() == ["143", "130"]
+    line = "stopped: all written files are complete; the same command continues from here"
+    assert said.count(line) == said.count("complete") == 2
+    assert "Traceback" not in said and "terminate called" not in said
+    for out in ("terminated", "interrupted"):
+        found = whole(here / out)
+        records = [path for path in found if path.suffix == ".json"]
+        assert 1 <= len(records) < count
+        assert {path.with_suffix(".png") for path in records} <= found.keys()
+
     lines = (here / "out" / "results.jsonl").read_bytes().splitlines()
     assert len(lines) in (3, 4)
-    had = len(Results(here / "out" / "results.jsonl").cells)
-    assert had == 2 and "complete" not in killed.stderr
+    assert len(Results(here / "out" / "results.jsonl").cells) == 2
     done = run("bench")
     assert done.exit_code == 0, done.output
     assert pieces("bench", whole(here / "out")) == 5
