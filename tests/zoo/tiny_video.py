@@ -23,7 +23,7 @@ from tiny_core import (
     tokenizer,
 )
 from tiny_image import LINEAR, kandinsky5_net, kandinsky5_text
-from tiny_unet import BLOCKS, UP, XL, controlnet, unet
+from tiny_unet import BLOCKS, TWO, UP, XL, controlnet, unet
 from torch import nn
 
 NET: dict[str, Any] = {"denoisers": ("transformer",)}
@@ -774,7 +774,7 @@ def motion(**changes: Any) -> nn.Module:
 
 @tiny("AnimateDiffPipeline", frames_text)
 def animate() -> dict[str, Any]:
-    return {**text_parts(), "unet": unet(), "motion_adapter": motion()}
+    return {**text_parts(), "unet": unet(**TWO), "motion_adapter": motion()}
 
 
 @tiny("AnimateDiffVideoToVideoPipeline", lambda rows: prompts(rows, **moving(rows)), batches=False)
@@ -811,7 +811,7 @@ def animate_sparse() -> dict[str, Any]:
 
 @tiny("PIAPipeline", lambda rows: frames_text(rows, image=images(rows, 16, 16)), batches=False)
 def pia() -> dict[str, Any]:
-    return {**text_parts(), "unet": unet(), "motion_adapter": motion(conv_in_channels=9)}
+    return {**text_parts(), "unet": unet(**TWO), "motion_adapter": motion(conv_in_channels=9)}
 
 
 @tiny(
@@ -820,7 +820,7 @@ def pia() -> dict[str, Any]:
     batches=False,
 )
 def animate_controlnet() -> dict[str, Any]:
-    return {**animate(), "controlnet": controlnet()}
+    return {**animate(), "controlnet": controlnet(**TWO)}
 
 
 @tiny(
@@ -828,7 +828,7 @@ def animate_controlnet() -> dict[str, Any]:
     lambda rows: embeds(rows, 7, 16, pooled=16, guidance_scale=SCALE, height=16, width=16, num_frames=2),
 )
 def animate_xl() -> dict[str, Any]:
-    return {"vae": autoencoder(), "unet": unet(**XL), "motion_adapter": motion(), "scheduler": ddim()}
+    return {"vae": autoencoder(), "unet": unet(**TWO, **XL), "motion_adapter": motion(), "scheduler": ddim()}
 
 
 IN_TIME: dict[str, Any] = {
