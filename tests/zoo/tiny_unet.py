@@ -520,7 +520,7 @@ def sd1_depth() -> dict[str, Any]:
     batches=False,
 )
 def sd1_semantic() -> dict[str, Any]:
-    return sd()
+    return {**sd(), "text_encoder": clip_text(num_hidden_layers=2)}
 
 
 @tiny(

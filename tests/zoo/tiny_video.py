@@ -17,6 +17,7 @@ from tiny_core import (
     image_processor,
     images,
     lively,
+    narrow,
     prompts,
     rows_of,
     tiny,
@@ -54,7 +55,7 @@ WAN: dict[str, Any] = {
     "text_dim": 16,
     "freq_dim": 16,
     "ffn_dim": 32,
-    "num_layers": 2,
+    "num_layers": 1,
     "rope_max_seq_len": 32,
 }
 
@@ -386,7 +387,7 @@ def ltx2(**changes: Any) -> dict[str, Any]:
         audio_in_channels=4,
         audio_out_channels=4,
         audio_cross_attention_dim=8,
-        num_layers=2,
+        num_layers=1,
         caption_channels=16,
         rope_double_precision=False,
         **both,
@@ -536,6 +537,7 @@ def hunyuan_video15() -> dict[str, Any]:
         rope_axes_dim=(4, 4, 8),
         task_type="t2v",
     )
+    narrow(transformer, 32)
     vae = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=4,
         block_out_channels=(16, 16, 16),
