@@ -7,6 +7,7 @@ Every run has a seed, which its header names; `--seed` runs it again. Each test 
 same whichever tests run before.
 """
 
+import atexit
 import gc
 import os
 import random
@@ -71,13 +72,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays, so that garbage collections, which come often, need not walk through it."""
+    """What is imported stays, so that garbage collections, also pytest's five at the end, need not walk through it."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)  # lest Triton tells of what is left
 
 
 @pytest.hookimpl(tryfirst=True)  # before any fixture

@@ -27,7 +27,7 @@ class Smoothed(guiders.SmoothedEnergyGuidance):
         super().prepare_models(denoiser)
 
 
-LAYER: dict[str, Any] = {"indices": [0], "fqn": "mid_block.attentions.0.transformer_blocks"}
+LAYER: dict[str, Any] = {"indices": [0], "fqn": "down_blocks.0.attentions.0.transformer_blocks"}
 
 
 def made(name: str, **changes: Any) -> BaseGuidance:

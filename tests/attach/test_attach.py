@@ -13,6 +13,7 @@ from conformance import Again
 from diffusers.models.attention_processor import AttnProcessor2_0
 from pairwise import pairwise
 from tiny import PIPELINES, counting, run
+from tiny_unet import MIDDLE, unet
 
 from diffusers_guidance import (
     APG,
@@ -328,6 +329,7 @@ class AcrossTheBatch:
 
 def test_rows_that_look_at_one_another_are_never_cut():
     pipe = SD.build()
+    pipe.unet = unet(**MIDDLE)  # attention that comes after the texts': before, the halves are equal
     pipe.unet.set_attn_processor(AcrossTheBatch())
     untouched = run(pipe, SD, 4, 3)
     with attach(pipe, CFG(), Hold(2)) as handle:

@@ -221,7 +221,7 @@ def test_a_classic_pipeline_saves_and_loads_its_guider(tmp_path):
     expected = run(pipe, entry, STEPS)
     pipe.save_pretrained(tmp_path)
     absent = {name: None for name, part in pipe.components.items() if part is None}
-    loaded = type(pipe).from_pretrained(tmp_path, **absent)
+    loaded = type(pipe).from_pretrained(tmp_path, transformer=pipe.transformer, **absent)
     loaded.set_progress_bar_config(disable=True)
     assert loaded.guider.rule == APG(momentum=-0.25)
     assert loaded.guider.policy == Hold(2)

@@ -866,7 +866,7 @@ def previewed(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tens
 
 @each_pair_in_turn("fused")
 def test_a_preview_before_the_step(rule, policy, fused):
-    pipe = small(scheduler=diffusers.DDIMScheduler.from_config(SD.build().scheduler.config, clip_sample=False))
+    pipe = small(scheduler=diffusers.DDIMScheduler.from_config(ddim().config, clip_sample=False))
     pipe.previews = []
     with use_fused_steps(fused):
         alike(under(pipe, rule, policy, previewed), under(pipe, rule, policy, one_call(plain)))
@@ -875,7 +875,7 @@ def test_a_preview_before_the_step(rule, policy, fused):
 
 @each_pair_in_turn("always")
 def test_a_preview_by_another_scheduler(rule, policy, always):
-    own = diffusers.DPMSolverMultistepScheduler.from_config(SD.build().scheduler.config)
+    own = diffusers.DPMSolverMultistepScheduler.from_config(ddim().config)
 
     def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
         u, c = pipe.unet(torch.cat([x, x]), t, texts, return_dict=False)[0].chunk(2)
@@ -898,13 +898,25 @@ def test_a_further_step_on_another_prediction_is_refused_under_a_rule(rule, poli
         pipe.scheduler.step(plain(u, c, scale), t, x)
         return pipe.scheduler.step(plain(u, c, 2 * scale), t, x, return_dict=False)[0]
 
-    pipe = small(scheduler=diffusers.DDIMScheduler.from_config(SD.build().scheduler.config))
+    pipe = small(scheduler=diffusers.DDIMScheduler.from_config(ddim().config))
     untouched = pipe(again)
     with attach(pipe, CFG(), EveryStep()):
         assert torch.equal(pipe(again), untouched)
     if not rule.is_plain:
         with attach(pipe, rule, policy), pytest.raises(UnsupportedPipeline, match="another prediction than before"):
             pipe(again)
+
+
+def euler() -> Any:
+    """It counts its steps; what a solver of more than one step remembers, a shallow copy shares."""
+    return diffusers.EulerDiscreteScheduler.from_config(ddim().config)
+
+
+@functools.cache
+def euler_alone(*pair: Any) -> Tensor:
+    """What the plain loop gives with it, untouched or under a rule and a policy."""
+    pipe = small(scheduler=euler())
+    return under(pipe, *pair, one_call(plain))[0] if pair else pipe(one_call(plain))
 
 
 @pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
@@ -917,14 +929,10 @@ def test_a_copied_scheduler_steps_by_itself(made):
         twin.set_timesteps(2)
         return pipe.scheduler.step(plain(u, c, scale), t, x, return_dict=False)[0]
 
-    # Euler's counts its steps; what a solver of more than one step remembers, a shallow copy shares.
-    scheduler = diffusers.EulerDiscreteScheduler.from_config(SD.build().scheduler.config)
-    pipe = small(scheduler=scheduler)
-    untouched = pipe(beside)
-    assert torch.equal(pipe(one_call(plain)), untouched)
+    pipe = small(scheduler=euler())
+    assert torch.equal(pipe(beside), euler_alone())
     for rule, policy in PAIRS:
-        expected, _ = under(pipe, rule, policy, one_call(plain))
-        assert torch.equal(under(pipe, rule, policy, beside)[0], expected)
+        assert torch.equal(under(pipe, rule, policy, beside)[0], euler_alone(rule, policy))
 
 
 def test_a_class_that_goes_up_from_what_it_is():

@@ -190,7 +190,7 @@ def test_terms_without_guidance_are_no_guidance(name, batch=2):
     networks = [getattr(pipe, each) for each in entry.denoisers]
     run(pipe, entry, 2, batch)  # guidance whose order is remembered
     with counting(*networks) as full:
-        plain = run(pipe, entry, 6, batch, **asked)
+        plain = run(pipe, entry, 5, batch, **asked)
     for rule, policy in [
         (CFG(), EveryStep()),
         (APG(), EveryStep()),
@@ -199,21 +199,21 @@ def test_terms_without_guidance_are_no_guidance(name, batch=2):
         (APG(), Hold(2)),
     ]:
         with attach(pipe, rule, policy) as handle:
-            assert torch.equal(run(pipe, entry, 6, batch, **asked), plain)
+            assert torch.equal(run(pipe, entry, 5, batch, **asked), plain)
         report = handle.report
-        assert report.nfe_by_branch == dict.fromkeys(branches, 6 * batch)
+        assert report.nfe_by_branch == dict.fromkeys(branches, 5 * batch)
         assert report.nfe == report.nfe_full == full.total
         assert sum(report.nfe_by_sample) == report.nfe and not report.is_guided
         assert all(step.guidance_scale == 1 for step in report.steps)
         if rule != CFG():
             assert f"no unconditional prediction beside {' and '.join(branches[1:])}; {rule!r}" in report.note
     with attach(pipe, CFG("linear(1, 0.5)"), EveryStep()), pytest.raises(UnsupportedPipeline, match="was not followed"):
-        run(pipe, entry, 6, batch, **asked)
+        run(pipe, entry, 5, batch, **asked)
     with attach(pipe, APG()) as handle, counting(*networks) as count:
-        found = run(pipe, entry, 6, batch, **asked)
+        found = run(pipe, entry, 5, batch, **asked)
     assert handle.report.nfe == count.total < full.total
     with attach(pipe):
-        assert torch.equal(run(pipe, entry, 6, batch, **asked), found)
+        assert torch.equal(run(pipe, entry, 5, batch, **asked), found)
 
 
 def test_what_was_made_from_the_same_is_no_unconditional_prediction():

@@ -11,7 +11,7 @@ from diffusers import (
 )
 from tiny_core import autoencoder, clip_text, lively, tokenizer
 from tiny_image import COGVIEW
-from tiny_unet import unet
+from tiny_unet import TWO, unet
 from transformers import CLIPTokenizer, GlmConfig, GlmModel
 
 from diffusers_guidance import samples
@@ -21,9 +21,9 @@ def write_small(folder: Path) -> Path:
     """Its pictures have 128 by 128 pixels; a step of it takes a fifth of the time."""
     StableDiffusionPipeline(
         vae=autoencoder(depth=4, sample_size=128),
-        text_encoder=clip_text(),
+        text_encoder=clip_text(num_hidden_layers=2),
         tokenizer=tokenizer(),
-        unet=unet(sample_size=16),
+        unet=unet(**TWO, sample_size=16),
         scheduler=DDIMScheduler.from_pretrained(samples.MODEL, subfolder="scheduler", local_files_only=True),
         safety_checker=None,
         feature_extractor=None,

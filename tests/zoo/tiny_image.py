@@ -17,6 +17,7 @@ from tiny_core import (
     images,
     lively,
     masks,
+    narrow,
     prompts,
     rows_of,
     tiny,
@@ -55,7 +56,7 @@ SD3: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": 16,
     "out_channels": 16,
-    "num_layers": 2,
+    "num_layers": 1,
     "attention_head_dim": 8,
     "num_attention_heads": 2,
     "caption_projection_dim": 16,
@@ -65,6 +66,13 @@ SD3: dict[str, Any] = {
 
 
 @tiny("StableDiffusion3Pipeline", lambda rows: sd3_text(rows, **SIZE), **NET)
+@tiny("StableDiffusion3Img2ImgPipeline", lambda rows: sd3_text(rows, **edited(rows)), **NET)
+@tiny("StableDiffusion3InpaintPipeline", lambda rows: sd3_text(rows, **painted(rows)), **NET)
+def sd3(**changes: Any) -> dict[str, Any]:
+    transformer = diffusers.SD3Transformer2DModel(**{**SD3, **changes})
+    return {"transformer": lively(transformer), "vae": autoencoder(16, shift_factor=0.0), "scheduler": flow()}
+
+
 @tiny(
     "StableDiffusion3Pipeline, skipped layers",
     lambda rows: sd3_text(
@@ -74,16 +82,13 @@ SD3: dict[str, Any] = {
     further=1,
     **NET,
 )
-@tiny("StableDiffusion3Img2ImgPipeline", lambda rows: sd3_text(rows, **edited(rows)), **NET)
-@tiny("StableDiffusion3InpaintPipeline", lambda rows: sd3_text(rows, **painted(rows)), **NET)
-def sd3() -> dict[str, Any]:
-    transformer = diffusers.SD3Transformer2DModel(**SD3)
-    return {"transformer": lively(transformer), "vae": autoencoder(16, shift_factor=0.0), "scheduler": flow()}
+def sd3_skipped() -> dict[str, Any]:
+    return sd3(num_layers=2)
 
 
 @tiny("StableDiffusion3ControlNetPipeline", lambda rows: sd3_text(rows, **controlled(rows)), **NET)
 def sd3_controlnet() -> dict[str, Any]:
-    controlnet = diffusers.SD3ControlNetModel(**{**SD3, "num_layers": 1})
+    controlnet = diffusers.SD3ControlNetModel(**SD3)
     return {**sd3(), "controlnet": lively(controlnet, seed=1)}
 
 
@@ -93,7 +98,7 @@ def sd3_controlnet() -> dict[str, Any]:
     **NET,
 )
 def sd3_controlnet_inpaint() -> dict[str, Any]:
-    controlnet = diffusers.SD3ControlNetModel(**{**SD3, "num_layers": 1}, extra_conditioning_channels=1)
+    controlnet = diffusers.SD3ControlNetModel(**SD3, extra_conditioning_channels=1)
     return {**sd3(), "controlnet": lively(controlnet, seed=1)}
 
 
@@ -178,7 +183,7 @@ def qwen_text(rows: range, **extra: Any) -> dict[str, Any]:
 QWEN: dict[str, Any] = {
     "in_channels": 16,
     "out_channels": 4,
-    "num_layers": 2,
+    "num_layers": 1,
     "attention_head_dim": 16,
     "num_attention_heads": 2,
     "joint_attention_dim": 16,
@@ -220,13 +225,13 @@ def qwen() -> dict[str, Any]:
     **TRUE,
 )
 def qwen_controlnet_inpaint() -> dict[str, Any]:
-    config = {**QWEN, "num_layers": 1, "extra_condition_channels": 4}
+    config = {**QWEN, "extra_condition_channels": 4}
     return {**qwen(), "controlnet": lively(diffusers.QwenImageControlNetModel(**config), seed=1)}
 
 
 @tiny("QwenImageControlNetPipeline", lambda rows: qwen_text(rows, **controlled(rows)), **TRUE)
 def qwen_controlnet() -> dict[str, Any]:
-    controlnet = diffusers.QwenImageControlNetModel(**{**QWEN, "num_layers": 1})
+    controlnet = diffusers.QwenImageControlNetModel(**QWEN)
     return {**qwen(), "controlnet": lively(controlnet, seed=1)}
 
 
@@ -513,7 +518,7 @@ def z_image() -> dict[str, Any]:
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
-        n_layers=2,
+        n_layers=1,
         n_refiner_layers=1,
         n_heads=2,
         n_kv_heads=2,
@@ -805,6 +810,7 @@ def hunyuan_image() -> dict[str, Any]:
         text_embed_2_dim=16,
         rope_axes_dim=(8, 8),
     )
+    narrow(transformer, 32)
     guiders = {"guider": ClassifierFreeGuidance(SCALE), "ocr_guider": ClassifierFreeGuidance(SCALE)}
     return {"transformer": lively(transformer), "scheduler": flow(), **guiders}
 
@@ -818,7 +824,7 @@ PAG: dict[str, Any] = {**NET, "branches": 3, "terms": 1, "off": {"guidance_scale
 @tiny("StableDiffusion3PAGPipeline", lambda rows: sd3_text(rows, **SIZE), **PAG)
 @tiny("StableDiffusion3PAGImg2ImgPipeline", lambda rows: sd3_text(rows, **edited(rows)), **PAG)
 def sd3_pag() -> dict[str, Any]:
-    return {**sd3(), "pag_applied_layers": "blocks.1"}
+    return {**sd3(num_layers=2), "pag_applied_layers": "blocks.1"}
 
 
 @tiny("PixArtSigmaPAGPipeline", pixart_text, **PAG)

@@ -40,32 +40,44 @@ XL: dict[str, Any] = {
 }
 
 
+LEAST: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D",),
+}
+"""One block each way and attention in one of them, for the many pipelines that need no more: what a network's
+call takes is taken by its modules, however small."""
+MIDDLE = {"mid_block_type": "UNetMidBlock2DCrossAttn"}
+TWO: dict[str, Any] = {
+    **{name: BLOCKS[name] for name in ("block_out_channels", "down_block_types")},
+    **MIDDLE,
+    "up_block_types": UP["up_block_types"],
+}
+"""Two blocks, for what hangs on them or looks between them."""
+FIRST: dict[str, Any] = {
+    **TWO,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
 def unet(**changes: Any) -> nn.Module:
-    return lively(diffusers.UNet2DConditionModel(**{**BLOCKS, **UP, **changes}))
+    return lively(diffusers.UNet2DConditionModel(**{**BLOCKS, **UP, **LEAST, **changes}))
 
 
 def controlnet(**changes: Any) -> nn.Module:
-    config = {**BLOCKS, "conditioning_embedding_out_channels": (4, 8), **changes}
-    return lively(diffusers.ControlNetModel(**config), seed=1)
+    config = {**BLOCKS, **LEAST, "mid_block_type": "UNetMidBlock2D", **changes}
+    del config["up_block_types"]
+    return lively(diffusers.ControlNetModel(**config, conditioning_embedding_out_channels=(4, 8)), seed=1)
 
 
 def controlnet_union() -> nn.Module:
     """Its fuser attends across the batch, so that rows influence one another."""
-    config = {**BLOCKS, **XL, "conditioning_embedding_out_channels": (4, 8), "num_control_type": 2}
+    least = {name: LEAST[name] for name in ("block_out_channels", "down_block_types")}
+    config = {**BLOCKS, **least, **XL, "conditioning_embedding_out_channels": (4, 8), "num_control_type": 2}
     channels = {"num_trans_channel": 8, "num_trans_head": 2, "num_proj_channel": 8}
     return lively(diffusers.ControlNetUnionModel(**config, **channels), seed=1)
-
-
-LEAST: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
-"""One block each way, for the pipeline that most tests run."""
-FIRST: dict[str, Any] = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
 
 
 def adapter() -> nn.Module:
@@ -114,7 +126,7 @@ def sd(prediction_type: str = "epsilon", **changes: Any) -> dict[str, Any]:
 @tiny("StableDiffusionImg2ImgPipeline", lambda rows: text(rows, **edited(rows)))
 @tiny("StableDiffusionInpaintPipeline", lambda rows: text(rows, **painted(rows)))
 def sd1() -> dict[str, Any]:
-    return sd(**LEAST)
+    return sd()
 
 
 @tiny("StableDiffusionPipeline, v_prediction", lambda rows: text(rows, **SIZE), "StableDiffusionPipeline")
@@ -171,7 +183,7 @@ def sd1_instruct() -> dict[str, Any]:
     off={"guidance_scale": 1.0, "pag_scale": 0.0},
 )
 def sd1_pag() -> dict[str, Any]:
-    return sd()
+    return sd(**MIDDLE)
 
 
 @tiny(
@@ -228,12 +240,12 @@ def sd1_panorama() -> dict[str, Any]:
 
 @tiny("StableDiffusionSAGPipeline", lambda rows: text(rows, **SIZE, sag_scale=0.0))
 def sd1_sag() -> dict[str, Any]:
-    return sd()
+    return sd(**MIDDLE)
 
 
 @tiny("StableDiffusionControlNetXSPipeline", lambda rows: text(rows, **picture(rows), **SIZE))
 def sd1_xs() -> dict[str, Any]:
-    base = sd(layers_per_block=2)
+    base = sd(**TWO, layers_per_block=2)
     adapter = diffusers.ControlNetXSAdapter.from_unet(
         base["unet"], size_ratio=1, learn_time_embedding=True, conditioning_embedding_out_channels=(4, 8)
     )
@@ -341,12 +353,12 @@ def xl_instruct() -> dict[str, Any]:
     off={"guidance_scale": 1.0, "pag_scale": 0.0},
 )
 def xl_pag() -> dict[str, Any]:
-    return sdxl()
+    return sdxl(**MIDDLE)
 
 
 @tiny("KolorsPipeline", lambda rows: xl_text(rows, **SIZE))
-def kolors() -> dict[str, Any]:
-    return sdxl(encoder_hid_dim=16, encoder_hid_dim_type="text_proj")
+def kolors(**changes: Any) -> dict[str, Any]:
+    return sdxl(encoder_hid_dim=16, encoder_hid_dim_type="text_proj", **changes)
 
 
 # DeepFloyd IF: pixels, and a variance learned beside the noise
@@ -453,7 +465,7 @@ PAG: dict[str, Any] = {"branches": 3, "terms": 1, "off": {"guidance_scale": 1.0,
 @tiny("StableDiffusionPAGImg2ImgPipeline", lambda rows: text(rows, **edited(rows)), **PAG)
 @tiny("StableDiffusionPAGInpaintPipeline", lambda rows: text(rows, **painted(rows)), **PAG)
 def sd1_pag_edit() -> dict[str, Any]:
-    return sd()
+    return sd(**MIDDLE)
 
 
 @tiny("StableDiffusionControlNetPAGPipeline", lambda rows: text(rows, **picture(rows), **SIZE), **PAG)
@@ -463,13 +475,13 @@ def sd1_pag_edit() -> dict[str, Any]:
     **PAG,
 )
 def sd1_pag_controlnet() -> dict[str, Any]:
-    return sd1_controlnet()
+    return {**sd(**MIDDLE), "controlnet": controlnet()}
 
 
 @tiny("StableDiffusionXLPAGImg2ImgPipeline", lambda rows: xl_text(rows, **edited(rows)), **PAG)
 @tiny("StableDiffusionXLPAGInpaintPipeline", lambda rows: xl_text(rows, **painted(rows)), **PAG)
 def xl_pag_edit() -> dict[str, Any]:
-    return sdxl()
+    return sdxl(**MIDDLE)
 
 
 @tiny("StableDiffusionXLControlNetPAGPipeline", lambda rows: xl_text(rows, **picture(rows), **SIZE), **PAG)
@@ -479,12 +491,12 @@ def xl_pag_edit() -> dict[str, Any]:
     **PAG,
 )
 def xl_pag_controlnet() -> dict[str, Any]:
-    return xl_controlnet()
+    return {**sdxl(**MIDDLE), "controlnet": controlnet(**XL)}
 
 
 @tiny("KolorsPAGPipeline", lambda rows: xl_text(rows, **SIZE), **PAG)
 def kolors_pag() -> dict[str, Any]:
-    return kolors()
+    return kolors(**MIDDLE)
 
 
 @tiny("AltDiffusionPipeline", lambda rows: text(rows, **SIZE))
@@ -508,7 +520,7 @@ def sd1_depth() -> dict[str, Any]:
     batches=False,
 )
 def sd1_semantic() -> dict[str, Any]:
-    return sd()
+    return {**sd(), "text_encoder": clip_text(num_hidden_layers=2)}
 
 
 @tiny(
@@ -550,7 +562,7 @@ def sd1_diffedit() -> dict[str, Any]:
 
 @tiny("StableDiffusionXLControlNetXSPipeline", lambda rows: xl_text(rows, **picture(rows), **SIZE))
 def xl_xs() -> dict[str, Any]:
-    base = sdxl(layers_per_block=2)
+    base = sdxl(**TWO, layers_per_block=2)
     adapter = diffusers.ControlNetXSAdapter.from_unet(
         base["unet"], size_ratio=1, learn_time_embedding=True, conditioning_embedding_out_channels=(4, 8)
     )

@@ -17,13 +17,14 @@ from tiny_core import (
     image_processor,
     images,
     lively,
+    narrow,
     prompts,
     rows_of,
     tiny,
     tokenizer,
 )
 from tiny_image import LINEAR, kandinsky5_net, kandinsky5_text
-from tiny_unet import BLOCKS, UP, XL, controlnet, unet
+from tiny_unet import BLOCKS, TWO, UP, XL, controlnet, unet
 from torch import nn
 
 NET: dict[str, Any] = {"denoisers": ("transformer",)}
@@ -54,7 +55,7 @@ WAN: dict[str, Any] = {
     "text_dim": 16,
     "freq_dim": 16,
     "ffn_dim": 32,
-    "num_layers": 2,
+    "num_layers": 1,
     "rope_max_seq_len": 32,
 }
 
@@ -386,7 +387,7 @@ def ltx2(**changes: Any) -> dict[str, Any]:
         audio_in_channels=4,
         audio_out_channels=4,
         audio_cross_attention_dim=8,
-        num_layers=2,
+        num_layers=1,
         caption_channels=16,
         rope_double_precision=False,
         **both,
@@ -536,6 +537,7 @@ def hunyuan_video15() -> dict[str, Any]:
         rope_axes_dim=(4, 4, 8),
         task_type="t2v",
     )
+    narrow(transformer, 32)
     vae = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=4,
         block_out_channels=(16, 16, 16),
@@ -774,7 +776,7 @@ def motion(**changes: Any) -> nn.Module:
 
 @tiny("AnimateDiffPipeline", frames_text)
 def animate() -> dict[str, Any]:
-    return {**text_parts(), "unet": unet(), "motion_adapter": motion()}
+    return {**text_parts(), "unet": unet(**TWO), "motion_adapter": motion()}
 
 
 @tiny("AnimateDiffVideoToVideoPipeline", lambda rows: prompts(rows, **moving(rows)), batches=False)
@@ -811,7 +813,7 @@ def animate_sparse() -> dict[str, Any]:
 
 @tiny("PIAPipeline", lambda rows: frames_text(rows, image=images(rows, 16, 16)), batches=False)
 def pia() -> dict[str, Any]:
-    return {**text_parts(), "unet": unet(), "motion_adapter": motion(conv_in_channels=9)}
+    return {**text_parts(), "unet": unet(**TWO), "motion_adapter": motion(conv_in_channels=9)}
 
 
 @tiny(
@@ -820,7 +822,7 @@ def pia() -> dict[str, Any]:
     batches=False,
 )
 def animate_controlnet() -> dict[str, Any]:
-    return {**animate(), "controlnet": controlnet()}
+    return {**animate(), "controlnet": controlnet(**TWO)}
 
 
 @tiny(
@@ -828,7 +830,7 @@ def animate_controlnet() -> dict[str, Any]:
     lambda rows: embeds(rows, 7, 16, pooled=16, guidance_scale=SCALE, height=16, width=16, num_frames=2),
 )
 def animate_xl() -> dict[str, Any]:
-    return {"vae": autoencoder(), "unet": unet(**XL), "motion_adapter": motion(), "scheduler": ddim()}
+    return {"vae": autoencoder(), "unet": unet(**TWO, **XL), "motion_adapter": motion(), "scheduler": ddim()}
 
 
 IN_TIME: dict[str, Any] = {
