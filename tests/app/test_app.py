@@ -39,7 +39,8 @@ from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app import page as app_page
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
-from diffusers_guidance.pipelines.app.device import Device, Models, Stopped
+from diffusers_guidance.pipelines.app.device import Models
+from diffusers_guidance.pipelines.app.jobs import Device, Stopped
 from diffusers_guidance.pipelines.app.page import build
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
@@ -1088,7 +1089,7 @@ def test_a_device_passes_errors_on_and_goes_on():
 
 WORKING_AT_THE_END = """
 import torch
-from diffusers_guidance.pipelines.app.device import Device
+from diffusers_guidance.pipelines.app.jobs import Device
 
 def endless(tell):
     numbers = torch.randn(700, 700)
