@@ -1,8 +1,8 @@
 """The page in a real browser: Chromium found on PATH or Playwright's own, driven by Playwright.
 
 Skipped, with the reason printed, where there is none; with CI=true in the environment that is a failure.
-Screenshots go to the folder named by DIFFUSERS_GUIDANCE_SCREENSHOTS, and then the bundled models make the pictures. To
-out/screenshots go those of small models in their place, which are as fast as noise is.
+Screenshots go to the folder named by DIFFUSERS_GUIDANCE_SCREENSHOTS, and then the bundled models make the pictures.
+Without it there are none, and small models in their place make noise, which is fast.
 """
 
 import importlib.util
@@ -20,8 +20,7 @@ from PIL import Image
 
 from diffusers_guidance import samples
 
-ASKED = os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS")
-SCREENSHOTS = Path(ASKED or "out/screenshots")
+SCREENSHOTS = os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS")
 PATIENCE = 240_000
 """Milliseconds to wait for what the page does; a limit for what hangs, not a measure."""
 FLAGS = [
@@ -75,7 +74,7 @@ def served(small_models, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        if not ASKED:
+        if not SCREENSHOTS:
             patch.setattr(samples, "MODEL", small_models)
         from diffusers_guidance.pipelines.app import page as app_page
 
@@ -153,8 +152,8 @@ def is_local(url, address):
 
 
 def shoot(page, name, full=True):
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full, animations="disabled")
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS, f"{name}.png"), full_page=full, animations="disabled")
 
 
 def tab(page, name):
