@@ -201,7 +201,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
         *settings, known, before, beside = given
         form = controls.read(settings)
         outcome = yield from relayed(
-            studio.generate(form, known),
+            studio.generate(form, known, forming=True),
             lambda news: (
                 {status: app_show.progress_bar(news)}
                 | ({stage: app_show.forming(news.pictures[0], form.prompt)} if news.pictures else {})

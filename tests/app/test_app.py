@@ -228,11 +228,20 @@ def test_the_code_makes_the_same_picture_where_steps_are_fused(pipe, scheduler, 
     told = []
     with use_fused_steps(True):
         settings = Generation(scheduler=scheduler, rule="APG", policy="EveryStep", **SMALL)
-        made = app_work.generate(pipe, settings, lambda *now, **seen: told.append((*now, seen.get("pictures"))))
+        made = app_work.generate(
+            pipe, settings, lambda *now, **seen: told.append((*now, seen.get("pictures"))), forming=True
+        )
         exec(compile(made.code, "code", "exec"), {})
     assert (pixels("picture-0.png") == pixels(made.guided.pictures[0])).all()
     assert [now[:3] for now in told] == [("APG + EveryStep", done, 3) for done in range(4)]
     assert any(pictures for *_, pictures in told)
+
+
+def test_pictures_are_shown_as_they_form_to_those_alone_who_ask(pipe):
+    told = []
+    for forming in (False, True):
+        app_work.generate(pipe, Generation(**SMALL), lambda *now, **seen: told.append(seen), forming=forming)
+        assert any(seen.get("pictures") for seen in told) == forming
 
 
 def test_a_new_seed_every_time_is_reported_and_reproducible(client):
