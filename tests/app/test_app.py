@@ -117,7 +117,7 @@ def app(bundled, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        patch.setattr(app_page, "WAITING", 8)
+        patch.setattr(app_page, "WAITING", 4)
         from diffusers_guidance.pipelines.app.page import launch
 
         page, studio = launch(mcp=HAS_MCP, welcome=False)
@@ -1066,7 +1066,7 @@ def test_a_crowd_is_turned_away_and_does_no_harm(client, monkeypatch):
     alone = client.predict(**SMALL, api_name="/generate")[0]
     take, turned_away = app_work._take, threading.Event()
     monkeypatch.setattr(app_work, "_take", lambda *args: turned_away.wait(600) and take(*args))
-    many = app_page.WAITING + 8
+    many = app_page.WAITING + 4
     with ThreadPoolExecutor(many) as crowd:
         jobs = list(
             crowd.map(lambda _: client.submit(steps=1, compare_with_plain=False, api_name="/generate"), range(many))
