@@ -27,7 +27,7 @@ from diffusers_guidance.pipelines.app.controls import (
     relayed,
     reporting,
 )
-from diffusers_guidance.pipelines.app.device import Stopped
+from diffusers_guidance.pipelines.app.jobs import Stopped
 from diffusers_guidance.pipelines.app.limits import SmallRequests
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
@@ -201,7 +201,7 @@ def generate_tab(studio: Studio, page: gr.Blocks, model: Any, first: Outcome | N
         *settings, known, before, beside = given
         form = controls.read(settings)
         outcome = yield from relayed(
-            studio.generate(form, known),
+            studio.generate(form, known, forming=True),
             lambda news: (
                 {status: app_show.progress_bar(news)}
                 | ({stage: app_show.forming(news.pictures[0], form.prompt)} if news.pictures else {})

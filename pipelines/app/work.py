@@ -18,7 +18,8 @@ from torch import Tensor
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.effective import Strength
-from diffusers_guidance.pipelines.app.device import Device, Models
+from diffusers_guidance.pipelines.app.device import Models
+from diffusers_guidance.pipelines.app.jobs import Device
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
     PRESETS,
@@ -148,11 +149,14 @@ def _measured(result: Result) -> dict[str, Any]:
     return {name: getattr(result, name) for name in names}
 
 
-def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell, learned: Learned | None = None) -> Outcome:
+def generate(
+    pipe: DiffusionPipeline, settings: Generation, tell: Tell, learned: Learned | None = None, forming: bool = False
+) -> Outcome:
     """Runs the pipeline under the chosen rule and policy. If the settings ask for that, it also runs plain CFG.
 
     Args:
         learned: what Forecast has learned so far. If it is of another model, it is not used.
+        forming: whether `tell` gets the pictures as they form, which takes time.
     """
     plain_pair = CFG(), EveryStep()
     learned = learned if learned is not None and learned.model == settings.model else None
@@ -167,10 +171,10 @@ def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell, learned:
                 strengths[step.index] = strength.scales[-1].tolist()
 
         name = f"{settings.rule} + {settings.policy}{estimates(pair[1])}"
-        guided = _take(pipe, settings, name, *pair, tell, measure)
+        guided = _take(pipe, settings, name, *pair, tell, forming, measure)
         plain = None
         if settings.compare_with_plain and (pair != plain_pair or settings.steps_made != settings.steps):
-            plain = _take(pipe, settings, "Plain CFG", *plain_pair, tell)
+            plain = _take(pipe, settings, "Plain CFG", *plain_pair, tell, forming)
     for result in filter(None, (guided, plain)):
         for seed, picture in zip(settings.seeds, result.pictures, strict=True):
             made = settings.values() | {"seed": seed, "batch_size": 1}
@@ -190,12 +194,14 @@ def generate(pipe: DiffusionPipeline, settings: Generation, tell: Tell, learned:
     )  # fmt: skip
 
 
-def _take(pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell, *observers: Any) -> Result:
+def _take(
+    pipe: Any, settings: Generation, name: str, rule: Any, policy: Any, tell: Tell, forming: bool, *observers: Any
+) -> Result:
     """Calls the pipeline once, and tells its progress."""
     steps = settings.steps if name.startswith("Plain") else settings.steps_made
 
     def watch(step: Step, prediction: Prediction | None, guided: Tensor) -> None:
-        tell(name, step.index + 1, step.count, pictures=preview(step, guided))
+        tell(name, step.index + 1, step.count, pictures=preview(step, guided) if forming else None)
 
     preview = Preview(pipe)
     tell(name, 0, steps)
@@ -540,8 +546,10 @@ class Studio:
         self.models = Models(allow_models)
         self.device = Device()
 
-    def generate(self, settings: Generation, learned: Learned | None = None) -> Generator[News, None, Outcome]:
-        return self._run(generate, settings.settled(), learned)
+    def generate(
+        self, settings: Generation, learned: Learned | None = None, forming: bool = False
+    ) -> Generator[News, None, Outcome]:
+        return self._run(generate, settings.settled(), learned, forming)
 
     def compare(self, grid: Grid) -> Generator[News, None, Comparison]:
         return self._run(compare_grid, grid)

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import base64
 import errno
+import functools
 import importlib.util
 import io
 import json
@@ -39,7 +40,8 @@ from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app import page as app_page
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
-from diffusers_guidance.pipelines.app.device import Device, Models, Stopped
+from diffusers_guidance.pipelines.app.device import Models
+from diffusers_guidance.pipelines.app.jobs import Device, Stopped
 from diffusers_guidance.pipelines.app.page import build
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
@@ -78,7 +80,7 @@ HAS_MCP = importlib.util.find_spec("mcp") is not None
 SMALL = {"steps": 3, "compare_with_plain": False}
 
 
-REAL = samples.MODEL
+BUNDLES = samples.models()
 web = httpx.Client(verify=False, timeout=600)  # its certificates would be read for each request without one
 
 
@@ -92,9 +94,21 @@ def bundled(small):
 
 @pytest.fixture
 def emoji(monkeypatch):
-    """The bundled model itself, which has calibrations and a look."""
-    monkeypatch.setattr(samples, "MODEL", REAL)
-    return load(str(REAL))
+    """The bundled model itself, which has calibrations."""
+    monkeypatch.setattr(samples, "MODEL", BUNDLES[BUNDLED])
+    return bundle(BUNDLED)
+
+
+@functools.cache
+def bundle(model):
+    return load(str(BUNDLES[model]))
+
+
+@functools.cache
+def opened(model, preset):
+    """What a bundled model itself makes of its first prompt."""
+    asked = Generation(prompt=suited(model).examples[0], model=model, **PRESETS[preset].settings(model))
+    return app_work.generate(bundle(model), asked, lambda *news, **seen: None)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +117,7 @@ def app(bundled, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        patch.setattr(app_page, "WAITING", 8)
+        patch.setattr(app_page, "WAITING", 4)
         from diffusers_guidance.pipelines.app.page import launch
 
         page, studio = launch(mcp=HAS_MCP, welcome=False)
@@ -227,11 +241,20 @@ def test_the_code_makes_the_same_picture_where_steps_are_fused(pipe, scheduler, 
     told = []
     with use_fused_steps(True):
         settings = Generation(scheduler=scheduler, rule="APG", policy="EveryStep", **SMALL)
-        made = app_work.generate(pipe, settings, lambda *now, **seen: told.append((*now, seen.get("pictures"))))
+        made = app_work.generate(
+            pipe, settings, lambda *now, **seen: told.append((*now, seen.get("pictures"))), forming=True
+        )
         exec(compile(made.code, "code", "exec"), {})
     assert (pixels("picture-0.png") == pixels(made.guided.pictures[0])).all()
     assert [now[:3] for now in told] == [("APG + EveryStep", done, 3) for done in range(4)]
     assert any(pictures for *_, pictures in told)
+
+
+def test_pictures_are_shown_as_they_form_to_those_alone_who_ask(pipe):
+    told = []
+    for forming in (False, True):
+        app_work.generate(pipe, Generation(**SMALL), lambda *now, **seen: told.append(seen), forming=forming)
+        assert any(seen.get("pictures") for seen in told) == forming
 
 
 def test_a_new_seed_every_time_is_reported_and_reproducible(client):
@@ -258,23 +281,21 @@ def test_linear_ag_is_fitted_where_a_calibration_is_for_it_and_says_which(reques
     assert ("LinearAG" in families) == ("search" in families) == (said == "fitted") != ("LinearAG, held" in families)
 
 
-def test_it_opens_with_what_it_says_of_apg(emoji):
+def test_it_opens_with_what_it_says_of_apg():
     """Colours at a high scale near those of plain CFG at a low one, burnt without APG, and evaluations saved."""
-    high = Generation(**PRESETS["High scale without burn"].settings())
-    opened = app_work.generate(emoji, high, lambda *news, **seen: None)
-    low = Generation(rule="CFG", policy="EveryStep", guidance_scale=5.0)
-    low = app_work.generate(emoji, low, lambda *news, **seen: None).guided.saturation
-    assert 5 * abs(opened.guided.saturation - low) < opened.plain.saturation - low
-    assert opened.guided.saved > 0.1
+    high, low = (opened(BUNDLED, preset) for preset in ("High scale without burn", "Half the time"))
+    assert (high.settings.prompt, high.settings.seed) == (low.settings.prompt, low.settings.seed)
+    assert (high.settings.guidance_scale, low.settings.guidance_scale) == (15.0, 5.0)
+    low = low.plain.saturation
+    assert 5 * abs(high.guided.saturation - low) < high.plain.saturation - low
+    assert high.guided.saved > 0.1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "folder"), samples.models().items(), ids=str)
-def test_it_opens_with_a_picture_that_half_the_time_does_not_change(model, folder):
-    asked = Generation(prompt=suited(model).examples[0], model=model, **PRESETS["Half the time"].settings(model))
-    opened = app_work.generate(load(str(folder)), asked, lambda *news, **seen: None)
-    assert opened.saved == 0.5
-    assert opened.psnr > 38
+@pytest.mark.parametrize("model", BUNDLES)
+def test_it_opens_with_a_picture_that_half_the_time_does_not_change(model):
+    half = opened(model, "Half the time")
+    assert half.saved == 0.5
+    assert half.psnr > 38
 
 
 def test_compare(client):
@@ -1045,7 +1066,7 @@ def test_a_crowd_is_turned_away_and_does_no_harm(client, monkeypatch):
     alone = client.predict(**SMALL, api_name="/generate")[0]
     take, turned_away = app_work._take, threading.Event()
     monkeypatch.setattr(app_work, "_take", lambda *args: turned_away.wait(600) and take(*args))
-    many = app_page.WAITING + 8
+    many = app_page.WAITING + 4
     with ThreadPoolExecutor(many) as crowd:
         jobs = list(
             crowd.map(lambda _: client.submit(steps=1, compare_with_plain=False, api_name="/generate"), range(many))
@@ -1088,7 +1109,7 @@ def test_a_device_passes_errors_on_and_goes_on():
 
 WORKING_AT_THE_END = """
 import torch
-from diffusers_guidance.pipelines.app.device import Device
+from diffusers_guidance.pipelines.app.jobs import Device
 
 def endless(tell):
     numbers = torch.randn(700, 700)

@@ -1,8 +1,8 @@
 """The page in a real browser: Chromium found on PATH or Playwright's own, driven by Playwright.
 
 Skipped, with the reason printed, where there is none; with CI=true in the environment that is a failure.
-Screenshots go to the folder named by DIFFUSERS_GUIDANCE_SCREENSHOTS, and then the bundled models make the pictures. To
-out/screenshots go those of small models in their place, which are as fast as noise is.
+Screenshots go to the folder named by DIFFUSERS_GUIDANCE_SCREENSHOTS, and then the bundled models make the pictures.
+Without it there are none, and small models in their place make noise, which is fast.
 """
 
 import importlib.util
@@ -10,18 +10,17 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from PIL import Image
-from small import write_small_flow
 
 from diffusers_guidance import samples
 
-ASKED = os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS")
-SCREENSHOTS = Path(ASKED or "out/screenshots")
+SCREENSHOTS = os.environ.get("DIFFUSERS_GUIDANCE_SCREENSHOTS")
 PATIENCE = 240_000
 """Milliseconds to wait for what the page does; a limit for what hangs, not a measure."""
 FLAGS = [
@@ -43,6 +42,7 @@ for package in ("gradio", "playwright"):
 
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
+from diffusers_guidance.pipelines.app import work as app_work  # noqa: E402
 from diffusers_guidance.pipelines.app.page import _open_others  # noqa: E402
 from diffusers_guidance.pipelines.app.settings import BUNDLED, PRESETS, SCALES, SHOWN, Generation  # noqa: E402
 from diffusers_guidance.pipelines.app.suited import suited  # noqa: E402
@@ -69,17 +69,13 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def served(small, tmp_path_factory):
+def served(small_models, tmp_path_factory):
     """A server that is up for all tests here, and opens with a picture of the first model only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("outputs")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        if not ASKED:
-            models = tmp_path_factory.mktemp("models")
-            (models / "emoji").symlink_to(small)
-            if len(samples.models()) > 1:
-                write_small_flow(models / "emoji-flow")
-            patch.setattr(samples, "MODEL", models / "emoji")
+        if not SCREENSHOTS:
+            patch.setattr(samples, "MODEL", small_models)
         from diffusers_guidance.pipelines.app import page as app_page
 
         given = []
@@ -94,27 +90,61 @@ def address(served):
     return served.address
 
 
-@pytest.fixture
-def visit(browser, address):
-    """Opens the page for one more user; at the end, no visit may have met an error or another host."""
-    contexts, wrong = [], []
+@pytest.fixture(scope="module")
+def windows():
+    """The pages that visits use one after another, by kind: what the browser has read and compiled for one stays."""
+    return SimpleNamespace(free={}, wrong=[])
 
-    def open_page(width=1280, height=1000, **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
+
+@pytest.fixture
+def visit(browser, windows, address):
+    """Opens the page for one more user; at the end, no visit may have met an error or another host."""
+    wrong, taken = windows.wrong, []
+
+    def open_window(kind):
+        page = browser.new_context(**kind).new_page()
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: None if is_local(request.url, address) else wrong.append(request.url))
+        return page
+
+    def open_page(width=1280, height=1000, color_scheme="light", **kind):
+        free = windows.free.setdefault(tuple(kind), [])
+        page = free.pop() if free else open_window(kind)
+        taken.append((free, page))
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme=color_scheme)
         page.goto(address)
         expect(page.get_by_role("button", name="Generate")).to_be_visible()
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
-    assert not wrong
+    open_still = [(free, page) for free, page in taken if not page.is_closed()]
+    for _, page in open_still:
+        page.evaluate("localStorage.clear(), sessionStorage.clear()")
+        page.context.clear_cookies()
+    seen = [*wrong]
+    for free, page in open_still:
+        page.goto("about:blank")  # breaks off what runs for this visit, which is no error
+        free.append(page)
+    wrong.clear()
+    assert not seen
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Every run waits at its first step until this event is set."""
+    opened, take = threading.Event(), app_work._take
+
+    def held(pipe, asked, name, rule, policy, tell, *observers):
+        tell(name, 0, asked.steps)
+        opened.wait(PATIENCE / 1000)
+        return take(pipe, asked, name, rule, policy, tell, *observers)
+
+    monkeypatch.setattr(app_work, "_take", held)
+    yield opened
+    opened.set()
 
 
 def is_local(url, address):
@@ -122,8 +152,8 @@ def is_local(url, address):
 
 
 def shoot(page, name, full=True):
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full, animations="disabled")
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS, f"{name}.png"), full_page=full, animations="disabled")
 
 
 def tab(page, name):
@@ -165,8 +195,8 @@ def test_it_opens_with_a_picture(visit, scheme):
 
 
 def test_the_examples_at_the_top_lead_to_the_presets_that_make_them(visit, served):
+    page = visit()
     for number, (name, made) in enumerate(zip(SHOWN, served.openings[BUNDLED], strict=True)):
-        page = visit()
         page.locator(".dg-head a").nth(number).click()
         expect(page.locator("#status")).to_contain_text("press Generate")
         expect(page.get_by_role("radio", name=name, exact=True)).to_be_checked()
@@ -294,7 +324,6 @@ def test_benchmark_and_its_cancellation(visit):
     page = visit()
     panel = tab(page, "Benchmark")
     set_number(panel, "Prompts", 1)
-    set_number(panel, "Steps", 50)  # long enough to be seen running
     panel.get_by_role("button", name="Run benchmark").click()
     expect(panel.locator(".dg-table tbody tr").first).to_be_visible()
     panel.get_by_role("button", name="Cancel").click()
@@ -342,9 +371,9 @@ def test_wrong_input_is_answered_in_a_sentence(visit):
     assert len(page.get_by_label("Prompt", exact=True).input_value()) == 500
 
 
-def test_two_users_at_once(visit):
+def test_two_users_at_once(visit, gate):
     first, second = visit(), visit()
-    for page, prompt, steps, pictures in ((first, "a tiger", 100, 8), (second, "a rocket", 4, 1)):
+    for page, prompt, steps, pictures in ((first, "a tiger", 2, 8), (second, "a rocket", 4, 1)):
         page.get_by_label("Prompt", exact=True).fill(prompt)
         settings(page, steps)
         set_number(page, "Pictures", pictures)
@@ -354,6 +383,7 @@ def test_two_users_at_once(visit):
             expect(page.locator(".dg-progress progress")).to_be_visible()
     expect(second.get_by_text(re.compile(r"queue: *1/1"))).to_be_visible()
     shoot(second, "queued", full=False)
+    gate.set()
     expect(first.locator("#status")).to_contain_text("Seeds 0 to 7")
     expect(second.locator(".dg-numbers")).to_contain_text("plain CFG: 8")
 

@@ -39,8 +39,10 @@ def silent(*news, **seen):
     """Told of the work, and goes on."""
 
 
-@pytest.fixture(scope="module")
-def models():
+@pytest.fixture
+def models(small_models, monkeypatch):
+    """Small ones, but for what they read of a prompt and which schedulers they have."""
+    monkeypatch.setattr(samples, "MODEL", small_models)
     return Models()
 
 
