@@ -24,12 +24,12 @@ LAYOUTS |= {"uncond then cond": (False, 1)}
 
 @dataclass(frozen=True)
 class Given(Policy):
-    """The actions of the step after the first."""
+    """The same actions at every step; by default it evaluates all."""
 
     actions: tuple[str, ...] = ()
 
     def plan(self, step, history):
-        return [Decision(action) for action in self.actions]
+        return [Decision(action) for action in self.actions or ["both"] * history.rows]
 
 
 def met(layout, actions):
