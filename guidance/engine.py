@@ -312,16 +312,17 @@ class Engine:
         if self._is_pause(step):
             known.lapse()
             return guided
-        known.direction, changes = None, self.rule.is_scheduled or known.scale not in (None, step.w)
+        changes = self.rule.is_scheduled or known.scale not in (None, step.w)
+        known.turn(None)
         if changes and prediction is not None and step.w is not None and self.guides:
-            known.direction = _direction(guided, prediction, step.w)
+            known.turn(_direction(guided, prediction, step.w))
         return self._handed(step, guided)
 
     def forecast(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> Tensor:
         """Likewise at a step that evaluated nothing of its samples, which it reports."""
         step, nothing = self.settle(step), unseen(len(plan))
         self.history.seen.append(nothing)
-        self.history.direction = None
+        self.history.turn(None)
         self.recording.add(step, plan, [False] * len(plan), nfe, nfe_full, nothing, note)
         if self.recorder is not None:
             self.recorder.skip()
@@ -329,8 +330,7 @@ class Engine:
 
     def _handed(self, step: Step, guided: Tensor | None) -> Tensor:
         found = self.policy.hand(step, self.history, guided)
-        self.recording.add_to_last(found.note, found.sizes)
-        self.recording.report.basis = found.basis or self.recording.report.basis
+        self.recording.add_to_last(found.note, found.sizes, found.basis)
         return found.prediction
 
     def tell(self, step: Step, prediction: Prediction | None, guided: Tensor) -> None:

@@ -508,7 +508,7 @@ class Forecast(Policy):
             )
         note = basis = ""
         if history.scale is None:
-            history.scale = step.typical_w
+            history.begin(step.typical_w)
             if learning := self._learning(step.table, history.scale, step.branches):
                 note = f"evaluated in full, to learn: {learning}"
             elif basis := self._basis(step, history.scale):
@@ -526,11 +526,8 @@ class Forecast(Policy):
             combination = ending(chosen, step.index, [*known]) or forecast([*known], step.index, by)
             made = _predicted(at_scale(step.w, history), combination, sample, space)
             return Handed(made, f"forecast from {_named(combination)}")
-        history.is_denoised = space is not None
-        skipped, history.skipped = history.skipped, []
-        known[step.index] = now = _denoised(guided, sample, space)
-        if history.direction is not None:
-            history.slopes[step.index] = history.direction if space is None else space.b * history.direction
+        now = _denoised(guided, sample, space)
+        skipped = history.keep_guided(step.index, now, space is not None, 1.0 if space is None else space.b)
         found = Handed(guided, note, basis=basis) if not skipped or space is None or space.b == 0 else None
         if found is None:
             assert space is not None
@@ -539,10 +536,7 @@ class Forecast(Policy):
             sizes = [self._off(history, skipped, gain, by, repaid), repaid.norm(), now.norm()]
             handed = kernels.mix([guided, repaid], [1.0, 1 / space.b], guided.dtype)
             found = Handed(handed, f"repays {_named(skipped)}", torch.stack(sizes))
-        while len(known) > 2:  # a later estimate reads the last two and its own
-            oldest = min(known)
-            del known[oldest]
-            history.slopes.pop(oldest, None)
+        history.keep_last(2)  # a later estimate reads these and its own
         return found
 
     def _off(

@@ -66,6 +66,11 @@ class StepReport:
         """Adds to the step's note."""
         self.note = "; ".join(filter(None, [self.note, note]))
 
+    def doubt(self, why: str) -> None:
+        """Takes the scale back, which could not be verified."""
+        self.guidance_scale = None
+        self.add_note(f"not verified: {why}")
+
 
 @dataclass
 class Report:
@@ -81,6 +86,10 @@ class Report:
     basis: str = ""
     """What the run's forecasts rest on, such as "1 run at 20 noise levels, scale 5"; empty for a power law, and without
     forecasts."""
+
+    def conclude(self, note: str) -> None:
+        """Says this of the run as a whole, if it is anything."""
+        self.note = note or self.note
 
     @property
     def nfe(self) -> int:
@@ -209,6 +218,7 @@ class Recording:
     def __init__(self, report: Report, first: int = 0):
         self.report, self.first = report, first
         self._unread: list[Callable[[], None]] = []
+        self._formulas: dict[str, None] = {}
 
     def add(
         self,
@@ -257,6 +267,11 @@ class Recording:
 
             self.read_later(tell)
 
+    def add_formula(self, formula: str) -> None:
+        """Adds what was identified; the same again is told once."""
+        self._formulas[formula] = None
+        self.report.formula = "; ".join(self._formulas)
+
     def read_later(self, tell: Callable[[], None]) -> None:
         """Calls `tell` at the next `read`; it reads numbers that are on their way to the host."""
         self._unread.append(tell)
@@ -266,10 +281,11 @@ class Recording:
         while self._unread:
             self._unread.pop(0)()
 
-    def add_to_last(self, note: str, sizes: Tensor | None = None) -> None:
-        """Adds a policy's note on the last step's forecast, and its error; see `Handed`."""
+    def add_to_last(self, note: str, sizes: Tensor | None = None, basis: str = "") -> None:
+        """Adds a policy's note on the last step's forecast, its error, and what it rests on; see `Handed`."""
         step = self.report.steps[-1]
         step.add_note(note)
+        self.report.basis = basis or self.report.basis
 
         if sizes is None:
             return

@@ -279,6 +279,32 @@ class History:
                     if shared:  # both are parts of one output
                         others[i] = others[i].clone()
 
+    def begin(self, scale: float | None) -> None:
+        """Takes in the scale of the run's first step, of a policy that `hands`."""
+        self.scale = scale
+
+    def turn(self, direction: Tensor | None) -> None:
+        """Takes in what a scale larger by 1 would add to the coming guided prediction."""
+        self.direction = direction
+
+    def keep_guided(self, step: int, guided: Tensor, is_denoised: bool, factor: float = 1.0) -> list[int]:
+        """Keeps a step's guided prediction, in the policy's form; returns the steps that were skipped before it.
+
+        Args:
+            factor: from a prediction to that form, for what is added to one.
+        """
+        self.guided[step], self.is_denoised = guided, is_denoised
+        if self.direction is not None:
+            self.slopes[step] = factor * self.direction
+        skipped, self.skipped = self.skipped, []
+        return skipped
+
+    def keep_last(self, count: int) -> None:
+        """Forgets all guided predictions but the last ones."""
+        for step in sorted(self.guided)[:-count]:
+            del self.guided[step]
+            self.slopes.pop(step, None)
+
     def lapse(self) -> None:
         """Forgets the predictions that forecasts are made from, since this step was not guided."""
         for each in (self.guided, self.skipped, self.scales, self.slopes):

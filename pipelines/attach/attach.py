@@ -136,7 +136,7 @@ class Handle(Pair):
         if recorder is not None and run.report.formula:
             name, fingerprints = run.report.pipeline, functools.partial(module_fingerprints, self.pipe)
             learned = self._learner.take(recorder, name, fingerprints)
-            run.report.note = "; ".join(filter(None, [run.report.note, learned]))
+            run.report.conclude("; ".join(filter(None, [run.report.note, learned])))
 
     @contextmanager
     def _stretch(self, run: Run) -> Iterator[None]:

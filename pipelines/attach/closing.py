@@ -26,11 +26,11 @@ def close(
         if broken and error is None and step.sigma is not None and step.guidance_scale is not None:
             step.add_note(f"zero or non-finite prediction in sample {broken}")
     if not report.formula:
-        report.note = _left_alone(report, call, rule, was_left)
+        report.conclude(_left_alone(report, call, rule, was_left))
     elif all(step.guidance_scale == 1 and "both" not in step.evaluated for step in report.steps):
-        report.note = _nothing_to_guide(report, call, rule, policy)
+        report.conclude(_nothing_to_guide(report, call, rule, policy))
     elif error is not None:
-        report.note = f"no similarities: {error}"
+        report.conclude(f"no similarities: {error}")
 
 
 def _nothing_to_guide(report: Report, call: Call, rule: Rule, policy: Policy) -> str:

@@ -108,7 +108,7 @@ class Discovery:
         formula = self._plain(found.formula)
         self._keep_order(denoiser, formula)
         denoiser.know(formula)
-        self._tell(denoiser, formula)
+        self.recording.add_formula(f"{denoiser.label}: {formula}")
         return ""
 
     def identify_anew(self, met: Met, why: str) -> None:
@@ -121,7 +121,7 @@ class Discovery:
             found = identify(every, met.output, self.call.scales, met.around, known, terms=asked)
             if found.formula is not None:
                 now.take_all()
-                self._tell(denoiser, found.formula)
+                self.recording.add_formula(f"{denoiser.label}: {found.formula}")
         again = found.formula
         if again is None and found.undetermined and found.tried != SINGLE:
             return  # the output agrees with both predictions
@@ -140,12 +140,7 @@ class Discovery:
         if found.formula is None:
             raise self.unsupported(met, found.tried)
         denoiser.settle_for(found.formula)
-        self._tell(denoiser, found.formula)
-
-    def _tell(self, denoiser: Denoiser, formula: Formula) -> None:
-        report = self.recording.report
-        told_so_far = [*filter(None, report.formula.split("; ")), f"{denoiser.label}: {formula}"]
-        report.formula = "; ".join(dict.fromkeys(told_so_far))
+        self.recording.add_formula(f"{denoiser.label}: {found.formula}")
 
     def _asked(self, denoiser: Denoiser) -> Asked:
         """What tells how the step's branches hang together, where there are more than two."""
@@ -210,7 +205,7 @@ class Discovery:
         if (found := single(outputs, met.output, met.around)) is None:
             return False
         denoiser.know(found)
-        self._tell(denoiser, found)
+        self.recording.add_formula(f"{denoiser.label}: {found}")
         return True
 
     # Refusals

@@ -395,6 +395,6 @@ class _Run:
     def finished_report(self) -> Report:
         report = self.recording.finish()
         if self.clock.error is not None:
-            report.note = f"no similarities: {self.clock.error}"
-        report.note = self.note or report.note
+            report.conclude(f"no similarities: {self.clock.error}")
+        report.conclude(self.note)
         return report

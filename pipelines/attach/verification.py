@@ -288,8 +288,7 @@ class Verification:
                     raise self.discovery.refusal(denoiser, put_out, got, place, _held(formula, fit))
                 self.is_in_doubt = True  # written in another order, perhaps, than the first step could tell
             elif place < len(steps):  # nothing was done in place of the pipeline's own guidance
-                steps[place].guidance_scale = None
-                steps[place].add_note(f"not verified: {_held(formula, fit)}")
+                steps[place].doubt(_held(formula, fit))
 
         recording.read_later(tell)
 

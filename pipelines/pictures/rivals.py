@@ -40,10 +40,9 @@ class Rival(Forecast):
         raise NotImplementedError
 
     def hand(self, step: Step, history: History, guided: Tensor | None) -> Handed:
-        history.is_denoised = bool(step.table)
         if guided is None:
             return Handed(self.estimate_of(step, history.guided))
-        history.guided[step.index] = self.kept(step, guided.float()).clone()
+        history.keep_guided(step.index, self.kept(step, guided.float()).clone(), bool(step.table))
         return Handed(guided)
 
 

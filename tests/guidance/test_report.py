@@ -54,6 +54,21 @@ def test_each_step_says_what_ran_for_each_sample_and_why(report):
     assert [step.timestep for step in report.steps] == sorted((s.timestep for s in report.steps), reverse=True)
 
 
+def test_what_two_loops_of_a_call_have_in_common_is_told_once():
+    pipe = SD.build()
+
+    class Twice(type(pipe)):
+        def __call__(self, **call):
+            super().__call__(**call)
+            return super().__call__(**call)
+
+    pipe.__class__ = Twice
+    with attach(pipe, CFG(), Hold(2)) as handle:
+        run(pipe, SD, 3)
+    assert len(handle.report.steps) == 6
+    assert handle.report.formula == "unet: one call on [uncond, cond]; output; u + _guidance_scale (c - u)"
+
+
 def test_dict_and_json_hold_everything(report):
     read = json.loads(report.to_json())
     assert read == report.to_dict()
