@@ -14,7 +14,7 @@ import torch
 
 from diffusers_guidance import samples
 from diffusers_guidance.errors import GuidanceError
-from diffusers_guidance.pipelines.app.device import Models
+from diffusers_guidance.pipelines.app.models import Models
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
     MODEL,

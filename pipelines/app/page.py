@@ -27,7 +27,7 @@ from diffusers_guidance.pipelines.app.controls import (
     relayed,
     reporting,
 )
-from diffusers_guidance.pipelines.app.jobs import Stopped
+from diffusers_guidance.pipelines.app.device import Stopped
 from diffusers_guidance.pipelines.app.limits import SmallRequests
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,

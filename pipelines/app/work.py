@@ -18,8 +18,8 @@ from torch import Tensor
 from diffusers_guidance import samples
 from diffusers_guidance.calibration import Calibration
 from diffusers_guidance.effective import Strength
-from diffusers_guidance.pipelines.app.device import Models
-from diffusers_guidance.pipelines.app.jobs import Device
+from diffusers_guidance.pipelines.app.device import Device
+from diffusers_guidance.pipelines.app.models import Models
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
     PRESETS,

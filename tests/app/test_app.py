@@ -40,8 +40,8 @@ from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app import page as app_page
 from diffusers_guidance.pipelines.app import show as app_show
 from diffusers_guidance.pipelines.app import work as app_work
-from diffusers_guidance.pipelines.app.device import Models
-from diffusers_guidance.pipelines.app.jobs import Device, Stopped
+from diffusers_guidance.pipelines.app.device import Device, Stopped
+from diffusers_guidance.pipelines.app.models import Models
 from diffusers_guidance.pipelines.app.page import build
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
@@ -1109,7 +1109,7 @@ def test_a_device_passes_errors_on_and_goes_on():
 
 WORKING_AT_THE_END = """
 import torch
-from diffusers_guidance.pipelines.app.jobs import Device
+from diffusers_guidance.pipelines.app.device import Device
 
 def endless(tell):
     numbers = torch.randn(700, 700)

@@ -14,7 +14,7 @@ import gradio as gr
 from diffusers_guidance import samples
 from diffusers_guidance.pipelines.app import work as app_work
 from diffusers_guidance.pipelines.app.controls import Controls
-from diffusers_guidance.pipelines.app.device import Models
+from diffusers_guidance.pipelines.app.models import Models
 from diffusers_guidance.pipelines.app.settings import (
     BUNDLED,
     COMPARISONS,

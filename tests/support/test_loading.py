@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, PreTrainedModel
 from typer.testing import CliRunner
 
-from diffusers_guidance.pipelines.app.device import Models
+from diffusers_guidance.pipelines.app.models import Models
 from diffusers_guidance.pipelines.shell import cli
 from diffusers_guidance.pipelines.support.loading import MissingWeights, load_whole
 from diffusers_guidance.samples import MODEL
