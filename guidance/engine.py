@@ -36,7 +36,10 @@ momentum."""
 
 
 class Host(Protocol):
-    """The source of an engine's predictions, and the taker of its results."""
+    """What `advance` asks of a loop: predictions for the engine, and to go on with its results.
+
+    `attach` is a host of the other kind: a pipeline's own loop calls it, and it calls `Engine.plan` and `Engine.guide`.
+    """
 
     def predict(self, step: Step, plan: Plan) -> Prediction:
         """Evaluates what the plan asks for, and fills in the rest with `Engine.fill`."""

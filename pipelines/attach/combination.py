@@ -223,7 +223,7 @@ ANCHORS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "added": _added,
     "in float32": _in_float32,
 }
-"""Ways to write a combination; each rounds in a way of its own."""
+"""Ways to write `u + w (c - u)`; each rounds in a way of its own."""
 
 FUSED = ("lerp", "added")
 """Those whose product and sum some devices round at once, and others do not."""

@@ -35,7 +35,7 @@ from diffusers_guidance.pipelines.attach.trees import copied, shapes, tensors
 
 
 class Made(NamedTuple):
-    """A call of a network that was made as it is."""
+    """A call of a network that was evaluated in full."""
 
     call: Callable
     args: tuple

@@ -133,7 +133,7 @@ class Discovery:
         denoiser.settle_for(again)
 
     def identify_further(self, met: Met) -> None:
-        """Finds the formula of a step with further calls after those of the formula that is known."""
+        """Finds the formula of a step that goes on with further calls after those that the known formula combines."""
         denoiser = met.denoiser
         known, asked = denoiser.formula, self._asked(denoiser)
         found = identify(met.outputs, met.output, self.call.scales, met.around, known, terms=asked)

@@ -55,7 +55,7 @@ class View:
         return y.reshape(-1, *self.shape)
 
     def working(self, t: Tensor) -> Tensor:
-        """A tensor of the scheduler's, one row per sample."""
+        """The scheduler's tensor `t` with one row per sample."""
         if self.frames:
             return t.unflatten(0, (-1, self.frames)).transpose(1, 2)
         if self.copies > 1:
