@@ -322,7 +322,7 @@ class Engine:
         return self._handed(step, guided)
 
     def forecast(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> Tensor:
-        """Likewise at a step that evaluated nothing of its samples, which it reports."""
+        """What the sampler receives at a step that evaluated nothing of its samples; reports that step."""
         step, nothing = self.settle(step), unseen(len(plan))
         self.history.seen.append(nothing)
         self.history.turn(None)

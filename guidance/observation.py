@@ -48,7 +48,7 @@ class Arrival:
 
     @property
     def norms(self) -> list[float]:
-        """Of a vector: its numbers; waits for them."""
+        """The numbers of a vector; waits for them."""
         return self.read().tolist()
 
 

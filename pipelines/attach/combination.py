@@ -119,7 +119,7 @@ NETWORKS = {
 }
 
 SOLVED = "solved for"
-"""Of a mixture with the sample of which only the numbers are known, at every step anew."""
+"""The value of `mixed` if the sample is mixed in by numbers that are solved for at every step."""
 
 
 class OfSample(NamedTuple):
@@ -327,7 +327,7 @@ class Combination:
         return 1 + largest if self.anchor in FROM_C else largest
 
     def by_sample(self, s: Scale) -> W:
-        """The same of each sample, where they differ as a whole."""
+        """The guidance scale of each sample, if the samples have scales of their own; else `w`."""
         if not isinstance(s, Tensor) or s[0].numel() > 1:
             return self.w(s)
         return tuple(map(self.w, s.flatten().tolist()))

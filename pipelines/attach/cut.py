@@ -346,7 +346,7 @@ def readings(made: Made, rows: int, index: list[int]) -> list[Reading]:
 
 
 def _unit(t: Tensor) -> float:
-    """Of rounding in what has put out `t`: GPUs may multiply float32 as TF32, which has the ten bits of float16."""
+    """The unit of rounding in what made `t`. GPUs may multiply float32 as TF32, which has the ten bits of float16."""
     return max(torch.finfo(t.dtype).eps, 2.0**-10 if t.is_cuda else 0.0)
 
 

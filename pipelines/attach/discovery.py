@@ -217,7 +217,7 @@ class Discovery:
     def refusal(
         self, denoiser: Denoiser, put_out: Sequence[torch.Size], output: torch.Size, step: int, seen: str
     ) -> UnsupportedPipeline:
-        """The same of a step that may be over."""
+        """The refusal of a step, which may be over by now."""
         shapes = ", ".join(str(tuple(shape)) for shape in put_out) or "none that is a tensor"
         return UnsupportedPipeline(
             f"the guidance of {self.call.name} could not be verified, so it is left alone. Step "

@@ -241,7 +241,7 @@ class Formula(Combination):
         return self.reproduce(outputs, s, around)
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
-        """The same, of `treated` branches."""
+        """What the pipeline hands to the scheduler at its scale `s`, from `treated` branches."""
         if self.tree is None:
             return self.apply(*self.chosen(parts), s, around)
         if self.exact:
@@ -266,7 +266,7 @@ class Formula(Combination):
 
     @cached_property
     def names(self) -> list[str]:
-        """Of the branches."""
+        """The names of the branches."""
         return self.layout.names if self.tree is None else [*map(self.tree.label, range(self.evaluations))]
 
     @property
