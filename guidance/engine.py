@@ -36,7 +36,10 @@ momentum."""
 
 
 class Host(Protocol):
-    """The source of an engine's predictions, and the taker of its results."""
+    """What `advance` asks of a loop: predictions for the engine, and to go on with its results.
+
+    `attach` is a host of the other kind: a pipeline's own loop calls it, and it calls `Engine.plan` and `Engine.guide`.
+    """
 
     def predict(self, step: Step, plan: Plan) -> Prediction:
         """Evaluates what the plan asks for, and fills in the rest with `Engine.fill`."""
@@ -319,7 +322,7 @@ class Engine:
         return self._handed(step, guided)
 
     def forecast(self, step: Step, plan: Plan, nfe: int, nfe_full: int, note: str = "") -> Tensor:
-        """Likewise at a step that evaluated nothing of its samples, which it reports."""
+        """What the sampler receives at a step that evaluated nothing of its samples; reports that step."""
         step, nothing = self.settle(step), unseen(len(plan))
         self.history.seen.append(nothing)
         self.history.turn(None)

@@ -48,7 +48,7 @@ class Arrival:
 
     @property
     def norms(self) -> list[float]:
-        """Of a vector: its numbers; waits for them."""
+        """The numbers of a vector; waits for them."""
         return self.read().tolist()
 
 
@@ -106,5 +106,5 @@ class Observation:
 
 
 def unseen(rows: int) -> Observation:
-    """For a step that did not evaluate both predictions."""
+    """The observation of a step that did not evaluate both predictions."""
     return Observation(torch.zeros(rows, 1, 9), None, [False] * rows)

@@ -54,7 +54,10 @@ class Rule:
         object.__setattr__(self, "guidance_scale", scales.checked(self.guidance_scale))
 
     def at(self, step: Step) -> "Rule":
-        """This rule at one step of a run. The settled guidance scale is `step.w`."""
+        """This rule at one step of a run, with the settled guidance scale `step.w`.
+
+        A rule that changes over the run overrides this, and starts from `super().at(step)`.
+        """
         return replace(self, guidance_scale=step.w)
 
     @property
@@ -62,7 +65,8 @@ class Rule:
         """The settled guidance scale."""
         if self.guidance_scale is None or isinstance(self.guidance_scale, str | tuple):
             raise ValueError(
-                f"guidance_scale={self.guidance_scale!r} is not settled: use rule.at(Step(w=guidance_scale)) first"
+                f"guidance_scale={self.guidance_scale!r} is not settled: use rule.at(Step(w=guidance_scale)) first; "
+                "an `at` of your own starts from super().at(step)"
             )
         return self.guidance_scale
 

@@ -116,7 +116,7 @@ class Handle(Pair):
         return self._guided(arguments, lambda: call(*args, **kwargs))
 
     def _guided(self, arguments: dict[str, Any], work: Callable[[], Any]) -> Any:
-        """What `work` returns, done under a run; where it has only begun by then, the rest too."""
+        """What `work` returns, done under a run. If it returns before all is done, so is the rest."""
         policy = self._learner.informed(self.policy, functools.partial(module_fingerprints, self.pipe))
         recorder = Recorder() if policy.learns else None
         run = Run(self.pipe, self.rule, policy, arguments, [*self.observers], recorder)

@@ -31,7 +31,7 @@ class Batch:
     cut: Cut
     """How a part of it is evaluated."""
     shape: torch.Size
-    """Of the predictions by which the formula was identified."""
+    """The shape of the predictions by which the formula was identified."""
     hands_copies: bool = False
     """Whether the pipeline gets copies of its predictions, which cannot be filled in later."""
     marks: list[told.Inputs] = field(default_factory=list)
@@ -151,7 +151,7 @@ class Batch:
         ]
 
     def made(self, now: Calls, branch: int, both: Sequence[bool]) -> list[bool]:
-        """The same of a step that has evaluated all branches of `both` of these samples, whatever was planned."""
+        """Per sample: whether this branch was evaluated, at a step that evaluated all branches of `both` of them."""
         return [*both] if all(both) else [a or b for a, b in zip(both, self.evaluated(now, branch), strict=True)]
 
     # What stands in for the others

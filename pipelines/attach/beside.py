@@ -21,7 +21,7 @@ class Beside:
     """By evaluated step, the whole outputs of its calls: those of the last two steps."""
 
     now: list[Any] = field(default_factory=list)
-    """Of the step that is being evaluated."""
+    """The outputs of the step that is being evaluated."""
     steps: dict[int, list[Any]] = field(default_factory=dict)
 
     def see(self, output: Any) -> None:

@@ -24,7 +24,7 @@ class Call:
 
     @cached_property
     def name(self) -> str:
-        """Of the pipeline's class."""
+        """The name of the pipeline's class."""
         return type(self.pipe).__name__
 
     @property
@@ -32,9 +32,9 @@ class Call:
         """What the call and its pipeline have by name, as it is now; the call's first."""
         return {**vars(self.pipe), **self.arguments}
 
-    def _numbers(self, *endings: str) -> dict[str, Any]:
-        """Those by names like these."""
-        return {name: value for name, value in self.values.items() if any(ending in name for ending in endings)}
+    def _numbers(self, *parts: str) -> dict[str, Any]:
+        """The values whose names contain one of these parts."""
+        return {name: value for name, value in self.values.items() if any(part in name for part in parts)}
 
     @property
     def scales(self) -> dict[str, Any]:

@@ -68,20 +68,20 @@ class Calls:
         self.nfe_full += asked
 
     def settle(self) -> None:
-        """Takes calls on another batch for the step's own, where there are no others."""
+        """Counts calls on another batch as the step's own, if there are no others."""
         if not self.outputs:
             self.outputs, self.strays = self.strays, []
 
     def take_last(self, count: int) -> None:
-        """Takes the last calls alone for the step's own."""
+        """Counts only the last calls as the step's own; those before are `surplus`."""
         self.surplus, self.outputs = self.outputs[:-count], self.outputs[-count:]
 
     def take_all(self) -> None:
-        """Takes all calls for the step's own again."""
+        """Counts all calls as the step's own again."""
         self.surplus, self.outputs = [], [*self.surplus, *self.outputs]
 
     def take_first(self, count: int) -> None:
-        """Takes the first calls alone for the step's own; the others added nothing."""
+        """Counts only the first calls as the step's own; the others added nothing."""
         self.outputs = self.outputs[:count]
 
     def cut_ahead(self) -> None:

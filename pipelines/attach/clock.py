@@ -151,7 +151,7 @@ class Clock:
         """The step's space, if the sample can denoise the prediction; None if not, and rule and policy do not need it.
 
         Raises:
-            UnsupportedScheduler, UnsupportedPipeline: they need it; says why there is none.
+            UnsupportedScheduler, UnsupportedPipeline: rule or policy needs it; the message says why there is none.
         """
         if sample is not None and sample.shape == cond.shape and self.space is not None:
             return self.space

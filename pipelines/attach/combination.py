@@ -119,7 +119,7 @@ NETWORKS = {
 }
 
 SOLVED = "solved for"
-"""Of a mixture with the sample of which only the numbers are known, at every step anew."""
+"""The value of `mixed` if the sample is mixed in by numbers that are solved for at every step."""
 
 
 class OfSample(NamedTuple):
@@ -223,7 +223,7 @@ ANCHORS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "added": _added,
     "in float32": _in_float32,
 }
-"""Ways to write a combination; each rounds in a way of its own."""
+"""Ways to write `u + w (c - u)`; each rounds in a way of its own."""
 
 FUSED = ("lerp", "added")
 """Those whose product and sum some devices round at once, and others do not."""
@@ -327,7 +327,7 @@ class Combination:
         return 1 + largest if self.anchor in FROM_C else largest
 
     def by_sample(self, s: Scale) -> W:
-        """The same of each sample, where they differ as a whole."""
+        """The guidance scale of each sample, if the samples have scales of their own; else `w`."""
         if not isinstance(s, Tensor) or s[0].numel() > 1:
             return self.w(s)
         return tuple(map(self.w, s.flatten().tolist()))

@@ -35,7 +35,7 @@ from diffusers_guidance.pipelines.attach.trees import copied, shapes, tensors
 
 
 class Made(NamedTuple):
-    """A call of a network that was made as it is."""
+    """A call of a network that was evaluated in full."""
 
     call: Callable
     args: tuple
@@ -346,7 +346,7 @@ def readings(made: Made, rows: int, index: list[int]) -> list[Reading]:
 
 
 def _unit(t: Tensor) -> float:
-    """Of rounding in what has put out `t`: GPUs may multiply float32 as TF32, which has the ten bits of float16."""
+    """The unit of rounding in what made `t`. GPUs may multiply float32 as TF32, which has the ten bits of float16."""
     return max(torch.finfo(t.dtype).eps, 2.0**-10 if t.is_cuda else 0.0)
 
 

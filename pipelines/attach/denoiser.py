@@ -44,7 +44,7 @@ class Denoiser:
     loop: int = 0
     """Which of the clock's loops it was in."""
     sample_shape: torch.Size | None = None
-    """Of the samples that it was last evaluated on."""
+    """The shape of the samples that it was last evaluated on."""
     leader: "Denoiser | None" = None
     """The denoiser that it works ahead of, as a ControlNet does."""
     ahead: Ahead | None = None

@@ -133,7 +133,7 @@ class Discovery:
         denoiser.settle_for(again)
 
     def identify_further(self, met: Met) -> None:
-        """Finds the formula of a step with further calls after those of the formula that is known."""
+        """Finds the formula of a step that goes on with further calls after those that the known formula combines."""
         denoiser = met.denoiser
         known, asked = denoiser.formula, self._asked(denoiser)
         found = identify(met.outputs, met.output, self.call.scales, met.around, known, terms=asked)
@@ -217,7 +217,7 @@ class Discovery:
     def refusal(
         self, denoiser: Denoiser, put_out: Sequence[torch.Size], output: torch.Size, step: int, seen: str
     ) -> UnsupportedPipeline:
-        """The same of a step that may be over."""
+        """The refusal of a step, which may be over by now."""
         shapes = ", ".join(str(tuple(shape)) for shape in put_out) or "none that is a tensor"
         return UnsupportedPipeline(
             f"the guidance of {self.call.name} could not be verified, so it is left alone. Step "

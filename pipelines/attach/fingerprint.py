@@ -17,7 +17,9 @@ _SAMPLED = 16
 def setting(
     pipe: Any, denoiser: str, guidance_scale: float | Sequence[float], timesteps: Sequence[float]
 ) -> dict[str, Any]:
-    """Of a pipeline in a run with these `timesteps`; `guidance_scale` is the denoiser's w, by step if it is scheduled.
+    """What a calibration of this denoiser depends on, in a run with these `timesteps`.
+
+    `guidance_scale` is the denoiser's w, by step if it is scheduled.
 
     Only what both sides state is compared, so what cannot be read (weights that are offloaded) is skipped.
     """
@@ -32,13 +34,13 @@ def setting(
 
 
 def module_fingerprints(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Of the pipeline's networks of these names that it has."""
+    """The `module_fingerprint` of each of the pipeline's networks that has one of these names."""
     parts = {name: getattr(pipe, name, None) for name in names}
     return {name: module_fingerprint(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
 
 def scheduler_fingerprint(scheduler: Any) -> dict[str, Any]:
-    """Class and configuration."""
+    """The class and the configuration of a scheduler."""
     return {"class": type(scheduler).__name__, "config": _own_config(scheduler)}
 
 

@@ -27,15 +27,15 @@ from diffusers_guidance.steps import Apart
 class Formula(Combination):
     """model_output = finish(u + w (c - u)), with c and u cut out of the denoiser's outputs.
 
-    With more than two branches, u is one of them, and the others are `terms`. Where it is open which is u, it is the
-    affine combination of all others that makes this so: any affine combination sum_k w_k y_k (sum_k w_k = 1) is
-    c + (w_c - 1) (c - u) with u = sum_{k != c} w_k y_k / (1 - w_c).
+    With more than two branches, u is one of them, and the `tree` has the others. If nothing tells which is u, u is an
+    affine combination of all branches but c. Then the formula holds too: any affine combination sum_k w_k y_k
+    (sum_k w_k = 1) is c + (w_c - 1) (c - u) with u = sum_{k != c} w_k y_k / (1 - w_c).
 
     Args:
-        layout: which outputs are the branches; what is asked of a formula most often is its layout's.
+        layout: which outputs are the branches. The first properties below repeat what it says.
         weights: of the other branches in u, in their order; they sum to 1. Each is a number, or one for each sample.
         tree: how more than two branches hang together.
-        is_merged: whether u is all of the tree but the conditional branch nevertheless.
+        is_merged: whether u stands for all branches but the conditional one, although there is a tree.
         value: its scale at the step where it was found.
         noise: how much rounding may change it, as a share of the largest terms; 0: not at all.
         exact: whether it gave the output bit for bit where it was found.
@@ -241,7 +241,7 @@ class Formula(Combination):
         return self.reproduce(outputs, s, around)
 
     def combined(self, parts: Sequence[Tensor], s: Scale, around: Around) -> Tensor:
-        """The same, of `treated` branches."""
+        """What the pipeline hands to the scheduler at its scale `s`, from `treated` branches."""
         if self.tree is None:
             return self.apply(*self.chosen(parts), s, around)
         if self.exact:
@@ -266,7 +266,7 @@ class Formula(Combination):
 
     @cached_property
     def names(self) -> list[str]:
-        """Of the branches."""
+        """The names of the branches."""
         return self.layout.names if self.tree is None else [*map(self.tree.label, range(self.evaluations))]
 
     @property

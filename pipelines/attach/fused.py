@@ -111,7 +111,7 @@ def fused_step(scheduler: Any, *args: Any, **kwargs: Any) -> FusedStep | None:
 
 
 _parameters: Callable[[type, str], dict[str, Any]] = lru_cache(maxsize=16)(parameters)
-"""Of a scheduler's step; to find them takes longer than many a step."""
+"""The parameters of a scheduler's step, kept, since finding them takes longer than many a step."""
 
 
 class FirstOrder(NamedTuple):

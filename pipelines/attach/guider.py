@@ -390,7 +390,7 @@ class _Run:
     held: Tensor | None = None
     """The last conditional prediction, for a policy that `hands`."""
     names: list[str] = dataclasses.field(default_factory=list)
-    """Of the last step's predictions, of a guider around another."""
+    """The names of the last step's predictions, for a guider around another."""
 
     def finished_report(self) -> Report:
         report = self.recording.finish()

@@ -251,7 +251,7 @@ class _Search:
         return fit.error <= min(reading.fit(formula, factor * s).error for factor in (0.99, 1.01))
 
     def _fitted(self, one: Candidate) -> Candidate | None:
-        """The same, if it explains all numbers up to rounding."""
+        """The candidate with its fit, if it explains all numbers up to rounding."""
         fit = one.reading.fit_all(one.formula, one.s)
         self._try(one, fit, one.reading.larger)
         return one._replace(fit=fit) if fit.fits else None
@@ -285,7 +285,7 @@ class _Search:
         return None
 
     def _by_weights(self, reading: Reading) -> Identified | None:
-        """Of more than two branches: an affine combination that guides towards one of them.
+        """Finds an affine combination of more than two branches that guides towards one of them.
 
         Each sample may weigh them by factors of its own, as in Perp-Neg (arXiv 2304.04968).
         """
@@ -405,7 +405,7 @@ class _Search:
         return one.w > 0 if order is None else order == one.formula.cond_index
 
     def _may_lead(self, formula: Formula, w: float) -> bool:
-        """The same, before the scale is known well."""
+        """Whether it may be a formula towards the conditional branch, before the scale is known well."""
         return w >= -0.5 or self._order(formula) == formula.cond_index
 
     @property
@@ -445,7 +445,7 @@ def _is_pair(formula: Formula) -> bool:
 
 
 def _distinct(candidates: Iterable[Candidate], passes: Callable[[Candidate], Candidate | None]) -> list[Candidate]:
-    """Of those that pass, the first of each meaning; with a rival, if another finish passes too."""
+    """The candidates that pass, the first of each meaning; with a rival, if another finish passes too."""
     found: list[Candidate] = []
     for one in candidates:
         place = next((i for i, other in enumerate(found) if one.is_like(other)), None)

@@ -34,9 +34,9 @@ class Inner:
     def __init__(self, guider: BaseGuidance):
         self.guider, self._enabled = guider, guider._enabled
         self.names: list[str] = []
-        """Of the step's predictions, all that the guider asks for."""
+        """The names of all predictions of the step that the guider asks for."""
         self._places: list[int] = []
-        """Of those that are evaluated, among these."""
+        """The places of those that are evaluated, among these."""
 
     @property
     def name(self) -> str:

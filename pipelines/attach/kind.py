@@ -1,6 +1,7 @@
 """What kind of step it is: guided, one prediction of each sample that may be skipped, or one left to the pipeline.
 
-And which calls were the step's, and whether they are on the batch that is known.
+Before that, `settle_calls` finds out which calls were the step's; after it, `settle_batch` whether a guided step's are
+on the batch that is known.
 """
 
 from enum import Enum

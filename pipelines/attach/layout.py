@@ -47,7 +47,7 @@ class View:
         return y if self.sign == 1 else -y
 
     def part(self, y: Tensor) -> Tensor:
-        """The same, but for the sign."""
+        """The part of a branch that is the prediction, not yet negated."""
         if self.tokens:
             y = y.transpose(1, 2).unflatten(2, (-1, *self.shape[2:]))[:, :, -self.shape[1] :]
         if self.stop is not None:
@@ -55,7 +55,7 @@ class View:
         return y.reshape(-1, *self.shape)
 
     def working(self, t: Tensor) -> Tensor:
-        """A tensor of the scheduler's, one row per sample."""
+        """The scheduler's tensor `t` with one row per sample."""
         if self.frames:
             return t.unflatten(0, (-1, self.frames)).transpose(1, 2)
         if self.copies > 1:
@@ -172,12 +172,12 @@ class Layout:
 
     @cached_property
     def calls(self) -> int:
-        """Of the denoiser, at a guided step."""
+        """The calls of the denoiser at a guided step."""
         return self.head + self.further
 
     @cached_property
     def evaluations(self) -> int:
-        """Of a sample, at a guided step."""
+        """The evaluations of a sample at a guided step."""
         return self.branches + self.further
 
     @cached_property
@@ -202,7 +202,7 @@ class Layout:
 
     @cached_property
     def names(self) -> list[str]:
-        """Of the branches."""
+        """The names of the branches."""
         return ["cond" if i == self.cond_index else "uncond" for i in range(self.evaluations)]
 
     def told(self, names: Sequence[str]) -> str:

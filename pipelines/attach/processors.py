@@ -63,7 +63,7 @@ class Processors:
 
     @contextmanager
     def for_two(self) -> Iterator[None]:
-        """For a call without the unconditional branch."""
+        """Puts the processors for two branches in place, for a call without the unconditional branch."""
         before = self._perturbed()
         for part, _ in before:
             part.processor = self._two

@@ -19,7 +19,7 @@ class Fit(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Of both; 0 where nothing is off."""
+        """The error over what is allowed; 0 if nothing is off."""
         return 0.0 if self.error == 0 else self.error / self.allowed if self.allowed else math.inf
 
     @property

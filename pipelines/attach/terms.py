@@ -79,7 +79,7 @@ class Terms:
 
     @property
     def alone(self) -> tuple[int, ...]:
-        """What a sample without the unconditional branch evaluates beside the conditional one: what hangs on that."""
+        """The branches that hang on the conditional one: evaluated also where the unconditional one is not."""
         cond = self.cond
         return tuple(k for k, parent in enumerate(self.parents) if parent == cond and k not in (cond, self.uncond))
 
@@ -181,7 +181,7 @@ def coefficients(weights: Sequence[float], parents: Sequence[int]) -> tuple[floa
 
 
 class Weights(NamedTuple):
-    """Of the branches, which sum to 1.
+    """The weights of the branches, which sum to 1.
 
     Args:
         values: NaN of a branch that cannot be told from an earlier one, which has the weight of both.
@@ -194,7 +194,7 @@ class Weights(NamedTuple):
     same: tuple[int, ...]
 
     def around(self, cond: int) -> tuple[float, ...]:
-        """The same, where of branches that cannot be told apart the conditional one has the weight."""
+        """The weights if, of branches that cannot be told apart, the conditional one has the weight."""
         found, other = list(self.values), self.same[cond]
         found[cond], found[other] = found[other], found[cond]
         return tuple(found)

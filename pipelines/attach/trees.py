@@ -43,7 +43,7 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def shapes(tree: Any) -> list[torch.Size]:
-    """Of all tensors of a tree."""
+    """The shapes of all tensors of a tree."""
     return [tensor.shape for tensor in tensors(tree)]
 
 

@@ -44,7 +44,7 @@ class Trial:
         return [self.comparison.psnr(result) for result in self.comparison.results]
 
     def ratio(self, number: int) -> float:
-        """The median ratio over turns."""
+        """A result's seconds relative to plain guidance, the median over turns."""
         return statistics.median(self.ratios[number])
 
     @property

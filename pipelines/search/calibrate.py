@@ -66,7 +66,7 @@ class Recorded:
         return {space: values.contiguous() for space, values in zip(("denoised", "noise"), both, strict=True)}
 
 
-class Recorder:
+class OutputRecorder:
     """An observer that keeps the outputs of a run's denoisers by their names, under full guidance."""
 
     def __init__(self) -> None:
@@ -242,7 +242,7 @@ def _run(
     arguments: dict[str, Any],
 ) -> Calibration:
     """The calibration of one batch."""
-    recorder = Recorder()
+    recorder = OutputRecorder()
     cases = list(map(Case, prompts, seeds, negatives))
     column = Column("calibration", CFG(), Verified(), guidance_scale)
     with torch.no_grad():

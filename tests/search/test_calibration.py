@@ -32,7 +32,7 @@ from diffusers_guidance.calibration import RECENT, Moments, _differences, combin
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprint, setting
 from diffusers_guidance.pipelines.attach.schedulers import spaces
 from diffusers_guidance.pipelines.pictures.fidelity import Fidelity
-from diffusers_guidance.pipelines.search.calibrate import Recorder, calibrate_on_ray, gram
+from diffusers_guidance.pipelines.search.calibrate import OutputRecorder, calibrate_on_ray, gram
 
 SPACES = ("denoised", "noise")
 STEPS = 5
@@ -463,7 +463,7 @@ def test_two_experts_have_a_history_and_a_fit_each():
     if not entry.available:
         pytest.skip("this diffusers has no WanPipeline")
     pipe = entry.build()
-    recorder = Recorder()
+    recorder = OutputRecorder()
     with attach(pipe, CFG(), EveryStep()) as handle:
         handle.observers.append(recorder)
         run(pipe, entry, steps=6, guidance_scale_2=3.0)
@@ -654,7 +654,7 @@ def test_a_guider_uses_a_calibration_and_refuses_a_foreign_one():
 
     pair = Pair("StableDiffusionXLPipeline")
     with attach(pair.classic, CFG(), EveryStep()) as handle:
-        handle.observers.append(recorder := Recorder())
+        handle.observers.append(recorder := OutputRecorder())
         pair.run_classic(2)
         ((name, seen),) = recorder.denoisers.items()
         table = pair.classic.scheduler.timesteps.tolist()
