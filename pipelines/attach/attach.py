@@ -28,9 +28,7 @@ SCALES = ("true_cfg_scale", "guidance_scale")
 """Arguments that set the scale of classifier-free guidance; the first that a pipeline has counts.
 If it has both, `guidance_scale` is the one embedded in a distilled model."""
 
-
-DEFAULT_RULE = CFG()
-DEFAULT_POLICY = Forecast()
+DEFAULT_RULE, DEFAULT_POLICY = CFG(), Forecast()
 """The pipeline's own picture with a quarter of the NFEs saved, in whole evaluations. Of the pairs that save as much
 without a calibration, it is closest to full guidance on both bundled models (docs/forecast.md)."""
 
