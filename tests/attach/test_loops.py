@@ -891,6 +891,23 @@ def test_a_preview_by_another_scheduler(rule, policy, always):
     alike(under(pipe, rule, policy, step), expected)
 
 
+@each_pair
+def test_a_preview_by_an_observer(rule, policy):
+    """With the pipeline's own scheduler, in the midst of its step."""
+    pipe = small(scheduler=diffusers.DDIMScheduler.from_config(ddim().config, clip_sample=False))
+    expected, previews = under(pipe, rule, policy, one_call(plain)), []
+
+    def preview(step: Any, prediction: Any, guided: Tensor) -> None:
+        t = pipe.scheduler.timesteps[step.index]
+        previews.append(pipe.scheduler.step(guided, t, step.sample, return_dict=False)[0])
+
+    with attach(pipe, rule, policy) as handle:
+        handle.observers.append(preview)
+        found = pipe(one_call(plain))
+        alike((found, handle.report), expected)
+    assert torch.equal(previews[-1], found)
+
+
 @pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
 def test_a_further_step_on_another_prediction_is_refused_under_a_rule(rule, policy):
     def again(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
