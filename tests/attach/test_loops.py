@@ -40,6 +40,7 @@ from diffusers_guidance import (
     handle_of,
     search,
 )
+from diffusers_guidance.pipelines.attach.cut import Cut
 from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 
 pytestmark = pytest.mark.slow
@@ -906,6 +907,34 @@ def test_a_preview_by_an_observer(rule, policy):
         found = pipe(one_call(plain))
         alike((found, handle.report), expected)
     assert torch.equal(previews[-1], found)
+
+
+def one_alone(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+    """A step of one call, without guidance."""
+    return pipe.scheduler.step(pipe.unet(x, t, texts[1:], return_dict=False)[0], t, x, return_dict=False)[0]
+
+
+def test_a_step_that_is_tried_again(monkeypatch):
+    """Memory was short when its run found out what could be skipped."""
+    once, find_out = [torch.OutOfMemoryError("out of memory")], Cut.find_out
+
+    def short(*args: Any) -> str:
+        if once:
+            raise once.pop()
+        return find_out(*args)
+
+    def tried_again(*args: Any) -> Tensor:
+        try:
+            return one_alone(*args)
+        except torch.OutOfMemoryError:
+            return one_alone(*args)
+
+    pipe = small()
+    expected, report = under(pipe, CFG(), Hold(2), one_alone)
+    monkeypatch.setattr(Cut, "find_out", short)
+    found, again = under(pipe, CFG(), Hold(2), tried_again)
+    assert torch.equal(found, expected)
+    assert again.formula == report.formula and not once
 
 
 @pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
