@@ -811,6 +811,23 @@ def test_what_is_put_out_beside_a_prediction_is_the_conditional_one_where_guidan
         assert handle.report.nfe == 12
 
 
+def test_what_is_put_out_beside_a_further_prediction_is_the_conditional_one_where_guidance_stops():
+    pipe, sounds = small(), []
+    pipe.unet = Sounding(pipe.unet)
+
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        y, sound = pipe.unet(torch.cat([x, x]), t, texts)
+        z, beside = pipe.unet(x, t, 0.7 * texts[1:])
+        sounds.append((sound[1:], beside))
+        u, c = y.chunk(2)
+        return pipe.scheduler.step(plain(u, c, scale) + 0.6 * (c - z), t, x, return_dict=False)[0]
+
+    with attach(pipe, CFG(), StepAG(0.5)) as handle:
+        pipe(step)
+    assert [step.nfe for step in handle.report.steps[1:]] == [3, 3, 1, 1, 1]
+    assert [torch.equal(own, beside) for own, beside in sounds] == [False] * 3 + [True] * 3
+
+
 def nested(y: Tensor, z: Tensor, how: str) -> Any:
     return {"dict": (y, {"sound": z}), "tuple": ((y, z),), "list": (y, [z])}[how]
 
