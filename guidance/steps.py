@@ -284,7 +284,7 @@ class History:
         self.scale = scale
 
     def turn(self, direction: Tensor | None) -> None:
-        """Takes in what a scale larger by 1 would add to the coming guided prediction."""
+        """Takes in what a scale larger by 1 would add to the step's guided prediction."""
         self.direction = direction
 
     def keep_guided(self, step: int, guided: Tensor, is_denoised: bool, factor: float = 1.0) -> list[int]:

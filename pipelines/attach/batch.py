@@ -1,4 +1,4 @@
-"""The batch that a denoiser works on, once its formula is known: what a step evaluates of it, and what is put out else.
+"""The batch of a denoiser, once its formula is known: what a step evaluates, and what stands in for the others.
 
 Another batch is another value: nothing of this one is carried over.
 """

@@ -107,6 +107,8 @@ class Denoiser:
     def end_step(self) -> None:
         if self.batch is not None:
             self.batch.end_step(self.now)
+            if self.batch.engine is None:  # its identifying step has failed
+                self.forget()
         self.now = Calls()
 
     def know(self, formula: Formula) -> None:

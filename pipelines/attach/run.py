@@ -212,7 +212,8 @@ class Run:
         taken = self._taken[id(scheduler)]
         given = by_name(taken, args, kwargs)
         timestep = given.get("timestep")
-        if not self._called:
+        called, self._called = self._called, []  # a step that an observer of this one makes is a further one
+        if not called:
             self._check_seen(timestep)
             self._follow(scheduler, timestep)
             args, kwargs = self._again(taken, args, kwargs)
@@ -223,7 +224,7 @@ class Run:
                 "its guidance, attach needs a model_output and a sample; use it without attach"
             )
         output, sample = given["model_output"], given["sample"]
-        network = self._called[-1]
+        network = called[-1]
         denoiser = self._denoisers[id(network)]
         if self._host.acts and denoiser.now.nfe:  # this step's network is queued: what the last one sent is there
             self._host.read()
@@ -236,7 +237,7 @@ class Run:
 
         try:
             around = self._call.around(sample, self._clock.space)
-            guided = self._host.guide(Met(denoiser, output, sample, self._clock, around), self._called, fuse)
+            guided = self._host.guide(Met(denoiser, output, sample, self._clock, around), called, fuse)
         finally:
             self._called.clear()
             for each in self._denoisers.values():

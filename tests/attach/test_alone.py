@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conformance import recorded
+from conformance import Again, recorded
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from tiny import PIPELINES, counting, run
 from torch import nn
@@ -178,6 +178,17 @@ def test_guidance_that_begins_in_mid_run_is_seen(begin):
     assert handle.report.nfe < handle.report.nfe_full == 12 + 12 - begin
     c, u = (pipe.unet(steps.samples[begin], None, context)[0] for context in (1.0, 0.0))
     assert torch.equal(steps.outputs[begin], u + 3.0 * (c - u))
+
+
+def test_guidance_that_begins_at_a_step_of_estimates_is_seen():
+    """Likewise of a policy that estimates a prediction, and hands on none."""
+    pipe = Turning(Net(), EulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with recorded(pipe.scheduler) as steps, attach(pipe, CFG(), Again((3, 4))) as handle:
+        pipe(4)
+    assert [step.nfe for step in handle.report.steps[2:6]] == [1, 0, 2, 2]
+    c, u = (pipe.unet(steps.samples[4], None, context)[0] for context in (1.0, 0.0))
+    assert torch.equal(steps.outputs[4], u + 3.0 * (c - u))
 
 
 def test_momentum_guidance_acts_without_guidance():

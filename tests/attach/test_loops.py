@@ -40,6 +40,7 @@ from diffusers_guidance import (
     handle_of,
     search,
 )
+from diffusers_guidance.pipelines.attach.cut import Cut
 from diffusers_guidance.pipelines.attach.fused import use_fused_steps
 
 pytestmark = pytest.mark.slow
@@ -810,6 +811,23 @@ def test_what_is_put_out_beside_a_prediction_is_the_conditional_one_where_guidan
         assert handle.report.nfe == 12
 
 
+def test_what_is_put_out_beside_a_further_prediction_is_the_conditional_one_where_guidance_stops():
+    pipe, sounds = small(), []
+    pipe.unet = Sounding(pipe.unet)
+
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        y, sound = pipe.unet(torch.cat([x, x]), t, texts)
+        z, beside = pipe.unet(x, t, 0.7 * texts[1:])
+        sounds.append((sound[1:], beside))
+        u, c = y.chunk(2)
+        return pipe.scheduler.step(plain(u, c, scale) + 0.6 * (c - z), t, x, return_dict=False)[0]
+
+    with attach(pipe, CFG(), StepAG(0.5)) as handle:
+        pipe(step)
+    assert [step.nfe for step in handle.report.steps[1:]] == [3, 3, 1, 1, 1]
+    assert [torch.equal(own, beside) for own, beside in sounds] == [False] * 3 + [True] * 3
+
+
 def nested(y: Tensor, z: Tensor, how: str) -> Any:
     return {"dict": (y, {"sound": z}), "tuple": ((y, z),), "list": (y, [z])}[how]
 
@@ -889,6 +907,51 @@ def test_a_preview_by_another_scheduler(rule, policy, always):
     pipe.preview = diffusers.DDIMScheduler.from_config(own.config, clip_sample=False)
     pipe.preview.set_timesteps(STEPS)
     alike(under(pipe, rule, policy, step), expected)
+
+
+@each_pair
+def test_a_preview_by_an_observer(rule, policy):
+    """With the pipeline's own scheduler, in the midst of its step."""
+    pipe = small(scheduler=diffusers.DDIMScheduler.from_config(ddim().config, clip_sample=False))
+    expected, previews = under(pipe, rule, policy, one_call(plain)), []
+
+    def preview(step: Any, prediction: Any, guided: Tensor) -> None:
+        t = pipe.scheduler.timesteps[step.index]
+        previews.append(pipe.scheduler.step(guided, t, step.sample, return_dict=False)[0])
+
+    with attach(pipe, rule, policy) as handle:
+        handle.observers.append(preview)
+        found = pipe(one_call(plain))
+        alike((found, handle.report), expected)
+    assert torch.equal(previews[-1], found)
+
+
+def one_alone(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+    """A step of one call, without guidance."""
+    return pipe.scheduler.step(pipe.unet(x, t, texts[1:], return_dict=False)[0], t, x, return_dict=False)[0]
+
+
+def test_a_step_that_is_tried_again(monkeypatch):
+    """Memory was short when its run found out what could be skipped."""
+    once, find_out = [torch.OutOfMemoryError("out of memory")], Cut.find_out
+
+    def short(*args: Any) -> str:
+        if once:
+            raise once.pop()
+        return find_out(*args)
+
+    def tried_again(*args: Any) -> Tensor:
+        try:
+            return one_alone(*args)
+        except torch.OutOfMemoryError:
+            return one_alone(*args)
+
+    pipe = small()
+    expected, report = under(pipe, CFG(), Hold(2), one_alone)
+    monkeypatch.setattr(Cut, "find_out", short)
+    found, again = under(pipe, CFG(), Hold(2), tried_again)
+    assert torch.equal(found, expected)
+    assert again.formula == report.formula and not once
 
 
 @pytest.mark.parametrize(("rule", "policy"), PAIRS[1:2] + PAIRS[-1:], ids=lambda part: type(part).__name__)
