@@ -130,6 +130,13 @@ class Discovery:
         # It would act on the terms too, or on what was none.
         if known.tree is not None and (again.tree is None or again.guides != known.guides) and self.guides_otherwise:
             raise self.unsupported(met, why)
+        is_swapped = _shape_of(again) == _shape_of(known) and again.cond_index != known.cond_index
+        if is_swapped and _tells_order(known) and type(self.policy) is not EveryStep:
+            raise self.unsupported(
+                met,
+                f"{known} held until now, but here its predictions come in another order, so which of them a step "
+                "skips cannot be told: use a policy that skips nothing, EveryStep",
+            )
         denoiser.settle_for(again)
 
     def identify_further(self, met: Met) -> None:
@@ -189,7 +196,7 @@ class Discovery:
 
     def _keep_order(self, denoiser: Denoiser, formula: Formula) -> None:
         """Remembers which half is the conditional one, for scales that do not tell."""
-        if formula.mixed != SOLVED and formula.w(formula.value) > 1:
+        if _tells_order(formula):
             halves = denoiser.now.halves if formula.evaluations == 2 else []
             first = [{name: t[:1].clone() for name, t in each.items() if t.ndim} for each in halves]
             order = Order(formula, first if formula.cond_index else first[::-1])
@@ -248,6 +255,11 @@ class Discovery:
         known = [each.label for each in seen if each.formula is not None]
         why = f"until now {known[0]} alone was" if known else "no sum of their predictions gives it"
         return f"{' and '.join(each.label for each in seen)} were evaluated for it, and {why}"
+
+
+def _tells_order(formula: Formula) -> bool:
+    """Whether its scale tells which half is the conditional one."""
+    return formula.mixed != SOLVED and formula.w(formula.value) > 1
 
 
 def _shape_of(formula: Formula) -> tuple[bool, int, int, int]:

@@ -871,6 +871,23 @@ def test_a_sound_that_is_nested(policy, how):
         assert all(map(torch.equal, sounds["found"][:3], sounds["truth"][:3]))
 
 
+@pytest.mark.parametrize("cond_first", [False, True])
+def test_predictions_that_change_places_are_refused_to_policies_that_skip(cond_first):
+    """At a skipped step nothing tells which call is which."""
+    pipe = small()
+
+    def step(pipe: Any, x: Tensor, t: Any, texts: Tensor, scale: float) -> Tensor:
+        is_third = t == pipe.scheduler.timesteps[2]
+        return two_calls(plain, cond_first != bool(is_third))(pipe, x, t, texts, scale)
+
+    expected = pipe(step)
+    for rule in (CFG(), APG(eta=1.0, norm_threshold=None, momentum=0.0)):
+        with attach(pipe, rule, EveryStep()):
+            assert relative(pipe(step), expected) < 1e-5
+    with attach(pipe, CFG(), StepAG(0.5)), pytest.raises(UnsupportedPipeline, match="come in another order"):
+        pipe(step)
+
+
 # More than one step on an evaluation
 
 
