@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Threads sleep while they wait for one another: spinning ones compete for cores that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests start many processes: what one has compiled serves the next.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests are spread over the cores. They draw from the same seed every time; `make test SEED=7` draws others.
 SEED ?= 0
 # Torch ships Triton 3.6 with 2.11, 3.7.0 with 2.12, 3.7.1 with 2.13, 3.8 with 2.14. `make kernels` takes the oldest and newest.
