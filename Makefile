@@ -22,7 +22,7 @@ demo: install ## a contact sheet of rules and policies on the bundled model, in 
 app: install ## the page, on localhost
 	$(BIN)/diffusers-guidance app
 
-test: install ## every test
+test: install ## every test but those of make conformance
 	$(BIN)/pytest $(SPREAD)
 
 quick: install ## the tests without a browser, a cluster or a process of their own; about a minute

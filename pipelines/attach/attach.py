@@ -14,8 +14,10 @@ from diffusers_guidance.engine import Observer
 from diffusers_guidance.errors import GuidanceError
 from diffusers_guidance.learning import Learner, Recorder
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
+from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.deferred import deferred
 from diffusers_guidance.pipelines.attach.fingerprint import module_fingerprints
+from diffusers_guidance.pipelines.attach.host import Host
 from diffusers_guidance.pipelines.attach.intercept import catch_call, handler_of, release_call
 from diffusers_guidance.pipelines.attach.pair import Pair
 from diffusers_guidance.pipelines.attach.run import Run
@@ -117,7 +119,7 @@ class Handle(Pair):
         """What `work` returns, done under a run. If it returns before all is done, so is the rest."""
         policy = self._learner.informed(self.policy, functools.partial(module_fingerprints, self.pipe))
         recorder = Recorder() if policy.learns else None
-        run = Run(self.pipe, self.rule, policy, arguments, [*self.observers], recorder)
+        run = Run(Host(Call(self.pipe, arguments), self.rule, policy, [*self.observers], recorder))
         with self._stretch(run):
             result = work()
         again = functools.partial(self._guided, arguments)

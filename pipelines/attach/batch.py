@@ -24,7 +24,7 @@ from diffusers_guidance.steps import ESTIMATED, Action, Decision, Plan, Step
 
 @dataclass
 class Batch:
-    """What a run knows of it."""
+    """What a run knows of the batch."""
 
     formula: Formula
     policy: Policy
@@ -201,23 +201,23 @@ class Batch:
             if each.action == Action.EXTRAPOLATE and not evaluated[i]
         ]
 
-    def put_out(self, now: Calls, branch: int) -> tuple[Any, Tensor]:
-        """(output, prediction) of a call of which nothing is evaluated."""
+    def put_out(self, now: Calls, call: int) -> tuple[Any, Tensor]:
+        """(output, prediction) of one of a step's calls, of which nothing is evaluated."""
         formula = self.formula
         if not self.policy.hands:
             assert self.engine is not None
             cond, uncond = self.engine.both(now.step)
             branches = [cond if i == formula.cond_index else uncond for i in range(formula.branches)]
-            y = formula.layout.apply(branches)[branch].clone()
+            y = formula.layout.apply(branches)[call].clone()
             return with_prediction(self.templates[-1], y), y
         # What is put out has no part in what the scheduler is handed.
         assert self.held is not None
-        self.is_unlike |= branch >= self.held_calls
+        self.is_unlike |= call >= self.held_calls
         made = formula.layout.apply([self.held] * formula.evaluations)
-        y = made[branch] if branch < len(made) else self.held
+        y = made[call] if call < len(made) else self.held
         y = y.clone() if y is self.held else y
-        beside = self.beside.at(now.step.index, branch) if self.puts_out_more else None
-        return with_prediction(self.template(branch, len(y)) if beside is None else beside, y), y
+        beside = self.beside.at(now.step.index, call) if self.puts_out_more else None
+        return with_prediction(self.template(call, len(y)) if beside is None else beside, y), y
 
     def hold(self, now: Calls) -> None:
         """Keeps what was put out at a step for one branch, to put it out for all where nothing is evaluated."""

@@ -1,4 +1,4 @@
-"""What one step asks of a denoiser: its calls, which of them are evaluated, and what the pipeline got for them."""
+"""What one step asks of a denoiser: its calls, and what the pipeline got for them."""
 
 from dataclasses import dataclass, field
 from functools import partial

@@ -35,8 +35,7 @@ class Host:
     """A rule and a policy in one run.
 
     Args:
-        denoisers: the pipeline's, by their networks' ids; several networks found to make a step's predictions together
-            become one.
+        call: the pipeline's.
         observers: told of every step; see `engine.Observer`.
         recorder: records the run, of a policy that `learns`.
     """
@@ -46,12 +45,13 @@ class Host:
         call: Call,
         rule: Rule,
         policy: Policy,
-        denoisers: dict[int, Denoiser],
         observers: Sequence[Observer] = (),
         recorder: Recorder | None = None,
     ):
-        self.rule, self.policy, self._call, self._denoisers = rule, policy, call, denoisers
+        self.call, self.rule, self.policy = call, rule, policy
         self._observers, self._recorder = observers, recorder
+        self.denoisers: dict[int, Denoiser] = {}
+        """The pipeline's, by their networks' ids; several networks that make a step's predictions together are one."""
         self.report = Report(call.name, repr(rule), repr(policy))
         self._recording = Recording(self.report)
         given, is_full = rule.guidance_scale, isinstance(policy, EveryStep)
@@ -60,7 +60,7 @@ class Host:
         self._rests = may_rest and rule.is_scheduled and rule.rests_at_one
         self.may_skip = not is_full or self._rests
         """Whether any step may evaluate less than the pipeline asks for."""
-        self._discovery = Discovery(call, rule, policy, self._recording, denoisers.values())
+        self._discovery = Discovery(call, rule, policy, self._recording, self.denoisers.values())
         self._verification = Verification(self._discovery)
         self.acts = self._discovery.acts
         """Whether anything is done in place of the pipeline's own guidance."""
@@ -77,7 +77,7 @@ class Host:
 
     def finish(self, error: UnsupportedScheduler | None, was_left: bool) -> None:
         """Brings what is unread to the host, once, and completes the report; see `closing.close`."""
-        close(self._recording.finish(), self._call, self.rule, self.policy, error, was_left)
+        close(self._recording.finish(), self.call, self.rule, self.policy, error, was_left)
 
     def guide(self, met: Met, called: Sequence[torch.nn.Module], fuse: Callable[[], FusedStep | None]) -> Guided:
         """What the scheduler gets in place of the pipeline's own prediction; nothing if that stays.
@@ -101,7 +101,7 @@ class Host:
                     return self._left(met, Action.BOTH, f"{reason}{NOT_YET}")
         denoiser, is_single = met.denoiser, its_kind is Kind.SINGLE
         assert denoiser.formula is not None
-        step, note, guides = denoiser.step(self._call.counted), denoiser.cut.whole, denoiser.formula.guides
+        step, note, guides = denoiser.step(self.call.counted), denoiser.cut.whole, denoiser.formula.guides
         if denoiser.engine is None:
             evaluated = [guides] * step.rows
             note = self._try_parts(denoiser) if self.may_skip else ""
@@ -127,14 +127,14 @@ class Host:
         c, x = formula.view.working(met.output), formula.view.working(met.sample)
         alone = Prediction(c, c, [False] * step.rows, None, *cost, unseen(step.rows), note)
         needs, policy = engine.rule.needs_denoised, self.policy
-        space = clock.denoising(self._call.name, engine.rule, policy, x, c) if needs else clock.space
+        space = clock.denoising(self.call.name, engine.rule, policy, x, c) if needs else clock.space
         return changed(step.on(x, c, space), w=1.0), alone
 
     def _forecast(self, met: Met, step: Step, plan: Plan, cost: tuple[int, int], note: str, is_single: bool) -> Guided:
         """A step of which nothing was evaluated, of a policy that `hands`."""
         engine, formula = met.denoiser.engine, met.denoiser.formula
         assert engine is not None and formula is not None
-        s = 1.0 if is_single else formula.read(self._call.values, formula.view.working(met.output))
+        s = 1.0 if is_single else formula.read(self.call.values, formula.view.working(met.output))
         w = engine.history.scale if s is None else formula.by_sample(s)
         step = changed(step, w=None if formula.is_weighed else w)  # what such numbers are follows from predictions
         return self._conclude(met, step, met.output, lambda _, on: engine.forecast(on, plan, *cost, note))
@@ -149,7 +149,7 @@ class Host:
         engine.check(lambda: self._setting(denoiser, step))
         if isinstance(step.w, float) and step.w < 0 and not self.rule.is_plain:
             raise UnsupportedPipeline(
-                f"{self._call.name} guides at a scale of {step.w:.4g} at step {len(self.report.steps)}: "
+                f"{self.call.name} guides at a scale of {step.w:.4g} at step {len(self.report.steps)}: "
                 f"{self.rule} needs a scale from 0 up at every step; use CFG(), or call the pipeline with such a scale"
             )
         view, further, around = formula.view, prediction.further, met.around.through(formula.view)
@@ -198,7 +198,7 @@ class Host:
     def _left(self, met: Met, action: Action, note: str, made: Tensor | None = None) -> Guided:
         """A step at which the pipeline's own prediction stands, or the one `made` in its place; it ends a forecast."""
         denoiser, rows = met.denoiser, met.output.shape[0]
-        step, is_both = denoiser.step(self._call.counted), action == Action.BOTH
+        step, is_both = denoiser.step(self.call.counted), action == Action.BOTH
         self._recording.add(step, [Decision(action)] * rows, [is_both] * rows, *denoiser.take_cost(), note=note)
         if denoiser.engine is not None:
             denoiser.engine.history.lapse()
@@ -210,7 +210,7 @@ class Host:
         try:
             return met, self._discovery.identify(met)
         except UnsupportedPipeline:
-            for made in together([self._denoisers[id(each)] for each in called]):
+            for made in together([self.denoisers[id(each)] for each in called]):
                 at = replace(met, denoiser=made)
                 made.stepped(met.clock)
                 try:
@@ -218,7 +218,7 @@ class Host:
                 except UnsupportedPipeline:
                     continue
                 if not reason:
-                    self._denoisers.update({id(each): made for each in called})
+                    self.denoisers.update({id(each): made for each in called})
                 return (met if reason else at), reason
             raise
 
@@ -241,7 +241,7 @@ class Host:
         """A new engine for the batch whose formula was just found; it knows what its loop has seen before."""
         formula, clock = denoiser.formula, denoiser.clock
         assert formula is not None and clock is not None
-        loop = [each.engine for each in self._denoisers.values() if each.clock is clock]
+        loop = [each.engine for each in self.denoisers.values() if each.clock is clock]
         before = [engine.history for engine in loop if engine is not None]
         return Engine(
             self.rule, self.policy, History.following(before, clock.steps - 1, formula.rows, denoiser.name),
@@ -257,7 +257,7 @@ class Host:
             w: Any = scales.by_step(given, replace(step, table=clock.table(step.count)), engine.origin)
         else:
             w = 1.0 if step.w is None else step.w
-        return setting(self._call.pipe, denoiser.name, w, clock.timesteps(clock.begin, step.count))
+        return setting(self.call.pipe, denoiser.name, w, clock.timesteps(clock.begin, step.count))
 
     def _try_parts(self, denoiser: Denoiser) -> str:
         """Makes sure that parts of a batch can be evaluated, by the denoiser and by what works ahead of it."""
@@ -265,7 +265,7 @@ class Host:
         note = denoiser.find_out(cuts=is_guided and (self._rests or not self.policy.hands))
         formula, is_whole = denoiser.formula, denoiser.cut.is_left_whole
         if formula is not None and (formula.batched or self.policy.hands) and not is_whole:
-            for other in self._denoisers.values():
+            for other in self.denoisers.values():
                 if other is not denoiser:
                     other.follow(denoiser)
         return note

@@ -11,19 +11,16 @@ saving) can lose or keep them.
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_guidance.engine import Observer
 from diffusers_guidance.errors import UnsupportedPipeline
-from diffusers_guidance.learning import Recorder
 from diffusers_guidance.pipelines.attach.again import Handed, same
 from diffusers_guidance.pipelines.attach.arguments import by_name, parameters, with_argument
-from diffusers_guidance.pipelines.attach.call import Call
 from diffusers_guidance.pipelines.attach.clock import Clock
 from diffusers_guidance.pipelines.attach.company import (
     Company,
@@ -40,36 +37,18 @@ from diffusers_guidance.pipelines.attach.fused import FusedStep, fused_step
 from diffusers_guidance.pipelines.attach.host import Host
 from diffusers_guidance.pipelines.attach.intercept import intercept_call, intercept_method, is_inherited, told_of
 from diffusers_guidance.pipelines.attach.parts import components, part
-from diffusers_guidance.policies import Policy
 from diffusers_guidance.report import Report
-from diffusers_guidance.rules import Rule
 
 _STEP = ("model_output", "timestep", "sample")
 """The arguments of schedulers' steps, in diffusers' order, for a scheduler that does not name them."""
 
 
 class Run:
-    """One call of `pipe` with `arguments` (by name, defaults filled in).
+    """The call that the `host` guides."""
 
-    Args:
-        observers: told of every step; see `engine.Observer`.
-        recorder: records the run, of a policy that `learns`.
-    """
-
-    def __init__(
-        self,
-        pipe: Any,
-        rule: Rule,
-        policy: Policy,
-        arguments: dict[str, Any],
-        observers: Sequence[Observer] = (),
-        recorder: Recorder | None = None,
-    ):
-        self._call = Call(pipe, arguments)
+    def __init__(self, host: Host):
+        self._host, self._call, self._denoisers = host, host.call, host.denoisers
         self._company = Company(self._call)
-        self._denoisers: dict[int, Denoiser] = {}
-        """By a network's id; several networks may be one."""
-        self._host = Host(self._call, rule, policy, self._denoisers, observers, recorder)
         self._stack: ExitStack | None = None
         """The interceptions in place while the pipeline runs."""
         self._parts: dict[str, Any] = {}
